@@ -1,0 +1,1 @@
+"""The workshop: holds weights and makes pixels. Knows no HTTP and no Redis."""

@@ -1,0 +1,181 @@
+"""What a model is, needs and allows: one YAML card per model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from deployments.protocol.errors import BadRequest
+from deployments.protocol.request import Strict, Task
+
+Family = Literal["flux", "sdxl", "sd", "hunyuan_video"]
+MODEL_ID = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+
+
+class Steps(Strict):
+    """How many denoising steps the model may run; min == max means a fixed number."""
+
+    min: int = Field(ge=1)
+    default: int
+    max: int
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.min <= self.default <= self.max:
+            raise ValueError("steps need min <= default <= max")
+        return self
+
+
+class Guidance(Strict):
+    """The range of guidance_scale."""
+
+    min: float = Field(ge=0)
+    default: float
+    max: float
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if not self.min <= self.default <= self.max:
+            raise ValueError("guidance needs min <= default <= max")
+        return self
+
+
+class Sizes(Strict):
+    """Which widths and heights the model may be asked for, in pixels."""
+
+    width: int  # default
+    height: int  # default
+    multiple: int = Field(16, ge=1)
+    min: int = 256
+    max: int = 2048
+    max_pixels: int = 4_194_304
+    max_aspect: float = 3.0  # longer side over shorter side
+
+    @model_validator(mode="after")
+    def _default_fits(self) -> Self:
+        for side in (self.width, self.height, self.min, self.max):
+            if side % self.multiple:
+                raise ValueError(f"{side} is not a multiple of {self.multiple}")
+        if self.width * self.height > self.max_pixels:
+            raise ValueError("the default size is over max_pixels")
+        return self
+
+
+class Licence(Strict):
+    name: str
+    url: str
+    attribution: str = ""  # shown with the model where the licence asks for it
+    gated: bool = False  # must be accepted on the hub before a download
+    commercial: bool = True
+
+
+class Weights(Strict):
+    """Where the weights are: a folder (relative ones are under the repository) or a hub id."""
+
+    path: str | None = None
+    repo: str | None = None
+    revision: str = "main"
+    variant: str | None = None  # e.g. "fp16": the file name's infix
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.repo is None):
+            raise ValueError("weights need exactly one of path and repo")
+        return self
+
+
+class Serving(Strict):
+    """Resources of one replica and the room in it; serve_config.yaml may override."""
+
+    num_gpus: float = 1.0
+    num_cpus: float = 1.0
+    slots: int = Field(16, ge=1)  # requests running at once on one replica
+    max_rows: int = Field(4, ge=1)  # rows in one forward
+    min_replicas: int = Field(0, ge=0)
+    max_replicas: int = Field(1, ge=1)
+    job_timeout_s: float = 600.0
+
+
+def _known_tasks(tasks: list[str]) -> list[str]:
+    for task in tasks:
+        if task not in (*Task, "refine", "t2v", "i2v"):
+            raise ValueError(f"unknown task {task!r}")
+    return tasks
+
+
+class ModelCard(Strict):
+    """One model as the service offers it. Unknown keys stop the start with their name."""
+
+    id: str = Field(pattern=MODEL_ID)
+    name: str
+    family: Family
+    description: str = ""
+    aliases: list[str] = []  # other names a request may use, such as the hub id
+    weights: Weights
+    tasks: Annotated[list[str], AfterValidator(_known_tasks)]
+    steps: Steps
+    guidance: Guidance
+    sizes: Sizes
+    corrects: bool = False  # out-of-range steps and guidance are corrected with a warning (schnell)
+    negative_prompt: bool = True
+    schedulers: list[str] = ["auto"]  # names of pipelines/schedulers.py
+    max_sequence_length: int | None = None  # text tokens; fixed per model so that batches match
+    max_prompt_chars: int = Field(4_000, le=32_000)
+    max_images: int = Field(4, ge=1, le=16)
+    strength: float = Field(0.8, ge=0, le=1)  # default for img2img and inpainting
+    trigger_words: list[str] = []
+    refiner: str | None = None  # id of the card that refines this model's pictures
+    vram_gib: float = 0.0  # needed for weights and one picture at the default size; 0: runs on a CPU
+    licence: Licence
+    serving: Serving = Serving()
+
+
+def load_cards(directory: Path) -> dict[str, ModelCard]:
+    """Every card under `directory`, by id. Raises BadRequest naming the file and the key at fault."""
+    cards: dict[str, ModelCard] = {}
+    for path in sorted(directory.glob("*.yaml")):
+        card = load_card(path)
+        if card.id in cards:
+            raise BadRequest(f"{path}: a card with id {card.id!r} exists already; ids are unique")
+        cards[card.id] = card
+    return cards
+
+
+def load_card(path: Path) -> ModelCard:
+    """The card in one YAML file."""
+    try:
+        return ModelCard.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValidationError, yaml.YAMLError) as error:
+        raise BadRequest(f"{path} is not a valid model card: {error}") from error
+
+
+def card_without_file(model_id: str, weights: Weights) -> ModelCard:
+    """A card for a model that has none: whatever is called flux runs as FLUX.1-schnell does.
+
+    Raises BadRequest for every other name: we do not guess what a model allows.
+    """
+    name = f"{model_id} {weights.repo or weights.path}".lower()
+    if "flux" not in name and "black-forest-labs" not in name:
+        raise BadRequest(
+            f"model {model_id!r} has no card; write configs/models/{model_id}.yaml "
+            "(copy the card nearest to it)"
+        )
+    return ModelCard(
+        id=model_id,
+        name=model_id,
+        family="flux",
+        weights=weights,
+        tasks=["t2i", "i2i", "inpaint"],
+        steps=Steps(min=4, default=4, max=4),
+        guidance=Guidance(min=0.0, default=0.0, max=0.0),
+        sizes=Sizes(width=1024, height=1024),
+        corrects=True,
+        negative_prompt=False,
+        max_sequence_length=256,
+        vram_gib=33.0,
+        licence=Licence(name="unknown", url="", commercial=False),
+    )

@@ -1,0 +1,121 @@
+"""What can go wrong, as one tree; every leaf says what was wrong and what would be right.
+
+    WeftError
+    |-- BadRequest         the request cannot be served as it is written
+    |-- TooLarge           a body or a file is over its limit
+    |-- Unauthorized       no key, or one that is not known
+    |-- Forbidden          a known caller who may not do this
+    |-- NotFound           no such job, model or file for this caller
+    |-- Conflict           the thing is in another state than the call needs
+    |-- QuotaExceeded      the caller's allowance is used up
+    |-- RateLimited        too many calls in too short a time
+    |-- Overloaded         the service is full; try again later
+    |-- ModelUnavailable   the model is not loaded, its replica died, or its store is down
+    |-- OutOfMemory        a single request does not fit the device
+    |-- Cancelled          somebody asked for the job to end
+    `-- Internal           a bug of ours
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class WeftError(Exception):
+    """The root: a message written for the caller, plus the field at fault and when to come back."""
+
+    kind: ClassVar[str] = "internal"
+    retryable: ClassVar[bool] = False
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param  # the request field at fault
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.message, self.param, self.retry_after_s)
+
+
+class BadRequest(WeftError):
+    kind = "bad_request"
+
+
+class TooLarge(WeftError):
+    kind = "too_large"
+
+
+class Unauthorized(WeftError):
+    kind = "unauthorized"
+
+
+class Forbidden(WeftError):
+    kind = "forbidden"
+
+
+class NotFound(WeftError):
+    kind = "not_found"
+
+
+class Conflict(WeftError):
+    kind = "conflict"
+
+
+class QuotaExceeded(WeftError):
+    kind = "quota_exceeded"
+
+
+class RateLimited(WeftError):
+    kind = "rate_limited"
+    retryable = True
+
+
+class Overloaded(WeftError):
+    kind = "overloaded"
+    retryable = True
+
+
+class ModelUnavailable(WeftError):
+    kind = "model_unavailable"
+    retryable = True
+
+
+class OutOfMemory(WeftError):
+    kind = "out_of_memory"
+
+
+class Cancelled(WeftError):
+    kind = "cancelled"
+
+
+class Internal(WeftError):
+    kind = "internal"
+
+
+KINDS: dict[str, type[WeftError]] = {
+    error.kind: error
+    for error in (
+        BadRequest,
+        TooLarge,
+        Unauthorized,
+        Forbidden,
+        NotFound,
+        Conflict,
+        QuotaExceeded,
+        RateLimited,
+        Overloaded,
+        ModelUnavailable,
+        OutOfMemory,
+        Cancelled,
+        Internal,
+    )
+}
+
+
+def _rebuild(
+    cls: type[WeftError], message: str, param: str | None, retry_after_s: float | None
+) -> WeftError:
+    """Errors cross processes; keyword arguments would be lost by Exception's own reduce."""
+    return cls(message, param=param, retry_after_s=retry_after_s)

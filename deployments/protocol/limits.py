@@ -1,0 +1,247 @@
+"""A wish held against a model card: the request that will run, or the reason it cannot (pure).
+
+Both floors call `fit`: the API before a job is accepted, and the replica again, because a call by
+handle skips HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from deployments.protocol import pictures
+from deployments.protocol.card import ModelCard, Sizes
+from deployments.protocol.errors import BadRequest
+from deployments.protocol.request import MAX_SEED, FittedEdit, FittedRequest, GenerationRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """One value the card replaced; told to the caller as a warning."""
+
+    code: str
+    param: str
+    message: str
+
+
+class Fitted(NamedTuple):
+    request: FittedRequest
+    corrections: tuple[Correction, ...]
+
+
+def fit(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> Fitted:
+    """The request with every blank filled from the card, checked against all its limits.
+
+    fresh_seed: used where the caller gave none, 0..2^63-1.
+    Raises BadRequest (TooLarge for pictures) naming the field, the cause and what would be right.
+    Fitting a fitted request changes nothing and corrects nothing.
+    """
+    if request.task not in card.tasks:
+        raise BadRequest(
+            f"{card.id} cannot do {request.task.value}; it can do {', '.join(card.tasks)}",
+            param="edit" if request.edit else "model",
+        )
+    _check_text(request, card)
+    corrections: list[Correction] = []
+    width, height = _size(request, card.sizes)
+    steps = _steps(request, card, corrections)
+    seed = fresh_seed if request.seed is None else request.seed
+    if seed + request.num_images - 1 > MAX_SEED:
+        raise BadRequest(f"seed must be at most {MAX_SEED} less the pictures after the first", param="seed")
+    fitted = FittedRequest(
+        model=card.id,
+        prompt=request.prompt,
+        negative_prompt=_negative_prompt(request, card, corrections),
+        width=width,
+        height=height,
+        num_inference_steps=steps,
+        guidance_scale=_guidance(request, card, corrections),
+        seed=seed,
+        num_images=request.num_images,
+        scheduler=_scheduler(request, card, corrections),
+        max_sequence_length=_sequence_length(request, card, corrections),
+        edit=_edit(request, card),
+        output=request.output,
+    )
+    if fitted.denoising_steps < 1 and fitted.edit is not None and fitted.edit.strength > 0:
+        # diffusers would fail later with "the number of steps is < 1"; strength 0 is the picture itself
+        raise BadRequest(
+            f"strength {fitted.edit.strength} of {steps} steps leaves no step to run; "
+            f"use strength 0 or at least {math.ceil(1000 / steps) / 1000}",
+            param="strength",
+        )
+    return Fitted(fitted, tuple(corrections))
+
+
+def _check_text(request: GenerationRequest, card: ModelCard) -> None:
+    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        if len(text) > card.max_prompt_chars:
+            raise BadRequest(
+                f"{field} has {len(text)} characters; {card.id} takes at most {card.max_prompt_chars}",
+                param=field,
+            )
+    if not request.prompt.strip():
+        raise BadRequest("prompt is empty; say what the picture shall show", param="prompt")
+    if request.num_images > card.max_images:
+        raise BadRequest(
+            f"num_images is {request.num_images}; {card.id} makes at most {card.max_images} at once",
+            param="num_images",
+        )
+
+
+def _size(request: GenerationRequest, sizes: Sizes) -> tuple[int, int]:
+    """Width and height in pixels: as asked, or of the given picture, or the card's default."""
+    source = None
+    if request.edit is not None and request.edit.image:
+        source = pictures.inspect(request.edit.image, "image")
+        if request.edit.mask_image is not None:
+            pictures.inspect(request.edit.mask_image, "mask_image")
+    if request.width is None and request.height is None:
+        return (sizes.width, sizes.height) if source is None else _nearest_size(source, sizes)
+    width = sizes.width if request.width is None else request.width
+    height = sizes.height if request.height is None else request.height
+    for field, side in (("width", width), ("height", height)):
+        if not sizes.min <= side <= sizes.max or side % sizes.multiple:
+            raise BadRequest(
+                f"{field} is {side}; it must be {sizes.min}-{sizes.max} and a multiple of "
+                f"{sizes.multiple} (nearest: {_on_grid(side, sizes)})",
+                param=field,
+            )
+    if width * height > sizes.max_pixels:
+        raise BadRequest(
+            f"{width}x{height} is {width * height} pixels; at most {sizes.max_pixels}", param="width"
+        )
+    if max(width, height) > sizes.max_aspect * min(width, height):
+        raise BadRequest(
+            f"{width}x{height} is too long; at most {sizes.max_aspect:g} to 1", param="width"
+        )
+    return width, height
+
+
+def _nearest_size(source: pictures.PictureSize, sizes: Sizes) -> tuple[int, int]:
+    """The allowed size nearest to the picture's own, keeping its shape where the limits let it."""
+    room = min(1.0, sizes.max / max(source), math.sqrt(sizes.max_pixels / (source.width * source.height)))
+    width, height = (_on_grid(side * room, sizes) for side in source)
+    longest = math.floor(sizes.max_aspect * min(width, height) / sizes.multiple) * sizes.multiple
+    width, height = min(width, longest), min(height, longest)
+    while width * height > sizes.max_pixels:  # rounding up may pass the limit by one grid line
+        width, height = (
+            (width - sizes.multiple, height) if width >= height else (width, height - sizes.multiple)
+        )
+    return width, height
+
+
+def _on_grid(side: float, sizes: Sizes) -> int:
+    return max(sizes.min, min(sizes.max, round(side / sizes.multiple) * sizes.multiple))
+
+
+def _steps(request: GenerationRequest, card: ModelCard, corrections: list[Correction]) -> int:
+    asked, steps = request.num_inference_steps, card.steps
+    if asked is None:
+        return steps.default
+    if steps.min <= asked <= steps.max:
+        return asked
+    if not card.corrects:
+        raise BadRequest(
+            f"num_inference_steps is {asked}; {card.id} runs {steps.min}-{steps.max}",
+            param="num_inference_steps",
+        )
+    used = max(steps.min, min(steps.max, asked))
+    name = card.family.upper()
+    rule = f"exactly {used}" if steps.min == steps.max else f"{steps.min} to {steps.max}"
+    corrections.append(
+        Correction(
+            "steps_corrected",
+            "num_inference_steps",
+            f"{name} requires {rule} steps. Overriding {asked} -> {used}",
+        )
+    )
+    return used
+
+
+def _guidance(request: GenerationRequest, card: ModelCard, corrections: list[Correction]) -> float:
+    asked, guidance = request.guidance_scale, card.guidance
+    if asked is None:
+        return guidance.default
+    if guidance.min <= asked <= guidance.max:
+        return asked
+    if not card.corrects:
+        raise BadRequest(
+            f"guidance_scale is {asked:g}; {card.id} takes {guidance.min:g}-{guidance.max:g}",
+            param="guidance_scale",
+        )
+    used = max(guidance.min, min(guidance.max, asked))
+    corrections.append(
+        Correction(
+            "guidance_corrected",
+            "guidance_scale",
+            f"{card.id} was trained for guidance_scale {used:g}. Overriding {asked:g} -> {used:g}",
+        )
+    )
+    return used
+
+
+def _negative_prompt(request: GenerationRequest, card: ModelCard, corrections: list[Correction]) -> str:
+    if card.negative_prompt or not request.negative_prompt:
+        return request.negative_prompt
+    corrections.append(
+        Correction(
+            "negative_prompt_ignored",
+            "negative_prompt",
+            f"{card.id} has no negative prompt; it was left out",
+        )
+    )
+    return ""
+
+
+def _scheduler(request: GenerationRequest, card: ModelCard, corrections: list[Correction]) -> str:
+    if request.scheduler == "auto" or request.scheduler in card.schedulers:
+        return request.scheduler
+    if not card.corrects:
+        raise BadRequest(
+            f"scheduler {request.scheduler!r} is not one of {card.id}'s: {', '.join(card.schedulers)}",
+            param="scheduler",
+        )
+    corrections.append(
+        Correction(
+            "scheduler_corrected",
+            "scheduler",
+            f"{card.id} keeps its own noise scheduler. Overriding {request.scheduler} -> auto",
+        )
+    )
+    return "auto"
+
+
+def _sequence_length(
+    request: GenerationRequest, card: ModelCard, corrections: list[Correction]
+) -> int | None:
+    """Text tokens; one number per model, because requests of different lengths share no forward."""
+    asked, used = request.max_sequence_length, card.max_sequence_length
+    if asked is None or asked == used:
+        return used
+    if used is None:
+        raise BadRequest(
+            f"{card.id} has no max_sequence_length; leave it out", param="max_sequence_length"
+        )
+    if not card.corrects and asked > used:
+        raise BadRequest(
+            f"max_sequence_length is {asked}; {card.id} takes {used}", param="max_sequence_length"
+        )
+    corrections.append(
+        Correction(
+            "sequence_length_corrected",
+            "max_sequence_length",
+            f"{card.id} runs with {used} text tokens. Overriding {asked} -> {used}",
+        )
+    )
+    return used
+
+
+def _edit(request: GenerationRequest, card: ModelCard) -> FittedEdit | None:
+    if request.edit is None:
+        return None
+    strength = card.strength if request.edit.strength is None else request.edit.strength
+    return FittedEdit(
+        image=request.edit.image, mask_image=request.edit.mask_image, strength=strength
+    )

@@ -1,0 +1,1 @@
+"""The front floor: answers people and keeps the books. Knows no torch."""

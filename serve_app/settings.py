@@ -1,0 +1,83 @@
+"""Where this installation keeps things, its limits and its secrets: environment over configs/service.yaml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import AliasChoices, Field, SecretStr
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+ROOT = Path(__file__).resolve().parent.parent  # the repository; cards and models live under it
+
+
+class Settings(BaseSettings):
+    """Frozen, read once by the process that builds the graph. An unknown key stops the start.
+
+    Every field is an environment variable WEFT_<NAME>, and a key of configs/service.yaml.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="WEFT_",
+        env_file=".env",
+        env_ignore_empty=True,
+        yaml_file=ROOT / "configs" / "service.yaml",
+        extra="forbid",
+        frozen=True,
+        populate_by_name=True,
+    )
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65535)
+    public_url: str = ""  # prefix of the links we hand out; empty: the caller's own Host
+    api_key: SecretStr | None = None  # demanded on every call; needed when host is not loopback
+    ui: bool = True  # serve the page at /
+
+    data_dir: Path = Path("data")  # jobs and pictures; survives restarts
+    redis_url: SecretStr | None = Field(
+        None, validation_alias=AliasChoices("redis_url", "WEFT_REDIS_URL", "REDIS_URL")
+    )  # None: the embedded Valkey
+    redis_prefix: str = "weft:"
+    results_url: str = ""  # an fsspec URL; empty: {data_dir}/results
+
+    lease_s: float = Field(30.0, gt=0)  # a job whose worker is silent for so long is given to another
+    heartbeat_s: float = Field(5.0, gt=0)
+    max_attempts: int = Field(3, ge=1)  # a job that kills its worker so often is failed
+    max_pending: int = Field(256, ge=1)  # jobs waiting, all owners together
+    max_active_per_owner: int = Field(64, ge=1)  # queued + processing
+    record_ttl_s: int = Field(7 * 86_400, ge=60)  # an ended job is forgotten after
+    events_kept: int = Field(256, ge=16)  # per job, for replay
+
+    max_body_bytes: int = Field(32 * 2**20, ge=1024)
+    max_json_depth: int = Field(32, ge=4)
+    sync_wait_s: float = Field(300.0, gt=0)  # how long the synchronous dialects wait for a job
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (
+            init_settings,
+            env_settings,
+            dotenv_settings,
+            YamlConfigSettingsSource(settings_cls),
+        )
+
+    @property
+    def results_root(self) -> str:
+        """fsspec URL or path of the folder that holds finished files."""
+        return self.results_url or str(self.data_dir.resolve() / "results")
+
+    @property
+    def open_to_all(self) -> bool:
+        """Nobody needs a key: only on loopback, and only when none is set."""
+        return self.api_key is None
