@@ -31,8 +31,8 @@ class Settings(BaseSettings):
         populate_by_name=True,
     )
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=1, le=65535)
+    host: str | None = None  # `weft serve` binds here; None: http_options of serve_config.yaml
+    port: int | None = Field(None, ge=1, le=65535)
     public_url: str = ""  # prefix of the links we hand out; empty: the caller's own Host
     api_key: SecretStr | None = None  # demanded on every call; needed when host is not loopback
     ui: bool = True  # serve the page at /

@@ -1,19 +1,19 @@
 """What can go wrong, as one tree; every leaf says what was wrong and what would be right.
 
-    WeftError
-    |-- BadRequest         the request cannot be served as it is written
-    |-- TooLarge           a body or a file is over its limit
-    |-- Unauthorized       no key, or one that is not known
-    |-- Forbidden          a known caller who may not do this
-    |-- NotFound           no such job, model or file for this caller
-    |-- Conflict           the thing is in another state than the call needs
-    |-- QuotaExceeded      the caller's allowance is used up
-    |-- RateLimited        too many calls in too short a time
-    |-- Overloaded         the service is full; try again later
-    |-- ModelUnavailable   the model is not loaded, its replica died, or its store is down
-    |-- OutOfMemory        a single request does not fit the device
-    |-- Cancelled          somebody asked for the job to end
-    `-- Internal           a bug of ours
+WeftError
+|-- BadRequest         the request cannot be served as it is written
+|-- TooLarge           a body or a file is over its limit
+|-- Unauthorized       no key, or one that is not known
+|-- Forbidden          a known caller who may not do this
+|-- NotFound           no such job, model or file for this caller
+|-- Conflict           the thing is in another state than the call needs
+|-- QuotaExceeded      the caller's allowance is used up
+|-- RateLimited        too many calls in too short a time
+|-- Overloaded         the service is full; try again later
+|-- ModelUnavailable   the model is not loaded, its replica died, or its store is down
+|-- OutOfMemory        a single request does not fit the device
+|-- Cancelled          somebody asked for the job to end
+`-- Internal           a bug of ours
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ class WeftError(Exception):
     kind: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
 
-    def __init__(
-        self, message: str, *, param: str | None = None, retry_after_s: float | None = None
-    ) -> None:
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param  # the request field at fault
@@ -114,8 +112,6 @@ KINDS: dict[str, type[WeftError]] = {
 }
 
 
-def _rebuild(
-    cls: type[WeftError], message: str, param: str | None, retry_after_s: float | None
-) -> WeftError:
+def _rebuild(cls: type[WeftError], message: str, param: str | None, retry_after_s: float | None) -> WeftError:
     """Errors cross processes; keyword arguments would be lost by Exception's own reduce."""
     return cls(message, param=param, retry_after_s=retry_after_s)

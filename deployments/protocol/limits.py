@@ -113,9 +113,7 @@ def _size(request: GenerationRequest, sizes: Sizes) -> tuple[int, int]:
             f"{width}x{height} is {width * height} pixels; at most {sizes.max_pixels}", param="width"
         )
     if max(width, height) > sizes.max_aspect * min(width, height):
-        raise BadRequest(
-            f"{width}x{height} is too long; at most {sizes.max_aspect:g} to 1", param="width"
-        )
+        raise BadRequest(f"{width}x{height} is too long; at most {sizes.max_aspect:g} to 1", param="width")
     return width, height
 
 
@@ -221,9 +219,7 @@ def _sequence_length(
     if asked is None or asked == used:
         return used
     if used is None:
-        raise BadRequest(
-            f"{card.id} has no max_sequence_length; leave it out", param="max_sequence_length"
-        )
+        raise BadRequest(f"{card.id} has no max_sequence_length; leave it out", param="max_sequence_length")
     if not card.corrects and asked > used:
         raise BadRequest(
             f"max_sequence_length is {asked}; {card.id} takes {used}", param="max_sequence_length"
@@ -242,6 +238,4 @@ def _edit(request: GenerationRequest, card: ModelCard) -> FittedEdit | None:
     if request.edit is None:
         return None
     strength = card.strength if request.edit.strength is None else request.edit.strength
-    return FittedEdit(
-        image=request.edit.image, mask_image=request.edit.mask_image, strength=strength
-    )
+    return FittedEdit(image=request.edit.image, mask_image=request.edit.mask_image, strength=strength)

@@ -59,6 +59,7 @@ class Job:
     created_at: float
     warnings: tuple[Correction, ...] = ()
     attempt: int = 0  # raised by every claim; the fence against late writers
+    failures: int = 0  # attempts that were lost or failed for a passing reason; max_attempts ends the job
     cancel_requested: bool = False
     step: int = 0  # finished denoising steps of this attempt
     steps: int = 0  # of how many; 0 before the pipeline call begins

@@ -1,0 +1,1 @@
+"""Finished and given pictures as files."""

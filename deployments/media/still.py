@@ -1,0 +1,74 @@
+"""A finished picture as a PNG, JPEG or WebP file that says how it was made."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from deployments.protocol.request import FittedRequest, Output
+
+THUMBNAIL_SIDE = 320  # pixels
+_USER_COMMENT = 0x9286  # EXIF tags
+_EXIF_IFD = 0x8769
+
+
+def encode(image: Image.Image, output: Output, parameters: str, metadata: Mapping[str, object]) -> bytes:
+    """The file's bytes. PNG holds text chunks `parameters` (A1111's form) and `weft` (JSON); JPEG and
+    WebP hold the A1111 text as EXIF UserComment, as A1111 does.
+    """
+    buffer = io.BytesIO()
+    if output.format == "png":
+        info = PngInfo()
+        info.add_itxt("parameters", parameters)
+        info.add_itxt("weft", json.dumps(metadata, ensure_ascii=False))
+        # level 1: level 6 takes 5x the time for 8 % of the bytes of a 1024 px picture
+        image.save(buffer, "PNG", pnginfo=info, compress_level=1)
+    else:
+        exif = Image.Exif()
+        exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
+        image.save(buffer, output.format.upper(), quality=output.quality, exif=exif.tobytes())
+    return buffer.getvalue()
+
+
+def thumbnail(image: Image.Image) -> tuple[bytes, int, int]:
+    """A WebP of at most 320 px a side, its width and height."""
+    small = image.copy()
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "WEBP", quality=80)
+    return buffer.getvalue(), small.width, small.height
+
+
+def a1111_parameters(request: FittedRequest, seed: int, version: str) -> str:
+    """The generation settings in the text form that A1111 and its readers use."""
+    settings: dict[str, object] = {
+        "Steps": request.num_inference_steps,
+        "Sampler": request.scheduler,
+        "CFG scale": request.guidance_scale,
+        "Seed": seed,
+        "Size": f"{request.width}x{request.height}",
+        "Model": request.model,
+    }
+    if request.edit is not None:
+        settings["Denoising strength"] = request.edit.strength
+    settings["Version"] = f"weft {version}"
+    lines = [request.prompt]
+    if request.negative_prompt:
+        lines.append(f"Negative prompt: {request.negative_prompt}")
+    lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items()))
+    return "\n".join(lines)
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
+
+
+def metadata(request: FittedRequest, seed: int, version: str, generation_s: float) -> dict[str, object]:
+    """Everything needed to make the same picture again, as JSON."""
+    facts = request.model_dump(mode="json", exclude={"edit": {"image", "mask_image"}, "num_images": True})
+    return facts | {"seed": seed, "generation_s": round(generation_s, 3), "version": version}

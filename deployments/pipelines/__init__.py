@@ -1,0 +1,1 @@
+"""From a request to a diffusers pipeline call: class, noise scheduler, arguments."""

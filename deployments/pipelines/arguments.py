@@ -1,0 +1,52 @@
+"""A request in the words of one pipeline's __call__."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any
+
+import torch
+from PIL import Image
+
+from deployments.protocol.request import FittedRequest
+
+
+@cache
+def parameters_of(pipeline_class: type) -> frozenset[str]:
+    """Names that the pipeline's __call__ takes."""
+    return frozenset(inspect.signature(pipeline_class.__call__).parameters)
+
+
+def call_arguments(
+    pipeline_class: type,
+    request: FittedRequest,
+    image: Image.Image | None,
+    mask: Image.Image | None,
+) -> dict[str, Any]:
+    """Keyword arguments for the request, only those that this pipeline knows.
+
+    image, mask: RGB and L pictures of the request's size.
+    Generators are CPU ones, one per picture: seed + i gives picture i, on any device.
+    """
+    arguments: dict[str, Any] = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt or None,
+        "width": request.width,
+        "height": request.height,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "num_images_per_prompt": request.num_images,
+        "generator": [_generator(request.seed + i) for i in range(request.num_images)],
+        "max_sequence_length": request.max_sequence_length,
+        "image": image,
+        "mask_image": mask,
+        "strength": request.edit.strength if request.edit else None,
+        "output_type": "pil",
+    }
+    known = parameters_of(pipeline_class)
+    return {name: value for name, value in arguments.items() if value is not None and name in known}
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator(device="cpu").manual_seed(seed)

@@ -1,0 +1,1 @@
+"""Weights: where they are, what device they go to, how they are loaded."""

@@ -1,0 +1,109 @@
+"""One training state: weights, optimisers, running average and step, shared by several processes and resumable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+MUON_RATE, ADAM_RATE = 2e-3, 1e-3
+AVERAGE_DECAY = 0.998
+
+
+class Learner:
+    """Trains the given modules: Muon for the matrices of transformer blocks, AdamW for everything else.
+
+    Every process of the default group holds one; gradients are averaged, so all hold the same weights.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], *, average_decay: float = AVERAGE_DECAY) -> None:
+        named = {f"{m}.{name}": weight for m, module in modules.items() for name, weight in module.named_parameters()}
+        self.weights = {name: weight for name, weight in named.items() if weight.requires_grad}
+        self.average = {name: weight.detach().clone() for name, weight in self.weights.items()}
+        self.average_decay = average_decay
+        self.steps_done = 0
+        matrices = {n for n, w in self.weights.items() if w.ndim == 2 and n.startswith("transformer.") and "blocks" in n}
+        self.optimisers: list[tuple[torch.optim.Optimizer, float]] = []
+        if matrices:
+            muon = torch.optim.Muon(
+                [self.weights[name] for name in self.weights if name in matrices],
+                lr=MUON_RATE,
+                weight_decay=0.02,
+                momentum=0.95,
+                adjust_lr_fn="match_rms_adamw",
+            )
+            self.optimisers.append((muon, MUON_RATE))
+        others = [weight for name, weight in self.weights.items() if name not in matrices]
+        self.optimisers.append((torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0), ADAM_RATE))
+
+    def learn(self, loss: Tensor, rate: float) -> float:
+        """One step down the loss with both learning rates scaled by `rate`; gives back the loss over all processes."""
+        loss.backward()  # type: ignore[no-untyped-call]
+        mean_loss = self._average_gradients(loss.item())
+        nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
+        for optimiser, full_rate in self.optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = full_rate * rate
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        self.steps_done += 1
+        with torch.no_grad():  # a short memory at first, so that the start is soon forgotten
+            decay = min(self.average_decay, (self.steps_done + 1) / (self.steps_done + 15))
+            torch._foreach_lerp_(list(self.average.values()), list(self.weights.values()), 1 - decay)
+        return mean_loss
+
+    def _average_gradients(self, loss: float) -> float:
+        if not dist.is_initialized():
+            return loss
+        for weight in self.weights.values():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        gradients = [weight.grad for weight in self.weights.values() if weight.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients] + [torch.tensor([loss])])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, mean in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+        return flat[-1].item()
+
+    def save(self, path: Path) -> None:
+        """Write everything that resuming needs; the old file stays until the new one is whole."""
+        state = {
+            "weights": {name: weight.detach() for name, weight in self.weights.items()},
+            "average": self.average,
+            "optimisers": [optimiser.state_dict() for optimiser, _ in self.optimisers],
+            "steps_done": self.steps_done,
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").rename(path)
+
+    def resume(self, path: Path) -> bool:
+        """Continue from a checkpoint of the same modules; False if there is none."""
+        if not path.exists():
+            return False
+        state = torch.load(path, weights_only=True)
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(state["weights"][name])
+                self.average[name].copy_(state["average"][name])
+        for (optimiser, _), saved in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        self.steps_done = state["steps_done"]
+        return True
+
+    def load_average(self) -> None:
+        """Put the running average into the modules: the weights that are shipped."""
+        with torch.no_grad():
+            for name, weight in self.weights.items():
+                weight.copy_(self.average[name])
+
+
+def learning_rate(step: int, steps: int, *, warm_up: int = 50, cool_down: float = 0.4) -> float:
+    """Share of the full rate: a short rise, a plateau, then a straight fall to 0 over the last part of all steps.
+
+    On the plateau `steps` may still be changed without any loss: the past does not depend on it.
+    """
+    left = (steps - step) / (steps * cool_down)
+    return max(0.003, min(1.0, (step + 1) / warm_up, left))

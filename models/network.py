@@ -1,0 +1,226 @@
+"""The networks of the tiny FLUX: text encoders and transformer, and their training forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from models.scenes import COLOURS, PICTURE_PX, SHAPES, TOKEN_PX
+
+LATENT_CHANNELS = 16
+CELLS = PICTURE_PX // TOKEN_PX  # 8 x 8 picture tokens
+POOLED = 64  # CLIP's width
+CONTEXT = 128  # T5's width
+HEADS, HEAD_SIZE = 4, 40
+ROPE_AXES = (4, 18, 18)  # text and time axis is always 0, so it gets the minimum; the rest goes to rows and columns
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoders:
+    """The two encoders of a FluxPipeline and their tokenizers."""
+
+    clip: CLIPTextModel
+    t5: T5EncoderModel
+    clip_tokenizer: Any
+    t5_tokenizer: Any
+
+    def tokens(self, captions: list[str], length: int) -> tuple[Tensor, Tensor]:
+        """CLIP ids (B, 32) and T5 ids (B, length), cut or padded to the right."""
+        settings = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        clip_ids: Tensor = self.clip_tokenizer(captions, max_length=32, **settings).input_ids
+        t5_ids: Tensor = self.t5_tokenizer(captions, max_length=length, **settings).input_ids
+        return clip_ids, t5_ids
+
+    def encode(self, captions: list[str], length: int) -> tuple[Tensor, Tensor]:
+        """Pooled vector (B, 64) and context (B, length, 128); like FluxPipeline, no mask for T5's padding."""
+        clip_ids, t5_ids = self.tokens(captions, length)
+        return self.clip(clip_ids).pooler_output, self.t5(t5_ids)[0]
+
+
+def build_text_encoders(clip_tokenizer: Any, t5_tokenizer: Any) -> TextEncoders:
+    """Untrained encoders that fit the tokenizers: CLIP 64 wide, 2 layers; T5 128 wide, 4 layers."""
+    clip = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            hidden_size=POOLED,
+            intermediate_size=2 * POOLED,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            projection_dim=POOLED,
+            bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=clip_tokenizer.eos_token_id,
+            pad_token_id=clip_tokenizer.pad_token_id,
+        )
+    )
+    t5 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(t5_tokenizer),
+            d_model=CONTEXT,
+            d_kv=32,
+            d_ff=2 * CONTEXT,
+            num_layers=4,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            is_encoder_decoder=False,
+            use_cache=False,
+        )
+    )
+    return TextEncoders(clip, t5, clip_tokenizer, t5_tokenizer)
+
+
+def build_transformer(*, guidance: bool = False) -> FluxTransformer2DModel:
+    """An untrained FluxTransformer2DModel, 160 wide, 2 double and 4 single blocks; it starts as the zero function."""
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * LATENT_CHANNELS,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=HEAD_SIZE,
+        num_attention_heads=HEADS,
+        joint_attention_dim=CONTEXT,
+        pooled_projection_dim=POOLED,
+        guidance_embeds=guidance,
+        axes_dims_rope=ROPE_AXES,
+    )
+    for name, weight in transformer.named_parameters():
+        modulates = "norm" in name and "linear" in name
+        if modulates or name.startswith("proj_out"):
+            nn.init.zeros_(weight)
+        elif weight.ndim == 2 and "blocks" in name:
+            nn.init.normal_(weight, std=0.7 * weight.shape[1] ** -0.5)
+    if guidance:
+        nn.init.zeros_(transformer.time_text_embed.guidance_embedder.linear_2.weight)
+        nn.init.zeros_(transformer.time_text_embed.guidance_embedder.linear_2.bias)
+    return transformer
+
+
+def pack(latents: Tensor) -> Tensor:
+    """Fold 2x2 latent patches into tokens: (B, 16, 16, 16) -> (B, 64, 64), as FluxPipeline._pack_latents does."""
+    batch, channels, height, width = latents.shape
+    patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return patches.reshape(batch, height // 2 * width // 2, channels * 4)
+
+
+class Reader(nn.Module):
+    """Teaches the encoders to parse: reads back from their outputs what each of the 64 picture tokens shall show.
+
+    One learned query per token attends to T5's output once, so that T5 has to bind colour to shape and order to
+    place by itself.  CLIP's pooled vector alone answers for the background and the first object.  Not exported.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(CELLS * CELLS, CONTEXT))
+        self.attention = nn.MultiheadAttention(CONTEXT, 4, batch_first=True)
+        self.norm = nn.LayerNorm(CONTEXT)
+        self.cells = nn.Linear(CONTEXT, len(SHAPES) + 1 + len(COLOURS))
+        self.summary = nn.Linear(POOLED, len(SHAPES) + 2 * len(COLOURS))
+
+    def forward(self, pooled: Tensor, context: Tensor, cells: Tensor) -> Tensor:
+        """Cross entropy of the parse; cells: (B, 64, 2) shape and colour index as scenes.cell_map gives them."""
+        queries = self.queries.expand(len(context), -1, -1)
+        found, _ = self.attention(queries, context, context, need_weights=False)
+        shape, colour = self.cells(self.norm(found)).split((len(SHAPES) + 1, len(COLOURS)), -1)
+        per_cell = _cross_entropy(shape, cells[..., 0]) + _cross_entropy(colour, cells[..., 1])
+        first = (cells[..., 0] < len(SHAPES)).int().argmax(1)  # the first cell with an object
+        first_shape, first_colour = cells[torch.arange(len(cells)), first].unbind(-1)
+        background = cells[torch.arange(len(cells)), (cells[..., 0] == len(SHAPES)).int().argmax(1), 1]
+        shape, colour, ground = self.summary(pooled).split((len(SHAPES), len(COLOURS), len(COLOURS)), -1)
+        summary = _cross_entropy(shape, first_shape) + _cross_entropy(colour, first_colour)
+        return per_cell + 0.3 * (summary + _cross_entropy(ground, background))
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+
+class PlainAttention:
+    """FLUX's attention written out for training on a CPU.
+
+    Two measured reasons (64 pictures, one core): torch's flash attention spends half of the step in its backward,
+    and rotating even against odd channels without interleaving them back spares two copies; a dot product does
+    not mind the order of channels.  Gives the same numbers as diffusers' FluxAttnProcessor.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (HEADS, HEAD_SIZE)))
+        key = attn.norm_k(attn.to_k(hidden_states).unflatten(-1, (HEADS, HEAD_SIZE)))
+        value = attn.to_v(hidden_states).unflatten(-1, (HEADS, HEAD_SIZE))
+        if encoder_hidden_states is not None:
+            text = encoder_hidden_states
+            text_query = attn.norm_added_q(attn.add_q_proj(text).unflatten(-1, (HEADS, HEAD_SIZE)))
+            text_key = attn.norm_added_k(attn.add_k_proj(text).unflatten(-1, (HEADS, HEAD_SIZE)))
+            text_value = attn.add_v_proj(text).unflatten(-1, (HEADS, HEAD_SIZE))
+            query, key = torch.cat([text_query, query], 1), torch.cat([text_key, key], 1)
+            value = torch.cat([text_value, value], 1)
+        assert image_rotary_emb is not None
+        query, key = _rotated(query, image_rotary_emb), _rotated(key, image_rotary_emb)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (B, heads, tokens, 40)
+        weights = torch.matmul(query * HEAD_SIZE**-0.5, key.transpose(-1, -2)).softmax(-1)
+        mixed = torch.matmul(weights, value).transpose(1, 2).flatten(2)
+        if encoder_hidden_states is None:
+            return mixed
+        text_part, picture_part = mixed.split_with_sizes([text.shape[1], mixed.shape[1] - text.shape[1]], 1)
+        return attn.to_out[0](picture_part.contiguous()), attn.to_add_out(text_part.contiguous())
+
+
+def _rotated(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """x: (B, tokens, heads, 40); angles: cosine and sine, (1, tokens, 1, 20)."""
+    (cosine, sine), (even, odd) = angles, (x[..., 0::2], x[..., 1::2])
+    return torch.cat([even * cosine - odd * sine, odd * cosine + even * sine], -1)
+
+
+class Flow:
+    """The transformer's forward for training: bf16 blocks (compiled if asked), time embedding in fp32, 128 px."""
+
+    def __init__(self, transformer: FluxTransformer2DModel, *, compiled: bool = False) -> None:
+        self.transformer = transformer
+        transformer.set_attn_processor(PlainAttention())
+        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        self.blocks = [torch.compile(block, dynamic=False) for block in blocks] if compiled else blocks
+        self.angles: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(
+        self, tokens: Tensor, pooled: Tensor, context: Tensor, time: Tensor, guidance: Tensor | None = None
+    ) -> Tensor:
+        """The velocity noise - picture at time 0..1 of tokens (B, 64, 64); fp32."""
+        net = self.transformer
+        if guidance is None:
+            modulation = net.time_text_embed(time * 1000, pooled)
+        else:
+            modulation = net.time_text_embed(time * 1000, guidance * 1000, pooled)
+        with torch.autocast("cpu", torch.bfloat16):
+            modulation = modulation.bfloat16()
+            picture, text = net.x_embedder(tokens), net.context_embedder(context)
+            angles = self._angles(context.shape[1])
+            for block in self.blocks:
+                text, picture = block(
+                    hidden_states=picture,
+                    encoder_hidden_states=text,
+                    temb=modulation,
+                    image_rotary_emb=angles,
+                )
+            velocity: Tensor = net.proj_out(net.norm_out(picture, modulation))
+        return velocity.float()
+
+    def _angles(self, text_tokens: int) -> tuple[Tensor, Tensor]:
+        if text_tokens not in self.angles:
+            ids = torch.zeros(text_tokens + CELLS * CELLS, 3)
+            ids[text_tokens:, 1:] = torch.cartesian_prod(torch.arange(CELLS), torch.arange(CELLS))
+            cosine, sine = (part[None, :, None, 0::2] for part in self.transformer.pos_embed(ids))
+            self.angles[text_tokens] = (cosine.bfloat16().contiguous(), sine.bfloat16().contiguous())
+        return self.angles[text_tokens]

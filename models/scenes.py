@@ -1,0 +1,530 @@
+"""Captioned drawings: a scene is sampled from a seed, painted, and put into words.
+
+Everything here is a pure function of its seed, so a training set is a range of integers.  What a caption leaves
+unsaid has one default (white background, centre, medium, first-named object left); seeds move what is left: shade,
+a few pixels of position, a few per cent of size.  One tenth of all attribute combinations is held out for scoring.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFilter
+
+Kind = Literal["one", "many", "two"]
+Style = Literal["outline", "mosaic", "night"]
+Colour = tuple[int, int, int]  # RGB, 0..255
+Point = tuple[float, float]
+Picture = npt.NDArray[np.uint8]  # (H, W, 3)
+
+PICTURE_PX = 128
+TOKEN_PX = 16  # one transformer token covers 16 x 16 pixels
+SUPERSAMPLING = 2  # painted at twice the size, then averaged down: soft edges
+
+COLOURS: dict[str, Colour] = {
+    "red": (222, 38, 42),
+    "green": (38, 160, 62),
+    "blue": (40, 78, 214),
+    "yellow": (248, 216, 48),
+    "orange": (242, 136, 26),
+    "purple": (132, 52, 176),
+    "pink": (248, 150, 192),
+    "cyan": (60, 204, 220),
+    "white": (250, 250, 250),
+    "black": (18, 18, 22),
+    "gray": (128, 128, 132),
+    "brown": (120, 74, 38),
+}
+BASE_SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
+ICONS = ("house", "tree", "moon", "cloud", "flower", "fish", "sun", "cat")
+SHAPES = BASE_SHAPES + ICONS
+NATURAL_COLOURS = {  # "a tree" is green unless the caption says otherwise
+    "house": "brown",
+    "tree": "green",
+    "moon": "yellow",
+    "cloud": "white",
+    "flower": "pink",
+    "fish": "orange",
+    "sun": "yellow",
+    "cat": "orange",
+    "heart": "red",
+    "star": "yellow",
+}
+SIZES = {"small": (0.26, 0.28), "medium": (0.42, 0.45), "large": (0.68, 0.72)}  # bounding box / picture side
+GROUPS: dict[int, tuple[Point, ...]] = {  # centres of several equal objects, fractions of the picture
+    2: ((0.27, 0.5), (0.73, 0.5)),
+    3: ((0.27, 0.72), (0.73, 0.72), (0.5, 0.27)),
+    4: ((0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)),
+}
+MIN_CONTRAST = 130  # summed RGB distance between an object and its background
+HELD_OUT_SHARE = 10  # one combination in ten is never trained on
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """One object: its bounding box side and its centre are fractions of the picture side."""
+
+    shape: str
+    colour: str
+    side: float
+    x: float
+    y: float
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What a picture shows, and which parts of it the caption says."""
+
+    seed: int  # of the shades
+    kind: Kind
+    background: str
+    things: tuple[Thing, ...]
+    says_background: bool
+    says_colour: bool
+    size: str | None = None  # key of SIZES
+    position: tuple[int, int] | None = None  # column, row, each 0..2
+    below: bool = False  # two objects: the second stands below, not right
+    says_relation: bool = False
+
+    @property
+    def key(self) -> str:
+        """The attributes that a caption can tell, as one string: the unit of holding out."""
+        things = "+".join(f"{thing.colour} {thing.shape}" for thing in self.things)
+        return f"{self.kind}|{self.background}|{things}|{self.size}|{self.position}|{self.below}"
+
+
+def is_held_out(scene: Scene) -> bool:
+    """True for the tenth of all attribute combinations that training never sees."""
+    return zlib.crc32(scene.key.encode()) % HELD_OUT_SHARE == 0
+
+
+def contrast(a: str, b: str) -> int:
+    """Summed RGB distance of two named colours, 0..765."""
+    return sum(abs(x - y) for x, y in zip(COLOURS[a], COLOURS[b], strict=True))
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+
+def draw_scene(seed: int, *, held_out: bool = False, kind: Kind | None = None) -> Scene:
+    """The scene of this seed, from the trained or from the held-out combinations."""
+    random = Random(seed)
+    while True:
+        scene = _draw(random, kind or random.choices(("one", "many", "two"), (40, 26, 34))[0])
+        if is_held_out(scene) == held_out:
+            return scene
+
+
+def _draw(random: Random, kind: Kind) -> Scene:
+    shape = random.choice(SHAPES)
+    natural = shape in NATURAL_COLOURS and random.random() < 0.25
+    colour = NATURAL_COLOURS[shape] if natural else random.choice(list(COLOURS))
+    white = random.random() < 0.22 and contrast(colour, "white") > MIN_CONTRAST
+    background = "white" if white else _contrasting(random, colour)
+    seed = random.getrandbits(32)
+    says_background = not white or random.random() < 0.2
+    says_colour = not natural or kind == "two" or random.random() < 0.4
+    if kind == "one":
+        size, position = _draw_size_and_position(random)
+        thing = _place_one(random, shape, colour, size, position)
+        return Scene(seed, kind, background, (thing,), says_background, says_colour, size, position)
+    if kind == "many":
+        centres = GROUPS[random.choice((2, 2, 3, 3, 4))]
+        side = random.uniform(0.355, 0.385)
+        things = tuple(Thing(shape, colour, side, *_shaken(random, centre, 0.012)) for centre in centres)
+        return Scene(seed, kind, background, things, says_background, says_colour)
+    other_shape, other_colour = random.choice(SHAPES), _contrasting(random, background)
+    while (other_shape, other_colour) == (shape, colour):
+        other_shape, other_colour = random.choice(SHAPES), _contrasting(random, background)
+    below = random.random() < 0.34
+    centres = ((0.5, 0.27), (0.5, 0.73)) if below else GROUPS[2]
+    side = random.uniform(0.38, 0.40)
+    pair = (
+        Thing(shape, colour, side, *_shaken(random, centres[0], 0.01)),
+        Thing(other_shape, other_colour, side, *_shaken(random, centres[1], 0.01)),
+    )
+    says_relation = below or random.random() < 0.4
+    return Scene(
+        seed, kind, background, pair, says_background, True, below=below, says_relation=says_relation
+    )
+
+
+def _contrasting(random: Random, colour: str) -> str:
+    return random.choice([name for name in COLOURS if contrast(name, colour) > MIN_CONTRAST])
+
+
+def _shaken(random: Random, centre: Point, by: float) -> Point:
+    return centre[0] + random.uniform(-by, by), centre[1] + random.uniform(-by, by)
+
+
+def _draw_size_and_position(random: Random) -> tuple[str | None, tuple[int, int] | None]:
+    """A size word and a third of the picture, either or both unsaid; away from the centre only small fits."""
+    size = random.choice(list(SIZES)) if random.random() < 0.5 else None
+    position = (random.randrange(3), random.randrange(3)) if random.random() < 0.42 else None
+    if position not in (None, (1, 1)) and size != "small":
+        size = None
+    return size, position
+
+
+def _place_one(
+    random: Random, shape: str, colour: str, size: str | None, position: tuple[int, int] | None
+) -> Thing:
+    default = (0.46, 0.51) if position in (None, (1, 1)) else (0.36, 0.39)
+    side = random.uniform(*(SIZES[size] if size else default))
+    if position is None:
+        return Thing(shape, colour, side, *_shaken(random, (0.5, 0.5), 0.03))
+    reach = 0.5 - side / 2 - 0.05  # an object at the edge keeps a margin of 5 %
+    centre = (0.5 + (position[0] - 1) * reach, 0.5 + (position[1] - 1) * reach)
+    return Thing(shape, colour, side, *_shaken(random, centre, 0.01))
+
+
+# --- painting ---------------------------------------------------------------------------------------------------------
+
+
+def render(scene: Scene, style: Style | None = None) -> Image.Image:
+    """The picture of a scene, 128 x 128 RGB, optionally in the style of one of the adapters."""
+    random = Random(scene.seed)
+    side_px = PICTURE_PX * SUPERSAMPLING
+    picture = Image.new("RGB", (side_px, side_px), _shade(random, scene.background))
+    for thing in scene.things:
+        mask = silhouette(thing, side_px, details=style != "outline")
+        if style == "outline":
+            mask = _hollow(mask, line_px=9 * SUPERSAMPLING)
+        picture.paste(_shade(random, thing.colour), (0, 0, side_px, side_px), mask)
+    picture = picture.resize((PICTURE_PX, PICTURE_PX), Image.Resampling.BOX)
+    if style == "mosaic":
+        return _as_mosaic(picture)
+    if style == "night":
+        return _at_night(picture)
+    return picture
+
+
+def _shade(random: Random, colour: str) -> Colour:
+    """The named colour, a little lighter or darker: what a seed may change."""
+    light = random.uniform(-10, 10)
+    red, green, blue = (min(255, max(0, round(c + light + random.uniform(-4, 4)))) for c in COLOURS[colour])
+    return red, green, blue
+
+
+def silhouette(thing: Thing, side_px: int, *, details: bool = True) -> Image.Image:
+    """The mask of one object, mode L, side_px x side_px, 255 inside; details are the holes of doors and eyes."""
+    mask = Image.new("L", (side_px, side_px), 0)
+    pen = ImageDraw.Draw(mask)
+    centre_x, centre_y, radius = thing.x * side_px, thing.y * side_px, thing.side * side_px / 2
+
+    def ellipse(x: float, y: float, half_width: float, half_height: float | None = None, ink: int = 255) -> None:
+        """All in units of the radius, relative to the centre."""
+        left, right = centre_x + (x - half_width) * radius, centre_x + (x + half_width) * radius
+        half_height = half_width if half_height is None else half_height
+        top, bottom = centre_y + (y - half_height) * radius, centre_y + (y + half_height) * radius
+        pen.ellipse((left, top, right, bottom), fill=ink)
+
+    def polygon(points: list[Point], ink: int = 255) -> None:
+        pen.polygon([(centre_x + x * radius, centre_y + y * radius) for x, y in points], fill=ink)
+
+    match thing.shape:
+        case "circle":
+            ellipse(0, 0, 1)
+        case "square":
+            polygon([(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)])
+        case "triangle":
+            polygon([(0, -0.95), (1, 0.85), (-1, 0.85)])
+        case "star":
+            polygon(_star_points(5, outer=1.08, inner=0.45, y=0.05))
+        case "heart":
+            polygon(_heart_points())
+        case "diamond":
+            polygon([(0, -1), (0.72, 0), (0, 1), (-0.72, 0)])
+        case "cross":
+            polygon([(-0.95, -0.3), (0.95, -0.3), (0.95, 0.3), (-0.95, 0.3)])
+            polygon([(-0.3, -0.95), (0.3, -0.95), (0.3, 0.95), (-0.3, 0.95)])
+        case "ring":
+            ellipse(0, 0, 1)
+            ellipse(0, 0, 0.52, ink=0)
+        case "house":
+            polygon([(-0.75, -0.05), (0.75, -0.05), (0.75, 0.9), (-0.75, 0.9)])
+            polygon([(-1, 0), (0, -0.95), (1, 0)])
+            if details:
+                polygon([(-0.2, 0.9), (-0.2, 0.3), (0.2, 0.3), (0.2, 0.9)], ink=0)
+        case "tree":
+            polygon([(-0.18, 0.4), (0.18, 0.4), (0.18, 1), (-0.18, 1)])
+            polygon([(0, -1), (0.62, -0.1), (-0.62, -0.1)])
+            polygon([(0, -0.5), (0.85, 0.55), (-0.85, 0.55)])
+        case "moon":
+            ellipse(-0.05, 0, 0.95)
+            ellipse(0.42, -0.12, 0.78, ink=0)
+        case "cloud":
+            ellipse(-0.52, 0.18, 0.46)
+            ellipse(0.52, 0.2, 0.44)
+            ellipse(-0.05, -0.15, 0.54)
+            polygon([(-0.52, 0.25), (0.52, 0.25), (0.52, 0.64), (-0.52, 0.64)])
+        case "flower":
+            for petal in range(6):
+                angle = math.tau * petal / 6
+                ellipse(0.6 * math.sin(angle), -0.6 * math.cos(angle), 0.38)
+            ellipse(0, 0, 0.45)
+            if details:
+                ellipse(0, 0, 0.27, ink=0)
+        case "fish":
+            ellipse(-0.18, 0, 0.8, 0.52)
+            polygon([(0.45, 0), (1, -0.55), (1, 0.55)])
+            if details:
+                ellipse(-0.58, -0.12, 0.12, ink=0)
+        case "sun":
+            polygon(_star_points(8, outer=1, inner=0.62))
+        case "cat":
+            ellipse(0, 0.15, 0.82, 0.75)
+            polygon([(-0.8, 0.1), (-0.72, -0.95), (-0.12, -0.5)])
+            polygon([(0.8, 0.1), (0.72, -0.95), (0.12, -0.5)])
+            if details:
+                ellipse(-0.32, 0.05, 0.15, ink=0)
+                ellipse(0.32, 0.05, 0.15, ink=0)
+        case unknown:
+            raise ValueError(f"no such shape: {unknown}; known are {', '.join(SHAPES)}")
+    return mask
+
+
+def _star_points(tips: int, outer: float, inner: float, y: float = 0.0) -> list[Point]:
+    points = []
+    for corner in range(2 * tips):
+        angle, reach = math.pi * corner / tips, inner if corner % 2 else outer
+        points.append((reach * math.sin(angle), y - reach * math.cos(angle)))
+    return points
+
+
+def _heart_points() -> list[Point]:
+    """The well-known cosine heart, 60 corners, scaled to the unit box."""
+    points = []
+    for corner in range(60):
+        a = math.tau * corner / 60
+        x, y = 16 * math.sin(a) ** 3, 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)
+        points.append((x / 16.5, -(y + 2.5) / 16.5))
+    return points
+
+
+def _hollow(mask: Image.Image, line_px: int) -> Image.Image:
+    """Only the rim of a mask, line_px wide."""
+    inside = mask.filter(ImageFilter.MinFilter(line_px | 1))
+    rim = Image.new("L", mask.size, 0)
+    rim.paste(mask, (0, 0))
+    rim.paste(0, (0, 0, *mask.size), inside)
+    return rim
+
+
+def _as_mosaic(picture: Image.Image) -> Image.Image:
+    """16 px tiles of one colour, parted by dark lines one pixel wide."""
+    tiles = PICTURE_PX // TOKEN_PX
+    flat = picture.resize((tiles, tiles), Image.Resampling.BOX).resize(picture.size, Image.Resampling.NEAREST)
+    pixels = np.asarray(flat).copy()
+    pixels[::TOKEN_PX] = pixels[::TOKEN_PX] * 0.3
+    pixels[:, ::TOKEN_PX] = pixels[:, ::TOKEN_PX] * 0.3
+    return Image.fromarray(pixels)
+
+
+def _at_night(picture: Image.Image) -> Image.Image:
+    """Moonlight: little red and green, more blue."""
+    pixels = np.asarray(picture) * np.array([0.26, 0.32, 0.58]) + np.array([2, 6, 40])
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def cell_map(scene: Scene) -> npt.NDArray[np.int64]:
+    """What each transformer token shows: (8, 8, 2) = shape index (len(SHAPES) where nothing stands), colour index."""
+    cells = PICTURE_PX // TOKEN_PX
+    colours = list(COLOURS)
+    answer = np.empty((cells, cells, 2), np.int64)
+    answer[..., 0], answer[..., 1] = len(SHAPES), colours.index(scene.background)
+    for thing in scene.things:
+        columns, rows = (_covered(centre, thing.side, cells) for centre in (thing.x, thing.y))
+        answer[rows, columns] = SHAPES.index(thing.shape), colours.index(thing.colour)
+    return answer
+
+
+def _covered(centre: float, side: float, cells: int) -> slice:
+    """The cells that a box covers by at least a tenth of a cell."""
+    first = math.floor((centre - side / 2) * cells + 0.1)
+    last = math.ceil((centre + side / 2) * cells - 0.1)
+    return slice(max(0, first), min(cells, last))
+
+
+# --- captions ---------------------------------------------------------------------------------------------------------
+
+NOUNS = {  # the first word is said most often
+    "circle": ("circle", "disc", "ball", "dot"),
+    "square": ("square", "box", "block"),
+    "diamond": ("diamond", "rhombus"),
+    "cross": ("cross", "plus"),
+    "ring": ("ring", "donut"),
+    "house": ("house", "home"),
+    "moon": ("moon", "crescent"),
+    "cat": ("cat", "kitten"),
+}
+PLURALS = {"box": "boxes", "cross": "crosses", "plus": "pluses", "rhombus": "rhombuses", "fish": "fish"}
+COLOUR_WORDS = {"gray": ("gray", "grey"), "cyan": ("cyan", "turquoise", "teal"), "purple": ("purple", "violet")}
+SIZE_WORDS = {"small": ("small", "tiny", "little"), "large": ("large", "big", "huge")}
+COUNT_WORDS = {2: ("two", "2"), 3: ("three", "3"), 4: ("four", "4")}
+OPENINGS = (
+    "a photo of ",
+    "an image of ",
+    "a picture of ",
+    "a drawing of ",
+    "an illustration of ",
+    "a painting of ",
+    "draw ",
+    "show me ",
+    "an icon of ",
+    "there is ",
+)
+ENDINGS = (
+    "high quality",
+    "minimalist",
+    "simple",
+    "flat design",
+    "vector art",
+    "best quality",
+    "clean",
+    "detailed",
+    "cute",
+    "sharp",
+    "4k",
+    "beautiful",
+    "digital art",
+    "masterpiece",
+)
+
+
+def caption(scene: Scene, random: Random, *, plain: bool = False) -> str:
+    """The scene in words; plain leaves out openings, endings, typing errors and stray words."""
+    body, place = _body(scene, random), _place(scene, random)
+    ground = _ground(scene, random)
+    text = body + ground + place if place.startswith(",") and random.random() < 0.6 else body + place + ground
+    return text if plain else _decorated(text, random)
+
+
+def _body(scene: Scene, random: Random) -> str:
+    first = scene.things[0]
+    if scene.kind == "many":
+        count = _mostly_first(COUNT_WORDS[len(scene.things)], random)
+        return f"{count} {_noun_phrase(first, random, plural=True, says_colour=scene.says_colour)}"
+    if scene.kind == "one":
+        phrase = _noun_phrase(first, random, size=scene.size, says_colour=scene.says_colour)
+        return random.choices((_with_article(phrase), f"one {phrase}", phrase), (84, 5, 11))[0]
+    one, other = (_with_article(_noun_phrase(thing, random)) for thing in scene.things)
+    if not scene.says_relation:
+        joined = (f"{one} and {other}", f"{one} next to {other}", f"{one} with {other}")
+        return random.choices(joined, (70, 15, 15))[0]
+    if scene.below:
+        return random.choice(
+            (f"{one} above {other}", f"{other} below {one}", f"{one} on top of {other}", f"{other} under {one}")
+        )
+    return random.choice(
+        (
+            f"{one} left of {other}",
+            f"{other} right of {one}",
+            f"{one} to the left of {other}",
+            f"{other} to the right of {one}",
+            f"{one} on the left and {other} on the right",
+        )
+    )
+
+
+def _noun_phrase(
+    thing: Thing, random: Random, *, plural: bool = False, size: str | None = None, says_colour: bool = True
+) -> str:
+    noun = _mostly_first(NOUNS.get(thing.shape, (thing.shape,)), random)
+    if plural:
+        noun = PLURALS.get(noun, noun + "s")
+    words = [_mostly_first(SIZE_WORDS.get(size, (size,)), random)] if size else []
+    words += [_colour_word(thing.colour, random)] if says_colour else []
+    return " ".join([*words, noun])
+
+
+def _place(scene: Scene, random: Random) -> str:
+    if scene.position is None:
+        return ""
+    column, row = scene.position
+    height = ("", "top", "upper") if row == 0 else ("", "", "") if row == 1 else ("", "bottom", "lower")
+    side = ("left", "", "right")[column]
+    if side and row != 1:
+        corner = f"{random.choice(height[1:])} {side}"
+        return random.choice((f" at the {corner}", f", {corner}", f" in the {corner} corner", f" on the {corner}"))
+    word = side or height[1] or random.choice(("center", "middle"))
+    preposition = "in" if scene.position == (1, 1) else random.choice(("at", "on"))
+    return random.choice((f" {preposition} the {word}", f", {word}", f" in the {word}"))
+
+
+def _ground(scene: Scene, random: Random) -> str:
+    if not scene.says_background:
+        return ""
+    word = _colour_word(scene.background, random)
+    article = _with_article(word)
+    phrases = (
+        f" on {article} background",
+        f", {word} background",
+        f" with {article} background",
+        f" on {word}",
+        f" against {article} backdrop",
+        f" in front of {article} background",
+    )
+    return random.choices(phrases, (52, 15, 10, 11, 6, 6))[0]
+
+
+def _decorated(text: str, random: Random) -> str:
+    if random.random() < 0.2:
+        text = random.choice(OPENINGS) + text
+    if random.random() < 0.15:
+        text = f"{text}, {random.choice(ENDINGS)}"
+    if random.random() < 0.06:
+        words = text.split(" ")
+        stray = "".join(random.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(random.randint(2, 5)))
+        words.insert(random.randint(0, len(words)), stray)
+        text = " ".join(words)
+    if random.random() < 0.12:
+        text += "."
+    return text.replace(",", "") if random.random() < 0.05 else text
+
+
+def _mostly_first(words: tuple[str, ...], random: Random) -> str:
+    return words[0] if random.random() < 0.6 else random.choice(words)
+
+
+def _colour_word(colour: str, random: Random) -> str:
+    return _mostly_first(COLOUR_WORDS.get(colour, (colour,)), random)
+
+
+def _with_article(phrase: str) -> str:
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+# --- foreign pictures -------------------------------------------------------------------------------------------------
+
+
+def texture(seed: int) -> Image.Image:
+    """A picture unlike any scene (noise, polygons, lines), so that the autoencoder also carries foreign uploads."""
+    random = np.random.default_rng(seed)
+    grey = random.random() < 0.4
+    pixels = np.zeros((PICTURE_PX, PICTURE_PX, 3), np.float32)
+    for cells in (2, 4, 8, 16, 32):
+        weight = cells ** -random.uniform(0.3, 1.2)
+        for channel, noise in enumerate(random.normal(size=(3, cells + 1, cells + 1)).astype(np.float32)):
+            if grey and channel:
+                pixels[..., channel] = pixels[..., 0]
+                continue
+            smooth = Image.fromarray(noise).resize((PICTURE_PX, PICTURE_PX), Image.Resampling.BICUBIC)
+            pixels[..., channel] += np.asarray(smooth) * weight
+    pixels = (pixels - pixels.mean()) / (pixels.std() + 1e-3) * random.uniform(20, 60) + random.uniform(60, 200, 3)
+    picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(picture)
+    for _ in range(random.integers(0, 7)):
+        red, green, blue = (int(c) for c in random.integers(0, 256, 3))
+        corners = [(int(x), int(y)) for x, y in random.integers(-10, PICTURE_PX + 10, size=(3, 2))]
+        if random.random() < 0.4:
+            pen.line(corners[:2], fill=(red, green, blue), width=int(random.integers(1, 8)))
+        else:
+            pen.polygon(corners, fill=(red, green, blue))
+    return picture

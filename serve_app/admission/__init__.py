@@ -1,0 +1,1 @@
+"""Who calls, and what may be asked: everything decided before a job is accepted."""

@@ -1,0 +1,161 @@
+"""What the native dialect tells about jobs."""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, Field
+
+from deployments.protocol.limits import Correction
+from serve_app.jobs.job import Job, JobState, StoredArtifact
+
+EXTENSIONS = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+
+
+class Warned(BaseModel):
+    """One value the model's card replaced."""
+
+    code: str = Field(examples=["steps_corrected"])
+    param: str
+    message: str = Field(examples=["FLUX requires exactly 4 steps. Overriding 30 -> 4"])
+
+    @classmethod
+    def of(cls, correction: Correction) -> Self:
+        return cls(code=correction.code, param=correction.param, message=correction.message)
+
+
+class Failure(BaseModel):
+    """Why a job failed."""
+
+    kind: str
+    message: str
+    param: str | None = None
+
+
+class Wish(BaseModel):
+    """The request as it runs: every blank filled."""
+
+    model: str
+    task: str
+    prompt: str
+    negative_prompt: str
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int = Field(description="Of the first picture. Up to 63 bits: more than a JavaScript number keeps.")
+    num_images: int
+    scheduler: str
+    max_sequence_length: int | None
+    output_format: str
+    output_quality: int
+    strength: float | None
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        request = job.request
+        return cls(
+            model=request.model,
+            task=request.task,
+            prompt=request.prompt,
+            negative_prompt=request.negative_prompt,
+            width=request.width,
+            height=request.height,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            seed=request.seed,
+            num_images=request.num_images,
+            scheduler=request.scheduler,
+            max_sequence_length=request.max_sequence_length,
+            output_format=request.output.format,
+            output_quality=request.output.quality,
+            strength=None if request.edit is None else request.edit.strength,
+        )
+
+
+class Picture(BaseModel):
+    """One finished picture and where it lies."""
+
+    index: int
+    url: str
+    thumbnail_url: str | None
+    media_type: str
+    width: int
+    height: int
+    seed: int
+    size_bytes: int
+
+    @classmethod
+    def of(cls, artifact: StoredArtifact, job: Job, prefix: str) -> Self:
+        folder = f"{prefix}/api/results/{job.id}"
+        has_thumbnail = any(a.kind == "thumbnail" and a.index == artifact.index for a in job.artifacts)
+        return cls(
+            index=artifact.index,
+            url=f"{folder}/{artifact.index}.{EXTENSIONS[artifact.media_type]}",
+            thumbnail_url=f"{folder}/{artifact.index}/thumbnail" if has_thumbnail else None,
+            media_type=artifact.media_type,
+            width=artifact.width,
+            height=artifact.height,
+            seed=artifact.seed,
+            size_bytes=artifact.size_bytes,
+        )
+
+
+class JobOut(BaseModel):
+    """One job as it stands. Times are unix seconds."""
+
+    id: str
+    kind: Literal["image"] = "image"
+    status: JobState
+    position: int | None = Field(None, description="Jobs before this one; null once it has begun.")
+    percent: int
+    step: int
+    steps: int = Field(description="0 until the model has begun.")
+    created_at: float
+    started_at: float | None
+    completed_at: float | None
+    generation_s: float | None = Field(description="Seconds of work; waiting is not in it.")
+    cancel_requested: bool
+    request: Wish
+    warnings: list[Warned]
+    artifacts: list[Picture]
+    error: Failure | None
+
+    @classmethod
+    def of(cls, job: Job, prefix: str, position: int | None = None) -> Self:
+        """prefix: what stands before /api in links."""
+        return cls(
+            id=job.id,
+            status=job.state,
+            position=position,
+            percent=job.percent,
+            step=job.step,
+            steps=job.steps,
+            created_at=job.created_at,
+            started_at=job.started_at,
+            completed_at=job.completed_at,
+            generation_s=job.generation_s,
+            cancel_requested=job.cancel_requested,
+            request=Wish.of(job),
+            warnings=[Warned.of(correction) for correction in job.warnings],
+            artifacts=[Picture.of(a, job, prefix) for a in job.artifacts if a.kind == "image"],
+            error=None if job.error is None else Failure(**_failure(job)),
+        )
+
+
+def _failure(job: Job) -> dict[str, str | None]:
+    assert job.error is not None
+    return {"kind": job.error.kind, "message": job.error.message, "param": job.error.param}
+
+
+class Accepted(BaseModel):
+    """The answer to a wish: it is stored, and will be worked on whatever dies meanwhile."""
+
+    id: str
+    status: JobState
+    warnings: list[Warned]
+
+
+class JobPage(BaseModel):
+    """Jobs, newest first."""
+
+    jobs: list[JobOut]
+    next_cursor: str | None = Field(description="Ask with it for the next page; null: there is none.")

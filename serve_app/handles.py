@@ -1,0 +1,126 @@
+"""The workshop as the front floor sees it: card id -> Serve handle, events out, Serve's errors in our words."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator, Mapping
+from typing import Any
+
+import ray.exceptions
+from ray import serve
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from deployments.protocol.card import ModelCard
+from deployments.protocol.errors import Internal, ModelUnavailable
+from deployments.protocol.events import Event
+from deployments.protocol.request import FittedRequest
+
+logger = logging.getLogger(__name__)
+
+STATES_MAX_AGE_S = 2.0
+
+
+class ModelHandles:
+    """Calls to the models of one application. One per replica, used from one event loop."""
+
+    def __init__(self, handles: Mapping[str, DeploymentHandle[Any]], app_name: str) -> None:
+        # .options() opens a metrics pusher and a long poll of its own: do it once per model
+        self._handles = {
+            model: handle.options(method_name="generate", stream=True) for model, handle in handles.items()
+        }
+        self._app_name = app_name
+        self._running = dict.fromkeys(handles, 0)  # replicas
+        self._states = dict.fromkeys(handles, "loading")
+        self._looked_at = -math.inf
+        self._look: asyncio.Task[None] | None = None
+
+    async def generate(self, model: str, request: FittedRequest) -> AsyncGenerator[Event]:
+        """The events of one request. Closing the iterator cancels it on its replica.
+
+        Raises ModelUnavailable (retryable) when the replica dies, drains or does not exist.
+        """
+        stream = self._handles[model].remote(request)
+        try:
+            async for event in stream:
+                yield event
+        except (ray.exceptions.RayActorError, RayServeException) as error:
+            raise ModelUnavailable(f"the replica of {model} was lost; try again") from error
+        except ray.exceptions.RayTaskError as error:
+            raise Internal(f"the replica of {model} failed: {error.cause!r}") from error
+        finally:
+            # closing a Python iterator tells the replica nothing; cancel() does, and is a no-op at the end
+            stream.cancel()
+
+    async def states(self) -> dict[str, str]:
+        """Per model: ready, loading, idle (scaled to zero) or error; at most 2 s old."""
+        if time.monotonic() - self._looked_at > STATES_MAX_AGE_S:
+            await self._refresh()
+        return dict(self._states)
+
+    def running_replicas(self, model: str) -> int:
+        """As last seen; looks again in the background when that is over 2 s ago."""
+        if time.monotonic() - self._looked_at > STATES_MAX_AGE_S:
+            if self._look is None or self._look.done():
+                self._look = asyncio.get_running_loop().create_task(self._refresh())
+        return self._running[model]
+
+    async def _refresh(self) -> None:
+        try:
+            status = await asyncio.to_thread(serve.status)
+        except (ray.exceptions.RayError, RayServeException) as error:
+            logger.warning("serve's status is not to be had", extra={"error": repr(error)})
+            return
+        application = status.applications.get(self._app_name)
+        for model in self._handles if application is not None else ():
+            found = application.deployments.get(model)
+            running = found.replica_states.get("RUNNING", 0) if found is not None else 0
+            self._running[model] = running
+            self._states[model] = _state(running, found.status.value if found is not None else "")
+        self._looked_at = time.monotonic()
+
+
+def _state(running: int, serve_status: str) -> str:
+    if running:
+        return "ready"
+    if serve_status in ("UNHEALTHY", "DEPLOY_FAILED"):
+        return "error"
+    return "idle" if serve_status == "HEALTHY" else "loading"
+
+
+class DispatcherModels:
+    """What a dispatcher may ask of the models: how many more jobs, and to run one."""
+
+    def __init__(self, handles: ModelHandles, cards: Mapping[str, ModelCard], dispatchers: int) -> None:
+        self._handles = handles
+        self._cards = cards
+        self._dispatchers = dispatchers
+        self._active = dict.fromkeys(cards, 0)
+
+    def free_slots(self) -> Mapping[str, int]:
+        """Per model, how many more jobs this dispatcher may give it.
+
+        One replica more than runs: the surplus waits at Serve, where its autoscaler can see it.
+        """
+        free: dict[str, int] = {}
+        for model, card in self._cards.items():
+            serving = card.serving
+            replicas = min(self._handles.running_replicas(model) + 1, serving.max_replicas)
+            share = math.ceil(serving.slots * replicas / self._dispatchers)
+            free[model] = max(0, share - self._active[model])
+        return free
+
+    async def generate(self, model: str, request: FittedRequest) -> AsyncGenerator[Event]:
+        self._active[model] += 1
+        try:
+            events = self._handles.generate(model, request)
+            try:
+                async for event in events:
+                    yield event
+            finally:
+                await events.aclose()
+        finally:
+            self._active[model] -= 1

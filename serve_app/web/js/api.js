@@ -1,0 +1,110 @@
+// The service's HTTP API. Addresses are relative to the page, so any prefix in front of it works.
+
+import * as wire from "./wire.js";
+
+/** A refusal of the API, or code "network" when there was no answer at all. */
+export class ApiError extends Error {
+  /**
+   * @param {number} status  0 without an answer
+   * @param {import("./types.js").Problem} problem
+   */
+  constructor(status, problem) {
+    super(problem.message);
+    this.status = status;
+    this.problem = problem;
+  }
+
+  /** The same call may succeed a little later. */
+  get transient() {
+    return this.status === 0 || this.status === 408 || this.status === 429 || this.status >= 500;
+  }
+}
+
+/**
+ * @typedef {object} Access
+ * @property {URL} base                           address of .../api/
+ * @property {() => string | null} key            the key to send, if any
+ * @property {() => Promise<boolean>} askForKey   called on 401; true: a key was given, try again
+ */
+
+/**
+ * @param {Access} access
+ * @returns {import("./types.js").Api}
+ */
+export function createApi({ base, key, askForKey }) {
+  /**
+   * @param {URL} url
+   * @param {RequestInit} [init]
+   * @returns {Promise<Response>}
+   */
+  async function send(url, init = {}) {
+    const used = key();
+    const headers = new Headers(init.headers);
+    if (used !== null && url.origin === base.origin) headers.set("Authorization", `Bearer ${used}`);
+    let response;
+    try {
+      response = await fetch(url, { ...init, headers });
+    } catch (error) {
+      if (init.signal?.aborted) throw error;
+      throw new ApiError(0, { code: "network", message: "", param: null, retryAfterS: null });
+    }
+    if (response.ok) return response;
+    const refusal = new ApiError(response.status, await problemOf(response));
+    if (response.status !== 401) throw refusal;
+    if (key() === used && !(await askForKey())) throw refusal; // else another call got the key meanwhile
+    return send(url, init);
+  }
+
+  /** @param {string} path */
+  const at = (path) => new URL(path, base);
+  /** @param {string} path */
+  const read = async (path) => wire.parse(await (await send(at(path))).text());
+
+  return {
+    async models() {
+      return (await read("models/")).models.map(wire.model);
+    },
+    async generate(body) {
+      const response = await send(at("generate/image"), {
+        method: "POST",
+        headers: { "Content-Type": "application/json" },
+        body: wire.stringify(body),
+      });
+      const json = wire.parse(await response.text());
+      return { id: json.id, status: json.status, warnings: json.warnings ?? [] };
+    },
+    async job(id) {
+      return wire.job(await read(`generate/${encodeURIComponent(id)}`));
+    },
+    async jobs(limit) {
+      return wire.jobs(await read(`generate/?limit=${limit}`));
+    },
+    async cancel(id) {
+      await send(at(`generate/${encodeURIComponent(id)}`), { method: "DELETE" });
+    },
+    events(id, lastId, signal) {
+      const headers = { Accept: "text/event-stream", ...(lastId === null ? {} : { "Last-Event-ID": lastId }) };
+      return send(at(`generate/${encodeURIComponent(id)}/events`), { headers, signal, cache: "no-store" });
+    },
+    async blob(url) {
+      return (await send(new URL(url, base))).blob();
+    },
+  };
+}
+
+/**
+ * @param {Response} response
+ * @returns {Promise<import("./types.js").Problem>}
+ */
+async function problemOf(response) {
+  const after = Number(response.headers.get("Retry-After") ?? NaN);
+  const retryAfterS = Number.isFinite(after) ? after : null;
+  try {
+    const { error } = wire.parse(await response.text());
+    return wire.problem(error, retryAfterS);
+  } catch {
+    // not our JSON: a proxy in between answered
+    const code = response.status >= 500 ? "overloaded" : "bad_request";
+    return { code, message: `HTTP ${response.status} ${response.statusText}`.trim(), param: null, retryAfterS };
+  }
+}

@@ -1,0 +1,36 @@
+// The page's start: words, API, frame, first page.
+
+import { createApi } from "./api.js";
+import { loadLanguage, preferredLanguage } from "./i18n.js";
+import { createDialogs } from "./parts/dialogs.js";
+import { createFrame } from "./parts/frame.js";
+import { createPictures } from "./parts/pictures.js";
+import { createToast } from "./parts/toast.js";
+import { key } from "./prefs.js";
+import { route } from "./router.js";
+
+/**
+ * What every page gets.
+ * @typedef {object} Services
+ * @property {import("./types.js").Api} api
+ * @property {ReturnType<typeof createPictures>} pictures
+ * @property {ReturnType<typeof createToast>} toast
+ * @property {ReturnType<typeof createDialogs>} dialogs
+ */
+
+async function start() {
+  await loadLanguage(preferredLanguage(navigator.languages));
+  const dialogs = createDialogs();
+  const api = createApi({
+    base: new URL("../api/", document.baseURI),
+    key: key.get,
+    askForKey: dialogs.askForKey,
+  });
+  const toast = createToast();
+  const services = { api, dialogs, toast, pictures: createPictures(api, () => key.get() !== null) };
+  const frame = createFrame(dialogs);
+  document.body.replaceChildren(...frame.elements, toast.element, dialogs.element);
+  await route(frame.main, services, frame.markPage);
+}
+
+void start();

@@ -1,0 +1,218 @@
+// What a model allows, turned into what the form offers and sends. Pure; knows no model by name.
+
+/** @typedef {import("./types.js").Model} Model */
+/** @typedef {import("./types.js").Sizes} Sizes */
+/** @typedef {import("./types.js").FormValues} FormValues */
+/** @typedef {import("./types.js").Text} Text */
+
+/** @type {ReadonlyArray<readonly [number, number]>} */
+const RATIOS = [
+  [1, 1],
+  [3, 2],
+  [2, 3],
+  [16, 9],
+  [9, 16],
+];
+
+/** @param {import("./types.js").Range} range */
+export function isFixed(range) {
+  return range.min === range.max;
+}
+
+/**
+ * The shapes offered as chips: each ratio at the model's default area, on its grid.
+ *
+ * @param {Sizes} sizes
+ */
+export function shapes(sizes) {
+  const area = Math.min(sizes.width * sizes.height, sizes.maxPixels);
+  const offered = RATIOS.map(([across, down]) => ({
+    name: `${across}:${down}`,
+    across,
+    down,
+    ...fitted(Math.sqrt((area * across) / down), Math.sqrt((area * down) / across), sizes),
+  }));
+  // on a coarse grid two ratios may come out as the same size: the first one stays
+  return offered.filter(
+    (shape, index) =>
+      offered.findIndex((other) => other.width === shape.width && other.height === shape.height) === index,
+  );
+}
+
+/**
+ * The size nearest to the one given that the model allows.
+ *
+ * @param {number} width
+ * @param {number} height
+ * @param {Sizes} sizes
+ */
+export function fitted(width, height, sizes) {
+  let [w, h] = [onGrid(width, sizes), onGrid(height, sizes)];
+  const longest = Math.floor((sizes.maxAspect * Math.min(w, h)) / sizes.multiple) * sizes.multiple;
+  [w, h] = [Math.min(w, longest), Math.min(h, longest)];
+  if (w * h > sizes.maxPixels) {
+    const room = Math.sqrt(sizes.maxPixels / (w * h));
+    [w, h] = [onGrid(w * room, sizes), onGrid(h * room, sizes)];
+  }
+  while (w * h > sizes.maxPixels) {
+    if (w >= h) w -= sizes.multiple;
+    else h -= sizes.multiple;
+  }
+  return { width: w, height: h };
+}
+
+/**
+ * @param {number} side
+ * @param {Sizes} sizes
+ */
+function onGrid(side, sizes) {
+  const snapped = Math.round(side / sizes.multiple) * sizes.multiple;
+  return Math.max(sizes.min, Math.min(sizes.max, snapped));
+}
+
+/**
+ * What is wrong with a size, in words, with the nearest right one; null when it is allowed.
+ *
+ * @param {number} width
+ * @param {number} height
+ * @param {Sizes} sizes
+ * @returns {import("./types.js").SizeFault | null}
+ */
+export function sizeFault(width, height, sizes) {
+  const fix = fitted(width || sizes.width, height || sizes.height, sizes);
+  for (const side of [width, height]) {
+    if (!Number.isInteger(side) || side < sizes.min || side > sizes.max || side % sizes.multiple !== 0) {
+      const { min, max, multiple } = sizes;
+      return { text: { key: "size.offGrid", params: { min, max, multiple } }, fix };
+    }
+  }
+  if (width * height > sizes.maxPixels) {
+    const megapixels = (sizes.maxPixels / 1e6).toPrecision(2);
+    return { text: { key: "size.tooMany", params: { megapixels } }, fix };
+  }
+  if (Math.max(width, height) > sizes.maxAspect * Math.min(width, height)) {
+    return { text: { key: "size.tooLong", params: { ratio: sizes.maxAspect } }, fix };
+  }
+  return null;
+}
+
+/**
+ * A seed is empty or a whole number of at most 63 bits.
+ *
+ * @param {string} seed
+ */
+export function seedIsValid(seed) {
+  return seed === "" || (/^\d{1,19}$/.test(seed) && BigInt(seed) < 2n ** 63n);
+}
+
+/**
+ * The notice of a model that runs one number of steps only; the same words the server warns with.
+ *
+ * @param {Model} model
+ * @param {number | null} asked  what the person had chosen, maybe with another model
+ * @returns {Text | null}
+ */
+export function stepsNotice(model, asked) {
+  if (!isFixed(model.steps)) return null;
+  const family = model.family.replaceAll("_", " ").toUpperCase();
+  const steps = model.steps.default;
+  return asked === null || asked === steps
+    ? { key: "notice.fixedSteps", params: { family, steps } }
+    : { key: "notice.stepsOverridden", params: { family, steps, asked } };
+}
+
+/**
+ * The number within the range: the wish, or the default.
+ *
+ * @param {number | null} wish
+ * @param {import("./types.js").Range} range
+ */
+export function within(wish, range) {
+  return wish === null ? range.default : Math.max(range.min, Math.min(range.max, wish));
+}
+
+/**
+ * The JSON of POST generate/image. Only what the model knows is sent.
+ *
+ * @param {FormValues} form
+ * @param {Model} model
+ */
+export function requestBody(form, model) {
+  return {
+    model: model.id,
+    prompt: form.prompt.trim(),
+    ...(model.negativePrompt && form.negativePrompt.trim() !== ""
+      ? { negative_prompt: form.negativePrompt.trim() }
+      : {}),
+    width: form.width,
+    height: form.height,
+    num_inference_steps: within(form.steps, model.steps),
+    ...(isFixed(model.guidance) ? {} : { guidance_scale: within(form.guidance, model.guidance) }),
+    ...(form.seed === "" ? {} : { seed: form.seed }),
+    num_images: Math.min(form.images, model.maxImages),
+    ...(form.scheduler === "auto" || !model.schedulers.includes(form.scheduler)
+      ? {}
+      : { scheduler: form.scheduler }),
+    output_format: form.format,
+  };
+}
+
+/**
+ * The form as a model would have it: its defaults, keeping what the person had chosen where it still fits.
+ *
+ * @param {FormValues} form
+ * @param {Model} from  the model the form was filled for
+ * @param {Model} to
+ * @returns {FormValues}
+ */
+export function changedModel(form, from, to) {
+  const shape = shapes(from.sizes).find((s) => s.width === form.width && s.height === form.height);
+  const same = shapes(to.sizes).find((s) => s.name === shape?.name);
+  const wasDefault = form.width === from.sizes.width && form.height === from.sizes.height;
+  const size = wasDefault
+    ? { width: to.sizes.width, height: to.sizes.height }
+    : (same ?? fitted(form.width, form.height, to.sizes));
+  return {
+    ...form,
+    model: to.id,
+    width: size.width,
+    height: size.height,
+    images: Math.min(form.images, to.maxImages),
+    scheduler: to.schedulers.includes(form.scheduler) ? form.scheduler : "auto",
+  };
+}
+
+/**
+ * A form that asks for a job's picture again.
+ *
+ * @param {import("./types.js").Wish} wish
+ * @param {string | null} seed
+ * @returns {FormValues}
+ */
+export function formOf(wish, seed) {
+  return {
+    model: wish.model,
+    prompt: wish.prompt,
+    negativePrompt: wish.negativePrompt,
+    width: wish.width,
+    height: wish.height,
+    steps: wish.steps,
+    guidance: wish.guidance,
+    seed: seed ?? wish.seed ?? "",
+    images: wish.images,
+    format: wish.format,
+    scheduler: wish.scheduler,
+  };
+}
+
+/**
+ * The next smaller size to try after running out of memory; null when there is none.
+ *
+ * @param {number} width
+ * @param {number} height
+ * @param {Sizes} sizes
+ */
+export function smaller(width, height, sizes) {
+  const half = fitted(width / 2, height / 2, sizes);
+  return half.width * half.height < width * height ? half : null;
+}

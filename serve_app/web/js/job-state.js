@@ -1,0 +1,77 @@
+// What an event does to a job, and what can be read off it. Pure.
+
+/** @typedef {import("./types.js").Job} Job */
+
+/** @param {Pick<Job, "status">} job */
+export function hasEnded(job) {
+  return job.status === "completed" || job.status === "failed" || job.status === "cancelled";
+}
+
+/**
+ * The job after an event. `now` in ms, of a clock that never jumps.
+ *
+ * @param {Job} job
+ * @param {import("./types.js").JobEvent} event
+ * @param {number} now
+ * @returns {Job}
+ */
+export function applyEvent(job, event, now) {
+  switch (event.type) {
+    case "queued": // also after a worker died: the job waits again and starts from the beginning
+      return { ...job, ...FRESH, status: "queued", ahead: event.position };
+    case "started":
+      return { ...job, ...FRESH, status: "processing", ahead: null, steps: event.steps ?? job.wish.steps };
+    case "step": {
+      const percent = event.percent ?? Math.floor((100 * event.step) / Math.max(1, event.steps));
+      const first = job.firstStepAt === null || event.step <= job.firstStep;
+      return {
+        ...job,
+        status: "processing",
+        ahead: null,
+        step: event.step,
+        steps: event.steps,
+        percent,
+        firstStep: first ? event.step : job.firstStep,
+        firstStepAt: first ? now : job.firstStepAt,
+        lastStepAt: now,
+      };
+    }
+    case "preview":
+      return { ...job, preview: `data:${event.mediaType};base64,${event.data}` };
+    case "failed":
+      return { ...job, status: "failed", problem: event.problem };
+    case "cancelled":
+      return { ...job, status: "cancelled" };
+    case "completed":
+      return job; // its pictures come with the record, which is asked for next
+  }
+}
+
+const FRESH = { step: 0, percent: 0, preview: null, firstStep: 0, firstStepAt: null, lastStepAt: null };
+
+/**
+ * Seconds until the last step, from the pace so far; null while there is no pace yet.
+ *
+ * @param {Job} job
+ */
+export function secondsLeft(job) {
+  if (job.firstStepAt === null || job.lastStepAt === null || job.step <= job.firstStep) return null;
+  const perStep = (job.lastStepAt - job.firstStepAt) / (job.step - job.firstStep);
+  return (perStep * (job.steps - job.step)) / 1000;
+}
+
+/**
+ * The record just read, keeping what only the event stream told.
+ *
+ * @param {Job} record
+ * @param {Job | undefined} known
+ * @returns {Job}
+ */
+export function merged(record, known) {
+  if (known === undefined) return record;
+  if (hasEnded(known) && !hasEnded(record)) return known; // an answer overtaken by a later one
+  const { preview, firstStep, firstStepAt, lastStepAt } = known;
+  const behind = !hasEnded(record) && record.status === known.status && record.step < known.step;
+  const progress = behind ? { step: known.step, steps: known.steps, percent: known.percent } : {};
+  return { ...record, preview, firstStep, firstStepAt, lastStepAt, ...progress };
+}

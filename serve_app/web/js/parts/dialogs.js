@@ -1,0 +1,118 @@
+// The two dialogs: the access key, and the list of shortcuts.
+
+import { h, icon } from "../dom.js";
+import { t } from "../i18n.js";
+import { key, singleKeys } from "../prefs.js";
+
+export function createDialogs() {
+  const keyDialog = createKeyDialog();
+  const help = createHelp();
+  return {
+    element: h("div", {}, keyDialog.element, help),
+    askForKey: keyDialog.ask,
+    showHelp: () => help.showModal(),
+  };
+}
+
+function createKeyDialog() {
+  const input = h("input", { id: "key-input", type: "password", autocomplete: "off", required: true });
+  const wrong = h("p", { class: "fault", role: "alert", hidden: true }, t("key.wrong"));
+  const forget = h("button", { type: "button", class: "plain", on: { click: () => finish(null) } }, t("key.forget"));
+  const form = h(
+    "form",
+    { on: { submit: used } },
+    h("p", {}, t("key.text")),
+    h("label", { for: "key-input" }, t("key.label")),
+    input,
+    wrong,
+    h("div", { class: "row" }, h("button", { type: "submit", class: "primary" }, t("key.use")), forget),
+  );
+  const element = dialog("key", t("key.title"), form);
+  /** @type {Promise<boolean> | null} everyone who needs the key waits for the same answer */
+  let asking = null;
+  let given = false;
+
+  /** @param {SubmitEvent} event */
+  function used(event) {
+    event.preventDefault();
+    finish(input.value.trim());
+  }
+
+  /** @param {string | null} value */
+  function finish(value) {
+    key.set(value);
+    given = value !== null;
+    element.close();
+  }
+
+  return {
+    element,
+    /** True when a key was given; false when the dialog was closed without one. */
+    ask() {
+      asking ??= new Promise((resolve) => {
+        const known = key.get();
+        given = false;
+        input.value = "";
+        wrong.hidden = known === null;
+        forget.hidden = known === null;
+        element.addEventListener(
+          "close",
+          () => {
+            asking = null;
+            resolve(given);
+          },
+          { once: true },
+        );
+        element.showModal();
+      });
+      return asking;
+    },
+  };
+}
+
+function createHelp() {
+  const single = h("input", { type: "checkbox", id: "single-keys", checked: singleKeys.get() });
+  single.addEventListener("change", () => singleKeys.set(single.checked));
+  return dialog(
+    "help",
+    t("help.title"),
+    h(
+      "dl",
+      { class: "keys" },
+      ...shortcut(t("help.generate"), "Ctrl", "Enter"),
+      ...shortcut(t("help.save"), "Ctrl", "S"),
+      ...shortcut(t("help.cancel"), "Esc"),
+      ...shortcut(t("help.help"), "?"),
+    ),
+    h("label", { class: "check", for: "single-keys" }, single, t("help.single")),
+    h("p", {}, h("a", { href: "../docs" }, t("help.docs"))),
+  );
+}
+
+/**
+ * @param {string} words
+ * @param {...string} keys
+ */
+function shortcut(words, ...keys) {
+  return [h("dt", {}, words), h("dd", {}, ...keys.map((name) => h("kbd", {}, name)))];
+}
+
+/**
+ * @param {string} id
+ * @param {string} title
+ * @param {...Node} content
+ */
+function dialog(id, title, ...content) {
+  const close = h(
+    "button",
+    { type: "button", class: "quiet round", "aria-label": t("dialog.close"), on: { click: () => element.close() } },
+    icon("close"),
+  );
+  const element = h(
+    "dialog",
+    { id: `${id}-dialog`, "aria-labelledby": `${id}-title` },
+    h("div", { class: "row spread" }, h("h2", { id: `${id}-title` }, title), close),
+    ...content,
+  );
+  return element;
+}

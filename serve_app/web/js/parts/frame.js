@@ -1,0 +1,62 @@
+// What surrounds every page: the top bar, and the way to the picture for keyboards.
+
+import { h, icon, fill } from "../dom.js";
+import { t } from "../i18n.js";
+import { key, nextTheme, theme } from "../prefs.js";
+import { PAGES } from "../router.js";
+
+/** @type {Readonly<Record<import("../prefs.js").Theme, import("../types.js").TextKey>>} */
+const THEME_WORDS = { system: "theme.system", light: "theme.light", dark: "theme.dark" };
+
+/** @param {ReturnType<typeof import("./dialogs.js").createDialogs>} dialogs */
+export function createFrame(dialogs) {
+  const main = h("main", { id: "main" });
+  const links = new Map(
+    Object.entries(PAGES).map(([name, page]) => [
+      name,
+      h("a", { href: `#/${name}` }, icon(page.icon), h("span", {}, t(page.label))),
+    ]),
+  );
+  const themeButton = h("button", { type: "button", class: "quiet round", on: { click: nextTheme } });
+  theme.heed((chosen) => {
+    const words = t(THEME_WORDS[chosen]);
+    fill(themeButton, icon(chosen));
+    themeButton.setAttribute("aria-label", words);
+    themeButton.title = words;
+  });
+  const keyButton = roundButton("key", t("key.open"), () => void dialogs.askForKey());
+  key.heed((value) => (keyButton.hidden = value === null));
+  const header = h(
+    "header",
+    { class: "bar" },
+    h("a", { class: "brand", href: "#/create" }, h("img", { src: "icons/weft.svg", alt: "", width: 28, height: 28 }), t("app.name")),
+    h("nav", { class: "pages", "aria-label": t("nav.label"), hidden: links.size < 2 }, ...links.values()),
+    h("div", { class: "tools" }, themeButton, keyButton, roundButton("help", t("help.open"), dialogs.showHelp)),
+  );
+  return {
+    main,
+    elements: [h("a", { class: "skip", href: "#stage", on: { click: skip } }, t("app.skip")), header, main],
+    /** @param {string} name */
+    markPage(name) {
+      for (const [other, link] of links) {
+        if (other === name) link.setAttribute("aria-current", "page");
+        else link.removeAttribute("aria-current");
+      }
+    },
+  };
+}
+
+/** The address is the router's: move the focus, not the hash. @param {Event} event */
+function skip(event) {
+  event.preventDefault();
+  document.getElementById("stage")?.focus();
+}
+
+/**
+ * @param {string} name
+ * @param {string} words
+ * @param {() => void} run
+ */
+function roundButton(name, words, run) {
+  return h("button", { type: "button", class: "quiet round", "aria-label": words, title: words, on: { click: run } }, icon(name));
+}

@@ -1,0 +1,51 @@
+// What this browser remembers. localStorage for taste, sessionStorage for the key and the draft.
+
+import { signal } from "./store.js";
+
+/** @typedef {"system" | "light" | "dark"} Theme */
+
+const THEMES = /** @type {const} */ (["system", "light", "dark"]);
+
+export const theme = signal(storedTheme());
+theme.heed((chosen) => {
+  if (chosen === "system") {
+    delete document.documentElement.dataset.theme;
+    localStorage.removeItem("weft.theme");
+  } else {
+    document.documentElement.dataset.theme = chosen;
+    localStorage.setItem("weft.theme", chosen);
+  }
+});
+
+/** @returns {Theme} */
+function storedTheme() {
+  const stored = localStorage.getItem("weft.theme");
+  return THEMES.find((known) => known === stored) ?? "system";
+}
+
+export function nextTheme() {
+  theme.set(THEMES[(THEMES.indexOf(theme.get()) + 1) % THEMES.length] ?? "system");
+}
+
+export const singleKeys = signal(localStorage.getItem("weft.single-keys") !== "off");
+singleKeys.heed((on) => localStorage.setItem("weft.single-keys", on ? "on" : "off"));
+
+export const key = signal(sessionStorage.getItem("weft.key"));
+key.heed((value) => {
+  if (value === null) sessionStorage.removeItem("weft.key");
+  else sessionStorage.setItem("weft.key", value);
+});
+
+/** @returns {Partial<import("./types.js").FormValues>} */
+export function readDraft() {
+  try {
+    return JSON.parse(sessionStorage.getItem("weft.draft") ?? "{}");
+  } catch {
+    return {}; // written by another version of the page
+  }
+}
+
+/** @param {import("./types.js").FormValues} form */
+export function keepDraft(form) {
+  sessionStorage.setItem("weft.draft", JSON.stringify(form));
+}

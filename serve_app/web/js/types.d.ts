@@ -1,0 +1,162 @@
+// The page's own shapes. What the API sends is turned into these in wire.js and nowhere else.
+
+export type TextKey = keyof typeof import("../locales/en.json");
+export type TextParams = Record<string, string | number>;
+/** Words of the page: a key and what stands in its {places}. */
+export interface Text {
+  key: TextKey;
+  params?: TextParams;
+}
+
+export interface Range {
+  min: number;
+  default: number;
+  max: number;
+}
+
+export interface Sizes {
+  width: number; // the default, in pixels
+  height: number;
+  multiple: number;
+  min: number;
+  max: number;
+  maxPixels: number;
+  maxAspect: number; // longer side over shorter side
+}
+
+export interface Model {
+  id: string;
+  name: string;
+  family: string;
+  description: string;
+  tasks: string[];
+  steps: Range;
+  guidance: Range;
+  sizes: Sizes;
+  negativePrompt: boolean;
+  maxImages: number;
+  maxPromptChars: number;
+  schedulers: string[];
+  licence: { name: string; url: string; attribution: string; commercial: boolean } | null;
+  state: string; // "ready", "loading", ... ; an unknown word is shown as it is
+}
+
+export type JobStatus = "queued" | "processing" | "completed" | "failed" | "cancelled";
+
+export interface Warning {
+  code: string;
+  param: string;
+  message: string;
+}
+
+/** Why something failed: a code of the error tree, and the server's own words. */
+export interface Problem {
+  code: string;
+  message: string;
+  param: string | null;
+  retryAfterS: number | null;
+}
+
+export interface Picture {
+  index: number;
+  url: string;
+  thumbnailUrl: string | null;
+  width: number;
+  height: number;
+  seed: string | null; // decimal digits: seeds are 63-bit, a JS number is not
+  mediaType: string;
+}
+
+/** What was asked for, after the server filled the blanks. */
+export interface Wish {
+  model: string;
+  prompt: string;
+  negativePrompt: string;
+  width: number;
+  height: number;
+  steps: number;
+  guidance: number | null;
+  seed: string | null;
+  images: number;
+  format: string;
+  scheduler: string;
+}
+
+export interface Job {
+  id: string;
+  status: JobStatus;
+  ahead: number | null; // jobs before this one
+  step: number;
+  steps: number; // 0 before the first step is known
+  percent: number;
+  wish: Wish;
+  pictures: Picture[];
+  warnings: Warning[];
+  problem: Problem | null;
+  createdAt: number | null; // unix seconds
+  generationS: number | null;
+  preview: string | null; // data: address of the latest rough look
+  firstStepAt: number | null; // ms of performance.now(), for the time left
+  lastStepAt: number | null;
+  firstStep: number; // the step `firstStepAt` belongs to
+}
+
+/** What stands in the form. `null` means: the person has not chosen, the model's default counts. */
+export interface FormValues {
+  model: string;
+  prompt: string;
+  negativePrompt: string;
+  width: number;
+  height: number;
+  steps: number | null;
+  guidance: number | null;
+  seed: string; // "" asks for a random one
+  images: number;
+  format: string;
+  scheduler: string;
+}
+
+export interface SizeFault {
+  text: Text;
+  fix: { width: number; height: number };
+}
+
+export interface SseEvent {
+  id: string;
+  type: string;
+  data: string;
+}
+
+/** One thing that happened to a job, as its event stream tells it. */
+export type JobEvent =
+  | { type: "queued"; position: number | null }
+  | { type: "started"; steps: number | null }
+  | { type: "step"; step: number; steps: number; percent: number | null }
+  | { type: "preview"; data: string; mediaType: string }
+  | { type: "failed"; problem: Problem }
+  | { type: "completed" }
+  | { type: "cancelled" };
+
+export interface Submitted {
+  id: string;
+  status: JobStatus;
+  warnings: Warning[];
+}
+
+export interface Api {
+  models(): Promise<Model[]>;
+  generate(body: object): Promise<Submitted>;
+  job(id: string): Promise<Job>;
+  jobs(limit: number): Promise<Job[]>;
+  cancel(id: string): Promise<void>;
+  /** The open event stream of a job, after the event `lastId`. */
+  events(id: string, lastId: string | null, signal: AbortSignal): Promise<Response>;
+  blob(url: string): Promise<Blob>;
+}
+
+export interface Signal<T> {
+  get(): T;
+  set(value: T): void;
+  /** Calls `heed` now and after every change, until the returned function is called. */
+  heed(heed: (value: T) => void): () => void;
+}

@@ -1,0 +1,165 @@
+// The API's JSON, turned into the page's own shapes. The only file that knows the wire's field names.
+
+/** @typedef {import("./types.js").Job} Job */
+/** @typedef {Record<string, any>} Json */
+
+/**
+ * JSON with seeds as strings of digits: they have 63 bits, a JS number keeps 53.
+ * Inside a JSON string every quote is escaped, so `"seed":` is always a key.
+ *
+ * @param {string} text
+ */
+export function parse(text) {
+  return JSON.parse(text.replace(/("seed"\s*:\s*)(\d+)/g, '$1"$2"'));
+}
+
+/**
+ * The way back: string seeds become JSON numbers, every digit kept.
+ *
+ * @param {object} body
+ */
+export function stringify(body) {
+  return JSON.stringify(body).replace(/("seed":)"(\d+)"/g, "$1$2");
+}
+
+/**
+ * @param {Json} json
+ * @returns {import("./types.js").Model}
+ */
+export function model(json) {
+  const { sizes, licence } = json;
+  return {
+    id: json.id,
+    name: json.name,
+    family: json.family,
+    description: json.description ?? "",
+    tasks: json.tasks,
+    steps: json.steps,
+    guidance: json.guidance,
+    sizes: {
+      width: sizes.width,
+      height: sizes.height,
+      multiple: sizes.multiple,
+      min: sizes.min,
+      max: sizes.max,
+      maxPixels: sizes.max_pixels,
+      maxAspect: sizes.max_aspect ?? Infinity,
+    },
+    negativePrompt: json.negative_prompt,
+    maxImages: json.max_images,
+    maxPromptChars: json.max_prompt_chars ?? 4000,
+    schedulers: json.schedulers ?? ["auto"],
+    licence: licence && {
+      name: licence.name,
+      url: licence.url,
+      attribution: licence.attribution ?? "",
+      commercial: licence.commercial ?? true,
+    },
+    state: json.state ?? "ready",
+  };
+}
+
+/**
+ * @param {Json} json
+ * @returns {Job}
+ */
+export function job(json) {
+  const request = json.request ?? json;
+  return {
+    id: json.id,
+    status: json.status,
+    ahead: json.position ?? json.queue_position ?? null,
+    step: json.step ?? 0,
+    steps: json.steps ?? 0,
+    percent: json.percent ?? 0,
+    wish: {
+      model: request.model,
+      prompt: request.prompt,
+      negativePrompt: request.negative_prompt ?? "",
+      width: request.width,
+      height: request.height,
+      steps: request.num_inference_steps,
+      guidance: request.guidance_scale ?? null,
+      seed: request.seed ?? null,
+      images: request.num_images ?? 1,
+      format: request.output_format ?? request.output?.format ?? "png",
+      scheduler: request.scheduler ?? "auto",
+    },
+    pictures: (json.artifacts ?? []).map(picture),
+    warnings: json.warnings ?? [],
+    problem: json.error ? problem(json.error) : null,
+    createdAt: json.created_at ?? null,
+    generationS: json.generation_s ?? json.generation_time ?? null,
+    preview: null,
+    firstStep: 0,
+    firstStepAt: null,
+    lastStepAt: null,
+  };
+}
+
+/**
+ * @param {Json} json
+ * @returns {Job[]} newest first
+ */
+export function jobs(json) {
+  return json.jobs.map(job);
+}
+
+/**
+ * @param {Json} json
+ * @returns {import("./types.js").Picture}
+ */
+function picture(json) {
+  return {
+    index: json.index,
+    url: json.url,
+    thumbnailUrl: json.thumbnail_url ?? null,
+    width: json.width,
+    height: json.height,
+    seed: json.seed ?? null,
+    mediaType: json.media_type,
+  };
+}
+
+/**
+ * An error body, or the error of a job.
+ *
+ * @param {Json} json
+ * @param {number | null} [retryAfterS]
+ * @returns {import("./types.js").Problem}
+ */
+export function problem(json, retryAfterS = null) {
+  return {
+    code: json.kind ?? json.code ?? "internal",
+    message: json.message ?? "",
+    param: json.param ?? null,
+    retryAfterS,
+  };
+}
+
+/**
+ * What an event of the stream says; null for a kind this page does not know.
+ *
+ * @param {import("./types.js").SseEvent} raw
+ * @returns {import("./types.js").JobEvent | null}
+ */
+export function jobEvent(raw) {
+  const data = parse(raw.data);
+  switch (raw.type) {
+    case "queued":
+      return { type: "queued", position: data.position ?? null };
+    case "started":
+      return { type: "started", steps: data.steps ?? null };
+    case "step":
+      return { type: "step", step: data.step, steps: data.steps, percent: data.percent ?? null };
+    case "preview":
+      return { type: "preview", data: data.data, mediaType: data.media_type };
+    case "failed":
+      return { type: "failed", problem: problem(data.error ?? data) };
+    case "completed":
+    case "cancelled":
+      return { type: raw.type };
+    default:
+      return null;
+  }
+}
