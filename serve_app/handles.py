@@ -1,4 +1,4 @@
-"""The workshop as the front floor sees it: card id -> Serve handle, events out, Serve's errors in our words."""
+"""The workshop as the front floor sees it: card id -> Serve handle, events, Serve's errors in our words."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import ray.exceptions
 from ray import serve
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Internal, ModelUnavailable
@@ -43,7 +43,7 @@ class ModelHandles:
 
         Raises ModelUnavailable (retryable) when the replica dies, drains or does not exist.
         """
-        stream = self._handles[model].remote(request)
+        stream = cast(DeploymentResponseGenerator[Event], self._handles[model].remote(request))
         try:
             async for event in stream:
                 yield event
@@ -53,7 +53,7 @@ class ModelHandles:
             raise Internal(f"the replica of {model} failed: {error.cause!r}") from error
         finally:
             # closing a Python iterator tells the replica nothing; cancel() does, and is a no-op at the end
-            stream.cancel()
+            stream.cancel()  # type: ignore[no-untyped-call]
 
     async def states(self) -> dict[str, str]:
         """Per model: ready, loading, idle (scaled to zero) or error; at most 2 s old."""
@@ -63,9 +63,9 @@ class ModelHandles:
 
     def running_replicas(self, model: str) -> int:
         """As last seen; looks again in the background when that is over 2 s ago."""
-        if time.monotonic() - self._looked_at > STATES_MAX_AGE_S:
-            if self._look is None or self._look.done():
-                self._look = asyncio.get_running_loop().create_task(self._refresh())
+        aged = time.monotonic() - self._looked_at > STATES_MAX_AGE_S
+        if aged and (self._look is None or self._look.done()):
+            self._look = asyncio.get_running_loop().create_task(self._refresh())
         return self._running[model]
 
     async def _refresh(self) -> None:
@@ -75,12 +75,16 @@ class ModelHandles:
             logger.warning("serve's status is not to be had", extra={"error": repr(error)})
             return
         application = status.applications.get(self._app_name)
-        for model in self._handles if application is not None else ():
-            found = application.deployments.get(model)
-            running = found.replica_states.get("RUNNING", 0) if found is not None else 0
-            self._running[model] = running
-            self._states[model] = _state(running, found.status.value if found is not None else "")
+        deployments = application.deployments if application is not None else {}
+        for model in self._handles:
+            found = deployments.get(model)
+            self._running[model] = _running(found.replica_states) if found else 0
+            self._states[model] = _state(self._running[model], found.status.value if found else "")
         self._looked_at = time.monotonic()
+
+
+def _running(replica_states: Mapping[Any, int]) -> int:
+    return sum(count for state, count in replica_states.items() if state == "RUNNING")
 
 
 def _state(running: int, serve_status: str) -> str:

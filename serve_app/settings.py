@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Self
 
-from pydantic import AliasChoices, Field, SecretStr
+from pydantic import AliasChoices, Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
 )
+
+from deployments.protocol.errors import BadRequest
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository; cards and models live under it
 
@@ -23,7 +27,6 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix="WEFT_",
-        env_file=".env",
         env_ignore_empty=True,
         yaml_file=ROOT / "configs" / "service.yaml",
         extra="forbid",
@@ -57,6 +60,22 @@ class Settings(BaseSettings):
     sync_wait_s: float = Field(300.0, gt=0)  # how long the synchronous dialects wait for a job
 
     @classmethod
+    def load(cls, **values: object) -> Self:
+        """Settings from `values`, the environment and configs/service.yaml, in this order.
+
+        Raises BadRequest naming the variable or key that is unknown or not valid.
+        """
+        known = {f"WEFT_{name.upper()}" for name in cls.model_fields}
+        unknown = sorted(name for name in os.environ if name.startswith("WEFT_") and name not in known)
+        if unknown:
+            raise BadRequest(f"unknown environment variable {', '.join(unknown)}; see serve_app/settings.py")
+        try:
+            settings = cls(**values)  # type: ignore[arg-type]
+        except ValidationError as error:
+            raise BadRequest(f"the settings are not valid: {error}") from error
+        return settings.model_copy(update={"data_dir": (ROOT / settings.data_dir.expanduser()).resolve()})
+
+    @classmethod
     def settings_customise_sources(
         cls,
         settings_cls: type[BaseSettings],
@@ -68,14 +87,13 @@ class Settings(BaseSettings):
         return (
             init_settings,
             env_settings,
-            dotenv_settings,
             YamlConfigSettingsSource(settings_cls),
         )
 
     @property
     def results_root(self) -> str:
         """fsspec URL or path of the folder that holds finished files."""
-        return self.results_url or str(self.data_dir.resolve() / "results")
+        return self.results_url or str(self.data_dir / "results")
 
     @property
     def open_to_all(self) -> bool:

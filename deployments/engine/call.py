@@ -145,8 +145,7 @@ def _steps_key(value: Any, rows: int) -> Hashable | None:
     ):
         return None
     # integer timesteps (DDIM) and float ones (Euler) meet as float32: every model converts them so itself
-    dtype = value.dtype if value.is_floating_point() and value.dtype != torch.float64 else torch.float32
-    return (dtype, value.device)
+    return (value.dtype if value.is_floating_point() else torch.float32, value.device)
 
 
 def _rows_key(value: Any, rows: int) -> Hashable | None:
@@ -193,7 +192,7 @@ def _plain_key(value: Any) -> Hashable | None:
 
 def _per_row(timestep: Tensor, rows: int) -> Tensor:
     """(rows,) from a 0-d, one-entry or per-row timestep."""
-    if not timestep.is_floating_point() or timestep.dtype == torch.float64:
+    if not timestep.is_floating_point():
         timestep = timestep.to(torch.float32)
     return timestep.reshape(-1).expand(rows)
 

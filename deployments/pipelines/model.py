@@ -53,7 +53,7 @@ class Model:
         """
         if image is not None and request.edit is not None and request.edit.strength == 0:
             return [image.copy() for _ in range(request.num_images)]
-        pipeline = self._clone(request)
+        pipeline = self.pipeline_for(request)
 
         def at_step_end(pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             on_step(step + 1, pipe.num_timesteps)
@@ -63,7 +63,7 @@ class Model:
         result = pipeline(**arguments, callback_on_step_end=at_step_end)
         return list(result.images)
 
-    def _clone(self, request: FittedRequest) -> Any:
+    def pipeline_for(self, request: FittedRequest) -> Any:
         """A shallow copy: weights shared, run-time state and noise scheduler its own.
 
         Set past DiffusionPipeline.__setattr__, which would rewrite the shared config.

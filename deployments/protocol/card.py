@@ -79,7 +79,7 @@ class Weights(Strict):
     repo: str | None = None
     revision: str = "main"
     variant: str | None = None  # e.g. "fp16": the file name's infix
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:

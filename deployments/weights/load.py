@@ -50,4 +50,9 @@ def load_pipeline(weights: Weights, device: torch.device) -> Any:
         raise ModelUnavailable(
             f"the weights {weights.path or weights.repo} cannot be loaded: {error}"
         ) from error
+    vae = getattr(pipeline, "vae", None)
+    if vae is not None and "force_upcast" in vae.config:
+        # img2img pipelines would cast the shared VAE to float32 and back while others use it; it is
+        # there for float16's range, and bfloat16 has float32's
+        vae.register_to_config(force_upcast=False)
     return pipeline if device.type == "cpu" else pipeline.to(device)

@@ -1,0 +1,49 @@
+# make serve: everything from nothing to a running service.   make test: the same for the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: serve test check format types lint bench clean
+
+serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+C
+	@$(BIN)/weft serve
+
+test: $(VENV)/.test ## set up, then the whole suite
+	@$(BIN)/python -m pytest
+
+check: lint types test ## what a change must pass
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.test ## serving tax and engine overhead, into benchmarks/results.jsonl
+	$(BIN)/python benchmarks/engine_overhead.py
+	$(BIN)/python benchmarks/serving_tax.py
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Weft needs Python 3.11 or newer; try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing Weft and what it stands on (a few minutes the first time)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Installing Weft with its test tools (a few minutes the first time)"
+	@$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.serve
+
+clean: ## remove the environment; jobs and pictures in data/ stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -1,0 +1,102 @@
+"""The roof: binds both floors into one Serve application. `import_path: serve_app.app:build`."""
+
+# no `from __future__ import annotations`: Serve reads the type of build()'s argument to validate it
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+
+from deployments.image import ImageModel
+from deployments.protocol.card import ModelCard, Weights, card_without_file, load_cards
+from deployments.protocol.errors import NotFound
+from serve_app.dispatcher import DispatcherReplica
+from serve_app.ingress import Ingress
+from serve_app.settings import ROOT, Settings
+
+# what a CPU-only replica may see of the node's GPUs: nothing
+NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+
+
+class ModelWithoutCard(BaseModel):
+    """Weights served under a name of their own; only FLUX variants may lack a card (they run as schnell)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str
+    weights: Weights
+
+
+class AppArgs(BaseModel):
+    """`args` of the application in serve_config.yaml. An unknown key stops the deployment."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    models: list[str | ModelWithoutCard] = Field(min_length=1, description="Card ids, or weights by name.")
+    ingresses: int = Field(1, ge=1, description="Replicas that answer HTTP.")
+    dispatchers: int = Field(1, ge=1, description="Replicas that carry jobs to models.")
+    settings: dict[str, Any] = Field({}, description="Values of serve_app/settings.py; no secrets.")
+
+
+def build(args: AppArgs) -> Application:
+    """One graph: ingress and dispatcher over one ImageModel deployment per card, named as the card."""
+    settings = Settings.load(**args.settings)
+    cards = _chosen_cards(args)
+    models: dict[str, Application] = {card.id: _model(card) for card in cards.values()}
+    dispatcher = serve.deployment(
+        name="Dispatcher",
+        num_replicas=args.dispatchers,
+        ray_actor_options={"num_cpus": 0, "runtime_env": NO_GPU},
+        graceful_shutdown_timeout_s=20.0,
+    )(DispatcherReplica).bind(settings, cards, models, args.dispatchers)
+    return serve.deployment(
+        name="Ingress",
+        num_replicas=args.ingresses,
+        max_ongoing_requests=1000,  # Serve's default is 5; most of ours wait for events
+        ray_actor_options={"num_cpus": 0, "runtime_env": NO_GPU},
+    )(Ingress).bind(settings, cards, models, dispatcher)
+
+
+def _chosen_cards(args: AppArgs) -> dict[str, ModelCard]:
+    """The cards of `args.models`, by id. Raises NotFound naming the cards there are."""
+    known = load_cards(ROOT / "configs" / "models")
+    chosen: dict[str, ModelCard] = {}
+    for model in args.models:
+        if isinstance(model, ModelWithoutCard):
+            card = card_without_file(model.id, model.weights)
+        elif model in known:
+            card = known[model]
+        else:
+            raise NotFound(f"there is no card {model!r} in configs/models; there is {', '.join(known)}")
+        chosen[card.id] = card
+    return chosen
+
+
+def _model(card: ModelCard) -> Application:
+    """One card as a deployment. serve_config.yaml may override all of it under the card's id."""
+    serving = card.serving
+    resources: dict[str, Any] = {"num_cpus": serving.num_cpus, "num_gpus": serving.num_gpus}
+    if not serving.num_gpus:
+        resources["runtime_env"] = NO_GPU
+    return serve.deployment(
+        name=card.id,
+        ray_actor_options=resources,
+        autoscaling_config={
+            "min_replicas": serving.min_replicas,
+            "max_replicas": serving.max_replicas,
+            # Ray's defaults (2 per replica, 30 s up, 600 s down) answer a cold start with a crowd
+            "target_ongoing_requests": max(1.0, 0.8 * serving.slots),
+            "upscale_delay_s": 0.0,
+        },
+        # room for the surplus that the autoscaler shall see, and for handle calls of Ray jobs
+        max_ongoing_requests=2 * serving.slots,
+        health_check_period_s=5.0,
+        graceful_shutdown_timeout_s=60.0,
+    )(ImageModel).bind(card)
+
+
+def model_names(args: Mapping[str, Any]) -> list[str]:
+    """The deployments that an application with these `args` has for its models."""
+    parsed = AppArgs.model_validate(args)
+    return [model if isinstance(model, str) else model.id for model in parsed.models]

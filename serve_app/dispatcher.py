@@ -1,0 +1,57 @@
+"""DispatcherReplica: the Serve shell that runs jobs/dispatch.py."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from deployments.protocol.card import ModelCard
+from deployments.protocol.errors import Internal
+from serve_app.handles import DispatcherModels, ModelHandles
+from serve_app.jobs.dispatch import Dispatcher
+from serve_app.services import Services
+from serve_app.settings import Settings
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+
+class DispatcherReplica:
+    """Carries jobs from the store to the models. Nobody calls it; it looks for work itself."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it, so that the loop below is the replica's
+        self,
+        settings: Settings,
+        cards: Mapping[str, ModelCard],
+        handles: Mapping[str, DeploymentHandle[Any]],
+        dispatchers: int,
+    ) -> None:
+        models = ModelHandles(handles, serve.get_replica_context().app_name)
+        services = Services.open(settings)
+        self._dispatcher = Dispatcher(
+            services.store,
+            services.results,
+            DispatcherModels(models, cards, dispatchers),
+            settings,
+            time_limits_s={card.id: card.serving.job_timeout_s for card in cards.values()},
+        )
+        # a task with the context of a Serve request would be cancelled with that request
+        self._task = asyncio.create_task(self._dispatcher.run(), context=contextvars.Context())
+
+    async def active(self) -> int:
+        """Jobs running here now."""
+        return self._dispatcher.active
+
+    def check_health(self) -> None:
+        """Called by Serve; raising has the replica replaced."""
+        if self._task.done():
+            raise Internal("the dispatcher's loop has ended")
+
+    async def __del__(self) -> None:
+        """Called and awaited by Serve before the replica goes: running jobs are given back at once."""
+        if hasattr(self, "_dispatcher"):
+            await self._dispatcher.drain()

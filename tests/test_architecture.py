@@ -1,0 +1,139 @@
+"""Who may import whom, and which foreign library lives where: docs/structure.md as a test."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted(
+    path.relative_to(ROOT) for floor in ("serve_app", "deployments") for path in (ROOT / floor).rglob("*.py")
+)
+
+# A room may import from rooms after it in its list. Rooms in one tuple are strangers to each other.
+FRONT = (
+    ("serve_app.cli",),
+    ("serve_app.app",),
+    ("serve_app.ingress", "serve_app.dispatcher"),
+    ("serve_app.api",),
+    ("serve_app.services", "serve_app.handles", "serve_app.embedded_redis"),
+    ("serve_app.jobs",),
+    ("serve_app.admission", "serve_app.storage"),
+    ("serve_app.settings",),
+    ("deployments.protocol",),
+)
+WORKSHOP = (
+    ("deployments.image",),
+    ("deployments.weights", "deployments.pipelines", "deployments.media"),
+    ("deployments.engine",),
+    ("deployments.protocol",),
+)
+ALSO = {  # the roof binds both floors; the command line brings what a fleet brings from outside
+    "serve_app.app": {"deployments.image"},
+    "serve_app.cli": {"deployments"},
+    "deployments.image": {"deployments"},
+}
+# library -> the rooms that may import it
+HOMES = {
+    "fastapi": ("serve_app.api", "serve_app.ingress"),
+    "starlette": ("serve_app.api",),
+    "redis": ("serve_app.jobs", "serve_app.embedded_redis"),
+    "fsspec": ("serve_app.storage",),
+    "prometheus_client": ("serve_app.api",),
+    "ray": (
+        "serve_app.app",
+        "serve_app.ingress",
+        "serve_app.dispatcher",
+        "serve_app.handles",
+        "serve_app.cli",
+    ),
+    "torch": ("deployments.engine", "deployments.pipelines", "deployments.weights", "deployments.image"),
+    "greenlet": ("deployments.engine",),
+    "diffusers": ("deployments.pipelines", "deployments.weights"),
+    "transformers": ("deployments.pipelines", "deployments.weights"),
+    "safetensors": (),
+    "pickle": (),
+    "cloudpickle": (),
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of everything the file imports, at any depth of its code."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def within(name: str, room: str) -> bool:
+    return name == room or name.startswith(room + ".")
+
+
+def room_of(name: str) -> tuple[int, str] | None:
+    floors = FRONT if name.startswith("serve_app") else WORKSHOP
+    for level, rooms in enumerate(floors):
+        for room in rooms:
+            if within(name, room):
+                return level, room
+    return None
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_point_down_only(path: Path) -> None:
+    name = module_name(path)
+    place = room_of(name)
+    if place is None:
+        assert name in ("serve_app", "deployments"), f"{name} has no room; add it to the plan and here"
+        return
+    level, room = place
+    floors = FRONT if name.startswith("serve_app") else WORKSHOP
+    allowed = {room, *(r for rooms in floors[level + 1 :] for r in rooms)}
+    allowed |= ALSO.get(room, set())
+
+    for wanted in imports(path):
+        if wanted.split(".")[0] in ("serve_app", "deployments"):
+            assert any(within(wanted, a) for a in allowed), f"{name} may not import {wanted}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_each_foreign_library_stays_in_its_home(path: Path) -> None:
+    name = module_name(path)
+
+    for wanted in imports(path):
+        for library, homes in HOMES.items():
+            if within(wanted, library):
+                assert any(within(name, home) for home in homes), f"{library} has no business in {name}"
+
+
+def test_building_the_graph_loads_no_torch() -> None:
+    code = (
+        "import sys, serve_app.app; heavy = {'torch', 'diffusers', 'transformers'} & set(sys.modules); "
+        "sys.exit(f'loaded: {heavy}' if heavy else 0)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_code_of_ours_unpickles_or_evaluates() -> None:
+    forbidden = {"eval", "exec", "compile", "__import__"}
+
+    for path in MODULES:
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in forbidden, f"{path}:{node.lineno} calls {node.func.id}"
