@@ -1,7 +1,7 @@
 """The roof: binds both floors into one Serve application. `import_path: serve_app.app:build`."""
 
 # no `from __future__ import annotations`: Serve reads the type of build()'s argument to validate it
-from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,7 +13,7 @@ from deployments.protocol.card import ModelCard, Weights, card_without_file, loa
 from deployments.protocol.errors import NotFound
 from serve_app.dispatcher import DispatcherReplica
 from serve_app.ingress import Ingress
-from serve_app.settings import ROOT, Settings
+from serve_app.settings import Settings
 
 # what a CPU-only replica may see of the node's GPUs: nothing
 NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
@@ -42,25 +42,27 @@ class AppArgs(BaseModel):
 def build(args: AppArgs) -> Application:
     """One graph: ingress and dispatcher over one ImageModel deployment per card, named as the card."""
     settings = Settings.load(**args.settings)
-    cards = _chosen_cards(args)
+    cards = _chosen_cards(args, settings.cards_dir)
     models: dict[str, Application] = {card.id: _model(card) for card in cards.values()}
     dispatcher = serve.deployment(
         name="Dispatcher",
         num_replicas=args.dispatchers,
         ray_actor_options={"num_cpus": 0, "runtime_env": NO_GPU},
         graceful_shutdown_timeout_s=20.0,
+        graceful_shutdown_wait_loop_s=0.1,
     )(DispatcherReplica).bind(settings, cards, models, args.dispatchers)
     return serve.deployment(
         name="Ingress",
         num_replicas=args.ingresses,
         max_ongoing_requests=1000,  # Serve's default is 5; most of ours wait for events
+        graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options={"num_cpus": 0, "runtime_env": NO_GPU},
     )(Ingress).bind(settings, cards, models, dispatcher)
 
 
-def _chosen_cards(args: AppArgs) -> dict[str, ModelCard]:
+def _chosen_cards(args: AppArgs, cards_dir: Path) -> dict[str, ModelCard]:
     """The cards of `args.models`, by id. Raises NotFound naming the cards there are."""
-    known = load_cards(ROOT / "configs" / "models")
+    known = load_cards(cards_dir)
     chosen: dict[str, ModelCard] = {}
     for model in args.models:
         if isinstance(model, ModelWithoutCard):
@@ -68,7 +70,7 @@ def _chosen_cards(args: AppArgs) -> dict[str, ModelCard]:
         elif model in known:
             card = known[model]
         else:
-            raise NotFound(f"there is no card {model!r} in configs/models; there is {', '.join(known)}")
+            raise NotFound(f"there is no card {model!r} in {cards_dir}; there is {', '.join(known)}")
         chosen[card.id] = card
     return chosen
 
@@ -93,10 +95,5 @@ def _model(card: ModelCard) -> Application:
         max_ongoing_requests=2 * serving.slots,
         health_check_period_s=5.0,
         graceful_shutdown_timeout_s=60.0,
+        graceful_shutdown_wait_loop_s=0.1,
     )(ImageModel).bind(card)
-
-
-def model_names(args: Mapping[str, Any]) -> list[str]:
-    """The deployments that an application with these `args` has for its models."""
-    parsed = AppArgs.model_validate(args)
-    return [model if isinstance(model, str) else model.id for model in parsed.models]

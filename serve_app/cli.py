@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import secrets
 import signal
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from ipaddress import ip_address
@@ -22,10 +20,9 @@ from dotenv import load_dotenv
 from deployments import __version__
 from deployments.protocol.card import load_cards
 from deployments.protocol.errors import WeftError
+from serve_app import local
 from serve_app.embedded_redis import EmbeddedRedis
 from serve_app.settings import ROOT, Settings
-
-STARTUP_LIMIT_S = 3600.0  # a large model may be downloading
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _list_models() -> int:
-    for card in load_cards(ROOT / "configs" / "models").values():
+    for card in load_cards(Settings.load().cards_dir).values():
         where = card.weights.path or card.weights.repo
         print(f"{card.id:24} {'/'.join(card.tasks):16} {card.licence.name:32} {where}")
     return 0
@@ -66,16 +63,17 @@ def _serve(config_file: Path, host: str | None, port: int | None) -> int:
     http = config.setdefault("http_options", {})
     http["host"] = host or settings.host or http.get("host", "127.0.0.1")
     http["port"] = port or settings.port or http.get("port", 8000)
-    os.environ["WEFT_DATA_DIR"] = str(settings.data_dir)  # read by the replicas
     with ExitStack() as stack:
         _say(f"Weft {__version__}, data in {settings.data_dir}")
+        os.environ["WEFT_DATA_DIR"] = str(settings.data_dir)  # the replicas read these
         if settings.redis_url is None:
             os.environ["REDIS_URL"] = stack.enter_context(EmbeddedRedis(settings.data_dir))
             _say("job store: embedded Valkey")
         key = _demanded_key(settings, http["host"])
-        _start_ray(stack)
-        _say("Ray is up; loading models")
-        if not _deploy(config, stopped):
+        _say("starting Ray")
+        stack.enter_context(local.ray_on_this_machine())
+        _say("loading models")
+        if not local.deploy(config, _say, stopped):
             return 0 if stopped.is_set() else 1
         _say(_greeting(http["host"], http["port"], key, config))
         stopped.wait()
@@ -102,59 +100,6 @@ def _is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _start_ray(stack: ExitStack) -> None:
-    """A Ray of our own on loopback, ended with the stack; other Rays on the machine are not touched."""
-    import ray
-    from ray import serve
-
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.WARNING,
-        object_store_memory=256 * 2**20,
-        _node_ip_address="127.0.0.1",
-    )
-    stack.callback(ray.shutdown)
-    stack.callback(serve.shutdown)
-
-
-def _deploy(config: dict[str, Any], stopped: threading.Event) -> bool:
-    """Deploy as `serve deploy` does and tell every change until all runs; False if it does not."""
-    from ray import serve
-    from ray.serve.context import _get_global_client
-    from ray.serve.schema import ServeDeploySchema
-
-    schema = ServeDeploySchema.model_validate(config)
-    serve.start(
-        proxy_location=schema.proxy_location,
-        http_options=schema.http_options.model_dump(),
-        logging_config=schema.logging_config,
-    )
-    client = _get_global_client()
-    assert client is not None, "serve.start has made one"
-    client.deploy_apps(schema)
-    told: dict[str, str] = {}
-    began = time.monotonic()
-    while not stopped.wait(0.2):
-        applications = serve.status().applications
-        for application in applications.values():
-            for name, deployment in application.deployments.items():
-                state = "ready" if deployment.status == "HEALTHY" else deployment.message or "starting"
-                if told.get(name) != state:
-                    told[name] = state
-                    _say(f"  {name}: {state}  ({time.monotonic() - began:.0f} s)")
-        states = {application.status.value for application in applications.values()}
-        if states == {"RUNNING"}:
-            return True
-        if "DEPLOY_FAILED" in states or time.monotonic() - began > STARTUP_LIMIT_S:
-            for name, application in applications.items():
-                last_words = "\n".join(application.message.strip().splitlines()[-8:])
-                print(f"weft: {name} did not start: {last_words}", file=sys.stderr)
-            return False
-    return False
 
 
 def _greeting(host: str, port: int, key: str | None, config: dict[str, Any]) -> str:

@@ -41,6 +41,7 @@ class Settings(BaseSettings):
     ui: bool = True  # serve the page at /
 
     data_dir: Path = Path("data")  # jobs and pictures; survives restarts
+    cards_dir: Path = Path("configs/models")  # one YAML file per model
     redis_url: SecretStr | None = Field(
         None, validation_alias=AliasChoices("redis_url", "WEFT_REDIS_URL", "REDIS_URL")
     )  # None: the embedded Valkey
@@ -63,6 +64,8 @@ class Settings(BaseSettings):
     def load(cls, **values: object) -> Self:
         """Settings from `values`, the environment and configs/service.yaml, in this order.
 
+        Relative folders lie under the repository, whatever the working directory of the process is.
+
         Raises BadRequest naming the variable or key that is unknown or not valid.
         """
         known = {f"WEFT_{name.upper()}" for name in cls.model_fields}
@@ -73,7 +76,10 @@ class Settings(BaseSettings):
             settings = cls(**values)  # type: ignore[arg-type]
         except ValidationError as error:
             raise BadRequest(f"the settings are not valid: {error}") from error
-        return settings.model_copy(update={"data_dir": (ROOT / settings.data_dir.expanduser()).resolve()})
+        paths = {"data_dir": settings.data_dir, "cards_dir": settings.cards_dir}
+        return settings.model_copy(
+            update={name: (ROOT / path.expanduser()).resolve() for name, path in paths.items()}
+        )
 
     @classmethod
     def settings_customise_sources(

@@ -76,6 +76,8 @@ def fit(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> Fitt
 
 def _check_text(request: GenerationRequest, card: ModelCard) -> None:
     for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        if not _is_encodable(text):
+            raise BadRequest(f"{field} holds half a surrogate pair; send valid Unicode", param=field)
         if len(text) > card.max_prompt_chars:
             raise BadRequest(
                 f"{field} has {len(text)} characters; {card.id} takes at most {card.max_prompt_chars}",
@@ -88,6 +90,14 @@ def _check_text(request: GenerationRequest, card: ModelCard) -> None:
             f"num_images is {request.num_images}; {card.id} makes at most {card.max_images} at once",
             param="num_images",
         )
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _size(request: GenerationRequest, sizes: Sizes) -> tuple[int, int]:

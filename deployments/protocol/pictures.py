@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-import warnings
+import struct
 from typing import NamedTuple
 
 from PIL import Image, UnidentifiedImageError
@@ -14,6 +14,8 @@ FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow opens 43 by default; every one is at
 MAX_FILE_BYTES = 20 * 2**20
 MAX_PIXELS = 16_000_000
 MIN_SIDE = 16
+ORIENTATION = 0x0112  # EXIF tag of a camera held askew; values from 5 swap width and height
+QUARTER_TURNED = 5
 
 
 class PictureSize(NamedTuple):
@@ -22,7 +24,7 @@ class PictureSize(NamedTuple):
 
 
 def inspect(data: bytes, field: str) -> PictureSize:
-    """Width and height in pixels, read from the header.
+    """Width and height in pixels as seen upright, read from the header.
 
     Raises TooLarge over 20 MiB or 16 megapixels, BadRequest when it is no PNG, JPEG or WebP.
     A 9.9 kB PNG may claim 81 megapixels; Pillow warns only past 89 and allocates first.
@@ -30,11 +32,18 @@ def inspect(data: bytes, field: str) -> PictureSize:
     if len(data) > MAX_FILE_BYTES:
         raise TooLarge(f"{field} has {len(data)} bytes; at most {MAX_FILE_BYTES}", param=field)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                width, height = picture.size
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+            width, height = picture.size
+            if picture.format != "PNG" and picture.getexif().get(ORIENTATION, 1) >= QUARTER_TURNED:
+                width, height = height, width
+    except (
+        UnidentifiedImageError,
+        OSError,
+        ValueError,
+        SyntaxError,
+        struct.error,
+        Image.DecompressionBombError,
+    ):
         raise BadRequest(
             f"{field} is not a readable picture; send a PNG, JPEG or WebP file", param=field
         ) from None

@@ -16,6 +16,7 @@ from starlette.types import Scope
 from starlette.websockets import WebSocket
 
 from deployments.protocol.errors import BadRequest, Internal, NotFound, TooLarge, Unauthorized, WeftError
+from serve_app.api.schemas.error import Refusal
 
 STATUS: Mapping[str, int] = {
     "bad_request": 422,
@@ -32,7 +33,11 @@ STATUS: Mapping[str, int] = {
     "cancelled": 409,
     "internal": 500,
 }
-RETRY_AFTER_S = {"rate_limited": 1.0, "overloaded": 2.0, "model_unavailable": 5.0}  # where the error says nothing
+RETRY_AFTER_S = {
+    "rate_limited": 1.0,
+    "overloaded": 2.0,
+    "model_unavailable": 5.0,
+}  # where the error says nothing
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -49,19 +54,10 @@ def render(error: WeftError, scope: Scope, *, status: int | None = None) -> Resp
     return _native(error, status)
 
 
-def native_body(error: WeftError) -> dict[str, Any]:
-    """What every native answer, event and message says about an error."""
-    return {
-        "kind": error.kind,
-        "message": error.message,
-        "param": error.param,
-        "retryable": error.retryable,
-    }
-
-
 def _native(error: WeftError, status: int | None) -> Response:
     code = STATUS[error.kind] if status is None else status
-    return _answer({"error": native_body(error)}, code, _retry_headers(error))
+    refusal = Refusal(kind=error.kind, message=error.message, param=error.param, retryable=error.retryable)
+    return _answer({"error": refusal.model_dump()}, code, _retry_headers(error))
 
 
 def _openai(error: WeftError, status: int | None) -> Response:
@@ -101,19 +97,22 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http_exception)
 
 
-async def _on_weft_error(connection: HTTPConnection, error: Exception) -> Response | None:
+# These handlers serve requests, where they return a Response, and sockets, where they return None.
+
+
+async def _on_weft_error(connection: HTTPConnection, error: Exception) -> Any:
     assert isinstance(error, WeftError)
     return await _refuse(connection, error)
 
 
-async def _on_invalid_parameters(connection: HTTPConnection, error: Exception) -> Response | None:
+async def _on_invalid_parameters(connection: HTTPConnection, error: Exception) -> Any:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     name = str(first["loc"][-1])
     return await _refuse(connection, BadRequest(f"{name}: {_plain(first)}", param=name))
 
 
-async def _on_http_exception(connection: HTTPConnection, error: Exception) -> Response | None:
+async def _on_http_exception(connection: HTTPConnection, error: Exception) -> Any:
     assert isinstance(error, HTTPException)
     where = f"{connection.scope.get('method', 'GET')} {route_path(connection.scope)[:200]}"
     match error.status_code:
@@ -181,10 +180,8 @@ def _plain(fault: Mapping[str, Any]) -> str:
         case "json_invalid":
             return f"the body is not valid JSON ({message.removeprefix('Invalid JSON: ')}); send one object"
         case "model_type":
-            return "the body must be one JSON object, such as {\"prompt\": \"a red fox\"}"
+            return 'the body must be one JSON object, such as {"prompt": "a red fox"}'
         case "finite_number":
             return "must be a finite number; NaN and numbers beyond 1e308 are not"
         case _:
             return message
-
-

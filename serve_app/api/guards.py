@@ -4,7 +4,7 @@ import logging
 import re
 import secrets
 import time
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 
 # Serve believes both: a client could switch off its timeout and its detection of gone clients.
 SERVE_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
-LOOPBACK_IPV4 = re.compile(r"127(?:\.\d{1,3}){3}")
+LOOPBACK_IPV4 = re.compile(r"127(?:\.[0-9]{1,3}){3}")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 MAX_JSON_PARTS = 10_000  # brackets and commas; 32 MiB of "[],[]," would become a gigabyte of lists
 # One whole string (or the rest of the body, if it never ends) is one match: linear, whatever comes.
 JSON_PART = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.DOTALL)
@@ -66,7 +67,8 @@ class Envelope:
 
     def _count(self, scope: Scope, status: int | None, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")  # mounts and 404s have no route
-        self.metrics.requests.labels(scope["method"], route, str(status or 499)).inc()
+        method = scope["method"] if scope["method"] in METHODS else "OTHER"  # a client may make up any
+        self.metrics.requests.labels(method, route, str(status or 499)).inc()
         self.metrics.request_seconds.labels(route).observe(seconds)
 
 
@@ -95,14 +97,15 @@ class _Answer:
 
 
 class LocalOnly:
-    """While no key is set: no other web site may use the caller's browser to reach us.
+    """While no key is set: only callers on this machine, and no web site through their browser.
 
     Without it any page could post to a loopback address, or rebind its own name to it and read all.
+    WEFT_PUBLIC_URL says that something in front of us decides who may come.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self.public = urlsplit(settings.public_url)
+        self.public = _split(settings.public_url)
         self.guarded = settings.open_to_all
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,8 +119,13 @@ class LocalOnly:
         if not self.guarded or route_path(scope) in ("/health", "/ready"):
             return None
         headers = Headers(scope=scope)
+        client = scope.get("client")
+        if client is not None and not (_is_loopback(client[0]) or self.public.hostname):
+            return (
+                f"this service has no key and answers only its own machine, not {client[0]}; set WEFT_API_KEY"
+            )
         address = headers.get("host", "")
-        host = urlsplit(f"//{address}").hostname or ""
+        host = _split(f"//{address}").hostname or ""
         if not (_is_loopback(host) or host == self.public.hostname):
             return (
                 f"this service has no key and answers only on loopback, not as {host[:100]!r}; "
@@ -126,7 +134,8 @@ class LocalOnly:
         followed_link = headers.get("sec-fetch-mode") == "navigate" and scope.get("method") == "GET"
         foreign = headers.get("sec-fetch-site") == "cross-site" and not followed_link
         origin = headers.get("origin")
-        if foreign or (origin is not None and urlsplit(origin).netloc not in (address, self.public.netloc)):
+        ours = {address, self.public.netloc} - {""}
+        if foreign or (origin is not None and _split(origin).netloc not in ours):
             return "another web site sent this call; open this service's own page, or set WEFT_API_KEY"
         return None
 
@@ -160,18 +169,16 @@ class BodyLimit:
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and (len(declared) > 15 or int(declared) > self.max_bytes):
             raise self._too_large()
-        chunks: list[bytes] = []
-        size = 0
+        body = bytearray()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > self.max_bytes:
+            body += message.get("body", b"")
+            if len(body) > self.max_bytes:
                 raise self._too_large()
             if not message.get("more_body", False):
-                return b"".join(chunks)
+                return bytes(body)
 
     def _too_large(self) -> TooLarge:
         return TooLarge(f"the body is over {self.max_bytes} bytes; send fewer or smaller pictures")
@@ -235,6 +242,14 @@ def _policy(path: str) -> str:
     if path == "/ui" or path.startswith("/ui/"):
         return PAGE_POLICY
     return DOCS_POLICY if path == "/docs" else DATA_POLICY
+
+
+def _split(url: str) -> SplitResult:
+    """The address in its parts; all of them empty where it is none."""
+    try:
+        return urlsplit(url)
+    except ValueError:
+        return urlsplit("")
 
 
 def _is_loopback(host: str) -> bool:

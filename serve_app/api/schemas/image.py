@@ -24,7 +24,9 @@ def _picture_bytes(value: Any) -> Any:
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError):
-        raise ValueError("this is not base64; send a PNG, JPEG or WebP file as base64 or a data URL") from None
+        raise ValueError(
+            "this is not base64; send a PNG, JPEG or WebP file as base64 or a data URL"
+        ) from None
 
 
 PictureBytes = Annotated[

@@ -5,9 +5,9 @@ from typing import Literal, Self
 from pydantic import BaseModel, Field
 
 from deployments.protocol.limits import Correction
-from serve_app.jobs.job import Job, JobState, StoredArtifact
+from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
 
-EXTENSIONS = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
 
 
 class Warned(BaseModel):
@@ -28,6 +28,10 @@ class Failure(BaseModel):
     kind: str
     message: str
     param: str | None = None
+
+    @classmethod
+    def of(cls, error: JobError) -> Self:
+        return cls(kind=error.kind, message=error.message, param=error.param)
 
 
 class Wish(BaseModel):
@@ -105,7 +109,7 @@ class JobOut(BaseModel):
     id: str
     kind: Literal["image"] = "image"
     status: JobState
-    position: int | None = Field(None, description="Jobs before this one; null once it has begun.")
+    position: int | None = Field(None, description="1: next to begin; null once it has.")
     percent: int
     step: int
     steps: int = Field(description="0 until the model has begun.")
@@ -137,13 +141,8 @@ class JobOut(BaseModel):
             request=Wish.of(job),
             warnings=[Warned.of(correction) for correction in job.warnings],
             artifacts=[Picture.of(a, job, prefix) for a in job.artifacts if a.kind == "image"],
-            error=None if job.error is None else Failure(**_failure(job)),
+            error=None if job.error is None else Failure.of(job.error),
         )
-
-
-def _failure(job: Job) -> dict[str, str | None]:
-    assert job.error is not None
-    return {"kind": job.error.kind, "message": job.error.message, "param": job.error.param}
 
 
 class Accepted(BaseModel):
@@ -159,3 +158,12 @@ class JobPage(BaseModel):
 
     jobs: list[JobOut]
     next_cursor: str | None = Field(description="Ask with it for the next page; null: there is none.")
+
+
+class Ended(BaseModel):
+    """What a DELETE did."""
+
+    id: str
+    status: Literal["cancelled", "cancelling", "deleted"] = Field(
+        description="cancelling: it runs, and stops at its next step."
+    )

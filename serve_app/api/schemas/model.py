@@ -1,31 +1,10 @@
 """What a model can do, as the native dialect tells it: the page knows no model by name."""
 
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Self
 
 from pydantic import BaseModel, Field
 
 from deployments.protocol.card import Guidance, Licence, ModelCard, Sizes, Steps
-
-
-class Readiness(StrEnum):
-    """How soon a model would begin."""
-
-    ready = "ready"
-    loading = "loading"
-    on_demand = "on_demand"  # no replica now; the first request starts one
-    not_installed = "not_installed"  # its weights are not here
-    error = "error"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelState:
-    """How one model is now."""
-
-    state: Readiness
-    detail: str = ""
-    percent: int | None = None  # of loading
 
 
 class ModelOut(BaseModel):
@@ -50,12 +29,13 @@ class ModelOut(BaseModel):
     trigger_words: list[str]
     vram_gib: float
     licence: Licence
-    state: Readiness
-    state_detail: str = ""
-    percent: int | None = None
+    state: str = Field(
+        description="ready; loading; idle: the first request starts it; error; absent: not deployed.",
+        examples=["ready"],
+    )
 
     @classmethod
-    def of(cls, card: ModelCard, state: ModelState) -> Self:
+    def of(cls, card: ModelCard, state: str) -> Self:
         return cls(
             id=card.id,
             name=card.name,
@@ -76,9 +56,7 @@ class ModelOut(BaseModel):
             trigger_words=card.trigger_words,
             vram_gib=card.vram_gib,
             licence=card.licence,
-            state=state.state,
-            state_detail=state.detail,
-            percent=state.percent,
+            state=state,
         )
 
 

@@ -9,7 +9,7 @@ from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import GenerationRequest, Output, PictureFormat, Strict
 from serve_app.api.schemas.job import Warned
 
-SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
+SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 
 class GenerationsBody(Strict):

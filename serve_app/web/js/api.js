@@ -83,11 +83,15 @@ export function createApi({ base, key, askForKey }) {
       await send(at(`generate/${encodeURIComponent(id)}`), { method: "DELETE" });
     },
     events(id, lastId, signal) {
-      const headers = { Accept: "text/event-stream", ...(lastId === null ? {} : { "Last-Event-ID": lastId }) };
+      const headers = {
+        Accept: "text/event-stream",
+        ...(lastId === null ? {} : { "Last-Event-ID": lastId }),
+      };
       return send(at(`generate/${encodeURIComponent(id)}/events`), { headers, signal, cache: "no-store" });
     },
+    address: (url) => at(url).href,
     async blob(url) {
-      return (await send(new URL(url, base))).blob();
+      return (await send(at(url))).blob();
     },
   };
 }
@@ -105,6 +109,11 @@ async function problemOf(response) {
   } catch {
     // not our JSON: a proxy in between answered
     const code = response.status >= 500 ? "overloaded" : "bad_request";
-    return { code, message: `HTTP ${response.status} ${response.statusText}`.trim(), param: null, retryAfterS };
+    return {
+      code,
+      message: `HTTP ${response.status} ${response.statusText}`.trim(),
+      param: null,
+      retryAfterS,
+    };
   }
 }

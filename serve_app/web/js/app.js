@@ -1,6 +1,7 @@
 // The page's start: words, API, frame, first page.
 
 import { createApi } from "./api.js";
+import { loadIcons } from "./dom.js";
 import { loadLanguage, preferredLanguage } from "./i18n.js";
 import { createDialogs } from "./parts/dialogs.js";
 import { createFrame } from "./parts/frame.js";
@@ -19,7 +20,7 @@ import { route } from "./router.js";
  */
 
 async function start() {
-  await loadLanguage(preferredLanguage(navigator.languages));
+  const [icons] = await Promise.all([loadIcons(), loadLanguage(preferredLanguage(navigator.languages))]);
   const dialogs = createDialogs();
   const api = createApi({
     base: new URL("../api/", document.baseURI),
@@ -29,7 +30,7 @@ async function start() {
   const toast = createToast();
   const services = { api, dialogs, toast, pictures: createPictures(api, () => key.get() !== null) };
   const frame = createFrame(dialogs);
-  document.body.replaceChildren(...frame.elements, toast.element, dialogs.element);
+  document.body.replaceChildren(icons, ...frame.elements, toast.element, dialogs.element);
   await route(frame.main, services, frame.markPage);
 }
 

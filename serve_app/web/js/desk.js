@@ -108,7 +108,8 @@ export function createDesk(api) {
     /** Reads the history and shows its newest job: one that runs is picked up again. */
     async open() {
       await load();
-      select(jobs.get()[0]?.id ?? null);
+      const busy = sending.get() || refusal.get() !== null || currentId.get() !== null;
+      if (!busy) select(jobs.get()[0]?.id ?? null); // else the person was faster than the history
     },
 
     /** Sends a request; true when it became a job. @param {object} body */

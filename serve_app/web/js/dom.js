@@ -10,7 +10,7 @@
  *   checked?: boolean, selected?: boolean, hidden?: boolean, open?: boolean, required?: boolean,
  *   autocomplete?: string, autocapitalize?: string, spellcheck?: "true" | "false", inputmode?: string,
  *   maxlength?: number, download?: string, width?: number, height?: number, loading?: "lazy" | "eager",
- *   decoding?: "async" | "sync", method?: string, on?: Listeners }} Attributes
+ *   decoding?: "async" | "sync", novalidate?: boolean, on?: Listeners }} Attributes
  * @typedef {Node | string | null | undefined | false} Child
  */
 
@@ -37,8 +37,18 @@ export function h(tag, attributes = {}, ...children) {
   return element;
 }
 
+/** Brings icons/sprite.svg into the page: a <use> that points into a file is fetched anew at every icon. */
+export async function loadIcons() {
+  const response = await fetch("icons/sprite.svg");
+  const parsed = new DOMParser().parseFromString(await response.text(), "image/svg+xml");
+  const sprite = document.importNode(parsed.documentElement, true);
+  sprite.setAttribute("class", "visually-hidden");
+  sprite.setAttribute("aria-hidden", "true");
+  return sprite;
+}
+
 /**
- * An icon of icons/sprite.svg; decoration only, the words stand beside it.
+ * An icon of the sprite; decoration only, the words stand beside it.
  *
  * @param {string} name
  */
@@ -47,7 +57,7 @@ export function icon(name) {
   svg.setAttribute("class", "icon");
   svg.setAttribute("aria-hidden", "true");
   const use = document.createElementNS(SVG, "use");
-  use.setAttribute("href", `icons/sprite.svg#${name}`);
+  use.setAttribute("href", `#icon-${name}`);
   svg.append(use);
   return svg;
 }

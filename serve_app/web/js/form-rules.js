@@ -186,7 +186,7 @@ export function changedModel(form, from, to) {
  * A form that asks for a job's picture again.
  *
  * @param {import("./types.js").Wish} wish
- * @param {string | null} seed
+ * @param {string} seed  of the picture wanted
  * @returns {FormValues}
  */
 export function formOf(wish, seed) {
@@ -198,7 +198,7 @@ export function formOf(wish, seed) {
     height: wish.height,
     steps: wish.steps,
     guidance: wish.guidance,
-    seed: seed ?? wish.seed ?? "",
+    seed,
     images: wish.images,
     format: wish.format,
     scheduler: wish.scheduler,

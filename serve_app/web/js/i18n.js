@@ -45,7 +45,8 @@ export async function loadLanguage(/** @type {string} */ chosen) {
 export function t(key, params = {}) {
   const entry = texts[key];
   if (entry === undefined) throw new Error(`no text for ${key}`);
-  const form = typeof entry === "string" ? entry : (entry[plural.select(Number(params.count))] ?? entry.other ?? "");
+  const form =
+    typeof entry === "string" ? entry : (entry[plural.select(Number(params.count))] ?? entry.other ?? "");
   return form.replace(/\{(\w+)\}/g, (_, name) => {
     const value = params[name];
     if (value === undefined) throw new Error(`text ${key} needs {${name}}`);
@@ -63,10 +64,14 @@ export function say(text) {
  * @param {Intl.NumberFormatOptions} [options]
  */
 export function formatNumber(value, options = {}) {
-  return new Intl.NumberFormat(language, { maximumFractionDigits: 2, useGrouping: false, ...options }).format(value);
+  return new Intl.NumberFormat(language, { maximumFractionDigits: 2, useGrouping: false, ...options }).format(
+    value,
+  );
 }
 
 /** Unix seconds as day and time. */
 export function formatTime(/** @type {number} */ unixSeconds) {
-  return new Intl.DateTimeFormat(language, { dateStyle: "medium", timeStyle: "short" }).format(unixSeconds * 1000);
+  return new Intl.DateTimeFormat(language, { dateStyle: "medium", timeStyle: "short" }).format(
+    unixSeconds * 1000,
+  );
 }

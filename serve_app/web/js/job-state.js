@@ -18,7 +18,7 @@ export function hasEnded(job) {
 export function applyEvent(job, event, now) {
   switch (event.type) {
     case "queued": // also after a worker died: the job waits again and starts from the beginning
-      return { ...job, ...FRESH, status: "queued", ahead: event.position };
+      return { ...job, ...FRESH, status: "queued", ahead: event.ahead };
     case "started":
       return { ...job, ...FRESH, status: "processing", ahead: null, steps: event.steps ?? job.wish.steps };
     case "step": {

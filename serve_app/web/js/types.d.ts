@@ -37,7 +37,7 @@ export interface Model {
   maxImages: number;
   maxPromptChars: number;
   schedulers: string[];
-  licence: { name: string; url: string; attribution: string; commercial: boolean } | null;
+  licence: { name: string; url: string; attribution: string; commercial: boolean };
   state: string; // "ready", "loading", ... ; an unknown word is shown as it is
 }
 
@@ -59,11 +59,11 @@ export interface Problem {
 
 export interface Picture {
   index: number;
-  url: string;
+  url: string; // relative to the API
   thumbnailUrl: string | null;
   width: number;
   height: number;
-  seed: string | null; // decimal digits: seeds are 63-bit, a JS number is not
+  seed: string; // decimal digits: seeds are 63-bit, a JS number is not
   mediaType: string;
 }
 
@@ -75,8 +75,8 @@ export interface Wish {
   width: number;
   height: number;
   steps: number;
-  guidance: number | null;
-  seed: string | null;
+  guidance: number;
+  seed: string;
   images: number;
   format: string;
   scheduler: string;
@@ -89,11 +89,12 @@ export interface Job {
   step: number;
   steps: number; // 0 before the first step is known
   percent: number;
+  cancelRequested: boolean;
   wish: Wish;
   pictures: Picture[];
   warnings: Warning[];
   problem: Problem | null;
-  createdAt: number | null; // unix seconds
+  createdAt: number; // unix seconds
   generationS: number | null;
   preview: string | null; // data: address of the latest rough look
   firstStepAt: number | null; // ms of performance.now(), for the time left
@@ -129,7 +130,7 @@ export interface SseEvent {
 
 /** One thing that happened to a job, as its event stream tells it. */
 export type JobEvent =
-  | { type: "queued"; position: number | null }
+  | { type: "queued"; ahead: number | null }
   | { type: "started"; steps: number | null }
   | { type: "step"; step: number; steps: number; percent: number | null }
   | { type: "preview"; data: string; mediaType: string }
@@ -151,6 +152,8 @@ export interface Api {
   cancel(id: string): Promise<void>;
   /** The open event stream of a job, after the event `lastId`. */
   events(id: string, lastId: string | null, signal: AbortSignal): Promise<Response>;
+  /** The full address of a link that the API gave. */
+  address(url: string): string;
   blob(url: string): Promise<Blob>;
 }
 

@@ -32,7 +32,7 @@ export function model(json) {
     id: json.id,
     name: json.name,
     family: json.family,
-    description: json.description ?? "",
+    description: json.description,
     tasks: json.tasks,
     steps: json.steps,
     guidance: json.guidance,
@@ -43,19 +43,19 @@ export function model(json) {
       min: sizes.min,
       max: sizes.max,
       maxPixels: sizes.max_pixels,
-      maxAspect: sizes.max_aspect ?? Infinity,
+      maxAspect: sizes.max_aspect,
     },
     negativePrompt: json.negative_prompt,
     maxImages: json.max_images,
-    maxPromptChars: json.max_prompt_chars ?? 4000,
-    schedulers: json.schedulers ?? ["auto"],
-    licence: licence && {
+    maxPromptChars: json.max_prompt_chars,
+    schedulers: json.schedulers,
+    licence: {
       name: licence.name,
       url: licence.url,
-      attribution: licence.attribution ?? "",
-      commercial: licence.commercial ?? true,
+      attribution: licence.attribution,
+      commercial: licence.commercial,
     },
-    state: json.state ?? "ready",
+    state: json.state,
   };
 }
 
@@ -64,32 +64,33 @@ export function model(json) {
  * @returns {Job}
  */
 export function job(json) {
-  const request = json.request ?? json;
+  const { request } = json;
   return {
     id: json.id,
     status: json.status,
-    ahead: json.position ?? json.queue_position ?? null,
-    step: json.step ?? 0,
-    steps: json.steps ?? 0,
-    percent: json.percent ?? 0,
+    ahead: ahead(json.position),
+    step: json.step,
+    steps: json.steps,
+    percent: json.percent,
+    cancelRequested: json.cancel_requested,
     wish: {
       model: request.model,
       prompt: request.prompt,
-      negativePrompt: request.negative_prompt ?? "",
+      negativePrompt: request.negative_prompt,
       width: request.width,
       height: request.height,
       steps: request.num_inference_steps,
-      guidance: request.guidance_scale ?? null,
-      seed: request.seed ?? null,
-      images: request.num_images ?? 1,
-      format: request.output_format ?? request.output?.format ?? "png",
-      scheduler: request.scheduler ?? "auto",
+      guidance: request.guidance_scale,
+      seed: request.seed,
+      images: request.num_images,
+      format: request.output_format,
+      scheduler: request.scheduler,
     },
-    pictures: (json.artifacts ?? []).map(picture),
-    warnings: json.warnings ?? [],
+    pictures: json.artifacts.map(picture),
+    warnings: json.warnings,
     problem: json.error ? problem(json.error) : null,
-    createdAt: json.created_at ?? null,
-    generationS: json.generation_s ?? json.generation_time ?? null,
+    createdAt: json.created_at,
+    generationS: json.generation_s,
     preview: null,
     firstStep: 0,
     firstStepAt: null,
@@ -112,13 +113,32 @@ export function jobs(json) {
 function picture(json) {
   return {
     index: json.index,
-    url: json.url,
-    thumbnailUrl: json.thumbnail_url ?? null,
+    url: belowApi(json.url),
+    thumbnailUrl: json.thumbnail_url && belowApi(json.thumbnail_url),
     width: json.width,
     height: json.height,
-    seed: json.seed ?? null,
+    seed: json.seed,
     mediaType: json.media_type,
   };
+}
+
+/**
+ * Jobs before this one, from its position in the queue: 1 is the next to be begun.
+ *
+ * @param {number | null} position
+ */
+function ahead(position) {
+  return position === null ? null : Math.max(0, position - 1);
+}
+
+/**
+ * A link of ours, relative to the API: a proxy may have put a prefix in front that the server does not
+ * know. Links to elsewhere (a signed one of the store) stay as they are.
+ *
+ * @param {string} url
+ */
+function belowApi(url) {
+  return url.replace(/^\/(?:[^?#]*\/)?api\//, "");
 }
 
 /**
@@ -130,8 +150,8 @@ function picture(json) {
  */
 export function problem(json, retryAfterS = null) {
   return {
-    code: json.kind ?? json.code ?? "internal",
-    message: json.message ?? "",
+    code: json.kind,
+    message: json.message,
     param: json.param ?? null,
     retryAfterS,
   };
@@ -147,7 +167,7 @@ export function jobEvent(raw) {
   const data = parse(raw.data);
   switch (raw.type) {
     case "queued":
-      return { type: "queued", position: data.position ?? null };
+      return { type: "queued", ahead: ahead(data.position) };
     case "started":
       return { type: "started", steps: data.steps ?? null };
     case "step":

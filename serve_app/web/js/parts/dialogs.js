@@ -9,7 +9,14 @@ export function createDialogs() {
   const help = createHelp();
   return {
     element: h("div", {}, keyDialog.element, help),
-    askForKey: keyDialog.ask,
+    /** After a 401. True when a key was given. */
+    askForKey: () => keyDialog.ask(key.get() !== null),
+    /** By the person's own wish: what was read with the old key is read anew. */
+    async changeKey() {
+      const before = key.get();
+      await keyDialog.ask(false);
+      if (key.get() !== before) location.reload();
+    },
     showHelp: () => help.showModal(),
   };
 }
@@ -17,7 +24,11 @@ export function createDialogs() {
 function createKeyDialog() {
   const input = h("input", { id: "key-input", type: "password", autocomplete: "off", required: true });
   const wrong = h("p", { class: "fault", role: "alert", hidden: true }, t("key.wrong"));
-  const forget = h("button", { type: "button", class: "plain", on: { click: () => finish(null) } }, t("key.forget"));
+  const forget = h(
+    "button",
+    { type: "button", class: "plain", on: { click: () => finish(null) } },
+    t("key.forget"),
+  );
   const form = h(
     "form",
     { on: { submit: used } },
@@ -47,14 +58,13 @@ function createKeyDialog() {
 
   return {
     element,
-    /** True when a key was given; false when the dialog was closed without one. */
-    ask() {
+    /** True when a key was given; false when the dialog was closed without one. @param {boolean} refused */
+    ask(refused) {
       asking ??= new Promise((resolve) => {
-        const known = key.get();
         given = false;
         input.value = "";
-        wrong.hidden = known === null;
-        forget.hidden = known === null;
+        wrong.hidden = !refused;
+        forget.hidden = key.get() === null;
         element.addEventListener(
           "close",
           () => {
@@ -105,7 +115,12 @@ function shortcut(words, ...keys) {
 function dialog(id, title, ...content) {
   const close = h(
     "button",
-    { type: "button", class: "quiet round", "aria-label": t("dialog.close"), on: { click: () => element.close() } },
+    {
+      type: "button",
+      class: "quiet round",
+      "aria-label": t("dialog.close"),
+      on: { click: () => element.close() },
+    },
     icon("close"),
   );
   const element = h(

@@ -24,14 +24,25 @@ export function createFrame(dialogs) {
     themeButton.setAttribute("aria-label", words);
     themeButton.title = words;
   });
-  const keyButton = roundButton("key", t("key.open"), () => void dialogs.askForKey());
+  const keyButton = roundButton("key", t("key.open"), () => void dialogs.changeKey());
   key.heed((value) => (keyButton.hidden = value === null));
   const header = h(
     "header",
     { class: "bar" },
-    h("a", { class: "brand", href: "#/create" }, h("img", { src: "icons/weft.svg", alt: "", width: 28, height: 28 }), t("app.name")),
+    h(
+      "a",
+      { class: "brand", href: "#/create" },
+      h("img", { src: "icons/weft.svg", alt: "", width: 28, height: 28 }),
+      t("app.name"),
+    ),
     h("nav", { class: "pages", "aria-label": t("nav.label"), hidden: links.size < 2 }, ...links.values()),
-    h("div", { class: "tools" }, themeButton, keyButton, roundButton("help", t("help.open"), dialogs.showHelp)),
+    h(
+      "div",
+      { class: "tools" },
+      themeButton,
+      keyButton,
+      roundButton("help", t("help.open"), dialogs.showHelp),
+    ),
   );
   return {
     main,
@@ -58,5 +69,9 @@ function skip(event) {
  * @param {() => void} run
  */
 function roundButton(name, words, run) {
-  return h("button", { type: "button", class: "quiet round", "aria-label": words, title: words, on: { click: run } }, icon(name));
+  return h(
+    "button",
+    { type: "button", class: "quiet round", "aria-label": words, title: words, on: { click: run } },
+    icon(name),
+  );
 }

@@ -39,7 +39,7 @@ export function createPictures(api, needsKey) {
       if (needsKey()) {
         blobAddress(url).then((address) => void (image.src = address), onGone);
       } else {
-        image.src = url;
+        image.src = api.address(url);
       }
       return image;
     },

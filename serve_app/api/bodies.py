@@ -1,0 +1,94 @@
+"""Bodies into wire models: JSON or multipart, every fault named, nothing guessed."""
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from deployments.protocol.errors import BadRequest
+from serve_app.api.errors import from_validation
+
+Body = TypeVar("Body", bound=BaseModel)
+
+MAX_FORM_FIELDS = 64
+
+
+async def read_json(http_request: Request, schema: type[Body]) -> Body:
+    """The JSON body as `schema`. Raises BadRequest, or 415 for another content type."""
+    if not _is_json(_content_type(http_request)):
+        raise HTTPException(415, "send JSON, with the header Content-Type: application/json")
+    try:
+        # Rust's parser: NaN, endless numbers, lone surrogates and deep nesting are faults, not crashes
+        return schema.model_validate_json(await http_request.body())
+    except ValidationError as error:
+        raise from_validation(error, schema) from None
+
+
+async def read_json_or_form(http_request: Request, schema: type[Body], files: tuple[str, ...]) -> Body:
+    """The body as `schema`, from JSON or from a form whose `files` fields may be uploads."""
+    content_type = _content_type(http_request)
+    if content_type != "multipart/form-data":
+        if not _is_json(content_type):
+            raise HTTPException(
+                415, "send JSON with Content-Type: application/json, or a multipart/form-data form"
+            )
+        return await read_json(http_request, schema)
+    texts, uploads = await _read_form(http_request, files)
+    try:
+        body = schema.model_validate_strings(texts)
+    except ValidationError as error:
+        raise from_validation(error, schema) from None
+    return body.model_copy(update=uploads)
+
+
+def documented(schema: type[BaseModel], *, form: bool = False) -> dict[str, Any]:
+    """openapi_extra of a route that reads its body by the functions above."""
+    shape = schema.model_json_schema()
+    content: dict[str, Any] = {"application/json": {"schema": shape}}
+    if form:
+        content["multipart/form-data"] = {"schema": json.loads(json.dumps(shape))}
+        for name in ("image", "mask_image"):
+            content["multipart/form-data"]["schema"]["properties"][name] = {
+                "type": "string",
+                "format": "binary",
+            }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+async def _read_form(
+    http_request: Request, files: tuple[str, ...]
+) -> tuple[dict[str, str], dict[str, bytes]]:
+    """Text fields and uploads. An empty text field is a form's way to say nothing."""
+    texts: dict[str, str] = {}
+    uploads: dict[str, bytes] = {}
+    async with http_request.form(max_files=len(files), max_fields=MAX_FORM_FIELDS) as form:
+        for name, value in form.multi_items():
+            if name in texts or name in uploads:
+                raise BadRequest(f"{name[:100]} is there twice; send it once", param=name[:100])
+            if isinstance(value, UploadFile):
+                if name not in files:
+                    raise BadRequest(f"{name[:100]} cannot be a file; files are {', '.join(files)}")
+                uploads[name] = await value.read()
+            elif value:
+                texts[name] = _text(name, value)
+    return texts, uploads
+
+
+def _text(name: str, value: str) -> str:
+    """The value, if it can be written down: a part's charset may conjure up lone surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise BadRequest(f"{name[:100]} is not valid text; send UTF-8", param=name[:100]) from None
+    return value
+
+
+def _content_type(http_request: Request) -> str:
+    return http_request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _is_json(content_type: str) -> bool:
+    return content_type == "application/json" or content_type.endswith("+json")

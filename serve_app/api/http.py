@@ -1,0 +1,69 @@
+"""The app: every dialect's router behind one shell, and the page."""
+
+from importlib.resources import files
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from serve_app.api import errors, gallery, models, native, openai, ops, progress, tasks
+from serve_app.api.depends import ApiState, enter
+from serve_app.api.guards import BodyLimit, Envelope, LocalOnly
+from serve_app.api.schemas.error import ErrorOut
+
+GZIP_FROM_BYTES = 1024
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorOut, "description": "Refused: `message` names the cause and the cure."},
+    "5XX": {"model": ErrorOut, "description": "Not now: see Retry-After."},
+}
+
+page = APIRouter(include_in_schema=False)
+
+
+def create_app(state: ApiState) -> FastAPI:
+    """The HTTP face over these doors. It starts nothing and owns nothing: who made them closes them."""
+    settings = state.settings
+    app = FastAPI(
+        title="Weft",
+        summary="Serves diffusion models on Ray.",
+        redirect_slashes=False,  # a redirect names the Host it was called by, which a proxy may have changed
+        redoc_url=None,
+        middleware=[
+            Middleware(Envelope, metrics=state.metrics),
+            Middleware(LocalOnly, settings=settings),
+            Middleware(GZipMiddleware, minimum_size=GZIP_FROM_BYTES, compresslevel=5),
+            Middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_depth=settings.max_json_depth),
+        ],
+    )
+    app.state.weft = state
+    errors.install(app)
+    app.include_router(ops.public)
+    app.include_router(progress.sockets)
+    for router in (native, progress, gallery, models, tasks, openai, ops):
+        # denied by default: a route behind this needs a known caller even if it forgets to ask
+        app.include_router(router.router, dependencies=[Depends(enter)], responses=REFUSALS)
+    if settings.ui:
+        app.include_router(page)
+        app.mount("/ui", Page(directory=str(files("serve_app") / "web"), html=True), name="ui")
+    return app
+
+
+class Page(StaticFiles):
+    """The page's files; browsers ask again each time and mostly hear 304."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        response = await super().get_response(path, scope)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
+@page.get("/")
+@page.get("/ui")
+async def to_page(http_request: Request) -> RedirectResponse:
+    """The page lies under /ui/."""
+    return RedirectResponse(f"{http_request.scope.get('root_path', '').rstrip('/')}/ui/", 307)

@@ -1,0 +1,56 @@
+"""For probes and gauges: is the process alive, can it serve, what did it count."""
+
+import json
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from pydantic import BaseModel
+from starlette.responses import Response
+
+from deployments.protocol.errors import WeftError
+from serve_app.api.depends import ApiState, Here, api_state
+
+public = APIRouter(tags=["operations"])
+router = APIRouter(tags=["operations"])
+
+
+class Alive(BaseModel):
+    status: str = "ok"
+
+
+class Ready(BaseModel):
+    """Whether a request sent now would be worked on."""
+
+    ready: bool
+    store: str  # "ok", or what is wrong with it
+    models: dict[str, str]  # state by id
+
+
+@public.get("/health")
+async def health() -> Alive:
+    """This process answers. It says nothing about the store or the models: see /ready."""
+    return Alive()
+
+
+@public.get("/ready", response_model=Ready, responses={503: {"model": Ready}})
+async def ready(state: Annotated[ApiState, Depends(api_state)]) -> Response:
+    """200 when the store answers and at least one model is ready; else 503 and why."""
+    try:
+        await state.desk.health()
+        store = "ok"
+    except WeftError as error:
+        store = error.message
+    models = dict(await state.model_states())
+    answer = Ready(ready=store == "ok" and "ready" in models.values(), store=store, models=models)
+    return Response(
+        json.dumps(answer.model_dump()),
+        200 if answer.ready else 503,
+        headers={} if answer.ready else {"Retry-After": "2"},
+        media_type="application/json",
+    )
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(visit: Here) -> Response:
+    """What this replica counted, in Prometheus' text format."""
+    return Response(visit.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

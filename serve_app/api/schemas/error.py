@@ -1,0 +1,16 @@
+"""The native shape of every refusal."""
+
+from pydantic import BaseModel, Field
+
+
+class Refusal(BaseModel):
+    """What was wrong, and what would be right."""
+
+    kind: str = Field(examples=["bad_request"], description="Stable: for programs.")
+    message: str = Field(description="For people; may change.")
+    param: str | None = Field(None, description="The field at fault.")
+    retryable: bool = Field(description="The same request may succeed later.")
+
+
+class ErrorOut(BaseModel):
+    error: Refusal

@@ -1,0 +1,125 @@
+"""The task dialect: /generate-image, then status and result by task id."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Query, Response
+from pydantic import BaseModel
+from starlette.requests import Request
+
+from deployments.protocol.errors import KINDS, Cancelled, Conflict, Internal, NotFound
+from serve_app.api.bodies import documented, read_json_or_form
+from serve_app.api.depends import Here, JobId, Visit
+from serve_app.api.native import FILES
+from serve_app.api.schemas.image import ImageBody
+from serve_app.api.schemas.job import EXTENSIONS, Failure, JobOut, Picture, Warned
+from serve_app.jobs.job import Job, JobState
+
+router = APIRouter(tags=["tasks"])
+
+
+class TaskAccepted(BaseModel):
+    task_id: str
+    status: JobState
+    warnings: list[Warned]
+
+
+class TaskStatus(BaseModel):
+    """How far a task is. Times are unix seconds."""
+
+    task_id: str
+    status: JobState
+    progress: int  # percent
+    step: int
+    steps: int
+    position: int | None
+    created_at: float
+    started_at: float | None
+    completed_at: float | None
+    error: Failure | None
+
+
+class TaskResult(BaseModel):
+    """A finished task's pictures."""
+
+    task_id: str
+    status: JobState
+    images: list[Picture]
+    generation_s: float | None
+    warnings: list[Warned]
+
+
+@router.post("/generate-image", status_code=202, openapi_extra=documented(ImageBody, form=True))
+async def generate_image(http_request: Request, visit: Here) -> TaskAccepted:
+    """Accept a wish for pictures; the body is that of POST /api/generate/image."""
+    job = await visit.submit(await read_json_or_form(http_request, ImageBody, FILES))
+    return TaskAccepted(task_id=job.id, status=job.state, warnings=[Warned.of(c) for c in job.warnings])
+
+
+@router.get("/task/{task_id}/status")
+async def read_status(job_id: JobId, visit: Here) -> TaskStatus:
+    """How far the task is."""
+    view = await visit.desk.get(job_id, visit.owner)
+    job = view.job
+    return TaskStatus(
+        task_id=job.id,
+        status=job.state,
+        progress=job.percent,
+        step=job.step,
+        steps=job.steps,
+        position=view.position,
+        created_at=job.created_at,
+        started_at=job.started_at,
+        completed_at=job.completed_at,
+        error=None if job.error is None else Failure.of(job.error),
+    )
+
+
+@router.get(
+    "/task/{task_id}/result",
+    response_model=TaskResult,
+    responses={200: {"content": {"image/png": {}, "image/jpeg": {}, "image/webp": {}}}},
+)
+async def read_result(
+    job_id: JobId,
+    visit: Here,
+    accept: Annotated[str, Header()] = "",
+    index: Annotated[int, Query(ge=0, description="Which picture, when asking for the file.")] = 0,
+) -> TaskResult | Response:
+    """The finished pictures as links, or one file for a client that asks with `Accept: image/*`.
+
+    409 until the task has ended; a failed task answers with the error that ended it.
+    """
+    job = (await visit.desk.get(job_id, visit.owner)).job
+    _require_completed(job)
+    if accept.strip().lower().startswith("image/"):
+        return await _picture(visit, job, index)
+    out = JobOut.of(job, visit.prefix)
+    return TaskResult(
+        task_id=job.id,
+        status=job.state,
+        images=out.artifacts,
+        generation_s=job.generation_s,
+        warnings=out.warnings,
+    )
+
+
+def _require_completed(job: Job) -> None:
+    if job.state is JobState.cancelled:
+        raise Cancelled("this task was cancelled; it has no result")
+    if job.state is JobState.failed:
+        assert job.error is not None, "a failed job says why"
+        raise KINDS.get(job.error.kind, Internal)(job.error.message, param=job.error.param)
+    if job.state is not JobState.completed:
+        raise Conflict(f"this task is {job.state.value}; ask /task/{job.id}/status until it is completed")
+
+
+async def _picture(visit: Visit, job: Job, index: int) -> Response:
+    if not any(a.kind == "image" and a.index == index for a in job.artifacts):
+        raise NotFound(f"this task has {job.request.num_images} pictures, counted from 0", param="index")
+    stored, data = await visit.desk.artifact(job.id, visit.owner, index, "image")
+    name = f"weft-{job.id}-{index}.{EXTENSIONS[stored.media_type]}"
+    return Response(
+        data,
+        headers={"Content-Disposition": f'inline; filename="{name}"'},
+        media_type=stored.media_type,
+    )

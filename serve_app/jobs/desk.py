@@ -1,0 +1,169 @@
+"""The API's only door to jobs: submit, look, list, follow, cancel, delete, fetch a picture."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+
+from deployments.protocol.card import ModelCard
+from deployments.protocol.errors import Conflict, NotFound, Overloaded
+from deployments.protocol.limits import Correction
+from deployments.protocol.request import FittedRequest, GenerationRequest
+from serve_app.admission.rules import admit
+from serve_app.jobs import follow, pictures
+from serve_app.jobs.job import Job, JobState, StoredArtifact, new_job_id
+from serve_app.jobs.listing import Page
+from serve_app.jobs.store import FROM_START, NO_SUCH_JOB, JobStore
+from serve_app.jobs.transaction import StoreUnreachable
+from serve_app.settings import Settings
+from serve_app.storage.results import ResultStore, input_path
+
+FRESH_SEEDS = 2**32  # as other tools draw them, and exact in JavaScript's numbers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class JobView:
+    """A job as its owner sees it."""
+
+    job: Job
+    position: int | None  # 1: next of its model; None when it does not wait
+
+
+class JobDesk:
+    """What the owners of jobs may do. Somebody else's job looks like one that never was."""
+
+    def __init__(
+        self,
+        store: JobStore,
+        results: ResultStore,
+        cards: Mapping[str, ModelCard],
+        settings: Settings,
+    ) -> None:
+        self._store = store
+        self._results = results
+        self._cards = cards
+        self._settings = settings
+        self._hints = store.news_hints()
+
+    async def submit(self, request: GenerationRequest, owner: str) -> Job:
+        """The accepted job: durable, and sure to end.
+
+        Raises what `admit` raises, Overloaded (also when the disk is nearly full) and RateLimited.
+        """
+        fitted = admit(request, self._cards, self._settings, secrets.randbelow(FRESH_SEEDS))
+        if not await self._results.free_space_ok():
+            raise Overloaded("there is too little room for new pictures; try again later", retry_after_s=60)
+        job_id = new_job_id()
+        _log_corrections(job_id, fitted.corrections)
+        detached, taken = pictures.detach(fitted.request)
+        job = await self._accept(job_id, owner, detached, taken, fitted.corrections)
+        logger.info("job accepted", extra={"job_id": job_id, "model": job.request.model})
+        return job
+
+    async def get(self, job_id: str, owner: str) -> JobView:
+        """The job and its place in the queue. Raises NotFound."""
+        job = await self._own(job_id, owner)
+        waits = job.state is JobState.queued
+        return JobView(job, await self._store.position(job) if waits else None)
+
+    async def list(
+        self,
+        owner: str,
+        *,
+        cursor: str | None = None,
+        limit: int = 50,
+        state: JobState | None = None,
+        model: str | None = None,
+    ) -> Page:
+        """The owner's jobs, newest first; a page may be short and still have a next_cursor."""
+        return await self._store.page(owner, cursor=cursor, limit=limit, state=state, model=model)
+
+    async def cancel(self, job_id: str, owner: str) -> Job:
+        """The job: cancelled, or running with cancel_requested, or as it ended before."""
+        await self._own(job_id, owner)
+        job = await self._store.cancel(job_id)
+        if job.state is JobState.cancelled:
+            await self._results.sweep(job_id)
+        return job
+
+    async def delete(self, job_id: str, owner: str) -> None:
+        """Forget an ended job: files, events, record. Raises Conflict while it waits or runs."""
+        job = await self._own(job_id, owner)
+        if not job.state.ended:
+            raise Conflict(f"the job is {job.state.value}; cancel it first")
+        await self._results.sweep(job_id)  # first: if it fails, the caller can see that and try again
+        await self._store.delete(job_id)
+
+    async def wait(self, job_id: str, owner: str, timeout_s: float) -> Job:
+        """The job when it has ended, or as it stands after timeout_s."""
+        await self._own(job_id, owner, patiently=True)
+        return await follow.wait(self._store, self._hints, job_id, timeout_s)
+
+    async def follow(self, job_id: str, owner: str, after: str | None = None) -> AsyncGenerator[follow.Told]:
+        """(event id, event) from the start or after that id, live, until the ending.
+
+        Raises NotFound, and BadRequest for a malformed id, at the first step.
+        """
+        await self._own(job_id, owner, patiently=True)
+        async for told in follow.follow(self._store, self._hints, job_id, after or FROM_START):
+            yield told
+
+    async def artifact(
+        self, job_id: str, owner: str, index: int, kind: str = "image"
+    ) -> tuple[StoredArtifact, bytes]:
+        """One finished file, its digest checked. Raises Conflict before the job has ended."""
+        job = await self._own(job_id, owner)
+        if not job.state.ended:
+            raise Conflict(f"the job is {job.state.value}; its pictures come when it has completed")
+        for artifact in job.artifacts:
+            if (artifact.index, artifact.kind) == (index, kind):
+                return artifact, await self._results.get(artifact.path, sha256=artifact.sha256)
+        raise NotFound(f"the job has no {kind} number {index}")
+
+    async def health(self) -> None:
+        """Raises Overloaded with the reason why no job can be accepted now."""
+        await self._store.ping()
+        if not await self._results.free_space_ok():
+            raise Overloaded("there is too little room for new pictures")
+
+    async def aclose(self) -> None:
+        """End the subscription behind `wait` and `follow`."""
+        await self._hints.aclose()
+
+    async def _accept(
+        self,
+        job_id: str,
+        owner: str,
+        request: FittedRequest,
+        taken: Mapping[str, bytes],
+        corrections: tuple[Correction, ...],
+    ) -> Job:
+        try:
+            for name, data in taken.items():
+                await self._results.put(input_path(job_id, name), data)
+            return await self._store.accept(job_id, owner, request, corrections)
+        except StoreUnreachable:
+            raise  # the job may have been accepted all the same, so its pictures stay
+        except BaseException:
+            if taken:
+                await self._results.sweep(job_id)
+            raise
+
+    async def _own(self, job_id: str, owner: str, *, patiently: bool = False) -> Job:
+        """The job. Raises NotFound, in the same words whatever the cause."""
+        if not re.fullmatch(r"[0-9a-f]{32}", job_id):
+            raise NotFound(NO_SUCH_JOB)
+        job = await (follow.patiently(self._store, job_id) if patiently else self._store.get(job_id))
+        if job.owner != owner:
+            raise NotFound(NO_SUCH_JOB)
+        return job
+
+
+def _log_corrections(job_id: str, corrections: tuple[Correction, ...]) -> None:
+    for correction in corrections:
+        logger.warning("%s", correction.message, extra={"job_id": job_id, "correction": correction.code})

@@ -1,0 +1,162 @@
+"""Gives waiting jobs to models: never more than they take, as soon as there is room."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from deployments.protocol.errors import WeftError
+from serve_app.jobs.attempt import Attempt, Halt, Models
+from serve_app.jobs.hints import stirred
+from serve_app.jobs.job import Job
+from serve_app.jobs.store import Claim, JobStore
+from serve_app.jobs.transitions import NEW_WORK
+from serve_app.settings import Settings
+from serve_app.storage.results import ResultStore
+
+LOOK_AGAIN_S = 1.0  # hints may be lost, and models grow slots without any
+TIME_LIMIT_S = 600.0  # of a job whose model has none
+DRAIN_LIMIT_S = 15.0
+
+logger = logging.getLogger(__name__)
+
+
+class Dispatcher:
+    """Claims jobs and runs each in a task of its own, until drained. Any number may share a store.
+
+    models: counts its slots and runs requests.  time_limits_s: per model, from Started to the end.
+    """
+
+    def __init__(
+        self,
+        store: JobStore,
+        results: ResultStore,
+        models: Models,
+        settings: Settings,
+        *,
+        time_limits_s: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        self._store = store
+        self._results = results
+        self._models = models
+        self._settings = settings
+        self._time_limits_s = time_limits_s
+        self._hints = store.work_hints()
+        self._running: dict[asyncio.Task[None], Attempt] = {}
+        self._draining = False
+        self._room = asyncio.Event()  # somebody waits, a job has ended, or we shall drain
+        self._reap_at = 0.0
+
+    @property
+    def active(self) -> int:
+        """How many jobs run here right now."""
+        return len(self._running)
+
+    async def run(self) -> None:
+        """Serve until `drain`, or until cancelled (then it drains as well). No error ends it."""
+        try:
+            with self._hints.hear(NEW_WORK) as self._room:
+                await self._hints.listening()
+                while not self._draining:
+                    try:
+                        await self._reap()
+                        await self._claim_what_fits()
+                    except WeftError as error:
+                        logger.warning("no jobs can be claimed: %s", error.message)
+                        self._postpone_reaping()
+                    except Exception:
+                        logger.exception("the dispatcher stumbled; it goes on")
+                    if not self._draining:
+                        await stirred(self._room, min(LOOK_AGAIN_S, self._settings.heartbeat_s))
+        finally:
+            await self.drain()
+            await self._hints.aclose()
+
+    async def drain(self) -> None:
+        """Claim nothing more and give running jobs back at once; this costs them no attempt."""
+        self._draining = True
+        self._room.set()
+        for attempt in self._running.values():
+            attempt.halt(Halt.drained)
+        if self._running:
+            _, late = await asyncio.wait(set(self._running), timeout=DRAIN_LIMIT_S)
+            for task in late:  # their leases will run out
+                task.cancel()
+
+    async def _claim_what_fits(self) -> None:
+        while not self._draining and (free := self._free_slots()):
+            claim = await self._store.claim(free)
+            if claim is None:
+                return
+            self._start(claim)
+
+    def _free_slots(self) -> dict[str, int]:
+        """Room per model, less the claimed jobs the models have not heard of yet."""
+        waiting = Counter(
+            attempt.claim.job.request.model for attempt in self._running.values() if not attempt.handed_over
+        )
+        free = {model: slots - waiting[model] for model, slots in self._models.free_slots().items()}
+        return {model: slots for model, slots in free.items() if slots > 0}
+
+    def _start(self, claim: Claim) -> None:
+        attempt = Attempt(
+            claim,
+            store=self._store,
+            results=self._results,
+            models=self._models,
+            settings=self._settings,
+            time_limit_s=self._time_limits_s.get(claim.job.request.model, TIME_LIMIT_S),
+        )
+        if self._draining:
+            attempt.halt(Halt.drained)
+        task = asyncio.create_task(self._run_one(attempt))
+        self._running[task] = attempt
+        task.add_done_callback(self._gone)
+
+    def _gone(self, task: asyncio.Task[None]) -> None:
+        del self._running[task]
+        self._room.set()
+
+    async def _run_one(self, attempt: Attempt) -> None:
+        claim = attempt.claim
+        try:
+            with self._hints.hear(claim.job.id) as stir:
+                _log_end(claim, await attempt.run(stir))
+        except Exception:
+            logger.exception("an attempt was lost; its lease will run out", extra=_about(claim))
+
+    async def _reap(self) -> None:
+        """Every heartbeat_s: give jobs of dead workers back, and clear up after those that ended."""
+        now = time.monotonic()
+        if now < self._reap_at:
+            return
+        self._reap_at = now + self._settings.heartbeat_s
+        for job in await self._store.reap():
+            logger.warning(
+                "a lease ran out", extra={"job_id": job.id, "attempt": job.attempt, "state": job.state}
+            )
+            if job.state.ended:
+                await self._results.sweep(job.id)
+
+    def _postpone_reaping(self) -> None:
+        """After an outage every lease may have run out though the workers live: let them renew first."""
+        self._reap_at = time.monotonic() + 2 * self._settings.heartbeat_s
+
+
+def _log_end(claim: Claim, job: Job | None) -> None:
+    if job is None:
+        logger.warning("a job was given to another worker meanwhile", extra=_about(claim))
+        return
+    total_s = None if job.completed_at is None else job.completed_at - job.created_at
+    queue_s = None if job.started_at is None else job.started_at - job.created_at
+    figures = {"queue_s": queue_s, "generation_s": job.generation_s, "total_s": total_s}
+    kind = None if job.error is None else job.error.kind
+    logger.info("job %s", job.state, extra={**_about(claim), **figures, "error": kind})
+
+
+def _about(claim: Claim) -> dict[str, object]:
+    return {"job_id": claim.job.id, "attempt": claim.attempt, "model": claim.job.request.model}

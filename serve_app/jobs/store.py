@@ -1,0 +1,372 @@
+"""The durable store of jobs: accepted once, run under a lease, ended once, whoever dies.
+
+The job hash is the only truth; the sorted sets are indexes that change in the same MULTI/EXEC. Every
+change is WATCH, check state and attempt, write: no Lua, so the server's ACL can deny scripting. Leases
+run on the server's clock. Values are JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
+
+from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overloaded, RateLimited
+from deployments.protocol.limits import Correction
+from deployments.protocol.request import FittedRequest
+from serve_app.jobs import progress
+from serve_app.jobs.hints import Hints
+from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
+from serve_app.jobs.listing import OwnerIndex, Page
+from serve_app.jobs.record import Keys, job_from
+from serve_app.jobs.transaction import begin, reachable, transact
+from serve_app.jobs.transitions import Transitions
+from serve_app.settings import Settings
+
+NO_SUCH_JOB = "no such job; it may have been deleted or forgotten, or it is not yours"
+FROM_START = "0-0"  # before every event id
+HEADS = 4  # oldest jobs looked at per model, so that dispatchers who collide take the next one
+CLAIM_ROUNDS = 8
+FORGOTTEN = (
+    "the worker was lost {failures} times while it ran this job; it was given up. "
+    "A smaller size or fewer pictures may help."
+)
+
+
+Finish = Callable[[Pipeline, Job, int], Job]  # queues writes; the int is the server's time in us
+
+
+class Stale(Exception):
+    """The job was given to somebody else, or has ended: whatever this attempt made is discarded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A job under a lease. Its attempt number is the fence of every later write."""
+
+    job: Job
+
+    @property
+    def attempt(self) -> int:
+        return self.job.attempt
+
+
+class JobStore:
+    """All changes a job can go through. Raises StoreUnreachable whenever the server cannot be asked."""
+
+    def __init__(self, redis: Redis, settings: Settings) -> None:
+        self.redis = redis  # made by transaction.connect
+        self._keys = Keys(settings.redis_prefix)
+        self._settings = settings
+        self._transitions = Transitions(self._keys, settings)
+        self._accepting = asyncio.Lock()  # own accepts would only make each other's WATCH fail
+
+    def work_hints(self) -> Hints:
+        """Tells NEW_WORK, and the id of a running job that shall be cancelled."""
+        return Hints(self.redis, self._keys.work_channel)
+
+    def news_hints(self) -> Hints:
+        """Tells the id of a job that has a new event."""
+        return Hints(self.redis, self._keys.news_channel)
+
+    async def ping(self) -> None:
+        """Raises StoreUnreachable unless the server answers."""
+        with reachable():
+            await self.redis.ping()
+
+    # ---- callers -------------------------------------------------------------------------------
+
+    async def accept(
+        self, job_id: str, owner: str, request: FittedRequest, warnings: tuple[Correction, ...] = ()
+    ) -> Job:
+        """The queued job, durable now. The same id again gives the job there is.
+
+        Raises Overloaded past max_pending, RateLimited past max_active_per_owner.
+        """
+        keys = self._keys
+
+        async def decide(pipe: Pipeline) -> Job:
+            known = await _hash(pipe, keys.job(job_id))
+            if known:
+                return job_from(job_id, known)
+            if await pipe.zcard(keys.pending) >= self._settings.max_pending:
+                raise Overloaded(
+                    f"{self._settings.max_pending} jobs are waiting, which is the limit; try again later",
+                    retry_after_s=10.0,
+                )
+            if await pipe.scard(keys.active(owner)) >= self._settings.max_active_per_owner:
+                raise RateLimited(
+                    f"you have {self._settings.max_active_per_owner} jobs waiting or running, which is "
+                    "the limit; wait for one to end or cancel one",
+                    retry_after_s=5.0,
+                )
+            ahead = await pipe.zcard(keys.pending_of(request.model))
+            now_us = await _now_us(pipe)
+            begin(pipe)
+            return self._transitions.accept(
+                pipe, job_id, owner, request, warnings, now_us, position=ahead + 1
+            )
+
+        async with self._accepting:
+            watch = [keys.job(job_id), keys.pending, keys.active(owner)]
+            return await transact(self.redis, watch, decide)
+
+    async def get(self, job_id: str) -> Job:
+        """The job as it stands. Raises NotFound."""
+        with reachable():
+            fields = await _hash(self.redis, self._keys.job(job_id))
+        return _known(job_id, fields)
+
+    async def position(self, job: Job) -> int | None:
+        """1: next to be claimed among its model's jobs; None when it does not wait."""
+        with reachable():
+            rank = await self.redis.zrank(self._keys.pending_of(job.request.model), job.id)
+        return None if rank is None else cast(int, rank) + 1
+
+    async def queued(self, models: Sequence[str]) -> dict[str, int]:
+        """How many jobs wait for each model."""
+        with reachable():
+            async with self.redis.pipeline(transaction=False) as pipe:
+                for model in models:
+                    pipe.zcard(self._keys.pending_of(model))
+                return dict(zip(models, await pipe.execute(), strict=True))
+
+    async def page(
+        self,
+        owner: str,
+        *,
+        cursor: str | None = None,
+        limit: int = 50,
+        state: JobState | None = None,
+        model: str | None = None,
+    ) -> Page:
+        """The owner's jobs, newest first. A page may be short and still have a next_cursor.
+
+        Raises BadRequest for a cursor that is none of ours.
+        """
+        index = OwnerIndex(self.redis, self._keys, owner)
+        with reachable():
+            return await index.page(cursor=cursor, limit=limit, state=state, model=model)
+
+    async def cancel(self, job_id: str) -> Job:
+        """The job: cancelled if it waited, marked and soon cancelled if it runs, unchanged if it ended."""
+        keys = self._keys
+
+        async def decide(pipe: Pipeline) -> Job:
+            job = await self._read(pipe, job_id)
+            if job.state.ended or job.cancel_requested:
+                return job
+            if job.state is JobState.queued:
+                now_us = await _now_us(pipe)
+                begin(pipe)
+                return self._transitions.end(pipe, job, JobState.cancelled, now_us)
+            begin(pipe)
+            return self._transitions.ask_to_cancel(pipe, job)
+
+        return await transact(self.redis, [keys.job(job_id)], decide)
+
+    async def delete(self, job_id: str) -> None:
+        """Forget an ended job and its events. Raises Conflict while it is active."""
+        keys = self._keys
+
+        async def decide(pipe: Pipeline) -> None:
+            job = await self._read(pipe, job_id)
+            if not job.state.ended:
+                raise Conflict(f"the job is {job.state.value}; cancel it first")
+            begin(pipe)
+            self._transitions.forget(pipe, job)
+
+        await transact(self.redis, [keys.job(job_id)], decide)
+
+    async def events(self, job_id: str, after: str = FROM_START) -> list[tuple[str, progress.Event]]:
+        """What happened after the event with id `after`. Raises BadRequest for a malformed id."""
+        if not re.fullmatch(r"\d{1,20}-\d{1,20}", after):
+            raise BadRequest(f"{after[:64]!r} is not an event id; leave it out to see all events")
+        with reachable():
+            entries = await self.redis.xrange(self._keys.events(job_id), min=f"({after}")
+        found = cast(list[tuple[str, dict[str, str]]], entries)
+        return [(event_id, progress.decode(fields)) for event_id, fields in found]
+
+    # ---- workers -------------------------------------------------------------------------------
+
+    async def claim(self, free: Mapping[str, int]) -> Claim | None:
+        """The longest waiting job among the models with free slots, now under a lease; None: no work."""
+        models = [model for model, slots in free.items() if slots > 0]
+        for _ in range(CLAIM_ROUNDS if models else 0):
+            with reachable():
+                async with self.redis.pipeline(transaction=False) as pipe:
+                    for model in models:
+                        pipe.zrange(self._keys.pending_of(model), 0, HEADS - 1, withscores=True)
+                    heads = await pipe.execute()
+            waiting = sorted(
+                (score, job_id, model)
+                for model, found in zip(models, heads, strict=True)
+                for job_id, score in found
+            )
+            for _, job_id, model in waiting:
+                claim = await self._claim_one(job_id, model)
+                if claim is not None:
+                    return claim
+            if not waiting:
+                break
+        return None
+
+    async def _claim_one(self, job_id: str, model: str) -> Claim | None:
+        """The claim, or None when somebody was faster. Watches the hash alone: pending moves all the time."""
+        keys = self._keys
+
+        async def decide(pipe: Pipeline) -> Claim | None:
+            fields = await _hash(pipe, keys.job(job_id))
+            now_us = await _now_us(pipe)
+            begin(pipe)
+            if fields.get("state") != JobState.queued:
+                self._transitions.dequeue(pipe, job_id, model)  # or it would be looked at for ever
+                return None
+            return Claim(self._transitions.claim(pipe, job_from(job_id, fields), now_us))
+
+        return await transact(self.redis, [keys.job(job_id)], decide)
+
+    async def heartbeat(
+        self, claim: Claim, *, step: int = 0, steps: int = 0, news: Sequence[progress.Event] = ()
+    ) -> bool:
+        """Renew the lease, note how far it is, publish news; True when the job shall be cancelled.
+
+        Raises Stale.
+        """
+        keys, job_id = self._keys, claim.job.id
+
+        async def decide(pipe: Pipeline) -> bool:
+            job = await self._read_mine(pipe, claim)
+            now_us = await _now_us(pipe)
+            begin(pipe)
+            self._transitions.renew(pipe, job, now_us, step=step, steps=steps, news=news)
+            return job.cancel_requested
+
+        return await transact(self.redis, [keys.job(job_id)], decide)
+
+    async def complete(self, claim: Claim, artifacts: Sequence[StoredArtifact], generation_s: float) -> Job:
+        """The ended job: completed with these files, or cancelled where that was asked for before."""
+
+        def finish(pipe: Pipeline, job: Job, now_us: int) -> Job:
+            if job.cancel_requested:
+                return self._transitions.end(pipe, job, JobState.cancelled, now_us)
+            done = replace(job, artifacts=tuple(artifacts), generation_s=generation_s)
+            return self._transitions.end(pipe, done, JobState.completed, now_us)
+
+        return await self._finish(claim, finish)
+
+    async def fail(self, claim: Claim, error: JobError) -> Job:
+        """The ended job: failed for this reason, or cancelled where that was asked for before."""
+
+        def finish(pipe: Pipeline, job: Job, now_us: int) -> Job:
+            if job.cancel_requested:
+                return self._transitions.end(pipe, job, JobState.cancelled, now_us)
+            return self._transitions.end(pipe, replace(job, error=error), JobState.failed, now_us)
+
+        return await self._finish(claim, finish)
+
+    async def cancelled(self, claim: Claim) -> Job:
+        """The ended job, after its worker has stopped."""
+        return await self._finish(
+            claim, lambda pipe, job, now_us: self._transitions.end(pipe, job, JobState.cancelled, now_us)
+        )
+
+    async def requeue(self, claim: Claim, error: JobError, *, counted: bool = True) -> Job:
+        """The job, waiting again at its old place; or failed for `error` at max_attempts.
+
+        counted: this attempt counts towards max_attempts (a draining worker's does not).
+        """
+
+        def finish(pipe: Pipeline, job: Job, now_us: int) -> Job:
+            return self._transitions.give_back(pipe, job, error, now_us, counted=counted)
+
+        return await self._finish(claim, finish, ours=JobState.queued)
+
+    async def reap(self, at_most: int = 64) -> list[Job]:
+        """Jobs whose lease ran out, as they stand now: waiting again, failed, or cancelled."""
+        with reachable():
+            now_us = await _now_us(self.redis)
+            expired = cast(
+                list[str],
+                await self.redis.zrangebyscore(self._keys.running, 0, now_us, start=0, num=at_most),
+            )
+        reaped = [await self._reap_one(job_id) for job_id in expired]
+        return [job for job in reaped if job is not None]
+
+    async def _reap_one(self, job_id: str) -> Job | None:
+        keys = self._keys
+
+        async def decide(pipe: Pipeline) -> Job | None:
+            fields = await _hash(pipe, keys.job(job_id))
+            now_us = await _now_us(pipe)
+            # the lease in the hash is the watched one: a heartbeat since makes us look again
+            if fields.get("state") != JobState.processing or int(fields["lease_us"]) > now_us:
+                return None
+            job = job_from(job_id, fields)
+            error = JobError("internal", FORGOTTEN.format(failures=job.failures + 1))
+            begin(pipe)
+            return self._transitions.give_back(pipe, job, error, now_us, counted=True)
+
+        return await transact(self.redis, [keys.job(job_id)], decide)
+
+    # ---- parts of a transaction ----------------------------------------------------------------
+
+    async def _finish(self, claim: Claim, finish: Finish, ours: JobState | None = None) -> Job:
+        """Leave `processing` under the fence.
+
+        A job that has ended under our attempt is returned as it is: that was our own write whose answer
+        was lost, or the reaper's. The same goes for the state `ours`.
+        """
+
+        async def decide(pipe: Pipeline) -> Job:
+            job = await self._read_attempted(pipe, claim)
+            if job.attempt == claim.attempt and (job.state.ended or job.state is ours):
+                return job
+            _check_fence(job, claim)
+            now_us = await _now_us(pipe)
+            begin(pipe)
+            return finish(pipe, job, now_us)
+
+        return await transact(self.redis, [self._keys.job(claim.job.id)], decide)
+
+    async def _read(self, pipe: Pipeline, job_id: str) -> Job:
+        return _known(job_id, await _hash(pipe, self._keys.job(job_id)))
+
+    async def _read_mine(self, pipe: Pipeline, claim: Claim) -> Job:
+        """The job under this claim's fence. Raises Stale."""
+        job = await self._read_attempted(pipe, claim)
+        _check_fence(job, claim)
+        return job
+
+    async def _read_attempted(self, pipe: Pipeline, claim: Claim) -> Job:
+        """The job, if it was not deleted meanwhile. Raises Stale."""
+        try:
+            return await self._read(pipe, claim.job.id)
+        except NotFound:
+            raise Stale(claim.job.id) from None
+
+
+def _check_fence(job: Job, claim: Claim) -> None:
+    if job.state is not JobState.processing or job.attempt != claim.attempt:
+        raise Stale(f"{job.id}: {job.state.value}, attempt {job.attempt}, not {claim.attempt}")
+
+
+def _known(job_id: str, fields: Mapping[str, str]) -> Job:
+    if not fields:
+        raise NotFound(NO_SUCH_JOB)
+    return job_from(job_id, fields)
+
+
+async def _hash(redis: Redis | Pipeline, key: str) -> dict[str, str]:
+    return cast(dict[str, str], await redis.hgetall(key))
+
+
+async def _now_us(redis: Redis | Pipeline) -> int:
+    """The server's clock: the workers' own may differ or jump."""
+    seconds, microseconds = await redis.time()
+    return int(seconds) * 1_000_000 + int(microseconds)

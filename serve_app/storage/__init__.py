@@ -1,0 +1,1 @@
+"""Where finished and given pictures are kept."""

@@ -1,0 +1,164 @@
+"""Files of jobs, in a local directory or any fsspec file system: written whole or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from deployments.protocol.errors import Internal, NotFound
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MIN_FREE_BYTES = 256 * 2**20
+EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "video/mp4": "mp4"}
+JOB_ID = re.compile(r"[0-9a-f]{32}")
+PATH = re.compile(r"(outputs|inputs)/[0-9a-f]{32}/[a-z0-9_]+([.-][a-z0-9_]+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One file as it was written."""
+
+    path: str  # relative to the root
+    size_bytes: int
+    sha256: str
+
+
+def output_path(job_id: str, attempt: int, index: int, kind: str, media_type: str) -> str:
+    """Where a finished file of a job goes; no two attempts share one."""
+    name = f"{attempt}-{index}" if kind == "image" else f"{attempt}-{index}-{kind}"
+    return f"outputs/{job_id}/{name}.{EXTENSIONS[media_type]}"
+
+
+def input_path(job_id: str, name: str) -> str:
+    """Where a given picture of a job goes."""
+    return f"inputs/{job_id}/{name}"
+
+
+class ResultStore:
+    """Puts, gets and removes files under one root. Never blocks the event loop.
+
+    root: a directory or an fsspec URL. Trouble with the medium is an OSError.
+    """
+
+    def __init__(self, root: str, min_free_bytes: int = MIN_FREE_BYTES) -> None:
+        self._fs, self._root = fsspec.core.url_to_fs(root)
+        self._local = isinstance(self._fs, LocalFileSystem)
+        self._min_free_bytes = min_free_bytes
+
+    async def put(self, path: str, data: bytes) -> StoredFile:
+        """The file, durable and complete under its name."""
+        full = self._full(path)
+        await _in_thread(self._put_local if self._local else self._fs.pipe_file, full, data)
+        return StoredFile(path, len(data), hashlib.sha256(data).hexdigest())
+
+    async def get(self, path: str, *, sha256: str | None = None) -> bytes:
+        """The file's bytes. Raises NotFound, and Internal when they are not the ones that were written."""
+        full = self._full(path)
+        try:
+            data: bytes = await _in_thread(self._fs.cat_file, full)
+        except FileNotFoundError:
+            raise NotFound("the file is no longer stored") from None
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise Internal("the stored file is damaged; generate it again")
+        return data
+
+    async def sweep(self, job_id: str, keep: Collection[str] = ()) -> None:
+        """Remove every file of a job except `keep`: its inputs, and what lost attempts left."""
+        await _in_thread(self._sweep, self._job(job_id), frozenset(self._full(path) for path in keep))
+
+    async def discard(self, job_id: str, attempt: int) -> None:
+        """Remove what one attempt wrote."""
+        await _in_thread(self._discard, self._job(job_id), f"{attempt}-")
+
+    async def free_space_ok(self) -> bool:
+        """Whether there is room for new work; object stores are taken to have it."""
+        if not self._local:
+            return True
+        return await _in_thread(self._free_bytes) >= self._min_free_bytes
+
+    def _full(self, path: str) -> str:
+        if not PATH.fullmatch(path):
+            raise NotFound("there is no such file")
+        return f"{self._root}/{path}"
+
+    def _job(self, job_id: str) -> str:
+        if not JOB_ID.fullmatch(job_id):
+            raise NotFound("there is no such job")
+        return job_id
+
+    def _put_local(self, full: str, data: bytes) -> None:
+        """A crash leaves the whole file or none: write beside it, reach the disk, rename."""
+        target = Path(full)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            with unfinished.open("xb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            unfinished.replace(target)
+        except BaseException:
+            unfinished.unlink(missing_ok=True)
+            raise
+        directory = os.open(target.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the rename itself
+        finally:
+            os.close(directory)
+
+    def _sweep(self, job_id: str, keep: frozenset[str]) -> None:
+        for directory in (f"{self._root}/outputs/{job_id}", f"{self._root}/inputs/{job_id}"):
+            kept = False
+            for full in self._files(directory):
+                if full in keep:
+                    kept = True
+                else:
+                    self._remove(full)
+            if self._local and not kept:
+                with suppress(OSError):  # never there, or a lost attempt writes into it right now
+                    os.rmdir(directory)
+
+    def _discard(self, job_id: str, start: str) -> None:
+        for full in self._files(f"{self._root}/outputs/{job_id}"):
+            if full.rpartition("/")[2].lstrip(".").startswith(start):
+                self._remove(full)
+
+    def _files(self, directory: str) -> list[str]:
+        try:
+            return [str(full) for full in self._fs.ls(directory, detail=False, refresh=True)]
+        except FileNotFoundError:
+            return []
+
+    def _remove(self, full: str) -> None:
+        with suppress(FileNotFoundError):  # another sweep was faster
+            self._fs.rm_file(full)
+
+    def _free_bytes(self) -> int:
+        place = Path(self._root)
+        while not place.exists():
+            place = place.parent
+        return shutil.disk_usage(place).free
+
+
+async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The function's result. A cancelled caller still waits for its end: no write outlives its task."""
+    running = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait({running})
+        raise

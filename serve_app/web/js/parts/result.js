@@ -1,0 +1,111 @@
+// A finished job on the stage: its pictures, what made them, and what to do with them.
+
+import { fill, h, icon, setVar } from "../dom.js";
+import { formatNumber, t } from "../i18n.js";
+import { fileName } from "./pictures.js";
+
+/** @typedef {import("../types.js").Job} Job */
+
+/**
+ * @param {Job} job
+ * @param {{ pictures: ReturnType<typeof import("./pictures.js").createPictures>,
+ *           onAgain: (job: Job, seed: string) => void, onSaved: (count: number) => void }} services
+ */
+export function createResult(job, { pictures, onAgain, onSaved }) {
+  const files = job.pictures;
+  let picked = 0;
+  const facts = h("p", { class: "facts" });
+  const frames = files.map((file, index) => {
+    const alt =
+      files.length === 1
+        ? t("picture.alt", { prompt: job.wish.prompt })
+        : t("picture.altOf", { prompt: job.wish.prompt, number: index + 1, count: files.length });
+    const gone = () => fill(frame, icon("picture"), h("span", {}, t("picture.gone")));
+    const image = pictures.image(file.url, { alt, width: file.width, height: file.height }, gone);
+    const frame =
+      files.length === 1
+        ? h("div", { class: "picture" }, image)
+        : h("button", { type: "button", class: "picture", on: { click: () => pick(index) } }, image);
+    return frame;
+  });
+
+  /** @param {number} index */
+  function pick(index) {
+    picked = index;
+    frames.forEach(
+      (frame, at) => frame.matches("button") && frame.setAttribute("aria-pressed", String(at === index)),
+    );
+    const file = files[index];
+    if (file === undefined) return;
+    const told = [
+      job.generationS === null ? "" : t("done.time", { seconds: formatNumber(job.generationS) }),
+      t("size.value", { width: file.width, height: file.height }),
+      t("done.steps", { count: job.wish.steps }),
+      t("done.seed", { seed: file.seed }),
+    ];
+    fill(facts, ...told.filter((words) => words !== "").map((words) => h("span", {}, words)));
+  }
+  pick(0);
+
+  /** @param {import("../types.js").Picture[]} chosen */
+  async function save(chosen) {
+    for (const file of chosen) await pictures.save(file.url, fileName(job.id, file));
+    onSaved(chosen.length);
+  }
+  const savePicked = () => void save(files.slice(picked, picked + 1));
+
+  const columns = Math.ceil(Math.sqrt(files.length)) || 1;
+  const rows = Math.ceil(files.length / columns) || 1;
+
+  return {
+    above: area(h("div", { class: "canvas" }, ...frames), files[0] ?? job.wish, columns, rows),
+    below: [
+      h("p", { class: "caption" }, job.wish.prompt),
+      h(
+        "div",
+        { class: "row spread under" },
+        facts,
+        h(
+          "div",
+          { class: "row actions" },
+          button("save", t("done.save"), savePicked),
+          files.length > 1 && button("save-all", t("done.saveAll"), () => void save(files)),
+          button("again", t("done.again"), () => onAgain(job, files[picked]?.seed ?? job.wish.seed)),
+        ),
+      ),
+    ],
+    save: savePicked,
+  };
+}
+
+/**
+ * The place a canvas of this shape stands in; layout.css makes it as large as the stage allows.
+ *
+ * @param {HTMLElement} canvas
+ * @param {{ width: number, height: number }} size  of one picture
+ * @param {number} columns
+ * @param {number} rows
+ */
+export function area(canvas, size, columns = 1, rows = 1) {
+  const element = h("div", { class: "area" }, canvas);
+  setVar(element, "--columns", columns);
+  setVar(element, "--ratio", (columns * size.width) / (rows * size.height));
+  // small pictures are shown larger, up to 512 px on the longer side: a stamp on a wide stage reads as a fault
+  const scale = Math.max(1, 512 / Math.max(size.width, size.height));
+  setVar(element, "--natural", `${Math.round(columns * size.width * scale)}px`);
+  return element;
+}
+
+/**
+ * @param {string} name
+ * @param {string} words
+ * @param {() => void} run
+ */
+export function button(name, words, run) {
+  return h(
+    "button",
+    { type: "button", class: "plain", on: { click: run } },
+    icon(name),
+    h("span", {}, words),
+  );
+}

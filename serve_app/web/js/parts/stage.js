@@ -1,0 +1,346 @@
+// The middle of the page: one job in whatever state it is. Built anew when the state changes, updated in between.
+
+import { fill, h, icon, setText, setVar } from "../dom.js";
+import { hasEnded, secondsLeft } from "../job-state.js";
+import { t } from "../i18n.js";
+import { remedy, titleOf } from "./remedy.js";
+import { area, button, createResult } from "./result.js";
+
+/** @typedef {import("../types.js").Job} Job */
+/** @typedef {import("../types.js").Problem} Problem */
+
+/**
+ * What the stage may ask of the page.
+ * @typedef {object} Deeds
+ * @property {() => void} cancel
+ * @property {(prompt: string) => void} sample
+ * @property {(job: Job, seed: string) => void} again      fill the form from a job
+ * @property {(job: Job | null) => void} retry             the same once more; null: what the form holds
+ * @property {(job: Job | null, size: { width: number, height: number }) => void} smaller
+ * @property {() => void} key
+ * @property {(param: string) => void} field
+ * @property {(param: string | null) => boolean} hasField
+ * @property {(count: number) => void} saved
+ * @property {(modelId: string) => import("../types.js").Sizes | null} sizes
+ */
+
+/**
+ * What shall be shown.
+ * @typedef {{ kind: "loading" } | { kind: "noModels" } | { kind: "first" } | { kind: "sending", width: number, height: number }
+ *   | { kind: "job", job: Job } | { kind: "refused", problem: Problem, size: { width: number, height: number } | null, model: string | null }
+ *   } View
+ */
+
+/**
+ * A built view: shown until its name changes.
+ * @typedef {object} Scene
+ * @property {Node[]} content
+ * @property {(job: Job) => void} [update]
+ * @property {() => void} [save]
+ * @property {() => void} [leave]
+ */
+
+const SAMPLES = /** @type {const} */ (["first.sample1", "first.sample2", "first.sample3"]);
+
+/**
+ * @param {ReturnType<typeof import("./pictures.js").createPictures>} pictures
+ * @param {Deeds} deeds
+ */
+export function createStage(pictures, deeds) {
+  const banner = h(
+    "p",
+    { class: "banner", role: "status", hidden: true },
+    icon("unplugged"),
+    h("span", {}, t("connection.lost")),
+  );
+  const scenery = h("div", { class: "scene" });
+  const element = h(
+    "section",
+    { class: "stage", id: "stage", tabindex: -1, "aria-label": t("stage.label") },
+    banner,
+    scenery,
+  );
+  // What stands below the canvas is as wide as the canvas, which only layout knows.
+  const ruler = new ResizeObserver(([entry]) => {
+    if (entry !== undefined) setVar(scenery, "--canvas-width", `${Math.round(entry.contentRect.width)}px`);
+  });
+  let shown = "";
+  /** @type {Scene} */
+  let scene = { content: [] };
+
+  /** @param {View} view */
+  function build(view) {
+    switch (view.kind) {
+      case "loading":
+        return skeleton({ width: 1, height: 1 }, t("loading.models"));
+      case "sending":
+        return skeleton(view, t("loading.sending"));
+      case "noModels":
+        return { content: [message("picture", t("noModels.title"), t("noModels.text"))] };
+      case "first":
+        return first();
+      case "refused":
+        return problemScene(view.problem, view.size, view.model, null);
+      case "job":
+        return jobScene(view.job);
+    }
+  }
+
+  /** @param {Job} job @returns {Scene} */
+  function jobScene(job) {
+    switch (job.status) {
+      case "queued":
+      case "processing":
+        return running(job);
+      case "completed": {
+        const result = createResult(job, { pictures, onAgain: deeds.again, onSaved: deeds.saved });
+        return {
+          content: [result.above, h("div", { class: "below" }, ...warnings(job), ...result.below)],
+          save: result.save,
+        };
+      }
+      case "cancelled":
+        return {
+          content: [
+            message(
+              "stop",
+              t("cancelled.title"),
+              t("cancelled.text"),
+              caption(job),
+              button("again", t("fix.again"), () => deeds.retry(job)),
+            ),
+          ],
+        };
+      case "failed": {
+        const problem = job.problem ?? { code: "internal", message: "", param: null, retryAfterS: null };
+        return problemScene(problem, job.wish, job.wish.model, job);
+      }
+    }
+  }
+
+  /** @returns {Scene} */
+  function first() {
+    const samples = SAMPLES.map((key) => {
+      const words = t(key);
+      return h(
+        "button",
+        { type: "button", class: "sample", on: { click: () => deeds.sample(words) } },
+        words,
+      );
+    });
+    const weave = h("img", { class: "weave", src: "icons/weave.svg", alt: "", width: 180, height: 180 });
+    return {
+      content: [
+        h(
+          "div",
+          { class: "message" },
+          weave,
+          h("h2", {}, t("first.title")),
+          h("p", { class: "detail" }, t("first.text")),
+          h("div", { class: "samples" }, ...samples),
+        ),
+      ],
+    };
+  }
+
+  /** @param {Job} job @returns {Scene} */
+  function running(job) {
+    const look = h("img", {
+      class: "look",
+      alt: t("preview.alt", { prompt: job.wish.prompt }),
+      hidden: true,
+    });
+    const canvas = h("div", { class: "canvas waiting" }, h("div", { class: "picture" }, look));
+    const bar = h("progress", { max: 100, "aria-label": t("stage.label") });
+    const words = h("p", { class: "facts" });
+    const cancel = h("button", { type: "button", class: "plain", on: { click: deeds.cancel } });
+    /** @param {Job} now */
+    const update = (now) => {
+      if (now.preview !== null && look.src !== now.preview) {
+        look.src = now.preview;
+        look.hidden = false;
+      }
+      canvas.classList.toggle("waiting", now.preview === null);
+      if (now.status === "queued") bar.removeAttribute("value");
+      else bar.value = now.percent;
+      setText(words, progressWords(now));
+      if (cancel.disabled !== now.cancelRequested || !cancel.hasChildNodes()) {
+        cancel.disabled = now.cancelRequested;
+        fill(
+          cancel,
+          icon("close"),
+          h("span", {}, t(now.cancelRequested ? "running.cancelling" : "running.cancel")),
+          h("kbd", { "aria-hidden": "true" }, "Esc"),
+        );
+      }
+    };
+    update(job);
+    return {
+      content: [
+        area(canvas, job.wish),
+        h(
+          "div",
+          { class: "below" },
+          bar,
+          ...warnings(job),
+          h("div", { class: "row spread under" }, words, cancel),
+        ),
+      ],
+      update,
+    };
+  }
+
+  /**
+   * @param {Problem} problem
+   * @param {{ width: number, height: number } | null} size
+   * @param {string | null} model
+   * @param {Job | null} job
+   * @returns {Scene}
+   */
+  function problemScene(problem, size, model, job) {
+    const cure = remedy(problem, size, model === null ? null : deeds.sizes(model), deeds.hasField);
+    const detail = problem.code === "network" ? t("error.network.text") : problem.message;
+    const { node, leave } = fix(cure, job);
+    const content = [message("alert", t(titleOf(problem.code)), detail, job && caption(job), node)];
+    return leave === undefined ? { content } : { content, leave };
+  }
+
+  /**
+   * @param {import("./remedy.js").Remedy} cure
+   * @param {Job | null} job
+   * @returns {{ node: Node | null, leave?: () => void }}
+   */
+  function fix(cure, job) {
+    switch (cure.kind) {
+      case "again":
+        return { node: button("again", t("fix.again"), () => deeds.retry(job)) };
+      case "smaller":
+        return {
+          node: button("again", t("fix.smaller", { width: cure.width, height: cure.height }), () =>
+            deeds.smaller(job, cure),
+          ),
+        };
+      case "key":
+        return { node: button("key", t("fix.key"), deeds.key) };
+      case "field":
+        return { node: button("again", t("fix.field"), () => deeds.field(cure.param)) };
+      case "wait":
+        return countdown(cure.seconds, () => deeds.retry(job));
+      case "none":
+        return { node: null };
+    }
+  }
+
+  return {
+    element,
+    /** @param {View} view */
+    show(view) {
+      const name =
+        view.kind === "job"
+          ? `job ${view.job.id} ${hasEnded(view.job) ? view.job.status : "running"}`
+          : JSON.stringify(view);
+      if (name === shown && view.kind === "job") {
+        scene.update?.(view.job);
+      } else if (name !== shown) {
+        shown = name;
+        scene.leave?.();
+        scene = build(view);
+        fill(scenery, ...scene.content);
+        ruler.disconnect();
+        const canvas = scenery.querySelector(".canvas");
+        if (canvas !== null) ruler.observe(canvas);
+      }
+    },
+    /** On a phone the form may hide the stage. */
+    comeIntoView() {
+      element.scrollIntoView({ block: "nearest" });
+    },
+    /** @param {boolean} connected */
+    setConnected(connected) {
+      banner.hidden = connected;
+    },
+    /** Saves the picture on the stage; false when there is none. */
+    save() {
+      scene.save?.();
+      return scene.save !== undefined;
+    },
+  };
+}
+
+/**
+ * @param {{ width: number, height: number }} size
+ * @param {string} words
+ * @returns {Scene}
+ */
+function skeleton(size, words) {
+  const canvas = h("div", { class: "canvas waiting" }, h("div", { class: "picture" }));
+  return { content: [area(canvas, size), h("div", { class: "below" }, h("p", { class: "facts" }, words))] };
+}
+
+/**
+ * @param {string} name
+ * @param {string} title
+ * @param {string} text
+ * @param {...(Node | null)} more
+ */
+function message(name, title, text, ...more) {
+  return h(
+    "div",
+    { class: `message ${name}` },
+    icon(name),
+    h("h2", {}, title),
+    text !== "" && h("p", { class: "detail" }, text),
+    ...more,
+  );
+}
+
+/** @param {Job} job */
+function caption(job) {
+  return h("p", { class: "caption" }, job.wish.prompt);
+}
+
+/** What the service changed in a request. @param {Job} job */
+function warnings(job) {
+  if (job.warnings.length === 0) return [];
+  const rows = job.warnings.map((warning) => h("li", {}, icon("info"), h("span", {}, warning.message)));
+  return [h("ul", { class: "warnings", "aria-label": t("warnings.label") }, ...rows)];
+}
+
+/** @param {Job} job */
+function progressWords(job) {
+  if (job.status === "queued") {
+    if (job.ahead === null) return t("queued.waiting");
+    return job.ahead === 0 ? t("queued.next") : t("queued.ahead", { count: job.ahead });
+  }
+  if (job.step === 0) return t("running.starting");
+  if (job.step >= job.steps) return t("running.finishing");
+  const step = t("running.step", { step: job.step, steps: job.steps });
+  const left = secondsLeft(job);
+  return left === null ? step : `${step} · ${t("running.left", { count: Math.max(1, Math.round(left)) })}`;
+}
+
+/**
+ * A button that opens when the time is up.
+ *
+ * @param {number} seconds
+ * @param {() => void} run
+ */
+function countdown(seconds, run) {
+  const words = h("span");
+  const node = h(
+    "button",
+    { type: "button", class: "plain", disabled: true, on: { click: run } },
+    icon("clock"),
+    words,
+  );
+  let left = seconds;
+  const tell = () => {
+    node.disabled = left > 0;
+    setText(words, left > 0 ? t("fix.wait", { count: left }) : t("fix.again"));
+    if (left <= 0) clearInterval(timer);
+    left -= 1;
+  };
+  const timer = setInterval(tell, 1000);
+  tell();
+  return { node, leave: () => clearInterval(timer) };
+}

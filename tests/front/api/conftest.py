@@ -1,0 +1,84 @@
+"""The real app over the real desk, store and results; only the model is a fake."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from pydantic import SecretStr
+
+from serve_app.api.depends import ApiState
+from serve_app.api.http import create_app
+from serve_app.jobs.desk import JobDesk
+from serve_app.jobs.dispatch import Dispatcher
+from serve_app.jobs.store import JobStore
+from serve_app.settings import Settings
+from serve_app.storage.results import ResultStore
+from tests.front.api.cards import CARDS
+from tests.front.api.painter import Painter
+from tests.front.conftest import MakeSettings
+
+KEY = "correct horse battery"
+
+
+@pytest.fixture
+def settings(make_settings: MakeSettings) -> Settings:
+    return make_settings(ui=False, sync_wait_s=20.0)
+
+
+@pytest.fixture
+async def state(store: JobStore, results: ResultStore, settings: Settings) -> AsyncIterator[ApiState]:
+    async def model_states() -> dict[str, str]:
+        return {"sketch": "ready", "tiny-flux-schnell": "loading"}
+
+    desk = JobDesk(store, results, CARDS, settings)
+    yield ApiState(desk=desk, cards=CARDS, settings=settings, model_states=model_states)
+    await desk.aclose()
+
+
+@pytest.fixture
+async def painter(store: JobStore, results: ResultStore, settings: Settings) -> AsyncIterator[Painter]:
+    """The model, at work: jobs are finished as they come."""
+    painter = Painter()
+    dispatcher = Dispatcher(store, results, painter, settings)
+    running = asyncio.create_task(dispatcher.run())
+    yield painter
+    painter.gate.set()
+    await dispatcher.drain()
+    await running
+
+
+@pytest.fixture
+def app(state: ApiState, request: pytest.FixtureRequest) -> FastAPI:
+    """Open to all on loopback. `locked`: behind KEY; `page`: with the page; `hasty`: waits 0.2 s."""
+    changes = {"locked": {"api_key": SecretStr(KEY)}, "page": {"ui": True}, "hasty": {"sync_wait_s": 0.2}}
+    changed = state.settings.model_copy(update=changes.get(getattr(request, "param", ""), {}))
+    return create_app(replace(state, settings=changed))
+
+
+@pytest.fixture
+async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(app) as client:
+        yield client
+
+
+def client_of(app: FastAPI) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1", timeout=20)
+
+
+@pytest.fixture
+async def address(app: FastAPI) -> AsyncIterator[str]:
+    """The app behind a real server on a free loopback port: host:port."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, lifespan="off", log_level="error", ws="websockets-sansio")
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    yield f"127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    server.force_exit = True
+    await serving
+    listener.close()

@@ -1,0 +1,272 @@
+"""The openai SDK as a client, through a real server."""
+
+import asyncio
+import base64
+import io
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from fastapi import FastAPI
+from PIL import Image
+
+from deployments.protocol.errors import BadRequest
+from deployments.protocol.events import Failed
+from serve_app.api.depends import ApiState
+from serve_app.api.schemas.openai import GenerationsBody
+from tests.front.api.conftest import KEY
+from tests.front.api.painter import Painter
+
+
+@pytest.fixture
+async def sdk(address: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key=KEY, timeout=20) as client:
+        yield client
+
+
+def calls(app: FastAPI, status: str) -> float:
+    """How often POST /v1/images/generations was answered with this status."""
+    state: ApiState = app.state.weft
+    labels = {"method": "POST", "route": "/v1/images/generations", "status": status}
+    return state.metrics.registry.get_sample_value("weft_http_requests_total", labels) or 0.0
+
+
+def picture(data: str | None) -> Image.Image:
+    assert data is not None
+    return Image.open(io.BytesIO(base64.b64decode(data)))
+
+
+async def test_a_picture_comes_back_as_base64(sdk: openai.AsyncOpenAI, painter: Painter):
+    answer = await sdk.images.generate(prompt="a red fox", model="sketch", size="128x64")
+
+    assert answer.data is not None
+    assert picture(answer.data[0].b64_json).size == (128, 64)
+    assert answer.output_format == "png"
+    assert (answer.size, answer.created > 1_700_000_000) == ("128x64", True)
+
+
+async def test_the_fields_of_vllm_omni_and_sglang_travel_as_extra_body(
+    sdk: openai.AsyncOpenAI, painter: Painter
+):
+    answer = await sdk.images.generate(
+        prompt="a red fox",
+        model="sketch",
+        n=2,
+        output_format="jpeg",
+        output_compression=80,
+        extra_body={
+            "seed": 7,
+            "num_inference_steps": 3,
+            "guidance_scale": 2,
+            "negative_prompt": "snow",
+            "width": 64,
+            "height": 96,
+        },
+    )
+
+    assert answer.data is not None
+    assert [picture(entry.b64_json).format for entry in answer.data] == ["JPEG", "JPEG"]
+    assert [entry.model_extra for entry in answer.data] == [{"seed": 7}, {"seed": 8}]
+    assert answer.model_extra is not None
+    assert (answer.model_extra["seed"], answer.model_extra["warnings"]) == (7, [])
+    request = painter.requests[0]
+    assert (request.num_inference_steps, request.guidance_scale, request.negative_prompt) == (3, 2.0, "snow")
+    assert (request.width, request.height, request.output.quality) == (64, 96, 80)
+
+
+async def test_a_correction_is_told_beside_the_pictures(sdk: openai.AsyncOpenAI, painter: Painter):
+    answer = await sdk.images.generate(
+        prompt="a red fox", model="tiny-flux-schnell", extra_body={"num_inference_steps": 30}
+    )
+
+    assert answer.model_extra is not None
+    assert answer.model_extra["warnings"][0]["code"] == "steps_corrected"
+
+
+async def test_a_url_can_be_fetched(sdk: openai.AsyncOpenAI, address: str, painter: Painter):
+    answer = await sdk.images.generate(prompt="a red fox", model="sketch", response_format="url")
+
+    assert answer.data is not None
+    url = answer.data[0].url
+    assert url is not None
+    assert url.startswith(f"http://{address}/api/results/")
+    async with httpx.AsyncClient() as client:
+        assert (await client.get(url)).headers["content-type"] == "image/png"
+
+
+async def test_fields_without_meaning_here_are_ignored(sdk: openai.AsyncOpenAI, painter: Painter):
+    answer = await sdk.images.generate(
+        prompt="a red fox",
+        size="auto",
+        quality="high",
+        style="vivid",
+        moderation="low",
+        user="someone",
+        background="auto",
+        stream=False,
+    )
+
+    assert answer.data is not None
+    assert len(answer.data) == 1
+
+
+async def test_the_models_are_listed_and_read_by_id_and_alias(sdk: openai.AsyncOpenAI):
+    listed = [model.id async for model in sdk.models.list()]
+    one = await sdk.models.retrieve("someone/sketch")
+
+    assert listed == ["tiny-flux-schnell", "sketch"]
+    assert (one.id, one.object) == ("sketch", "model")
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "says", "status"),
+    [
+        ({"model": "dall-e-3"}, openai.NotFoundError, "there is sketch, tiny-flux-schnell", "404"),
+        ({"size": "100x100"}, openai.BadRequestError, "nearest: 96", "400"),
+        ({"size": "huge"}, openai.BadRequestError, "such as '256x256'", "400"),
+        ({"size": "128x128", "extra_body": {"width": 64}}, openai.BadRequestError, "send one of them", "400"),
+        ({"n": 11}, openai.BadRequestError, "less than or equal to 10", "400"),
+        ({"n": 5}, openai.BadRequestError, "at most 4", "400"),
+        ({"output_format": "gif"}, openai.BadRequestError, "'png', 'jpeg' or 'webp'", "400"),
+        ({"background": "transparent"}, openai.BadRequestError, "'auto' or 'opaque'", "400"),
+        ({"stream": True}, openai.BadRequestError, "stream", "400"),
+        ({"extra_body": {"loras": []}}, openai.BadRequestError, "loras is not a field", "400"),
+        ({"extra_body": {"num_inference_steps": 51}}, openai.BadRequestError, "runs 1-50", "400"),
+        ({"prompt": " "}, openai.BadRequestError, "prompt is empty", "400"),
+    ],
+)
+async def test_a_wrong_request_raises_the_sdks_error_once_and_says_why(
+    sdk: openai.AsyncOpenAI,
+    app: FastAPI,
+    fields: dict[str, Any],
+    error: type[openai.APIStatusError],
+    says: str,
+    status: str,
+):
+    with pytest.raises(error) as refusal:
+        await sdk.images.generate(**{"prompt": "a red fox", "model": "sketch", **fields})
+
+    assert says in refusal.value.message
+    assert refusal.value.request_id
+    assert calls(app, status) == 1
+
+
+async def test_an_unknown_model_has_openais_code_for_it(sdk: openai.AsyncOpenAI):
+    with pytest.raises(openai.NotFoundError) as refusal:
+        await sdk.images.generate(prompt="a red fox", model="dall-e-3")
+
+    assert (refusal.value.code, refusal.value.param) == ("model_not_found", "model")
+    assert refusal.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize("app", ["locked"], indirect=True)
+async def test_a_wrong_key_is_an_authentication_error(address: str):
+    async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="sk-wrong") as sdk:
+        with pytest.raises(openai.AuthenticationError, match="not known here"):
+            await sdk.models.list()
+
+
+@pytest.mark.parametrize("app", ["locked"], indirect=True)
+async def test_the_right_key_opens(sdk: openai.AsyncOpenAI, painter: Painter):
+    answer = await sdk.images.generate(prompt="a red fox", model="sketch")
+
+    assert answer.data
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"), [("out_of_memory", 400), ("internal", 500), ("model_unavailable", 503)]
+)
+async def test_a_failed_job_raises_its_reason(
+    sdk: openai.AsyncOpenAI, painter: Painter, kind: str, status: int
+):
+    painter.failure = Failed(kind, "the brush broke", retryable=False)
+
+    with pytest.raises(openai.APIStatusError, match="the brush broke") as refusal:
+        await sdk.with_options(max_retries=0).images.generate(prompt="a red fox", model="sketch")
+
+    assert refusal.value.status_code == status
+
+
+async def test_a_bug_is_not_repeated_by_the_sdk(sdk: openai.AsyncOpenAI, app: FastAPI, painter: Painter):
+    painter.failure = Failed("internal", "the brush broke", retryable=False)
+
+    with pytest.raises(openai.InternalServerError):
+        await sdk.images.generate(prompt="a red fox", model="sketch")
+
+    assert calls(app, "500") == 1
+
+
+@pytest.mark.parametrize("app", ["hasty"], indirect=True)
+async def test_a_wait_too_long_names_the_job_which_goes_on(
+    sdk: openai.AsyncOpenAI, app: FastAPI, address: str, painter: Painter
+):
+    painter.gate.clear()
+
+    with pytest.raises(openai.InternalServerError, match="it goes on") as late:
+        await sdk.images.generate(prompt="a red fox", model="sketch")
+
+    assert (late.value.status_code, calls(app, "504")) == (504, 1)
+    async with httpx.AsyncClient(base_url=f"http://{address}") as client:
+        job = (await client.get("/api/generate/")).json()["jobs"][0]
+        assert job["id"] in late.value.message
+        assert job["cancel_requested"] is False
+
+
+async def test_a_client_that_hangs_up_cancels_its_job(address: str, painter: Painter):
+    painter.gate.clear()
+    async with httpx.AsyncClient(base_url=f"http://{address}") as client:
+        call = asyncio.create_task(
+            client.post("/v1/images/generations", json={"prompt": "a red fox", "model": "sketch"})
+        )
+        job_id = await job_begun(client, painter)
+
+        call.cancel()
+
+        told = await client.get(f"/api/generate/{job_id}/events")
+    assert "event: cancelled" in told.text
+
+
+async def test_a_job_cancelled_by_another_call_is_a_conflict_that_is_not_repeated(
+    sdk: openai.AsyncOpenAI, app: FastAPI, address: str, painter: Painter
+):
+    painter.gate.clear()
+    call = asyncio.create_task(sdk.images.generate(prompt="a red fox", model="sketch"))
+    async with httpx.AsyncClient(base_url=f"http://{address}") as client:
+        await client.delete(f"/api/generate/{await job_begun(client, painter)}")
+
+    with pytest.raises(openai.ConflictError, match="was cancelled"):
+        await call
+    assert calls(app, "409") == 1
+
+
+async def job_begun(client: httpx.AsyncClient, painter: Painter) -> str:
+    """The id of the only job, once the model works on it."""
+    await painter.began.wait()
+    return str((await client.get("/api/generate/")).json()["jobs"][0]["id"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "size"),
+    [
+        ({}, (None, None)),
+        ({"size": "auto"}, (None, None)),
+        ({"size": "256x128"}, (256, 128)),
+        ({"width": 64}, (64, None)),
+        ({"size": "256x128", "width": 256, "height": 128}, (256, 128)),
+        ({"size": "auto", "height": 96}, (None, 96)),
+    ],
+)
+def test_size_is_one_field_or_two(fields: dict[str, Any], size: tuple[int | None, int | None]):
+    request = GenerationsBody.model_validate({"prompt": "a", **fields}).to_request("sketch")
+
+    assert (request.width, request.height) == size
+
+
+@pytest.mark.parametrize(
+    "size", ["256", "256X256", "256x", "-1x5", "999999x1", "256x256x256", "", "\u0662x\u0665"]
+)
+def test_another_size_is_refused(size: str):
+    with pytest.raises(BadRequest, match="such as '256x256'"):
+        GenerationsBody.model_validate({"prompt": "a", "size": size}).to_request("sketch")

@@ -1,0 +1,190 @@
+"""What an owner may do at the desk, and what others may not."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overloaded, RateLimited
+from deployments.protocol.request import Edit, GenerationRequest
+from serve_app.jobs import progress
+from serve_app.jobs.desk import JobDesk
+from serve_app.jobs.dispatch import Dispatcher
+from serve_app.jobs.job import JobState, new_job_id
+from serve_app.jobs.store import JobStore
+from serve_app.settings import Settings
+from serve_app.storage.results import ResultStore
+from tests.front.conftest import MakeSettings
+from tests.front.fakes import CARD, MODEL, OWNER, FakeModels, picture
+
+WISH = GenerationRequest(model=MODEL, prompt="a cat")
+
+
+async def test_a_wish_becomes_a_job_in_which_everything_is_decided(desk: JobDesk) -> None:
+    job = await desk.submit(WISH, OWNER)
+
+    view = await desk.get(job.id, OWNER)
+    assert (view.job, view.position) == (job, 1)
+    assert (job.request.width, job.request.num_inference_steps) == (64, 4)
+
+
+async def test_every_wish_without_a_seed_gets_one_of_its_own(desk: JobDesk) -> None:
+    jobs = [await desk.submit(WISH, OWNER) for _ in range(3)]
+
+    assert len({job.request.seed for job in jobs}) == 3
+
+
+async def test_an_alias_names_the_same_model(desk: JobDesk) -> None:
+    job = await desk.submit(GenerationRequest(model=CARD.aliases[0], prompt="x"), OWNER)
+
+    assert job.request.model == MODEL
+
+
+async def test_corrections_are_kept_with_the_job_and_logged(
+    desk: JobDesk, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        job = await desk.submit(WISH.model_copy(update={"num_inference_steps": 30}), OWNER)
+
+    assert job.request.num_inference_steps == 4
+    assert [warning.code for warning in job.warnings] == ["steps_corrected"]
+    assert "FLUX requires exactly 4 steps. Overriding 30 -> 4" in caplog.messages
+
+
+async def test_an_unknown_model_and_a_bad_wish_are_refused(desk: JobDesk) -> None:
+    with pytest.raises(NotFound, match=MODEL):
+        await desk.submit(GenerationRequest(model="unknown", prompt="x"), OWNER)
+    with pytest.raises(BadRequest):
+        await desk.submit(GenerationRequest(model=MODEL, prompt=" "), OWNER)
+
+
+async def test_given_pictures_are_kept_out_of_the_record(desk: JobDesk, tmp_path: Path) -> None:
+    edit = Edit(image=picture(), mask_image=picture("white"))
+
+    job = await desk.submit(GenerationRequest(model=MODEL, prompt="x", edit=edit), OWNER)
+
+    assert job.request.edit is not None
+    assert job.request.edit.image == b""
+    stored = tmp_path / "results" / "inputs" / job.id
+    assert {file.name for file in stored.iterdir()} == {"image", "mask_image"}
+
+
+async def test_a_refused_job_leaves_no_pictures(
+    store: JobStore, results: ResultStore, make_settings: MakeSettings, tmp_path: Path
+) -> None:
+    settings = make_settings(max_active_per_owner=1)
+    desk = JobDesk(JobStore(store.redis, settings), results, {MODEL: CARD}, settings)
+    await desk.submit(WISH, OWNER)
+
+    with pytest.raises(RateLimited):
+        await desk.submit(WISH.model_copy(update={"edit": Edit(image=picture())}), OWNER)
+
+    assert list((tmp_path / "results" / "inputs").iterdir()) == []
+
+
+async def test_a_nearly_full_disk_refuses_jobs(store: JobStore, settings: Settings, tmp_path: Path) -> None:
+    full = ResultStore(str(tmp_path), min_free_bytes=2**60)
+    desk = JobDesk(store, full, {MODEL: CARD}, settings)
+
+    with pytest.raises(Overloaded, match="too little room"):
+        await desk.submit(WISH, OWNER)
+    with pytest.raises(Overloaded, match="too little room"):
+        await desk.health()
+
+
+@pytest.mark.parametrize("which", ["foreign", "unknown", "malformed"])
+@pytest.mark.parametrize("way", ["get", "cancel", "delete", "wait", "follow", "artifact"])
+async def test_a_job_that_is_not_yours_looks_like_none(desk: JobDesk, which: str, way: str) -> None:
+    foreign = (await desk.submit(WISH, "somebody else")).id
+    job_id = {"foreign": foreign, "unknown": new_job_id(), "malformed": "../x"}[which]
+    ways: dict[str, Callable[[], Awaitable[object]]] = {
+        "get": lambda: desk.get(job_id, OWNER),
+        "cancel": lambda: desk.cancel(job_id, OWNER),
+        "delete": lambda: desk.delete(job_id, OWNER),
+        "wait": lambda: desk.wait(job_id, OWNER, 1.0),
+        "follow": lambda: anext(desk.follow(job_id, OWNER)),
+        "artifact": lambda: desk.artifact(job_id, OWNER, 0),
+    }
+
+    with pytest.raises(NotFound) as refusal:
+        await ways[way]()
+
+    assert refusal.value.message == "no such job; it may have been deleted or forgotten, or it is not yours"
+
+
+async def test_a_list_holds_only_your_jobs(desk: JobDesk) -> None:
+    mine = await desk.submit(WISH, OWNER)
+    await desk.submit(WISH, "somebody else")
+
+    page = await desk.list(OWNER, limit=10)
+
+    assert page.jobs == (mine,)
+
+
+async def test_a_waiting_job_is_cancelled_with_its_pictures(desk: JobDesk, tmp_path: Path) -> None:
+    job = await desk.submit(WISH.model_copy(update={"edit": Edit(image=picture())}), OWNER)
+
+    assert (await desk.cancel(job.id, OWNER)).state is JobState.cancelled
+
+    assert not (tmp_path / "results" / "inputs" / job.id).exists()
+
+
+async def test_an_active_job_is_not_deleted(desk: JobDesk) -> None:
+    job = await desk.submit(WISH, OWNER)
+
+    with pytest.raises(Conflict, match="cancel it first"):
+        await desk.delete(job.id, OWNER)
+
+
+async def test_a_deleted_job_takes_its_files_along(
+    desk: JobDesk, dispatcher: Dispatcher, tmp_path: Path
+) -> None:
+    job = await desk.wait((await desk.submit(WISH, OWNER)).id, OWNER, 10.0)
+    assert (tmp_path / "results" / job.artifacts[0].path).exists()
+
+    await desk.delete(job.id, OWNER)
+
+    assert not (tmp_path / "results" / job.artifacts[0].path).exists()
+    with pytest.raises(NotFound):
+        await desk.get(job.id, OWNER)
+
+
+async def test_a_finished_picture_is_fetched_and_others_are_not_found(
+    desk: JobDesk, dispatcher: Dispatcher
+) -> None:
+    job = await desk.wait((await desk.submit(WISH, OWNER)).id, OWNER, 10.0)
+
+    artifact, data = await desk.artifact(job.id, OWNER, 0)
+
+    assert data == picture()
+    assert artifact.size_bytes == len(data)
+    with pytest.raises(NotFound):
+        await desk.artifact(job.id, OWNER, 1)
+    with pytest.raises(NotFound):
+        await desk.artifact(job.id, OWNER, 0, "thumbnail")
+
+
+async def test_a_picture_asked_for_too_early_is_a_conflict(desk: JobDesk) -> None:
+    job = await desk.submit(WISH, OWNER)
+
+    with pytest.raises(Conflict):
+        await desk.artifact(job.id, OWNER, 0)
+
+
+async def test_following_at_the_desk_tells_the_whole_story(
+    desk: JobDesk, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    job = await desk.submit(WISH, OWNER)
+
+    story = [event async for _, event in desk.follow(job.id, OWNER)]
+
+    assert isinstance(story[0], progress.Queued)
+    assert isinstance(story[-1], progress.Completed)
+    assert [event.step for event in story if isinstance(event, progress.Step)] == [0, 1, 2, 3, 4]
+
+
+async def test_a_healthy_desk_says_nothing(desk: JobDesk) -> None:
+    await desk.health()

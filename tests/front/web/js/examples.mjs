@@ -1,0 +1,69 @@
+// Models and jobs that the tests talk about, as the page holds them.
+
+export const FLUX = {
+  id: "flux-schnell",
+  name: "FLUX.1 [schnell]",
+  family: "flux",
+  description: "",
+  tasks: ["t2i"],
+  steps: { min: 4, default: 4, max: 4 },
+  guidance: { min: 0, default: 0, max: 0 },
+  sizes: { width: 1024, height: 1024, multiple: 16, min: 256, max: 2048, maxPixels: 4_194_304, maxAspect: 3 },
+  negativePrompt: false,
+  maxImages: 4,
+  maxPromptChars: 4000,
+  schedulers: ["auto"],
+  licence: { name: "Apache-2.0", url: "", attribution: "", commercial: true },
+  state: "ready",
+};
+
+export const SDXL = {
+  ...FLUX,
+  id: "sdxl",
+  family: "sdxl",
+  steps: { min: 1, default: 30, max: 80 },
+  guidance: { min: 0, default: 5, max: 15 },
+  sizes: { ...FLUX.sizes, multiple: 8 },
+  negativePrompt: true,
+  schedulers: ["auto", "euler"],
+};
+
+export const TINY = {
+  ...FLUX,
+  id: "tiny",
+  sizes: { width: 128, height: 128, multiple: 16, min: 64, max: 256, maxPixels: 65_536, maxAspect: 3 },
+};
+
+export const FORM = {
+  model: "sdxl",
+  prompt: " a red fox ",
+  negativePrompt: " snow ",
+  width: 1024,
+  height: 1024,
+  steps: null,
+  guidance: null,
+  seed: "",
+  images: 1,
+  format: "png",
+  scheduler: "auto",
+};
+
+export const JOB = {
+  id: "a".repeat(32),
+  status: "queued",
+  ahead: null,
+  step: 0,
+  steps: 0,
+  percent: 0,
+  cancelRequested: false,
+  wish: { ...FORM, prompt: "a red fox", negativePrompt: "", steps: 4, guidance: 0, seed: "7" },
+  pictures: [],
+  warnings: [],
+  problem: null,
+  createdAt: 1_700_000_000,
+  generationS: null,
+  preview: null,
+  firstStep: 0,
+  firstStepAt: null,
+  lastStepAt: null,
+};

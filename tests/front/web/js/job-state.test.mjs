@@ -1,0 +1,48 @@
+import assert from "node:assert/strict";
+import { test } from "node:test";
+
+import { applyEvent, hasEnded, merged, secondsLeft } from "../../../../serve_app/web/js/job-state.js";
+import { JOB } from "./examples.mjs";
+
+const step = (number, steps = 10) => ({ type: "step", step: number, steps, percent: null });
+
+test("the pace of the steps so far tells the time left", () => {
+  let job = applyEvent(JOB, { type: "started", steps: null }, 900);
+  job = applyEvent(job, step(0), 1000);
+  assert.equal(secondsLeft(job), null);
+
+  job = applyEvent(job, step(2), 3000);
+  job = applyEvent(job, step(4), 5000);
+
+  assert.equal(job.percent, 40);
+  assert.equal(secondsLeft(job), 6);
+});
+
+test("a job whose worker died waits again and begins from nothing", () => {
+  let job = applyEvent(JOB, step(6), 1000);
+  job = applyEvent(job, { type: "preview", data: "AAAA", mediaType: "image/jpeg" }, 1001);
+
+  const again = applyEvent(job, { type: "queued", ahead: 2 }, 2000);
+  const second = applyEvent(again, step(1), 3000);
+
+  assert.deepEqual([again.status, again.step, again.preview, again.ahead], ["queued", 0, null, 2]);
+  assert.equal(secondsLeft(second), null);
+});
+
+test("a preview is an address an image understands", () => {
+  const job = applyEvent(JOB, { type: "preview", data: "AAAA", mediaType: "image/jpeg" }, 0);
+
+  assert.equal(job.preview, "data:image/jpeg;base64,AAAA");
+});
+
+test("a record keeps what only the stream told, and never falls back behind it", () => {
+  const known = { ...applyEvent(JOB, step(5), 1000), preview: "data:," };
+
+  const behind = merged({ ...JOB, status: "processing", step: 3, percent: 30 }, known);
+  const ended = merged({ ...JOB, status: "completed", percent: 100 }, known);
+  const overtaken = merged({ ...JOB, status: "processing" }, ended);
+
+  assert.deepEqual([behind.step, behind.percent, behind.preview], [5, 50, "data:,"]);
+  assert.equal(ended.percent, 100);
+  assert.ok(hasEnded(overtaken));
+});

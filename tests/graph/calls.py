@@ -1,0 +1,31 @@
+"""What the tests of this folder do over HTTP."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import httpx
+from conftest import until
+from PIL import Image
+
+
+def submit(client: httpx.Client, **wish: Any) -> str:
+    answer = client.post("/api/generate/image", json={"model": "tiny-flux-schnell", **wish})
+    assert answer.status_code == 202, answer.text
+    job_id: str = answer.json()["id"]
+    return job_id
+
+
+def ended(client: httpx.Client, job_id: str) -> dict[str, Any]:
+    def look() -> dict[str, Any] | None:
+        job: dict[str, Any] = client.get(f"/api/generate/{job_id}").json()
+        return job if job["status"] in ("completed", "failed", "cancelled") else None
+
+    return until(look, f"job {job_id} ends")
+
+
+def picture(client: httpx.Client, job: dict[str, Any], index: int = 0) -> Image.Image:
+    answer = client.get(job["artifacts"][index]["url"])
+    assert answer.status_code == 200
+    return Image.open(io.BytesIO(answer.content)).convert("RGB")
