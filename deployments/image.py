@@ -16,7 +16,8 @@ from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import WeftError
 from deployments.protocol.events import Artifact, Done, Event, Failed, Step
 from deployments.protocol.limits import fit
-from deployments.protocol.request import MAX_SEED, FittedRequest, GenerationRequest, Task
+from deployments.protocol.request import FittedRequest, GenerationRequest, Task
+from deployments.telemetry import join_serve_log
 
 if TYPE_CHECKING:  # heavy imports stand in the constructor: building the graph loads no torch
     from PIL.Image import Image
@@ -43,6 +44,7 @@ class ImageModel:
         from deployments.weights.hardware import best_device
         from deployments.weights.load import load_pipeline
 
+        join_serve_log()
         started = time.monotonic()
         torch.set_num_threads(max(1, int(card.serving.num_cpus)))  # Ray sets 1 for small replicas
         self._card = card
@@ -61,7 +63,7 @@ class ImageModel:
         cancels the request at its next step and frees its slot.
         """
         try:
-            fitted = fit(request, self._card, fresh_seed=secrets.randbelow(MAX_SEED - 16)).request
+            fitted = fit(request, self._card, fresh_seed=secrets.randbits(32)).request
             async with aclosing(self._run(fitted)) as events:
                 async for event in events:
                     yield event

@@ -67,7 +67,9 @@ def _serve(config_file: Path, host: str | None, port: int | None) -> int:
         _say(f"Weft {__version__}, data in {settings.data_dir}")
         os.environ["WEFT_DATA_DIR"] = str(settings.data_dir)  # the replicas read these
         if settings.redis_url is None:
-            os.environ["REDIS_URL"] = stack.enter_context(EmbeddedRedis(settings.data_dir))
+            os.environ["REDIS_URL"] = stack.enter_context(
+                EmbeddedRedis(settings.data_dir, settings.redis_prefix)
+            )
             _say("job store: embedded Valkey")
         key = _demanded_key(settings, http["host"])
         _say("starting Ray")

@@ -15,6 +15,7 @@ from serve_app.handles import DispatcherModels, ModelHandles
 from serve_app.jobs.dispatch import Dispatcher
 from serve_app.services import Services
 from serve_app.settings import Settings
+from serve_app.telemetry import join_serve_log
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -30,6 +31,7 @@ class DispatcherReplica:
         handles: Mapping[str, DeploymentHandle[Any]],
         dispatchers: int,
     ) -> None:
+        join_serve_log()
         models = ModelHandles(handles, serve.get_replica_context().app_name)
         services = Services.open(settings)
         self._dispatcher = Dispatcher(

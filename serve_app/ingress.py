@@ -11,6 +11,7 @@ from deployments.protocol.card import ModelCard
 from serve_app.handles import ModelHandles
 from serve_app.services import Services
 from serve_app.settings import Settings
+from serve_app.telemetry import join_serve_log
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -28,6 +29,7 @@ class Ingress:
         handles: Mapping[str, DeploymentHandle[Any]],
         _dispatcher: DeploymentHandle[Any],  # bound so that it is part of the graph; works by itself
     ) -> None:
+        join_serve_log()
         self._settings = settings
         self._cards = cards
         self._models = ModelHandles(handles, serve.get_replica_context().app_name)

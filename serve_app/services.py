@@ -32,7 +32,8 @@ class Services:
                 "or start with `weft serve`, which brings its own"
             )
         redis = connect(settings.redis_url.get_secret_value())
-        return cls(settings, JobStore(redis, settings), ResultStore(settings.results_root))
+        results = ResultStore(settings.results_root, settings.min_free_bytes)
+        return cls(settings, JobStore(redis, settings), results)
 
     def desk(self, cards: Mapping[str, ModelCard]) -> JobDesk:
         return JobDesk(self.store, self.results, cards, self.settings)

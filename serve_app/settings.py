@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Self
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -47,6 +47,7 @@ class Settings(BaseSettings):
     )  # None: the embedded Valkey
     redis_prefix: str = "weft:"
     results_url: str = ""  # an fsspec URL; empty: {data_dir}/results
+    min_free_bytes: int = Field(256 * 2**20, ge=0)  # with less room on a local disk, jobs are refused
 
     lease_s: float = Field(30.0, gt=0)  # a job whose worker is silent for so long is given to another
     heartbeat_s: float = Field(5.0, gt=0)
@@ -59,6 +60,12 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(32 * 2**20, ge=1024)
     max_json_depth: int = Field(32, ge=4)
     sync_wait_s: float = Field(300.0, gt=0)  # how long the synchronous dialects wait for a job
+
+    @model_validator(mode="after")
+    def _leases_outlive_heartbeats(self) -> Self:
+        if self.heartbeat_s > self.lease_s / 2:
+            raise ValueError("heartbeat_s must be at most half of lease_s, or one late beat loses the job")
+        return self
 
     @classmethod
     def load(cls, **values: object) -> Self:

@@ -21,7 +21,7 @@ FRONT = (
     ("serve_app.app", "serve_app.local"),
     ("serve_app.ingress", "serve_app.dispatcher"),
     ("serve_app.api",),
-    ("serve_app.services", "serve_app.handles", "serve_app.embedded_redis"),
+    ("serve_app.services", "serve_app.handles", "serve_app.embedded_redis", "serve_app.telemetry"),
     ("serve_app.jobs",),
     ("serve_app.admission", "serve_app.storage"),
     ("serve_app.settings",),
@@ -29,7 +29,7 @@ FRONT = (
 )
 WORKSHOP = (
     ("deployments.image",),
-    ("deployments.weights", "deployments.pipelines", "deployments.media"),
+    ("deployments.weights", "deployments.pipelines", "deployments.media", "deployments.telemetry"),
     ("deployments.engine",),
     ("deployments.protocol",),
 )

@@ -53,6 +53,7 @@ def reachable() -> Iterator[None]:
     try:
         yield
     except (ConnectionError, TimeoutError, OSError) as error:
+        logger.warning("the job store is not reachable: %s", error)
         raise StoreUnreachable("the job store is not reachable; try again", retry_after_s=2.0) from error
     except ResponseError as error:
         # redis-py writes the whole command into a pipeline's error; a prompt must not reach the log

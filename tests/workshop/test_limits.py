@@ -1,0 +1,340 @@
+"""A wish held against a card: blanks filled, corrections told, refusals that name cause and cure."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from deployments.protocol.card import ModelCard, load_cards
+from deployments.protocol.errors import BadRequest, TooLarge
+from deployments.protocol.limits import Correction, Fitted, fit
+from deployments.protocol.request import MAX_SEED, Edit, FittedRequest, GenerationRequest, Output, Task
+
+CARDS = load_cards(Path(__file__).parents[2] / "configs/models")
+SCHNELL, DEV = CARDS["flux.1-schnell"], CARDS["flux.1-dev"]
+SDXL, REFINER = CARDS["sdxl-base-1.0"], CARDS["sdxl-refiner-1.0"]
+SD, DREAMSHAPER = CARDS["stable-diffusion-v1.5"], CARDS["dreamshaper-8"]
+IMAGE_CARDS = [card for card in CARDS.values() if set(card.tasks) & set(Task)]
+SEED = 7
+many = settings(max_examples=60, deadline=None)
+
+
+@cache
+def png(width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("L", (width, height), 128).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def wish(**changes: Any) -> GenerationRequest:
+    return GenerationRequest(**({"model": "any", "prompt": "a red fox"} | changes))
+
+
+def edit(width: int = 512, height: int = 512, **changes: Any) -> Edit:
+    return Edit(image=png(width, height), **changes)
+
+
+def fitted(card: ModelCard, **changes: Any) -> FittedRequest:
+    return fit(wish(**changes), card, fresh_seed=SEED).request
+
+
+def corrections(card: ModelCard, **changes: Any) -> tuple[Correction, ...]:
+    return fit(wish(**changes), card, fresh_seed=SEED).corrections
+
+
+def refusal(card: ModelCard, **changes: Any) -> BadRequest | TooLarge:
+    with pytest.raises((BadRequest, TooLarge)) as caught:
+        fit(wish(**changes), card, fresh_seed=SEED)
+    return caught.value
+
+
+# --- blanks -----------------------------------------------------------------------------------------------
+
+
+def test_blanks_are_filled_from_the_card() -> None:
+    request = fitted(SD)
+
+    assert (request.width, request.height) == (512, 512)
+    assert request.num_inference_steps == 30
+    assert request.guidance_scale == 7.5
+    assert request.scheduler == "auto"
+    assert request.max_sequence_length is None
+    assert request.seed == SEED
+    assert request.model == SD.id
+    assert request.output == Output()
+
+
+def test_what_the_caller_says_within_the_limits_is_kept() -> None:
+    said = {
+        "width": 768,
+        "height": 512,
+        "num_inference_steps": 12,
+        "guidance_scale": 3.0,
+        "seed": 0,
+        "scheduler": "euler_a",
+        "negative_prompt": "blurry",
+        "num_images": 2,
+    }
+
+    answer = fit(wish(**said), SD, fresh_seed=SEED)
+
+    assert answer.request.model_dump(include=set(said)) == said
+    assert answer.corrections == ()
+
+
+def test_the_cards_strength_fills_an_edit_without_one() -> None:
+    request = fitted(REFINER, edit=edit())
+
+    assert request.edit is not None
+    assert request.edit.strength == REFINER.strength == 0.3
+
+
+@pytest.mark.parametrize(
+    ("given_size", "used"),
+    [
+        ((640, 480), (640, 480)),
+        ((1000, 500), (992, 496)),
+        ((3000, 1500), (1024, 512)),
+        ((1600, 100), (768, 256)),
+        ((64, 64), (256, 256)),
+    ],
+)
+def test_without_a_size_the_given_pictures_own_is_used_as_far_as_the_card_lets_it(
+    given_size: tuple[int, int], used: tuple[int, int]
+) -> None:
+    request = fitted(SD, edit=edit(*given_size))
+
+    assert (request.width, request.height) == used
+
+
+def test_a_size_that_was_asked_for_wins_over_the_given_pictures() -> None:
+    request = fitted(SD, width=512, height=256, edit=edit(640, 480))
+
+    assert (request.width, request.height) == (512, 256)
+
+
+# --- corrections ------------------------------------------------------------------------------------------
+
+
+def test_schnell_is_corrected_to_four_steps_with_a_warning() -> None:
+    answer = fit(wish(num_inference_steps=30), SCHNELL, fresh_seed=SEED)
+
+    assert answer.request.num_inference_steps == 4
+    assert answer.corrections == (
+        Correction(
+            "steps_corrected",
+            "num_inference_steps",
+            "FLUX requires exactly 4 steps. Overriding 30 -> 4",
+        ),
+    )
+
+
+def test_schnell_runs_as_it_was_trained_whatever_was_asked() -> None:
+    answer = fit(
+        wish(
+            num_inference_steps=1,
+            guidance_scale=7.5,
+            negative_prompt="blurry",
+            scheduler="ddim",
+            max_sequence_length=512,
+        ),
+        SCHNELL,
+        fresh_seed=SEED,
+    )
+
+    request = answer.request
+    assert (request.num_inference_steps, request.guidance_scale) == (4, 0.0)
+    assert (request.negative_prompt, request.scheduler) == ("", "auto")
+    assert request.max_sequence_length == 256
+    assert [correction.param for correction in answer.corrections] == [
+        "num_inference_steps",
+        "negative_prompt",
+        "guidance_scale",
+        "scheduler",
+        "max_sequence_length",
+    ]
+
+
+def test_values_that_are_right_already_are_not_corrected() -> None:
+    asked = {"num_inference_steps": 4, "guidance_scale": 0.0, "max_sequence_length": 256}
+
+    assert corrections(SCHNELL, **asked) == ()
+
+
+def test_dev_is_free_within_its_own_card() -> None:
+    request = fitted(DEV, num_inference_steps=50, guidance_scale=2.0)
+
+    assert (request.num_inference_steps, request.guidance_scale) == (50, 2.0)
+    assert fitted(DEV).num_inference_steps == 30
+    assert fitted(DEV).guidance_scale == 3.5
+
+
+def test_a_shorter_text_length_is_raised_to_the_models_one_so_that_requests_share_forwards() -> None:
+    told = corrections(DEV, max_sequence_length=128)
+
+    assert [correction.code for correction in told] == ["sequence_length_corrected"]
+    assert "128 -> 512" in told[0].message
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+REFUSALS: list[tuple[ModelCard, dict[str, Any], str, str, str]] = [
+    # card, what was asked, field at fault, cause, cure
+    (REFINER, {}, "model", "cannot do t2i", "can do i2i"),
+    (SD, {"prompt": " \n"}, "prompt", "prompt is empty", "say what"),
+    (SD, {"prompt": "x" * 4001}, "prompt", "4001 characters", "at most 4000"),
+    (SD, {"negative_prompt": "x" * 4001}, "negative_prompt", "4001 characters", "at most 4000"),
+    (SD, {"num_images": 5}, "num_images", "num_images is 5", "at most 4"),
+    (SD, {"width": 500, "height": 512}, "width", "width is 500", "nearest: 496"),
+    (SD, {"width": 512, "height": 128}, "height", "height is 128", "nearest: 256"),
+    (SD, {"width": 4096, "height": 512}, "width", "width is 4096", "nearest: 1024"),
+    (SDXL, {"width": 2048, "height": 2048}, "width", "4194304 pixels", "at most 2359296"),
+    (SD, {"width": 1024, "height": 256}, "width", "too long", "3 to 1"),
+    (SD, {"num_inference_steps": 51}, "num_inference_steps", "is 51", "runs 1-50"),
+    (DREAMSHAPER, {"num_inference_steps": 10}, "num_inference_steps", "is 10", "runs 15-30"),
+    (DREAMSHAPER, {"num_inference_steps": 31}, "num_inference_steps", "is 31", "runs 15-30"),
+    (SD, {"guidance_scale": 30.0}, "guidance_scale", "is 30", "takes 0-20"),
+    (SD, {"scheduler": "magic"}, "scheduler", "'magic' is not one", "auto, euler, euler_a"),
+    (SD, {"max_sequence_length": 77}, "max_sequence_length", "has no max_sequence_length", "leave it out"),
+    (DEV, {"max_sequence_length": 513}, "max_sequence_length", "is 513", "takes 512"),
+    (SD, {"seed": MAX_SEED, "num_images": 2}, "seed", "seed must be", "at most"),
+    (SD, {"edit": edit(strength=0.01)}, "strength", "leaves no step to run", "at least 0.034"),
+    (SD, {"edit": Edit(image=b"GIF89a")}, "image", "not a readable picture", "PNG, JPEG or WebP"),
+    (SD, {"edit": edit(mask_image=b"?")}, "mask_image", "not a readable picture", "PNG, JPEG or WebP"),
+    (SD, {"edit": edit(8, 8)}, "image", "image is 8x8", "at least 16"),
+]
+
+
+@pytest.mark.parametrize(
+    ("card", "asked", "param", "cause", "cure"), REFUSALS, ids=[f"{row[0].id}: {row[3]}" for row in REFUSALS]
+)
+def test_a_refusal_names_the_field_the_cause_and_the_cure(
+    card: ModelCard, asked: dict[str, Any], param: str, cause: str, cure: str
+) -> None:
+    error = refusal(card, **asked)
+
+    assert error.param == param
+    assert cause in error.message
+    assert cure in error.message
+
+
+def test_a_picture_of_too_many_pixels_is_too_large_and_not_decoded() -> None:
+    error = refusal(SD, edit=edit(5000, 4000))
+
+    assert isinstance(error, TooLarge)
+    assert error.param == "image"
+    assert "at most 16 megapixels" in error.message
+
+
+def test_strength_zero_is_no_error_it_gives_the_picture_back() -> None:
+    request = fitted(SD, edit=edit(strength=0.0))
+
+    assert request.denoising_steps == 0
+
+
+@many
+@given(steps=st.integers(1, 50))
+def test_the_strength_that_a_refusal_advises_is_accepted(steps: int) -> None:
+    error = refusal(SD, num_inference_steps=steps, edit=edit(64, 64, strength=1e-6))
+    advised = float(error.message.rsplit(" ", 1)[-1])
+
+    request = fitted(SD, num_inference_steps=steps, edit=edit(64, 64, strength=advised))
+
+    assert request.denoising_steps >= 1
+
+
+# --- for every card and every wish ------------------------------------------------------------------------
+
+PICTURES = st.sampled_from([(64, 64), (100, 2000), (1000, 500), (3000, 40), (640, 480), (17, 1999)])
+
+
+@st.composite
+def wishes(draw: st.DrawFn) -> tuple[GenerationRequest, ModelCard]:
+    """A wish near the limits of a card, mostly inside them, and the card."""
+    card = draw(st.sampled_from(IMAGE_CARDS))
+    sizes, rarely = card.sizes, st.integers(0, 15).map(lambda n: n == 0)
+    grid = st.integers(sizes.min // 16, sizes.max // 16).map(lambda n: 16 * n)
+    side = draw(st.integers(1, 4096) if draw(rarely) else st.none() | st.just(sizes.min) | grid)
+    strength = draw(st.none() | st.floats(0, 1))
+    given_edit = PICTURES.map(lambda size: edit(*size, strength=strength))
+    slack = 1 if draw(rarely) else 0
+    request = wish(
+        prompt=draw(st.text("ab ", min_size=1, max_size=4)) + draw(st.sampled_from(["x", "x", "x", ""])),
+        negative_prompt=draw(st.text(max_size=4)),
+        width=side,
+        height=draw(st.just(side) | grid),
+        num_inference_steps=draw(st.none() | st.integers(card.steps.min, card.steps.max + slack)),
+        guidance_scale=draw(st.none() | st.floats(card.guidance.min, card.guidance.max + slack)),
+        seed=draw(st.none() | st.integers(0, MAX_SEED)),
+        num_images=draw(st.integers(1, card.max_images + slack)),
+        scheduler=draw(st.sampled_from([*card.schedulers, "unknown"] if slack else card.schedulers)),
+        max_sequence_length=draw(st.sampled_from([None, card.max_sequence_length, 64 if slack else None])),
+        edit=draw(given_edit if card is REFINER else st.none() | given_edit),
+    )
+    return request, card
+
+
+def answer_to(request: GenerationRequest, card: ModelCard) -> Fitted | BadRequest | TooLarge:
+    try:
+        return fit(request, card, fresh_seed=SEED)
+    except (BadRequest, TooLarge) as error:
+        return error
+
+
+@many
+@given(wishes())
+def test_no_accepted_request_is_outside_its_card(pair: tuple[GenerationRequest, ModelCard]) -> None:
+    answer, card = answer_to(*pair), pair[1]
+    assume(isinstance(answer, Fitted))
+
+    request, sizes = answer.request, card.sizes
+    assert request.task in card.tasks
+    assert card.steps.min <= request.num_inference_steps <= card.steps.max
+    assert card.guidance.min <= request.guidance_scale <= card.guidance.max
+    assert {request.width % sizes.multiple, request.height % sizes.multiple} == {0}
+    assert sizes.min <= min(request.width, request.height)
+    assert max(request.width, request.height) <= sizes.max
+    assert request.width * request.height <= sizes.max_pixels
+    assert max(request.width, request.height) <= sizes.max_aspect * min(request.width, request.height)
+    assert request.scheduler in card.schedulers
+    assert request.max_sequence_length == card.max_sequence_length
+    assert card.negative_prompt or not request.negative_prompt
+    assert request.num_images <= card.max_images
+    assert request.seed + request.num_images - 1 <= MAX_SEED
+    assert request.denoising_steps >= 1 or (request.edit is not None and request.edit.strength == 0)
+
+
+@many
+@given(wishes())
+def test_fitting_a_fitted_request_changes_nothing_and_corrects_nothing(
+    pair: tuple[GenerationRequest, ModelCard],
+) -> None:
+    answer, card = answer_to(*pair), pair[1]
+    assume(isinstance(answer, Fitted))
+
+    again = fit(answer.request, card, fresh_seed=SEED + 1)
+
+    assert again == Fitted(answer.request, ())
+
+
+@settings(many, suppress_health_check=[HealthCheck.filter_too_much])
+@given(wishes())
+def test_every_refusal_names_a_field_of_the_request(pair: tuple[GenerationRequest, ModelCard]) -> None:
+    answer = answer_to(*pair)
+    assume(not isinstance(answer, Fitted))
+
+    assert answer.param in {*GenerationRequest.model_fields, *Edit.model_fields, "image"}
+    assert len(answer.message) > 20
+
+
+def test_cost_counts_pictures_pixels_and_steps() -> None:
+    request = fitted(SD, width=512, height=512, num_inference_steps=20, num_images=2)
+
+    assert request.cost_mpx_steps == pytest.approx(2 * 0.262144 * 20)
