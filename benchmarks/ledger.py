@@ -41,14 +41,14 @@ def render() -> None:
     lines = [
         "# Measured figures",
         "",
-        "Rendered from the newest row of each name in `results.jsonl`; every script of this folder adds rows.",
+        "The newest row of each name in `results.jsonl`; every script of this folder adds rows.",
         "",
         "| name | value | spread | n | machine | commit | command | date | notes |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| `{row['name']}` | {row['value']:g} {row['unit']} | {row['spread']} | {row['n']} | {row['machine']} "
-        f"| {row['commit']} | `{row['command']}` | {row['date']} | {row['notes']} |"
+        f"| `{row['name']}` | {row['value']:g} {row['unit']} | {row['spread']} | {row['n']} "
+        f"| {row['machine']} | {row['commit']} | `{row['command']}` | {row['date']} | {row['notes']} |"
         for row in sorted(newest.values(), key=lambda row: str(row["name"]))
     ]
     MARKDOWN.write_text("\n".join(lines) + "\n", encoding="utf-8")

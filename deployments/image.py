@@ -15,7 +15,7 @@ from deployments import __version__
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import WeftError
 from deployments.protocol.events import Artifact, Done, Event, Failed, Step
-from deployments.protocol.limits import fit
+from deployments.protocol.limits import denoising_steps, fit
 from deployments.protocol.request import FittedRequest, GenerationRequest, Task
 from deployments.telemetry import join_serve_log
 
@@ -90,7 +90,7 @@ class ImageModel:
         def work(emit: Emit) -> list[Image]:
             return self._model.call(request, lambda step, steps: emit(Step(step, steps)), image, mask)
 
-        async with aclosing(self._worker.submit(work, steps=request.denoising_steps)) as items:
+        async with aclosing(self._worker.submit(work, steps=denoising_steps(request, self._card))) as items:
             async for item in items:
                 if isinstance(item, Finished):
                     async for event in self._deliver(request, item):

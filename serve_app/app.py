@@ -10,7 +10,8 @@ from ray.serve import Application
 
 from deployments.image import ImageModel
 from deployments.protocol.card import ModelCard, Weights, card_without_file, load_cards
-from deployments.protocol.errors import NotFound
+from deployments.protocol.errors import BadRequest, NotFound
+from deployments.protocol.request import Task
 from serve_app.dispatcher import DispatcherReplica
 from serve_app.ingress import Ingress
 from serve_app.settings import Settings
@@ -71,6 +72,11 @@ def _chosen_cards(args: AppArgs, cards_dir: Path) -> dict[str, ModelCard]:
             card = known[model]
         else:
             raise NotFound(f"there is no card {model!r} in {cards_dir}; there is {', '.join(known)}")
+        if not set(card.tasks) & set(Task):
+            raise BadRequest(
+                f"{card.id} does only {', '.join(card.tasks)}, which nothing here can run yet; "
+                "leave it out of models"
+            )
         chosen[card.id] = card
     return chosen
 
@@ -79,6 +85,8 @@ def _model(card: ModelCard) -> Application:
     """One card as a deployment. serve_config.yaml may override all of it under the card's id."""
     serving = card.serving
     resources: dict[str, Any] = {"num_cpus": serving.num_cpus, "num_gpus": serving.num_gpus}
+    if serving.accelerator_type is not None:
+        resources["accelerator_type"] = serving.accelerator_type
     if not serving.num_gpus:
         resources["runtime_env"] = NO_GPU
     return serve.deployment(

@@ -16,7 +16,7 @@ def picture(data: bytes, width: int, height: int, field: str) -> Image.Image:
     Raises BadRequest or TooLarge as `pictures.inspect` does, or when the body is broken.
     """
     decoded = _decode(data, field)
-    if decoded.mode in ("RGBA", "LA", "PA", "P"):
+    if decoded.has_transparency_data:
         decoded = decoded.convert("RGBA")
         white = Image.new("RGBA", decoded.size, "white")
         decoded = Image.alpha_composite(white, decoded)
@@ -34,6 +34,9 @@ def _decode(data: bytes, field: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=pictures.FORMATS) as opened:
             opened.load()
-            return ImageOps.exif_transpose(opened)
+            upright = ImageOps.exif_transpose(opened)
+            if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+                return upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+            return upright
     except (OSError, ValueError, SyntaxError, EOFError):
         raise BadRequest(f"{field} is damaged: its pixels cannot be read", param=field) from None

@@ -61,6 +61,11 @@ class Model:
 
         arguments = call_arguments(type(pipeline), request, image, mask)
         result = pipeline(**arguments, callback_on_step_end=at_step_end)
+        if any(result.get("nsfw_content_detected") or ()):
+            raise BadRequest(
+                "the model's own safety checker blacked the picture out; change the prompt or the seed",
+                param="prompt",
+            )
         return list(result.images)
 
     def pipeline_for(self, request: FittedRequest) -> Any:

@@ -93,6 +93,7 @@ class Serving(Strict):
 
     num_gpus: float = 1.0
     num_cpus: float = 1.0
+    accelerator_type: str | None = None  # one of ray.util.accelerators, such as "A100-80G"; None: any GPU
     slots: int = Field(16, ge=1)  # requests running at once on one replica
     max_rows: int = Field(4, ge=1)  # rows in one forward
     min_replicas: int = Field(0, ge=0)

@@ -19,7 +19,7 @@ class Queued:
 class Started:
     """The pipeline call has begun."""
 
-    steps: int  # denoising steps it will run; img2img runs strength x steps
+    steps: int  # denoising steps it plans to run; Step.steps is exact
 
 
 @dataclass(frozen=True, slots=True)

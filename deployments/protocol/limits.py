@@ -64,7 +64,7 @@ def fit(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> Fitt
         edit=_edit(request, card),
         output=request.output,
     )
-    if fitted.denoising_steps < 1 and fitted.edit is not None and fitted.edit.strength > 0:
+    if denoising_steps(fitted, card) < 1 and fitted.edit is not None and fitted.edit.strength > 0:
         # diffusers would fail later with "the number of steps is < 1"; strength 0 is the picture itself
         raise BadRequest(
             f"strength {fitted.edit.strength} of {steps} steps leaves no step to run; "
@@ -74,10 +74,24 @@ def fit(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> Fitt
     return Fitted(fitted, tuple(corrections))
 
 
+def denoising_steps(request: FittedRequest, card: ModelCard) -> int:
+    """Steps that will really run: img2img skips the first (1 - strength) part of them.
+
+    Diffusers' FLUX pipelines round the skipped steps down, the others the remaining ones. Noise
+    schedulers of second order (heun) call the model more often; events.Step counts what they do.
+    """
+    steps = request.num_inference_steps
+    if request.edit is None:
+        return steps
+    if request.edit.strength == 0:
+        return 0
+    if card.family == "flux":
+        return steps - int(steps - steps * request.edit.strength)
+    return min(steps, int(steps * request.edit.strength))
+
+
 def _check_text(request: GenerationRequest, card: ModelCard) -> None:
     for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
-        if not _is_encodable(text):
-            raise BadRequest(f"{field} holds half a surrogate pair; send valid Unicode", param=field)
         if len(text) > card.max_prompt_chars:
             raise BadRequest(
                 f"{field} has {len(text)} characters; {card.id} takes at most {card.max_prompt_chars}",
@@ -92,14 +106,6 @@ def _check_text(request: GenerationRequest, card: ModelCard) -> None:
         )
 
 
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _size(request: GenerationRequest, sizes: Sizes) -> tuple[int, int]:
     """Width and height in pixels: as asked, or of the given picture, or the card's default."""
     source = None
@@ -109,8 +115,12 @@ def _size(request: GenerationRequest, sizes: Sizes) -> tuple[int, int]:
             pictures.inspect(request.edit.mask_image, "mask_image")
     if request.width is None and request.height is None:
         return (sizes.width, sizes.height) if source is None else _nearest_size(source, sizes)
-    width = sizes.width if request.width is None else request.width
-    height = sizes.height if request.height is None else request.height
+    ratio = sizes.width / sizes.height if source is None else source.width / source.height
+    if request.width is not None:
+        width, height = request.width, request.height or _on_grid(request.width / ratio, sizes)
+    else:
+        assert request.height is not None, "one of both is given"
+        width, height = _on_grid(request.height * ratio, sizes), request.height
     for field, side in (("width", width), ("height", height)):
         if not sizes.min <= side <= sizes.max or side % sizes.multiple:
             raise BadRequest(
@@ -129,8 +139,9 @@ def _size(request: GenerationRequest, sizes: Sizes) -> tuple[int, int]:
 
 def _nearest_size(source: pictures.PictureSize, sizes: Sizes) -> tuple[int, int]:
     """The allowed size nearest to the picture's own, keeping its shape where the limits let it."""
-    room = min(1.0, sizes.max / max(source), math.sqrt(sizes.max_pixels / (source.width * source.height)))
-    width, height = (_on_grid(side * room, sizes) for side in source)
+    limit = min(sizes.max / max(source), math.sqrt(sizes.max_pixels / (source.width * source.height)))
+    scale = min(max(1.0, sizes.min / min(source)), limit)
+    width, height = (_on_grid(side * scale, sizes) for side in source)
     longest = math.floor(sizes.max_aspect * min(width, height) / sizes.multiple) * sizes.multiple
     width, height = min(width, longest), min(height, longest)
     while width * height > sizes.max_pixels:  # rounding up may pass the limit by one grid line

@@ -99,13 +99,6 @@ class FittedRequest(GenerationRequest):
     edit: FittedEdit | None = None
 
     @property
-    def denoising_steps(self) -> int:
-        """Steps that will really run: img2img skips the first (1 - strength) part, as diffusers does."""
-        if self.edit is None:
-            return self.num_inference_steps
-        return min(self.num_inference_steps, int(self.num_inference_steps * self.edit.strength))
-
-    @property
     def cost_mpx_steps(self) -> float:
         """Work in megapixel-steps: pictures x pixels x steps / 1e6."""
         return self.num_images * self.width * self.height * self.num_inference_steps / 1e6

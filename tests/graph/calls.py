@@ -6,8 +6,9 @@ import io
 from typing import Any
 
 import httpx
-from conftest import until
 from PIL import Image
+
+from tests.graph.running import until
 
 
 def submit(client: httpx.Client, **wish: Any) -> str:

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import httpx
 import pytest
-from calls import ended, picture, submit
-from conftest import Service, kill, until
+
+from tests.graph.calls import ended, picture, submit
+from tests.graph.running import Service, kill, until
 
 pytestmark = pytest.mark.ray
 

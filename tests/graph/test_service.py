@@ -11,9 +11,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from calls import ended, picture, submit
-from conftest import PATIENCE_S, Service, until
 from PIL import Image
+
+from tests.graph.calls import ended, picture, submit
+from tests.graph.running import PATIENCE_S, Service, until
 
 pytestmark = pytest.mark.ray
 

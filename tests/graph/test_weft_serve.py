@@ -14,8 +14,9 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from calls import ended, submit
-from conftest import PATIENCE_S, ROOT, free_port
+
+from tests.graph.calls import ended, submit
+from tests.graph.running import PATIENCE_S, ROOT, free_port
 
 pytestmark = pytest.mark.ray
 

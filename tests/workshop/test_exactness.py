@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from PIL import Image
 
@@ -23,6 +22,7 @@ from deployments.engine.step_scheduler import StepScheduler
 from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.model import Model
 from deployments.protocol.request import FittedEdit, FittedRequest, Task
+from tests.workshop import tiny
 
 SCHEDULES = 100
 TOLERANCE = 1e-11  # of the largest latent

@@ -181,7 +181,6 @@ def test_what_is_transparent_lies_on_white(given: Image.Image) -> None:
     assert image.getpixel((4, 16)) != WHITE
 
 
-@pytest.mark.xfail(strict=True, reason="decode.picture looks at the mode only, not at the file's tRNS chunk")
 def test_a_transparent_colour_of_a_png_without_alpha_lies_on_white() -> None:
     data = file(halves("RGB", RED, BLUE), "PNG", transparency=BLUE)
 
@@ -191,7 +190,6 @@ def test_a_transparent_colour_of_a_png_without_alpha_lies_on_white() -> None:
     assert image.getpixel((60, 16)) == WHITE
 
 
-@pytest.mark.xfail(strict=True, reason="decode clips I;16 at 255: every brighter pixel is white")
 def test_sixteen_bit_grey_keeps_its_brightness() -> None:
     deep = Image.fromarray(np.full((32, 64), 32_768, dtype=np.uint16))
 

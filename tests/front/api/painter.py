@@ -25,7 +25,7 @@ class Painter:
 
     async def generate(self, model_id: str, request: FittedRequest, /) -> AsyncGenerator[Event]:
         self.requests.append(request)
-        steps = request.denoising_steps
+        steps = request.num_inference_steps
         yield Started(steps)
         self.began.set()
         for step in range(1, steps + 1):

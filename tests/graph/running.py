@@ -1,0 +1,70 @@
+"""A running Weft, and patience with it."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from serve_app.embedded_redis import EmbeddedRedis
+
+ROOT = Path(__file__).parent.parent.parent
+PATIENCE_S = 90.0  # for things that take a second on a quiet machine
+
+
+@dataclass
+class Service:
+    """A running Weft."""
+
+    url: str
+    valkey: EmbeddedRedis
+
+    def client(self) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=PATIENCE_S)
+
+    def pid_of(self, deployment: str) -> int:
+        """Process id of one running replica; Ray names the process after its actor."""
+        title = f"ServeReplica:weft:{deployment}"
+        pid: int = until(lambda: _child_called(title), f"a replica of {deployment} runs")
+        return pid
+
+
+def _child_called(title: str) -> int | None:
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if title in " ".join(process.cmdline()):
+                return process.pid
+    return None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """The condition's first true value. Fails after PATIENCE_S, saying what did not happen."""
+    deadline = time.monotonic() + PATIENCE_S
+    pause = threading.Event()
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        pause.wait(0.05)
+    pytest.fail(f"did not happen within {PATIENCE_S:.0f} s: {what}")
+
+
+def kill(pid: int) -> None:
+    """kill -9, and wait until the process is gone."""
+    process = psutil.Process(pid)
+    process.kill()
+    psutil.wait_procs([process], timeout=10)

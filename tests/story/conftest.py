@@ -1,0 +1,71 @@
+"""The cast of the story: the shipped model, a real Valkey, a desk. No Ray: the story is what Ray carries."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+import torch
+
+from deployments.image import ImageModel
+from deployments.protocol.card import ModelCard, load_cards
+from deployments.protocol.events import Event
+from deployments.protocol.request import FittedRequest
+from serve_app.embedded_redis import EmbeddedRedis
+from serve_app.jobs.desk import JobDesk
+from serve_app.jobs.dispatch import Dispatcher
+from serve_app.services import Services
+from serve_app.settings import ROOT, Settings
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def card() -> ModelCard:
+    return load_cards(ROOT / "configs" / "models")["tiny-flux-schnell"]
+
+
+@pytest.fixture(scope="session")
+def model(card: ModelCard) -> ImageModel:
+    return ImageModel(card)
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with EmbeddedRedis(tmp_path_factory.mktemp("story")) as url:
+        yield url
+
+
+class OneModel:
+    """The dispatcher's view of a single model in this very process."""
+
+    def __init__(self, model: ImageModel, model_id: str) -> None:
+        self._model = model
+        self._model_id = model_id
+
+    def free_slots(self) -> Mapping[str, int]:
+        return {self._model_id: 8}
+
+    async def generate(self, _model_id: str, request: FittedRequest) -> AsyncGenerator[Event]:
+        async with aclosing(self._model.generate(request)) as events:
+            async for event in events:
+                yield event
+
+
+@pytest.fixture
+async def desk(card: ModelCard, model: ImageModel, valkey: str, tmp_path: Path) -> AsyncIterator[JobDesk]:
+    """A desk behind which a dispatcher is at work."""
+    prefix = f"weft:{tmp_path.name}:"
+    settings = Settings.load(redis_url=valkey, data_dir=tmp_path, redis_prefix=prefix, min_free_bytes=0)
+    services = Services.open(settings)
+    desk = services.desk({card.id: card})
+    dispatcher = Dispatcher(services.store, services.results, OneModel(model, card.id), settings)
+    running = asyncio.create_task(dispatcher.run())
+    yield desk
+    await desk.aclose()
+    await dispatcher.drain()
+    await running
+    await services.store.redis.aclose()

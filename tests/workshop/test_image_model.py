@@ -1,0 +1,193 @@
+"""ImageModel as a handle sees it, without Ray: the tiny model that ships, and events in order."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from deployments.image import ImageModel
+from deployments.protocol.card import load_card
+from deployments.protocol.errors import BadRequest, ModelUnavailable
+from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Started, Step
+from deployments.protocol.request import Edit, GenerationRequest, Output
+
+CARD = load_card(Path(__file__).parents[2] / "configs/models/tiny-flux-schnell.yaml")
+SMALL = {"width": 64, "height": 64}
+
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[ImageModel]:
+    made = ImageModel(CARD)
+    yield made
+    made.__del__()
+
+
+def wish(**changes: Any) -> GenerationRequest:
+    return GenerationRequest(**({"model": CARD.id, "prompt": "a red circle", "seed": 5} | SMALL | changes))
+
+
+def png(size: tuple[int, int] = (64, 64)) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_mandelbrot(size, (-2, -1.5, 1, 1.5), 40).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pixels(data: bytes) -> npt.NDArray[np.int16]:
+    return np.asarray(Image.open(io.BytesIO(data)), dtype=np.int16)
+
+
+async def events_of(model: ImageModel, **changes: Any) -> list[Event]:
+    return [event async for event in model.generate(wish(**changes))]
+
+
+async def pictures_of(model: ImageModel, **changes: Any) -> list[Artifact]:
+    events = await events_of(model, **changes)
+    return [event for event in events if isinstance(event, Artifact) and event.kind == "image"]
+
+
+async def test_events_come_in_order_and_end_with_done(model: ImageModel) -> None:
+    events = await events_of(model)
+
+    assert events[:2] == [Queued(0), Started(4)]
+    assert events[2:6] == [Step(step, 4) for step in (1, 2, 3, 4)]
+    assert [(event.kind, event.index) for event in events[6:-1]] == [("image", 0), ("thumbnail", 0)]
+    assert isinstance(events[-1], Done)
+    assert events[-1].generation_s > 0
+
+
+async def test_a_picture_comes_with_its_size_its_seed_and_how_it_was_made(model: ImageModel) -> None:
+    (picture,) = await pictures_of(model)
+
+    assert (picture.width, picture.height, picture.seed) == (64, 64, 5)
+    assert picture.metadata["prompt"] == "a red circle"
+    assert picture.metadata["num_inference_steps"] == 4
+    assert "Seed: 5" in Image.open(io.BytesIO(picture.data)).text["parameters"]
+
+
+@pytest.mark.parametrize("form", ["png", "jpeg", "webp"])
+async def test_the_file_has_the_format_asked_for(model: ImageModel, form: Any) -> None:
+    (picture,) = await pictures_of(model, output=Output(format=form))
+
+    assert picture.media_type == f"image/{form}"
+    assert Image.open(io.BytesIO(picture.data)).format == form.upper()
+
+
+async def test_picture_i_of_a_request_is_the_picture_of_seed_plus_i(model: ImageModel) -> None:
+    together = await pictures_of(model, num_images=3, seed=40)
+
+    alone = [(await pictures_of(model, seed=seed))[0] for seed in (40, 41, 42)]
+
+    assert [picture.seed for picture in together] == [40, 41, 42]
+    assert [picture.metadata["seed"] for picture in together] == [40, 41, 42]
+    for one, other in zip(together, alone, strict=True):
+        assert np.abs(pixels(one.data) - pixels(other.data)).max() <= 1
+
+
+async def test_every_picture_is_followed_by_its_thumbnail(model: ImageModel) -> None:
+    events = await events_of(model, num_images=2)
+
+    files = [(event.kind, event.index, event.seed) for event in events if isinstance(event, Artifact)]
+    assert files == [("image", 0, 5), ("thumbnail", 0, 5), ("image", 1, 6), ("thumbnail", 1, 6)]
+
+
+async def test_without_a_seed_every_request_draws_another(model: ImageModel) -> None:
+    (first,), (second,) = await pictures_of(model, seed=None), await pictures_of(model, seed=None)
+
+    assert first.seed != second.seed
+
+
+async def test_too_many_steps_are_corrected_here_too_because_handle_calls_skip_http(
+    model: ImageModel,
+) -> None:
+    events = await events_of(model, num_inference_steps=30)
+
+    assert events[1] == Started(4)
+    assert isinstance(events[-1], Done)
+
+
+@pytest.mark.parametrize("mask", [None, png()], ids=["img2img", "inpainting"])
+async def test_an_edit_runs_its_part_of_the_steps_at_the_pictures_size(
+    model: ImageModel, mask: bytes | None
+) -> None:
+    edit = Edit(image=png((96, 64)), mask_image=mask, strength=0.75)
+
+    events = await events_of(model, width=None, height=None, edit=edit)
+
+    assert events[1:5] == [Started(3), Step(1, 3), Step(2, 3), Step(3, 3)]
+    assert (events[5].width, events[5].height) == (96, 64)
+
+
+async def test_started_tells_the_steps_that_an_edit_really_runs(model: ImageModel) -> None:
+    events = await events_of(model, edit=Edit(image=png(), strength=0.3))
+
+    steps = [event for event in events if isinstance(event, Step)]
+    assert events[1] == Started(len(steps))
+
+
+async def test_strength_zero_gives_the_picture_back(model: ImageModel) -> None:
+    (picture,) = await pictures_of(model, edit=Edit(image=png(), strength=0.0))
+
+    assert np.array_equal(pixels(picture.data), pixels(png()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"width": 100}, "width"),
+        ({"width": 512, "height": 512}, "width"),
+        ({"prompt": ""}, "prompt"),
+        ({"num_images": 5}, "num_images"),
+        ({"edit": Edit(image=b"no picture")}, "image"),
+        ({"edit": Edit(image=png()[:-400])}, "image"),
+        ({"edit": Edit(image=png(), mask_image=png()[:-400])}, "mask_image"),
+    ],
+    ids=str,
+)
+async def test_bad_input_is_one_failed_event_that_names_the_field(
+    model: ImageModel, changes: dict[str, Any], param: str
+) -> None:
+    events = await events_of(model, **changes)
+
+    (failed,) = events
+    assert isinstance(failed, Failed)
+    assert (failed.kind, failed.param, failed.retryable) == (BadRequest.kind, param, False)
+    assert (await model.status())["active"] == 0
+
+
+async def test_closing_the_stream_frees_the_slot(model: ImageModel) -> None:
+    stream = model.generate(wish(num_images=4, width=128, height=128))
+    first = await anext(stream)
+    busy = await model.status()
+
+    await stream.aclose()
+
+    assert first == Queued(0)
+    assert (busy["active"], (await model.status())["active"]) == (1, 0)
+    assert isinstance((await events_of(model))[-1], Done)
+
+
+async def test_a_replica_whose_weights_are_missing_says_where_it_looked() -> None:
+    nowhere = CARD.weights.model_copy(update={"path": "models/nowhere"})
+
+    with pytest.raises(ModelUnavailable, match=r"models/nowhere: model_index\.json is missing"):
+        ImageModel(CARD.model_copy(update={"weights": nowhere}))
+
+
+async def test_a_stopped_engine_fails_the_health_check_and_refuses_work() -> None:
+    model = ImageModel(CARD)
+    model.check_health()
+
+    model.__del__()
+
+    with pytest.raises(ModelUnavailable):
+        model.check_health()
+    (failed,) = await events_of(model)
+    assert isinstance(failed, Failed)
+    assert failed.retryable
