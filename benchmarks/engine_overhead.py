@@ -1,4 +1,4 @@
-"""What the engine itself costs per step boundary: a null denoiser with FLUX's arguments, 1 to 64 active requests.
+"""What the engine itself costs per step boundary: a null denoiser with FLUX's arguments, 1 to 64 requests.
 
 CPU seconds of the engine's thread, not wall time. The line through the medians gives a fixed cost per
 forward and a cost per active request; the tensors are tiny, so that copying them hardly counts.

@@ -85,7 +85,9 @@ class ImageModel:
     async def _run(self, request: FittedRequest) -> AsyncGenerator[Event]:
         from deployments.engine.worker import Finished
 
-        image, mask = await asyncio.to_thread(_given_pictures, request)
+        image = mask = None
+        if request.edit is not None:
+            image, mask = await asyncio.to_thread(_given_pictures, request)
 
         def work(emit: Emit) -> list[Image]:
             return self._model.call(request, lambda step, steps: emit(Step(step, steps)), image, mask)
