@@ -25,7 +25,7 @@ def record(name: str, value: float, unit: str, *, spread: str = "", n: int = 1, 
         "n": n,
         "machine": machine(),
         "commit": _commit(),
-        "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([f"python benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "notes": notes,
     }
