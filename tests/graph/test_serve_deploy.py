@@ -1,0 +1,85 @@
+"""`serve deploy serve_config.yaml` on a Ray cluster that somebody else started, with their own REDIS_URL."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from serve_app.embedded_redis import EmbeddedRedis
+from tests.graph.calls import ended, submit
+from tests.graph.running import ROOT, free_port, until
+
+pytestmark = pytest.mark.ray
+
+SCRIPTS = Path(sys.executable).parent
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of the dashboard of a Ray head started by `ray start`, with REDIS_URL in its environment."""
+    data = tmp_path_factory.mktemp("cluster")
+    dashboard = free_port()
+    ports = {"--port": free_port(), "--dashboard-port": dashboard, "--ray-client-server-port": free_port()}
+    command = [
+        str(SCRIPTS / "ray"),
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=4",
+        f"--temp-dir={data / 'ray'}",
+    ]
+    command += [f"{flag}={port}" for flag, port in ports.items()]
+    command += [f"--dashboard-agent-listen-port={free_port()}", "--node-ip-address=127.0.0.1"]
+    clean = {n: v for n, v in os.environ.items() if not n.startswith(("WEFT_", "REDIS_", "RAY_"))}
+    with EmbeddedRedis(data) as url:
+        environment = clean | {"REDIS_URL": url, "WEFT_DATA_DIR": str(data), "RAY_AUTH_MODE": "disabled"}
+        head = subprocess.Popen(
+            command,
+            env=environment | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            yield f"http://127.0.0.1:{dashboard}"
+        finally:
+            family = psutil.Process(head.pid).children(recursive=True)
+            head.send_signal(signal.SIGTERM)
+            psutil.wait_procs([psutil.Process(head.pid)], timeout=5)
+            for process in [*family, psutil.Process(head.pid)] if head.poll() is None else family:
+                if process.is_running():
+                    process.kill()
+            head.wait()
+
+
+def test_serve_deploy_on_a_running_cluster_serves_pictures(cluster: str, tmp_path: Path) -> None:
+    port = free_port()
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    config["http_options"]["port"] = port
+    file = tmp_path / "serve_config.yaml"
+    file.write_text(yaml.safe_dump(config))
+
+    def deployed() -> bool:
+        command = [str(SCRIPTS / "serve"), "deploy", "-a", cluster, str(file)]
+        environment = {n: v for n, v in os.environ.items() if not n.startswith("RAY_")}
+        environment["RAY_AUTH_MODE"] = "disabled"
+        return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
+
+    def ready() -> bool:
+        try:
+            return httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    until(deployed, "the cluster takes the config")
+    until(ready, "the graph is ready")
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        assert ended(client, submit(client, prompt="a red circle"))["status"] == "completed"
