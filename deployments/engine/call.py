@@ -31,6 +31,9 @@ SHARED = frozenset(  # one tensor for the whole batch: calls match only if the v
 )
 
 
+_PLAIN = (bool, int, float, str)
+
+
 class Unsplittable(Exception):
     """The output has a tensor that belongs to no row; such a module runs call by call."""
 
@@ -95,7 +98,7 @@ def split(output: Any, sizes: Sequence[int]) -> list[Any]:
         if output.ndim == 0 or output.shape[0] != total:
             raise Unsplittable(f"an output of shape {tuple(output.shape)} has not {total} rows")
         return [part.clone() for part in output.split(list(sizes))]
-    if output is None or isinstance(output, bool | int | float | str):
+    if output is None or isinstance(output, _PLAIN):
         return [output] * len(sizes)
     if isinstance(output, Mapping):  # transformers' ModelOutput and diffusers' BaseOutput are dicts
         parts = {name: split(value, sizes) for name, value in output.items()}
@@ -116,25 +119,39 @@ def _row_count(arguments: Mapping[str, Any]) -> int:
 
 
 def _key(seam: Seam, arguments: Mapping[str, Any], rows: int, fiber: Fiber) -> Hashable | None:
+    """What calls must have in common to share a forward; None if this one can share none.
+
+    Most arguments are the very objects of the fiber's last call (prompt embeddings, ids): their parts
+    of the key are kept.
+    """
     parts: list[Hashable] = [id(seam)]
     for name, value in arguments.items():
         if value is None:
             continue  # a missing argument and a None one are the same
-        if isinstance(value, bool | int | float | str):
+        if isinstance(value, _PLAIN):
             parts.append((name, value))
             continue
-        if name in STEPS:
-            part = _steps_key(value, rows)
-        elif name in ROWS:
-            part = _rows_key(value, rows)
-        elif name in SHARED:
-            part = _shared_key(value, fiber)
-        else:
-            part = _plain_key(value)
+        last = fiber.parts.get(name)
+        if last is not None and last[0] is value and last[1] == rows:
+            parts.append(last[2])
+            continue
+        part = _part(name, value, rows, fiber)
         if part is None:
             return None
+        if isinstance(value, Tensor):  # a dict or list may have changed inside
+            fiber.parts[name] = (value, rows, (name, part))
         parts.append((name, part))
     return tuple(parts)
+
+
+def _part(name: str, value: Any, rows: int, fiber: Fiber) -> Hashable | None:
+    if name in STEPS:
+        return _steps_key(value, rows)
+    if name in ROWS:
+        return _rows_key(value, rows)
+    if name in SHARED:
+        return _shared_key(value, fiber)
+    return _plain_key(value)
 
 
 def _steps_key(value: Any, rows: int) -> Hashable | None:

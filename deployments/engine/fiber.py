@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 from greenlet import getcurrent, greenlet
@@ -28,6 +28,8 @@ class Fiber(greenlet):
         self.call: ModuleCall | None = None
         self.parked_at = 0  # order of parking, counted by the engine
         self.digests: dict[int, tuple[object, bytes]] = {}  # shared tensors hashed once; see call.py
+        # per argument: its last value, the rows of that call, its part of the key
+        self.parts: dict[str, tuple[object, int, Hashable]] = {}
         self.over = False
         self.result: Any = None
         self.failure: BaseException | None = None
@@ -41,6 +43,7 @@ class Fiber(greenlet):
             self.over = True
             self.call = None
             self.digests.clear()
+            self.parts.clear()
 
     def begin(self) -> None:
         """Run to the first parking place or to the end."""

@@ -78,14 +78,7 @@ def flux(*, guidance: bool = True, seed: int = 0) -> FluxPipeline:
 def sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
     """SDXL base in small: two text encoders, size conditioning, classifier-free guidance."""
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        sample_size=32,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    unet = _unet(
         attention_head_dim=(2, 4),
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -93,7 +86,6 @@ def sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
         transformer_layers_per_block=(1, 1),
         projection_class_embeddings_input_dim=32 + 6 * 8,
         cross_attention_dim=64,
-        norm_num_groups=8,
     )
     return _quiet(
         StableDiffusionXLPipeline(
@@ -118,18 +110,7 @@ def sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
 def sd(seed: int = 0) -> StableDiffusionPipeline:
     """Stable Diffusion 1.5 in small, with its DDIM noise scheduler."""
     torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        sample_size=32,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=4,
-        cross_attention_dim=32,
-        norm_num_groups=8,
-    )
+    unet = _unet(attention_head_dim=4, cross_attention_dim=32)
     return _quiet(
         StableDiffusionPipeline(
             vae=_sd_vae(),
@@ -162,6 +143,20 @@ def controlnet_for(unet: UNet2DConditionModel) -> ControlNetModel:
 def _quiet(pipeline: Any) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _unet(**particulars: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=32,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        **particulars,
+    )
 
 
 def _sd_vae() -> AutoencoderKL:
