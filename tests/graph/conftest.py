@@ -42,7 +42,8 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     before = dict(os.environ)
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     config["http_options"]["port"] = port
-    config["applications"][0]["args"] |= {"models": ["tiny-flux-schnell", "slow-flux"], "ingresses": 2}
+    config["applications"][0]["args"]["models"] = ["tiny-flux-schnell", "slow-flux"]
+    config["applications"][0]["deployments"] = [{"name": "Ingress", "num_replicas": 2}]  # override by name
     os.environ.update(settings)
     valkey = EmbeddedRedis(data)
     try:

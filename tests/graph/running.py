@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,17 +33,19 @@ class Service:
 
     def pid_of(self, deployment: str) -> int:
         """Process id of one running replica; Ray names the process after its actor."""
+        pids: list[int] = until(lambda: self.pids_of(deployment), f"a replica of {deployment} runs")
+        return pids[0]
+
+    def pids_of(self, deployment: str) -> list[int]:
+        """Process ids of all its running replicas."""
         title = f"ServeReplica:weft:{deployment}"
-        pid: int = until(lambda: _child_called(title), f"a replica of {deployment} runs")
-        return pid
+        return [pid for pid, line in _command_lines() if title in line]
 
 
-def _child_called(title: str) -> int | None:
+def _command_lines() -> Iterator[tuple[int, str]]:
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            if title in " ".join(process.cmdline()):
-                return process.pid
-    return None
+            yield process.pid, " ".join(process.cmdline())
 
 
 def free_port() -> int:

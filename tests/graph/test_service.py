@@ -126,6 +126,7 @@ def test_two_ingress_replicas_answer_for_each_other(service: Service) -> None:
         states = list(pool.map(one, range(12)))
 
     assert states == ["completed"] * 12
+    assert len(service.pids_of("Ingress")) == 2
 
 
 def test_cancel_takes_effect_at_the_next_step_and_frees_the_slot(client: httpx.Client) -> None:
