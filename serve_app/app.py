@@ -18,12 +18,6 @@ from serve_app.settings import Settings
 
 # what a CPU-only replica may see of the node's GPUs: nothing
 NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
-# Ingress and dispatcher only wait for others: their code may run on the replica's own loop, which
-# spares several hand-overs between threads per request.
-LEAN = {
-    "env_vars": NO_GPU["env_vars"]
-    | {"RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0", "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0"}
-}
 
 
 class ModelWithoutCard(BaseModel):
@@ -54,7 +48,7 @@ def build(args: AppArgs) -> Application:
     dispatcher = serve.deployment(
         name="Dispatcher",
         num_replicas=args.dispatchers,
-        ray_actor_options={"num_cpus": 0, "runtime_env": LEAN},
+        ray_actor_options={"num_cpus": 0, "runtime_env": NO_GPU},
         graceful_shutdown_timeout_s=20.0,
         graceful_shutdown_wait_loop_s=0.1,
     )(DispatcherReplica).bind(settings, cards, models, args.dispatchers)
@@ -63,7 +57,7 @@ def build(args: AppArgs) -> Application:
         num_replicas=args.ingresses,
         max_ongoing_requests=1000,  # Serve's default is 5; most of ours wait for events
         graceful_shutdown_wait_loop_s=0.1,
-        ray_actor_options={"num_cpus": 0, "runtime_env": LEAN},
+        ray_actor_options={"num_cpus": 0, "runtime_env": NO_GPU},
     )(Ingress).bind(settings, cards, models, dispatcher)
 
 
