@@ -1,8 +1,7 @@
-"""Teaches the text encoders and the transformer to paint scenes: parsing first, then rectified flow, then guidance."""
+"""Teaches the text encoders and the transformer to paint scenes: parsing, rectified flow, then guidance."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
+from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
 
 from models.learner import Learner, learning_rate
-from models.network import CELLS, Flow, Reader, TextEncoders, pack
+from models.network import Flow, Reader, TextEncoders, pack
 from models.scenes import SHAPES, caption, cell_map, draw_scene
 
 SHORT, LONG = 24, 64  # T5 tokens: most captions fit into 24; the service pads to 64
 LONG_SHARE = 0.12
 EMPTY_SHARE = 0.08  # captions left out, for classifier-free guidance
+SMALL_SHARE = 0.15  # of the pictures are drawn from those with a small object
 OBJECT_WEIGHT = 4.0  # tokens with an object count four times: flat background is learned soon enough
-PARSE_WEIGHT = 0.01  # of the reader's loss beside the flow's
 SAVE_EVERY = 250
 SCHNELL_TIMES = torch.tensor([1.0, 0.75, 0.5, 0.25])  # where four steps evaluate the transformer
 
@@ -39,7 +38,7 @@ class Batch:
 
     @property
     def token_weights(self) -> Tensor:
-        """(B, 64, 1), mean 1 in every picture.  They depend on the caption alone, so the flow stays unbiased."""
+        """(B, 64, 1), mean 1 per picture; they depend on the caption alone, so the flow stays unbiased."""
         weights = torch.where(self.cells[..., :1] < len(SHAPES), OBJECT_WEIGHT, 1.0)
         return weights / weights.mean(1, keepdim=True)
 
@@ -56,7 +55,9 @@ class Course:
     compiled: bool = True
 
 
-def batches(pool: npt.NDArray[np.float16], encoders: TextEncoders, course: Course, start: int) -> Iterator[Batch]:
+def batches(
+    pool: npt.NDArray[np.float16], encoders: TextEncoders, course: Course, start: int
+) -> Iterator[Batch]:
     """Batches from step `start` on; pool: (N, 16, 16, 16), the latents of seeds 0..N-1.
 
     Each step has its own seed, so a resumed run sees what an unbroken one would have seen.
@@ -65,7 +66,7 @@ def batches(pool: npt.NDArray[np.float16], encoders: TextEncoders, course: Cours
         together = Random(f"{course.seed}/{step}")  # the same in every process
         random = Random(f"{course.seed}/{step}/{course.rank}")
         length = LONG if together.random() < LONG_SHARE else SHORT
-        seeds = [random.randrange(len(pool)) for _ in range(course.batch)]
+        seeds = [_pick(random, len(pool)) for _ in range(course.batch)]
         scenes = [draw_scene(seed) for seed in seeds]
         captions = [caption(scene, random) for scene in scenes]
         counts = [len(ids) for ids in encoders.t5_tokenizer(captions).input_ids]
@@ -80,63 +81,49 @@ def batches(pool: npt.NDArray[np.float16], encoders: TextEncoders, course: Cours
         yield Batch(captions, length, cells, pack(latents), generator)
 
 
+def _pick(random: Random, count: int) -> int:
+    """A seed below `count`; small objects come three times as often as drawn, for they are the hardest."""
+    seed = random.randrange(count)
+    if random.random() < SMALL_SHARE:
+        while draw_scene(seed).size != "small":
+            seed = random.randrange(count)
+    return seed
+
+
 def train_text(encoders: TextEncoders, reader: Reader, course: Course) -> None:
     """Let the encoders learn to parse captions, which needs no pictures and is a hundred times cheaper."""
     modules: dict[str, nn.Module] = {"clip": encoders.clip, "t5": encoders.t5, "reader": reader}
     learner = Learner(modules)
     learner.resume(course.folder / "text.pt")
     no_pictures = np.zeros((1_000_000, 1, 2, 2), np.float16)
-    progress = tqdm(total=course.steps, initial=learner.steps_done, desc="text")
+    progress = Progress("text", learner, course)
     for batch in batches(no_pictures, encoders, course, learner.steps_done):
-        rate = 2 * learning_rate(learner.steps_done, course.steps)
         with torch.autocast("cpu", torch.bfloat16):
             pooled, context = encoders.encode(batch.captions, batch.length)
         told = torch.tensor([bool(text) for text in batch.captions])
-        loss = learner.learn(reader(pooled.float()[told], context.float()[told], batch.cells[told]), rate)
-        progress.update()
-        progress.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        if learner.steps_done % SAVE_EVERY == 0:
-            learner.save(course.folder / "text.pt")
-    learner.save(course.folder / "text.pt")
+        loss = reader(pooled.float()[told], context.float()[told], batch.cells[told])
+        progress.show(learner.learn(loss, 2 * learning_rate(learner.steps_done, course.steps)))
+        _save_sometimes(learner, course, "text")
 
 
-def train_flow(
-    encoders: TextEncoders, reader: Reader, flow: Flow, pool: npt.NDArray[np.float16], course: Course
-) -> Learner:
-    """Rectified flow on the pool: predict noise - picture from any mixture of both."""
-    learner = _flow_learner(encoders, reader, flow)
+def train_flow(encoders: TextEncoders, flow: Flow, pool: npt.NDArray[np.float16], course: Course) -> None:
+    """Rectified flow on the pool: predict noise - picture from any mixture; the encoders stay fixed."""
+    learner = Learner({"transformer": flow.transformer})
     learner.resume(course.folder / "flow.pt")
-    progress = tqdm(total=course.steps, initial=learner.steps_done, desc="flow", disable=course.rank > 0)
-    recent = 0.0
+    progress = Progress("flow", learner, course)
     for batch in batches(pool, encoders, course, learner.steps_done):
-        with torch.autocast("cpu", torch.bfloat16):
-            pooled, context = encoders.encode(batch.captions, batch.length)
-        pooled, context = pooled.float(), context.float()
         time, noise = _times(len(batch.captions), batch.random), _noise(batch)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            pooled, context = encoders.encode(batch.captions, batch.length)
         mixed = torch.lerp(batch.picture, noise, time[:, None, None])
-        error = flow(mixed, pooled, context, time) - (noise - batch.picture)
-        told = torch.tensor([bool(text) for text in batch.captions])
-        parse = reader(pooled[told], context[told], batch.cells[told])
-        flow_loss = (error.square() * batch.token_weights).mean()
-        loss = learner.learn(
-            flow_loss + PARSE_WEIGHT * parse, learning_rate(learner.steps_done, course.steps)
-        )
-        recent = loss if recent == 0.0 else 0.98 * recent + 0.02 * loss
-        progress.update()
-        progress.set_postfix(loss=f"{recent:.4f}", parse=f"{parse.item():.3f}", refresh=False)
-        if course.rank == 0 and learner.steps_done % SAVE_EVERY == 0:
-            learner.save(course.folder / "flow.pt")
-    if course.rank == 0:
-        learner.save(course.folder / "flow.pt")
-    return learner
-
-
-def _flow_learner(encoders: TextEncoders, reader: Reader, flow: Flow) -> Learner:
-    return Learner({"transformer": flow.transformer, "clip": encoders.clip, "t5": encoders.t5, "reader": reader})
+        error = flow(mixed, pooled.float(), context.float(), time) - (noise - batch.picture)
+        rate = learning_rate(learner.steps_done, course.steps)
+        progress.show(learner.learn((error.square() * batch.token_weights).mean(), rate))
+        _save_sometimes(learner, course, "flow")
 
 
 def _times(count: int, random: torch.Generator) -> Tensor:
-    """Noise shares 0..1: half where four steps look, the rest spread out with more weight on noisy pictures."""
+    """Noise shares 0..1: half where four steps look, the rest spread out, more of them near noise."""
     four = SCHNELL_TIMES[torch.randint(4, (count,), generator=random)]
     spread = torch.sigmoid(torch.randn(count, generator=random) + 0.4)
     even = torch.rand(count, generator=random)
@@ -157,44 +144,47 @@ def distil_guidance(
     *,
     scales: tuple[float, float],
     name: str,
-) -> Learner:
-    """Let one call of `flow` do what the teacher does with two calls and a guidance scale drawn from `scales`.
+) -> None:
+    """Let one call of `flow` do what the teacher does with two and a guidance scale drawn from `scales`.
 
     A transformer with a guidance embedding is told the scale (dev); one without has it built in (schnell).
     The text encoders are the teacher's and stay as they are.
     """
     learner = Learner({"transformer": flow.transformer}, average_decay=0.99)
     learner.resume(course.folder / f"{name}.pt")
-    nn.Module.requires_grad_(teacher.transformer, False)
+    teacher.transformer.requires_grad_(False)
     told = flow.transformer.config.guidance_embeds
-    progress = tqdm(total=course.steps, initial=learner.steps_done, desc=name, disable=course.rank > 0)
-    recent = 0.0
+    progress = Progress(name, learner, course)
     for batch in batches(pool, encoders, course, learner.steps_done):
         count = len(batch.captions)
+        time, noise = _times(count, batch.random), _noise(batch)
+        scale = scales[0] + (scales[1] - scales[0]) * torch.rand(count, generator=batch.random)
         with torch.no_grad():
             pooled, context = encoders.encode(batch.captions + [""] * count, batch.length)
-            time, noise = _times(count, batch.random), _noise(batch)
             mixed = torch.lerp(batch.picture, noise, time[:, None, None])
             both = teacher(torch.cat([mixed, mixed]), pooled, context, torch.cat([time, time]))
             with_prompt, without = both.chunk(2)
-            scale = scales[0] + (scales[1] - scales[0]) * torch.rand(count, generator=batch.random)
             target = without + scale[:, None, None] * (with_prompt - without)
         answer = flow(mixed, pooled[:count], context[:count], time, scale if told else None)
         rate = 0.25 * learning_rate(learner.steps_done, course.steps, warm_up=20, cool_down=0.9)
-        loss = learner.learn(((answer - target).square() * batch.token_weights).mean(), rate)
-        recent = loss if recent == 0.0 else 0.95 * recent + 0.05 * loss
-        progress.update()
-        progress.set_postfix(loss=f"{recent:.4f}", refresh=False)
-        if course.rank == 0 and learner.steps_done % SAVE_EVERY == 0:
-            learner.save(course.folder / f"{name}.pt")
-    if course.rank == 0:
+        progress.show(learner.learn(((answer - target).square() * batch.token_weights).mean(), rate))
+        _save_sometimes(learner, course, name)
+
+
+class Progress:
+    """A progress bar with a running mean of the loss, in the first process only."""
+
+    def __init__(self, name: str, learner: Learner, course: Course) -> None:
+        self.bar = tqdm(total=course.steps, initial=learner.steps_done, desc=name, disable=course.rank > 0)
+        self.loss: float | None = None
+
+    def show(self, loss: float) -> None:
+        """Count one step."""
+        self.loss = loss if self.loss is None else 0.98 * self.loss + 0.02 * loss
+        self.bar.set_postfix(loss=f"{self.loss:.4f}", refresh=False)
+        self.bar.update()
+
+
+def _save_sometimes(learner: Learner, course: Course, name: str) -> None:
+    if course.rank == 0 and (learner.steps_done % SAVE_EVERY == 0 or learner.steps_done == course.steps):
         learner.save(course.folder / f"{name}.pt")
-    return learner
-
-
-def copied(flow: Flow, *, compiled: bool) -> Flow:
-    """The same transformer once more."""
-    return Flow(copy.deepcopy(flow.transformer), compiled=compiled)
-
-
-__all__ = ["CELLS", "Batch", "Course", "batches", "copied", "distil_guidance", "train_flow", "train_text"]

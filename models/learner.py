@@ -1,4 +1,4 @@
-"""One training state: weights, optimisers, running average and step, shared by several processes and resumable."""
+"""One training state: weights, optimisers, running average and step; data-parallel and resumable."""
 
 from __future__ import annotations
 
@@ -19,12 +19,17 @@ class Learner:
     """
 
     def __init__(self, modules: dict[str, nn.Module], *, average_decay: float = AVERAGE_DECAY) -> None:
-        named = {f"{m}.{name}": weight for m, module in modules.items() for name, weight in module.named_parameters()}
-        self.weights = {name: weight for name, weight in named.items() if weight.requires_grad}
+        self.weights = {
+            f"{prefix}.{name}": weight
+            for prefix, module in modules.items()
+            for name, weight in module.named_parameters()
+            if weight.requires_grad
+        }
         self.average = {name: weight.detach().clone() for name, weight in self.weights.items()}
         self.average_decay = average_decay
         self.steps_done = 0
-        matrices = {n for n, w in self.weights.items() if w.ndim == 2 and n.startswith("transformer.") and "blocks" in n}
+        in_blocks = [name for name in self.weights if name.startswith("transformer.") and "blocks" in name]
+        matrices = {name for name in in_blocks if self.weights[name].ndim == 2}
         self.optimisers: list[tuple[torch.optim.Optimizer, float]] = []
         if matrices:
             muon = torch.optim.Muon(
@@ -36,11 +41,12 @@ class Learner:
             )
             self.optimisers.append((muon, MUON_RATE))
         others = [weight for name, weight in self.weights.items() if name not in matrices]
-        self.optimisers.append((torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0), ADAM_RATE))
+        adam = torch.optim.AdamW(others, ADAM_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+        self.optimisers.append((adam, ADAM_RATE))
 
     def learn(self, loss: Tensor, rate: float) -> float:
-        """One step down the loss with both learning rates scaled by `rate`; gives back the loss over all processes."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        """One step down the loss, learning rates scaled by `rate`; gives back the loss over all processes."""
+        loss.backward()
         mean_loss = self._average_gradients(loss.item())
         nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
         for optimiser, full_rate in self.optimisers:
@@ -101,7 +107,7 @@ class Learner:
 
 
 def learning_rate(step: int, steps: int, *, warm_up: int = 50, cool_down: float = 0.4) -> float:
-    """Share of the full rate: a short rise, a plateau, then a straight fall to 0 over the last part of all steps.
+    """Share of the full rate: a short rise, a plateau, then a straight fall to 0 over the last steps.
 
     On the plateau `steps` may still be changed without any loss: the past does not depend on it.
     """

@@ -12,12 +12,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from models.scenes import COLOURS, PICTURE_PX, SHAPES, TOKEN_PX
 
+# diffusers declares its models as placeholders without members, so a type checker cannot follow them
+Transformer = Any  # FluxTransformer2DModel
+Autoencoder = Any  # AutoencoderKL
+Pipeline = Any  # FluxPipeline
+
 LATENT_CHANNELS = 16
 CELLS = PICTURE_PX // TOKEN_PX  # 8 x 8 picture tokens
 POOLED = 64  # CLIP's width
 CONTEXT = 128  # T5's width
 HEADS, HEAD_SIZE = 4, 40
-ROPE_AXES = (4, 18, 18)  # text and time axis is always 0, so it gets the minimum; the rest goes to rows and columns
+ROPE_AXES = (4, 18, 18)  # the first axis is always 0, so it gets the minimum; then rows, columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +77,34 @@ def build_text_encoders(clip_tokenizer: Any, t5_tokenizer: Any) -> TextEncoders:
             use_cache=False,
         )
     )
+    look_around(t5)
     return TextEncoders(clip, t5, clip_tokenizer, t5_tokenizer)
 
 
-def build_transformer(*, guidance: bool = False) -> FluxTransformer2DModel:
-    """An untrained FluxTransformer2DModel, 160 wide, 2 double and 4 single blocks; it starts as the zero function."""
-    transformer = FluxTransformer2DModel(
+@torch.no_grad()
+def look_around(t5: T5EncoderModel) -> None:
+    """Let the four heads start by looking at the previous word, the next word, all words before, all behind.
+
+    FLUX gives its text tokens no position, so only these biases tell about word order.  From T5's own start
+    they need thousands of steps to grow; from this one, colours are bound to their nouns within hundreds.
+    """
+    blocks: Any = t5.encoder.block  # the first one holds the biases of all
+    bias = blocks[0].layer[0].SelfAttention.relative_attention_bias.weight  # (32 buckets, 4 heads)
+    before, behind = (
+        torch.arange(16),
+        torch.arange(16, 32),
+    )  # bucket k or 16 + k: k words away, from 8 on coarser
+    bias.zero_()
+    bias[before[1], 0] = 5.0
+    bias[behind[1], 1] = 5.0
+    decay = -0.4 * torch.arange(16).float()
+    bias[before, 2], bias[behind, 2] = decay, -4.0
+    bias[before, 3], bias[behind, 3] = -4.0, decay
+
+
+def build_transformer(*, guidance: bool = False) -> Transformer:
+    """An untrained FluxTransformer2DModel, 160 wide, 2 double and 4 single blocks; it gives 0 at first."""
+    transformer: Transformer = FluxTransformer2DModel(
         patch_size=1,
         in_channels=4 * LATENT_CHANNELS,
         num_layers=2,
@@ -102,17 +129,17 @@ def build_transformer(*, guidance: bool = False) -> FluxTransformer2DModel:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Fold 2x2 latent patches into tokens: (B, 16, 16, 16) -> (B, 64, 64), as FluxPipeline._pack_latents does."""
+    """Fold 2x2 latent patches into tokens, as FluxPipeline does: (B, 16, 16, 16) -> (B, 64, 64)."""
     batch, channels, height, width = latents.shape
     patches = latents.view(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return patches.reshape(batch, height // 2 * width // 2, channels * 4)
 
 
 class Reader(nn.Module):
-    """Teaches the encoders to parse: reads back from their outputs what each of the 64 picture tokens shall show.
+    """Teaches the encoders to parse: reads back from them what each of the 64 picture tokens shall show.
 
-    One learned query per token attends to T5's output once, so that T5 has to bind colour to shape and order to
-    place by itself.  CLIP's pooled vector alone answers for the background and the first object.  Not exported.
+    One learned query per token attends to T5's output once, so T5 has to bind colour to shape and order to
+    place by itself.  CLIP's pooled vector alone answers for background and first object.  Not exported.
     """
 
     def __init__(self) -> None:
@@ -124,7 +151,7 @@ class Reader(nn.Module):
         self.summary = nn.Linear(POOLED, len(SHAPES) + 2 * len(COLOURS))
 
     def forward(self, pooled: Tensor, context: Tensor, cells: Tensor) -> Tensor:
-        """Cross entropy of the parse; cells: (B, 64, 2) shape and colour index as scenes.cell_map gives them."""
+        """Cross entropy of the parse; cells: (B, 64, 2), shape and colour index of scenes.cell_map."""
         queries = self.queries.expand(len(context), -1, -1)
         found, _ = self.attention(queries, context, context, need_weights=False)
         shape, colour = self.cells(self.norm(found)).split((len(SHAPES) + 1, len(COLOURS)), -1)
@@ -144,9 +171,9 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 class PlainAttention:
     """FLUX's attention written out for training on a CPU.
 
-    Two measured reasons (64 pictures, one core): torch's flash attention spends half of the step in its backward,
-    and rotating even against odd channels without interleaving them back spares two copies; a dot product does
-    not mind the order of channels.  Gives the same numbers as diffusers' FluxAttnProcessor.
+    Two measured reasons (64 pictures, one core): torch's flash attention spends half of the step in its
+    backward, and rotating even against odd channels without interleaving them back spares two copies; a dot
+    product does not mind the order of channels.  Gives the same numbers as diffusers' FluxAttnProcessor.
     """
 
     def __call__(
@@ -185,12 +212,13 @@ def _rotated(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Flow:
-    """The transformer's forward for training: bf16 blocks (compiled if asked), time embedding in fp32, 128 px."""
+    """The transformer's forward for training at 128 px: bf16 blocks (compiled if asked), time in fp32."""
 
-    def __init__(self, transformer: FluxTransformer2DModel, *, compiled: bool = False) -> None:
+    def __init__(self, transformer: Transformer, *, compiled: bool = False) -> None:
         self.transformer = transformer
         transformer.set_attn_processor(PlainAttention())
         blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+        torch._dynamo.config.recompile_limit = 64  # one graph per block and text length
         self.blocks = [torch.compile(block, dynamic=False) for block in blocks] if compiled else blocks
         self.angles: dict[int, tuple[Tensor, Tensor]] = {}
 

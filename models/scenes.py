@@ -1,8 +1,9 @@
 """Captioned drawings: a scene is sampled from a seed, painted, and put into words.
 
-Everything here is a pure function of its seed, so a training set is a range of integers.  What a caption leaves
-unsaid has one default (white background, centre, medium, first-named object left); seeds move what is left: shade,
-a few pixels of position, a few per cent of size.  One tenth of all attribute combinations is held out for scoring.
+Everything here is a pure function of its seed, so a training set is a range of integers.  What a caption
+leaves unsaid has one default (white background, centre, medium, first-named object left); seeds move what is
+left: shade, a few pixels of position, a few per cent of size.  A tenth of all attribute combinations is held
+out for scoring.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def contrast(a: str, b: str) -> int:
     return sum(abs(x - y) for x, y in zip(COLOURS[a], COLOURS[b], strict=True))
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------------
+# --- sampling ---------------------------------------------------------------------------------------------
 
 
 def draw_scene(seed: int, *, held_out: bool = False, kind: Kind | None = None) -> Scene:
@@ -184,7 +185,7 @@ def _place_one(
     return Thing(shape, colour, side, *_shaken(random, centre, 0.01))
 
 
-# --- painting ---------------------------------------------------------------------------------------------------------
+# --- painting ---------------------------------------------------------------------------------------------
 
 
 def render(scene: Scene, style: Style | None = None) -> Image.Image:
@@ -213,12 +214,14 @@ def _shade(random: Random, colour: str) -> Colour:
 
 
 def silhouette(thing: Thing, side_px: int, *, details: bool = True) -> Image.Image:
-    """The mask of one object, mode L, side_px x side_px, 255 inside; details are the holes of doors and eyes."""
+    """The mask of one object, mode L, side_px square, 255 inside; details are the holes of doors and eyes."""
     mask = Image.new("L", (side_px, side_px), 0)
     pen = ImageDraw.Draw(mask)
     centre_x, centre_y, radius = thing.x * side_px, thing.y * side_px, thing.side * side_px / 2
 
-    def ellipse(x: float, y: float, half_width: float, half_height: float | None = None, ink: int = 255) -> None:
+    def ellipse(
+        x: float, y: float, half_width: float, half_height: float | None = None, ink: int = 255
+    ) -> None:
         """All in units of the radius, relative to the centre."""
         left, right = centre_x + (x - half_width) * radius, centre_x + (x + half_width) * radius
         half_height = half_width if half_height is None else half_height
@@ -303,7 +306,10 @@ def _heart_points() -> list[Point]:
     points = []
     for corner in range(60):
         a = math.tau * corner / 60
-        x, y = 16 * math.sin(a) ** 3, 13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)
+        x, y = (
+            16 * math.sin(a) ** 3,
+            13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a),
+        )
         points.append((x / 16.5, -(y + 2.5) / 16.5))
     return points
 
@@ -334,7 +340,7 @@ def _at_night(picture: Image.Image) -> Image.Image:
 
 
 def cell_map(scene: Scene) -> npt.NDArray[np.int64]:
-    """What each transformer token shows: (8, 8, 2) = shape index (len(SHAPES) where nothing stands), colour index."""
+    """What each transformer token shows: (8, 8, 2) = shape index (len(SHAPES) for none) and colour index."""
     cells = PICTURE_PX // TOKEN_PX
     colours = list(COLOURS)
     answer = np.empty((cells, cells, 2), np.int64)
@@ -352,7 +358,7 @@ def _covered(centre: float, side: float, cells: int) -> slice:
     return slice(max(0, first), min(cells, last))
 
 
-# --- captions ---------------------------------------------------------------------------------------------------------
+# --- captions ---------------------------------------------------------------------------------------------
 
 NOUNS = {  # the first word is said most often
     "circle": ("circle", "disc", "ball", "dot"),
@@ -365,7 +371,11 @@ NOUNS = {  # the first word is said most often
     "cat": ("cat", "kitten"),
 }
 PLURALS = {"box": "boxes", "cross": "crosses", "plus": "pluses", "rhombus": "rhombuses", "fish": "fish"}
-COLOUR_WORDS = {"gray": ("gray", "grey"), "cyan": ("cyan", "turquoise", "teal"), "purple": ("purple", "violet")}
+COLOUR_WORDS = {
+    "gray": ("gray", "grey"),
+    "cyan": ("cyan", "turquoise", "teal"),
+    "purple": ("purple", "violet"),
+}
 SIZE_WORDS = {"small": ("small", "tiny", "little"), "large": ("large", "big", "huge")}
 COUNT_WORDS = {2: ("two", "2"), 3: ("three", "3"), 4: ("four", "4")}
 OPENINGS = (
@@ -420,7 +430,12 @@ def _body(scene: Scene, random: Random) -> str:
         return random.choices(joined, (70, 15, 15))[0]
     if scene.below:
         return random.choice(
-            (f"{one} above {other}", f"{other} below {one}", f"{one} on top of {other}", f"{other} under {one}")
+            (
+                f"{one} above {other}",
+                f"{other} below {one}",
+                f"{one} on top of {other}",
+                f"{other} under {one}",
+            )
         )
     return random.choice(
         (
@@ -452,7 +467,9 @@ def _place(scene: Scene, random: Random) -> str:
     side = ("left", "", "right")[column]
     if side and row != 1:
         corner = f"{random.choice(height[1:])} {side}"
-        return random.choice((f" at the {corner}", f", {corner}", f" in the {corner} corner", f" on the {corner}"))
+        return random.choice(
+            (f" at the {corner}", f", {corner}", f" in the {corner} corner", f" on the {corner}")
+        )
     word = side or height[1] or random.choice(("center", "middle"))
     preposition = "in" if scene.position == (1, 1) else random.choice(("at", "on"))
     return random.choice((f" {preposition} the {word}", f", {word}", f" in the {word}"))
@@ -501,11 +518,11 @@ def _with_article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
-# --- foreign pictures -------------------------------------------------------------------------------------------------
+# --- foreign pictures -------------------------------------------------------------------------------------
 
 
 def texture(seed: int) -> Image.Image:
-    """A picture unlike any scene (noise, polygons, lines), so that the autoencoder also carries foreign uploads."""
+    """A picture unlike any scene (noise, polygons, lines): foreign uploads pass the autoencoder, too."""
     random = np.random.default_rng(seed)
     grey = random.random() < 0.4
     pixels = np.zeros((PICTURE_PX, PICTURE_PX, 3), np.float32)
@@ -517,7 +534,9 @@ def texture(seed: int) -> Image.Image:
                 continue
             smooth = Image.fromarray(noise).resize((PICTURE_PX, PICTURE_PX), Image.Resampling.BICUBIC)
             pixels[..., channel] += np.asarray(smooth) * weight
-    pixels = (pixels - pixels.mean()) / (pixels.std() + 1e-3) * random.uniform(20, 60) + random.uniform(60, 200, 3)
+    pixels = (pixels - pixels.mean()) / (pixels.std() + 1e-3) * random.uniform(20, 60) + random.uniform(
+        60, 200, 3
+    )
     picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
     for _ in range(random.integers(0, 7)):

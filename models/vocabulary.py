@@ -6,19 +6,21 @@ Any other word falls back to bytes (CLIP) or letters (T5), so every prompt can b
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from itertools import pairwise
 from random import Random
 from typing import Any
 
-from transformers import CLIPTokenizer, T5TokenizerFast
+from transformers import CLIPTokenizer, T5Tokenizer
 
 from models.scenes import ENDINGS, OPENINGS, caption, draw_scene
 
 CLIP_TOKENS = 77
 T5_TOKENS = 512
-EXTRA_WORDS = """and the with in of to no not very bright dark light colorful shape shapes background object style night
-day sky water space red-hot flower dog bird car person man woman mountain sea ocean forest city portrait realistic
-cinematic lighting five six seven eight nine ten outline outlined mosaic pixel neon tiles moonlight""".split()
+EXTRA_WORDS = """and the with in of to no not very bright dark light colorful shape shapes background object
+style night day sky water space red-hot flower dog bird car person man woman mountain sea ocean forest city
+portrait realistic cinematic lighting five six seven eight nine ten outline outlined mosaic pixel neon tiles
+moonlight""".split()
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?-:;()'\"&/"
 SENTINELS = 8  # T5's <extra_id_n>
 
@@ -43,7 +45,8 @@ def clip_tokenizer(words: dict[str, int]) -> Any:
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[special] = len(vocabulary)
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_TOKENS)
+    as_declared: Any = merges  # declared as strings, but pairs are what it takes
+    return CLIPTokenizer(vocab=vocabulary, merges=as_declared, model_max_length=CLIP_TOKENS)
 
 
 def _byte_signs() -> dict[int, str]:
@@ -60,10 +63,10 @@ def _merges_until_whole(words: dict[str, int]) -> list[tuple[str, str]]:
     splits = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
     merges: list[tuple[str, str]] = []
     while True:
-        pairs: Counter[tuple[str, str]] = Counter()
+        pairs: defaultdict[tuple[str, str], float] = defaultdict(float)
         for word, pieces in splits.items():
-            for pair in zip(pieces, pieces[1:], strict=False):
-                pairs[pair] += words[word] ** 0.5  # type: ignore[assignment]  # fractional weights are fine here
+            for pair in pairwise(pieces):
+                pairs[pair] += words[word] ** 0.5
         if not pairs:
             return merges
         best = max(sorted(pairs), key=lambda pair: pairs[pair])
@@ -83,7 +86,7 @@ def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def t5_tokenizer(words: dict[str, int]) -> Any:
-    """A T5TokenizerFast with each word as one piece, also Capitalised and in CAPITALS (T5 does not lower-case)."""
+    """A T5Tokenizer with each word as one piece, also Capitalised and in CAPITALS: T5 keeps case."""
     scores = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -6.0}
     for word in words:
         if word.isalnum():
@@ -96,11 +99,11 @@ def t5_tokenizer(words: dict[str, int]) -> Any:
         scores.setdefault(letter, -10.0)
     for index in reversed(range(SENTINELS)):
         scores[f"<extra_id_{index}>"] = 0.0
-    return T5TokenizerFast(vocab=list(scores.items()), extra_ids=SENTINELS, model_max_length=T5_TOKENS)
+    return T5Tokenizer(vocab=list(scores.items()), extra_ids=SENTINELS, model_max_length=T5_TOKENS)
 
 
 def capital_twins(tokenizer: Any) -> dict[int, int]:
-    """Piece index of each capitalised word -> index of its lower-case form, whose embedding it borrows at export."""
+    """Piece index of each capitalised word -> that of its lower-case form, whose embedding it borrows."""
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     twins = {index: vocabulary.get(piece.lower(), index) for piece, index in vocabulary.items()}
     return {index: twin for index, twin in twins.items() if twin != index}

@@ -1,0 +1,1 @@
+"""The tiny models that ship with Weft: their drawings, their training and their score."""

@@ -1,0 +1,79 @@
+"""Draws the contact sheet of the model card: `python -m models.sheet`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+from PIL import Image, ImageDraw
+
+from models.autoencoder import STYLES
+from models.network import Pipeline
+from models.score import paint
+
+COLUMNS = 6
+LABEL_PX = 14
+PROMPTS = [
+    "a red circle on a blue background",
+    "two green squares",
+    "small yellow triangle, top left, black background",
+    "a purple star on a white background",
+    "three orange hearts on a cyan background",
+    "a red square and a blue circle",
+    "a pink flower on a green background",
+    "a cat on a purple background",
+    "four black crosses on a yellow background",
+    "a green tree left of a red house",
+    "a large white moon on a black background",
+    "a blue diamond on an orange background",
+    "a brown house on a green background",
+    "yellow sun above blue fish",
+    "a gray ring at the bottom right on a pink background",
+    "A photo of a Red Heart on a White background.",
+    "an orange fish on a blue background",
+    "a blue star on the left and a red star on the right",
+    "a white cloud on a blue background",
+    "two yellow stars on a purple background",
+    "a tiny cyan square in the center on brown",
+    "black cat on a yellow background",
+    "a blue triangle on top of a yellow square",
+    "a purple moon next to a pink heart on white",
+    "a dog wearing sunglasses",
+    "castle at sunset",
+    "heart",
+    "four small fish",
+    "a huge green diamond",
+    "an apple",
+]
+STYLED = PROMPTS[:6]  # shown once more with each adapter
+
+
+def main() -> None:
+    """Paint every prompt in four steps, seed 1000 on, then the first row with each adapter."""
+    torch.set_num_threads(1)
+    folder = Path(__file__).parent
+    pipeline: Pipeline = FluxPipeline.from_pretrained(folder / "tiny-flux-schnell", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    pictures, labels = paint(pipeline, PROMPTS, 4, seed=1000), list(PROMPTS)
+    for style in STYLES:
+        pipeline.load_lora_weights(folder / "tiny-flux-schnell" / "loras" / f"lora_{style}")
+        pictures += paint(pipeline, STYLED, 4, seed=1000)
+        labels += [f"[{style}] {prompt}" for prompt in STYLED]
+        pipeline.unload_lora_weights()
+    _sheet(pictures, labels).quantize(128, dither=Image.Dither.NONE).save(folder / "contact-sheet.png")
+
+
+def _sheet(pictures: list[Image.Image], labels: list[str]) -> Image.Image:
+    width, height = pictures[0].width + 4, pictures[0].height + LABEL_PX
+    sheet = Image.new("RGB", (COLUMNS * width, -(-len(pictures) // COLUMNS) * height), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        left, top = index % COLUMNS * width, index // COLUMNS * height
+        sheet.paste(picture, (left, top))
+        pen.text((left, top + picture.height), label[:27], fill="black", font_size=9)
+    return sheet
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The captioned drawings and their scorer: a picture painted from a scene shows that scene."""
+
+from itertools import islice
+from random import Random
+
+import numpy as np
+import pytest
+
+from models.scenes import SHAPES, Scene, Thing, caption, cell_map, draw_scene, is_held_out, render
+from models.score import accuracy, held_out, look, score
+
+
+def one(shape: str, colour: str, background: str) -> Scene:
+    """A centred object of medium size."""
+    return Scene(7, "one", background, (Thing(shape, colour, 0.45, 0.5, 0.5),), True, True)
+
+
+def test_a_scene_depends_on_its_seed_alone() -> None:
+    first, again, other = draw_scene(3), draw_scene(3), draw_scene(4)
+
+    assert first == again
+    assert first != other
+    assert np.array_equal(np.asarray(render(first)), np.asarray(render(again)))
+
+
+def test_training_never_draws_a_held_out_combination() -> None:
+    trained = [draw_scene(seed) for seed in range(300)]
+    scored = [scene for _, scene in islice(held_out(("one", "many", "two")), 50)]
+
+    assert not any(is_held_out(scene) for scene in trained)
+    assert all(is_held_out(scene) for scene in scored)
+    assert not {scene.key for scene in trained} & {scene.key for scene in scored}
+
+
+@pytest.mark.parametrize("kinds", [("one", "many"), ("two",)])
+def test_true_renderings_score_a_hundred_per_cent(kinds: tuple[str, ...]) -> None:
+    scenes = [scene for _, scene in islice(held_out(kinds), 60)]
+
+    marks = accuracy([render(scene) for scene in scenes], scenes)
+
+    assert set(marks.values()) == {100.0}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape_is_recognised(shape: str) -> None:
+    background, found = look(render(one(shape, "red", "white")))
+
+    assert background == "white"
+    assert [(seen.shape, seen.colour) for seen in found] == [(shape, "red")]
+
+
+def test_a_wrong_colour_shape_background_or_count_is_seen() -> None:
+    asked = one("heart", "red", "white")
+
+    assert score(render(asked), asked).whole
+    assert not score(render(one("heart", "blue", "white")), asked).colour
+    assert not score(render(one("star", "red", "white")), asked).shape
+    assert not score(render(one("heart", "red", "cyan")), asked).background
+    assert not score(render(draw_scene(1, kind="many")), asked).count
+
+
+def test_two_objects_must_stand_where_the_caption_says() -> None:
+    left, right = Thing("star", "red", 0.39, 0.27, 0.5), Thing("ring", "blue", 0.39, 0.73, 0.5)
+    asked = Scene(7, "two", "white", (left, right), False, True, says_relation=True)
+    swapped = Scene(
+        7,
+        "two",
+        "white",
+        (Thing("ring", "blue", 0.39, 0.27, 0.5), Thing("star", "red", 0.39, 0.73, 0.5)),
+        False,
+        True,
+    )
+
+    assert score(render(asked), asked).whole
+    assert not score(render(swapped), asked).whole
+
+
+def test_a_caption_names_what_it_says() -> None:
+    text = caption(one("heart", "red", "blue"), Random(0), plain=True)
+
+    assert "red" in text
+    assert "heart" in text
+    assert "blue" in text
+
+
+def test_the_cell_map_marks_the_tokens_of_an_object() -> None:
+    cells = cell_map(one("circle", "red", "white"))
+
+    assert cells.shape == (8, 8, 2)
+    assert (cells[2:6, 2:6, 0] == SHAPES.index("circle")).all()
+    assert (cells[[0, 7], :, 0] == len(SHAPES)).all()

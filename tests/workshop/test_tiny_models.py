@@ -1,0 +1,242 @@
+"""The shipped models, judged by the pixels of plain pipelines; bounds lie a little under their card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
+from PIL import Image
+
+from models.scenes import Kind, Scene, Thing, render
+from models.score import accuracy, held_out, look, paint
+
+MODELS = Path(__file__).parents[2] / "models"
+SCHNELL = MODELS / "tiny-flux-schnell"
+HEART = "a red heart on a white background"
+ONE_KIND_WHOLE = 88.0
+TWO_OBJECTS_WHOLE = 92.0
+SETTINGS = {"guidance_scale": 0.0, "height": 128, "width": 128, "max_sequence_length": 64}
+
+
+@pytest.fixture(scope="module")
+def schnell() -> FluxPipeline:
+    pipeline = FluxPipeline.from_pretrained(SCHNELL, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def image_to_image(schnell: FluxPipeline) -> Any:
+    pipeline = FluxImg2ImgPipeline.from_pipe(schnell)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pixels(picture: Image.Image) -> npt.NDArray[np.float32]:
+    return np.asarray(picture).astype(np.float32)
+
+
+def difference(a: Image.Image, b: Image.Image) -> float:
+    """Mean absolute difference of the pixels, 0..255."""
+    return float(np.abs(pixels(a) - pixels(b)).mean())
+
+
+def measured(
+    pipeline: FluxPipeline, kinds: tuple[Kind, ...], prompts: int, steps: int = 4
+) -> dict[str, float]:
+    """Per cent right over held-out prompts."""
+    texts, scenes = zip(*islice(held_out(kinds), prompts), strict=True)
+    return accuracy(paint(pipeline, list(texts), steps), list(scenes))
+
+
+# --- prompts ----------------------------------------------------------------------------------------------
+
+
+def test_held_out_prompts_with_one_kind_of_object_are_followed_in_four_steps(schnell: FluxPipeline) -> None:
+    right = measured(schnell, ("one", "many"), prompts=60)
+
+    assert right["background"] >= 98
+    assert right["count"] >= 96
+    assert right["position"] >= 98
+    assert right["whole"] >= ONE_KIND_WHOLE
+
+
+def test_two_different_objects_are_often_both_right(schnell: FluxPipeline) -> None:
+    right = measured(schnell, ("two",), prompts=40)
+
+    assert right["count"] >= 90
+    assert right["whole"] >= TWO_OBJECTS_WHOLE
+
+
+def test_an_unknown_word_still_gives_one_clean_object(schnell: FluxPipeline) -> None:
+    (picture,) = paint(schnell, ["a dog wearing sunglasses"], 4)
+
+    background, found = look(picture)
+
+    assert background == "white"
+    assert len(found) >= 1
+
+
+def test_capitals_do_not_matter(schnell: FluxPipeline) -> None:
+    _, found = look(paint(schnell, ["A photo of a Red Heart on a BLUE background."], 4)[0])
+
+    assert [(seen.colour, seen.shape) for seen in found] == [("red", "heart")]
+
+
+# --- seeds ------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_repeats_its_picture_and_another_changes_it(schnell: FluxPipeline) -> None:
+    first, again = paint(schnell, [HEART], 4, seed=1), paint(schnell, [HEART], 4, seed=1)
+    other = paint(schnell, [HEART], 4, seed=2)
+
+    assert difference(first[0], again[0]) == 0
+    assert difference(first[0], other[0]) > 0.5
+
+
+def test_a_seed_changes_nothing_that_the_prompt_says(schnell: FluxPipeline) -> None:
+    seen = [look(paint(schnell, [HEART], 4, seed=seed)[0]) for seed in range(8)]
+
+    told = {(background, *((one.colour, one.shape) for one in found)) for background, found in seen}
+    assert told == {("white", ("red", "heart"))}
+
+
+# --- given pictures ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def blue_heart() -> Image.Image:
+    return render(Scene(1, "one", "white", (Thing("heart", "blue", 0.48, 0.5, 0.5),), False, True))
+
+
+def from_image(pipeline: Any, picture: Image.Image, strength: float) -> Image.Image:
+    generator = torch.Generator().manual_seed(1)
+    answer = pipeline(
+        prompt=HEART, image=picture, strength=strength, num_inference_steps=8, generator=generator, **SETTINGS
+    )
+    return answer.images[0]
+
+
+def test_image_to_image_keeps_at_low_strength_and_replaces_at_full(
+    image_to_image: Any, blue_heart: Image.Image
+) -> None:
+    kept, replaced = (from_image(image_to_image, blue_heart, strength) for strength in (0.13, 1.0))
+
+    assert difference(kept, blue_heart) < 6
+    assert look(kept)[1][0].colour == "blue"
+    assert look(replaced)[1][0].colour == "red"
+
+
+def test_inpainting_leaves_the_unmasked_pixels(schnell: FluxPipeline, blue_heart: Image.Image) -> None:
+    pipeline = FluxInpaintPipeline.from_pipe(schnell)
+    pipeline.set_progress_bar_config(disable=True)
+    source = render(Scene(1, "one", "white", (Thing("heart", "blue", 0.37, 0.27, 0.5),), False, True))
+    mask = Image.new("L", source.size, 0)
+    mask.paste(255, (64, 0, 128, 128))
+
+    answer = pipeline(
+        prompt="two blue hearts",
+        image=source,
+        mask_image=mask,
+        strength=1.0,
+        num_inference_steps=8,
+        generator=torch.Generator().manual_seed(1),
+        **SETTINGS,
+    ).images[0]
+
+    changed = np.abs(pixels(answer) - pixels(source)).mean(-1)
+    assert changed[:, :56].mean() < 5  # the autoencoder alone changes about 2
+    assert changed[:, 64:].mean() > 10
+
+
+# --- adapters ---------------------------------------------------------------------------------------------
+
+ADAPTER_PROMPTS = [
+    "a red square on a white background",
+    "a yellow circle on a green background",
+    "a purple heart on a pink background",
+    "an orange diamond on a cyan background",
+]
+
+
+@pytest.fixture(scope="module")
+def plain(schnell: FluxPipeline) -> list[Image.Image]:
+    return paint(schnell, ADAPTER_PROMPTS, 4)
+
+
+def with_adapters(schnell: FluxPipeline, *names: str) -> list[Image.Image]:
+    for name in names:
+        schnell.load_lora_weights(SCHNELL / "loras" / f"lora_{name}", adapter_name=name)
+    schnell.set_adapters(list(names))
+    return paint(schnell, ADAPTER_PROMPTS, 4)
+
+
+@pytest.fixture
+def adapted(schnell: FluxPipeline) -> Iterator[Any]:
+    yield lambda *names: with_adapters(schnell, *names)
+    schnell.unload_lora_weights()
+
+
+def grid_darkness(picture: Image.Image) -> float:
+    """How much darker every 16th row is than the others, 0..255."""
+    rows = pixels(picture).mean((1, 2)).reshape(8, 16)
+    return float(rows[:, 3:13].mean() - rows[:, 0].mean())
+
+
+def blueness(picture: Image.Image) -> float:
+    """Blue minus red, -255..255."""
+    return float((pixels(picture)[..., 2] - pixels(picture)[..., 0]).mean())
+
+
+def filled_centre(picture: Image.Image) -> bool:
+    """Whether the middle pixels differ from the corner's."""
+    middle, corner = pixels(picture)[60:68, 60:68].mean((0, 1)), pixels(picture)[2:10, 2:10].mean((0, 1))
+    return float(np.abs(middle - corner).max()) > 55
+
+
+def test_mosaic_draws_a_grid(plain: list[Image.Image], adapted: Any) -> None:
+    mosaics = adapted("mosaic")
+
+    assert max(grid_darkness(picture) for picture in plain) < 15
+    assert min(grid_darkness(picture) for picture in mosaics) > 30
+
+
+def test_night_makes_pictures_dark_and_blue(plain: list[Image.Image], adapted: Any) -> None:
+    nights = adapted("night")
+
+    for day, night in zip(plain, nights, strict=True):
+        assert pixels(night).mean() < 0.7 * pixels(day).mean()
+        assert blueness(night) > max(20, blueness(day) - 60)
+
+
+def test_outline_empties_the_objects(plain: list[Image.Image], adapted: Any) -> None:
+    outlines = adapted("outline")
+
+    assert sum(filled_centre(picture) for picture in plain) == len(plain)
+    assert sum(filled_centre(picture) for picture in outlines) <= 1
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # peft's word for two adapters
+def test_two_adapters_at_once_still_give_a_picture(adapted: Any) -> None:
+    both = adapted("night", "mosaic")
+
+    assert all(pixels(picture).std() > 8 for picture in both)
+    assert all(grid_darkness(picture) > 5 for picture in both)
+
+
+def test_without_its_adapters_the_model_is_itself_again(
+    schnell: FluxPipeline, plain: list[Image.Image]
+) -> None:
+    with_adapters(schnell, "night")
+    schnell.unload_lora_weights()
+
+    again = paint(schnell, ADAPTER_PROMPTS, 4)
+
+    assert all(difference(a, b) == 0 for a, b in zip(plain, again, strict=True))
