@@ -61,7 +61,7 @@ def main() -> None:
         pictures += paint(pipeline, STYLED, 4, seed=1000)
         labels += [f"[{style}] {prompt}" for prompt in STYLED]
         pipeline.unload_lora_weights()
-    _sheet(pictures, labels).quantize(128, dither=Image.Dither.NONE).save(folder / "contact-sheet.png")
+    _sheet(pictures, labels).save(folder / "contact-sheet.png", optimize=True)
 
 
 def _sheet(pictures: list[Image.Image], labels: list[str]) -> Image.Image:
