@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import torch
 
-from deployments.engine.call import ModuleCall, Unsplittable, split, stack
+from deployments.engine.call import ModuleCall, Seam, Unsplittable, split, stack
 from deployments.engine.fiber import Fiber, FiberCancelled
-from deployments.engine.step_scheduler import StepScheduler, Waiting
+from deployments.engine.row_counts import RowCounts
+from deployments.engine.step_scheduler import Job, StepScheduler, Waiting
+from deployments.engine.stopwatch import Stopwatch
 from deployments.protocol.errors import OutOfMemory
 
 logger = logging.getLogger(__name__)
@@ -20,9 +23,21 @@ class Engine:
     `torch.inference_mode()`: grad mode belongs to the thread, so fibers must never toggle it in turns.
     """
 
-    def __init__(self, scheduler: StepScheduler) -> None:
+    def __init__(
+        self,
+        scheduler: StepScheduler,
+        *,
+        deterministic: bool = False,
+        device: torch.device | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """deterministic: only numbers of rows proven to give the same bits (row_counts.py)."""
         self._scheduler = scheduler
+        self._now = now
+        self._row_counts = RowCounts(scheduler.max_rows, scheduler.allow) if deterministic else None
+        self._stopwatch = Stopwatch(scheduler.ran, device or torch.device("cpu"), now)
         self._parked: list[Fiber] = []
+        self._waiting: list[Waiting] = []  # what the scheduler knows of each of _parked
         self._noted: set[str] = set()  # seams logged as unknown
         self._alone: set[str] = set()  # seams seen to give outputs without rows
         self._parkings = 0
@@ -36,33 +51,37 @@ class Engine:
     def start(self, fiber: Fiber) -> None:
         """Run a new fiber to its first parking place; it is over at once if it never parks."""
         fiber.begin()
-        self._keep(fiber)
+        self._keep([fiber])
 
-    def cancel(self, fiber: Fiber) -> None:
-        """End a parked fiber now. One that parks again while it cleans up is ended there too."""
+    def cancel(self, fiber: Fiber, error: BaseException | None = None) -> None:
+        """End a parked fiber now, by `error` or as cancelled, and again should it park in its clean-up."""
         if fiber not in self._parked:
             return
-        self._parked.remove(fiber)
+        index = self._parked.index(fiber)
+        del self._parked[index], self._waiting[index]
         while not fiber.over:
-            fiber.fail(FiberCancelled())
+            fiber.fail(error or FiberCancelled())
 
     def step(self) -> list[Fiber]:
         """One forward for the calls that the scheduler picks; returns the fibers that moved on."""
-        parked = self._parked
-        picked = self._scheduler.pick([_as_waiting(fiber, self._alone) for fiber in parked])
-        chosen = [parked[i] for i in picked]
-        for fiber in chosen:
-            parked.remove(fiber)
+        picked = self._scheduler.pick(self._waiting, self._now())
+        chosen = [self._parked[i] for i in picked]
+        if len(picked) == len(self._parked):
+            self._parked, self._waiting = [], []
+        else:
+            taken = set(picked)
+            self._parked = [fiber for i, fiber in enumerate(self._parked) if i not in taken]
+            self._waiting = [waiting for i, waiting in enumerate(self._waiting) if i not in taken]
         self._serve(chosen)
         return chosen
 
     def _serve(self, fibers: Sequence[Fiber]) -> None:
         """Give each fiber the output of its call, or the error that the call alone would raise."""
-        calls = [_call_of(fiber) for fiber in fibers]
+        calls = [fiber.call for fiber in fibers if fiber.call is not None]  # all of them: they are parked
         outputs: list[object] = []
         failure: Exception | None = None
         try:
-            outputs = self._forward(calls)
+            outputs = self._forward(calls, [fiber.job for fiber in fibers])
         except Exception as error:
             failure = error
         # handled outside of the except block, whose traceback would keep the failed forward's tensors
@@ -72,25 +91,31 @@ class Engine:
             return
         if failure is not None:
             fibers[0].fail(_as_out_of_memory(calls[0], failure) if _is_out_of_memory(failure) else failure)
-            self._keep(fibers[0])
-            return
-        for fiber, output in zip(fibers, outputs, strict=True):
-            fiber.resume(output)
-            self._keep(fiber)
+        else:
+            for fiber, output in zip(fibers, outputs, strict=True):
+                fiber.resume(output)
+        self._keep(fibers)
 
-    def _forward(self, calls: Sequence[ModuleCall]) -> list[object]:
+    def _forward(self, calls: Sequence[ModuleCall], jobs: Sequence[Job]) -> list[object]:
         """One output per call, all from one forward."""
+        first = calls[0]
+        rows = sum([call.rows for call in calls])
         self.forwards += 1
-        self.rows += sum(call.rows for call in calls)
-        if len(calls) == 1:
-            return [calls[0].run()]
-        output = calls[0].seam.function(**stack(calls))
-        return split(output, [call.rows for call in calls])
+        self.rows += rows
+        self._stopwatch.start()
+        if self._row_counts is not None and first.key is not None and first.seam.name not in self._alone:
+            outputs, rows = self._row_counts.forward(calls, stack(calls))
+        elif len(calls) == 1:
+            outputs = [first.run()]
+        else:
+            outputs = split(first.seam.function(**stack(calls)), [call.rows for call in calls])
+        self._stopwatch.stop(first.key, rows, jobs)
+        return outputs
 
     def _serve_in_parts(self, fibers: Sequence[Fiber], calls: Sequence[ModuleCall], error: Exception) -> None:
         """After a failed joint forward: halves if memory ran out, else each alone, so that only the
         guilty call fails."""
-        first, rows = calls[0], sum(call.rows for call in calls)
+        first, rows = calls[0], sum([call.rows for call in calls])
         if _is_out_of_memory(error):
             logger.warning(
                 "out of memory, the batch is halved", extra={"seam": first.seam.name, "rows": rows}
@@ -110,26 +135,26 @@ class Engine:
         for part in parts:
             self._serve(part)
 
-    def _keep(self, fiber: Fiber) -> None:
-        if fiber.over:
-            return
-        self._parkings += 1
-        fiber.parked_at = self._parkings
-        self._parked.append(fiber)
-        call = _call_of(fiber)
-        if call.key is None and call.seam.mergeable and call.seam.name not in self._noted:
-            self._noted.add(call.seam.name)
-            logger.info("a call with unknown arguments runs alone", extra={"seam": call.seam.name})
+    def _keep(self, fibers: Sequence[Fiber]) -> None:
+        """Note what these fibers have just parked for; one that is over is let go."""
+        now = self._now()
+        for fiber in fibers:
+            call = fiber.call
+            if call is None:
+                continue
+            key = call.key
+            if key is None or call.seam.name in self._alone:
+                key = None
+                self._note_unknown(call.seam)
+            self._parkings += 1
+            self._parked.append(fiber)
+            self._waiting.append(Waiting(key, call.rows, self._parkings, now, fiber.job))
 
-
-def _as_waiting(fiber: Fiber, alone: set[str]) -> Waiting:
-    call = _call_of(fiber)
-    return Waiting(None if call.seam.name in alone else call.key, call.rows, fiber.parked_at)
-
-
-def _call_of(fiber: Fiber) -> ModuleCall:
-    assert fiber.call is not None, "a parked fiber waits for a call"
-    return fiber.call
+    def _note_unknown(self, seam: Seam) -> None:
+        """Say once why a module's calls run alone."""
+        if seam.mergeable and seam.name not in self._noted:
+            self._noted.add(seam.name)
+            logger.info("a call with unknown arguments runs alone", extra={"seam": seam.name})
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from greenlet import getcurrent, greenlet
 
+from deployments.engine.step_scheduler import Job
+
 if TYPE_CHECKING:
-    from deployments.engine.call import ModuleCall
+    from deployments.engine.call import Look, ModuleCall, Seam
 
 
 class FiberCancelled(BaseException):
@@ -22,14 +24,14 @@ class Fiber(greenlet):
     over, `over` is true and exactly one of `result` and `failure` says how it went.
     """
 
-    def __init__(self, work: Callable[[], Any]) -> None:
+    def __init__(self, work: Callable[[], Any], job: Job | None = None) -> None:
+        """job: what the step scheduler shall know of the request; updated as it goes."""
         super().__init__()
         self._work = work
+        self.job = Job() if job is None else job
         self.call: ModuleCall | None = None
-        self.parked_at = 0  # order of parking, counted by the engine
         self.digests: dict[int, tuple[object, bytes]] = {}  # shared tensors hashed once; see call.py
-        # per argument: its last value, the rows of that call, its part of the key
-        self.parts: dict[str, tuple[object, int, Hashable]] = {}
+        self.looks: dict[Seam, tuple[Look, ...]] = {}  # of its last two calls of each seam; see call.py
         self.over = False
         self.result: Any = None
         self.failure: BaseException | None = None
@@ -43,7 +45,7 @@ class Fiber(greenlet):
             self.over = True
             self.call = None
             self.digests.clear()
-            self.parts.clear()
+            self.looks.clear()
 
     def begin(self) -> None:
         """Run to the first parking place or to the end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable
@@ -10,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from deployments.engine.call import Seam, make_call
+from deployments.engine.call import Entries, Seam, make_call
 from deployments.engine.fiber import current_fiber
 
 logger = logging.getLogger(__name__)
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 # VAEs whose encode and decode are pure functions of their input around these two submodules. Others
 # (Wan's keeps a feature cache on itself between frames) are cut at encode/decode and run alone.
 PLAIN_VAES = frozenset({"AutoencoderKL", "AutoencoderTiny"})
+# They answer with a list of one tensor per picture.
+LISTING_MODULES = frozenset({"ZImageTransformer2DModel"})
 
 
 def intercept(modules: Iterable[nn.Module]) -> Callable[[], None]:
@@ -50,9 +53,12 @@ def _seams_of(module: nn.Module) -> list[tuple[nn.Module, str, bool]]:
     if name in PLAIN_VAES:
         encoder, decoder = module.get_submodule("encoder"), module.get_submodule("decoder")
         return [(encoder, "forward", True), (decoder, "forward", True)]
-    if name.startswith("Autoencoder"):
+    if hasattr(module, "encode") and hasattr(module, "decode"):
         logger.info("the VAE runs one request at a time", extra={"vae": name})
         return [(module, "encode", False), (module, "decode", False)]
+    if hasattr(module, "generate"):
+        # a language model that writes keeps notes on itself (Qwen2.5-VL's rope_deltas) from token to token
+        return [(module, "forward", True), (module, "generate", False)]
     return [(module, "forward", True)]
 
 
@@ -62,7 +68,10 @@ def _cut(module: nn.Module, attribute: str, mergeable: bool) -> None:
     positions = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
     if any(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in parameters):
         mergeable = False  # cannot be called by names alone
-    seam = Seam(f"{type(module).__name__}.{attribute}", function, positions, mergeable)
+    optional = frozenset(p.name for p in parameters if p.default is None)
+    if type(module).__name__ in LISTING_MODULES:
+        function = _listing(function)
+    seam = Seam(f"{type(module).__name__}.{attribute}", function, positions, mergeable, optional)
 
     def parks(*args: Any, **kwargs: Any) -> Any:
         fiber = current_fiber()
@@ -71,6 +80,20 @@ def _cut(module: nn.Module, attribute: str, mergeable: bool) -> None:
         return fiber.park(make_call(seam, fiber, args, kwargs))
 
     _set(module, attribute, parks)
+
+
+def _listing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its list of pictures marked as one."""
+
+    @functools.wraps(function)
+    def marked(*args: Any, **kwargs: Any) -> Any:
+        output = function(*args, **kwargs)
+        if isinstance(output, tuple):
+            return (Entries(output[0]), *output[1:])
+        output.sample = Entries(output.sample)
+        return output
+
+    return marked
 
 
 def _set(module: nn.Module, attribute: str, value: Callable[..., Any]) -> None:

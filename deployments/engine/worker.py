@@ -8,7 +8,6 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,12 +17,22 @@ import torch
 
 from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber, FiberCancelled
-from deployments.protocol.errors import BadRequest, Internal, ModelUnavailable, OutOfMemory, WeftError
-from deployments.protocol.events import Event, Failed, Queued, Started
+from deployments.engine.step_scheduler import Job, StepScheduler
+from deployments.protocol.errors import (
+    BadRequest,
+    Internal,
+    ModelUnavailable,
+    OutOfMemory,
+    Overloaded,
+    WeftError,
+)
+from deployments.protocol.events import Failed, Queued, Started, Step
+
+MIN_SLOWDOWN = 4  # a request alone may take so many times its share of full forwards
 
 logger = logging.getLogger(__name__)
 
-Emit = Callable[[Event], None]
+Emit = Callable[[Any], None]
 Work = Callable[[Emit], Any]  # runs as a fiber; tells its progress through the argument
 
 
@@ -36,21 +45,35 @@ class Finished:
     run_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """The worker drains or stops: what `snapshot` gave, or None. Failed follows."""
+
+    state: Any
+
+
 @dataclass(slots=True, eq=False)
 class _Ticket:
     """One submitted piece of work. The worker's thread changes it; asyncio only reads `items`."""
 
     work: Work
-    steps: int
+    job: Job
     loop: asyncio.AbstractEventLoop
-    items: asyncio.Queue[Event | Finished] = field(default_factory=asyncio.Queue)
-    submitted_at: float = field(default_factory=time.monotonic)
+    max_wait_s: float | None
+    snapshot: Callable[[], Any] | None
+    items: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     started_at: float = 0.0
     fiber: Fiber | None = None
 
-    def tell(self, item: Event | Finished) -> None:
+    def tell(self, item: Any) -> None:
         with suppress(RuntimeError):  # the caller's loop may be closed by now
             self.loop.call_soon_threadsafe(self.items.put_nowait, item)
+
+    def emit(self, item: Any) -> None:
+        """What the work itself tells; its steps are also progress for the scheduler."""
+        if isinstance(item, Step):
+            self.job.steps_done, self.job.steps = item.step, item.steps
+        self.tell(item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,21 +87,48 @@ class _Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class _Call:
+    """A function for the worker's thread, such as cutting the seams of a model loaded later."""
+
+    function: Callable[[], Any]
+    done: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop
+
+
+@dataclass(frozen=True, slots=True)
+class _Drain:
+    grace_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Stop:
     pass
 
 
-class Worker:
-    """Runs submitted work as fibers, at most `slots` at once; the rest waits in order of arrival."""
+_Order = _Submit | _Cancel | _Call | _Drain | _Stop
 
-    def __init__(self, engine: Engine, *, slots: int) -> None:
+
+class Worker:
+    """Runs submitted work as fibers, at most `slots` at once; the scheduler chooses who gets a slot."""
+
+    def __init__(
+        self, engine: Engine, scheduler: StepScheduler, *, slots: int, watchdog_s: float = 300.0
+    ) -> None:
+        """scheduler: the engine's own.
+
+        watchdog_s: a single piece of work (one forward, one stretch of pipeline code) that takes longer
+        is taken for hung; `check` then says so.
+        """
         self._engine = engine
+        self._scheduler = scheduler
         self._slots = slots
-        self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
-        self._waiting: deque[_Ticket] = deque()
+        self._watchdog_s = watchdog_s
+        self._inbox: queue.SimpleQueue[_Order] = queue.SimpleQueue()
+        self._waiting: list[_Ticket] = []
         self._running: dict[Fiber, _Ticket] = {}
         self._open = 0  # submitted and not yet ended; counted on the asyncio side
         self._stopping = False
+        self._busy_since: float | None = None  # when the piece of work at hand began
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
@@ -88,25 +138,39 @@ class Worker:
         return self._open
 
     def check(self) -> None:
-        """Raises ModelUnavailable if the thread is dead."""
+        """Raises ModelUnavailable if the thread is dead or hangs."""
         if not self._thread.is_alive():
             raise ModelUnavailable("the engine's thread is dead; the replica must be replaced")
+        since = self._busy_since
+        if since is not None and (busy_s := time.monotonic() - since) > self._watchdog_s:
+            raise ModelUnavailable(
+                f"the engine has been stuck for {busy_s:.0f} s (watchdog: {self._watchdog_s:g} s); "
+                "the replica must be replaced"
+            )
 
-    async def submit(self, work: Work, *, steps: int) -> AsyncGenerator[Event | Finished]:
+    async def submit(
+        self,
+        work: Work,
+        job: Job,
+        *,
+        max_wait_s: float | None = None,
+        snapshot: Callable[[], Any] | None = None,
+    ) -> AsyncGenerator[Any]:
         """Queued, Started, whatever the work emits, then Finished or Failed.
 
-        steps: denoising steps the work will run, told in Started.
+        max_wait_s: refuse with Overloaded if a slot is expected to come free only after that.
+        snapshot: gives the state of the running work for a resume elsewhere, or None; asked when the
+        worker drains, on its thread, while the work is parked.
         Closing the iterator cancels the work: at once if it waits, else at its parking place.
         """
         self.check()
         if self._stopping:
             raise ModelUnavailable("this replica is shutting down; try again")
-        ticket = _Ticket(work, steps, asyncio.get_running_loop())
-        ahead = max(0, self._open - self._slots + 1)
+        job.submitted_at = time.monotonic()
+        ticket = _Ticket(work, job, asyncio.get_running_loop(), max_wait_s, snapshot)
         self._open += 1
         self._inbox.put(_Submit(ticket))
         try:
-            yield Queued(ahead)
             while True:
                 item = await ticket.items.get()
                 yield item
@@ -116,8 +180,21 @@ class Worker:
             self._open -= 1
             self._inbox.put(_Cancel(ticket))  # without effect on work that is over
 
+    async def call(self, function: Callable[[], Any]) -> Any:
+        """The function's result, run on the worker's thread between two forwards."""
+        self.check()
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+        self._inbox.put(_Call(function, done, loop))
+        return await done
+
+    def drain(self, grace_s: float) -> None:
+        """Take nothing new; hand back what waits and what would not end within `grace_s`, at once."""
+        self._stopping = True
+        self._inbox.put(_Drain(grace_s))
+
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the thread; whatever still runs fails as retryable."""
+        """End the thread after the step at hand; whatever still runs fails as retryable."""
         self._stopping = True
         self._inbox.put(_Stop())
         self._thread.join(timeout_s)
@@ -130,14 +207,21 @@ class Worker:
                 while self._take_orders():
                     self._start_waiting()
                     if not self._engine.idle:
-                        self._settle(self._engine.step())
-            reason: WeftError = ModelUnavailable("the replica was shut down; try again")
+                        self._busy_since = time.monotonic()
+                        moved = self._engine.step()
+                        self._busy_since = None
+                        self._settle(moved)
         except BaseException:  # the outermost loop: whatever broke the engine ends this replica
             logger.exception("the engine's thread died")
-            reason = ModelUnavailable("the engine failed; the replica is being replaced, try again")
+            failed = Failed.of(
+                ModelUnavailable("the engine failed; the replica is being replaced, try again")
+            )
+            for ticket in itertools.chain(self._running.values(), self._waiting):
+                ticket.tell(failed)  # no handover: one of them may have broken it, which must count
+        else:
+            for ticket in itertools.chain(self._running.values(), self._waiting):
+                _hand_back(ticket)
         self._stopping = True
-        for ticket in itertools.chain(self._running.values(), self._waiting):
-            ticket.tell(Failed.of(reason))
 
     def _take_orders(self) -> bool:
         """Read the inbox empty, waiting for the first order if there is nothing to do. False: stop."""
@@ -150,22 +234,53 @@ class Worker:
             wait = False
             match order:
                 case _Submit(ticket):
-                    self._waiting.append(ticket)
+                    self._accept(ticket)
                 case _Cancel(ticket):
                     self._cancel(ticket)
+                case _Call():
+                    _answer(order)
+                case _Drain(grace_s):
+                    self._drain(grace_s)
                 case _Stop():
                     return False
 
+    def _accept(self, ticket: _Ticket) -> None:
+        """Queue the work and tell its place, or refuse it if the wait would be too long."""
+        queued = [*(waiting.job for waiting in self._waiting), ticket.job]
+        if len(self._running) + len(queued) <= self._slots:
+            ticket.tell(Queued(0, 0.0))
+        else:
+            active = [running.job for running in self._running.values()]
+            forecast = self._scheduler.forecast(queued, active, time.monotonic(), slots=self._slots)[-1]
+            wait_s = forecast.starts_in_s
+            if ticket.max_wait_s is not None and wait_s is not None and wait_s > ticket.max_wait_s:
+                message = (
+                    f"the model is busy: about {wait_s:.0f} s until a slot is free, "
+                    f"at most {ticket.max_wait_s:g} s are allowed; try again later"
+                )
+                ticket.tell(Failed.of(Overloaded(message, retry_after_s=wait_s - ticket.max_wait_s)))
+                return
+            ticket.tell(Queued(forecast.ahead, wait_s, forecast.finishes_in_s))
+        self._waiting.append(ticket)
+
     def _start_waiting(self) -> None:
         while self._waiting and len(self._running) < self._slots:
-            ticket = self._waiting.popleft()
-            ticket.started_at = time.monotonic()
-            ticket.tell(Started(ticket.steps))
-            work, tell = ticket.work, ticket.tell
-            fiber = Fiber(lambda work=work, tell=tell: work(tell))  # type: ignore[misc]
+            now = time.monotonic()
+            self._busy_since = now
+            chosen = 0
+            if len(self._waiting) > 1:
+                queued = [ticket.job for ticket in self._waiting]
+                active = [ticket.job for ticket in self._running.values()]
+                chosen = self._scheduler.next_job(queued, active, now)
+            ticket = self._waiting.pop(chosen)
+            ticket.started_at = now
+            ticket.tell(Started(ticket.job.steps))
+            work, emit = ticket.work, ticket.emit
+            fiber = Fiber(lambda work=work, emit=emit: work(emit), ticket.job)  # type: ignore[misc]
             ticket.fiber = fiber
             self._running[fiber] = ticket
             self._engine.start(fiber)
+            self._busy_since = None
             self._settle([fiber])
 
     def _settle(self, fibers: list[Fiber]) -> None:
@@ -178,13 +293,8 @@ class Worker:
                 ticket.tell(Failed.of(_explain(fiber.failure)))
                 continue
             now = time.monotonic()
-            ticket.tell(
-                Finished(
-                    fiber.result,
-                    queued_s=ticket.started_at - ticket.submitted_at,
-                    run_s=now - ticket.started_at,
-                )
-            )
+            queued_s = ticket.started_at - ticket.job.submitted_at
+            ticket.tell(Finished(fiber.result, queued_s, now - ticket.started_at))
 
     def _cancel(self, ticket: _Ticket) -> None:
         if ticket.fiber is None:
@@ -193,6 +303,49 @@ class Worker:
         elif ticket.fiber in self._running:
             self._engine.cancel(ticket.fiber)
             self._settle([ticket.fiber])
+
+    def _drain(self, grace_s: float) -> None:
+        for ticket in self._waiting:
+            _hand_back(ticket)
+        self._waiting.clear()
+        for fiber, ticket in list(self._running.items()):
+            left_s = self._scheduler.remaining_s(ticket.job)
+            if left_s is not None and left_s * max(MIN_SLOWDOWN, len(self._running)) < grace_s:
+                continue  # ends in time even if nothing is shared
+            del self._running[fiber]
+            _hand_back(ticket)
+            self._engine.cancel(fiber)
+
+
+def _hand_back(ticket: _Ticket) -> None:
+    """End a request here, through no fault of its own; its state goes along where the work can give one."""
+    state = None
+    if ticket.snapshot is not None and ticket.fiber is not None:
+        try:
+            state = ticket.snapshot()
+        except Exception:
+            logger.exception("a request's state could not be saved; it starts anew elsewhere")
+    ticket.tell(Interrupted(state))
+    reason = ModelUnavailable("the replica is shutting down; the request goes on elsewhere")
+    ticket.tell(Failed.of(reason))
+
+
+def _answer(order: _Call) -> None:
+    def settle(result: Any, error: BaseException | None) -> None:
+        if order.done.done():
+            return
+        if error is None:
+            order.done.set_result(result)
+        else:
+            order.done.set_exception(error)
+
+    result, failure = None, None
+    try:
+        result = order.function()
+    except Exception as error:  # the caller's, not the worker's
+        failure = error
+    with suppress(RuntimeError):
+        order.loop.call_soon_threadsafe(settle, result, failure)
 
 
 def _explain(error: BaseException) -> WeftError:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +16,8 @@ from torch import Tensor, nn
 from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber, FiberCancelled, current_fiber
 from deployments.engine.intercept import intercept
-from deployments.engine.step_scheduler import StepScheduler
 from deployments.protocol.errors import OutOfMemory
+from tests.workshop.together import Together
 
 
 class Denoiser(nn.Module):
@@ -72,7 +76,7 @@ def run(engine: Engine, works: list[Callable[[], Any]]) -> list[Fiber]:
 
 
 def test_calls_of_many_fibers_share_forwards(denoiser: Denoiser) -> None:
-    fibers = run(Engine(StepScheduler(8)), [loop(denoiser, float(i), steps=2 + i) for i in range(3)])
+    fibers = run(Engine(Together(8)), [loop(denoiser, float(i), steps=2 + i) for i in range(3)])
 
     assert [float(f.result[0, 0]) for f in fibers] == [
         float(loop(denoiser, float(i), steps=2 + i)()[0, 0]) for i in range(3)
@@ -86,7 +90,7 @@ def test_outside_of_a_fiber_a_call_passes_through(denoiser: Denoiser) -> None:
 
 
 def test_an_error_in_one_row_fails_only_its_fiber(denoiser: Denoiser) -> None:
-    good, bad, other = run(Engine(StepScheduler(8)), [loop(denoiser, v) for v in (1.0, 13.0, 2.0)])
+    good, bad, other = run(Engine(Together(8)), [loop(denoiser, v) for v in (1.0, 13.0, 2.0)])
 
     assert isinstance(bad.failure, ArithmeticError)
     assert good.failure is None
@@ -99,7 +103,7 @@ def test_an_error_in_a_pipelines_own_code_fails_only_its_fiber(denoiser: Denoise
         denoiser(torch.ones(1, 2), torch.tensor(0.0))
         raise KeyError("mine")
 
-    good, bad = run(Engine(StepScheduler(8)), [loop(denoiser, 1.0), broken])
+    good, bad = run(Engine(Together(8)), [loop(denoiser, 1.0), broken])
 
     assert isinstance(bad.failure, KeyError)
     assert good.failure is None
@@ -107,7 +111,7 @@ def test_an_error_in_a_pipelines_own_code_fails_only_its_fiber(denoiser: Denoise
 
 def test_a_batch_that_does_not_fit_is_halved_and_the_limit_remembered(denoiser: Denoiser) -> None:
     denoiser.room = 3
-    engine = Engine(StepScheduler(8))
+    engine = Engine(Together(8))
 
     fibers = run(engine, [loop(denoiser, i + 0.25) for i in range(8)])
 
@@ -119,7 +123,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_limit_remembered(denoiser: 
 def test_a_single_call_that_does_not_fit_fails_alone_with_advice(denoiser: Denoiser) -> None:
     denoiser.room = 3
 
-    small, big = run(Engine(StepScheduler(8)), [loop(denoiser, 1.0), loop(denoiser, 1.0, rows=4)])
+    small, big = run(Engine(Together(8)), [loop(denoiser, 1.0), loop(denoiser, 1.0, rows=4)])
 
     assert small.failure is None
     assert isinstance(big.failure, OutOfMemory)
@@ -127,7 +131,7 @@ def test_a_single_call_that_does_not_fit_fails_alone_with_advice(denoiser: Denoi
 
 
 def test_cancel_ends_a_parked_fiber_at_once_and_leaves_the_others(denoiser: Denoiser) -> None:
-    engine = Engine(StepScheduler(8))
+    engine = Engine(Together(8))
     victim, other = Fiber(loop(denoiser, 1.0, steps=50)), Fiber(loop(denoiser, 2.0))
     engine.start(victim)
     engine.start(other)
@@ -152,7 +156,7 @@ def test_a_pipeline_that_swallows_exceptions_and_parks_again_is_cancelled_all_th
             except FiberCancelled:
                 continue
 
-    engine = Engine(StepScheduler(8))
+    engine = Engine(Together(8))
     fiber = Fiber(stubborn)
     engine.start(fiber)
 
@@ -165,7 +169,7 @@ def test_a_pipeline_that_swallows_exceptions_and_parks_again_is_cancelled_all_th
 def test_shared_tensors_are_compared_by_value_not_by_shape(denoiser: Denoiser) -> None:
     ids = [torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[5.0, 1.0]])]
 
-    fibers = run(Engine(StepScheduler(8)), [loop(denoiser, 1.0, img_ids=i) for i in ids])
+    fibers = run(Engine(Together(8)), [loop(denoiser, 1.0, img_ids=i) for i in ids])
 
     assert [float(f.result[0, 0]) for f in fibers] == [
         float(loop(denoiser, 1.0, img_ids=i)()[0, 0]) for i in ids
@@ -175,13 +179,13 @@ def test_shared_tensors_are_compared_by_value_not_by_shape(denoiser: Denoiser) -
 
 
 def test_calls_with_other_plain_arguments_are_not_merged(denoiser: Denoiser) -> None:
-    run(Engine(StepScheduler(8)), [loop(denoiser, 1.0, scale=s) for s in (1.0, 1.0, 0.5)])
+    run(Engine(Together(8)), [loop(denoiser, 1.0, scale=s) for s in (1.0, 1.0, 0.5)])
 
     assert 3 not in denoiser.seen
 
 
 def test_a_call_with_an_unknown_tensor_argument_is_never_merged(denoiser: Denoiser) -> None:
-    fibers = run(Engine(StepScheduler(8)), [loop(denoiser, 1.0, strange=torch.ones(1)) for _ in range(3)])
+    fibers = run(Engine(Together(8)), [loop(denoiser, 1.0, strange=torch.ones(1)) for _ in range(3)])
 
     assert set(denoiser.seen) == {1}
     assert all(f.failure is None for f in fibers)
@@ -197,7 +201,7 @@ def test_a_module_whose_output_has_no_rows_runs_alone_from_then_on() -> None:
     module = Total()
     restore = intercept([module])
     fibers = run(
-        Engine(StepScheduler(8)),
+        Engine(Together(8)),
         [lambda i=i: [module(torch.full((1, 1), float(i))) for _ in range(2)] for i in range(3)],  # type: ignore[misc]
     )
     restore()
@@ -213,7 +217,7 @@ def test_integer_and_float_timesteps_meet_in_one_forward(denoiser: Denoiser) -> 
     def real() -> Tensor:
         return denoiser(torch.ones(1, 2), torch.tensor([0.5]))[0]
 
-    fibers = run(Engine(StepScheduler(8)), [integer, real])
+    fibers = run(Engine(Together(8)), [integer, real])
 
     assert [float(f.result[0, 0]) for f in fibers] == [9.0, 2.5]
     assert denoiser.seen == [2]
@@ -226,3 +230,80 @@ def test_restoring_leaves_no_trace_on_the_module() -> None:
     intercept([module])()
 
     assert vars(module).keys() == before.keys()
+
+
+class Guided(nn.Module):
+    """hidden_states plus the mean of encoder_hidden_states."""
+
+    def forward(
+        self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor
+    ) -> tuple[Tensor]:
+        return (hidden_states + encoder_hidden_states.mean(dim=1, keepdim=True),)
+
+
+@pytest.fixture
+def guided() -> Iterator[Guided]:
+    module = Guided()
+    restore = intercept([module])
+    yield module
+    restore()
+
+
+def guided_loop(module: Guided, steps: int) -> Tensor:
+    """Latents of 16 KiB and embeddings of 8 KiB."""
+    x, text = torch.zeros(1, 64, 64), torch.zeros(1, 32, 64)
+    for step in range(steps):
+        x = module(hidden_states=x, timestep=torch.tensor(float(step)), encoder_hidden_states=text)[0]
+    return x
+
+
+def tensor_bytes() -> int:
+    """In all tensors that exist, each storage once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def alive() -> tuple[int, int]:
+    """Tensors and fibers that exist."""
+    gc.collect()
+    kinds = [type(thing) for thing in gc.get_objects()]
+    return sum(issubclass(kind, Tensor) for kind in kinds), sum(issubclass(kind, Fiber) for kind in kinds)
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_64_active_requests_hold_their_latents_their_embeddings_and_one_stack_of_these(
+    guided: Guided,
+) -> None:
+    engine, before = Engine(Together(64), deterministic=True), tensor_bytes()
+
+    for _ in range(64):
+        engine.start(Fiber(partial(guided_loop, guided, 6)))
+    for _ in range(3):
+        engine.step()
+    held = tensor_bytes() - before
+    while not engine.idle:
+        engine.step()
+
+    latents, embeddings, time = 64 * 64 * 4, 32 * 64 * 4, 4
+    assert 64 * (latents + embeddings) <= held <= 64 * (latents + 2 * embeddings + time)
+    assert tensor_bytes() == before
+
+
+def test_two_thousand_short_requests_leave_nothing_behind(guided: Guided) -> None:
+    engine = Engine(Together(64), deterministic=True)
+
+    def serve(requests: int) -> None:
+        for _ in range(requests // 40):
+            run(engine, [partial(guided_loop, guided, 2)] * 40)
+
+    serve(400)
+    before, resident = alive(), resident_bytes()
+    serve(2000)
+
+    assert alive() == before
+    assert resident_bytes() - resident < 4 * 2**20  # 2,000 latents would be 31 MiB

@@ -1,56 +1,246 @@
-"""Who runs next: first come, first served, with everybody who fits."""
+"""Who runs next, one decision at a time."""
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from simulation import SATURATED, UNSATURATED, Curve
 
-from deployments.engine.step_scheduler import StepScheduler, Waiting
-
-
-def test_the_longest_waiting_call_leads_and_its_likes_come_along() -> None:
-    waiting = [Waiting("a", 1, 5), Waiting("b", 1, 2), Waiting("a", 1, 3), Waiting("b", 2, 4)]
-
-    picked = StepScheduler(max_rows=8).pick(waiting)
-
-    assert picked == [1, 3]
+from deployments.engine.forward_times import KEYS
+from deployments.engine.step_scheduler import LEAD_S, SHAPES, USERS, Job, StepScheduler, Waiting
 
 
-def test_a_forward_never_has_more_rows_than_the_cap_unless_one_call_alone_has() -> None:
-    scheduler = StepScheduler(max_rows=4)
-
-    assert scheduler.pick([Waiting("a", 2, 1), Waiting("a", 3, 2), Waiting("a", 2, 3)]) == [0, 2]
-    assert scheduler.pick([Waiting("a", 6, 1), Waiting("a", 1, 2)]) == [0]
+def calls(*jobs: Job, key: str = "a") -> list[Waiting]:
+    return [Waiting(key, job.rows, order, 0.0, job) for order, job in enumerate(jobs)]
 
 
-def test_calls_without_a_key_run_alone() -> None:
-    assert StepScheduler(max_rows=8).pick([Waiting(None, 1, 1), Waiting(None, 1, 2)]) == [0]
-
-
-def test_a_key_that_ran_out_of_memory_gets_half_the_rows_and_others_keep_theirs() -> None:
+def learned(curve: Curve, forwards: int = 20) -> StepScheduler:
     scheduler = StepScheduler(max_rows=8)
-    scheduler.ran_out_of_memory("big", rows=8)
+    teach(scheduler, curve, forwards)
+    return scheduler
 
-    assert len(scheduler.pick([Waiting("big", 1, i) for i in range(8)])) == 4
-    assert len(scheduler.pick([Waiting("small", 1, i) for i in range(8)])) == 8
+
+def teach(scheduler: StepScheduler, curve: Curve, forwards: int = 20) -> None:
+    """A full queue."""
+    jobs = [Job(user=f"taught {n}", steps=10**4) for n in range(8)]
+    for _ in range(forwards):
+        picked = [jobs[i] for i in scheduler.pick(calls(*jobs), 0.0)]
+        scheduler.ran("a", len(picked), curve(len(picked)), picked, 0.0)
+        for job in picked:
+            job.steps_done += 1
+
+
+def rows_picked(scheduler: StepScheduler) -> int:
+    return len(scheduler.pick(calls(*[Job() for _ in range(8)]), 0.0))
+
+
+def serve(scheduler: StepScheduler, job: Job, *forwards: tuple[str, float], now: float = 0.0) -> None:
+    """One step of the job: forwards of (key, seconds), one row each."""
+    for key, seconds in forwards:
+        scheduler.ran(key, job.rows, seconds, [job], now)
+    job.steps_done += 1
+
+
+def test_forwards_grow_where_batching_pays_and_stay_small_where_it_does_not() -> None:
+    assert rows_picked(learned(UNSATURATED)) == 8
+    assert rows_picked(learned(SATURATED)) == 1
+
+
+def test_a_changed_machine_is_learned_anew_both_ways() -> None:
+    scheduler = learned(SATURATED)
+    teach(scheduler, lambda rows: 0.01 + 0.001 * rows)
+    assert rows_picked(scheduler) == 8
+    teach(scheduler, SATURATED)
+    assert rows_picked(scheduler) <= 2
+
+
+def test_only_allowed_numbers_of_rows_are_tried() -> None:
+    scheduler = StepScheduler(max_rows=8)
+    scheduler.allow("a", [3, 6])
+
+    assert rows_picked(scheduler) == 3
+    for _ in range(2):
+        scheduler.ran("a", 3, 0.1)
+    assert rows_picked(scheduler) == 6
+
+
+def test_the_first_forward_of_a_number_of_rows_counts_little() -> None:
+    scheduler = StepScheduler(max_rows=8)
+    for rows, seconds in [(1, 9.0), (1, 0.1), (2, 9.0), (2, 0.11), (4, 9.0), (4, 0.12)]:  # 9 s to compile
+        assert rows_picked(scheduler) == rows
+        scheduler.ran("a", rows, seconds)
+
+    assert rows_picked(scheduler) == 8
+
+
+@pytest.mark.parametrize("curve", [SATURATED, UNSATURATED])
+def test_rows_stay_right_on_a_machine_that_became_half_slower(curve: Curve) -> None:
+    scheduler = learned(curve, 300)
+    before = rows_picked(scheduler)
+
+    teach(scheduler, lambda rows: 1.5 * curve(rows), 40)
+
+    assert rows_picked(scheduler) == before
+    jobs = [Job(steps=100) for _ in range(before)]
+    assert scheduler.remaining_s(jobs[0]) == pytest.approx(150 * curve(before) / before, rel=0.05)
+
+
+def test_a_key_that_ran_out_of_memory_gets_half_the_rows() -> None:
+    scheduler = learned(lambda rows: 0.1 + 0.001 * rows)
+    scheduler.ran_out_of_memory("a", 8)
+
+    assert rows_picked(scheduler) == 4
+
+
+def test_only_equal_keys_share_and_no_key_shares_with_nobody() -> None:
+    scheduler = learned(lambda rows: 0.1 + 0.001 * rows)
+
+    assert scheduler.pick([Waiting("a", 1, 0), Waiting("b", 1, 1), Waiting("a", 1, 2)], 0.0) == [0, 2]
+    assert scheduler.pick([Waiting(None, 1, 0), Waiting(None, 1, 1)], 0.0) == [0]
+
+
+def test_all_that_fits_into_one_forward_goes() -> None:
+    scheduler = learned(UNSATURATED)
+
+    assert scheduler.pick(calls(*[Job(steps=n + 1) for n in range(8)]), 0.0) == list(range(8))
+
+
+def test_shortest_remaining_work_leads() -> None:
+    assert learned(SATURATED).pick(calls(Job(steps=20), Job(steps=50, steps_done=48)), 0.0)[0] == 1
+
+
+def test_a_job_that_only_decodes_leads() -> None:
+    assert learned(SATURATED).pick(calls(Job(steps=4), Job(steps=50, steps_done=50)), 0.0)[0] == 1
+
+
+def test_a_class_higher_leads_longer_work() -> None:
+    assert learned(SATURATED).pick(calls(Job(steps=4), Job(steps=50, priority=1)), 0.0)[0] == 1
+
+
+def test_a_deadline_that_presses_leads_and_one_that_is_lost_or_far_does_not() -> None:
+    scheduler = learned(SATURATED)
+
+    leaders = [
+        scheduler.pick(calls(Job(steps=4), Job(steps=20, deadline=deadline)), 0.0)[0]
+        for deadline in (1.0, 6.0, 60.0)
+    ]
+
+    assert leaders == [0, 1, 0]
+
+
+def test_a_user_with_much_service_yields_to_one_with_none_and_is_forgiven() -> None:
+    scheduler = StepScheduler(max_rows=1)
+    before = Job(user="many", steps=100)
+    for _ in range(100):
+        serve(scheduler, before, ("a", 0.2), now=20.0)
+
+    def leader(now: float) -> int:
+        both = [Job("many", steps=20, submitted_at=now), Job("one", steps=20, submitted_at=now + 1)]
+        assert scheduler.next_job(both, [], now) == scheduler.pick(calls(*both), now)[0]
+        return scheduler.pick(calls(*both), now)[0]
+
+    assert leader(now=10.0) == 1
+    assert leader(now=600.0) == 0
+
+
+def test_a_jobs_own_service_does_not_push_it_back() -> None:
+    scheduler = learned(SATURATED)
+    half = Job(user="half", steps=40)
+    for _ in range(20):
+        serve(scheduler, half, ("a", 0.243), now=5.0)
+
+    assert scheduler.pick(calls(Job(user="new", steps=21, submitted_at=1.0), half), 5.0)[0] == 1
+
+
+def test_a_slot_goes_to_a_user_who_runs_nothing() -> None:
+    queued = [Job(user="many", steps=20), Job(user="one", steps=20, submitted_at=1.0)]
+
+    assert learned(SATURATED).next_job(queued, [Job(user="many", steps=20)], 1.0) == 1
+
+
+def test_remaining_work_counts_every_call_of_a_step() -> None:
+    scheduler = StepScheduler(max_rows=1)
+    job = Job(steps=10, shape="two calls")
+    assert scheduler.remaining_s(job) is None
+
+    serve(scheduler, job, ("text encoder", 5.0), ("control", 0.1), ("denoiser", 0.2))
+    for _ in range(4):
+        serve(scheduler, job, ("control", 0.1), ("denoiser", 0.2))
+    for number in range(40):  # others of the shape
+        serve(
+            scheduler,
+            Job(steps=50, shape="two calls", steps_done=number),
+            ("control", 0.1),
+            ("denoiser", 0.2),
+        )
+
+    assert scheduler.remaining_s(job) == pytest.approx(5 * 0.3, rel=0.05)
+
+
+def test_a_forward_is_charged_to_its_own_jobs_by_their_pictures() -> None:
+    scheduler = StepScheduler(max_rows=8)
+    one, three, absent = Job(user="one", rows=1), Job(user="three", rows=3), Job(user="absent")
+    scheduler.pick(calls(absent), 0.0)
+
+    scheduler.ran("a", 4, 0.4, [one, three], 1.0)
+
+    assert [job.charged_s for job in (one, three, absent)] == pytest.approx([0.1, 0.3, 0.0])
+
+
+def test_what_is_learned_is_bounded() -> None:
+    scheduler = StepScheduler(max_rows=1)
+    for number in range(2 * USERS):
+        job = Job(user=str(number), shape=number, steps=2)
+        serve(scheduler, job, (str(number), 0.1))
+        serve(scheduler, job, (str(number), 0.1))
+
+    assert len(scheduler._shapes) == SHAPES
+    assert len(scheduler._users) == USERS
+    assert len(scheduler._times._curves) == KEYS
 
 
 @given(
-    st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.integers(1, 4)), min_size=1, max_size=30),
+    st.integers(1, 50),
+    st.sampled_from([-1, 0, 1]),
+    st.lists(st.tuples(st.integers(1, 50), st.sampled_from([-1, 0, 1]), st.booleans()), max_size=20),
+)
+def test_nobody_is_overtaken_by_jobs_submitted_after_the_bound(
+    steps: int, priority: int, others: list[tuple[int, int, bool]]
+) -> None:
+    scheduler = learned(SATURATED)
+    bound = LEAD_S * (4 - priority)
+    busy = Job(user="old", steps=10**6, shape="other")
+    for _ in range(100):  # its user has had all that counts
+        serve(scheduler, busy, ("other", 100.0), now=bound)
+    old = Job(user="old", steps=steps, priority=priority)
+    late = [
+        Job(user="new", steps=n, priority=p, submitted_at=bound, deadline=bound + 20 if pressing else None)
+        for n, p, pressing in others
+    ]
+
+    assert scheduler.pick(calls(*late, old), bound)[0] == len(late)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["a", "b", None]), st.integers(1, 4)), min_size=1, max_size=30),
     st.integers(1, 8),
 )
-def test_nobody_waits_for_more_forwards_than_there_are_calls_before_it(
-    calls: list[tuple[str | None, int]], max_rows: int
+def test_every_call_is_served_once_and_no_forward_mixes_keys(
+    parked: list[tuple[str | None, int]], max_rows: int
 ) -> None:
     scheduler = StepScheduler(max_rows)
-    waiting = [Waiting(key, rows, i) for i, (key, rows) in enumerate(calls)]
-    served: list[int] = []
+    waiting = [Waiting(key, rows, i) for i, (key, rows) in enumerate(parked)]
+    served = 0
 
     while waiting:
-        picked = {waiting[i] for i in scheduler.pick(waiting)}
-        assert min(waiting, key=lambda w: w.parked_at) in picked
-        assert len({w.key for w in picked}) == 1
-        served += [w.parked_at for w in picked]
-        waiting = [w for w in waiting if w not in picked]
+        picked = scheduler.pick(waiting, 0.0)
+        rows = sum(waiting[i].rows for i in picked)
+        assert picked
+        assert len({waiting[i].key for i in picked}) == 1
+        assert rows <= max_rows or len(picked) == 1
+        scheduler.ran(waiting[picked[0]].key, rows, 0.1)
+        served += len(picked)
+        waiting = [call for i, call in enumerate(waiting) if i not in picked]
 
-    assert sorted(served) == list(range(len(calls)))
+    assert served == len(parked)
