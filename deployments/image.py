@@ -1,4 +1,4 @@
-"""ImageModel: what a Serve replica of a picture model does; app.py makes the deployment of it."""
+"""ImageModel: what a Serve replica of picture models does; app.py makes the deployment of it."""
 
 from __future__ import annotations
 
@@ -6,99 +6,220 @@ import asyncio
 import logging
 import os
 import secrets
+import threading
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from deployments import __version__
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import WeftError
-from deployments.protocol.events import Artifact, Done, Event, Failed, Step
-from deployments.protocol.limits import denoising_steps, fit
-from deployments.protocol.request import FittedRequest, GenerationRequest, Task
+from deployments.protocol.errors import NotFound, WeftError
+from deployments.protocol.events import Artifact, Done, Event, Failed, Handover, Preview, Step
+from deployments.protocol.limits import control_field, denoising_steps, fit
+from deployments.protocol.request import ControlType, FittedRequest, GenerationRequest
 from deployments.telemetry import join_serve_log
 
 if TYPE_CHECKING:  # heavy imports stand in the constructor: building the graph loads no torch
     from PIL.Image import Image
 
     from deployments.engine.worker import Emit, Finished
+    from deployments.loaded import LoadedModel
+    from deployments.media.control import Finder
+    from deployments.pipelines.previews import Look
+    from deployments.pipelines.resume import Progress
 
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+GIB = 2**30
+PRIORITIES = {"low": -1, "normal": 0, "high": 1}
+STOP_GRACE_S = 50.0  # of the 60 s that app.py gives a replica to end
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A preview on its way out of the engine's thread."""
+
+    step: int
+    look: Look
 
 
 class ImageModel:
-    """Pictures from one card on one device. Many requests share each forward of the model."""
+    """Pictures from one or several cards on one device. Many requests share each forward of a model."""
 
-    def __init__(self, card: ModelCard) -> None:
+    def __init__(
+        self,
+        cards: Sequence[ModelCard],
+        refiners: Mapping[str, ModelCard] | None = None,
+        on_stop: Callable[[Callable[[], None]], object] | None = None,
+    ) -> None:
+        """cards: the first is loaded now, the others when asked for; its `serving` rules the replica.
+
+        refiners: by card id, the card that card.refiner names.
+        on_stop: takes a function that it will call when the replica is going to be stopped.
+        """
         os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # a model folder may hold code; never run it
         import torch
 
         from deployments.engine.engine import Engine
-        from deployments.engine.intercept import intercept
         from deployments.engine.step_scheduler import StepScheduler
         from deployments.engine.worker import Worker
-        from deployments.pipelines.model import Model
-        from deployments.weights.hardware import best_device
-        from deployments.weights.load import load_pipeline
+        from deployments.loaded import LoadedModel
+        from deployments.weights.hardware import best_device, memory_bytes
+        from deployments.weights.shelf import Shelf
 
         join_serve_log()
-        started = time.monotonic()
-        torch.set_num_threads(max(1, int(card.serving.num_cpus)))  # Ray sets 1 for small replicas
-        self._card = card
-        self._model = Model(
-            load_pipeline(card.weights, best_device()),
-            [Task(task) for task in card.tasks if task in set(Task)],
+        first, serving = cards[0], cards[0].serving
+        self._serving = serving
+        self._cards = {card.id: card for card in cards}
+        self._refiners = dict(refiners or {})
+        torch.set_num_threads(max(1, int(serving.num_cpus)))  # Ray sets 1 for small replicas
+        self._device = best_device()
+        self._shelf: Shelf[LoadedModel] = Shelf(
+            self._load,
+            LoadedModel.unload,
+            lambda loaded: loaded.size_bytes,
+            limit=serving.models_loaded,
+            max_bytes=memory_bytes(self._device),
+            expected_bytes=lambda name: int(self._cards[name].vram_gib * GIB),
         )
-        intercept(self._model.modules)
-        self._worker = Worker(Engine(StepScheduler(card.serving.max_rows)), slots=card.serving.slots)
-        logger.info("model loaded", extra={"model": card.id, "seconds": time.monotonic() - started})
+        self._shelf.put(
+            first.id, LoadedModel(first, self._refiner_of(first), self._device, while_serving=False)
+        )
+        scheduler = StepScheduler(serving.max_rows)
+        engine = Engine(scheduler, deterministic=serving.deterministic, device=self._device)
+        self._worker = Worker(engine, scheduler, slots=serving.slots, watchdog_s=serving.watchdog_s)
+        if on_stop is not None:
+            on_stop(lambda: self.drain(STOP_GRACE_S))
+        if serving.warm_up:  # in a thread: Serve calls the constructor inside a running event loop
+            thread = threading.Thread(target=lambda: asyncio.run(self._warm_up(first)), name="warm-up")
+            thread.start()
+            thread.join()
 
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Event]:
-        """Queued, Started, Step ..., Artifact ..., then Done or Failed. Bad input is a Failed too.
+    async def generate(
+        self,
+        request: GenerationRequest,
+        user: str = "",
+        resume: bytes | None = None,
+        *,
+        patient: bool = False,
+    ) -> AsyncGenerator[Event]:
+        """Queued, Started, Step and Preview ..., Artifact ..., then Done or Failed, also for bad input.
 
+        user: whose work it is; users share the replica fairly. resume: the state of a Handover.
+        patient: wait for a slot however long it takes, where others are refused after card.max_wait_s.
         The card's limits hold here as well, because a call by handle skips HTTP. Closing the stream
         cancels the request at its next step and frees its slot.
         """
         try:
-            fitted = fit(request, self._card, fresh_seed=secrets.randbits(32)).request
-            async with aclosing(self._run(fitted)) as events:
-                async for event in events:
-                    yield event
+            card = self._card_of(request)
+            fitted = fit(request, card, fresh_seed=secrets.randbits(32)).request
+            async with self._shelf.using(card.id) as loaded:
+                max_wait_s = None if patient else self._serving.max_wait_s
+                async with aclosing(self._run(loaded, fitted, user, resume, max_wait_s)) as events:
+                    async for event in events:
+                        yield event
         except WeftError as error:
             yield Failed.of(error)
 
     async def status(self) -> dict[str, object]:
         """What this replica is and how busy it is."""
-        return {"model": self._card.id, "active": self._worker.active, "slots": self._card.serving.slots}
+        return {
+            "models": list(self._cards),
+            "loaded_bytes": self._shelf.loaded,
+            "active": self._worker.active,
+            "slots": self._serving.slots,
+        }
 
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""
         self._worker.check()
 
+    def drain(self, grace_s: float) -> None:
+        """Take no more work; hand back at once what would not end within `grace_s`."""
+        self._worker.drain(grace_s)
+
     def __del__(self) -> None:
         if hasattr(self, "_worker"):  # the constructor may have failed before
             self._worker.stop()
 
-    async def _run(self, request: FittedRequest) -> AsyncGenerator[Event]:
-        from deployments.engine.worker import Finished
+    def _card_of(self, request: GenerationRequest) -> ModelCard:
+        for card in self._cards.values():
+            if request.model == card.id or request.model in card.aliases:
+                return card
+        if len(self._cards) == 1:  # a handle leads to one model, whatever the request calls it
+            return next(iter(self._cards.values()))
+        raise NotFound(f"there is no model {request.model!r} here; there is {', '.join(self._cards)}")
 
-        image = mask = None
-        if request.edit is not None:
-            image, mask = await asyncio.to_thread(_given_pictures, request)
+    def _refiner_of(self, card: ModelCard) -> ModelCard | None:
+        return self._refiners.get(card.id)
+
+    def _load(self, name: str) -> LoadedModel:
+        from deployments.loaded import LoadedModel
+
+        card = self._cards[name]
+        return LoadedModel(card, self._refiner_of(card), self._device, while_serving=True)
+
+    async def _warm_up(self, card: ModelCard) -> None:
+        """One small request: kernels are chosen, rows proven and times learned before anybody waits."""
+        if "t2i" not in card.tasks:
+            return
+        wish = GenerationRequest(model=card.id, prompt="warm-up", seed=0, num_inference_steps=card.steps.min)
+        async for event in self.generate(wish, patient=True):
+            if isinstance(event, Failed):
+                logger.warning("the warm-up failed", extra={"model": card.id, "error": event.message})
+
+    async def _run(
+        self,
+        loaded: LoadedModel,
+        request: FittedRequest,
+        user: str,
+        resume: bytes | None,
+        max_wait_s: float | None,
+    ) -> AsyncGenerator[Event]:
+        from deployments.engine.step_scheduler import Job
+        from deployments.engine.worker import Finished, Interrupted
+        from deployments.pipelines.resume import Progress, restore
+
+        image, mask, maps = await asyncio.to_thread(_given_pictures, request, loaded.finders)
+        await asyncio.to_thread(loaded.model.prepare, request)  # a ControlNet's first request loads it
+        progress = (restore(resume, request) if resume else None) or Progress()
 
         def work(emit: Emit) -> list[Image]:
-            return self._model.call(request, lambda step, steps: emit(Step(step, steps)), image, mask)
+            def on_step(step: int, steps: int) -> None:
+                emit(Step(step, steps))
 
-        async with aclosing(self._worker.submit(work, steps=denoising_steps(request, self._card))) as items:
+            attach = partial(_attach, loaded, request, progress, emit)
+            return loaded.model.call(request, on_step, image, mask, maps, progress=progress, attach=attach)
+
+        job = Job(
+            user=user,
+            priority=PRIORITIES[request.priority],
+            deadline=None if request.deadline_s is None else time.monotonic() + request.deadline_s,
+            steps=denoising_steps(request, loaded.card),
+            steps_done=progress.step,
+            rows=request.num_images,
+            shape=(loaded.card.id, request.width, request.height),
+        )
+        items = self._worker.submit(work, job, max_wait_s=max_wait_s, snapshot=progress.save)
+        async with aclosing(items):
             async for item in items:
-                if isinstance(item, Finished):
-                    async for event in self._deliver(request, item):
-                        yield event
-                else:
-                    yield item
+                match item:
+                    case Finished():
+                        async for event in self._deliver(request, item):
+                            yield event
+                    case _Seen(step=step, look=look):
+                        data = await asyncio.to_thread(_preview, look, request.width, request.height)
+                        yield Preview(step, MEDIA_TYPES["webp"], data)
+                    case Interrupted(state=None):
+                        yield Handover(0, b"")
+                    case Interrupted(state=state):
+                        yield Handover(progress.step, state)
+                    case _:
+                        yield item
 
     async def _deliver(self, request: FittedRequest, finished: Finished) -> AsyncGenerator[Event]:
         """Every picture as a file with its thumbnail, then Done."""
@@ -109,16 +230,55 @@ class ImageModel:
         yield Done(finished.queued_s, finished.run_s + time.monotonic() - started)
 
 
-def _given_pictures(request: FittedRequest) -> tuple[Image | None, Image | None]:
-    """Image and mask of the request, decoded, at its size."""
-    from deployments.media import decode
+def _attach(
+    loaded: LoadedModel, request: FittedRequest, progress: Progress, emit: Emit, pipeline: Any
+) -> None:
+    """Give a request's pipeline the model's prompt cache, and previews if they are wanted."""
+    from deployments.pipelines.previews import watch
 
+    loaded.prompts.attach(pipeline)
+    previewer, steps = loaded.previewer, denoising_steps(request, loaded.card)
+    every = -(-steps // (request.output.previews + 1))  # ceil: no preview of the last step
+    if not request.output.previews or previewer is None or steps < 2:
+        return
+
+    def wanted() -> bool:
+        step = progress.step + 1
+        return step % every == 0 and step < steps
+
+    watch(
+        pipeline,
+        request.width,
+        request.height,
+        wanted,
+        lambda latents: emit(_Seen(progress.step + 1, previewer.look(latents))),
+    )
+
+
+def _preview(look: Look, width: int, height: int) -> bytes:
+    from deployments.media import still
+
+    return still.preview(look, width, height)
+
+
+def _given_pictures(
+    request: FittedRequest, finders: Mapping[ControlType, Finder]
+) -> tuple[Image | None, Image | None, list[Image]]:
+    """Image, mask and control maps of the request, decoded or made, at its size."""
+    from deployments.media import decode
+    from deployments.media.control import control_map
+
+    width, height = request.width, request.height
+    maps = [
+        control_map(control, width, height, control_field(request, index), finders)
+        for index, control in enumerate(request.controls)
+    ]
     if request.edit is None:
-        return None, None
-    image = decode.picture(request.edit.image, request.width, request.height, "image")
+        return None, None, maps
+    image = decode.picture(request.edit.image, width, height, "image")
     if request.edit.mask_image is None:
-        return image, None
-    return image, decode.mask(request.edit.mask_image, request.width, request.height, "mask_image")
+        return image, None, maps
+    return image, decode.mask(request.edit.mask_image, width, height, "mask_image"), maps
 
 
 def _files(request: FittedRequest, index: int, image: Image, run_s: float) -> list[Artifact]:

@@ -15,12 +15,17 @@ def picture(data: bytes, width: int, height: int, field: str) -> Image.Image:
 
     Raises BadRequest or TooLarge as `pictures.inspect` does, or when the body is broken.
     """
+    return own_size(data, field).resize((width, height), Image.Resampling.LANCZOS)
+
+
+def own_size(data: bytes, field: str) -> Image.Image:
+    """RGB as `picture` gives it, in the size it has in the file."""
     decoded = _decode(data, field)
     if decoded.has_transparency_data:
         decoded = decoded.convert("RGBA")
         white = Image.new("RGBA", decoded.size, "white")
         decoded = Image.alpha_composite(white, decoded)
-    return decoded.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    return decoded.convert("RGB")
 
 
 def mask(data: bytes, width: int, height: int, field: str) -> Image.Image:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from deployments.protocol.request import FittedRequest, Output
 
 THUMBNAIL_SIDE = 320  # pixels
+PREVIEW_SIDE = 256
 _USER_COMMENT = 0x9286  # EXIF tags
 _EXIF_IFD = 0x8769
 
@@ -31,6 +35,15 @@ def encode(image: Image.Image, output: Output, parameters: str, metadata: Mappin
         exif = Image.Exif()
         exif.get_ifd(_EXIF_IFD)[_USER_COMMENT] = b"UNICODE\0" + parameters.encode("utf-16-be")
         image.save(buffer, output.format.upper(), quality=output.quality, exif=exif.tobytes())
+    return buffer.getvalue()
+
+
+def preview(look: npt.NDArray[np.uint8], width: int, height: int) -> bytes:
+    """A rough look (H, W, 3), one pixel per latent, as a small WebP of the picture's shape."""
+    scale = min(1.0, PREVIEW_SIDE / max(width, height))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    buffer = io.BytesIO()
+    Image.fromarray(look).resize(size, Image.Resampling.BICUBIC).save(buffer, "WEBP", quality=70)
     return buffer.getvalue()
 
 
@@ -55,6 +68,13 @@ def a1111_parameters(request: FittedRequest, seed: int, version: str) -> str:
     }
     if request.edit is not None:
         settings["Denoising strength"] = request.edit.strength
+    for index, control in enumerate(request.controls):
+        settings[f"ControlNet {index}"] = (
+            f"Module: {control.type}, Weight: {control.weight:g}, "
+            f"Guidance Start: {control.start:g}, Guidance End: {control.end:g}"
+        )
+    if request.refiner is not None:
+        settings["Refiner switch at"] = request.refiner
     settings["Version"] = f"weft {version}"
     lines = [request.prompt]
     if request.negative_prompt:
@@ -70,5 +90,10 @@ def _quoted(value: object) -> str:
 
 def metadata(request: FittedRequest, seed: int, version: str, generation_s: float) -> dict[str, object]:
     """Everything needed to make the same picture again, as JSON."""
-    facts = request.model_dump(mode="json", exclude={"edit": {"image", "mask_image"}, "num_images": True})
+    bulky: dict[str, Any] = {
+        "edit": {"image", "mask_image"},
+        "controls": {"__all__": {"image"}},
+        "num_images": True,
+    }
+    facts = request.model_dump(mode="json", exclude=bulky)
     return facts | {"seed": seed, "generation_s": round(generation_s, 3), "version": version}

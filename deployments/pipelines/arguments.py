@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -21,14 +22,16 @@ def parameters_of(pipeline_class: type) -> frozenset[str]:
 def call_arguments(
     pipeline_class: type,
     request: FittedRequest,
-    image: Image.Image | None,
+    image: Image.Image | torch.Tensor | None,
     mask: Image.Image | None,
+    maps: Sequence[Image.Image] = (),
 ) -> dict[str, Any]:
     """Keyword arguments for the request, only those that this pipeline knows.
 
-    image, mask: RGB and L pictures of the request's size.
+    image, mask, maps: RGB, L and RGB pictures of the request's size, one map per control picture.
     Generators are CPU ones, one per picture: seed + i gives picture i, on any device.
     """
+    known = parameters_of(pipeline_class)
     arguments: dict[str, Any] = {
         "prompt": request.prompt,
         "negative_prompt": request.negative_prompt or None,
@@ -44,7 +47,12 @@ def call_arguments(
         "strength": request.edit.strength if request.edit else None,
         "output_type": "pil",
     }
-    known = parameters_of(pipeline_class)
+    if maps:
+        # Stable Diffusion's text-to-image pipelines call the control picture just image
+        arguments["control_image" if "control_image" in known else "image"] = list(maps)
+        arguments["controlnet_conditioning_scale"] = [control.weight for control in request.controls]
+        arguments["control_guidance_start"] = [control.start for control in request.controls]
+        arguments["control_guidance_end"] = [control.end for control in request.controls]
     return {name: value for name, value in arguments.items() if value is not None and name in known}
 
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import diffusers
 
 from deployments.protocol.errors import BadRequest
 
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
 # name -> (diffusers class, what it changes in the model's own scheduler config)
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    # for models that predict noise (or velocity, or the picture)
     "euler": ("EulerDiscreteScheduler", {}),
+    "euler_karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
     "dpmpp_2m_karras": (
@@ -19,11 +24,25 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True},
     ),
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_2m_sde_karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+    ),
+    "dpmpp_sde": (
+        "DPMSolverSinglestepScheduler",
+        {"algorithm_type": "sde-dpmsolver++", "lower_order_final": True},
+    ),
     "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
     "heun": ("HeunDiscreteScheduler", {}),
     "lcm": ("LCMScheduler", {}),
+    # for models that predict flow
     "flow_euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow_heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "flow_lcm": ("FlowMatchLCMScheduler", {}),
+    "flow_unipc": ("UniPCMultistepScheduler", FLOW),
+    "flow_dpmpp_2m": ("DPMSolverMultistepScheduler", FLOW | {"algorithm_type": "dpmsolver++"}),
 }
 
 
@@ -31,7 +50,7 @@ def noise_scheduler(name: str, own: Any) -> Any:
     """A fresh noise scheduler for one request; they keep state, so none is ever shared.
 
     own: the model's scheduler, copied for "auto" and the source of the config otherwise.
-    Raises BadRequest for a name that is not in SCHEDULERS.
+    Raises BadRequest for a name that is not in SCHEDULERS, or does not suit what the model predicts.
     """
     if name == "auto":
         return copy.deepcopy(own)
@@ -39,5 +58,28 @@ def noise_scheduler(name: str, own: Any) -> Any:
         raise BadRequest(
             f"scheduler {name!r} is not known; use auto, {', '.join(SCHEDULERS)}", param="scheduler"
         )
+    flow = predicts_flow(own)
+    if name.startswith("flow_") is not flow:
+        able = (other for other in SCHEDULERS if other.startswith("flow_") is flow)
+        raise BadRequest(
+            f"scheduler {name!r} is for models that predict {'noise' if flow else 'flow'}, and this one "
+            f"predicts {'flow' if flow else 'noise'}; use auto or one of {', '.join(able)}",
+            param="scheduler",
+        )
     class_name, changes = SCHEDULERS[name]
-    return getattr(diffusers, class_name).from_config(own.config, **changes)
+    if "use_flow_sigmas" in changes:
+        changes = changes | {"flow_shift": own.config.get("shift", 1.0)}  # the same number by another name
+    kind: Any = getattr(diffusers, class_name)
+    known = inspect.signature(kind.__init__).parameters
+    config = {key: value for key, value in own.config.items() if key in known or key.startswith("_")}
+    return kind.from_config(config, **changes)
+
+
+def predicts_flow(scheduler: Any) -> bool:
+    """Whether a model with this noise scheduler predicts the way from noise to picture, not the noise."""
+    config = scheduler.config
+    return (
+        type(scheduler).__name__.startswith("FlowMatch")
+        or config.get("prediction_type") == "flow_prediction"
+        or bool(config.get("use_flow_sigmas", False))
+    )

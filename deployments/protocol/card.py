@@ -9,9 +9,9 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import Strict, Task
+from deployments.protocol.request import ControlType, Strict, Task
 
-Family = Literal["flux", "sdxl", "sd", "hunyuan_video"]
+Family = Literal["flux", "sdxl", "sd", "hunyuan_video", "wan"]
 MODEL_ID = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
@@ -88,6 +88,16 @@ class Weights(Strict):
         return self
 
 
+class ControlNet(Strict):
+    """The ControlNet for one kind of control picture, loaded when a request first asks for it."""
+
+    weights: Weights
+    mode: int | None = Field(None, ge=0)  # FLUX union nets only: which of its modes this kind is
+    preprocessor: Weights | None = None  # makes the map of a plain picture; canny needs none
+    detector: Weights | None = None  # pose: finds the people whose key points the preprocessor names
+    licence: Licence
+
+
 class Serving(Strict):
     """Resources of one replica and the room in it; serve_config.yaml may override."""
 
@@ -95,7 +105,14 @@ class Serving(Strict):
     num_cpus: float = 1.0
     accelerator_type: str | None = None  # one of ray.util.accelerators, such as "A100-80G"; None: any GPU
     slots: int = Field(16, ge=1)  # requests running at once on one replica
-    max_rows: int = Field(4, ge=1)  # rows in one forward
+    max_rows: int = Field(4, ge=1)  # rows in one forward; how many of them pay is learned
+    deterministic: bool = True  # only numbers of rows that are proven to leave every picture's bits alone
+    max_wait_s: float | None = Field(None, gt=0)  # calls by handle that would wait longer are refused
+    watchdog_s: float = Field(300.0, gt=0)  # a forward that takes longer hangs: the replica is replaced
+    prompt_cache_mib: int = Field(256, ge=0)  # of prompt embeddings, per model
+    group: str | None = None  # cards of one group share their replicas; the first listed sets the resources
+    models_loaded: int = Field(3, ge=1)  # of a group at once on one replica; the least recently used goes
+    warm_up: bool = True  # run one request before the replica is ready
     min_replicas: int = Field(0, ge=0)
     max_replicas: int = Field(1, ge=1)
     job_timeout_s: float = 600.0
@@ -103,7 +120,7 @@ class Serving(Strict):
 
 def _known_tasks(tasks: list[str]) -> list[str]:
     for task in tasks:
-        if task not in (*Task, "refine", "t2v", "i2v"):
+        if task not in (*Task, "t2v", "i2v"):
             raise ValueError(f"unknown task {task!r}")
     return tasks
 
@@ -129,10 +146,19 @@ class ModelCard(Strict):
     max_images: int = Field(4, ge=1, le=16)
     strength: float = Field(0.8, ge=0, le=1)  # default for img2img and inpainting
     trigger_words: list[str] = []
+    controls: dict[ControlType, ControlNet] = {}  # control pictures it takes, by kind
     refiner: str | None = None  # id of the card that refines this model's pictures
+    refiner_start: float = Field(0.8, gt=0, lt=1)  # part of the steps at which the refiner takes over
     vram_gib: float = 0.0  # needed for weights and one picture at the default size; 0: runs on a CPU
     licence: Licence
     serving: Serving = Serving()
+
+    @model_validator(mode="after")
+    def _people_are_found_for_their_pose(self) -> Self:
+        pose = self.controls.get("pose")
+        if pose is not None and (pose.preprocessor is None) != (pose.detector is None):
+            raise ValueError("controls.pose needs both preprocessor and detector, or neither")
+        return self
 
 
 def load_cards(directory: Path) -> dict[str, ModelCard]:

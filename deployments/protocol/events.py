@@ -13,6 +13,8 @@ class Queued:
     """Accepted by a replica, waiting for a slot."""
 
     ahead: int  # requests before this one on the same replica
+    starts_in_s: float | None = None  # estimates; None while the replica has learned nothing yet
+    finishes_in_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,18 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class Handover:
+    """The replica is being stopped, which is not the request's fault. Failed follows.
+
+    Give `state` to `generate(..., resume=state)` with the same request, on another replica. Empty: it
+    starts anew.
+    """
+
+    step: int  # steps done
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The request ended without its artifacts."""
 
@@ -69,14 +83,16 @@ class Failed:
     message: str
     retryable: bool
     param: str | None = None
+    retry_after_s: float | None = None
 
     @staticmethod
     def of(error: WeftError) -> Failed:
-        return Failed(error.kind, error.message, error.retryable, error.param)
+        return Failed(error.kind, error.message, error.retryable, error.param, error.retry_after_s)
 
     def to_error(self) -> WeftError:
         """The error this event stands for, ready to be raised on the caller's side."""
-        return KINDS.get(self.kind, Internal)(self.message, param=self.param)
+        kind = KINDS.get(self.kind, Internal)
+        return kind(self.message, param=self.param, retry_after_s=self.retry_after_s)
 
 
-Event = Queued | Started | Step | Preview | Artifact | Done | Failed
+Event = Queued | Started | Step | Preview | Artifact | Handover | Done | Failed

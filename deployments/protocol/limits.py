@@ -13,7 +13,15 @@ from typing import NamedTuple
 from deployments.protocol import pictures
 from deployments.protocol.card import ModelCard, Sizes
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import MAX_SEED, FittedEdit, FittedRequest, GenerationRequest
+from deployments.protocol.request import (
+    MAX_CONTROLS,
+    MAX_SEED,
+    Control,
+    FittedEdit,
+    FittedRequest,
+    GenerationRequest,
+    Task,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +48,11 @@ def fit(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> Fitt
     if request.task not in card.tasks:
         raise BadRequest(
             f"{card.id} cannot do {request.task.value}; it can do {', '.join(card.tasks)}",
-            param="edit" if request.edit else "model",
+            param="refine" if request.refine else "edit" if request.edit else "model",
         )
+    _check_refine(request)
     _check_text(request, card)
+    _check_controls(request, card)
     corrections: list[Correction] = []
     width, height = _size(request, card.sizes)
     steps = _steps(request, card, corrections)
@@ -62,7 +72,12 @@ def fit(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> Fitt
         scheduler=_scheduler(request, card, corrections),
         max_sequence_length=_sequence_length(request, card, corrections),
         edit=_edit(request, card),
+        controls=request.controls,
+        refine=request.refine,
+        refiner=_refiner(request, card, steps),
         output=request.output,
+        priority=request.priority,
+        deadline_s=request.deadline_s,
     )
     if denoising_steps(fitted, card) < 1 and fitted.edit is not None and fitted.edit.strength > 0:
         # diffusers would fail later with "the number of steps is < 1"; strength 0 is the picture itself
@@ -90,6 +105,75 @@ def denoising_steps(request: FittedRequest, card: ModelCard) -> int:
     return min(steps, int(steps * request.edit.strength))
 
 
+def control_field(request: GenerationRequest, index: int) -> str:
+    """What a control picture is called in messages: as the dialects name it."""
+    return "control_image" if len(request.controls) == 1 else f"controls.{index}.image"
+
+
+def _check_refine(request: GenerationRequest) -> None:
+    if not request.refine:
+        return
+    if request.edit is None:
+        raise BadRequest("refine needs a picture; send image too", param="image")
+    if request.edit.mask_image is not None:
+        raise BadRequest("refine works on the whole picture; leave mask_image out", param="mask_image")
+    if request.controls:
+        raise BadRequest("refine follows the given picture; leave control pictures out", param="controls")
+
+
+def _check_controls(request: GenerationRequest, card: ModelCard) -> None:
+    """Raises for the first control picture that this model cannot take; headers only are read."""
+    if len(request.controls) > MAX_CONTROLS:
+        raise BadRequest(
+            f"there are {len(request.controls)} control pictures; at most {MAX_CONTROLS}", param="controls"
+        )
+    for index, control in enumerate(request.controls):
+        if control.type not in card.controls:
+            able = f"it takes {', '.join(card.controls)}" if card.controls else "it takes none"
+            raise BadRequest(
+                f"{card.id} takes no control picture of type {control.type}; {able}", param="control_type"
+            )
+        if control.start >= control.end:
+            raise BadRequest(
+                f"control starts at {control.start:g} and ends at {control.end:g} of the steps; "
+                "start must be below end",
+                param="control_start",
+            )
+        _check_map(control, card)
+        if control.image:  # empty: kept elsewhere, and inspected before
+            pictures.inspect(control.image, control_field(request, index))
+
+
+def _check_map(control: Control, card: ModelCard) -> None:
+    """Canny edges we can find in any picture; depth and pose only through a model of the card."""
+    if control.type == "canny" or control.is_map or card.controls[control.type].preprocessor is not None:
+        return
+    raise BadRequest(
+        f"{card.id} cannot find the {control.type} in a plain picture; send a {control.type} map "
+        "and say is_map: true",
+        param="control_image",
+    )
+
+
+def _refiner(request: GenerationRequest, card: ModelCard, steps: int) -> float | None:
+    """The part of the steps at which the refiner takes over, or None."""
+    if request.refiner is None or request.refiner is False:
+        return None
+    if card.refiner is None:
+        raise BadRequest(f"{card.id} has no refiner; leave refiner out", param="refiner")
+    if request.task is not Task.t2i:
+        raise BadRequest(
+            "refiner takes over from text-to-image only; refine a finished picture with "
+            f"model {card.refiner} and refine",
+            param="refiner",
+        )
+    if steps < 2:
+        raise BadRequest(
+            "refiner needs a step for each of two models; use at least 2 steps", param="num_inference_steps"
+        )
+    return card.refiner_start if request.refiner is True else request.refiner
+
+
 def _check_text(request: GenerationRequest, card: ModelCard) -> None:
     for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
         if len(text) > card.max_prompt_chars:
@@ -107,12 +191,14 @@ def _check_text(request: GenerationRequest, card: ModelCard) -> None:
 
 
 def _size(request: GenerationRequest, sizes: Sizes) -> tuple[int, int]:
-    """Width and height in pixels: as asked, or of the given picture, or the card's default."""
+    """Width and height in pixels: as asked, of the given or first control picture, or the card's default."""
     source = None
     if request.edit is not None and request.edit.image:
         source = pictures.inspect(request.edit.image, "image")
         if request.edit.mask_image is not None:
             pictures.inspect(request.edit.mask_image, "mask_image")
+    elif request.edit is None and request.controls and request.controls[0].image:
+        source = pictures.inspect(request.controls[0].image, control_field(request, 0))
     if request.width is None and request.height is None:
         return (sizes.width, sizes.height) if source is None else _nearest_size(source, sizes)
     ratio = sizes.width / sizes.height if source is None else source.width / source.height

@@ -8,7 +8,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 MAX_SEED = 2**63 - 1
+MAX_CONTROLS = 4  # of one request; each costs a forward of its ControlNet at every step
+MAX_CONTROL_WEIGHT = 2.0
+MAX_PREVIEWS = 8
 PictureFormat = Literal["png", "jpeg", "webp"]
+ControlType = Literal["canny", "depth", "pose"]
+Priority = Literal["low", "normal", "high"]
 
 
 class Strict(BaseModel):
@@ -31,6 +36,7 @@ class Task(StrEnum):
     t2i = "t2i"
     i2i = "i2i"
     inpaint = "inpaint"
+    refine = "refine"  # img2img that redraws the finest details, with a refiner's weights
 
 
 class Edit(Strict):
@@ -45,11 +51,31 @@ class Edit(Strict):
     )
 
 
+class Control(Strict):
+    """A picture whose edges, depth or pose the result shall follow, through a ControlNet."""
+
+    image: bytes = Field(description="A PNG, JPEG or WebP file.", repr=False)
+    type: ControlType
+    weight: float = Field(
+        1.0, ge=0.0, le=MAX_CONTROL_WEIGHT, description="0 leaves the picture without effect."
+    )
+    start: float = Field(0.0, ge=0.0, le=1.0, description="Part of the steps before control begins.")
+    end: float = Field(1.0, ge=0.0, le=1.0, description="Part of the steps after which control ends.")
+    is_map: bool | None = Field(
+        None,
+        description="True: a control map already; false: a plain picture. None: an edge map is "
+        "recognized, everything else is a plain picture.",
+    )
+
+
 class Output(Strict):
-    """How the finished picture is written to a file."""
+    """How the finished picture is written to a file, and what is shown of it before."""
 
     format: PictureFormat = "png"
     quality: int = Field(95, ge=1, le=100, description="JPEG and WebP only.")
+    previews: int = Field(
+        0, ge=0, le=MAX_PREVIEWS, description="Rough looks at the unfinished picture, sent as events."
+    )
 
 
 class GenerationRequest(Strict):
@@ -70,10 +96,22 @@ class GenerationRequest(Strict):
     scheduler: str = Field("auto", min_length=1, max_length=64, description="Noise scheduler.")
     max_sequence_length: int | None = Field(None, ge=1, le=4096, description="Text tokens.")
     edit: Edit | None = None
+    controls: tuple[Control, ...] = Field((), max_length=MAX_CONTROLS, strict=False)
+    refine: bool = Field(False, description="Redraw the details of `edit.image`, with a refiner.")
+    refiner: bool | Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None,
+        description="Let the model's refiner take over at this part of the steps; true: at the default.",
+    )
     output: Output = Output()
+    priority: Priority = Field("normal", description="Of the request's steps on a busy replica.")
+    deadline_s: float | None = Field(
+        None, gt=0, description="Wanted within so many seconds of its arrival at a replica; best effort."
+    )
 
     @property
     def task(self) -> Task:
+        if self.refine:
+            return Task.refine
         if self.edit is None:
             return Task.t2i
         return Task.i2i if self.edit.mask_image is None else Task.inpaint
@@ -97,6 +135,7 @@ class FittedRequest(GenerationRequest):
     seed: int
     max_sequence_length: int | None
     edit: FittedEdit | None = None
+    refiner: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
 
     @property
     def cost_mpx_steps(self) -> float:

@@ -12,3 +12,10 @@ def best_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """What weights may take of a GPU: nine tenths of it, the rest is for activations; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return int(0.9 * torch.cuda.get_device_properties(device).total_memory)

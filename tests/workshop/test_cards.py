@@ -12,6 +12,7 @@ from deployments.pipelines.schedulers import SCHEDULERS
 from deployments.protocol.card import ModelCard, Weights, card_without_file, load_card, load_cards
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import Task
+from deployments.weights.load import CONTROLNETS
 
 FOLDER = Path(__file__).parents[2] / "configs/models"
 CARDS = load_cards(FOLDER)
@@ -117,7 +118,41 @@ def test_the_refiner_of_sdxl_has_a_card_and_takes_pictures_only() -> None:
     refiner = CARDS[CARDS["sdxl-base-1.0"].refiner or ""]
 
     assert refiner.id == "sdxl-refiner-1.0"
-    assert refiner.tasks == [Task.i2i]
+    assert refiner.tasks == [Task.i2i, Task.refine]
+    assert CARDS["sdxl-base-1.0"].refiner_start == 0.8
+
+
+def test_a_refiner_that_a_card_names_has_a_card() -> None:
+    named = [card.refiner for card in CARDS.values() if card.refiner]
+
+    assert set(named) <= set(CARDS)
+    assert all(Task.refine in CARDS[name].tasks for name in named)
+
+
+@every_card
+def test_a_controlnet_says_its_licence_and_is_of_a_family_that_has_them(card: ModelCard) -> None:
+    assert not card.controls or card.family in CONTROLNETS
+    for entry in card.controls.values():
+        assert entry.licence.name
+        assert entry.licence.url.startswith("https://")
+        assert entry.licence.commercial or not card.licence.commercial
+
+
+@pytest.mark.parametrize("card_id", ["stable-diffusion-v1.5", "sdxl-base-1.0", "flux.1-dev"])
+def test_every_kind_of_control_picture_may_be_a_plain_one(card_id: str) -> None:
+    controls = CARDS[card_id].controls
+
+    assert set(controls) == {"canny", "depth", "pose"}
+    assert controls["depth"].preprocessor is not None
+    assert controls["pose"].preprocessor is not None
+    assert controls["pose"].detector is not None
+
+
+@every_card
+def test_a_cards_schedulers_suit_what_its_family_predicts(card: ModelCard) -> None:
+    flows = {name.startswith("flow_") for name in card.schedulers if name != "auto"}
+
+    assert flows <= {card.family in ("flux", "hunyuan_video", "wan", "ltx", "sd3")}
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------
@@ -145,6 +180,21 @@ def test_an_unknown_key_stops_with_the_file_and_the_keys_name(tmp_path: Path, fa
         ({"tasks": ["t2i", "dance"]}, "unknown task 'dance'"),
         ({"id": "Not An Id"}, "id"),
         ({"family": "cubism"}, "family"),
+        ({"controls": {"scribble": {}}}, "scribble"),
+        ({"controls": {"canny": {"weights": {"repo": "a/b"}}}}, "controls.canny.licence"),
+        (
+            {
+                "controls": {
+                    "pose": {
+                        "weights": {"repo": "a/b"},
+                        "preprocessor": {"repo": "c/d"},
+                        "licence": {"name": "MIT", "url": "https://example.org"},
+                    }
+                }
+            },
+            "both preprocessor and detector",
+        ),
+        ({"refiner_start": 1.0}, "refiner_start"),
     ],
     ids=str,
 )

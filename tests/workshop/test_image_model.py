@@ -15,7 +15,17 @@ from PIL import Image
 from deployments.image import ImageModel
 from deployments.protocol.card import load_card
 from deployments.protocol.errors import BadRequest, ModelUnavailable
-from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Started, Step
+from deployments.protocol.events import (
+    Artifact,
+    Done,
+    Event,
+    Failed,
+    Handover,
+    Preview,
+    Queued,
+    Started,
+    Step,
+)
 from deployments.protocol.request import Edit, GenerationRequest, Output
 
 CARD = load_card(Path(__file__).parents[2] / "configs/models/tiny-flux-schnell.yaml")
@@ -24,7 +34,7 @@ SMALL = {"width": 64, "height": 64}
 
 @pytest.fixture(scope="module")
 def model() -> Iterator[ImageModel]:
-    made = ImageModel(CARD)
+    made = ImageModel([CARD])
     yield made
     made.__del__()
 
@@ -43,11 +53,11 @@ def pixels(data: bytes) -> npt.NDArray[np.int16]:
     return np.asarray(Image.open(io.BytesIO(data)), dtype=np.int16)
 
 
-async def events_of(model: ImageModel, **changes: Any) -> list[Event]:
+async def events_of(model: ImageModel, /, **changes: Any) -> list[Event]:
     return [event async for event in model.generate(wish(**changes))]
 
 
-async def pictures_of(model: ImageModel, **changes: Any) -> list[Artifact]:
+async def pictures_of(model: ImageModel, /, **changes: Any) -> list[Artifact]:
     events = await events_of(model, **changes)
     return [event for event in events if isinstance(event, Artifact) and event.kind == "image"]
 
@@ -55,7 +65,7 @@ async def pictures_of(model: ImageModel, **changes: Any) -> list[Artifact]:
 async def test_events_come_in_order_and_end_with_done(model: ImageModel) -> None:
     events = await events_of(model)
 
-    assert events[:2] == [Queued(0), Started(4)]
+    assert events[:2] == [Queued(0, 0.0), Started(4)]
     assert events[2:6] == [Step(step, 4) for step in (1, 2, 3, 4)]
     assert [(event.kind, event.index) for event in events[6:-1]] == [("image", 0), ("thumbnail", 0)]
     assert isinstance(events[-1], Done)
@@ -168,7 +178,7 @@ async def test_closing_the_stream_frees_the_slot(model: ImageModel) -> None:
 
     await stream.aclose()
 
-    assert first == Queued(0)
+    assert first == Queued(0, 0.0)
     assert (busy["active"], (await model.status())["active"]) == (1, 0)
     assert isinstance((await events_of(model))[-1], Done)
 
@@ -177,11 +187,11 @@ async def test_a_replica_whose_weights_are_missing_says_where_it_looked() -> Non
     nowhere = CARD.weights.model_copy(update={"path": "models/nowhere"})
 
     with pytest.raises(ModelUnavailable, match=r"models/nowhere: model_index\.json is missing"):
-        ImageModel(CARD.model_copy(update={"weights": nowhere}))
+        ImageModel([CARD.model_copy(update={"weights": nowhere})])
 
 
 async def test_a_stopped_engine_fails_the_health_check_and_refuses_work() -> None:
-    model = ImageModel(CARD)
+    model = ImageModel([CARD])
     model.check_health()
 
     model.__del__()
@@ -191,3 +201,110 @@ async def test_a_stopped_engine_fails_the_health_check_and_refuses_work() -> Non
     (failed,) = await events_of(model)
     assert isinstance(failed, Failed)
     assert failed.retryable
+
+
+# --- previews, memory, several models, going on elsewhere --------------------------------------------------
+
+
+async def test_previews_come_between_steps_and_show_what_the_picture_will_be(model: ImageModel) -> None:
+    events = await events_of(model, prompt="a red circle on a blue background", output=Output(previews=3))
+
+    previews = [event for event in events if isinstance(event, Preview)]
+    finished = next(event for event in events if isinstance(event, Artifact))
+    assert [preview.step for preview in previews] == [1, 2, 3]
+    assert all(preview.media_type == "image/webp" for preview in previews)
+    rough, picture = pixels(previews[-1].data), pixels(finished.data)
+    assert rough.shape == picture.shape
+    assert np.abs(rough - picture).mean() < 25, "of 255"
+
+
+async def test_previews_change_nothing_in_the_picture(model: ImageModel) -> None:
+    with_previews = await pictures_of(model, output=Output(previews=2))
+    without = await pictures_of(model)
+
+    assert np.array_equal(pixels(with_previews[0].data), pixels(without[0].data))
+
+
+async def test_a_prompt_is_encoded_once_for_all_who_ask_it(model: ImageModel) -> None:
+    async with model._shelf.using(CARD.id) as loaded:
+        prompts = loaded.prompts
+    before = prompts.hits, prompts.misses
+
+    for seed in range(3):
+        await pictures_of(model, prompt="two green stars of a kind", seed=seed)
+
+    assert (prompts.hits - before[0], prompts.misses - before[1]) == (2, 1)
+    assert 0 < prompts.bytes < 256 * 2**20
+
+
+async def test_latents_that_are_not_finite_are_reported(
+    model: ImageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with model._shelf.using(CARD.id) as loaded:
+        weight = loaded.model._pipeline.transformer.proj_out.bias
+    kept = weight.detach().clone()
+    weight.data.fill_(float("nan"))
+    try:
+        events = await events_of(model)
+    finally:
+        weight.data.copy_(kept)
+
+    assert isinstance(events[-1], Failed)
+    assert "not finite" in events[-1].message
+
+
+async def test_a_replica_with_several_cards_loads_on_demand_and_lets_the_oldest_go() -> None:
+    serving = CARD.serving.model_copy(update={"models_loaded": 1, "warm_up": False})
+    cards = [CARD.model_copy(update={"id": name, "serving": serving}) for name in ("first", "second")]
+    replica = ImageModel(cards)
+    try:
+        assert list(replica._shelf.loaded) == ["first"]
+        (second,) = await pictures_of(replica, model="second")
+        assert list(replica._shelf.loaded) == ["second"]
+        (first,) = await pictures_of(replica, model="first")
+        assert np.array_equal(pixels(first.data), pixels(second.data)), "the same weights, loaded again"
+        status = await replica.status()
+        assert status["models"] == ["first", "second"]
+        strange = await events_of(replica, model="third")
+        assert isinstance(strange[-1], Failed)
+        assert "first, second" in strange[-1].message
+    finally:
+        replica.__del__()
+
+
+async def test_a_drained_request_goes_on_elsewhere_with_the_same_picture(model: ImageModel) -> None:
+    card = CARD.model_copy(
+        update={
+            "steps": CARD.steps.model_copy(update={"max": 50}),
+            "serving": CARD.serving.model_copy(update={"warm_up": False}),
+        }
+    )
+    wish_ = wish(num_inference_steps=40, output=Output(format="png"))
+    draining = ImageModel([card])
+    seen: list[Event] = []
+    async for event in draining.generate(wish_):
+        seen.append(event)
+        if event == Step(5, 40):
+            draining.drain(grace_s=0.0)
+    draining.__del__()
+
+    failed, handover = seen[-1], seen[-2]
+    assert isinstance(failed, Failed)
+    assert failed.retryable
+    assert isinstance(handover, Handover)
+    assert 5 <= handover.step < 40
+
+    other = ImageModel([card])
+    resumed = [event async for event in other.generate(wish_, resume=handover.state)]
+    whole = [event async for event in other.generate(wish_)]
+    anew = [event async for event in other.generate(wish_, resume=b"broken")]
+    other.__del__()
+
+    steps = [event.step for event in resumed if isinstance(event, Step)]
+    assert steps == list(range(handover.step + 1, 41))
+    pictures = [
+        next(pixels(event.data) for event in events if isinstance(event, Artifact))
+        for events in (resumed, whole, anew)
+    ]
+    assert np.array_equal(pictures[0], pictures[1])
+    assert np.array_equal(pictures[1], pictures[2])

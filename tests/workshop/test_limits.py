@@ -15,7 +15,15 @@ from PIL import Image
 from deployments.protocol.card import ModelCard, load_cards
 from deployments.protocol.errors import BadRequest, TooLarge
 from deployments.protocol.limits import Correction, Fitted, denoising_steps, fit
-from deployments.protocol.request import MAX_SEED, Edit, FittedRequest, GenerationRequest, Output, Task
+from deployments.protocol.request import (
+    MAX_SEED,
+    Control,
+    Edit,
+    FittedRequest,
+    GenerationRequest,
+    Output,
+    Task,
+)
 
 CARDS = load_cards(Path(__file__).parents[2] / "configs/models")
 SCHNELL, DEV = CARDS["flux.1-schnell"], CARDS["flux.1-dev"]
@@ -39,6 +47,10 @@ def wish(**changes: Any) -> GenerationRequest:
 
 def edit(width: int = 512, height: int = 512, **changes: Any) -> Edit:
     return Edit(image=png(width, height), **changes)
+
+
+def control(kind: Any = "canny", width: int = 512, height: int = 512, **changes: Any) -> Control:
+    return Control(image=png(width, height), type=kind, **changes)
 
 
 def fitted(card: ModelCard, **changes: Any) -> FittedRequest:
@@ -114,6 +126,44 @@ def test_without_a_size_the_given_pictures_own_is_used_as_far_as_the_card_lets_i
     assert (request.width, request.height) == used
 
 
+def test_without_a_size_the_first_control_pictures_own_is_used() -> None:
+    request = fitted(SD, controls=[control(width=640, height=320), control("depth", 100, 100)])
+
+    assert (request.width, request.height) == (640, 320)
+    assert request.controls == (control(width=640, height=320), control("depth", 100, 100))
+
+
+def test_an_edits_own_size_goes_before_that_of_a_control_picture() -> None:
+    request = fitted(SD, edit=edit(512, 256), controls=[control(width=640, height=320)])
+
+    assert (request.width, request.height) == (512, 256)
+
+
+@pytest.mark.parametrize(("asked", "used"), [(True, 0.8), (0.6, 0.6), (False, None), (None, None)])
+def test_the_card_says_when_the_refiner_takes_over(asked: Any, used: float | None) -> None:
+    assert fitted(SDXL, refiner=asked).refiner == used
+
+
+def test_a_depth_map_needs_no_model_that_finds_depth() -> None:
+    request = fitted(CANNY_ONLY, controls=[control("depth", is_map=True)])
+
+    assert request.controls[0].is_map is True
+
+
+def test_refine_is_a_task_with_the_refiners_own_strength() -> None:
+    request = fitted(REFINER, refine=True, edit=edit())
+
+    assert request.task is Task.refine
+    assert request.edit is not None
+    assert request.edit.strength == 0.3
+    assert denoising_steps(request, REFINER) == 9
+
+
+def test_at_most_four_control_pictures_may_be_sent() -> None:
+    with pytest.raises(ValueError, match="at most 4 items"):
+        wish(controls=[control()] * 5)
+
+
 def test_a_size_that_was_asked_for_wins_over_the_given_pictures() -> None:
     request = fitted(SD, width=512, height=256, edit=edit(640, 480))
 
@@ -185,6 +235,14 @@ def test_a_shorter_text_length_is_raised_to_the_models_one_so_that_requests_shar
 
 # --- refusals ---------------------------------------------------------------------------------------------
 
+CANNY_ONLY = SD.model_copy(
+    update={
+        "controls": {
+            "canny": SD.controls["canny"],
+            "depth": SD.controls["depth"].model_copy(update={"preprocessor": None}),
+        }
+    }
+)
 REFUSALS: list[tuple[ModelCard, dict[str, Any], str, str, str]] = [
     # card, what was asked, field at fault, cause, cure
     (REFINER, {}, "model", "cannot do t2i", "can do i2i"),
@@ -201,7 +259,7 @@ REFUSALS: list[tuple[ModelCard, dict[str, Any], str, str, str]] = [
     (DREAMSHAPER, {"num_inference_steps": 10}, "num_inference_steps", "is 10", "runs 15-30"),
     (DREAMSHAPER, {"num_inference_steps": 31}, "num_inference_steps", "is 31", "runs 15-30"),
     (SD, {"guidance_scale": 30.0}, "guidance_scale", "is 30", "takes 0-20"),
-    (SD, {"scheduler": "magic"}, "scheduler", "'magic' is not one", "auto, euler, euler_a"),
+    (SD, {"scheduler": "magic"}, "scheduler", "'magic' is not one", "auto, euler, euler_karras"),
     (SD, {"max_sequence_length": 77}, "max_sequence_length", "has no max_sequence_length", "leave it out"),
     (DEV, {"max_sequence_length": 513}, "max_sequence_length", "is 513", "takes 512"),
     (SD, {"seed": MAX_SEED, "num_images": 2}, "seed", "seed must be", "at most"),
@@ -209,6 +267,25 @@ REFUSALS: list[tuple[ModelCard, dict[str, Any], str, str, str]] = [
     (SD, {"edit": Edit(image=b"GIF89a")}, "image", "not a readable picture", "PNG, JPEG or WebP"),
     (SD, {"edit": edit(mask_image=b"?")}, "mask_image", "not a readable picture", "PNG, JPEG or WebP"),
     (SD, {"edit": edit(8, 8)}, "image", "image is 8x8", "at least 16"),
+    (SCHNELL, {"controls": [control()]}, "control_type", "no control picture of type canny", "takes none"),
+    (CANNY_ONLY, {"controls": [control("pose")]}, "control_type", "of type pose", "it takes canny, depth"),
+    (CANNY_ONLY, {"controls": [control("depth")]}, "control_image", "cannot find the depth", "is_map: true"),
+    (SD, {"controls": [control(start=0.5, end=0.5)]}, "control_start", "ends at 0.5", "below end"),
+    (SD, {"controls": [control(width=8, height=8)]}, "control_image", "8x8", "at least 16"),
+    (
+        SD,
+        {"controls": [control(), Control(image=b"?", type="depth")]},
+        "controls.1.image",
+        "not a readable picture",
+        "PNG, JPEG or WebP",
+    ),
+    (SD, {"refiner": True}, "refiner", "has no refiner", "leave refiner out"),
+    (SDXL, {"refiner": 0.5, "edit": edit()}, "refiner", "text-to-image only", "sdxl-refiner-1.0"),
+    (SDXL, {"refiner": True, "num_inference_steps": 1}, "num_inference_steps", "two models", "at least 2"),
+    (REFINER, {"refine": True}, "image", "needs a picture", "send image"),
+    (REFINER, {"refine": True, "edit": edit(mask_image=png(64, 64))}, "mask_image", "whole picture", "leave"),
+    (REFINER, {"refine": True, "edit": edit(), "controls": [control()]}, "controls", "follows", "leave"),
+    (SDXL, {"refine": True, "edit": edit()}, "refine", "cannot do refine", "it can do t2i"),
 ]
 
 
@@ -255,6 +332,9 @@ def test_the_strength_that_a_refusal_advises_is_accepted(steps: int) -> None:
 PICTURES = st.sampled_from([(64, 64), (100, 2000), (1000, 500), (3000, 40), (640, 480), (17, 1999)])
 
 
+CONTROLS = [control(), control("depth", 640, 480), control("pose", weight=0.5, end=0.5)]
+
+
 @st.composite
 def wishes(draw: st.DrawFn) -> tuple[GenerationRequest, ModelCard]:
     """A wish near the limits of a card, mostly inside them, and the card."""
@@ -277,6 +357,9 @@ def wishes(draw: st.DrawFn) -> tuple[GenerationRequest, ModelCard]:
         scheduler=draw(st.sampled_from([*card.schedulers, "unknown"] if slack else card.schedulers)),
         max_sequence_length=draw(st.sampled_from([None, card.max_sequence_length, 64 if slack else None])),
         edit=draw(given_edit if card is REFINER else st.none() | given_edit),
+        controls=draw(st.lists(st.sampled_from(CONTROLS), max_size=2)) if draw(rarely) else [],
+        refiner=draw(st.sampled_from([None, None, True, 0.5])) if draw(rarely) else None,
+        refine=card is REFINER and draw(st.booleans()),
     )
     return request, card
 
@@ -330,7 +413,8 @@ def test_every_refusal_names_a_field_of_the_request(pair: tuple[GenerationReques
     answer = answer_to(*pair)
     assume(not isinstance(answer, Fitted))
 
-    assert answer.param in {*GenerationRequest.model_fields, *Edit.model_fields, "image"}
+    fields = {*GenerationRequest.model_fields, *Edit.model_fields, "control_type", "control_image"}
+    assert answer.param in fields
     assert len(answer.message) > 20
 
 

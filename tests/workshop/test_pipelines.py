@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import tiny
 import torch
 from diffusers import (
     DEISMultistepScheduler,
@@ -31,6 +30,7 @@ from deployments.pipelines.schedulers import SCHEDULERS, noise_scheduler
 from deployments.protocol.card import load_cards
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import FittedEdit, FittedRequest, Task
+from tests.workshop import tiny
 
 CARDS = load_cards(Path(__file__).parents[2] / "configs/models")
 PICTURE = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 40).convert("RGB")
@@ -41,8 +41,14 @@ TASKS = {
     Task.t2i: {},
     Task.i2i: {"edit": FittedEdit(image=b"", strength=0.7)},
     Task.inpaint: {"edit": FittedEdit(image=b"", mask_image=b"", strength=1.0)},
+    Task.refine: {"edit": FittedEdit(image=b"", strength=0.7), "refine": True},
 }
-GIVEN: dict[Task, tuple[Any, ...]] = {Task.t2i: (), Task.i2i: (PICTURE,), Task.inpaint: (PICTURE, MASK)}
+GIVEN: dict[Task, tuple[Any, ...]] = {
+    Task.t2i: (),
+    Task.i2i: (PICTURE,),
+    Task.inpaint: (PICTURE, MASK),
+    Task.refine: (PICTURE,),
+}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +108,8 @@ def ignore(_step: int, _steps: int) -> None:
 def test_a_task_picks_the_families_own_pipeline_class(model: Model, prefix: str) -> None:
     classes = [type(model.pipeline_for(wish(task))).__name__ for task in Task]
 
-    assert classes == [f"{prefix}Pipeline", f"{prefix}Img2ImgPipeline", f"{prefix}InpaintPipeline"]
+    image_to_image = f"{prefix}Img2ImgPipeline"
+    assert classes == [f"{prefix}Pipeline", image_to_image, f"{prefix}InpaintPipeline", image_to_image]
 
 
 def test_a_refiner_is_an_image_to_image_pipeline_from_the_start() -> None:
@@ -168,7 +175,7 @@ def test_every_picture_of_a_request_has_its_own_generator() -> None:
 def test_no_two_requests_share_a_noise_scheduler(model: Model) -> None:
     schedulers = [model.pipeline_for(wish(task)).scheduler for task in (*Task, Task.t2i)]
 
-    assert len(set(map(id, schedulers))) == 4
+    assert len(set(map(id, schedulers))) == len(schedulers)
     assert len({type(scheduler) for scheduler in schedulers}) == 1
 
 
@@ -267,10 +274,51 @@ def test_every_scheduler_of_a_family_paints_three_steps(model: Model, name: str)
     assert pixels(image).std() > 0
 
 
-def test_every_scheduler_name_is_on_some_card_or_waits_for_distilled_weights() -> None:
+def test_every_scheduler_name_is_on_some_card_or_waits_for_a_model_that_takes_it() -> None:
     listed = {name for card in CARDS.values() for name in card.schedulers}
 
-    assert set(SCHEDULERS) - listed == {"lcm"}
+    distilled = {"lcm", "flow_lcm"}
+    for_other_pipelines = {"flow_heun", "flow_dpmpp_2m"}  # FLUX's hand them noise levels, which they refuse
+    assert set(SCHEDULERS) - listed <= distilled | for_other_pipelines
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name.startswith("flow_")])
+def test_every_scheduler_for_flow_leads_a_perfect_flow_to_its_picture(name: str) -> None:
+    scheduler = noise_scheduler(name, tiny.flux(guidance=False).scheduler)
+
+    answer = sampled(scheduler, perfect_flow)
+
+    assert torch.allclose(answer, TARGET, atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "says"),
+    [
+        (
+            "flux.1-dev",
+            "ddim",
+            "for models that predict noise, and this one predicts flow; use auto or .*flow_euler",
+        ),
+        (
+            "sdxl-base-1.0",
+            "flow_euler",
+            "for models that predict flow, and this one predicts noise; .*euler_a",
+        ),
+    ],
+)
+def test_a_scheduler_for_another_kind_of_model_is_refused_with_those_that_fit(
+    family: str, name: str, says: str
+) -> None:
+    with pytest.raises(BadRequest, match=says) as caught:
+        noise_scheduler(name, OWN[family]())
+
+    assert caught.value.param == "scheduler"
+
+
+def test_a_flow_scheduler_keeps_the_models_shift() -> None:
+    own = tiny.flux().scheduler
+
+    assert noise_scheduler("flow_unipc", own).config.flow_shift == own.config.shift == 3.0
 
 
 # --- running ----------------------------------------------------------------------------------------------

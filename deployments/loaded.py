@@ -1,0 +1,79 @@
+"""One model on the device with all that its requests need; loaded and unloaded as a whole."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from deployments.engine.intercept import intercept
+from deployments.engine.row_counts import pad_small_linears
+from deployments.pipelines.model import Model
+from deployments.pipelines.previews import Previewer
+from deployments.pipelines.prompt_cache import PromptCache
+from deployments.protocol.card import ModelCard
+from deployments.protocol.request import ControlType, Task
+from deployments.weights.load import load_controlnet, load_pipeline
+from deployments.weights.preprocessors import finders
+
+logger = logging.getLogger(__name__)
+
+MIB = 2**20
+
+
+class LoadedModel:
+    """The card's model, its prompt cache, previewer and control map finders."""
+
+    def __init__(
+        self, card: ModelCard, refiner: ModelCard | None, device: torch.device, *, while_serving: bool
+    ) -> None:
+        """Loads at once. refiner: the card that card.refiner names; loaded when a request asks for it.
+
+        while_serving: other threads are at work, see load_pipeline.
+        Raises ModelUnavailable when the weights cannot be had.
+        """
+        started = time.monotonic()
+        pipeline = load_pipeline(card.weights, device, while_serving=while_serving)
+        self.card = card
+        self.model = Model(
+            pipeline,
+            [Task(task) for task in card.tasks if task in set(Task)],
+            controls=card.controls,
+            load_controlnet=partial(load_controlnet, family=card.family, device=device),
+            load_refiner=None
+            if refiner is None
+            else partial(load_pipeline, refiner.weights, device, while_serving=True),
+        )
+        self.previewer = Previewer.fitted_to(pipeline)
+        self.prompts = PromptCache(card.serving.prompt_cache_mib * MIB)
+        self.finders: Mapping[ControlType, Callable[..., Any]] = finders(card.controls, device)
+        self._restores: list[Callable[[], None]] = []
+        self._cut(self.model.modules)
+        self.model.on_new_modules = self._cut
+        logger.info("model loaded", extra={"model": card.id, "seconds": time.monotonic() - started})
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all weights on the device."""
+        parameters = {id(p): p for module in self.model.modules for p in module.parameters()}
+        return sum(p.numel() * p.element_size() for p in parameters.values())
+
+    def unload(self) -> None:
+        """Let the memory go. Nobody may use the model any more."""
+        for restore in self._restores:
+            restore()
+        self._restores.clear()
+        self.prompts.clear()
+        self.model.modules.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _cut(self, modules: list[nn.Module]) -> None:
+        self._restores.append(intercept(modules))
+        if self.card.serving.deterministic:
+            self._restores.append(pad_small_linears(modules))

@@ -1,0 +1,137 @@
+"""A rough look at an unfinished picture: the clean latents that the model predicts, through a linear map.
+
+The map is fitted to the model's own VAE when it is loaded: each latent's colour is a weighted sum of its
+channels. That costs a matrix product of 17 x 3, where a decoder would cost about as much as a step.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+logger = logging.getLogger(__name__)
+
+Look = npt.NDArray[np.uint8]  # (H, W, 3), one pixel per latent
+FIT_PICTURES, FIT_LATENTS = 8, 16  # pictures of 16 x 16 latents: 2,048 samples for 17 weights
+# noise schedulers whose samples are clean + sigma * noise; the others keep the variance at 1
+SIGMA_SPACE = frozenset(
+    """
+    EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler LMSDiscreteScheduler
+    KDPM2DiscreteScheduler KDPM2AncestralDiscreteScheduler DPMSolverSDEScheduler
+    """.split()
+)
+
+
+class Previewer:
+    """Latents of one model to small pictures."""
+
+    def __init__(self, weights: Tensor) -> None:
+        """weights: (channels + 1, 3), the last row for a constant; colours -1..1."""
+        self._weights = weights
+
+    @classmethod
+    @torch.inference_mode()
+    def fitted_to(cls, pipeline: Any) -> Previewer | None:
+        """Least squares over synthetic pictures; None where the VAE is not one for single pictures."""
+        vae = getattr(pipeline, "vae", None)
+        if type(vae).__name__ not in ("AutoencoderKL", "AutoencoderTiny") or vae is None:
+            return None
+        scale = 2 ** (len(vae.config.block_out_channels) - 1)
+        pictures = _synthetic_pictures(FIT_PICTURES, FIT_LATENTS * scale)
+        encoded = vae.encode(pictures.to(vae.device, vae.dtype))
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        latents = latents.float().cpu()
+        shift = vae.config.get("shift_factor") or 0.0
+        latents = (latents - shift) * (vae.config.get("scaling_factor") or 1.0)
+        samples = latents.permute(0, 2, 3, 1).flatten(0, 2)
+        colours = functional.avg_pool2d(pictures, scale).permute(0, 2, 3, 1).flatten(0, 2)
+        with_constant = torch.cat([samples, torch.ones(len(samples), 1)], 1)
+        return cls(torch.linalg.lstsq(with_constant, colours).solution)
+
+    def look(self, latents: Tensor) -> Look:
+        """latents: (C, H, W) in the pipeline's scale, finite or not."""
+        flat = latents.float().cpu().permute(1, 2, 0)  # (H, W, C)
+        colours = flat @ self._weights[:-1] + self._weights[-1]
+        return np.asarray(((colours.nan_to_num() + 1) * 127.5).clamp(0, 255).byte().numpy())
+
+
+def watch(
+    pipeline: Any, width: int, height: int, wanted: Callable[[], bool], show: Callable[[Tensor], None]
+) -> None:
+    """Have `show` called with the predicted clean latents (C, H, W) of the first picture.
+
+    pipeline: a request's own object with a noise scheduler of its own; width, height: pixels.
+    wanted: asked at every step of the noise scheduler.
+    """
+    scheduler = pipeline.scheduler
+    step = scheduler.step
+
+    @functools.wraps(step)  # pipelines look at its signature for `eta` and `generator`
+    def watched(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if wanted():
+            clean = predicted_clean(scheduler, model_output[:1], timestep, sample[:1])
+            if clean is not None and (unpacked := _unpacked(pipeline, clean, width, height)) is not None:
+                show(unpacked)
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    vars(scheduler)["step"] = watched
+
+
+def predicted_clean(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Tensor | None:
+    """What the model takes the finished latents for, given its output for `sample` at `timestep`.
+
+    None for a noise scheduler whose arithmetic is not known here.
+    """
+    kind = scheduler.config.get("prediction_type", "flow_prediction")
+    if "FlowMatch" in type(scheduler).__name__ or kind == "flow_prediction":
+        return sample - _sigma_now(scheduler, timestep) * output
+    if kind == "sample":
+        return output
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return None
+    last = len(scheduler.alphas_cumprod) - 1
+    alpha = float(scheduler.alphas_cumprod[min(last, max(0, round(float(timestep))))])
+    signal, noise = alpha**0.5, (1 - alpha) ** 0.5
+    if type(scheduler).__name__ in SIGMA_SPACE:
+        sample = sample * signal
+    clean: Tensor | None = None
+    if kind == "epsilon":
+        clean = (sample - noise * output) / signal
+    elif kind == "v_prediction":
+        clean = signal * sample - noise * output
+    return clean
+
+
+def _sigma_now(scheduler: Any, timestep: Any) -> float:
+    index = scheduler.step_index
+    if index is None:
+        index = scheduler.index_for_timestep(timestep)
+    return float(scheduler.sigmas[index])
+
+
+def _unpacked(pipeline: Any, latents: Tensor, width: int, height: int) -> Tensor | None:
+    """(C, H, W) of latents (1, C, H, W) or of tokens as FLUX packs them."""
+    if latents.ndim == 4:
+        return latents[0]
+    if latents.ndim == 3 and hasattr(pipeline, "_unpack_latents"):
+        unpacked: Tensor = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
+        return unpacked[0] if unpacked.ndim == 4 else None
+    return None
+
+
+def _synthetic_pictures(count: int, side: int) -> Tensor:
+    """(count, 3, side, side) in -1..1: flat patches and slopes of random colours."""
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.rand(count, 3, 8, 8, generator=generator) * 2 - 1
+    flat = functional.interpolate(patches, size=(side, side), mode="nearest")
+    slopes = functional.interpolate(patches.flip(0), size=(side, side), mode="bilinear")
+    share = torch.linspace(0, 1, count).view(-1, 1, 1, 1)
+    return torch.lerp(flat, slopes, share)
