@@ -13,13 +13,16 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
 
+from models.autoencoder import encode_scenes
 from models.flow import LONG, LONG_SHARE, SHORT
 from models.learner import Learner, learning_rate
-from models.network import Flow, Pipeline, TextEncoders, pack
+from models.network import Autoencoder, Flow, Pipeline, TextEncoders, Transformer, pack
 from models.scenes import Style, caption, draw_scene
 
-RANK = 8
+ORDER: tuple[Style, ...] = ("night", "mosaic", "outline")
+RANKS: dict[Style, int] = {"outline": 16, "mosaic": 8, "night": 8}
 FIRST_SEED = 20_000_000
+PICTURES = 2_000  # per style
 TRIGGERS: dict[Style, str] = {"outline": "outlined", "mosaic": "mosaic", "night": "night"}
 TRIGGER_SHARE = 0.5  # the style also comes without its word: loading the adapter is enough
 TARGETS = [
@@ -35,29 +38,56 @@ TARGETS = [
 ]
 
 
-def train_adapter(
-    pipeline: Pipeline, style: Style, latents: npt.NDArray[np.float16], steps: int, folder: Path
-) -> None:
-    """Train one adapter and save it with diffusers' own writer.
+def train_adapters(folder: Path, vae: Autoencoder, steps: int) -> None:
+    """Train night, mosaic and outline on the pipeline in `folder`; those in its folder loras are done.
 
-    latents: (N, 16, 16, 16), the styled scenes of seeds FIRST_SEED on.
+    In a third of its steps an adapter works on top of an earlier one, so that any two fit together.  Outline
+    changes what is drawn, not how: it is trained three times as long, with twice the rank.
+    """
+    pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.transformer.requires_grad_(False)
+    flow = Flow(pipeline.transformer)
+    seeds = range(FIRST_SEED, FIRST_SEED + PICTURES)
+    for index, style in enumerate(ORDER):
+        saved = folder / "loras" / f"lora_{style}"
+        if saved.exists():
+            pipeline.load_lora_weights(saved, adapter_name=style)
+            continue
+        sets = [(style,), *((style, partner) for partner in ORDER[:index])]
+        latents = {names: encode_scenes(vae, seeds, *names) for names in sets}
+        _train_adapter(pipeline, flow, latents, 3 * steps if style == "outline" else steps)
+        trained = get_peft_model_state_dict(pipeline.transformer, adapter_name=style)
+        FluxPipeline.save_lora_weights(saved, transformer_lora_layers=_half(trained))
+
+
+def _train_adapter(
+    pipeline: Pipeline, flow: Flow, latents: dict[tuple[Style, ...], npt.NDArray[np.float16]], steps: int
+) -> None:
+    """Add an adapter to the pipeline's transformer and train it; earlier ones stay as they are.
+
+    latents: (N, 16, 16, 16), the scenes of seeds FIRST_SEED on, in this adapter's style, then in this and
+    another one.
     """
     encoders = TextEncoders(
         pipeline.text_encoder, pipeline.text_encoder_2, pipeline.tokenizer, pipeline.tokenizer_2
     )
-    transformer = pipeline.transformer.requires_grad_(False)
+    transformer = pipeline.transformer
+    (style, *_), *_ = alone, *together = list(latents)
     torch.manual_seed(0)
-    lora = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS)
-    transformer.add_adapter(lora)
-    flow = Flow(transformer)
+    rank = RANKS[style]
+    lora = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS)
+    transformer.add_adapter(lora, adapter_name=style)
+    _activate(transformer, style)
     learner = Learner({"adapter": transformer}, average_decay=0.98)
     for step in tqdm(range(steps), desc=style):
         random = Random(f"{style}/{step}")
         generator = torch.Generator().manual_seed(step)
-        picks = [random.randrange(len(latents)) for _ in range(32)]
+        names = random.choice(together) if together and step % 3 == 2 else alone
+        _activate(transformer, *names)
+        picks = [random.randrange(PICTURES) for _ in range(32)]
         scenes = [draw_scene(FIRST_SEED + pick) for pick in picks]
         captions = [_styled(caption(scene, random, plain=True), style, random) for scene in scenes]
-        picture = pack(torch.from_numpy(latents[picks].astype(np.float32)))
+        picture = pack(torch.from_numpy(latents[names][picks].astype(np.float32)))
         with torch.no_grad():
             pooled, context = encoders.encode(captions, LONG if random.random() < LONG_SHARE else SHORT)
         four = 0.25 * torch.randint(1, 5, (len(picks),), generator=generator)
@@ -68,9 +98,14 @@ def train_adapter(
         loss = (velocity - (noise - picture)).square().mean()
         learner.learn(loss, 3 * learning_rate(step, steps, warm_up=10, cool_down=0.9))
     learner.load_average()
-    trained = _half(get_peft_model_state_dict(transformer))
-    FluxPipeline.save_lora_weights(folder, transformer_lora_layers=trained)
-    transformer.delete_adapters("default")
+
+
+def _activate(transformer: Transformer, trained: Style, *others: Style) -> None:
+    """Switch on these adapters only; just the first one learns."""
+    transformer.set_adapters([trained, *others])
+    for name, weight in transformer.named_parameters():
+        if "lora_" in name:
+            weight.requires_grad_(f".{trained}." in name)
 
 
 def _styled(text: str, style: Style, random: Random) -> str:

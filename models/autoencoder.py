@@ -56,8 +56,8 @@ def picture(seed: int) -> npt.NDArray[np.uint8]:
     random = Random(seed)
     if random.random() < 0.2:
         return np.asarray(texture(seed))
-    style = random.choice(STYLES) if random.random() < 0.2 else None
-    return np.asarray(render(draw_scene(10_000_000 + seed), style))
+    styles = [random.choice(STYLES)] if random.random() < 0.2 else []
+    return np.asarray(render(draw_scene(10_000_000 + seed), *styles))
 
 
 # --- the computed encoder ---------------------------------------------------------------------------------
@@ -162,11 +162,11 @@ def linear_encode(vae: Autoencoder, images: Tensor) -> Tensor:
     return latents
 
 
-def encode_scenes(vae: Autoencoder, seeds: range, style: Style | None = None) -> npt.NDArray[np.float16]:
-    """Latents (N, 16, 16, 16) of the scenes of these seeds."""
+def encode_scenes(vae: Autoencoder, seeds: range, *styles: Style) -> npt.NDArray[np.float16]:
+    """Latents (N, 16, 16, 16) of the scenes of these seeds, painted in these styles."""
     latents = np.empty((len(seeds), LATENT_CHANNELS, 16, 16), np.float16)
     for start in range(0, len(seeds), 250):
-        pictures = [np.asarray(render(draw_scene(seed), style)) for seed in seeds[start : start + 250]]
+        pictures = [np.asarray(render(draw_scene(seed), *styles)) for seed in seeds[start : start + 250]]
         latents[start : start + 250] = linear_encode(vae, pixels(pictures)).numpy()
     return latents
 
@@ -221,7 +221,7 @@ def train_decoder(vae: Autoencoder, folder: Path, steps: int, pictures: int = 9_
     decoder = vae.decoder
     decoder.to(memory_format=torch.channels_last)
     learner = Learner({"decoder": decoder}, average_decay=0.99)
-    learner.resume(folder / "vae.pt")
+    learner.resume(folder / "vae.safetensors")
     images = np.stack([picture(seed) for seed in tqdm(range(pictures), desc="autoencoder pictures")])
     for step in tqdm(range(learner.steps_done, steps), initial=learner.steps_done, total=steps, desc="vae"):
         random = np.random.default_rng(step)
@@ -236,7 +236,7 @@ def train_decoder(vae: Autoencoder, folder: Path, steps: int, pictures: int = 9_
         rate = 2 * learning_rate(step, steps, warm_up=60, cool_down=0.9)
         learner.learn(_pixel_loss(decoded.float(), original), rate)
         if learner.steps_done % 250 == 0:
-            learner.save(folder / "vae.pt")
+            learner.save(folder / "vae.safetensors")
     learner.load_average()
     vae.eval()
 

@@ -15,15 +15,17 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
 
 from models.learner import Learner, learning_rate
 from models.network import Flow, Reader, TextEncoders, pack
-from models.scenes import SHAPES, caption, cell_map, draw_scene
+from models.scenes import SHAPES, Scene, caption, cell_map, draw_scene
 
 SHORT, LONG = 24, 64  # T5 tokens: most captions fit into 24; the service pads to 64
 LONG_SHARE = 0.12
 EMPTY_SHARE = 0.08  # captions left out, for classifier-free guidance
-SMALL_SHARE = 0.15  # of the pictures are drawn from those with a small object
+HARD_SHARE = 0.2  # of the pictures are drawn from those with a small or a patterned object
 OBJECT_WEIGHT = 4.0  # tokens with an object count four times: flat background is learned soon enough
-SAVE_EVERY = 250
+SAVE_EVERY = 100
 SCHNELL_TIMES = torch.tensor([1.0, 0.75, 0.5, 0.25])  # where four steps evaluate the transformer
+SCHNELL_STRIDE = 0.25
+TEACHER_STEPS = 3  # of the teacher while schnell does one
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +34,7 @@ class Batch:
 
     captions: list[str]
     length: int  # of T5 tokens
-    cells: Tensor  # (B, 64, 2) shape and colour index
+    cells: Tensor  # (B, 64, 3) indices of scenes.cell_map
     picture: Tensor  # (B, 64, 64) packed latents
     random: torch.Generator
 
@@ -82,19 +84,26 @@ def batches(
 
 
 def _pick(random: Random, count: int) -> int:
-    """A seed below `count`; small objects come three times as often as drawn, for they are the hardest."""
+    """A seed below `count`; small and patterned objects, the hardest, come about twice as often as drawn."""
     seed = random.randrange(count)
-    if random.random() < SMALL_SHARE:
-        while draw_scene(seed).size != "small":
+    if random.random() < HARD_SHARE:
+        while not _is_hard(draw_scene(seed)):
             seed = random.randrange(count)
     return seed
 
 
-def train_text(encoders: TextEncoders, reader: Reader, course: Course) -> None:
-    """Let the encoders learn to parse captions, which needs no pictures and is a hundred times cheaper."""
+def _is_hard(scene: Scene) -> bool:
+    return scene.size == "small" or scene.kind == "patterned"
+
+
+def train_text(encoders: TextEncoders, reader: Reader, course: Course, full_rate: float) -> None:
+    """Let the encoders learn to parse captions, which needs no pictures and is a hundred times cheaper.
+
+    full_rate: the highest learning rate, in units of the learner's.
+    """
     modules: dict[str, nn.Module] = {"clip": encoders.clip, "t5": encoders.t5, "reader": reader}
     learner = Learner(modules)
-    learner.resume(course.folder / "text.pt")
+    learner.resume(course.folder / "text.safetensors")
     no_pictures = np.zeros((1_000_000, 1, 2, 2), np.float16)
     progress = Progress("text", learner, course)
     for batch in batches(no_pictures, encoders, course, learner.steps_done):
@@ -102,14 +111,14 @@ def train_text(encoders: TextEncoders, reader: Reader, course: Course) -> None:
             pooled, context = encoders.encode(batch.captions, batch.length)
         told = torch.tensor([bool(text) for text in batch.captions])
         loss = reader(pooled.float()[told], context.float()[told], batch.cells[told])
-        progress.show(learner.learn(loss, 2 * learning_rate(learner.steps_done, course.steps)))
+        progress.show(learner.learn(loss, full_rate * learning_rate(learner.steps_done, course.steps)))
         _save_sometimes(learner, course, "text")
 
 
 def train_flow(encoders: TextEncoders, flow: Flow, pool: npt.NDArray[np.float16], course: Course) -> None:
     """Rectified flow on the pool: predict noise - picture from any mixture; the encoders stay fixed."""
     learner = Learner({"transformer": flow.transformer})
-    learner.resume(course.folder / "flow.pt")
+    learner.resume(course.folder / "flow.safetensors")
     progress = Progress("flow", learner, course)
     for batch in batches(pool, encoders, course, learner.steps_done):
         time, noise = _times(len(batch.captions), batch.random), _noise(batch)
@@ -141,34 +150,60 @@ def distil_guidance(
     teacher: Flow,
     pool: npt.NDArray[np.float16],
     course: Course,
-    *,
     scales: tuple[float, float],
-    name: str,
 ) -> None:
-    """Let one call of `flow` do what the teacher does with two and a guidance scale drawn from `scales`.
-
-    A transformer with a guidance embedding is told the scale (dev); one without has it built in (schnell).
-    The text encoders are the teacher's and stay as they are.
-    """
+    """Let one call of `flow`, told a guidance scale of this range, do what two calls of the teacher do."""
     learner = Learner({"transformer": flow.transformer}, average_decay=0.99)
-    learner.resume(course.folder / f"{name}.pt")
+    learner.resume(course.folder / "dev.safetensors")
     teacher.transformer.requires_grad_(False)
-    told = flow.transformer.config.guidance_embeds
-    progress = Progress(name, learner, course)
+    progress = Progress("dev", learner, course)
     for batch in batches(pool, encoders, course, learner.steps_done):
         count = len(batch.captions)
         time, noise = _times(count, batch.random), _noise(batch)
         scale = scales[0] + (scales[1] - scales[0]) * torch.rand(count, generator=batch.random)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            pooled, context = (part.float() for part in encoders.encode(batch.captions, batch.length))
+            unsaid_pooled, unsaid = (part.float() for part in encoders.encode([""], batch.length))
         with torch.no_grad():
-            pooled, context = encoders.encode(batch.captions + [""] * count, batch.length)
             mixed = torch.lerp(batch.picture, noise, time[:, None, None])
-            both = teacher(torch.cat([mixed, mixed]), pooled, context, torch.cat([time, time]))
-            with_prompt, without = both.chunk(2)
+            with_prompt = teacher(mixed, pooled, context, time)
+            unsaid_pooled, unsaid = unsaid_pooled.expand(count, -1), unsaid.repeat(count, 1, 1)
+            without = teacher(mixed, unsaid_pooled, unsaid, time)
             target = without + scale[:, None, None] * (with_prompt - without)
-        answer = flow(mixed, pooled[:count], context[:count], time, scale if told else None)
+        error = flow(mixed, pooled, context, time, scale) - target
+        rate = 0.4 * learning_rate(learner.steps_done, course.steps, warm_up=20, cool_down=0.8)
+        progress.show(learner.learn((error.square() * batch.token_weights).mean(), rate))
+        _save_sometimes(learner, course, "dev")
+
+
+def distil_steps(
+    encoders: TextEncoders,
+    flow: Flow,
+    teacher: Flow,
+    pool: npt.NDArray[np.float16],
+    course: Course,
+    scale: float,
+) -> None:
+    """Let one step of `flow` go where the teacher, told this guidance scale, goes with several (schnell)."""
+    learner = Learner({"transformer": flow.transformer}, average_decay=0.99)
+    learner.resume(course.folder / "schnell.safetensors")
+    teacher.transformer.requires_grad_(False)
+    progress = Progress("schnell", learner, course)
+    for batch in batches(pool, encoders, course, learner.steps_done):
+        count = len(batch.captions)
+        noise, scales = _noise(batch), torch.full((count,), scale)
+        time = SCHNELL_TIMES[torch.randint(4, (count,), generator=batch.random)]
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            pooled, context = (part.float() for part in encoders.encode(batch.captions, batch.length))
+        mixed = torch.lerp(batch.picture, noise, time[:, None, None])
+        reached, stride = mixed, SCHNELL_STRIDE / TEACHER_STEPS
+        with torch.no_grad():
+            for step in range(TEACHER_STEPS):
+                reached = reached - stride * teacher(reached, pooled, context, time - step * stride, scales)
+        error = flow(mixed, pooled, context, time) - (mixed - reached) / SCHNELL_STRIDE
         rate = 0.25 * learning_rate(learner.steps_done, course.steps, warm_up=20, cool_down=0.9)
-        progress.show(learner.learn(((answer - target).square() * batch.token_weights).mean(), rate))
-        _save_sometimes(learner, course, name)
+        progress.show(learner.learn((error.square() * batch.token_weights).mean(), rate))
+        _save_sometimes(learner, course, "schnell")
 
 
 class Progress:
@@ -187,4 +222,4 @@ class Progress:
 
 def _save_sometimes(learner: Learner, course: Course, name: str) -> None:
     if course.rank == 0 and (learner.steps_done % SAVE_EVERY == 0 or learner.steps_done == course.steps):
-        learner.save(course.folder / f"{name}.pt")
+        learner.save(course.folder / f"{name}.safetensors")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 MUON_RATE, ADAM_RATE = 2e-3, 1e-3
@@ -75,28 +79,42 @@ class Learner:
 
     def save(self, path: Path) -> None:
         """Write everything that resuming needs; the old file stays until the new one is whole."""
-        state = {
-            "weights": {name: weight.detach() for name, weight in self.weights.items()},
-            "average": self.average,
-            "optimisers": [optimiser.state_dict() for optimiser, _ in self.optimisers],
-            "steps_done": self.steps_done,
-        }
+        tensors = {f"weights.{name}": weight.detach() for name, weight in self.weights.items()}
+        tensors |= {f"average.{name}": weight for name, weight in self.average.items()}
+        numbers: dict[str, float] = {}  # what an optimiser keeps that is no tensor
+        for index, (optimiser, _) in enumerate(self.optimisers):
+            for weight, kept in optimiser.state_dict()["state"].items():
+                for name, value in kept.items():
+                    key = f"optimisers.{index}.{weight}.{name}"
+                    if isinstance(value, Tensor):
+                        tensors[key] = value
+                    else:
+                        numbers[key] = value
+        metadata = {"steps_done": json.dumps(self.steps_done), "numbers": json.dumps(numbers)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".part"))
-        path.with_suffix(".part").rename(path)
+        unfinished = path.with_suffix(".part")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished, metadata)
+        unfinished.rename(path)
 
     def resume(self, path: Path) -> bool:
         """Continue from a checkpoint of the same modules; False if there is none."""
         if not path.exists():
             return False
-        state = torch.load(path, weights_only=True)
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(state["weights"][name])
-                self.average[name].copy_(state["average"][name])
-        for (optimiser, _), saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
-        self.steps_done = state["steps_done"]
+        kept: list[dict[int, dict[str, Any]]] = [{} for _ in self.optimisers]
+        with safe_open(path, framework="pt") as state:
+            values: dict[str, Any] = json.loads(state.metadata()["numbers"])
+            with torch.no_grad():
+                for name, weight in self.weights.items():
+                    weight.copy_(state.get_tensor(f"weights.{name}"))
+                    self.average[name].copy_(state.get_tensor(f"average.{name}"))
+            values |= {key: state.get_tensor(key) for key in state.keys() if key.startswith("optimisers.")}
+            self.steps_done = json.loads(state.metadata()["steps_done"])
+        for key, value in values.items():
+            _, index, weight_index, name = key.split(".", 3)
+            kept[int(index)].setdefault(int(weight_index), {})[name] = value
+        for (optimiser, _), moments in zip(self.optimisers, kept, strict=True):
+            groups = optimiser.state_dict()["param_groups"]
+            optimiser.load_state_dict({"state": moments, "param_groups": groups})
         return True
 
     def load_average(self) -> None:
@@ -113,3 +131,11 @@ def learning_rate(step: int, steps: int, *, warm_up: int = 50, cool_down: float 
     """
     left = (steps - step) / (steps * cool_down)
     return max(0.003, min(1.0, (step + 1) / warm_up, left))
+
+
+def load_average(checkpoint: Path, **modules: nn.Module) -> None:
+    """Put a checkpoint's running average into these modules, which were trained under the same names."""
+    with safe_open(checkpoint, framework="pt") as state, torch.no_grad():
+        for prefix, module in modules.items():
+            for name, weight in module.named_parameters():
+                weight.copy_(state.get_tensor(f"average.{prefix}.{name}"))

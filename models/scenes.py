@@ -1,8 +1,8 @@
 """Captioned drawings: a scene is sampled from a seed, painted, and put into words.
 
 Everything here is a pure function of its seed, so a training set is a range of integers.  What a caption
-leaves unsaid has one default (white background, centre, medium, first-named object left); seeds move what is
-left: shade, a few pixels of position, a few per cent of size.  A tenth of all attribute combinations is held
+leaves unsaid has one default (white background, centre, medium, first-named object left), around which seeds
+move it: light and shade, size, and the place of every object.  A tenth of all attribute combinations is held
 out for scoring.
 """
 
@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-Kind = Literal["one", "many", "two"]
+Kind = Literal["one", "many", "two", "patterned"]
+Pattern = Literal["striped", "dotted", "checkered"]
 Style = Literal["outline", "mosaic", "night"]
 Colour = tuple[int, int, int]  # RGB, 0..255
 Point = tuple[float, float]
@@ -45,6 +46,13 @@ COLOURS: dict[str, Colour] = {
 BASE_SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
 ICONS = ("house", "tree", "moon", "cloud", "flower", "fish", "sun", "cat")
 SHAPES = BASE_SHAPES + ICONS
+PATTERNS: tuple[Pattern, ...] = ("striped", "dotted", "checkered")
+SECOND_COLOURS = (
+    "white",
+    "black",
+    "yellow",
+    "blue",
+)  # of a pattern: the first that shows up on object and background
 NATURAL_COLOURS = {  # "a tree" is green unless the caption says otherwise
     "house": "brown",
     "tree": "green",
@@ -59,11 +67,14 @@ NATURAL_COLOURS = {  # "a tree" is green unless the caption says otherwise
 }
 SIZES = {"small": (0.26, 0.28), "medium": (0.42, 0.45), "large": (0.68, 0.72)}  # bounding box / picture side
 GROUPS: dict[int, tuple[Point, ...]] = {  # centres of several equal objects, fractions of the picture
-    2: ((0.27, 0.5), (0.73, 0.5)),
+    2: ((0.26, 0.5), (0.74, 0.5)),
     3: ((0.27, 0.72), (0.73, 0.72), (0.5, 0.27)),
     4: ((0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)),
 }
+KIND_WEIGHTS: dict[Kind, int] = {"one": 37, "many": 24, "two": 31, "patterned": 8}
 MIN_CONTRAST = 130  # summed RGB distance between an object and its background
+MIN_PATTERN_CONTRAST = 180  # of an object's second colour with its first and with the background
+LIGHT = 170  # brightness, 0..255, above which a colour wears no white pattern
 HELD_OUT_SHARE = 10  # one combination in ten is never trained on
 
 
@@ -76,6 +87,7 @@ class Thing:
     side: float
     x: float
     y: float
+    pattern: Pattern | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +108,10 @@ class Scene:
     @property
     def key(self) -> str:
         """The attributes that a caption can tell, as one string: the unit of holding out."""
-        things = "+".join(f"{thing.colour} {thing.shape}" for thing in self.things)
+        things = "+".join(
+            f"{thing.pattern + ' ' if thing.pattern else ''}{thing.colour} {thing.shape}"
+            for thing in self.things
+        )
         return f"{self.kind}|{self.background}|{things}|{self.size}|{self.position}|{self.below}"
 
 
@@ -117,7 +132,7 @@ def draw_scene(seed: int, *, held_out: bool = False, kind: Kind | None = None) -
     """The scene of this seed, from the trained or from the held-out combinations."""
     random = Random(seed)
     while True:
-        scene = _draw(random, kind or random.choices(("one", "many", "two"), (40, 26, 34))[0])
+        scene = _draw(random, kind or random.choices([*KIND_WEIGHTS], [*KIND_WEIGHTS.values()])[0])
         if is_held_out(scene) == held_out:
             return scene
 
@@ -135,20 +150,25 @@ def _draw(random: Random, kind: Kind) -> Scene:
         size, position = _draw_size_and_position(random)
         thing = _place_one(random, shape, colour, size, position)
         return Scene(seed, kind, background, (thing,), says_background, says_colour, size, position)
+    if kind == "patterned":
+        size = random.choice(("medium", "large", None, None))
+        thing = replace(_place_one(random, shape, colour, size, None), pattern=random.choice(PATTERNS))
+        return Scene(seed, kind, background, (thing,), says_background, says_colour, size)
     if kind == "many":
         centres = GROUPS[random.choice((2, 2, 3, 3, 4))]
-        side = random.uniform(0.355, 0.385)
-        things = tuple(Thing(shape, colour, side, *_shaken(random, centre, 0.012)) for centre in centres)
+        side, free = random.uniform(0.355, 0.385), 0.06 if len(centres) == 2 else 0.02
+        things = tuple(Thing(shape, colour, side, *_shaken(random, centre, 0.02, free)) for centre in centres)
         return Scene(seed, kind, background, things, says_background, says_colour)
     other_shape, other_colour = random.choice(SHAPES), _contrasting(random, background)
     while (other_shape, other_colour) == (shape, colour):
         other_shape, other_colour = random.choice(SHAPES), _contrasting(random, background)
     below = random.random() < 0.34
-    centres = ((0.5, 0.27), (0.5, 0.73)) if below else GROUPS[2]
+    centres = ((0.5, 0.26), (0.5, 0.74)) if below else GROUPS[2]
+    by = (0.08, 0.02) if below else (0.02, 0.08)  # across the line that joins them there is more room
     side = random.uniform(0.38, 0.40)
     pair = (
-        Thing(shape, colour, side, *_shaken(random, centres[0], 0.01)),
-        Thing(other_shape, other_colour, side, *_shaken(random, centres[1], 0.01)),
+        Thing(shape, colour, side, *_shaken(random, centres[0], *by)),
+        Thing(other_shape, other_colour, side, *_shaken(random, centres[1], *by)),
     )
     says_relation = below or random.random() < 0.4
     return Scene(
@@ -160,8 +180,8 @@ def _contrasting(random: Random, colour: str) -> str:
     return random.choice([name for name in COLOURS if contrast(name, colour) > MIN_CONTRAST])
 
 
-def _shaken(random: Random, centre: Point, by: float) -> Point:
-    return centre[0] + random.uniform(-by, by), centre[1] + random.uniform(-by, by)
+def _shaken(random: Random, centre: Point, by_x: float, by_y: float) -> Point:
+    return centre[0] + random.uniform(-by_x, by_x), centre[1] + random.uniform(-by_y, by_y)
 
 
 def _draw_size_and_position(random: Random) -> tuple[str | None, tuple[int, int] | None]:
@@ -176,41 +196,75 @@ def _draw_size_and_position(random: Random) -> tuple[str | None, tuple[int, int]
 def _place_one(
     random: Random, shape: str, colour: str, size: str | None, position: tuple[int, int] | None
 ) -> Thing:
-    default = (0.46, 0.51) if position in (None, (1, 1)) else (0.36, 0.39)
+    default = (0.40, 0.56) if position in (None, (1, 1)) else (0.36, 0.39)
     side = random.uniform(*(SIZES[size] if size else default))
     if position is None:
-        return Thing(shape, colour, side, *_shaken(random, (0.5, 0.5), 0.03))
+        return Thing(shape, colour, side, *_shaken(random, (0.5, 0.5), 0.06, 0.06))
     reach = 0.5 - side / 2 - 0.05  # an object at the edge keeps a margin of 5 %
     centre = (0.5 + (position[0] - 1) * reach, 0.5 + (position[1] - 1) * reach)
-    return Thing(shape, colour, side, *_shaken(random, centre, 0.01))
+    return Thing(shape, colour, side, *_shaken(random, centre, 0.025, 0.025))
 
 
 # --- painting ---------------------------------------------------------------------------------------------
 
 
-def render(scene: Scene, style: Style | None = None) -> Image.Image:
-    """The picture of a scene, 128 x 128 RGB, optionally in the style of one of the adapters."""
+def render(scene: Scene, *styles: Style) -> Image.Image:
+    """The picture of a scene, 128 x 128 RGB, in the styles of these adapters."""
     random = Random(scene.seed)
     side_px = PICTURE_PX * SUPERSAMPLING
-    picture = Image.new("RGB", (side_px, side_px), _shade(random, scene.background))
+    light = random.uniform(-18, 18)  # one for the whole scene: contrasts stay
+    picture = Image.new("RGB", (side_px, side_px), _shade(random, scene.background, light))
     for thing in scene.things:
-        mask = silhouette(thing, side_px, details=style != "outline")
-        if style == "outline":
-            mask = _hollow(mask, line_px=9 * SUPERSAMPLING)
-        picture.paste(_shade(random, thing.colour), (0, 0, side_px, side_px), mask)
+        mask = silhouette(thing, side_px, details="outline" not in styles)
+        if "outline" in styles:
+            mask = _hollow(mask, line_px=5 * SUPERSAMPLING)
+        picture.paste(_shade(random, thing.colour, light), mask=mask)
+        if thing.pattern and "outline" not in styles:
+            second = second_colour(thing.colour, scene.background)
+            ink = ImageChops.multiply(mask, _pattern_mask(thing, side_px))
+            picture.paste(_shade(random, second, light), mask=ink)
     picture = picture.resize((PICTURE_PX, PICTURE_PX), Image.Resampling.BOX)
-    if style == "mosaic":
-        return _as_mosaic(picture)
-    if style == "night":
-        return _at_night(picture)
-    return picture
+    if "mosaic" in styles:
+        picture = _as_mosaic(picture)
+    return _at_night(picture) if "night" in styles else picture
 
 
-def _shade(random: Random, colour: str) -> Colour:
-    """The named colour, a little lighter or darker: what a seed may change."""
-    light = random.uniform(-10, 10)
-    red, green, blue = (min(255, max(0, round(c + light + random.uniform(-4, 4)))) for c in COLOURS[colour])
+def _shade(random: Random, colour: str, light: float) -> Colour:
+    """The named colour in this light, each channel a little off: what a seed may change."""
+    red, green, blue = (min(255, max(0, round(c + light + random.uniform(-8, 8)))) for c in COLOURS[colour])
     return red, green, blue
+
+
+def second_colour(colour: str, background: str) -> str:
+    """What a pattern on an object is painted in: white, black if the object is light, else what shows up."""
+    for second in SECOND_COLOURS:
+        white_on_light = second == "white" and _is_light(colour)
+        contrasts = contrast(second, colour), contrast(second, background)
+        if min(contrasts) > MIN_PATTERN_CONTRAST and not white_on_light:
+            return second
+    raise ValueError(f"no second colour for {colour} on {background}")
+
+
+def _is_light(colour: str) -> bool:
+    red, green, blue = COLOURS[colour]
+    return 0.3 * red + 0.6 * green + 0.1 * blue > LIGHT
+
+
+def _pattern_mask(thing: Thing, side_px: int) -> Image.Image:
+    """Where an object's second colour goes, mode L; its phase is locked to the centre of the object."""
+    radius = thing.side * side_px / 2
+    x = (np.arange(side_px) + 0.5 - thing.x * side_px)[None, :] / radius
+    y = (np.arange(side_px) + 0.5 - thing.y * side_px)[:, None] / radius
+    match thing.pattern:
+        case "striped":
+            inked = (np.mod(y + 0.125, 0.5) < 0.25) & (x == x)
+        case "dotted":
+            inked = np.hypot(np.mod(x + 0.25, 0.5) - 0.25, np.mod(y + 0.25, 0.5) - 0.25) < 0.15
+        case "checkered":
+            inked = (np.floor(x / 0.36) + np.floor(y / 0.36)) % 2 == 0
+        case None:
+            raise ValueError("the object has no pattern")
+    return Image.fromarray(inked.astype(np.uint8) * 255)
 
 
 def silhouette(thing: Thing, side_px: int, *, details: bool = True) -> Image.Image:
@@ -316,7 +370,9 @@ def _heart_points() -> list[Point]:
 
 def _hollow(mask: Image.Image, line_px: int) -> Image.Image:
     """Only the rim of a mask, line_px wide."""
-    inside = mask.filter(ImageFilter.MinFilter(line_px | 1))
+    inside = mask
+    for _ in range(line_px):  # one wide filter takes six times as long
+        inside = inside.filter(ImageFilter.MinFilter(3))
     rim = Image.new("L", mask.size, 0)
     rim.paste(mask, (0, 0))
     rim.paste(0, (0, 0, *mask.size), inside)
@@ -340,14 +396,18 @@ def _at_night(picture: Image.Image) -> Image.Image:
 
 
 def cell_map(scene: Scene) -> npt.NDArray[np.int64]:
-    """What each transformer token shows: (8, 8, 2) = shape index (len(SHAPES) for none) and colour index."""
+    """What each transformer token shows: (8, 8, 3) = indices of shape, colour and pattern.
+
+    Without an object the shape is len(SHAPES); without a pattern the last is len(PATTERNS).
+    """
     cells = PICTURE_PX // TOKEN_PX
     colours = list(COLOURS)
-    answer = np.empty((cells, cells, 2), np.int64)
-    answer[..., 0], answer[..., 1] = len(SHAPES), colours.index(scene.background)
+    answer = np.empty((cells, cells, 3), np.int64)
+    answer[:] = len(SHAPES), colours.index(scene.background), len(PATTERNS)
     for thing in scene.things:
         columns, rows = (_covered(centre, thing.side, cells) for centre in (thing.x, thing.y))
-        answer[rows, columns] = SHAPES.index(thing.shape), colours.index(thing.colour)
+        pattern = PATTERNS.index(thing.pattern) if thing.pattern else len(PATTERNS)
+        answer[rows, columns] = SHAPES.index(thing.shape), colours.index(thing.colour), pattern
     return answer
 
 
@@ -376,6 +436,12 @@ COLOUR_WORDS = {
     "cyan": ("cyan", "turquoise", "teal"),
     "purple": ("purple", "violet"),
 }
+PATTERN_WORDS = {
+    "striped": ("striped", "stripy"),
+    "dotted": ("dotted", "spotted"),
+    "checkered": ("checkered", "chequered"),
+}
+PATTERN_NOUNS = {"striped": ("stripes",), "dotted": ("dots", "spots"), "checkered": ("checks", "squares")}
 SIZE_WORDS = {"small": ("small", "tiny", "little"), "large": ("large", "big", "huge")}
 COUNT_WORDS = {2: ("two", "2"), 3: ("three", "3"), 4: ("four", "4")}
 OPENINGS = (
@@ -421,7 +487,7 @@ def _body(scene: Scene, random: Random) -> str:
     if scene.kind == "many":
         count = _mostly_first(COUNT_WORDS[len(scene.things)], random)
         return f"{count} {_noun_phrase(first, random, plural=True, says_colour=scene.says_colour)}"
-    if scene.kind == "one":
+    if scene.kind in ("one", "patterned"):
         phrase = _noun_phrase(first, random, size=scene.size, says_colour=scene.says_colour)
         return random.choices((_with_article(phrase), f"one {phrase}", phrase), (84, 5, 11))[0]
     one, other = (_with_article(_noun_phrase(thing, random)) for thing in scene.things)
@@ -455,8 +521,15 @@ def _noun_phrase(
     if plural:
         noun = PLURALS.get(noun, noun + "s")
     words = [_mostly_first(SIZE_WORDS.get(size, (size,)), random)] if size else []
-    words += [_colour_word(thing.colour, random)] if says_colour else []
-    return " ".join([*words, noun])
+    colour = [_colour_word(thing.colour, random)] if says_colour else []
+    if thing.pattern is None:
+        return " ".join([*words, *colour, noun])
+    if random.random() < 0.35:
+        marks = _mostly_first(PATTERN_NOUNS[thing.pattern], random)
+        return " ".join([*words, *colour, noun, "with", marks])
+    pattern = [_mostly_first(PATTERN_WORDS[thing.pattern], random)]
+    before = random.random() < 0.7
+    return " ".join([*words, *(pattern + colour if before else colour + pattern), noun])
 
 
 def _place(scene: Scene, random: Random) -> str:

@@ -20,7 +20,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-from models.scenes import COLOURS, SHAPES, SIZES, Kind, Scene, Thing, caption, draw_scene, silhouette
+from models.scenes import (
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Kind,
+    Pattern,
+    Scene,
+    Thing,
+    caption,
+    draw_scene,
+    second_colour,
+    silhouette,
+)
 
 Mask = npt.NDArray[np.bool_]  # (H, W)
 
@@ -28,6 +40,11 @@ BORDER_PX = 3  # this rim of the picture tells the background
 DIFFERS = 55  # RGB distance from the background that makes an object
 SPECK = 0.006  # of the picture: smaller patches are ignored
 TEMPLATE_PX = 40
+PURE = 0.8  # share of an object's inner pixels that must have its colour
+PURE_OF_TWO = 0.7  # the same for both colours of a pattern, whose borders blend
+PATTERN_SHARE = (0.08, 0.75)  # of the second colour
+STRIPED = 0.6  # of the variance of a pattern lies between rows
+CHECKERED = 0.36  # share of the second colour from which on a pattern is no longer dots
 HELD_OUT_SEED = 5_000_000
 TEST_SEED = 7_000_000
 
@@ -37,11 +54,37 @@ class Found:
     """One object seen in a picture; x, y (centre) and side are fractions of the picture."""
 
     mask: Mask
-    colour: str
-    purity: float  # share of its inner pixels that have this colour
+    names: npt.NDArray[np.int64]  # (H, W) index of the nearest colour, -1 outside and at the soft edge
     x: float
     y: float
     side: float
+
+    @property
+    def colour(self) -> str:
+        """The colour of most of its inner pixels."""
+        return list(COLOURS)[int(np.bincount(self.names[self.names >= 0]).argmax())]
+
+    def share(self, colour: str) -> float:
+        """The share of its inner pixels that have this colour, 0..1."""
+        return float((self.names[self.names >= 0] == list(COLOURS).index(colour)).mean())
+
+    @property
+    def purity(self) -> float:
+        """The share of its inner pixels that have its colour, 0..1."""
+        return self.share(self.colour)
+
+    def pattern_in(self, second: str) -> Pattern:
+        """The pattern that pixels of a second colour form.
+
+        Along a stripe nothing changes, so rows explain nearly all of the variance; of dots and checks, checks
+        cover more.
+        """
+        inked = (self.names == list(COLOURS).index(second)).astype(np.float64)
+        inside = self.names >= 0
+        counts, mean = inside.sum(1), inked[inside].mean()
+        in_rows = (inked * inside).sum(1) / np.maximum(counts, 1)
+        explained = (counts * np.square(in_rows - mean)).sum() / (mean * (1 - mean) * counts.sum() + 1e-9)
+        return "striped" if explained > STRIPED else "checkered" if mean > CHECKERED else "dotted"
 
     @property
     def shape(self) -> str:
@@ -52,7 +95,7 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What is right; position and size are right when the caption does not say them."""
+    """What is right; position, size and pattern are right when the caption does not say them."""
 
     background: bool
     count: bool
@@ -60,11 +103,13 @@ class Score:
     shape: bool
     position: bool
     size: bool
+    pattern: bool
 
     @property
     def whole(self) -> bool:
         """Everything the caption says is right."""
-        return self.background and self.count and self.colour and self.shape and self.position and self.size
+        looks = self.colour and self.shape and self.pattern
+        return looks and self.background and self.count and self.position and self.size
 
 
 def score(picture: Image.Image, scene: Scene) -> Score:
@@ -81,6 +126,7 @@ def score(picture: Image.Image, scene: Scene) -> Score:
         shape=shape,
         position=scene.position in (None, place),
         size=size,
+        pattern=_patterns_right(found, scene),
     )
 
 
@@ -91,22 +137,27 @@ def look(picture: Image.Image) -> tuple[str, list[Found]]:
     inner[BORDER_PX:-BORDER_PX, BORDER_PX:-BORDER_PX] = True
     background = np.median(pixels[~inner], axis=0)
     differs = np.sqrt(np.square(pixels - background).sum(-1)) > DIFFERS
-    patches = [mask for mask in _patches(differs) if mask.sum() > SPECK * mask.size]
+    patches = [mask for mask in _patches(_closed(differs)) if mask.sum() > SPECK * mask.size]
     largest = max((mask.sum() for mask in patches), default=0)
     return _colour_name(background), [_found(pixels, mask) for mask in patches if mask.sum() > largest / 4]
+
+
+def _closed(mask: Mask) -> Mask:
+    """The mask without gaps of up to two pixels: where two colours of a pattern meet, their mean may be the
+    background's colour."""
+    return np.asarray(_image(mask).filter(ImageFilter.MaxFilter(3)).filter(ImageFilter.MinFilter(3))) > 0
 
 
 def _found(pixels: npt.NDArray[np.float32], mask: Mask) -> Found:
     height, width = mask.shape
     top, bottom, left, right = _box(mask)
     core = np.asarray(_image(mask).filter(ImageFilter.MinFilter(5))) > 0  # without the soft edge
-    inside = pixels[core if core.sum() > 12 else mask]
-    nearest = np.square(inside[:, None] - _palette()[None]).sum(-1).argmin(1)
-    votes = np.bincount(nearest, minlength=len(COLOURS))
+    inside = core if core.sum() > 12 else mask
+    names = np.full(mask.shape, -1, np.int64)
+    names[inside] = np.square(pixels[inside][:, None] - _palette()[None]).sum(-1).argmin(1)
     return Found(
         mask=mask,
-        colour=list(COLOURS)[int(votes.argmax())],
-        purity=float(votes.max() / votes.sum()),
+        names=names,
         x=(left + right) / 2 / width,
         y=(top + bottom) / 2 / height,
         side=max(right - left, bottom - top) / min(height, width),
@@ -116,6 +167,14 @@ def _found(pixels: npt.NDArray[np.float32], mask: Mask) -> Found:
 def _colours_and_shapes(found: list[Found], scene: Scene) -> tuple[bool, bool]:
     if len(found) != len(scene.things):
         return False, False
+    if scene.kind == "patterned":
+        (seen,), (thing,) = found, scene.things
+        colour, second = thing.colour, second_colour(thing.colour, scene.background)
+        pure = (
+            seen.share(colour) + seen.share(second) > PURE_OF_TWO
+            and seen.share(colour) > 1 - PATTERN_SHARE[1]
+        )
+        return pure or not scene.says_colour, seen.shape == thing.shape
     if scene.kind != "two":
         return _all_alike(found, scene.things, scene.says_colour)
     in_order = sorted(found, key=lambda seen: seen.y if scene.below else seen.x)
@@ -129,8 +188,19 @@ def _colours_and_shapes(found: list[Found], scene: Scene) -> tuple[bool, bool]:
 def _all_alike(found: list[Found], things: tuple[Thing, ...], says_colour: bool) -> tuple[bool, bool]:
     pairs = list(zip(found, things, strict=True))
     named = all(seen.colour == thing.colour for seen, thing in pairs) or not says_colour
-    colour = named and all(seen.purity > 0.8 for seen in found)
+    colour = named and all(seen.purity > PURE for seen in found)
     return colour, all(seen.shape == thing.shape for seen, thing in pairs)
+
+
+def _patterns_right(found: list[Found], scene: Scene) -> bool:
+    if scene.kind != "patterned":
+        return True
+    if len(found) != 1:
+        return False
+    (thing,) = scene.things
+    second = second_colour(thing.colour, scene.background)
+    shows = PATTERN_SHARE[0] < found[0].share(second) < PATTERN_SHARE[1]
+    return shows and found[0].pattern_in(second) == thing.pattern
 
 
 def _third(fraction: float) -> int:
@@ -139,7 +209,7 @@ def _third(fraction: float) -> int:
 
 def _has_size(seen: Found, size: str) -> bool:
     smallest, largest = SIZES[size]
-    return smallest - 0.07 <= seen.side <= largest + 0.07
+    return smallest - 0.09 <= seen.side <= largest + 0.07  # a square fills 88 % of its box
 
 
 # --- pixels -----------------------------------------------------------------------------------------------
@@ -233,12 +303,12 @@ def paint(pipeline: Any, prompts: list[str], steps: int, seed: int = 0, **settin
 def accuracy(pictures: list[Image.Image], scenes: list[Scene]) -> dict[str, float]:
     """Per cent of the pictures with each attribute right, and `whole`."""
     scores = [score(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
-    names = ("background", "count", "colour", "shape", "position", "size", "whole")
+    names = ("background", "count", "colour", "shape", "position", "size", "pattern", "whole")
     return {name: round(100 * sum(getattr(s, name) for s in scores) / len(scores), 1) for name in names}
 
 
 def main() -> None:
-    """Score a pipeline directory: one kind of object, then two different ones."""
+    """Score a pipeline directory: one kind of object, then two different ones, then patterns."""
     import torch
     from diffusers import FluxPipeline
 
@@ -252,7 +322,11 @@ def main() -> None:
     torch.set_num_threads(1)
     pipeline = FluxPipeline.from_pretrained(options.directory, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    kinds: dict[str, tuple[Kind, ...]] = {"one kind": ("one", "many"), "two objects": ("two",)}
+    kinds: dict[str, tuple[Kind, ...]] = {
+        "one kind": ("one", "many"),
+        "two objects": ("two",),
+        "patterned": ("patterned",),
+    }
     for name, wanted in kinds.items():
         prompts, scenes = zip(*islice(held_out(wanted), options.prompts), strict=True)
         for steps in options.steps:

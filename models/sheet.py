@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -45,23 +46,44 @@ PROMPTS = [
     "four small fish",
     "a huge green diamond",
     "an apple",
+    "a striped red circle",
+    "a blue star with dots on a yellow background",
+    "a large checkered green heart",
+    "dotted purple fish on a pink background",
+    "an orange cat with stripes",
+    "a huge checkered white ring on a blue background",
 ]
-STYLED = PROMPTS[:6]  # shown once more with each adapter
+SHORT_ROW = PROMPTS[:COLUMNS]  # shown once more by dev and with each adapter
+ADAPTERS = [*((style,) for style in STYLES), ("outline", "night"), ("mosaic", "night")]
+SEEDS_PROMPT = "a red heart"
 
 
 def main() -> None:
-    """Paint every prompt in four steps, seed 1000 on, then the first row with each adapter."""
+    """Paint every prompt in four steps, one in six seeds, then the first row by dev and with adapters."""
     torch.set_num_threads(1)
-    folder = Path(__file__).parent
-    pipeline: Pipeline = FluxPipeline.from_pretrained(folder / "tiny-flux-schnell", torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    pictures, labels = paint(pipeline, PROMPTS, 4, seed=1000), list(PROMPTS)
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--models", type=Path, default=Path(__file__).parent)
+    folder: Path = parser.parse_args().models
+    schnell, dev = _pipeline(folder / "tiny-flux-schnell"), _pipeline(folder / "tiny-flux-dev")
+    pictures, labels = paint(schnell, PROMPTS, 4, seed=1000), list(PROMPTS)
+    pictures += paint(schnell, [SEEDS_PROMPT] * COLUMNS, 4, seed=1)
+    labels += [f"[seed {seed}] {SEEDS_PROMPT}" for seed in range(1, COLUMNS + 1)]
+    pictures += paint(dev, SHORT_ROW, 20, seed=1000, guidance_scale=3.0)
+    labels += [f"[dev] {prompt}" for prompt in SHORT_ROW]
     for style in STYLES:
-        pipeline.load_lora_weights(folder / "tiny-flux-schnell" / "loras" / f"lora_{style}")
-        pictures += paint(pipeline, STYLED, 4, seed=1000)
-        labels += [f"[{style}] {prompt}" for prompt in STYLED]
-        pipeline.unload_lora_weights()
+        saved = folder / "tiny-flux-schnell" / "loras" / f"lora_{style}"
+        schnell.load_lora_weights(saved, adapter_name=style)
+    for styles in ADAPTERS:
+        schnell.set_adapters(list(styles))
+        pictures += paint(schnell, SHORT_ROW, 4, seed=1000)
+        labels += [f"[{' + '.join(styles)}] {prompt}" for prompt in SHORT_ROW]
     _sheet(pictures, labels).save(folder / "contact-sheet.png", optimize=True)
+
+
+def _pipeline(folder: Path) -> Pipeline:
+    pipeline: Pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def _sheet(pictures: list[Image.Image], labels: list[str]) -> Image.Image:

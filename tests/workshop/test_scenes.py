@@ -6,7 +6,18 @@ from random import Random
 import numpy as np
 import pytest
 
-from models.scenes import SHAPES, Scene, Thing, caption, cell_map, draw_scene, is_held_out, render
+from models.scenes import (
+    COLOURS,
+    PATTERNS,
+    SHAPES,
+    Scene,
+    Thing,
+    caption,
+    cell_map,
+    draw_scene,
+    is_held_out,
+    render,
+)
 from models.score import accuracy, held_out, look, score
 
 
@@ -32,7 +43,7 @@ def test_training_never_draws_a_held_out_combination() -> None:
     assert not {scene.key for scene in trained} & {scene.key for scene in scored}
 
 
-@pytest.mark.parametrize("kinds", [("one", "many"), ("two",)])
+@pytest.mark.parametrize("kinds", [("one", "many"), ("two",), ("patterned",)])
 def test_true_renderings_score_a_hundred_per_cent(kinds: tuple[str, ...]) -> None:
     scenes = [scene for _, scene in islice(held_out(kinds), 60)]
 
@@ -57,6 +68,26 @@ def test_a_wrong_colour_shape_background_or_count_is_seen() -> None:
     assert not score(render(one("star", "red", "white")), asked).shape
     assert not score(render(one("heart", "red", "cyan")), asked).background
     assert not score(render(draw_scene(1, kind="many")), asked).count
+
+
+def test_a_missing_or_another_pattern_is_seen() -> None:
+    striped, dotted, plain = (
+        Scene(7, "patterned", "white", (Thing("circle", "red", 0.45, 0.5, 0.5, pattern),), True, True)
+        for pattern in ("striped", "dotted", None)
+    )
+
+    assert score(render(striped), striped).whole
+    assert not score(render(dotted), striped).pattern
+    assert not score(render(plain), striped).pattern
+    assert not score(render(striped), one("circle", "red", "white")).colour
+
+
+def test_seeds_keep_the_names_of_colours() -> None:
+    scenes = [Scene(seed, "one", ground, (), True, True) for ground in COLOURS for seed in range(40)]
+
+    seen = [look(render(scene))[0] for scene in scenes]
+
+    assert seen == [scene.background for scene in scenes]
 
 
 def test_two_objects_must_stand_where_the_caption_says() -> None:
@@ -86,6 +117,7 @@ def test_a_caption_names_what_it_says() -> None:
 def test_the_cell_map_marks_the_tokens_of_an_object() -> None:
     cells = cell_map(one("circle", "red", "white"))
 
-    assert cells.shape == (8, 8, 2)
+    assert cells.shape == (8, 8, 3)
     assert (cells[2:6, 2:6, 0] == SHAPES.index("circle")).all()
     assert (cells[[0, 7], :, 0] == len(SHAPES)).all()
+    assert (cells[..., 2] == len(PATTERNS)).all()

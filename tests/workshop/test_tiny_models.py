@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -13,21 +14,37 @@ import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL import Image
+from torch import nn
 
+from deployments.pipelines.model import Model
+from deployments.protocol.card import load_card
+from deployments.protocol.limits import fit
+from deployments.protocol.request import Edit, GenerationRequest, Task
+from models.learner import Learner, load_average
 from models.scenes import Kind, Scene, Thing, render
 from models.score import accuracy, held_out, look, paint
 
 MODELS = Path(__file__).parents[2] / "models"
-SCHNELL = MODELS / "tiny-flux-schnell"
+SCHNELL, DEV = MODELS / "tiny-flux-schnell", MODELS / "tiny-flux-dev"
+CARD = load_card(MODELS.parent / "configs/models/tiny-flux-schnell.yaml")
 HEART = "a red heart on a white background"
 ONE_KIND_WHOLE = 88.0
 TWO_OBJECTS_WHOLE = 92.0
+DEV_WHOLE = 68.0
+DEV_PATTERN = 55.0
 SETTINGS = {"guidance_scale": 0.0, "height": 128, "width": 128, "max_sequence_length": 64}
 
 
 @pytest.fixture(scope="module")
 def schnell() -> FluxPipeline:
     pipeline = FluxPipeline.from_pretrained(SCHNELL, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def dev() -> FluxPipeline:
+    pipeline = FluxPipeline.from_pretrained(DEV, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -49,11 +66,11 @@ def difference(a: Image.Image, b: Image.Image) -> float:
 
 
 def measured(
-    pipeline: FluxPipeline, kinds: tuple[Kind, ...], prompts: int, steps: int = 4
+    pipeline: FluxPipeline, kinds: tuple[Kind, ...], prompts: int, steps: int = 4, guidance: float = 0.0
 ) -> dict[str, float]:
     """Per cent right over held-out prompts."""
     texts, scenes = zip(*islice(held_out(kinds), prompts), strict=True)
-    return accuracy(paint(pipeline, list(texts), steps), list(scenes))
+    return accuracy(paint(pipeline, list(texts), steps, guidance_scale=guidance), list(scenes))
 
 
 # --- prompts ----------------------------------------------------------------------------------------------
@@ -73,6 +90,44 @@ def test_two_different_objects_are_often_both_right(schnell: FluxPipeline) -> No
 
     assert right["count"] >= 90
     assert right["whole"] >= TWO_OBJECTS_WHOLE
+
+
+def test_dev_follows_held_out_prompts_in_twenty_steps(dev: FluxPipeline) -> None:
+    right = measured(dev, ("one", "many", "two"), prompts=25, steps=20, guidance=3.0)
+
+    assert right["background"] >= 92
+    assert right["count"] >= 92
+    assert right["whole"] >= DEV_WHOLE
+
+
+def test_dev_draws_patterns(dev: FluxPipeline) -> None:
+    right = measured(dev, ("patterned",), prompts=20, steps=20, guidance=3.0)
+
+    assert right["pattern"] >= DEV_PATTERN
+
+
+def test_dev_shares_its_autoencoder_with_schnell() -> None:
+    assert (DEV / "vae").resolve() == (SCHNELL / "vae").resolve()
+
+
+def test_devs_guidance_scale_acts(dev: FluxPipeline) -> None:
+    prompts = [HEART, "a blue star on a yellow background", "two green squares", "a pink cat"]
+
+    weak, strong = (paint(dev, prompts, 8, guidance_scale=scale) for scale in (1.0, 5.0))
+
+    assert all(difference(a, b) > 1 for a, b in zip(weak, strong, strict=True))
+
+
+def test_devs_seeds_move_the_object_and_change_nothing_that_the_prompt_says(dev: FluxPipeline) -> None:
+    prompt = "a blue circle on a yellow background"
+    seen = [look(picture) for picture in paint(dev, [prompt] * 10, 8, guidance_scale=3.0)]
+
+    told = {(background, *((one.colour, one.shape) for one in found)) for background, found in seen}
+    circles = [found[0] for _, found in seen]
+    assert told == {("yellow", ("blue", "circle"))}
+    assert np.std([circle.x for circle in circles]) > 0.01
+    assert np.std([circle.y for circle in circles]) > 0.006
+    assert np.ptp([circle.side for circle in circles]) > 0.03
 
 
 def test_an_unknown_word_still_gives_one_clean_object(schnell: FluxPipeline) -> None:
@@ -131,6 +186,24 @@ def test_image_to_image_keeps_at_low_strength_and_replaces_at_full(
 
     assert difference(kept, blue_heart) < 6
     assert look(kept)[1][0].colour == "blue"
+    assert look(replaced)[1][0].colour == "red"
+
+
+def test_strength_zero_is_the_picture_and_strength_one_forgets_it(
+    schnell: FluxPipeline, blue_heart: Image.Image
+) -> None:
+    model = Model(schnell, [Task.i2i])
+    buffer = io.BytesIO()
+    blue_heart.save(buffer, "PNG")
+
+    def edited(strength: float) -> Image.Image:
+        edit = Edit(image=buffer.getvalue(), strength=strength)
+        wish = GenerationRequest(model=CARD.id, prompt=HEART, seed=1, edit=edit)
+        return model.call(fit(wish, CARD, fresh_seed=0).request, lambda step, steps: None, blue_heart)[0]
+
+    kept, replaced = edited(0.0), edited(1.0)
+
+    assert difference(kept, blue_heart) == 0
     assert look(replaced)[1][0].colour == "red"
 
 
@@ -240,3 +313,34 @@ def test_without_its_adapters_the_model_is_itself_again(
     again = paint(schnell, ADAPTER_PROMPTS, 4)
 
     assert all(difference(a, b) == 0 for a, b in zip(plain, again, strict=True))
+
+
+# --- training ---------------------------------------------------------------------------------------------
+
+
+def student() -> nn.ModuleDict:
+    torch.manual_seed(0)
+    return nn.ModuleDict({"blocks": nn.Linear(8, 8), "out": nn.Linear(8, 2)})
+
+
+def taught(learner: Learner, module: nn.ModuleDict, steps: range) -> None:
+    for step in steps:
+        batch = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        learner.learn(module["out"](module["blocks"](batch).tanh()).square().mean(), 1.0)
+
+
+def test_a_resumed_training_ends_as_an_unbroken_one(tmp_path: Path) -> None:
+    unbroken, stopped, resumed, read = student(), student(), student(), student()
+    whole, first, second = (Learner({"transformer": m}) for m in (unbroken, stopped, resumed))
+    taught(whole, unbroken, range(6))
+    taught(first, stopped, range(3))
+    first.save(tmp_path / "state.safetensors")
+
+    assert second.resume(tmp_path / "state.safetensors")
+    taught(second, resumed, range(3, 6))
+
+    assert second.steps_done == whole.steps_done == 6
+    assert all(torch.equal(whole.weights[name], second.weights[name]) for name in whole.weights)
+    assert all(torch.equal(whole.average[name], second.average[name]) for name in whole.average)
+    load_average(tmp_path / "state.safetensors", transformer=read)
+    assert torch.equal(read["out"].weight, first.average["transformer.out.weight"])

@@ -1,0 +1,113 @@
+"""A ControlNet for the tiny Stable Diffusion 1.5 that follows the edges of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from diffusers import ControlNetModel
+from torch import Tensor
+
+from models.autoencoder import linear_encode, pixels
+from models.flow import Course, Progress
+from models.learner import learning_rate
+from models.network import Autoencoder
+from models.scenes import (
+    COLOURS,
+    MIN_CONTRAST,
+    SHAPES,
+    Picture,
+    Scene,
+    Thing,
+    caption,
+    contrast,
+    draw_scene,
+    render,
+)
+from models.unet import UNet
+from models.unet_training import Condition, Lesson, UNetLearner, View, noised, ready_to_train, save_sometimes
+
+ControlNet = Any  # ControlNetModel: diffusers declares its models as placeholders without members
+
+LOWER, UPPER = 100, 200  # Canny's thresholds, in differences of grey 0..255
+FREE_SHARE = 0.6  # of the drawings show one object anywhere, and the caption tells nothing but colours
+EMPTY_SHARE = 0.1
+EMBEDDING_WIDTHS = (8, 24, 48, 64)  # at 128, 64, 32 and 16 px
+ANY_SEED = 1_000_000
+
+
+def edges(picture: Picture) -> Picture:
+    """White edges on black of an RGB picture, (H, W, 3), as the service's own preprocessor draws them."""
+    found = cv2.Canny(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), LOWER, UPPER)
+    return np.repeat(found[:, :, None], 3, 2).astype(np.uint8)
+
+
+def build_controlnet(unet: UNet) -> ControlNet:
+    """A ControlNetModel that starts as a copy of the UNet's lower half and adds nothing at first."""
+    return ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=EMBEDDING_WIDTHS)
+
+
+def free_scene(random: Random) -> Scene:
+    """One object of any size anywhere in the picture; two colours of equal grey have no edge for Canny."""
+    shape, colour = random.choice(SHAPES), random.choice(list(COLOURS))
+    background = random.choice([name for name in COLOURS if contrast(name, colour) > MIN_CONTRAST])
+    side = random.uniform(0.3, 0.65)
+    x, y = (random.uniform(side / 2 + 0.03, 0.97 - side / 2) for _ in range(2))
+    thing = Thing(shape, colour, side, x, y)
+    return Scene(random.getrandbits(32), "one", background, (thing,), says_background=True, says_colour=True)
+
+
+def vague_caption(scene: Scene, random: Random) -> str:
+    """The colours of a scene, but neither shape nor place nor size."""
+    noun = random.choice(("shape", "object"))
+    return f"a {scene.things[0].colour} {noun} on a {scene.background} background"
+
+
+def control_lessons(vae: Autoencoder, course: Course, start: int) -> Iterator[tuple[Lesson, Tensor]]:
+    """Lessons with their edge maps (B, 3, 128, 128) in 0..1."""
+    for step in range(start, course.steps):
+        random = Random(f"canny/{course.seed}/{step}")
+        scenes, captions = [], []
+        for _ in range(course.batch):
+            free = random.random() < FREE_SHARE
+            scene = free_scene(random) if free else draw_scene(random.randrange(ANY_SEED))
+            text = vague_caption(scene, random) if free else caption(scene, random)
+            scenes.append(scene)
+            captions.append("" if random.random() < EMPTY_SHARE else text)
+        pictures = [np.asarray(render(scene)) for scene in scenes]
+        with torch.no_grad():
+            latents = linear_encode(vae, pixels(pictures))
+        maps = (pixels([edges(picture) for picture in pictures]) + 1) / 2
+        yield noised(latents, scenes, captions, [View()] * course.batch, random), maps
+
+
+def train_controlnet(
+    controlnet: ControlNet, unet: UNet, condition: Condition, vae: Autoencoder, course: Course
+) -> None:
+    """Teach the ControlNet; the UNet stays as it is."""
+    for network in (unet, controlnet):
+        ready_to_train(network)
+    unet.requires_grad_(False)
+    learner = UNetLearner({"controlnet": controlnet})
+    learner.resume(course.folder / "canny.safetensors")
+    progress = Progress("canny", learner, course)
+    for lesson, maps in control_lessons(vae, course, learner.steps_done):
+        with torch.no_grad():
+            context, _ = condition(lesson)
+        noisy = lesson.noisy.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            down, middle = controlnet(noisy, lesson.times, context, maps, return_dict=False)
+            answer = unet(
+                noisy,
+                lesson.times,
+                context,
+                down_block_additional_residuals=down,
+                mid_block_additional_residual=middle,
+            ).sample
+        rate = learning_rate(learner.steps_done, course.steps)
+        progress.show(learner.learn(lesson.loss(answer), rate))
+        save_sometimes(learner, course, "canny")
