@@ -1,6 +1,7 @@
 """The roof: binds both floors into one Serve application. `import_path: serve_app.app:build`."""
 
 # no `from __future__ import annotations`: Serve reads the type of build()'s argument to validate it
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from deployments.protocol.request import Task
 from serve_app.dispatcher import DispatcherReplica
 from serve_app.ingress import Ingress
 from serve_app.settings import Settings
+from serve_app.stopping import on_stop
 
 # what a CPU-only replica may see of the node's GPUs: nothing
 NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
@@ -43,8 +45,9 @@ class AppArgs(BaseModel):
 def build(args: AppArgs) -> Application:
     """One graph: ingress and dispatcher over one ImageModel deployment per card, named as the card."""
     settings = Settings.load(**args.settings)
-    cards = _chosen_cards(args, settings.cards_dir)
-    models: dict[str, Application] = {card.id: _model(card) for card in cards.values()}
+    known = load_cards(settings.cards_dir)
+    cards = _chosen_cards(args, known, settings.cards_dir)
+    models = _models(cards, known)
     dispatcher = serve.deployment(
         name="Dispatcher",
         num_replicas=args.dispatchers,
@@ -61,9 +64,8 @@ def build(args: AppArgs) -> Application:
     )(Ingress).bind(settings, cards, models, dispatcher)
 
 
-def _chosen_cards(args: AppArgs, cards_dir: Path) -> dict[str, ModelCard]:
+def _chosen_cards(args: AppArgs, known: Mapping[str, ModelCard], cards_dir: Path) -> dict[str, ModelCard]:
     """The cards of `args.models`, by id. Raises NotFound naming the cards there are."""
-    known = load_cards(cards_dir)
     chosen: dict[str, ModelCard] = {}
     for model in args.models:
         if isinstance(model, ModelWithoutCard):
@@ -81,16 +83,40 @@ def _chosen_cards(args: AppArgs, cards_dir: Path) -> dict[str, ModelCard]:
     return chosen
 
 
-def _model(card: ModelCard) -> Application:
-    """One card as a deployment. serve_config.yaml may override all of it under the card's id."""
-    serving = card.serving
+def _models(cards: Mapping[str, ModelCard], known: Mapping[str, ModelCard]) -> dict[str, Application]:
+    """One deployment per card, or per group of cards that share their replicas; by card id."""
+    groups: dict[str, list[ModelCard]] = {}
+    for card in cards.values():
+        groups.setdefault(card.serving.group or card.id, []).append(card)
+    models: dict[str, Application] = {}
+    for name, members in groups.items():
+        if name in cards and len(members) > 1 and cards[name].serving.group != name:
+            raise BadRequest(f"the group {name!r} is called as another card; give it another name")
+        refiners = {card.id: refiner for card in members if (refiner := _refiner(card, known))}
+        models |= dict.fromkeys([card.id for card in members], _model(name, members, refiners))
+    return models
+
+
+def _refiner(card: ModelCard, known: Mapping[str, ModelCard]) -> ModelCard | None:
+    """The card of the model that refines this one's pictures. Raises NotFound where there is none."""
+    if card.refiner is None:
+        return None
+    if card.refiner not in known:
+        raise NotFound(f"{card.id} names the refiner {card.refiner!r}, which has no card")
+    return known[card.refiner]
+
+
+def _model(name: str, cards: list[ModelCard], refiners: dict[str, ModelCard]) -> Application:
+    """The deployment of these cards, with the first one's resources. serve_config.yaml may override all
+    of it under `name`."""
+    serving = cards[0].serving
     resources: dict[str, Any] = {"num_cpus": serving.num_cpus, "num_gpus": serving.num_gpus}
     if serving.accelerator_type is not None:
         resources["accelerator_type"] = serving.accelerator_type
     if not serving.num_gpus:
         resources["runtime_env"] = NO_GPU
     return serve.deployment(
-        name=card.id,
+        name=name,
         ray_actor_options=resources,
         autoscaling_config={
             "min_replicas": serving.min_replicas,
@@ -104,4 +130,4 @@ def _model(card: ModelCard) -> Application:
         health_check_period_s=5.0,
         graceful_shutdown_timeout_s=60.0,
         graceful_shutdown_wait_loop_s=0.1,
-    )(ImageModel).bind(card)
+    )(ImageModel).bind(cards, refiners, on_stop)

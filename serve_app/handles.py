@@ -38,12 +38,16 @@ class ModelHandles:
         self._looked_at = -math.inf
         self._look: asyncio.Task[None] | None = None
 
-    async def generate(self, model: str, request: FittedRequest) -> AsyncGenerator[Event]:
+    async def generate(
+        self, model: str, request: FittedRequest, /, *, user: str = "", resume: bytes | None = None
+    ) -> AsyncGenerator[Event]:
         """The events of one request. Closing the iterator cancels it on its replica.
 
+        It waits for a slot as long as that takes: the request was accepted and has its place.
         Raises ModelUnavailable (retryable) when the replica dies, drains or does not exist.
         """
-        stream = cast(DeploymentResponseGenerator[Event], self._handles[model].remote(request))
+        call = self._handles[model].remote(request, user, resume, patient=True)
+        stream = cast(DeploymentResponseGenerator[Event], call)
         try:
             async for event in stream:
                 yield event
@@ -79,8 +83,8 @@ class ModelHandles:
             return
         application = status.applications.get(self._app_name)
         deployments = application.deployments if application is not None else {}
-        for model in self._handles:
-            found = deployments.get(model)
+        for model, handle in self._handles.items():
+            found = deployments.get(handle.deployment_name)  # cards of one group share theirs
             self._running[model] = _running(found.replica_states) if found else 0
             self._states[model] = _state(self._running[model], found.status.value if found else "")
         self._looked_at = time.monotonic()
@@ -122,10 +126,12 @@ class DispatcherModels:
                 self._handles.look_again()  # only when room runs short does the number matter
         return free
 
-    async def generate(self, model: str, request: FittedRequest) -> AsyncGenerator[Event]:
+    async def generate(
+        self, model: str, request: FittedRequest, /, *, user: str = "", resume: bytes | None = None
+    ) -> AsyncGenerator[Event]:
         self._active[model] += 1
         try:
-            events = self._handles.generate(model, request)
+            events = self._handles.generate(model, request, user=user, resume=resume)
             try:
                 async for event in events:
                     yield event

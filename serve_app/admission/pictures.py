@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 
 from deployments.protocol.errors import BadRequest
+from deployments.protocol.limits import control_field
 from deployments.protocol.pictures import FORMATS, inspect
 from deployments.protocol.request import GenerationRequest
 
@@ -26,10 +27,13 @@ class PictureCheck:
 
         Raises TooLarge by the size its header claims, BadRequest when it is no whole PNG, JPEG or WebP.
         """
-        if request.edit is None:
-            return
+        given: list[tuple[str, bytes | None]] = [
+            (control_field(request, index), control.image) for index, control in enumerate(request.controls)
+        ]
+        if request.edit is not None:
+            given += [("image", request.edit.image), ("mask_image", request.edit.mask_image)]
         loop = asyncio.get_running_loop()
-        for field, data in (("image", request.edit.image), ("mask_image", request.edit.mask_image)):
+        for field, data in given:
             if data is not None:
                 _inspect(data, field)
                 await loop.run_in_executor(self._threads, _decode, data, field)

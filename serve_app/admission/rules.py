@@ -50,12 +50,30 @@ def find_card(name: str, cards: Mapping[str, ModelCard]) -> ModelCard:
     )
 
 
-def default_model(task: Task, cards: Mapping[str, ModelCard], ready: Collection[str]) -> str:
+def default_model(
+    task: Task,
+    cards: Mapping[str, ModelCard],
+    ready: Collection[str],
+    *,
+    controls: Collection[str] = (),
+    refiner: bool = False,
+) -> str:
     """Id of the model that serves a request which names none: the first that can, ready ones first.
 
-    Raises ModelUnavailable when no card has the task.
+    controls: kinds of control picture it must take. refiner: whether it must have one.
+    Raises ModelUnavailable when no card can do that.
     """
-    able = [card.id for card in cards.values() if task in card.tasks]
+    able = [
+        card.id
+        for card in cards.values()
+        if task in card.tasks
+        and all(kind in card.controls for kind in controls)
+        and (card.refiner is not None or not refiner)
+    ]
     if not able:
-        raise ModelUnavailable(f"no model here can do {task.value}", param="model")
+        with_controls = f" with control pictures of type {', '.join(sorted(controls))}" if controls else ""
+        with_refiner = " and a refiner" if refiner else ""
+        raise ModelUnavailable(
+            f"no model here can do {task.value}{with_controls}{with_refiner}", param="model"
+        )
     return next((model_id for model_id in able if model_id in ready), able[0])

@@ -44,18 +44,30 @@ async def read_json_or_form(http_request: Request, schema: type[Body], files: tu
     return body.model_copy(update=uploads)
 
 
-def documented(schema: type[BaseModel], *, form: bool = False) -> dict[str, Any]:
-    """openapi_extra of a route that reads its body by the functions above."""
+def documented(schema: type[BaseModel], files: tuple[str, ...] = ()) -> dict[str, Any]:
+    """openapi_extra of a route that reads its body by the functions above; files: of its form."""
     shape = schema.model_json_schema()
+    shape = _inlined(shape, shape.pop("$defs", {}))
     content: dict[str, Any] = {"application/json": {"schema": shape}}
-    if form:
+    if files:
         content["multipart/form-data"] = {"schema": json.loads(json.dumps(shape))}
-        for name in ("image", "mask_image"):
+        for name in files:
             content["multipart/form-data"]["schema"]["properties"][name] = {
                 "type": "string",
                 "format": "binary",
             }
     return {"requestBody": {"required": True, "content": content}}
+
+
+def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+    """The schema with inner models in place of references, which would point outside of the route."""
+    if isinstance(node, list):
+        return [_inlined(item, definitions) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return _inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in node.items()}
 
 
 async def _read_form(

@@ -74,8 +74,12 @@ class Visit:
         return job
 
     async def _default_model(self, body: ImageBody | GenerationsBody) -> str:
-        task = body.task if isinstance(body, ImageBody) else Task.t2i
-        return default_model(task, self.state.cards, await self.state.ready_models())
+        ready = await self.state.ready_models()
+        if not isinstance(body, ImageBody):
+            return default_model(Task.t2i, self.state.cards, ready)
+        return default_model(
+            body.task, self.state.cards, ready, controls=body.control_types, refiner=bool(body.refiner)
+        )
 
 
 def _to_request(body: ImageBody | GenerationsBody, model: str) -> GenerationRequest:

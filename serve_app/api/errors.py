@@ -62,18 +62,27 @@ def _native(error: WeftError, status: int | None) -> Response:
 
 def _openai(error: WeftError, status: int | None) -> Response:
     """As the openai SDK reads it; it repeats 408, 409, 429 and 5xx unless told not to."""
-    code = STATUS[error.kind] if status is None else status
-    code = 400 if code == 422 else code
+    code = _openai_status(error) if status is None else status
+    again = error.retryable and code != 504  # what waited long enough for a 504 is still running
+    headers = {**_retry_headers(error), "x-should-retry": "true" if again else "false"}
+    return _answer(openai_body(error, code), code, headers)
+
+
+def openai_body(error: WeftError, status: int | None = None) -> dict[str, Any]:
+    """The error in OpenAI's words; inside of a stream it is all there is."""
+    code = _openai_status(error) if status is None else status
     body = {
         "message": error.message,
         "type": OPENAI_TYPES.get(code, "server_error" if code >= 500 else "invalid_request_error"),
         "param": error.param,
         "code": "model_not_found" if code == 404 and error.param == "model" else error.kind,
     }
-    again = error.retryable and code != 504  # what waited long enough for a 504 is still running
-    return _answer(
-        {"error": body}, code, {**_retry_headers(error), "x-should-retry": "true" if again else "false"}
-    )
+    return {"error": body}
+
+
+def _openai_status(error: WeftError) -> int:
+    status = STATUS[error.kind]
+    return 400 if status == 422 else status
 
 
 def _retry_headers(error: WeftError) -> dict[str, str]:

@@ -12,14 +12,14 @@ from serve_app.api.schemas.job import Accepted, Ended, JobOut, JobPage, Warned
 from serve_app.jobs.job import JobState
 
 router = APIRouter(tags=["generate"])
-FILES = ("image", "mask_image")
+FILES = ("image", "mask_image", "control_image")
 
 
-@router.post("/api/generate/image", status_code=202, openapi_extra=documented(ImageBody, form=True))
+@router.post("/api/generate/image", status_code=202, openapi_extra=documented(ImageBody, FILES))
 async def generate_image(http_request: Request, response: Response, visit: Here) -> Accepted:
     """Accept a wish for pictures and answer at once; the job is then followed by its id.
 
-    JSON, or a multipart form with the files `image` and `mask_image`.
+    JSON, or a multipart form with the files `image`, `mask_image` and `control_image`.
     """
     body = await read_json_or_form(http_request, ImageBody, FILES)
     job = await visit.submit(body)

@@ -2,37 +2,59 @@
 
 import asyncio
 import base64
+import json
+import logging
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 from fastapi import APIRouter
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 
-from deployments.protocol.errors import KINDS, Cancelled, Internal, Overloaded, WeftError
+from deployments.protocol.errors import Cancelled, Overloaded, WeftError
 from serve_app.admission.rules import find_card
 from serve_app.api.bodies import documented, read_json
 from serve_app.api.depends import Here, Visit
-from serve_app.api.errors import render
+from serve_app.api.errors import openai_body, render
+from serve_app.api.progress import KEEP_ALIVE_S, with_pauses
 from serve_app.api.schemas.job import JobOut
 from serve_app.api.schemas.openai import (
+    CompletedImage,
     GenerationsBody,
     ImageData,
     ImagesResponse,
     ModelEntries,
     ModelEntry,
+    PartialImage,
 )
+from serve_app.jobs import progress
 from serve_app.jobs.job import Job, JobState
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter(tags=["openai"])
 
 
 @router.post(
-    "/v1/images/generations", response_model=ImagesResponse, openapi_extra=documented(GenerationsBody)
+    "/v1/images/generations",
+    response_model=ImagesResponse,
+    responses={200: {"content": {"text/event-stream": {}}}},
+    openapi_extra=documented(GenerationsBody),
 )
 async def generate_images(http_request: Request, visit: Here) -> ImagesResponse | Response:
-    """Paint and wait for the pictures. A client that hangs up cancels the work."""
+    """Paint and wait for the pictures. A client that hangs up cancels the work.
+
+    With `stream`: events `image_generation.partial_image`, as many as `partial_images` asks for at
+    most, then `image_generation.completed` for every picture, or an `error`.
+    """
     body = await read_json(http_request, GenerationsBody)
     job = await visit.submit(body)
+    if body.stream:
+        return StreamingResponse(
+            _server_sent(visit, job),
+            media_type="text/event-stream",
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )
     try:
         job = await _finished(visit, job, http_request)
     except TimeoutError:
@@ -110,7 +132,7 @@ def _require_completed(job: Job) -> None:
     if job.state is JobState.completed:
         return
     if job.error is not None:
-        raise KINDS.get(job.error.kind, Internal)(job.error.message, param=job.error.param)
+        raise job.error.to_error()
     raise Cancelled(f"job {job.id} was cancelled")
 
 
@@ -124,6 +146,61 @@ async def _data(visit: Visit, job: Job, *, as_url: bool) -> list[ImageData]:
             _, content = await visit.desk.artifact(job.id, visit.owner, artifact.index, "image")
             data.append(ImageData(b64_json=base64.b64encode(content).decode(), seed=artifact.seed))
     return data
+
+
+async def _server_sent(visit: Visit, job: Job) -> AsyncGenerator[str]:
+    """The job's previews and its end. Nothing else: the SDK takes every event for a picture."""
+    ended = False
+    shown = 0
+    try:
+        async for item in with_pauses(visit.desk.follow(job.id, visit.owner), KEEP_ALIVE_S):
+            match item:
+                case None:
+                    yield ": still here\n\n"
+                case (_, progress.Preview() as look) if shown < job.request.output.previews:
+                    yield _event(_partial(job, look, shown))
+                    shown += 1
+                case (_, progress.Completed() | progress.Failed() | progress.Cancelled()):
+                    ended = True
+        job = (await visit.desk.get(job.id, visit.owner)).job
+        visit.state.metrics.finished.labels(job.state.value).inc()
+        _require_completed(job)
+        for picture in await _data(visit, job, as_url=False):
+            yield _event(_completed(job, picture))
+    except WeftError as error:
+        ended = True  # or the store is away: the job goes on
+        logger.info("a stream ended with an error", extra={"job_id": job.id, "error": error.kind})
+        yield f"event: error\ndata: {json.dumps(openai_body(error))}\n\n"
+    finally:
+        if not ended:
+            await asyncio.shield(_cancel(visit, job))
+
+
+def _event(event: PartialImage | CompletedImage) -> str:
+    return f"event: {event.type}\ndata: {event.model_dump_json()}\n\n"
+
+
+def _partial(job: Job, look: progress.Preview, index: int) -> PartialImage:
+    return PartialImage(
+        b64_json=base64.b64encode(look.data).decode(),
+        partial_image_index=index,
+        created_at=int(job.created_at),
+        output_format=look.media_type.removeprefix("image/"),
+        size=f"{job.request.width}x{job.request.height}",
+    )
+
+
+def _completed(job: Job, picture: ImageData) -> CompletedImage:
+    assert picture.b64_json is not None, "a stream has no links"
+    return CompletedImage(
+        b64_json=picture.b64_json,
+        created_at=int(job.created_at),
+        output_format=job.request.output.format,
+        size=f"{job.request.width}x{job.request.height}",
+        id=job.id,
+        model=job.request.model,
+        seed=picture.seed,
+    )
 
 
 def _entry(model_id: str) -> ModelEntry:

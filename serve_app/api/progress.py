@@ -152,9 +152,9 @@ async def _told(event: Event, visit: Visit, job_id: str) -> dict[str, Any]:
         visit.state.metrics.finished.labels(NAMES[type(event)]).inc()
     match event:
         case Queued():
-            return {"status": "queued", "position": event.position, "percent": 0, "step": 0, "steps": 0}
+            return {"status": "queued", "position": event.position, **_taken_over(event)}
         case Started():
-            return {"status": "processing", "percent": 0, "step": 0, "steps": None}
+            return {"status": "processing", **_taken_over(event), "steps": event.steps or None}
         case Step():
             return {
                 "status": "processing",
@@ -173,6 +173,11 @@ async def _told(event: Event, visit: Visit, job_id: str) -> dict[str, Any]:
             return {"status": "failed", "error": error}
         case Cancelled():
             return {"status": "cancelled"}
+
+
+def _taken_over(event: Queued | Started) -> dict[str, int]:
+    percent = 100 * event.step // event.steps if event.steps else 0
+    return {"percent": percent, "step": event.step, "steps": event.steps}
 
 
 def _job(job: JobOut) -> dict[str, Any]:

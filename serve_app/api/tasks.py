@@ -6,7 +6,7 @@ from fastapi import APIRouter, Header, Query, Response
 from pydantic import BaseModel
 from starlette.requests import Request
 
-from deployments.protocol.errors import KINDS, Cancelled, Conflict, Internal, NotFound
+from deployments.protocol.errors import Cancelled, Conflict, NotFound
 from serve_app.api.bodies import documented, read_json_or_form
 from serve_app.api.depends import Here, JobId, Visit
 from serve_app.api.native import FILES
@@ -48,10 +48,18 @@ class TaskResult(BaseModel):
     warnings: list[Warned]
 
 
-@router.post("/generate-image", status_code=202, openapi_extra=documented(ImageBody, form=True))
+@router.post("/generate-image", status_code=202, openapi_extra=documented(ImageBody, FILES))
 async def generate_image(http_request: Request, visit: Here) -> TaskAccepted:
     """Accept a wish for pictures; the body is that of POST /api/generate/image."""
     job = await visit.submit(await read_json_or_form(http_request, ImageBody, FILES))
+    return TaskAccepted(task_id=job.id, status=job.state, warnings=[Warned.of(c) for c in job.warnings])
+
+
+@router.post("/refine", status_code=202, openapi_extra=documented(ImageBody, FILES))
+async def refine(http_request: Request, visit: Here) -> TaskAccepted:
+    """Redraw the details of the picture `image` with a refiner; the body is that of /generate-image."""
+    body = await read_json_or_form(http_request, ImageBody, FILES)
+    job = await visit.submit(body.model_copy(update={"refine": True}))
     return TaskAccepted(task_id=job.id, status=job.state, warnings=[Warned.of(c) for c in job.warnings])
 
 
@@ -108,7 +116,7 @@ def _require_completed(job: Job) -> None:
         raise Cancelled("this task was cancelled; it has no result")
     if job.state is JobState.failed:
         assert job.error is not None, "a failed job says why"
-        raise KINDS.get(job.error.kind, Internal)(job.error.message, param=job.error.param)
+        raise job.error.to_error()
     if job.state is not JobState.completed:
         raise Conflict(f"this task is {job.state.value}; ask /task/{job.id}/status until it is completed")
 

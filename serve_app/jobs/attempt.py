@@ -15,11 +15,11 @@ from deployments.protocol import events
 from deployments.protocol.errors import Internal, ModelUnavailable, WeftError
 from deployments.protocol.request import FittedRequest
 from serve_app.jobs import pictures, progress
-from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
+from serve_app.jobs.job import Handover, Job, JobError, JobState, StoredArtifact
 from serve_app.jobs.store import Claim, JobStore, Stale
 from serve_app.jobs.transaction import StoreUnreachable
 from serve_app.settings import Settings
-from serve_app.storage.results import ResultStore, input_path, output_path
+from serve_app.storage.results import ResultStore, handover_path, input_path, output_path
 
 START_LIMIT_S = 3_600.0  # from the claim to Started: a model may have to be downloaded first
 STOP_LIMIT_S = 5.0  # for a cancelled call to end; after that it is left behind
@@ -47,8 +47,13 @@ class Models(Protocol):
         A job counts as taken from the first `anext` on its stream until the stream ends.
         """
 
-    def generate(self, model_id: str, request: FittedRequest, /) -> EventStream:
-        """Run the request. Raises ModelUnavailable while iterating when the model's replica is lost."""
+    def generate(
+        self, model_id: str, request: FittedRequest, /, *, user: str = "", resume: bytes | None = None
+    ) -> EventStream:
+        """Run the request. Raises ModelUnavailable while iterating when the model's replica is lost.
+
+        user: whose work it is; users share a model fairly.  resume: the state of an events.Handover.
+        """
 
 
 class Halt(Enum):
@@ -91,7 +96,9 @@ class Attempt:
         self._time_limit_s = time_limit_s
         self._halted: asyncio.Future[Halt] = asyncio.get_running_loop().create_future()
         self._news: deque[progress.Event] = deque(maxlen=NEWS_KEPT)
-        self._step = self._steps = 0
+        self._step, self._steps = claim.job.step, claim.job.steps  # 0 unless it goes on from a handover
+        self._replica_stopped = False
+        self._handover: Handover | None = None  # what this attempt leaves to the next
         self._finishing = False
 
     def halt(self, reason: Halt) -> None:
@@ -116,7 +123,7 @@ class Attempt:
                 lease.result()  # a bug there must not leave the work running without a lease
             await _ended(work)
             result = _result(work)
-            if not self._halted.done() and isinstance(result, events.Failed) and result.retryable:
+            if isinstance(result, events.Failed) and result.retryable and not self._replica_stopped:
                 await self._wait_for_recovery()
             self._finishing = True
             self._stir.set()
@@ -132,8 +139,9 @@ class Attempt:
     async def _generate(self) -> Made | events.Failed:
         """What the model delivered, its files stored, or why there is nothing."""
         try:
-            request = await self._whole_request()
-            stream = self._models.generate(request.model, request)
+            request, resume = await self._whole_request(), await self._state_handed_over()
+            owner = self.claim.job.owner
+            stream = self._models.generate(request.model, request, user=owner, resume=resume)
             try:
                 self.handed_over = True
                 return await self._take_in(stream)
@@ -158,17 +166,32 @@ class Attempt:
         }
         return pictures.attach(job.request, taken)
 
+    async def _state_handed_over(self) -> bytes | None:
+        """What a stopped replica left of this job; None where there is nothing to go on from."""
+        handover = self.claim.job.handover
+        if handover is None:
+            return None
+        try:
+            return await self._results.get(handover.path, sha256=handover.sha256)
+        except (WeftError, OSError):
+            logger.warning("what was handed over is lost; the job begins anew", extra=self._about)
+            return None
+
     async def _take_in(self, stream: EventStream) -> Made | events.Failed:
         artifacts: list[StoredArtifact] = []
         async for event in stream:
             match event:
                 case events.Started(steps=steps):
                     self._limit_time()
-                    self._note(0, steps)
+                    if self._step == 0:  # else the steps before were told by whoever handed over
+                        self._note(0, steps)
                 case events.Step(step=step, steps=steps):
                     self._note(step, steps)
                 case events.Preview(step=step, media_type=media_type, data=data):
                     self._tell(progress.Preview(step, media_type, data))
+                case events.Handover(step=step, state=state):
+                    self._replica_stopped = True
+                    await self._keep_state(step, state)
                 case events.Artifact():
                     artifacts.append(await self._keep(event))
                 case events.Done(generation_s=generation_s):
@@ -192,6 +215,15 @@ class Attempt:
             height=artifact.height,
             seed=artifact.seed,
         )
+
+    async def _keep_state(self, step: int, state: bytes) -> None:
+        path = handover_path(self.claim.job.id, self.claim.attempt)
+        try:
+            file = await self._results.put(path, state)
+        except OSError:
+            logger.exception("a handover was not stored; the job will begin anew", extra=self._about)
+            return
+        self._handover = Handover(file.path, file.sha256, step, self._steps)
 
     def _limit_time(self) -> None:
         self._timer.cancel()
@@ -252,16 +284,17 @@ class Attempt:
             case Halt.cancelled:
                 return await store.cancelled(claim)
             case Halt.drained:
-                return await store.requeue(claim, _DRAINED, counted=False)
+                return await store.requeue(claim, _DRAINED, counted=False, handover=self._handover)
             case Halt.too_long:
                 text = f"the job ran longer than {self._time_limit_s:g} s, which is its model's limit"
                 return await store.fail(claim, JobError("internal", text))
             case Halt.never_started:
                 return await store.requeue(claim, _NEVER_STARTED)
         assert result is not None, "only halted work has no result"
-        error = JobError(result.kind, result.message, result.param)
+        error = JobError(result.kind, result.message, result.param, result.retry_after_s)
         if result.retryable:
-            return await store.requeue(claim, error)
+            counted = not self._replica_stopped
+            return await store.requeue(claim, error, counted=counted, handover=self._handover)
         return await store.fail(claim, error)
 
     async def _persistently(self, commit: Callable[[], Awaitable[Job]]) -> Job | None:
@@ -285,6 +318,9 @@ class Attempt:
         try:
             if job is None or not job.state.ended:
                 await self._results.discard(job_id, self.claim.attempt)
+                handover = handover_path(job_id, self.claim.attempt)
+                if job is None or job.handover is None or job.handover.path != handover:
+                    await self._results.remove(handover)
             else:
                 won = job.artifacts if job.state is JobState.completed else ()
                 await self._results.sweep(job_id, keep=[artifact.path for artifact in won])

@@ -45,7 +45,7 @@ async def follow(store: JobStore, hints: Hints, job_id: str, after: str = FROM_S
                 now_at = await store.position(job)
                 if now_at not in (None, position):
                     position = now_at
-                    yield after, progress.Queued(now_at)
+                    yield after, progress.Queued(now_at, job.step, job.steps)
             hinted = await stirred(heard, LOOK_AGAIN_S)
 
 

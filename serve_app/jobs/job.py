@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass
 from enum import StrEnum
 
+from deployments.protocol.errors import KINDS, Internal, WeftError
 from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest
 
@@ -40,12 +41,28 @@ class StoredArtifact:
 
 
 @dataclass(frozen=True, slots=True)
+class Handover:
+    """Where a replica that was being stopped left off, and the file another one goes on from."""
+
+    path: str  # relative to the results root
+    sha256: str
+    step: int  # steps done
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
 class JobError:
     """Why a job failed, in the words of the error tree."""
 
     kind: str
     message: str
     param: str | None = None
+    retry_after_s: float | None = None
+
+    def to_error(self) -> WeftError:
+        """The error this job ended with, ready to be raised to its caller."""
+        kind = KINDS.get(self.kind, Internal)
+        return kind(self.message, param=self.param, retry_after_s=self.retry_after_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +78,9 @@ class Job:
     attempt: int = 0  # raised by every claim; the fence against late writers
     failures: int = 0  # attempts that were lost or failed for a passing reason; max_attempts ends the job
     cancel_requested: bool = False
-    step: int = 0  # finished denoising steps of this attempt
+    step: int = 0  # finished denoising steps of this attempt, with those it took over
     steps: int = 0  # of how many; 0 before the pipeline call begins
+    handover: Handover | None = None  # what the next attempt, or the running one, goes on from
     started_at: float | None = None  # of the latest attempt
     completed_at: float | None = None
     generation_s: float | None = None

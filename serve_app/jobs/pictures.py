@@ -12,26 +12,35 @@ def detach(request: FittedRequest) -> tuple[FittedRequest, dict[str, bytes]]:
 
     Empty, not absent: the task (i2i or inpaint) can still be read off the request.
     """
-    if request.edit is None:
-        return request, {}
-    taken = {"image": request.edit.image}
-    if request.edit.mask_image is not None:
-        taken["mask_image"] = request.edit.mask_image
+    taken = {f"control_{index}": control.image for index, control in enumerate(request.controls)}
+    if request.edit is not None:
+        taken["image"] = request.edit.image
+        if request.edit.mask_image is not None:
+            taken["mask_image"] = request.edit.mask_image
     return _with_pictures(request, dict.fromkeys(taken, b"")), taken
 
 
 def attach(request: FittedRequest, taken: Mapping[str, bytes]) -> FittedRequest:
     """The request as it was before `detach`."""
-    return _with_pictures(request, taken) if taken else request
+    return _with_pictures(request, taken)
 
 
 def names(request: FittedRequest) -> tuple[str, ...]:
     """Field names of the pictures a detached request needs to run."""
+    controls = tuple(f"control_{index}" for index in range(len(request.controls)))
     if request.edit is None:
-        return ()
-    return ("image",) if request.edit.mask_image is None else ("image", "mask_image")
+        return controls
+    return (*controls, "image") if request.edit.mask_image is None else (*controls, "image", "mask_image")
 
 
 def _with_pictures(request: FittedRequest, pictures: Mapping[str, bytes]) -> FittedRequest:
-    assert request.edit is not None, "only an edit has pictures"
-    return request.model_copy(update={"edit": request.edit.model_copy(update=dict(pictures))})
+    changes: dict[str, object] = {
+        "controls": tuple(
+            control.model_copy(update={"image": pictures[f"control_{index}"]})
+            for index, control in enumerate(request.controls)
+        )
+    }
+    if request.edit is not None:
+        given = {name: pictures[name] for name in ("image", "mask_image") if name in pictures}
+        changes["edit"] = request.edit.model_copy(update=given)
+    return request.model_copy(update=changes)

@@ -16,6 +16,8 @@ class Queued:
     """Waiting; also told again when the position changes or a lost job comes back."""
 
     position: int  # 1: next to be claimed, among the jobs of the same model
+    step: int = 0  # what a stopped replica has done; the next one goes on from there
+    steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,8 @@ class Started:
     """A dispatcher has claimed the job and hands it to the model."""
 
     attempt: int
+    step: int = 0  # as above
+    steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,12 @@ from pydantic import TypeAdapter
 
 from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest
-from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
+from serve_app.jobs.job import Handover, Job, JobError, JobState, StoredArtifact
 
 CORRECTIONS = TypeAdapter(tuple[Correction, ...])
 ARTIFACTS = TypeAdapter(tuple[StoredArtifact, ...])
 ERROR = TypeAdapter(JobError)
+HANDOVER = TypeAdapter(Handover)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ def new_fields(
 
 def job_from(job_id: str, fields: Mapping[str, str]) -> Job:
     """The job in a hash; a field that is not there yet has its default."""
-    error, generation_s = fields.get("error"), fields.get("generation_s")
+    error, generation_s, handover = (fields.get(name) for name in ("error", "generation_s", "handover"))
     return Job(
         id=job_id,
         owner=fields["owner"],
@@ -94,6 +95,7 @@ def job_from(job_id: str, fields: Mapping[str, str]) -> Job:
         cancel_requested="cancel" in fields,
         step=int(fields.get("step", 0)),
         steps=int(fields.get("steps", 0)),
+        handover=None if handover is None else HANDOVER.validate_json(handover),
         started_at=_seconds(fields.get("started_us")),
         completed_at=_seconds(fields.get("ended_us")),
         generation_s=None if generation_s is None else float(generation_s),

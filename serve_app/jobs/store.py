@@ -21,7 +21,7 @@ from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest
 from serve_app.jobs import progress
 from serve_app.jobs.hints import Hints
-from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
+from serve_app.jobs.job import Handover, Job, JobError, JobState, StoredArtifact
 from serve_app.jobs.listing import OwnerIndex, Page
 from serve_app.jobs.record import Keys, job_from
 from serve_app.jobs.transaction import begin, reachable, transact
@@ -276,14 +276,17 @@ class JobStore:
             claim, lambda pipe, job, now_us: self._transitions.end(pipe, job, JobState.cancelled, now_us)
         )
 
-    async def requeue(self, claim: Claim, error: JobError, *, counted: bool = True) -> Job:
+    async def requeue(
+        self, claim: Claim, error: JobError, *, counted: bool = True, handover: Handover | None = None
+    ) -> Job:
         """The job, waiting again at its old place; or failed for `error` at max_attempts.
 
         counted: this attempt counts towards max_attempts (a draining worker's does not).
+        handover: what the next attempt goes on from; it stays so until an attempt is counted.
         """
 
         def finish(pipe: Pipeline, job: Job, now_us: int) -> Job:
-            return self._transitions.give_back(pipe, job, error, now_us, counted=counted)
+            return self._transitions.give_back(pipe, job, error, now_us, counted=counted, handover=handover)
 
         return await self._finish(claim, finish, ours=JobState.queued)
 

@@ -14,8 +14,8 @@ from redis.typing import EncodableT, FieldT
 from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest
 from serve_app.jobs import progress
-from serve_app.jobs.job import Job, JobError, JobState
-from serve_app.jobs.record import ARTIFACTS, ERROR, Keys, job_from, new_fields
+from serve_app.jobs.job import Handover, Job, JobError, JobState
+from serve_app.jobs.record import ARTIFACTS, ERROR, HANDOVER, Keys, job_from, new_fields
 from serve_app.settings import Settings
 
 NEW_WORK = "new"  # the hint that is no job id
@@ -59,20 +59,20 @@ class Transitions:
             state=JobState.processing,
             attempt=job.attempt + 1,
             started_at=now_us / 1e6,
-            step=0,
-            steps=0,
+            step=0 if job.handover is None else job.handover.step,
+            steps=0 if job.handover is None else job.handover.steps,
         )
         begun = {
             "state": job.state.value,
             "attempt": str(job.attempt),
             "started_us": str(now_us),
-            "step": "0",
-            "steps": "0",
+            "step": str(job.step),
+            "steps": str(job.steps),
         }
         pipe.hset(self._keys.job(job.id), mapping=_pairs(begun))
         self.dequeue(pipe, job.id, job.request.model)
         self._lease(pipe, job.id, now_us)
-        self._tell(pipe, job.id, progress.Started(job.attempt))
+        self._tell(pipe, job.id, progress.Started(job.attempt, job.step, job.steps))
         return job
 
     def renew(
@@ -99,19 +99,40 @@ class Transitions:
         pipe.publish(self._keys.work_channel, job.id)
         return replace(job, cancel_requested=True)
 
-    def give_back(self, pipe: Pipeline, job: Job, error: JobError, now_us: int, *, counted: bool) -> Job:
-        """processing -> queued at its old place; failed for `error` at max_attempts, or cancelled."""
+    def give_back(
+        self,
+        pipe: Pipeline,
+        job: Job,
+        error: JobError,
+        now_us: int,
+        *,
+        counted: bool,
+        handover: Handover | None = None,
+    ) -> Job:
+        """processing -> queued at its old place; failed for `error` at max_attempts, or cancelled.
+
+        handover: what the next attempt goes on from. After a counted failure it begins anew, whatever
+        was handed over before: that may have been the cause.
+        """
         if job.cancel_requested:
             return self.end(pipe, job, JobState.cancelled, now_us)
-        job = replace(job, failures=job.failures + counted)
+        kept = handover or (None if counted else job.handover)
+        step, steps = (0, 0) if kept is None else (kept.step, kept.steps)
+        job = replace(job, failures=job.failures + counted, handover=kept, step=step, steps=steps)
         pipe.hset(self._keys.job(job.id), "failures", str(job.failures))
         if job.failures >= self._settings.max_attempts:
             return self.end(pipe, replace(job, error=error), JobState.failed, now_us)
-        pipe.hset(self._keys.job(job.id), "state", JobState.queued.value)
+        waiting = {"state": JobState.queued.value, "step": str(step), "steps": str(steps)}
+        if kept is None:
+            pipe.hdel(self._keys.job(job.id), "handover")
+        else:
+            waiting["handover"] = HANDOVER.dump_json(kept).decode()
+        pipe.hset(self._keys.job(job.id), mapping=_pairs(waiting))
         pipe.hdel(self._keys.job(job.id), "lease_us")
         pipe.zrem(self._keys.running, job.id)
         self._enqueue(pipe, job)
-        self._tell(pipe, job.id, progress.Queued(1))  # its old place; followers see a truer one soon
+        # its old place; followers see a truer one soon
+        self._tell(pipe, job.id, progress.Queued(1, step, steps))
         return replace(job, state=JobState.queued)
 
     def end(self, pipe: Pipeline, job: Job, state: JobState, now_us: int) -> Job:

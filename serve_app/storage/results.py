@@ -48,6 +48,11 @@ def input_path(job_id: str, name: str) -> str:
     return f"inputs/{job_id}/{name}"
 
 
+def handover_path(job_id: str, attempt: int) -> str:
+    """Where an attempt leaves what another one can go on from."""
+    return f"inputs/{job_id}/handover-{attempt}"
+
+
 class ResultStore:
     """Puts, gets and removes files under one root. Never blocks the event loop.
 
@@ -79,6 +84,10 @@ class ResultStore:
     async def sweep(self, job_id: str, keep: Collection[str] = ()) -> None:
         """Remove every file of a job except `keep`: its inputs, and what lost attempts left."""
         await _in_thread(self._sweep, self._job(job_id), frozenset(self._full(path) for path in keep))
+
+    async def remove(self, path: str) -> None:
+        """Remove one file, if it is there."""
+        await _in_thread(self._remove, self._full(path))
 
     async def discard(self, job_id: str, attempt: int) -> None:
         """Remove what one attempt wrote."""

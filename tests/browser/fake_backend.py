@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 from PIL import Image
 
-from deployments.protocol.card import Guidance, Licence, ModelCard, Sizes, Steps, Weights
+from deployments.protocol.card import ControlNet, Guidance, Licence, ModelCard, Sizes, Steps, Weights
 from deployments.protocol.errors import BadRequest, WeftError
 from deployments.protocol.limits import fit
 from serve_app.api.guards import DATA_POLICY, PAGE_POLICY
@@ -62,6 +62,11 @@ SDXL = ModelCard(
     guidance=Guidance(min=0.0, default=5.0, max=15.0),
     sizes=Sizes(width=1024, height=1024, multiple=8),
     schedulers=["auto", "euler", "dpm++"],
+    controls={
+        kind: ControlNet(weights=Weights(path="nowhere"), licence=Licence(name="Apache-2.0", url=""))
+        for kind in ("canny", "depth")
+    },
+    refiner="sdxl-refiner",
     licence=Licence(name="OpenRAIL++", url="https://example.org", commercial=False),
 )
 TINY = ModelCard(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from serve_app.jobs.job import JobError, JobState
 from tests.browser.fake_backend import SCHNELL, SDXL, TINY, FakeBackend
@@ -102,6 +104,7 @@ def test_everything_in_the_form_is_sent(backend: FakeBackend, visit: Visit) -> N
             "num_images": 2,
             "scheduler": "euler",
             "output_format": "webp",
+            "previews": 4,
         }
     ]
     _see(page, "Seed 9223372036854775800")
@@ -393,6 +396,67 @@ def test_every_width_fits_without_scrolling_sideways(
         "a phone shows the picture after Generate"
     )
     page.get_by_role("button", name="Generate").wait_for()
+
+
+def _picture_file(name: str) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "white").save(buffer, "PNG")
+    return {"name": name, "mimeType": "image/png", "buffer": buffer.getvalue()}
+
+
+def test_pictures_to_follow_and_the_refiner_are_sent_to_the_model_that_knows_them(
+    backend: FakeBackend, visit: Visit, keep_picture: Keep
+) -> None:
+    page = visit(backend)
+    section = page.get_by_role("group", name="Pictures to follow")
+    refiner = page.get_by_label("Finish with the refiner")
+    assert not section.is_visible()
+    assert not refiner.is_visible()
+
+    page.get_by_label("Model").select_option(SDXL.id)
+    page.locator("#controls").set_input_files([_picture_file("one.png"), _picture_file("two.png")])
+    rows = section.get_by_role("listitem")
+    rows.nth(1).get_by_label("Follow its").select_option("depth")
+    rows.nth(1).get_by_label("Weight").fill("0.5")
+    refiner.check()
+    keep_picture(page, "controls-1360-light")
+    _generate(page)
+    _finished(page)
+
+    sent = backend.received[0]
+    assert [(control["type"], control["weight"]) for control in sent["controls"]] == [
+        ("canny", 1),
+        ("depth", 0.5),
+    ]
+    assert ["is_map" in control for control in sent["controls"]] == [False, True]
+    assert all(control["image"].startswith("data:image/png;base64,") for control in sent["controls"])
+    assert (sent["refiner"], sent["previews"]) == (True, 4)
+
+
+def test_a_picture_to_follow_can_be_dropped_in_and_taken_out(backend: FakeBackend, visit: Visit) -> None:
+    page = visit(backend)
+    page.get_by_label("Model").select_option(SDXL.id)
+    section = page.get_by_role("group", name="Pictures to follow")
+    dropped = page.evaluate_handle(
+        """() => {
+            const data = new DataTransfer();
+            data.items.add(new File(["not a picture"], "notes.txt", { type: "text/plain" }));
+            return data;
+        }"""
+    )
+
+    page.locator("label.drop").dispatch_event("drop", {"dataTransfer": dropped})
+    _see(page, "Choose a PNG, JPEG or WebP picture.")
+    page.locator("#controls").set_input_files([_picture_file(f"{n}.png") for n in range(4)])
+    section.get_by_role("listitem").nth(3).wait_for()
+    assert not page.locator("label.drop").is_visible()
+    section.get_by_role("button", name="Remove this picture").first.click()
+
+    assert section.get_by_role("listitem").count() == 3
+    assert page.locator("label.drop").is_visible()
+    _generate(page)
+    _finished(page)
+    assert len(backend.received[0]["controls"]) == 3
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -58,7 +58,8 @@ def fitted(prompt: str = "a cat", *, model: str = MODEL, edit: FittedEdit | None
 class FakeModels:
     """Models with `slots` each. While `gate` is closed, requests stop before their last step.
 
-    troubles: what the next calls come to instead, one each: an exception or a Failed event.
+    troubles: what the next calls come to instead, one each: an exception, a Failed event, or a Handover
+    after its step. What is handed over is the step as digits.
     """
 
     def __init__(self, slots: Mapping[str, int] | None = None, steps: int = 4) -> None:
@@ -66,8 +67,10 @@ class FakeModels:
         self.steps = steps
         self.gate = asyncio.Event()
         self.gate.set()
-        self.troubles: list[Exception | events.Failed] = []
+        self.troubles: list[Exception | events.Failed | events.Handover] = []
         self.requests: list[FittedRequest] = []  # as they arrived
+        self.users: list[str] = []
+        self.resumed: list[bytes | None] = []
         self.running_of = Counter[str]()
         self.most_running = 0
         self.closed_early = 0  # calls that were cancelled
@@ -79,8 +82,13 @@ class FakeModels:
     def running(self) -> int:
         return self.running_of.total()
 
-    async def generate(self, model_id: str, request: FittedRequest) -> AsyncGenerator[events.Event]:
+    async def generate(
+        self, model_id: str, request: FittedRequest, /, *, user: str = "", resume: bytes | None = None
+    ) -> AsyncGenerator[events.Event]:
         self.requests.append(request)
+        self.users.append(user)
+        self.resumed.append(resume)
+        done = 0 if resume is None else int(resume)
         self.running_of[model_id] += 1
         self.most_running = max(self.running, self.most_running)
         try:
@@ -90,9 +98,14 @@ class FakeModels:
                 trouble = self.troubles.pop(0)
                 if isinstance(trouble, Exception):
                     raise trouble
+                if isinstance(trouble, events.Handover):
+                    for step in range(done + 1, trouble.step + 1):
+                        yield events.Step(step, self.steps)
+                    yield trouble
+                    trouble = events.Failed("model_unavailable", "the replica is stopped", retryable=True)
                 yield trouble
                 return
-            for step in range(1, self.steps + 1):
+            for step in range(done + 1, self.steps + 1):
                 if step == self.steps:
                     await self.gate.wait()
                 yield events.Step(step, self.steps)

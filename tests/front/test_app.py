@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from deployments.protocol.card import load_cards
 from deployments.protocol.errors import BadRequest, NotFound
-from serve_app.app import AppArgs, build
+from serve_app.app import AppArgs, _models, build
+
+CARDS = Path(__file__).parents[2] / "configs/models"
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +40,20 @@ def test_a_model_whose_tasks_nothing_here_can_run_is_refused() -> None:
         build(AppArgs(models=["hunyuan-video"]))
 
 
+def test_a_model_may_be_served_without_its_refiner_being_a_model_of_its_own() -> None:
+    assert build(AppArgs(models=["sdxl-base-1.0"])) is not None
+
+
+def test_a_refiner_without_a_card_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    card = (CARDS / "sdxl-base-1.0.yaml").read_text(encoding="utf-8")
+    (tmp_path / "sdxl-base-1.0.yaml").write_text(card, encoding="utf-8")
+
+    with pytest.raises(
+        NotFound, match=r"sdxl-base-1\.0 names the refiner 'sdxl-refiner-1\.0', which has no card"
+    ):
+        build(AppArgs(models=["sdxl-base-1.0"], settings={"cards_dir": str(tmp_path)}))
+
+
 def test_flux_weights_without_card_are_served_as_schnell_and_others_are_refused() -> None:
     weights = {"path": "somewhere"}
 
@@ -48,3 +65,27 @@ def test_flux_weights_without_card_are_served_as_schnell_and_others_are_refused(
 def test_settings_may_stand_in_the_config_file() -> None:
     with pytest.raises(BadRequest, match="max_pending"):
         build(AppArgs(models=["tiny-flux-schnell"], settings={"max_pending": 0}))
+
+
+def test_cards_of_one_group_share_a_deployment(tmp_path: Path) -> None:
+    card = (CARDS / "tiny-flux-schnell.yaml").read_text(encoding="utf-8")
+    for name in ("one", "two"):
+        text = card.replace("id: tiny-flux-schnell", f"id: {name}")
+        text = text.replace("serving: {", "serving: {group: both, ")
+        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+
+    models = _models(load_cards(tmp_path), {})
+
+    assert models["one"] is models["two"]
+
+
+def test_a_group_may_not_be_called_as_a_card_that_is_not_in_it(tmp_path: Path) -> None:
+    card = (CARDS / "tiny-flux-schnell.yaml").read_text(encoding="utf-8")
+    grouped = card.replace("id: tiny-flux-schnell", "id: one").replace(
+        "serving: {", "serving: {group: other, "
+    )
+    (tmp_path / "one.yaml").write_text(grouped, encoding="utf-8")
+    (tmp_path / "other.yaml").write_text(card.replace("id: tiny-flux-schnell", "id: other"), encoding="utf-8")
+
+    with pytest.raises(BadRequest, match="another name"):
+        _models(load_cards(tmp_path), {})

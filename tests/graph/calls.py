@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any
 
 import httpx
@@ -30,3 +31,15 @@ def picture(client: httpx.Client, job: dict[str, Any], index: int = 0) -> Image.
     answer = client.get(job["artifacts"][index]["url"])
     assert answer.status_code == 200
     return Image.open(io.BytesIO(answer.content)).convert("RGB")
+
+
+def told(client: httpx.Client, job_id: str, kind: str) -> list[dict[str, Any]]:
+    """Data of all events of this kind in the stream of a job that has ended."""
+    answer = client.get(f"/api/generate/{job_id}/events")
+    assert answer.status_code == 200
+    found = []
+    for block in answer.text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in block.splitlines() if ": " in line)
+        if fields.get("event") == kind:
+            found.append(json.loads(fields["data"]))
+    return found

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import ray
 
 from serve_app.embedded_redis import EmbeddedRedis
 
@@ -40,6 +41,14 @@ class Service:
         """Process ids of all its running replicas."""
         title = f"ServeReplica:weft:{deployment}"
         return [pid for pid, line in _command_lines() if title in line]
+
+    def stop_gracefully(self, deployment: str) -> None:
+        """What Serve's controller does to one replica when it scales down; returns when it has drained."""
+        prefix = f"SERVE_REPLICA::weft#{deployment}#"
+        names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+        (name,) = [name for name in names if name.startswith(prefix)]
+        replica = ray.get_actor(name, namespace="serve")
+        ray.get(replica.perform_graceful_shutdown.remote(), timeout=PATIENCE_S)
 
 
 def _command_lines() -> Iterator[tuple[int, str]]:

@@ -30,7 +30,7 @@ def card() -> ModelCard:
 
 @pytest.fixture(scope="session")
 def model(card: ModelCard) -> ImageModel:
-    return ImageModel(card)
+    return ImageModel([card])
 
 
 @pytest.fixture(scope="session")
@@ -49,8 +49,10 @@ class OneModel:
     def free_slots(self) -> Mapping[str, int]:
         return {self._model_id: 8}
 
-    async def generate(self, _model_id: str, request: FittedRequest) -> AsyncGenerator[Event]:
-        async with aclosing(self._model.generate(request)) as events:
+    async def generate(
+        self, _model_id: str, request: FittedRequest, /, *, user: str = "", resume: bytes | None = None
+    ) -> AsyncGenerator[Event]:
+        async with aclosing(self._model.generate(request, user, resume)) as events:
             async for event in events:
                 yield event
 

@@ -34,6 +34,16 @@ class Failure(BaseModel):
         return cls(kind=error.kind, message=error.message, param=error.param)
 
 
+class ControlWish(BaseModel):
+    """A control picture as it runs; the picture itself is not told."""
+
+    type: str
+    weight: float
+    start: float
+    end: float
+    is_map: bool | None
+
+
 class Wish(BaseModel):
     """The request as it runs: every blank filled."""
 
@@ -51,7 +61,10 @@ class Wish(BaseModel):
     max_sequence_length: int | None
     output_format: str
     output_quality: int
+    previews: int
     strength: float | None
+    controls: list[ControlWish]
+    refiner: float | None = Field(description="Part of the steps at which the refiner takes over.")
 
     @classmethod
     def of(cls, job: Job) -> Self:
@@ -71,7 +84,19 @@ class Wish(BaseModel):
             max_sequence_length=request.max_sequence_length,
             output_format=request.output.format,
             output_quality=request.output.quality,
+            previews=request.output.previews,
             strength=None if request.edit is None else request.edit.strength,
+            controls=[
+                ControlWish(
+                    type=control.type,
+                    weight=control.weight,
+                    start=control.start,
+                    end=control.end,
+                    is_map=control.is_map,
+                )
+                for control in request.controls
+            ],
+            refiner=request.refiner,
         )
 
 

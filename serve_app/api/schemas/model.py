@@ -7,6 +7,14 @@ from pydantic import BaseModel, Field
 from deployments.protocol.card import Guidance, Licence, ModelCard, Sizes, Steps
 
 
+class ControlOut(BaseModel):
+    """One kind of control picture that a model takes."""
+
+    type: str = Field(examples=["canny"])
+    plain_pictures: bool = Field(description="false: only control maps; they need is_map: true.")
+    licence: Licence
+
+
 class ModelOut(BaseModel):
     """One model and all a client needs to fill its form."""
 
@@ -26,6 +34,9 @@ class ModelOut(BaseModel):
     max_sequence_length: int | None
     schedulers: list[str]
     strength: float = Field(description="Default for a picture to start from.")
+    controls: list[ControlOut] = Field(description="Kinds of control picture it takes.")
+    refiner: str | None = Field(description="The model that a request's refiner hands over to.")
+    refiner_start: float = Field(description="Part of the steps at which the refiner takes over.")
     trigger_words: list[str]
     vram_gib: float
     licence: Licence
@@ -53,6 +64,16 @@ class ModelOut(BaseModel):
             max_sequence_length=card.max_sequence_length,
             schedulers=card.schedulers,
             strength=card.strength,
+            controls=[
+                ControlOut(
+                    type=kind,
+                    plain_pictures=kind == "canny" or entry.preprocessor is not None,
+                    licence=entry.licence,
+                )
+                for kind, entry in card.controls.items()
+            ],
+            refiner=card.refiner,
+            refiner_start=card.refiner_start,
             trigger_words=card.trigger_words,
             vram_gib=card.vram_gib,
             licence=card.licence,

@@ -24,8 +24,10 @@ class GenerationsBody(Strict):
     )
     output_format: PictureFormat | None = None
     output_compression: int | None = Field(None, ge=0, le=100, description="JPEG and WebP quality.")
-    stream: Literal[False] | None = Field(None, description="Streams are not served yet.")
-    partial_images: Literal[0] | None = None
+    stream: bool | None = Field(None, description="Answer with server-sent events.")
+    partial_images: int | None = Field(
+        None, ge=0, le=3, description="Rough looks at the unfinished picture; needs stream."
+    )
     background: Literal["auto", "opaque"] | None = Field(None, description="Pictures are opaque.")
     # Taken and ignored: no model here has such a choice.
     quality: str | None = None
@@ -45,6 +47,12 @@ class GenerationsBody(Strict):
 
     def to_request(self, model: str) -> GenerationRequest:
         """The same wish, dialect-free. Raises BadRequest, or pydantic's ValidationError past hard bounds."""
+        if self.partial_images and not self.stream:
+            raise BadRequest("partial_images needs stream: true", param="partial_images")
+        if self.stream and self.response_format == "url":
+            raise BadRequest(
+                "a stream carries b64_json only; leave response_format out", param="response_format"
+            )
         width, height = self._size()
         quality = 95 if self.output_compression is None else max(1, self.output_compression)
         return GenerationRequest(
@@ -59,7 +67,9 @@ class GenerationsBody(Strict):
             num_images=self.n or 1,
             scheduler=self.scheduler or "auto",
             max_sequence_length=self.max_sequence_length,
-            output=Output(format=self.output_format or "png", quality=quality),
+            output=Output(
+                format=self.output_format or "png", quality=quality, previews=self.partial_images or 0
+            ),
         )
 
     def _size(self) -> tuple[int | None, int | None]:
@@ -95,6 +105,49 @@ class ImagesResponse(BaseModel):
     seed: int
     warnings: list[Warned]
     generation_s: float | None
+
+
+class TokenDetails(BaseModel):
+    image_tokens: int = 0
+    text_tokens: int = 0
+
+
+class Usage(BaseModel):
+    """Nothing is metered in tokens here; clients of OpenAI's stream expect the fields."""
+
+    input_tokens: int = 0
+    input_tokens_details: TokenDetails = TokenDetails()
+    output_tokens: int = 0
+    total_tokens: int = 0
+
+
+class PartialImage(BaseModel):
+    """A rough look at the unfinished picture."""
+
+    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    b64_json: str
+    partial_image_index: int
+    created_at: int
+    output_format: str
+    size: str = Field(description="Of the picture to come.")
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+
+
+class CompletedImage(BaseModel):
+    """One finished picture; `id`, `model` and `seed` are ours."""
+
+    type: Literal["image_generation.completed"] = "image_generation.completed"
+    b64_json: str
+    created_at: int
+    output_format: PictureFormat
+    size: str
+    quality: Literal["auto"] = "auto"
+    background: Literal["opaque"] = "opaque"
+    usage: Usage = Usage()
+    id: str
+    model: str
+    seed: int
 
 
 class ModelEntry(BaseModel):

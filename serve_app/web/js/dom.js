@@ -9,7 +9,7 @@
  *   rel?: string, target?: string, tabindex?: number, rows?: number, placeholder?: string, disabled?: boolean,
  *   checked?: boolean, selected?: boolean, hidden?: boolean, open?: boolean, required?: boolean,
  *   autocomplete?: string, autocapitalize?: string, spellcheck?: "true" | "false", inputmode?: string,
- *   maxlength?: number, download?: string, width?: number, height?: number, loading?: "lazy" | "eager",
+ *   maxlength?: number, accept?: string, multiple?: boolean, download?: string, width?: number, height?: number, loading?: "lazy" | "eager",
  *   decoding?: "async" | "sync", novalidate?: boolean, on?: Listeners }} Attributes
  * @typedef {Node | string | null | undefined | false} Child
  */

@@ -131,6 +131,41 @@ export function within(wish, range) {
   return wish === null ? range.default : Math.max(range.min, Math.min(range.max, wish));
 }
 
+const PREVIEWS = 4; // rough looks at the unfinished picture
+export const MAX_CONTROLS = 4;
+export const MAX_WEIGHT = 2;
+export const PICTURE_TYPES = ["image/png", "image/jpeg", "image/webp"];
+const MAX_PICTURE_BYTES = 20 * 2 ** 20;
+
+/**
+ * Why a file cannot be one more control picture; null when it can.
+ *
+ * @param {{ type: string, size: number }} file
+ * @param {number} count  of control pictures there are
+ * @returns {Text | null}
+ */
+export function pictureFault(file, count) {
+  if (count >= MAX_CONTROLS) return { key: "control.tooMany", params: { count: MAX_CONTROLS } };
+  if (!PICTURE_TYPES.includes(file.type)) return { key: "control.notPicture" };
+  if (file.size > MAX_PICTURE_BYTES)
+    return { key: "control.tooLarge", params: { mebibytes: MAX_PICTURE_BYTES / 2 ** 20 } };
+  return null;
+}
+
+/**
+ * The control pictures that the model takes, as they are sent.
+ *
+ * @param {import("./types.js").ControlPicture[]} controls
+ * @param {Model} model
+ */
+function controlsBody(controls, model) {
+  return controls.flatMap(({ image, type, weight }) => {
+    const kind = model.controls.find((known) => known.type === type);
+    if (kind === undefined) return [];
+    return [{ image, type, weight, ...(kind.plainPictures ? {} : { is_map: true }) }];
+  });
+}
+
 /**
  * The JSON of POST generate/image. Only what the model knows is sent.
  *
@@ -138,6 +173,7 @@ export function within(wish, range) {
  * @param {Model} model
  */
 export function requestBody(form, model) {
+  const controls = controlsBody(form.controls, model);
   return {
     model: model.id,
     prompt: form.prompt.trim(),
@@ -154,6 +190,9 @@ export function requestBody(form, model) {
       ? {}
       : { scheduler: form.scheduler }),
     output_format: form.format,
+    previews: PREVIEWS,
+    ...(controls.length > 0 ? { controls } : {}),
+    ...(form.refiner && model.refiner !== null ? { refiner: true } : {}),
   };
 }
 
@@ -187,9 +226,10 @@ export function changedModel(form, from, to) {
  *
  * @param {import("./types.js").Wish} wish
  * @param {string} seed  of the picture wanted
+ * @param {import("./types.js").ControlPicture[]} controls  that stand in the form: a job does not tell its own
  * @returns {FormValues}
  */
-export function formOf(wish, seed) {
+export function formOf(wish, seed, controls) {
   return {
     model: wish.model,
     prompt: wish.prompt,
@@ -202,6 +242,8 @@ export function formOf(wish, seed) {
     images: wish.images,
     format: wish.format,
     scheduler: wish.scheduler,
+    controls: wish.controls > 0 ? controls : [],
+    refiner: wish.refiner,
   };
 }
 

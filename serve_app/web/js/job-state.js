@@ -17,10 +17,12 @@ export function hasEnded(job) {
  */
 export function applyEvent(job, event, now) {
   switch (event.type) {
-    case "queued": // also after a worker died: the job waits again and starts from the beginning
-      return { ...job, ...FRESH, status: "queued", ahead: event.ahead };
-    case "started":
-      return { ...job, ...FRESH, status: "processing", ahead: null, steps: event.steps ?? job.wish.steps };
+    case "queued": // also when a worker stopped; what it handed over is not lost
+      return { ...job, ...goingOn(job, event.step, event.steps), status: "queued", ahead: event.ahead };
+    case "started": {
+      const steps = event.steps ?? job.wish.steps;
+      return { ...job, ...goingOn(job, event.step, steps), status: "processing", ahead: null, steps };
+    }
     case "step": {
       const percent = event.percent ?? Math.floor((100 * event.step) / Math.max(1, event.steps));
       const first = job.firstStepAt === null || event.step <= job.firstStep;
@@ -47,7 +49,18 @@ export function applyEvent(job, event, now) {
   }
 }
 
-const FRESH = { step: 0, percent: 0, preview: null, firstStep: 0, firstStepAt: null, lastStepAt: null };
+/**
+ * Progress of a job that begins after `step` steps; the pace has to be found anew.
+ *
+ * @param {Job} job
+ * @param {number} step
+ * @param {number} steps
+ */
+function goingOn(job, step, steps) {
+  const percent = Math.floor((100 * step) / Math.max(1, steps));
+  const preview = step > 0 ? job.preview : null;
+  return { step, percent, preview, firstStep: step, firstStepAt: null, lastStepAt: null };
+}
 
 /**
  * Seconds until the last step, from the pace so far; null while there is no pace yet.

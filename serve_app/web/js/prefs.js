@@ -45,7 +45,7 @@ export function readDraft() {
   }
 }
 
-/** @param {import("./types.js").FormValues} form */
+/** Without its control pictures: they are larger than a browser keeps. @param {import("./types.js").FormValues} form */
 export function keepDraft(form) {
-  sessionStorage.setItem("weft.draft", JSON.stringify(form));
+  sessionStorage.setItem("weft.draft", JSON.stringify({ ...form, controls: [] }));
 }

@@ -24,6 +24,19 @@ export interface Sizes {
   maxAspect: number; // longer side over shorter side
 }
 
+/** One kind of control picture that a model takes. */
+export interface ControlKind {
+  type: string;
+  plainPictures: boolean; // false: only finished control maps
+}
+
+/** A picture whose edges, depth or pose the result shall follow. */
+export interface ControlPicture {
+  image: string; // a data: address
+  type: string;
+  weight: number;
+}
+
 export interface Model {
   id: string;
   name: string;
@@ -37,6 +50,8 @@ export interface Model {
   maxImages: number;
   maxPromptChars: number;
   schedulers: string[];
+  controls: ControlKind[];
+  refiner: string | null; // the model that makes the last steps when asked to
   licence: { name: string; url: string; attribution: string; commercial: boolean };
   state: string; // "ready", "loading", ... ; an unknown word is shown as it is
 }
@@ -80,6 +95,8 @@ export interface Wish {
   images: number;
   format: string;
   scheduler: string;
+  controls: number; // how many control pictures; they themselves are not told
+  refiner: boolean;
 }
 
 export interface Job {
@@ -115,6 +132,8 @@ export interface FormValues {
   images: number;
   format: string;
   scheduler: string;
+  controls: ControlPicture[];
+  refiner: boolean;
 }
 
 export interface SizeFault {
@@ -130,8 +149,8 @@ export interface SseEvent {
 
 /** One thing that happened to a job, as its event stream tells it. */
 export type JobEvent =
-  | { type: "queued"; ahead: number | null }
-  | { type: "started"; steps: number | null }
+  | { type: "queued"; ahead: number | null; step: number; steps: number }
+  | { type: "started"; step: number; steps: number | null }
   | { type: "step"; step: number; steps: number; percent: number | null }
   | { type: "preview"; data: string; mediaType: string }
   | { type: "failed"; problem: Problem }

@@ -49,6 +49,11 @@ export function model(json) {
     maxImages: json.max_images,
     maxPromptChars: json.max_prompt_chars,
     schedulers: json.schedulers,
+    controls: json.controls.map((/** @type {Json} */ control) => ({
+      type: control.type,
+      plainPictures: control.plain_pictures,
+    })),
+    refiner: json.refiner,
     licence: {
       name: licence.name,
       url: licence.url,
@@ -85,6 +90,8 @@ export function job(json) {
       images: request.num_images,
       format: request.output_format,
       scheduler: request.scheduler,
+      controls: (request.controls ?? []).length,
+      refiner: (request.refiner ?? null) !== null,
     },
     pictures: json.artifacts.map(picture),
     warnings: json.warnings,
@@ -167,9 +174,9 @@ export function jobEvent(raw) {
   const data = parse(raw.data);
   switch (raw.type) {
     case "queued":
-      return { type: "queued", ahead: ahead(data.position) };
+      return { type: "queued", ahead: ahead(data.position), step: data.step ?? 0, steps: data.steps ?? 0 };
     case "started":
-      return { type: "started", steps: data.steps ?? null };
+      return { type: "started", step: data.step ?? 0, steps: data.steps ?? null };
     case "step":
       return { type: "step", step: data.step, steps: data.steps, percent: data.percent ?? null };
     case "preview":

@@ -23,15 +23,18 @@ class Painter:
     def free_slots(self) -> Mapping[str, int]:
         return {"sketch": 8, "tiny-flux-schnell": 8}
 
-    async def generate(self, model_id: str, request: FittedRequest, /) -> AsyncGenerator[Event]:
+    async def generate(
+        self, model_id: str, request: FittedRequest, /, *, user: str = "", resume: bytes | None = None
+    ) -> AsyncGenerator[Event]:
         self.requests.append(request)
         steps = request.num_inference_steps
         yield Started(steps)
         self.began.set()
         for step in range(1, steps + 1):
             yield Step(step, steps)
+            if step <= request.output.previews:
+                yield Preview(step, "image/webp", rough_look(step))
             if step == 1:
-                yield Preview(step, "image/jpeg", b"\xff\xd8 a rough look")
                 await self.gate.wait()
         if self.failure is not None:
             yield self.failure
@@ -40,6 +43,13 @@ class Painter:
             yield _picture(request, index, "image", (request.width, request.height))
             yield _picture(request, index, "thumbnail", (32, 32))
         yield Done(queued_s=0.0, generation_s=0.25)
+
+
+def rough_look(step: int) -> bytes:
+    """A small WebP file, another one for each step."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), (step, 80, 120)).save(file, "webp", lossless=True)
+    return file.getvalue()
 
 
 def _picture(request: FittedRequest, index: int, kind: str, size: tuple[int, int]) -> Artifact:

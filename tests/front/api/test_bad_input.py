@@ -16,6 +16,9 @@ from serve_app.api.schemas.openai import GenerationsBody
 from tests.front.api import forged
 from tests.front.api.painter import Painter
 
+PNG = base64.b64encode(forged.png()).decode()
+EDGES = {"control_image": PNG, "control_type": "canny"}
+CONTROL: dict[str, Any] = {"image": PNG, "type": "canny"}
 NOTHING = {"jobs": [], "next_cursor": None}
 
 
@@ -69,6 +72,13 @@ async def assert_refused(
         ({"scheduler": "lcm"}, "not one of sketch's: auto", "scheduler"),
         ({"output_format": "gif"}, "'png', 'jpeg' or 'webp'", "output_format"),
         ({"output_quality": 0}, "greater than or equal to 1", "output_quality"),
+        ({"previews": 9}, "less than or equal to 8", "previews"),
+        ({"previews": -1}, "greater than or equal to 0", "previews"),
+        ({"previews": True}, "valid integer", "previews"),
+        ({"previews": "4"}, "valid integer", "previews"),
+        ({"previews": 2.5}, "valid integer", "previews"),
+        ({"previews": None}, "valid integer", "previews"),
+        ({"preview": 4}, "did you mean previews?", "preview"),
         ({"strength": 0.5}, "send image too", "strength"),
         ({"mask_image": base64.b64encode(forged.png()).decode()}, "send image too", "mask_image"),
         ({"image": "not base64!"}, "not base64", "image"),
@@ -76,6 +86,46 @@ async def assert_refused(
         ({"image": "data:image/png,abc"}, "data URL must read", "image"),
         ({"image": 5}, "valid bytes", "image"),
         ({"image": ""}, "image is empty", "image"),
+        ({"image": PNG, "image_2": PNG}, "did you mean image?", "image_2"),
+        ({"control_image": PNG}, "control_image needs its control_type", "control_type"),
+        ({"control_image": PNG, "control_type": "scribble"}, "'canny', 'depth' or 'pose'", "control_type"),
+        ({"control_type": "canny"}, "send control_image too", "control_type"),
+        ({"control_weight": 0.5}, "send control_image too", "control_weight"),
+        ({"control_is_map": True}, "send control_image too", "control_is_map"),
+        ({"control_image": "not base64!", "control_type": "canny"}, "not base64", "control_image"),
+        ({"control_image": 5, "control_type": "canny"}, "valid bytes", "control_image"),
+        ({"control_image": "", "control_type": "canny"}, "control_image is empty", "control_image"),
+        (EDGES | {"control_weight": 2.5}, "less than or equal to 2", "control_weight"),
+        (EDGES | {"control_weight": -0.1}, "greater than or equal to 0", "control_weight"),
+        (EDGES | {"control_weight": "1"}, "valid number", "control_weight"),
+        (EDGES | {"control_start": 1.5}, "less than or equal to 1", "control_start"),
+        (EDGES | {"control_start": 0.8, "control_end": 0.2}, "start must be below end", "control_start"),
+        (EDGES | {"control_end": 0.0}, "start must be below end", "control_start"),
+        (EDGES | {"control_is_map": "yes"}, "valid boolean", "control_is_map"),
+        (EDGES | {"controls": [CONTROL]}, "send one of them", "control_image"),
+        (EDGES | {"control_type": "pose"}, "it takes canny, depth", "control_type"),
+        (EDGES | {"control_type": "depth"}, "send a depth map and say is_map: true", "control_image"),
+        (EDGES | {"model": "tiny-flux-schnell"}, "it takes none", "control_type"),
+        ({"controls": CONTROL}, "valid array", "controls"),
+        ({"controls": [CONTROL] * 5}, "at most 4 items", "controls"),
+        ({"controls": [CONTROL | {"type": "tile"}]}, "'canny', 'depth' or 'pose'", "controls.0.type"),
+        ({"controls": [{"type": "canny"}]}, "controls.0.image is missing", "controls.0.image"),
+        ({"controls": [{"image": PNG}]}, "controls.0.type is missing", "controls.0.type"),
+        ({"controls": [CONTROL, CONTROL | {"weight": 3}]}, "less than or equal to 2", "controls.1.weight"),
+        ({"controls": [CONTROL | {"start": 0.5, "end": 0.5}]}, "start must be below end", "controls.0"),
+        ({"controls": [CONTROL | {"strength": 1}]}, "controls.0.strength", "controls.0.strength"),
+        ({"controls": [CONTROL, CONTROL | {"image": ""}]}, "controls.1.image is empty", "controls.1.image"),
+        ({"refine": True}, "refine needs a picture; send image", "image"),
+        ({"refine": "yes", "image": PNG}, "valid boolean", "refine"),
+        ({"refine": True, "image": PNG, "mask_image": PNG}, "leave mask_image out", "mask_image"),
+        ({"refine": True, "image": PNG} | EDGES, "leave control pictures out", "controls"),
+        ({"refine": True, "image": PNG, "model": "tiny-flux-schnell"}, "cannot do refine", "refine"),
+        ({"refiner": 1.5}, "a number between 0 and 1", "refiner"),
+        ({"refiner": "late"}, "must be true, false, or a number", "refiner"),
+        ({"refiner": [0.5]}, "must be true, false, or a number", "refiner"),
+        ({"refiner": 0.5, "image": PNG}, "text-to-image only", "refiner"),
+        ({"refiner": True, "steps": 1}, "use at least 2 steps", "num_inference_steps"),
+        ({"refiner": True, "model": "tiny-flux-schnell"}, "has no refiner", "refiner"),
         ({"promt": "x"}, "did you mean prompt?", "promt"),
         ({"loras": []}, "not a field of this request", "loras"),
     ],
@@ -164,6 +214,39 @@ async def test_a_forged_picture_is_refused_as_a_file_and_as_base64(client: httpx
     await assert_refused(client, as_text, "image")
 
 
+@pytest.mark.parametrize("name", forged.BAD)
+async def test_a_forged_control_picture_is_refused_wherever_it_stands(client: httpx.AsyncClient, name: str):
+    data, url = forged.BAD[name], "/api/generate/image"
+    control = CONTROL | {"image": base64.b64encode(data).decode()}
+
+    as_file = await client.post(
+        url,
+        data={"prompt": "a", "model": "sketch", "control_type": "canny"},
+        files={"control_image": ("x.png", data)},
+    )
+    second = await client.post(url, json=wish(controls=[CONTROL, control]))
+
+    await assert_refused(client, as_file, "control_image")
+    await assert_refused(client, second, "controls.1.image")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({}, "refine needs a picture; send image"),
+        ({"image": PNG, "model": "tiny-flux-schnell"}, "cannot do refine"),
+        ({"image": PNG, "refiner": True}, "text-to-image only"),
+        ({"image": PNG, "refine": "no"}, "valid boolean"),
+    ],
+)
+async def test_a_wrong_wish_to_refine_is_named_with_its_cure(
+    client: httpx.AsyncClient, fields: dict[str, Any], says: str
+):
+    answer = await client.post("/refine", json=wish(**fields))
+
+    await assert_refused(client, answer, says, 422)
+
+
 @pytest.mark.parametrize(
     ("fields", "files", "says"),
     [
@@ -172,7 +255,13 @@ async def test_a_forged_picture_is_refused_as_a_file_and_as_base64(client: httpx
         ({"prompt": "a", "tiling": "true"}, {}, "not a field"),
         ({"prompt": ["a", "b"]}, {}, "prompt is there twice"),
         ({"prompt": "a"}, {"prompt": ("x.txt", b"a")}, "prompt is there twice"),
-        ({"prompt": "a"}, {"picture": ("x.png", forged.png())}, "files are image, mask_image"),
+        ({"prompt": "a"}, {"picture": ("x.png", forged.png())}, "files are image, mask_image, control_image"),
+        ({"prompt": "a", "control_weight": "heavy"}, {}, "valid number"),
+        ({"prompt": "a", "controls": "[]"}, {}, "valid array"),
+        ({"prompt": "a", "previews": "some"}, {}, "valid integer"),
+        ({"prompt": "a", "previews": "9"}, {}, "less than or equal to 8"),
+        ({"prompt": "a", "refiner": "late"}, {}, "must be true, false, or a number"),
+        ({"prompt": "a"}, {"control_image": ("x.png", forged.png())}, "needs its control_type"),
         ({"prompt": "a"}, {"mask_image": ("x.png", forged.png())}, "send image too"),
         ({}, {"image": ("x.png", forged.png())}, "prompt is missing"),
         ({"prompt": "a" * 2_000_000}, {"image": ("x.png", forged.png())}, "1024KB"),
@@ -304,6 +393,7 @@ async def test_no_body_whatever_breaks_the_openai_dialect(
 
     assert answer.status_code in (200, 400, 404), answer.text
     assert answer.status_code == 200 or answer.json()["error"]["message"]
+    assert "event: error" not in answer.text
 
 
 @FUZZ

@@ -7,6 +7,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from deployments.protocol.events import Failed
 from tests.front.api import forged
 from tests.front.api.painter import Painter
 
@@ -117,6 +118,91 @@ async def test_a_form_with_files_is_an_inpainting_job(client: httpx.AsyncClient,
     assert painter.requests[0].edit.image == forged.png()
 
 
+async def test_a_form_may_bring_a_control_picture(client: httpx.AsyncClient, painter: Painter):
+    answer = await client.post(
+        "/api/generate/image",
+        data={"prompt": "a red fox", "control_type": "canny", "control_weight": "0.5", "control_end": "0.8"},
+        files={"control_image": ("edges.png", forged.png())},
+    )
+
+    job = await ended(client, answer.json()["id"])
+    assert job["request"]["model"] == "sketch"
+    assert job["request"]["controls"] == [
+        {"type": "canny", "weight": 0.5, "start": 0.0, "end": 0.8, "is_map": None}
+    ]
+    assert [control.image for control in painter.requests[0].controls] == [forged.png()]
+
+
+async def test_several_control_pictures_go_with_a_picture_to_start_from(
+    client: httpx.AsyncClient, painter: Painter
+):
+    pictures = [base64.b64encode(data).decode() for data in (forged.png(), forged.jpeg(), forged.webp())]
+    controls = [
+        {"image": pictures[1], "type": "canny"},
+        {"image": pictures[2], "type": "depth", "is_map": True, "weight": 1.5},
+    ]
+
+    job = await ended(client, await submitted(client, model="sketch", image=pictures[0], controls=controls))
+
+    assert job["request"]["task"] == "i2i"
+    assert [control["weight"] for control in job["request"]["controls"]] == [1.0, 1.5]
+    given = painter.requests[0]
+    assert given.edit is not None
+    assert given.edit.image == forged.png()
+    assert [control.image for control in given.controls] == [forged.jpeg(), forged.webp()]
+
+
+async def test_refine_takes_the_first_model_that_refines(client: httpx.AsyncClient, painter: Painter):
+    answer = await client.post(
+        "/refine", data={"prompt": "a red fox"}, files={"image": ("fox.png", forged.png())}
+    )
+
+    assert answer.status_code == 202
+    job = await ended(client, answer.json()["task_id"])
+    assert (job["request"]["model"], job["request"]["task"]) == ("sketch", "refine")
+    assert painter.requests[0].refine
+
+
+@pytest.mark.parametrize(("asked", "used"), [(True, 0.8), (0.6, 0.6), (False, None)])
+async def test_the_refiner_takes_over_when_it_is_asked_to(
+    client: httpx.AsyncClient, painter: Painter, asked: bool | float, used: float | None
+):
+    job = await ended(client, await submitted(client, model="sketch", refiner=asked))
+
+    assert job["request"]["refiner"] == used
+    assert painter.requests[0].refiner == used
+
+
+async def test_a_model_tells_its_control_pictures_and_its_refiner(client: httpx.AsyncClient):
+    sketch = (await client.get("/api/models/sketch")).json()
+    schnell = (await client.get("/api/models/tiny-flux-schnell")).json()
+
+    assert [(control["type"], control["plain_pictures"]) for control in sketch["controls"]] == [
+        ("canny", True),
+        ("depth", False),
+    ]
+    assert (sketch["refiner"], sketch["refiner_start"]) == ("sketch-refiner", 0.8)
+    assert (schnell["controls"], schnell["refiner"]) == ([], None)
+
+
+@pytest.mark.parametrize("path", ["/api/generate/image", "/generate-image"])
+@pytest.mark.parametrize("how", ["json", "form"])
+async def test_previews_are_asked_for_in_every_form_and_face(
+    client: httpx.AsyncClient, painter: Painter, path: str, how: str
+):
+    if how == "json":
+        answer = await client.post(path, json={"model": "sketch", "prompt": "a red fox", "previews": 4})
+    else:
+        form = {"model": "sketch", "prompt": "a red fox", "previews": "4"}
+        answer = await client.post(path, data=form, files={"image": ("fox.png", forged.png())})
+    assert answer.status_code == 202, answer.text
+
+    job = await ended(client, next(iter(answer.json().values())))
+
+    assert job["request"]["previews"] == 4
+    assert [request.output.previews for request in painter.requests] == [4]
+
+
 @pytest.mark.parametrize("prefix", ["", "data:image/png;base64,"])
 async def test_a_picture_in_json_is_base64_or_a_data_url(
     client: httpx.AsyncClient, painter: Painter, prefix: str
@@ -178,6 +264,17 @@ async def test_a_result_that_is_not_there_yet_is_a_conflict_naming_where_to_ask(
 
     assert answer.status_code == 409
     assert f"/task/{task_id}/status" in answer.json()["error"]["message"]
+
+
+async def test_a_failure_that_passes_tells_when_to_come_back(client: httpx.AsyncClient, painter: Painter):
+    painter.failure = Failed("overloaded", "all brushes are out", retryable=False, retry_after_s=7.2)
+    job_id = await submitted(client)
+    await ended(client, job_id)
+
+    answer = await client.get(f"/task/{job_id}/result")
+
+    assert answer.status_code == 503
+    assert (answer.headers["retry-after"], answer.headers["retry-after-ms"]) == ("8", "7200")
 
 
 async def test_without_a_ready_model_the_first_that_can_do_the_task_is_taken(client: httpx.AsyncClient):

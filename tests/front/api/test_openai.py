@@ -10,14 +10,16 @@ import httpx
 import openai
 import pytest
 from fastapi import FastAPI
+from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.events import Failed
+from serve_app.api import openai as openai_api
 from serve_app.api.depends import ApiState
 from serve_app.api.schemas.openai import GenerationsBody
 from tests.front.api.conftest import KEY
-from tests.front.api.painter import Painter
+from tests.front.api.painter import Painter, rough_look
 
 
 @pytest.fixture
@@ -131,7 +133,12 @@ async def test_the_models_are_listed_and_read_by_id_and_alias(sdk: openai.AsyncO
         ({"n": 5}, openai.BadRequestError, "at most 4", "400"),
         ({"output_format": "gif"}, openai.BadRequestError, "'png', 'jpeg' or 'webp'", "400"),
         ({"background": "transparent"}, openai.BadRequestError, "'auto' or 'opaque'", "400"),
-        ({"stream": True}, openai.BadRequestError, "stream", "400"),
+        ({"partial_images": 2}, openai.BadRequestError, "needs stream: true", "400"),
+        ({"partial_images": 4, "stream": True}, openai.BadRequestError, "less than or equal to 3", "400"),
+        ({"partial_images": -1, "stream": True}, openai.BadRequestError, "greater than or equal", "400"),
+        ({"stream": True, "response_format": "url"}, openai.BadRequestError, "b64_json only", "400"),
+        ({"stream": True, "model": "dall-e-3"}, openai.NotFoundError, "there is sketch", "404"),
+        ({"extra_body": {"stream": "yes"}}, openai.BadRequestError, "valid boolean", "400"),
         ({"extra_body": {"loras": []}}, openai.BadRequestError, "loras is not a field", "400"),
         ({"extra_body": {"num_inference_steps": 51}}, openai.BadRequestError, "runs 1-50", "400"),
         ({"prompt": " "}, openai.BadRequestError, "prompt is empty", "400"),
@@ -239,6 +246,107 @@ async def test_a_job_cancelled_by_another_call_is_a_conflict_that_is_not_repeate
     with pytest.raises(openai.ConflictError, match="was cancelled"):
         await call
     assert calls(app, "409") == 1
+
+
+async def test_a_stream_brings_partial_images_and_then_the_picture(sdk: openai.AsyncOpenAI, painter: Painter):
+    stream = await sdk.images.generate(
+        prompt="a red fox", model="sketch", size="128x64", stream=True, partial_images=2
+    )
+
+    first, second, last = [event async for event in stream]
+
+    assert isinstance(first, ImageGenPartialImageEvent)
+    assert isinstance(second, ImageGenPartialImageEvent)
+    assert isinstance(last, ImageGenCompletedEvent)
+    assert (first.partial_image_index, second.partial_image_index) == (0, 1)
+    assert [base64.b64decode(event.b64_json) for event in (first, second)] == [rough_look(1), rough_look(2)]
+    assert (first.output_format, first.size) == ("webp", "128x64")
+    assert (picture(last.b64_json).format, picture(last.b64_json).size) == ("PNG", (128, 64))
+    assert (last.output_format, last.size, last.usage.total_tokens) == ("png", "128x64", 0)
+    assert painter.requests[0].output.previews == 2
+
+
+async def test_a_stream_without_partial_images_is_one_event_per_picture(
+    sdk: openai.AsyncOpenAI, painter: Painter
+):
+    stream = await sdk.images.generate(
+        prompt="a red fox", model="sketch", n=2, stream=True, extra_body={"seed": 7}
+    )
+
+    events = [event async for event in stream]
+
+    assert [event.type for event in events] == ["image_generation.completed"] * 2
+    assert [event.to_dict()["seed"] for event in events] == [7, 8]
+
+
+async def test_a_partial_image_comes_before_the_picture_is_done_and_comments_fill_the_silence(
+    address: str, painter: Painter, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(openai_api, "KEEP_ALIVE_S", 0.02)
+    painter.gate.clear()
+    wish = {"prompt": "a red fox", "model": "sketch", "stream": True, "partial_images": 1}
+    async with (
+        httpx.AsyncClient(base_url=f"http://{address}") as client,
+        client.stream("POST", "/v1/images/generations", json=wish) as answer,
+    ):
+        lines = answer.aiter_lines()
+        first = await anext(line async for line in lines if line.startswith("event: "))
+        silence = await anext(line async for line in lines if line.startswith(":"))
+        painter.gate.set()
+        rest = [line async for line in lines if line.startswith("event: ")]
+
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert (first, silence) == ("event: image_generation.partial_image", ": still here")
+    assert rest == ["event: image_generation.completed"]
+
+
+async def test_a_failed_stream_raises_its_reason(sdk: openai.AsyncOpenAI, app: FastAPI, painter: Painter):
+    painter.failure = Failed("out_of_memory", "the brush broke", retryable=False)
+    stream = await sdk.images.generate(prompt="a red fox", model="sketch", stream=True, partial_images=1)
+
+    with pytest.raises(openai.APIError, match="the brush broke") as refusal:
+        [event async for event in stream]
+
+    assert (refusal.value.code, refusal.value.type) == ("out_of_memory", "invalid_request_error")
+    assert calls(app, "200") == 1
+
+
+async def test_a_job_of_a_stream_that_is_cancelled_by_another_call_says_so(
+    sdk: openai.AsyncOpenAI, address: str, painter: Painter
+):
+    painter.gate.clear()
+    stream = await sdk.images.generate(prompt="a red fox", model="sketch", stream=True)
+    async with httpx.AsyncClient(base_url=f"http://{address}") as client:
+        await client.delete(f"/api/generate/{await job_begun(client, painter)}")
+
+    with pytest.raises(openai.APIError, match="was cancelled"):
+        [event async for event in stream]
+
+
+async def test_a_client_that_leaves_its_stream_cancels_its_job(
+    sdk: openai.AsyncOpenAI, address: str, painter: Painter
+):
+    painter.gate.clear()
+    stream = await sdk.images.generate(prompt="a red fox", model="sketch", stream=True)
+    async with httpx.AsyncClient(base_url=f"http://{address}") as client:
+        job_id = await job_begun(client, painter)
+
+        await stream.close()
+
+        told = await client.get(f"/api/generate/{job_id}/events")
+    assert "event: cancelled" in told.text
+
+
+async def test_a_failure_that_passes_tells_the_sdk_when_to_come_back(
+    sdk: openai.AsyncOpenAI, painter: Painter
+):
+    painter.failure = Failed("overloaded", "all brushes are out", retryable=False, retry_after_s=7.2)
+
+    with pytest.raises(openai.InternalServerError, match="all brushes are out") as refusal:
+        await sdk.with_options(max_retries=0).images.generate(prompt="a red fox", model="sketch")
+
+    headers = refusal.value.response.headers
+    assert (headers["retry-after"], headers["retry-after-ms"]) == ("8", "7200")
 
 
 async def job_begun(client: httpx.AsyncClient, painter: Painter) -> str:

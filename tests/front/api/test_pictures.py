@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from deployments.protocol.errors import BadRequest, WeftError
-from deployments.protocol.request import Edit, GenerationRequest
+from deployments.protocol.request import Control, Edit, GenerationRequest
 from serve_app.admission.pictures import PictureCheck
 from tests.front.api import forged
 
@@ -33,6 +33,13 @@ async def test_a_forged_file_is_refused_with_the_fields_name(name: str):
 async def test_a_mask_is_looked_at_too():
     with pytest.raises(BadRequest, match="mask_image is damaged"):
         await PictureCheck().verify(wish(forged.png(), forged.BAD["png header and junk"]))
+
+
+async def test_every_control_picture_is_looked_at_too():
+    good, bad = (Control(image=data, type="canny") for data in (forged.png(), forged.png()[:100]))
+
+    with pytest.raises(BadRequest, match=r"controls\.1\.image is damaged"):
+        await PictureCheck().verify(wish(forged.png()).model_copy(update={"controls": (good, bad)}))
 
 
 async def test_a_request_without_a_picture_has_nothing_to_verify():

@@ -18,12 +18,12 @@ from serve_app.api import progress
 from serve_app.api.depends import ApiState
 from serve_app.api.progress import with_pauses
 from serve_app.jobs import follow
-from serve_app.jobs.job import Job
+from serve_app.jobs.job import Handover, Job, JobError
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.transaction import StoreUnreachable
 from serve_app.settings import Settings
 from tests.front.api.conftest import KEY
-from tests.front.api.painter import Painter
+from tests.front.api.painter import Painter, rough_look
 from tests.front.api.test_native import submitted
 
 
@@ -42,7 +42,7 @@ async def messages_of(socket: ClientConnection) -> list[dict[str, Any]]:
 async def test_a_job_is_told_from_its_place_in_the_queue_to_its_pictures(
     client: httpx.AsyncClient, painter: Painter
 ):
-    job_id = await submitted(client, steps=4)
+    job_id = await submitted(client, steps=4, previews=2)
 
     answer = await client.get(f"/api/generate/{job_id}/events")
 
@@ -55,8 +55,36 @@ async def test_a_job_is_told_from_its_place_in_the_queue_to_its_pictures(
     assert events[-1]["data"]["job"]["artifacts"][0]["url"] == f"/api/results/{job_id}/0.png"
     percents = [event["data"]["percent"] for event in events if event["event"] == "step"]
     assert percents == sorted(percents)
-    preview = next(event["data"] for event in events if event["event"] == "preview")
-    assert base64.b64decode(preview["data"]).startswith(b"\xff\xd8")
+    previews = [event["data"] for event in events if event["event"] == "preview"]
+    assert [(preview["step"], preview["media_type"]) for preview in previews] == [
+        (1, "image/webp"),
+        (2, "image/webp"),
+    ]
+    assert [base64.b64decode(preview["data"]) for preview in previews] == [rough_look(1), rough_look(2)]
+
+
+async def test_what_a_stopped_replica_has_done_still_counts_while_the_job_waits(
+    client: httpx.AsyncClient, store: JobStore
+):
+    job_id = await submitted(client, steps=4)
+    claim = await store.claim({"sketch": 1})
+    assert claim is not None
+    stopped = JobError("model_unavailable", "the replica is stopped")
+    handover = Handover(f"inputs/{job_id}/handover-1", "", 2, 4)
+    await store.requeue(claim, stopped, counted=False, handover=handover)
+    claim = await store.claim({"sketch": 1})
+    assert claim is not None
+    await store.complete(claim, (), 0.5)
+
+    events = events_of((await client.get(f"/api/generate/{job_id}/events")).text)
+
+    assert [(event["event"], event["data"]["percent"]) for event in events] == [
+        ("queued", 0),
+        ("started", 0),
+        ("queued", 50),
+        ("started", 50),
+        ("completed", 100),
+    ]
 
 
 async def test_only_what_came_after_the_last_event_id_is_replayed(
@@ -99,16 +127,16 @@ async def test_events_arrive_as_they_happen_and_silence_is_filled_with_comments(
     monkeypatch.setattr(progress, "KEEP_ALIVE_S", 0.05)
     painter.gate.clear()
     async with httpx.AsyncClient(base_url=f"http://{address}") as client:
-        job_id = await submitted(client)
+        job_id = await submitted(client, previews=1)
         headers = {"accept-encoding": "gzip"}
         async with client.stream("GET", f"/api/generate/{job_id}/events", headers=headers) as answer:
             lines = answer.aiter_lines()
-            heard = [line async for line in _until(lines, ": still here")]
+            heard = [line async for line in _until(lines, "event: preview")]
+            heard += [line async for line in _until(lines, ": still here")]
             painter.gate.set()
             rest = [line async for line in _until(lines, "event: completed")]
 
     assert "content-encoding" not in answer.headers
-    assert "event: preview" in heard
     assert "event: completed" not in heard
     assert "event: completed" in rest
 

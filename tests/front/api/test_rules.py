@@ -83,6 +83,15 @@ def test_the_default_model_is_the_first_ready_one_that_can_do_the_task():
     assert default_model(Task.inpaint, CARDS, ready=("sketch",)) == SCHNELL.id
 
 
+def test_the_default_model_takes_the_control_pictures_and_has_the_refiner_asked_for():
+    ready = (SCHNELL.id, SKETCH.id)
+
+    assert default_model(Task.t2i, CARDS, ready, controls={"canny"}) == SKETCH.id
+    assert default_model(Task.t2i, CARDS, ready, refiner=True) == SKETCH.id
+    with pytest.raises(ModelUnavailable, match="t2i with control pictures of type canny, pose"):
+        default_model(Task.t2i, CARDS, ready, controls={"pose", "canny"})
+
+
 def test_a_task_that_no_model_can_do_says_so():
     with pytest.raises(ModelUnavailable, match="no model here can do inpaint"):
         default_model(Task.inpaint, {"sketch": SKETCH}, ready=())

@@ -1,6 +1,7 @@
 """What every answer has in common, who is let in, and what probes and gauges hear."""
 
 import json
+import re
 from dataclasses import replace
 
 import httpx
@@ -250,6 +251,15 @@ async def test_the_description_names_every_dialect_and_their_fields(client: http
     assert "num_inference_steps" in body["application/json"]["schema"]["properties"]
     assert body["multipart/form-data"]["schema"]["properties"]["image"]["format"] == "binary"
     assert "swagger" in (await client.get("/docs")).text
+
+
+async def test_every_reference_in_the_description_leads_somewhere(client: httpx.AsyncClient):
+    text = (await client.get("/openapi.json")).text
+    schemas = json.loads(text)["components"]["schemas"]
+
+    references = set(re.findall(r'"\$ref":\s*"([^"]+)"', text))
+    assert references
+    assert references <= {f"#/components/schemas/{name}" for name in schemas}
 
 
 @pytest.mark.parametrize("app", ["page"], indirect=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overloaded, RateLimited
-from deployments.protocol.request import Edit, GenerationRequest
-from serve_app.jobs import progress
+from deployments.protocol.request import Control, Edit, FittedEdit, GenerationRequest
+from serve_app.jobs import pictures, progress
 from serve_app.jobs.desk import JobDesk
 from serve_app.jobs.dispatch import Dispatcher
 from serve_app.jobs.job import JobState, new_job_id
@@ -18,7 +18,7 @@ from serve_app.jobs.store import JobStore
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
 from tests.front.conftest import MakeSettings
-from tests.front.fakes import CARD, MODEL, OWNER, FakeModels, picture
+from tests.front.fakes import CARD, MODEL, OWNER, FakeModels, fitted, picture
 
 WISH = GenerationRequest(model=MODEL, prompt="a cat")
 
@@ -70,6 +70,22 @@ async def test_given_pictures_are_kept_out_of_the_record(desk: JobDesk, tmp_path
     assert job.request.edit.image == b""
     stored = tmp_path / "results" / "inputs" / job.id
     assert {file.name for file in stored.iterdir()} == {"image", "mask_image"}
+
+
+async def test_control_pictures_are_kept_out_of_the_record_and_put_back_in_order() -> None:
+    controls = tuple(
+        Control(image=picture(colour), type="canny", weight=weight)
+        for colour, weight in (("red", 0.5), ("blue", 1.5))
+    )
+    edit = FittedEdit(image=picture(), strength=0.5)
+    request = fitted(edit=edit).model_copy(update={"controls": controls})
+
+    detached, taken = pictures.detach(request)
+
+    assert [control.image for control in detached.controls] == [b"", b""]
+    assert pictures.names(detached) == tuple(taken) == ("control_0", "control_1", "image")
+    assert pictures.attach(detached, taken) == request
+    assert len(detached.model_dump_json()) < 1_000
 
 
 async def test_a_refused_job_leaves_no_pictures(

@@ -15,10 +15,10 @@ from serve_app.jobs import attempt as attempt_module
 from serve_app.jobs import pictures, progress
 from serve_app.jobs.desk import JobDesk
 from serve_app.jobs.dispatch import Dispatcher
-from serve_app.jobs.job import Job, JobState, new_job_id
+from serve_app.jobs.job import Handover, Job, JobError, JobState, new_job_id
 from serve_app.jobs.store import JobStore
 from serve_app.settings import Settings
-from serve_app.storage.results import ResultStore, input_path
+from serve_app.storage.results import ResultStore, StoredFile, handover_path, input_path
 from tests.front.conftest import MakeSettings
 from tests.front.fakes import MODEL, OWNER, FakeModels, eventually, fitted, keys_without_ttl, picture
 from tests.front.jobs.conftest import running
@@ -154,6 +154,160 @@ async def test_what_will_not_pass_is_not_tried_again(
     assert job.error is not None
     assert job.error.kind == kind
     assert "a bug" not in job.error.message
+
+
+async def test_a_model_is_told_whose_work_it_does(
+    store: JobStore, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    await ended(store, await submitted(store))
+
+    assert (models.users, models.resumed) == ([OWNER], [None])
+
+
+@pytest.fixture
+def slow_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever waits for recovery comes too late."""
+    monkeypatch.setattr(attempt_module, "RETRY_FIRST_S", 60.0)
+    monkeypatch.setattr(attempt_module, "RETRY_MAX_S", 60.0)
+
+
+async def test_a_stopped_replica_hands_its_work_over_and_it_goes_on_at_once_from_there(
+    store: JobStore, dispatcher: Dispatcher, models: FakeModels, slow_recovery: None, tmp_path: Path
+) -> None:
+    models.troubles = [events.Handover(2, b"2")]
+
+    job = await ended(store, await submitted(store))
+
+    assert (job.state, job.attempt, job.failures) == (JobState.completed, 2, 0)
+    assert models.resumed == [None, b"2"]
+    assert [event for _, event in await store.events(job.id)] == [
+        progress.Queued(1),
+        progress.Started(1),
+        progress.Step(0, 4, 0),
+        progress.Step(1, 4, 25),
+        progress.Step(2, 4, 50),
+        progress.Queued(1, 2, 4),
+        progress.Started(2, 2, 4),
+        progress.Step(3, 4, 75),
+        progress.Step(4, 4, 99),
+        progress.Completed(0.5),
+    ]
+    await eventually(lambda: not (tmp_path / "results" / "inputs" / job.id).exists())
+
+
+async def test_replicas_may_be_stopped_more_often_than_a_job_may_fail(
+    store: JobStore, dispatcher: Dispatcher, models: FakeModels, slow_recovery: None
+) -> None:
+    models.troubles = [events.Handover(step, str(step).encode()) for step in (1, 2, 2, 3)]
+
+    job = await ended(store, await submitted(store))
+
+    assert (job.state, job.attempt, job.failures) == (JobState.completed, 5, 0)
+    assert models.resumed == [None, b"1", b"2", b"2", b"3"]
+
+
+async def test_a_job_whose_handover_is_cancelled_or_fails_leaves_no_file(
+    store: JobStore,
+    settings: Settings,
+    results: ResultStore,
+    desk: JobDesk,
+    models: FakeModels,
+    slow_recovery: None,
+    tmp_path: Path,
+) -> None:
+    failure = events.Failed("out_of_memory", "it does not fit", retryable=False)
+    models.troubles = [events.Handover(2, b"2"), failure]
+    async with running(Dispatcher(store, results, models, settings)):
+        failed = await ended(store, await submitted(store))
+    waiting = await submitted(store)
+    handed_over = await handed_over_by(store, results, waiting, b"2")
+
+    await desk.cancel(waiting, OWNER)
+
+    assert failed.state is JobState.failed
+    await eventually(lambda: not (tmp_path / "results" / "inputs" / failed.id).exists())
+    assert not (tmp_path / "results" / handed_over.path).exists()
+
+
+async def handed_over_by(store: JobStore, results: ResultStore, job_id: str, state: bytes) -> Handover:
+    """The handover of a first attempt; the job waits again."""
+    claim = await store.claim({MODEL: 1})
+    assert claim is not None
+    file = await results.put(handover_path(job_id, claim.attempt), state)
+    handover = Handover(file.path, file.sha256, 2, 4)
+    stopped = JobError("model_unavailable", "the replica is stopped")
+    job = await store.requeue(claim, stopped, counted=False, handover=handover)
+    assert (job.id, job.percent, (await store.get(job_id)).handover) == (job_id, 50, handover)
+    return handover
+
+
+@pytest.mark.parametrize("harm", ["missing", "broken"])
+async def test_a_lost_handover_begins_anew_and_progress_waits_to_be_caught_up_with(
+    store: JobStore,
+    settings: Settings,
+    results: ResultStore,
+    models: FakeModels,
+    tmp_path: Path,
+    harm: str,
+) -> None:
+    job_id = await submitted(store)
+    file = tmp_path / "results" / (await handed_over_by(store, results, job_id, b"2")).path
+    file.unlink()
+    if harm == "broken":
+        file.write_bytes(b"3")
+
+    async with running(Dispatcher(store, results, models, settings)):
+        job = await ended(store, job_id)
+
+    assert (job.state, models.resumed) == (JobState.completed, [None])
+    steps = [event.step for _, event in await store.events(job_id) if isinstance(event, progress.Step)]
+    assert steps == sorted(steps)
+    assert steps[0] == 2
+
+
+async def test_after_a_counted_failure_nothing_handed_over_is_used_again(
+    store: JobStore, dispatcher: Dispatcher, models: FakeModels, quick_retries: None
+) -> None:
+    models.troubles = [events.Handover(2, b"2"), ModelUnavailable("lost")]
+
+    job = await ended(store, await submitted(store))
+
+    assert (job.state, job.failures, models.resumed) == (JobState.completed, 1, [None, b"2", None])
+
+
+async def test_draining_a_dispatcher_keeps_what_was_handed_over(
+    store: JobStore, settings: Settings, results: ResultStore, models: FakeModels
+) -> None:
+    models.gate.clear()
+    job_id = await submitted(store)
+    await handed_over_by(store, results, job_id, b"2")
+    async with running(Dispatcher(store, results, models, settings)):
+        await at_the_gate(store, models, job_id)
+    models.gate.set()
+
+    async with running(Dispatcher(store, results, models, settings)):
+        job = await ended(store, job_id)
+
+    assert (job.state, models.resumed) == (JobState.completed, [b"2", b"2"])
+
+
+async def test_a_worker_that_lost_its_job_takes_its_handover_along(
+    store: JobStore, settings: Settings, results: ResultStore, models: FakeModels, tmp_path: Path
+) -> None:
+    models.troubles = [events.Handover(2, b"2")]
+    job_id = await submitted(store)
+    key = f"{settings.redis_prefix}job:{job_id}"
+
+    class Robbed(ResultStore):
+        async def put(self, path: str, data: bytes) -> StoredFile:
+            await store.redis.hincrby(key, "attempt", 1)  # somebody else has it by now
+            return await super().put(path, data)
+
+    robbed = Robbed(str(tmp_path / "results"), min_free_bytes=0)
+    async with running(Dispatcher(store, robbed, models, settings)) as dispatcher:
+        await eventually(lambda: models.resumed == [None] and dispatcher.active == 0)
+
+    assert list((tmp_path / "results" / "inputs" / job_id).iterdir()) == []
 
 
 async def test_others_go_on_while_one_fails(

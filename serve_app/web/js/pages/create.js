@@ -38,7 +38,7 @@ export function mount(root, { api, pictures, toast, dialogs }) {
       panel.submit();
     },
     again(job, seed) {
-      panel.write(formOf(job.wish, seed));
+      panel.write(formOf(job.wish, seed, panel.read().controls));
       toast.show(t("done.filled"));
     },
     retry(job) {
@@ -46,11 +46,12 @@ export function mount(root, { api, pictures, toast, dialogs }) {
         void open();
         return;
       }
-      if (job !== null) panel.write(formOf(job.wish, job.wish.seed));
+      if (job !== null) panel.write(formOf(job.wish, job.wish.seed, panel.read().controls));
       panel.submit();
     },
     smaller(job, { width, height }) {
-      const form = job === null ? panel.read() : formOf(job.wish, job.wish.seed);
+      const now = panel.read();
+      const form = job === null ? now : formOf(job.wish, job.wish.seed, now.controls);
       panel.write({ ...form, width, height });
       panel.submit();
     },

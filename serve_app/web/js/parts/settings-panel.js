@@ -3,6 +3,7 @@
 import { fill, h, icon, setText, setVar } from "../dom.js";
 import { changedModel, isFixed, seedIsValid, shapes, sizeFault, stepsNotice, within } from "../form-rules.js";
 import { say, t } from "../i18n.js";
+import { createControlPictures } from "./control-pictures.js";
 import { chips, fault, select, slider } from "./fields.js";
 
 /** @typedef {import("../types.js").FormValues} FormValues */
@@ -97,6 +98,10 @@ export function createSettingsPanel({ onSubmit, onChange }) {
   format.offer(FORMATS.map(({ value, key }) => ({ value, words: t(key) })));
   const scheduler = select({ id: "scheduler", label: t("scheduler.label"), onInput: changed });
 
+  const controlPictures = createControlPictures({ onInput: changed });
+  const refiner = h("input", { id: "refiner", type: "checkbox", on: { change: changed } });
+  const refinerField = h("label", { class: "check", for: "refiner" }, refiner, t("refiner.label"));
+
   const generate = h("button", { type: "submit", class: "primary generate", id: "generate" });
   setSending(false);
 
@@ -125,10 +130,11 @@ export function createSettingsPanel({ onSubmit, onChange }) {
       ),
       seedFault.element,
       h("div", { class: "pair" }, format.element, scheduler.element),
+      refinerField,
     ),
   );
 
-  const needModel = [modelField.element, shape.element, settings];
+  const needModel = [modelField.element, shape.element, controlPictures.element, settings];
   for (const part of needModel) part.inert = true; // until the models say what they may hold
 
   const element = h(
@@ -156,6 +162,7 @@ export function createSettingsPanel({ onSubmit, onChange }) {
         negativeField,
       ),
       shape.element,
+      controlPictures.element,
       settings,
     ),
     h("div", { class: "send" }, generate),
@@ -175,6 +182,8 @@ export function createSettingsPanel({ onSubmit, onChange }) {
       images: Number(images.get() ?? 1),
       format: format.get(),
       scheduler: scheduler.get(),
+      controls: controlPictures.get(),
+      refiner: refiner.checked,
     };
   }
 
@@ -224,6 +233,10 @@ export function createSettingsPanel({ onSubmit, onChange }) {
     scheduler.element.hidden = chosen.schedulers.length < 2;
     scheduler.offer(chosen.schedulers.map((name) => ({ value: name, words: name })));
     scheduler.set(chosen.schedulers.includes(form.scheduler) ? form.scheduler : "auto");
+    controlPictures.offer(chosen.controls);
+    controlPictures.set(form.controls);
+    refinerField.hidden = chosen.refiner === null;
+    refiner.checked = form.refiner;
     for (const each of [promptFault, seedFault]) each.show(null);
     checkSeed();
     showModel(chosen);
@@ -334,7 +347,11 @@ export function createSettingsPanel({ onSubmit, onChange }) {
     width,
     height,
     seed,
+    controls: controlPictures.input,
+    refiner,
   });
+  /** `controls.1.image` is a part of `controls`. @param {string} param */
+  const controlOf = (param) => controls[param.split(".", 1)[0] ?? ""];
 
   return {
     element,
@@ -372,10 +389,10 @@ export function createSettingsPanel({ onSubmit, onChange }) {
       if (model !== null) showModel(model);
     },
     /** Whether the form has a control for a field of the API. @param {string | null} param */
-    has: (param) => param !== null && param in controls,
+    has: (param) => param !== null && controlOf(param) !== undefined,
     /** @param {string} param */
     focus(param) {
-      const control = controls[param];
+      const control = controlOf(param);
       if (control !== undefined) reveal(control);
     },
   };
@@ -395,6 +412,8 @@ function blank(model) {
     images: 1,
     format: "png",
     scheduler: "auto",
+    controls: [],
+    refiner: false,
   };
 }
 

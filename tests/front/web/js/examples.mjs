@@ -13,6 +13,8 @@ export const FLUX = {
   maxImages: 4,
   maxPromptChars: 4000,
   schedulers: ["auto"],
+  controls: [],
+  refiner: null,
   licence: { name: "Apache-2.0", url: "", attribution: "", commercial: true },
   state: "ready",
 };
@@ -26,6 +28,11 @@ export const SDXL = {
   sizes: { ...FLUX.sizes, multiple: 8 },
   negativePrompt: true,
   schedulers: ["auto", "euler"],
+  controls: [
+    { type: "canny", plainPictures: true },
+    { type: "depth", plainPictures: false },
+  ],
+  refiner: "sdxl-refiner",
 };
 
 export const TINY = {
@@ -46,6 +53,8 @@ export const FORM = {
   images: 1,
   format: "png",
   scheduler: "auto",
+  controls: [],
+  refiner: false,
 };
 
 export const JOB = {
@@ -56,7 +65,7 @@ export const JOB = {
   steps: 0,
   percent: 0,
   cancelRequested: false,
-  wish: { ...FORM, prompt: "a red fox", negativePrompt: "", steps: 4, guidance: 0, seed: "7" },
+  wish: { ...FORM, prompt: "a red fox", negativePrompt: "", steps: 4, guidance: 0, seed: "7", controls: 0 },
   pictures: [],
   warnings: [],
   problem: null,

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import * as rules from "../../../../serve_app/web/js/form-rules.js";
-import { FLUX, FORM, SDXL, TINY } from "./examples.mjs";
+import { FLUX, FORM, JOB, SDXL, TINY } from "./examples.mjs";
 
 test("every shape is a size the model allows, near its default area", () => {
   for (const { sizes } of [FLUX, SDXL, TINY]) {
@@ -70,6 +70,7 @@ test("only what the model understands is sent", () => {
     "num_images",
     "num_inference_steps",
     "output_format",
+    "previews",
     "prompt",
     "seed",
     "width",
@@ -86,6 +87,52 @@ test("without a wish the model's defaults are sent, and the seed is left to the 
   assert.equal(body.num_inference_steps, 30);
   assert.equal(body.guidance_scale, 5);
   assert.ok(!("seed" in body) && !("scheduler" in body));
+});
+
+test("control pictures and the refiner go to models that know them", () => {
+  const pictures = [
+    { image: "data:image/png;base64,AAAA", type: "canny", weight: 0.5 },
+    { image: "data:image/png;base64,BBBB", type: "depth", weight: 1 },
+    { image: "data:image/png;base64,CCCC", type: "pose", weight: 1 },
+  ];
+  const form = { ...FORM, controls: pictures, refiner: true };
+
+  const toSdxl = rules.requestBody(form, SDXL);
+  const toFlux = rules.requestBody(form, FLUX);
+
+  assert.deepEqual(toSdxl.controls, [pictures[0], { ...pictures[1], is_map: true }]);
+  assert.equal(toSdxl.refiner, true);
+  assert.ok(!("controls" in toFlux) && !("refiner" in toFlux));
+  assert.ok(!("refiner" in rules.requestBody({ ...form, refiner: false }, SDXL)));
+});
+
+test("another model keeps the control pictures and the switch for the way back", () => {
+  const form = { ...FORM, controls: [{ image: "data:,", type: "canny", weight: 1 }], refiner: true };
+
+  const changed = rules.changedModel(form, SDXL, FLUX);
+
+  assert.deepEqual([changed.controls, changed.refiner], [form.controls, true]);
+});
+
+test("a job with control pictures is asked for again with those in the form, one without with none", () => {
+  const pictures = [{ image: "data:,", type: "canny", weight: 1 }];
+
+  assert.deepEqual(rules.formOf({ ...JOB.wish, controls: 1 }, "7", pictures).controls, pictures);
+  assert.deepEqual(rules.formOf({ ...JOB.wish, controls: 0 }, "7", pictures).controls, []);
+});
+
+test("a file that cannot be a control picture is told why", () => {
+  const fault = (file, count = 0) =>
+    rules.pictureFault({ type: "image/png", size: 1000, ...file }, count)?.key ?? null;
+
+  assert.equal(fault({}), null);
+  assert.equal(fault({ type: "image/gif" }), "control.notPicture");
+  assert.equal(fault({ size: 21 * 2 ** 20 }), "control.tooLarge");
+  assert.equal(fault({}, 4), "control.tooMany");
+});
+
+test("four rough looks are asked for on the way", () => {
+  assert.equal(rules.requestBody(FORM, SDXL).previews, 4);
 });
 
 test("another model keeps the shape, not the number of pixels", () => {

@@ -7,7 +7,7 @@ import { JOB } from "./examples.mjs";
 const step = (number, steps = 10) => ({ type: "step", step: number, steps, percent: null });
 
 test("the pace of the steps so far tells the time left", () => {
-  let job = applyEvent(JOB, { type: "started", steps: null }, 900);
+  let job = applyEvent(JOB, { type: "started", step: 0, steps: null }, 900);
   job = applyEvent(job, step(0), 1000);
   assert.equal(secondsLeft(job), null);
 
@@ -22,11 +22,24 @@ test("a job whose worker died waits again and begins from nothing", () => {
   let job = applyEvent(JOB, step(6), 1000);
   job = applyEvent(job, { type: "preview", data: "AAAA", mediaType: "image/jpeg" }, 1001);
 
-  const again = applyEvent(job, { type: "queued", ahead: 2 }, 2000);
+  const again = applyEvent(job, { type: "queued", ahead: 2, step: 0, steps: 0 }, 2000);
   const second = applyEvent(again, step(1), 3000);
 
   assert.deepEqual([again.status, again.step, again.preview, again.ahead], ["queued", 0, null, 2]);
   assert.equal(secondsLeft(second), null);
+});
+
+test("a job that was handed over keeps its steps and its last look", () => {
+  let job = applyEvent(JOB, step(6), 1000);
+  job = applyEvent(job, { type: "preview", data: "AAAA", mediaType: "image/webp" }, 1001);
+
+  const waiting = applyEvent(job, { type: "queued", ahead: 0, step: 6, steps: 10 }, 2000);
+  const again = applyEvent(waiting, { type: "started", step: 6, steps: 10 }, 3000);
+
+  for (const now of [waiting, again])
+    assert.deepEqual([now.step, now.percent, now.preview], [6, 60, "data:image/webp;base64,AAAA"]);
+  assert.equal(secondsLeft(applyEvent(again, step(6), 3500)), null);
+  assert.equal(secondsLeft(applyEvent(applyEvent(again, step(6), 4000), step(8), 6000)), 2);
 });
 
 test("a preview is an address an image understands", () => {

@@ -40,7 +40,13 @@ test("links of ours are read below the API, wherever a proxy put it", () => {
 test("events become what happened, and unknown ones nothing", () => {
   const event = (type, data) => wire.jobEvent({ id: "1", type, data: JSON.stringify(data) });
 
-  assert.deepEqual(event("queued", { position: 3 }), { type: "queued", ahead: 2 });
+  assert.deepEqual(event("queued", { position: 3 }), { type: "queued", ahead: 2, step: 0, steps: 0 });
+  assert.deepEqual(event("started", { step: 2, steps: 4 }), { type: "started", step: 2, steps: 4 });
+  assert.deepEqual(event("preview", { step: 1, media_type: "image/webp", data: "AAAA" }), {
+    type: "preview",
+    data: "AAAA",
+    mediaType: "image/webp",
+  });
   assert.deepEqual(event("step", { step: 1, steps: 4, percent: 25 }), {
     type: "step",
     step: 1,
