@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: serve test check format types lint bench clean
+.PHONY: serve test exact check format types lint bench clean
 
 serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+C
 	@$(BIN)/weft serve
 
 test: $(VENV)/.test ## set up, then the whole suite
 	@$(BIN)/python -m pytest
+
+exact: $(VENV)/.test ## 1,000 random schedules against each request alone (20 minutes)
+	@WEFT_EXACT_SCHEDULES=1000 $(BIN)/python -m pytest tests/workshop/test_exactness.py
 
 check: lint types test ## what a change must pass
 

@@ -2,25 +2,37 @@
 
 CPU seconds of the engine's thread, not wall time. The line through the medians gives a fixed cost per
 forward and a cost per active request; the tensors are tiny, so that copying them hardly counts.
+
+Two things that are no engine are measured by themselves and not subtracted: the request's own code with
+the switch of its fiber there and back, and the tensor operations that join and deal out the rows.
+With --memory it is memory instead: live tensors, live fibers and resident memory after many requests.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import os
 import statistics
 import time
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
 
 import ledger
 import numpy as np
 import torch
+from greenlet import getcurrent
 from torch import Tensor, nn
 
 from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
-from deployments.engine.step_scheduler import StepScheduler
+from deployments.engine.step_scheduler import Job, StepScheduler, Waiting
 
 ACTIVE = (1, 2, 4, 8, 16, 32, 64)
+WARM_UP = 20  # step boundaries at the start that do not count: the scheduler still learns
 
 
 class NullDenoiser(nn.Module):
@@ -41,7 +53,35 @@ class NullDenoiser(nn.Module):
         return (hidden_states,)
 
 
-def request(denoiser: NullDenoiser, steps: int) -> None:
+class ParkingDenoiser(nn.Module):
+    """Parks its caller and answers with what it is resumed with: a seam without an engine."""
+
+    def forward(self, hidden_states: Tensor, **others: object) -> tuple[Tensor]:
+        return cast(tuple[Tensor], cast(Any, getcurrent()).parent.switch())
+
+
+class AlwaysTogether(StepScheduler):
+    """All that wait, in one forward: what is left is the engine's cost, without the choice's."""
+
+    def pick(self, waiting: Sequence[Waiting], now: float = 0.0) -> list[int]:
+        return list(range(len(waiting)))
+
+    def ran(
+        self, key: Hashable | None, rows: int, seconds: float, jobs: Sequence[Job] = (), now: float = 0.0
+    ) -> None:
+        """Learns nothing."""
+
+
+class LearnedToShare(StepScheduler):
+    """The real one, told that every forward takes 10 ms: the more rows the better."""
+
+    def ran(
+        self, key: Hashable | None, rows: int, seconds: float, jobs: Sequence[Job] = (), now: float = 0.0
+    ) -> None:
+        super().ran(key, rows, 0.01, jobs, now)
+
+
+def request(denoiser: nn.Module, steps: int) -> None:
     """The denoising loop of one request, with nothing in it but the calls."""
     latents = torch.zeros(1, 4, 4)
     text, pooled = torch.zeros(1, 4, 4), torch.zeros(1, 4)
@@ -61,37 +101,140 @@ def request(denoiser: NullDenoiser, steps: int) -> None:
         )[0]
 
 
-def cost_us(active: int, steps: int) -> float:
+def engine_us(make: Callable[[int], StepScheduler], deterministic: bool, active: int, steps: int) -> float:
     """Median CPU microseconds of one step boundary with `active` requests."""
     denoiser = NullDenoiser()
     restore = intercept([denoiser])
-    engine = Engine(StepScheduler(max_rows=64))
+    engine = Engine(make(64), deterministic=deterministic)
     for _ in range(active):
-        engine.start(Fiber(lambda: request(denoiser, steps)))
+        engine.start(Fiber(partial(request, denoiser, steps)))
     seconds: list[float] = []
+    full: list[bool] = []  # forwards with every request in them
     while not engine.idle:
         began = time.thread_time()
-        engine.step()
+        moved = engine.step()
         seconds.append(time.thread_time() - began)
+        full.append(len(moved) == active and not moved[0].over)
     restore()
-    return 1e6 * statistics.median(seconds[5:-1])
+    counted = [cost for cost, all_in in zip(seconds, full, strict=True) if all_in][WARM_UP:]
+    return 1e6 * statistics.median(counted)
+
+
+def switching_us(active: int, steps: int) -> float:
+    """The same requests parked and resumed by a bare loop: their own code and the switches."""
+    denoiser = ParkingDenoiser()
+    fibers = [Fiber(partial(request, denoiser, steps)) for _ in range(active)]
+    for fiber in fibers:
+        fiber.switch()
+    answer = (torch.zeros(1, 4, 4),)
+    seconds: list[float] = []
+    while not fibers[0].over:
+        began = time.thread_time()
+        for fiber in fibers:
+            fiber.switch(answer)
+        seconds.append(time.thread_time() - began)
+    return 1e6 * statistics.median(seconds[WARM_UP:-1])
+
+
+def tensors_us(active: int, steps: int) -> float:
+    """Two joins of one small tensor per request and one deal: the least that a shared forward needs."""
+    latents = [torch.zeros(1, 4, 4) for _ in range(active)]
+    times = [torch.zeros(1) for _ in range(active)]
+    sizes = [1] * active
+    seconds: list[float] = []
+    for _ in range(steps):
+        began = time.thread_time()
+        joined = torch.cat(latents)
+        torch.cat(times)
+        torch.split_with_sizes_copy(joined, sizes)
+        seconds.append(time.thread_time() - began)
+    return 1e6 * statistics.median(seconds[WARM_UP:])
+
+
+def line(measure: Callable[[int, int], float], steps: int, rounds: int) -> tuple[float, float, str]:
+    """Fixed microseconds, microseconds per active request, and the medians over all rounds as words."""
+    costs = [statistics.median(measure(active, steps) for _ in range(rounds)) for active in ACTIVE]
+    slope, fixed = np.polyfit(ACTIVE, costs, 1)
+    words = ", ".join(f"{n}: {cost:.0f}" for n, cost in zip(ACTIVE, costs, strict=True))
+    return float(fixed), float(slope), words
+
+
+def measure_speed(steps: int, rounds: int, *, record: bool) -> None:
+    rows: list[tuple[str, str, Callable[[int, int], float]]] = [
+        ("request code and switches, no engine", "switching", switching_us),
+        ("joining and dealing tensors, no engine", "tensors", tensors_us),
+        ("always shares", "", partial(engine_us, AlwaysTogether, False)),
+        ("always shares, deterministic", "deterministic", partial(engine_us, AlwaysTogether, True)),
+        ("step scheduler", "scheduled", partial(engine_us, LearnedToShare, False)),
+        ("step scheduler, deterministic", "served", partial(engine_us, LearnedToShare, True)),
+    ]
+    for name, suffix, measure in rows:
+        fixed, slope, words = line(measure, steps, rounds)
+        print(f"{name:40} fixed {fixed:6.1f} us, per request {slope:5.2f} us; {words}", flush=True)
+        if record:
+            end = f"_{suffix}" if suffix else ""
+            notes = f"{name}; CPU time, us per step boundary by active requests: {words}"
+            ledger.record(f"engine_step_us{end}", fixed, "us", n=steps * rounds, notes=notes)
+            ledger.record(f"engine_per_request_us{end}", slope, "us", n=steps * rounds, notes=notes)
+
+
+def measure_memory(requests: int, steps: int, *, record: bool) -> None:
+    """Short requests, 64 at a time, one engine: what is left of them when all are over."""
+    denoiser = NullDenoiser()
+    restore = intercept([denoiser])
+    engine = Engine(LearnedToShare(64), deterministic=True)
+    done = 0
+
+    def serve(until: int) -> None:
+        nonlocal done
+        active = 0
+        while done < until or active:
+            while active < 64 and done < until:
+                engine.start(Fiber(partial(request, denoiser, steps)))
+                active, done = active + 1, done + 1
+            active -= sum(fiber.over for fiber in engine.step())
+
+    serve(requests // 10)  # allocators and the scheduler's memories fill up
+    before = (*alive(), resident_bytes())
+    serve(done + requests)
+    after = (*alive(), resident_bytes())
+    restore()
+    grown = [new - old for new, old in zip(after, before, strict=True)]
+    print(f"{requests} requests of {steps} steps, 64 at a time; alive before and after, once collected:")
+    print(f"  tensors {before[0]} -> {after[0]}, fibers {before[1]} -> {after[1]}")
+    print(f"  resident {before[2] / 2**20:.1f} -> {after[2] / 2**20:.1f} MiB")
+    if record:
+        ledger.record("engine_tensors_left", grown[0], "tensors", n=requests)
+        ledger.record("engine_fibers_left", grown[1], "fibers", n=requests)
+        ledger.record("engine_memory_growth", grown[2] / 2**20, "MiB", n=requests)
+
+
+def alive() -> tuple[int, int]:
+    """Tensors and fibers that exist after a collection."""
+    gc.collect()
+    kinds = [type(thing) for thing in gc.get_objects()]
+    return sum(issubclass(kind, Tensor) for kind in kinds), sum(issubclass(kind, Fiber) for kind in kinds)
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=None, help="of each request: 200, or 4 for --memory")
+    parser.add_argument("--rounds", type=int, default=5, help="of each figure, the median counts")
+    parser.add_argument("--memory", action="store_true", help="what many short requests leave behind")
+    parser.add_argument("--requests", type=int, default=10_000, help="for --memory")
     parser.add_argument("--dry", action="store_true", help="print only")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with torch.inference_mode():
-        costs = [cost_us(active, options.steps) for active in ACTIVE]
-    slope, fixed = np.polyfit(ACTIVE, costs, 1)
-    spread = ", ".join(f"{n}: {cost:.0f}" for n, cost in zip(ACTIVE, costs, strict=True))
-    print(f"fixed {fixed:.0f} us, per request {slope:.1f} us; by active requests {spread}")
-    if not options.dry:
-        notes = f"null denoiser, CPU time; us per step boundary by active requests: {spread}"
-        ledger.record("engine_step_us", float(fixed), "us", n=options.steps, notes=notes)
-        ledger.record("engine_per_request_us", float(slope), "us", n=options.steps, notes=notes)
+        if options.memory:
+            measure_memory(options.requests, options.steps or 4, record=not options.dry)
+        else:
+            measure_speed(options.steps or 200, options.rounds, record=not options.dry)
 
 
 if __name__ == "__main__":
