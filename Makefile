@@ -13,7 +13,7 @@ test: $(VENV)/.test ## set up, then the whole suite
 	@$(BIN)/python -m pytest
 
 exact: $(VENV)/.test ## 1,000 random schedules against each request alone (20 minutes)
-	@WEFT_EXACT_SCHEDULES=1000 $(BIN)/python -m pytest tests/workshop/test_exactness.py
+	@$(BIN)/python benchmarks/exact.py
 
 check: lint types test ## what a change must pass
 
