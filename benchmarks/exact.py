@@ -1,4 +1,4 @@
-"""Random schedules of mixed requests, each request against itself alone: how many were played, how many failed.
+"""Random schedules of mixed requests, each held against itself alone: how many were played, how many failed.
 
 Runs tests/workshop/test_exactness.py, which asserts; rows `exact_schedules` and `exact_failures`.
 """
