@@ -74,7 +74,7 @@ class CpuClock:
 class OneAdapter(StepScheduler):
     """The oldest leads; only steps of equal guidance and adapter join it (the rule of vLLM-Omni)."""
 
-    def pick(self, waiting: Sequence[Waiting], now: float = 0.0) -> list[int]:
+    def pick(self, waiting: Sequence[Waiting], now: float = 0.0, *, look: bool = True) -> list[int]:
         jobs: Any = [call.job for call in waiting]
         order = sorted(range(len(jobs)), key=lambda i: jobs[i].submitted_at)
         first = order[0]

@@ -63,7 +63,7 @@ class ParkingDenoiser(nn.Module):
 class AlwaysTogether(StepScheduler):
     """All that wait, in one forward: what is left is the engine's cost, without the choice's."""
 
-    def pick(self, waiting: Sequence[Waiting], now: float = 0.0) -> list[int]:
+    def pick(self, waiting: Sequence[Waiting], now: float = 0.0, *, look: bool = True) -> list[int]:
         return list(range(len(waiting)))
 
     def ran(

@@ -90,7 +90,7 @@ class ImageModel:
             first.id, LoadedModel(first, self._refiner_of(first), self._device, while_serving=False)
         )
         scheduler = StepScheduler(serving.max_rows)
-        engine = Engine(scheduler, deterministic=serving.deterministic, device=self._device)
+        engine = Engine(scheduler, deterministic=serving.deterministic, aside=True, device=self._device)
         self._worker = Worker(engine, scheduler, slots=serving.slots, watchdog_s=serving.watchdog_s)
         if on_stop is not None:
             on_stop(lambda: self.drain(STOP_GRACE_S))

@@ -115,6 +115,7 @@ class Seam:
     positions: tuple[str, ...]  # parameter names in order
     mergeable: bool = True  # False: stateful or unknown; its calls never share a forward
     optional: frozenset[str] = frozenset()  # parameters for which None is as good as nothing
+    aside: bool = False  # not a step: computed beside the steps of others where there is a place
     keys: weakref.WeakValueDictionary[Hashable, Key] = field(default_factory=weakref.WeakValueDictionary)
     # of constant arguments, by (key, name); gone with any of the calls' tensors
     stacked: dict[Hashable, _Stacked] = field(default_factory=dict)

@@ -31,9 +31,9 @@ def intercept(modules: Iterable[nn.Module]) -> Callable[[], None]:
     """
     cuts: list[tuple[nn.Module, str]] = []
     for module in modules:
-        for part, attribute, mergeable in _seams_of(module):
+        for part, attribute, mergeable, aside in _seams_of(module):
             if attribute not in vars(part):
-                _cut(part, attribute, mergeable)
+                _cut(part, attribute, mergeable, aside)
                 cuts.append((part, attribute))
         if hasattr(module, "cache_context") and "cache_context" not in vars(module):
             # it marks a shared hook registry as "cond" or "uncond" while other fibers run in between
@@ -47,22 +47,22 @@ def intercept(modules: Iterable[nn.Module]) -> Callable[[], None]:
     return restore
 
 
-def _seams_of(module: nn.Module) -> list[tuple[nn.Module, str, bool]]:
-    """(module, function name, whether its calls may be merged)."""
+def _seams_of(module: nn.Module) -> list[tuple[nn.Module, str, bool, bool]]:
+    """(module, function name, whether its calls may be merged, whether they are computed aside)."""
     name = type(module).__name__
     if name in PLAIN_VAES:
         encoder, decoder = module.get_submodule("encoder"), module.get_submodule("decoder")
-        return [(encoder, "forward", True), (decoder, "forward", True)]
+        return [(encoder, "forward", True, True), (decoder, "forward", True, True)]
     if hasattr(module, "encode") and hasattr(module, "decode"):
         logger.info("the VAE runs one request at a time", extra={"vae": name})
-        return [(module, "encode", False), (module, "decode", False)]
+        return [(module, "encode", False, True), (module, "decode", False, True)]
     if hasattr(module, "generate"):
         # a language model that writes keeps notes on itself (Qwen2.5-VL's rope_deltas) from token to token
-        return [(module, "forward", True), (module, "generate", False)]
-    return [(module, "forward", True)]
+        return [(module, "forward", True, False), (module, "generate", False, False)]
+    return [(module, "forward", True, False)]
 
 
-def _cut(module: nn.Module, attribute: str, mergeable: bool) -> None:
+def _cut(module: nn.Module, attribute: str, mergeable: bool, aside: bool) -> None:
     function = getattr(module, attribute)
     parameters = inspect.signature(function).parameters.values()
     positions = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
@@ -71,7 +71,7 @@ def _cut(module: nn.Module, attribute: str, mergeable: bool) -> None:
     optional = frozenset(p.name for p in parameters if p.default is None)
     if type(module).__name__ in LISTING_MODULES:
         function = _listing(function)
-    seam = Seam(f"{type(module).__name__}.{attribute}", function, positions, mergeable, optional)
+    seam = Seam(f"{type(module).__name__}.{attribute}", function, positions, mergeable, optional, aside)
 
     def parks(*args: Any, **kwargs: Any) -> Any:
         fiber = current_fiber()

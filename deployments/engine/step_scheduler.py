@@ -57,7 +57,6 @@ class Waiting:
     key: Hashable | None  # None shares a forward with nobody
     rows: int
     order: int  # smaller is earlier
-    parked_at: float = 0.0
     job: Job | None = None
 
 
@@ -102,16 +101,18 @@ class StepScheduler:
         self._picks = 0
         self._looks = 0
 
-    def pick(self, waiting: Sequence[Waiting], now: float = 0.0) -> list[int]:
+    def pick(self, waiting: Sequence[Waiting], now: float = 0.0, *, look: bool = True) -> list[int]:
         """Indices of the calls for the next forward, empty only if nothing waits.
 
         The leader is first; but if all fit into one forward, they stay in the order given.
+        look: these are all calls that wait, so the backlog may be learned from them.
         """
         if not waiting:
             return []
-        if self._picks % LOOK_EVERY == 0:
-            self._look([call.job for call in waiting if call.job is not None])
-        self._picks += 1
+        if look:
+            if self._picks % LOOK_EVERY == 0:
+                self._look([call.job for call in waiting if call.job is not None])
+            self._picks += 1
         if self._fit(waiting):
             return list(range(len(waiting)))
         scores = self._scores(waiting, now)

@@ -141,8 +141,8 @@ class Worker:
         """Raises ModelUnavailable if the thread is dead or hangs."""
         if not self._thread.is_alive():
             raise ModelUnavailable("the engine's thread is dead; the replica must be replaced")
-        since = self._busy_since
-        if since is not None and (busy_s := time.monotonic() - since) > self._watchdog_s:
+        begun = [since for since in (self._busy_since, self._engine.aside_since) if since is not None]
+        if begun and (busy_s := time.monotonic() - min(begun)) > self._watchdog_s:
             raise ModelUnavailable(
                 f"the engine has been stuck for {busy_s:.0f} s (watchdog: {self._watchdog_s:g} s); "
                 "the replica must be replaced"
@@ -221,6 +221,7 @@ class Worker:
         else:
             for ticket in itertools.chain(self._running.values(), self._waiting):
                 _hand_back(ticket)
+        self._engine.close()
         self._stopping = True
 
     def _take_orders(self) -> bool:
@@ -288,7 +289,9 @@ class Worker:
         for fiber in fibers:
             if not fiber.over:
                 continue
-            ticket = self._running.pop(fiber)
+            ticket = self._running.pop(fiber, None)
+            if ticket is None:  # it was handed back while its call was computed aside
+                continue
             if fiber.failure is not None:
                 ticket.tell(Failed.of(_explain(fiber.failure)))
                 continue

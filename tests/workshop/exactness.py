@@ -35,7 +35,7 @@ class AnyOrder(StepScheduler):
         super().__init__(max_rows)
         self._rng = rng
 
-    def pick(self, waiting: Sequence[Waiting], now: float = 0.0) -> list[int]:
+    def pick(self, waiting: Sequence[Waiting], now: float = 0.0, *, look: bool = True) -> list[int]:
         order = self._rng.sample(range(len(waiting)), len(waiting))
         picked, room = [order[0]], self._rng.randint(1, self.max_rows) - waiting[order[0]].rows
         for i in order[1:]:
@@ -140,7 +140,12 @@ class Bench:
         priorities and deadlines, which preempt, the others in any order at all."""
         clock, rows = itertools.count(), rng.choice([2, 3, 4, 8])
         scheduler = StepScheduler(rows) if rng.random() < 0.5 else AnyOrder(rows, rng)
-        engine = Engine(scheduler, deterministic=self.deterministic, now=lambda: float(next(clock)))
+        engine = Engine(
+            scheduler,
+            deterministic=self.deterministic,
+            aside=rng.random() < 0.5,
+            now=lambda: float(next(clock)),
+        )
         fibers: list[tuple[FittedRequest, Fiber]] = []
         doomed: list[Fiber] = []
         to_come = rng.sample(self.requests, rng.randint(2, 8))
@@ -167,6 +172,7 @@ class Bench:
                 if doomed and rng.random() < 0.3:
                     engine.cancel(doomed.pop())
         finally:
+            engine.close()
             for restore in restores:
                 restore()
         self.forwards += engine.forwards

@@ -81,7 +81,7 @@ def run(
             if active + len(queued) > slots and len(queued) > 1:
                 place = policy.next_job(queued, [call.job for call in waiting if call.job], now)
             job = queued.pop(place)
-            waiting.append(Waiting(job.shape, job.rows, order, now, job))
+            waiting.append(Waiting(job.shape, job.rows, order, job))
             order, active = order + 1, active + 1
         picked = set(policy.pick(waiting, now))
         calls = [waiting[i] for i in picked]
@@ -97,7 +97,7 @@ def run(
                 finished[job] = now
                 active -= 1
             else:
-                waiting.append(Waiting(call.key, call.rows, order, now, job))
+                waiting.append(Waiting(call.key, call.rows, order, job))
                 order += 1
     return finished
 

@@ -12,7 +12,7 @@ from deployments.engine.step_scheduler import LEAD_S, SHAPES, USERS, Job, StepSc
 
 
 def calls(*jobs: Job, key: str = "a") -> list[Waiting]:
-    return [Waiting(key, job.rows, order, 0.0, job) for order, job in enumerate(jobs)]
+    return [Waiting(key, job.rows, order, job) for order, job in enumerate(jobs)]
 
 
 def learned(curve: Curve, forwards: int = 20) -> StepScheduler:

@@ -14,7 +14,7 @@ class Together(StepScheduler):
         super().__init__(max_rows)
         self._most: dict[Hashable, int] = {}
 
-    def pick(self, waiting: Sequence[Waiting], now: float = 0.0) -> list[int]:
+    def pick(self, waiting: Sequence[Waiting], now: float = 0.0, *, look: bool = True) -> list[int]:
         lead = min(range(len(waiting)), key=lambda i: waiting[i].order)
         key, rows = waiting[lead].key, waiting[lead].rows
         picked = [lead]
