@@ -72,7 +72,9 @@ class Aside:
 
     def _run(self, fibers: Sequence[Fiber], forward: Forward, ready: Any) -> Outcome:
         """On the thread aside."""
-        began, outputs, rows, failure = time.perf_counter(), [], 0, None
+        began, rows = time.perf_counter(), 0
+        outputs: list[Any] = []
+        failure: Exception | None = None
         try:
             with torch.inference_mode(), torch.cuda.stream(self._stream):
                 if self._stream is not None:
