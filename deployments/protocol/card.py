@@ -9,7 +9,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import ControlType, Strict, Task
+from deployments.protocol.request import MAX_LORAS, ControlType, Strict, Task
 
 Family = Literal["flux", "sdxl", "sd", "hunyuan_video", "wan"]
 MODEL_ID = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -112,6 +112,11 @@ class Serving(Strict):
     prompt_cache_mib: int = Field(256, ge=0)  # of prompt embeddings, per model
     group: str | None = None  # cards of one group share their replicas; the first listed sets the resources
     models_loaded: int = Field(3, ge=1)  # of a group at once on one replica; the least recently used goes
+    lora: Literal["shared", "dedicated", "none"] = "shared"  # dedicated: replicas of their own for adapters
+    adapters_on_device: int = Field(8, ge=1)  # slots; one in use is never evicted
+    adapters_in_memory: int = Field(64, ge=1)  # converted, ready for the device
+    adapter_memory_mib: int = Field(4096, ge=1)  # of them together, whichever limit is reached first
+    adapter_disk_mib: int = Field(10_240, ge=0)  # files kept near the replica
     warm_up: bool = True  # run one request before the replica is ready
     min_replicas: int = Field(0, ge=0)
     max_replicas: int = Field(1, ge=1)
@@ -147,6 +152,7 @@ class ModelCard(Strict):
     strength: float = Field(0.8, ge=0, le=1)  # default for img2img and inpainting
     trigger_words: list[str] = []
     controls: dict[ControlType, ControlNet] = {}  # control pictures it takes, by kind
+    max_loras: int = Field(MAX_LORAS, ge=0, le=MAX_LORAS)  # of one request; 0: takes none
     refiner: str | None = None  # id of the card that refines this model's pictures
     refiner_start: float = Field(0.8, gt=0, lt=1)  # part of the steps at which the refiner takes over
     vram_gib: float = 0.0  # needed for weights and one picture at the default size; 0: runs on a CPU

@@ -53,6 +53,7 @@ def fit(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> Fitt
     _check_refine(request)
     _check_text(request, card)
     _check_controls(request, card)
+    _check_loras(request, card)
     corrections: list[Correction] = []
     width, height = _size(request, card.sizes)
     steps = _steps(request, card, corrections)
@@ -73,6 +74,7 @@ def fit(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> Fitt
         max_sequence_length=_sequence_length(request, card, corrections),
         edit=_edit(request, card),
         controls=request.controls,
+        loras=request.loras,
         refine=request.refine,
         refiner=_refiner(request, card, steps),
         output=request.output,
@@ -142,6 +144,18 @@ def _check_controls(request: GenerationRequest, card: ModelCard) -> None:
         _check_map(control, card)
         if control.image:  # empty: kept elsewhere, and inspected before
             pictures.inspect(control.image, control_field(request, index))
+
+
+def _check_loras(request: GenerationRequest, card: ModelCard) -> None:
+    if not request.loras:
+        return
+    able = card.max_loras if card.serving.lora != "none" else 0
+    if not able:
+        raise BadRequest(f"{card.id} takes no LoRA; leave loras out", param="loras")
+    if len(request.loras) > able:
+        raise BadRequest(
+            f"there are {len(request.loras)} LoRAs; {card.id} takes at most {able} at once", param="loras"
+        )
 
 
 def _check_map(control: Control, card: ModelCard) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_SEED = 2**63 - 1
 MAX_CONTROLS = 4  # of one request; each costs a forward of its ControlNet at every step
 MAX_CONTROL_WEIGHT = 2.0
 MAX_PREVIEWS = 8
+MAX_LORAS = 4  # of one request; their ranks add up in every layer they touch
+MAX_LORA_WEIGHT = 2.0
+DIGEST = r"^[0-9a-f]{64}$"
 PictureFormat = Literal["png", "jpeg", "webp"]
 ControlType = Literal["canny", "depth", "pose"]
 Priority = Literal["low", "normal", "high"]
@@ -68,6 +72,28 @@ class Control(Strict):
     )
 
 
+class Lora(Strict):
+    """An adapter that shall act on this request alone, named by its file's digest."""
+
+    id: str = Field(pattern=DIGEST, description="SHA-256 of the safetensors file, in hex.")
+    weight: float = Field(1.0, ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)
+    name: str = Field("", max_length=200, description="What the caller called it; for metadata only.")
+    file: bytes | None = Field(
+        None, description="The file itself, for callers by handle who have no registry.", repr=False
+    )
+
+    @classmethod
+    def of(cls, file: bytes, weight: float = 1.0, name: str = "") -> Self:
+        """The adapter in these bytes."""
+        return cls(id=hashlib.sha256(file).hexdigest(), weight=weight, name=name, file=file)
+
+    @model_validator(mode="after")
+    def _file_is_the_one_named(self) -> Self:
+        if self.file is not None and hashlib.sha256(self.file).hexdigest() != self.id:
+            raise ValueError("the file's SHA-256 is not the id")
+        return self
+
+
 class Output(Strict):
     """How the finished picture is written to a file, and what is shown of it before."""
 
@@ -97,6 +123,7 @@ class GenerationRequest(Strict):
     max_sequence_length: int | None = Field(None, ge=1, le=4096, description="Text tokens.")
     edit: Edit | None = None
     controls: tuple[Control, ...] = Field((), max_length=MAX_CONTROLS, strict=False)
+    loras: tuple[Lora, ...] = Field((), max_length=MAX_LORAS, strict=False)
     refine: bool = Field(False, description="Redraw the details of `edit.image`, with a refiner.")
     refiner: bool | Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None,
@@ -107,6 +134,12 @@ class GenerationRequest(Strict):
     deadline_s: float | None = Field(
         None, gt=0, description="Wanted within so many seconds of its arrival at a replica; best effort."
     )
+
+    @model_validator(mode="after")
+    def _each_lora_once(self) -> Self:
+        if len({lora.id for lora in self.loras}) < len(self.loras):
+            raise ValueError("loras names an adapter twice; add up its weights instead")
+        return self
 
     @property
     def task(self) -> Task:
