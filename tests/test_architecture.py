@@ -30,7 +30,7 @@ FRONT = (
     ),
     ("serve_app.jobs",),
     ("serve_app.admission", "serve_app.storage"),
-    ("serve_app.settings",),
+    ("serve_app.settings", "serve_app.transaction"),
     ("deployments.protocol",),
 )
 WORKSHOP = (
@@ -46,7 +46,13 @@ BARE = {"serve_app", "deployments", "deployments.__version__"}  # `from serve_ap
 HOMES = {
     "fastapi": ("serve_app.api", "serve_app.ingress"),
     "starlette": ("serve_app.api",),
-    "redis": ("serve_app.jobs", "serve_app.embedded_redis"),
+    "redis": (
+        "serve_app.transaction",
+        "serve_app.admission",
+        "serve_app.jobs",
+        "serve_app.embedded_redis",
+    ),
+    "jwt": ("serve_app.admission",),
     "fsspec": ("serve_app.storage",),
     "prometheus_client": ("serve_app.api",),
     "ray": (
@@ -69,6 +75,7 @@ HOMES = {
     "transformers": ("deployments.pipelines", "deployments.weights"),
     "safetensors": ("deployments.pipelines",),
     "cv2": ("deployments.media",),
+    "av": ("deployments.media.movie",),
     "pickle": (),
     "cloudpickle": (),
 }

@@ -9,7 +9,7 @@ import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import MAX_LORAS, ControlType, Strict, Task
+from deployments.protocol.request import MAX_FPS, MAX_FRAMES, MAX_LORAS, ControlType, Strict, Task
 
 Family = Literal["flux", "sdxl", "sd", "hunyuan_video", "wan"]
 MODEL_ID = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -61,6 +61,27 @@ class Sizes(Strict):
                 raise ValueError(f"{side} is not a multiple of {self.multiple}")
         if self.width * self.height > self.max_pixels:
             raise ValueError("the default size is over max_pixels")
+        return self
+
+
+class Videos(Strict):
+    """Which videos the model may be asked for."""
+
+    num_frames: int  # default
+    fps: int = Field(ge=1, le=MAX_FPS)  # default: what the model was trained with
+    min_frames: int = Field(1, ge=1)
+    max_frames: int = Field(le=MAX_FRAMES)
+    every: int = Field(1, ge=1)  # numbers of frames are every * k + 1: Wan's latents hold 4 frames, after one
+    max_frame_pixels: int  # width x height x frames
+    framewise: bool = False  # a picture model: every frame is a picture of a seeded path
+
+    @model_validator(mode="after")
+    def _default_fits(self) -> Self:
+        for frames in (self.num_frames, self.min_frames, self.max_frames):
+            if (frames - 1) % self.every:
+                raise ValueError(f"{frames} frames are not a multiple of {self.every}, plus 1")
+        if not self.min_frames <= self.num_frames <= self.max_frames:
+            raise ValueError("videos need min_frames <= num_frames <= max_frames")
         return self
 
 
@@ -125,7 +146,7 @@ class Serving(Strict):
 
 def _known_tasks(tasks: list[str]) -> list[str]:
     for task in tasks:
-        if task not in (*Task, "t2v", "i2v"):
+        if task not in tuple(Task):
             raise ValueError(f"unknown task {task!r}")
     return tasks
 
@@ -143,6 +164,7 @@ class ModelCard(Strict):
     steps: Steps
     guidance: Guidance
     sizes: Sizes
+    videos: Videos | None = None  # what tasks t2v and i2v allow
     corrects: bool = False  # out-of-range steps and guidance are corrected with a warning (schnell)
     negative_prompt: bool = True
     schedulers: list[str] = ["auto"]  # names of pipelines/schedulers.py
@@ -158,6 +180,12 @@ class ModelCard(Strict):
     vram_gib: float = 0.0  # needed for weights and one picture at the default size; 0: runs on a CPU
     licence: Licence
     serving: Serving = Serving()
+
+    @model_validator(mode="after")
+    def _videos_have_limits(self) -> Self:
+        if {Task.t2v, Task.i2v} & set(self.tasks) and self.videos is None:
+            raise ValueError("tasks t2v and i2v need the limits in videos")
+        return self
 
     @model_validator(mode="after")
     def _people_are_found_for_their_pose(self) -> Self:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from deployments.protocol.errors import KINDS, Internal, WeftError
 
@@ -33,6 +34,15 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """How far a video is after its last denoising step, in frames."""
+
+    name: Literal["decode", "encode"]
+    done: int  # 0..total
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Preview:
     """A rough look at the unfinished picture."""
 
@@ -46,7 +56,7 @@ class Artifact:
     """One finished file."""
 
     index: int  # 0..num_images-1
-    kind: str  # "image" or "thumbnail"; both carry the index of their picture
+    kind: str  # image, thumbnail, video, poster or spritesheet; all carry the index of their picture
     media_type: str
     data: bytes
     width: int  # pixels
@@ -95,4 +105,4 @@ class Failed:
         return kind(self.message, param=self.param, retry_after_s=self.retry_after_s)
 
 
-Event = Queued | Started | Step | Preview | Artifact | Handover | Done | Failed
+Event = Queued | Started | Step | Stage | Preview | Artifact | Handover | Done | Failed

@@ -22,6 +22,7 @@ from deployments.protocol.request import (
     GenerationRequest,
     Task,
 )
+from deployments.protocol.videos import fit_video
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,7 @@ def fit(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> Fitt
         refine=request.refine,
         refiner=_refiner(request, card, steps),
         output=request.output,
+        video=fit_video(request, card, width, height),
         priority=request.priority,
         deadline_s=request.deadline_s,
     )
@@ -98,13 +100,17 @@ def denoising_steps(request: FittedRequest, card: ModelCard) -> int:
     schedulers of second order (heun) call the model more often; events.Step counts what they do.
     """
     steps = request.num_inference_steps
-    if request.edit is None:
+    if request.edit is None or _is_first_frame(request):
         return steps
     if request.edit.strength == 0:
         return 0
     if card.family == "flux":
         return steps - int(steps - steps * request.edit.strength)
     return min(steps, int(steps * request.edit.strength))
+
+
+def _is_first_frame(request: FittedRequest) -> bool:
+    return request.video is not None and not request.video.framewise
 
 
 def control_field(request: GenerationRequest, index: int) -> str:
@@ -359,4 +365,6 @@ def _edit(request: GenerationRequest, card: ModelCard) -> FittedEdit | None:
     if request.edit is None:
         return None
     strength = card.strength if request.edit.strength is None else request.edit.strength
+    if request.video is not None and card.videos is not None and not card.videos.framewise:
+        strength = 1.0
     return FittedEdit(image=request.edit.image, mask_image=request.edit.mask_image, strength=strength)

@@ -15,7 +15,10 @@ MAX_PREVIEWS = 8
 MAX_LORAS = 4  # of one request; their ranks add up in every layer they touch
 MAX_LORA_WEIGHT = 2.0
 DIGEST = r"^[0-9a-f]{64}$"
+MAX_FRAMES = 1_024  # of one video
+MAX_FPS = 60
 PictureFormat = Literal["png", "jpeg", "webp"]
+VideoFormat = Literal["mp4", "webm"]
 ControlType = Literal["canny", "depth", "pose"]
 Priority = Literal["low", "normal", "high"]
 
@@ -41,6 +44,8 @@ class Task(StrEnum):
     i2i = "i2i"
     inpaint = "inpaint"
     refine = "refine"  # img2img that redraws the finest details, with a refiner's weights
+    t2v = "t2v"
+    i2v = "i2v"  # a video that begins with the given picture
 
 
 class Edit(Strict):
@@ -104,6 +109,24 @@ class Output(Strict):
     )
 
 
+class Video(Strict):
+    """That the result shall be a video, and which. Whatever is None is the card's default."""
+
+    num_frames: int | None = Field(None, ge=1, le=MAX_FRAMES)
+    fps: int | None = Field(None, ge=1, le=MAX_FPS, description="Frames shown per second.")
+    seconds: float | None = Field(
+        None, gt=0, le=600, description="Instead of num_frames; the nearest number of frames is taken."
+    )
+    format: VideoFormat = Field("mp4", description="mp4: H.264. webm: VP9.")
+    quality: int = Field(80, ge=1, le=100, description="Of the encoding: bytes against likeness.")
+    end_prompt: str | None = Field(
+        None, max_length=32_000, repr=False, description="Frame-wise only: what the last frame shows."
+    )
+    end_seed: int | None = Field(
+        None, ge=0, le=MAX_SEED, description="Frame-wise only: whose noise the last frame begins with."
+    )
+
+
 class GenerationRequest(Strict):
     """A wish, as a caller writes it: whatever is None is the model card's default.
 
@@ -130,6 +153,7 @@ class GenerationRequest(Strict):
         description="Let the model's refiner take over at this part of the steps; true: at the default.",
     )
     output: Output = Output()
+    video: Video | None = None
     priority: Priority = Field("normal", description="Of the request's steps on a busy replica.")
     deadline_s: float | None = Field(
         None, gt=0, description="Wanted within so many seconds of its arrival at a replica; best effort."
@@ -145,6 +169,8 @@ class GenerationRequest(Strict):
     def task(self) -> Task:
         if self.refine:
             return Task.refine
+        if self.video is not None:
+            return Task.t2v if self.edit is None else Task.i2v
         if self.edit is None:
             return Task.t2i
         return Task.i2i if self.edit.mask_image is None else Task.inpaint
@@ -152,6 +178,20 @@ class GenerationRequest(Strict):
 
 class FittedEdit(Edit):
     strength: float
+
+
+class FittedVideo(Video):
+    """A video in which everything is decided; `seconds` has become num_frames."""
+
+    num_frames: int
+    fps: int
+    seconds: None = None
+    framewise: bool = Field(False, description="A picture model paints every frame as a picture.")
+
+    @property
+    def pictures(self) -> int:
+        """Work in pictures: four frames of a video model share one latent."""
+        return self.num_frames if self.framewise else 1 + (self.num_frames - 1) // 4
 
 
 class FittedRequest(GenerationRequest):
@@ -168,9 +208,11 @@ class FittedRequest(GenerationRequest):
     seed: int
     max_sequence_length: int | None
     edit: FittedEdit | None = None
+    video: FittedVideo | None = None
     refiner: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
 
     @property
     def cost_mpx_steps(self) -> float:
         """Work in megapixel-steps: pictures x pixels x steps / 1e6."""
-        return self.num_images * self.width * self.height * self.num_inference_steps / 1e6
+        pictures = self.num_images if self.video is None else self.video.pictures
+        return pictures * self.width * self.height * self.num_inference_steps / 1e6

@@ -1,0 +1,193 @@
+"""Video files out of frames: segments that are encoded each by itself, and joined without encoding again.
+
+A segment depends on nothing but its frames, so any process may encode it, in any order, and once more if the
+process dies. Joining copies packets.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from PIL import Image
+
+from deployments.media.footage import (
+    SEGMENT_FRAMES,
+    SHEET_COLUMNS,
+    Footage,
+    Frames,
+    Segment,
+    Still,
+    VideoFiles,
+)
+from deployments.media.still import THUMBNAIL_SIDE
+from deployments.protocol.errors import Internal
+
+TILE_SIDE = 160  # pixels
+WORST_CRF = {"mp4": 38.0, "webm": 56.0}  # at quality 0
+BEST_CRF = {"mp4": 13.0, "webm": 16.0}  # at quality 100
+CODECS = {"mp4": "libx264", "webm": "libvpx-vp9"}
+
+
+def encode_segment(footage: Footage, index: int, chunks: Sequence[Frames], threads: int) -> Segment:
+    """Segment `index` of the video from its frames, given in one or several arrays (n, H, W, 3) of RGB.
+
+    Raises Internal when the frames are not those of this segment.
+    """
+    first = index * SEGMENT_FRAMES
+    expected = min(SEGMENT_FRAMES, footage.num_frames - first)
+    given = sum(len(chunk) for chunk in chunks)
+    if given != expected or any(c.shape[1:] != (footage.height, footage.width, 3) for c in chunks):
+        raise Internal(
+            f"segment {index} needs {expected} frames of {footage.width}x{footage.height}; "
+            f"there are {given}: {[chunk.shape for chunk in chunks]}"
+        )
+    wanted = set(footage.tiles)
+    tiles: dict[int, Frames] = {}
+    poster: bytes | None = None
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=footage.format) as container:
+        stream = _stream(container, footage, threads)
+        for number, frame in enumerate(_each(chunks), start=first):
+            if number in wanted:
+                tiles[number] = _small(frame, TILE_SIDE)
+            if number == 0:
+                poster = _webp(Image.fromarray(frame), quality=90)
+            container.mux(stream.encode(_picture(frame, number - first)))
+        container.mux(stream.encode(None))
+    return Segment(index, given, buffer.getvalue(), tiles, poster)
+
+
+def join(footage: Footage, segments: Sequence[Segment]) -> VideoFiles:
+    """The whole video of all its segments, in order, with poster, thumbnail and spritesheet.
+
+    An MP4 has its index in front, so that it plays before it is loaded.
+    Raises Internal when a segment is missing.
+    """
+    if [segment.index for segment in segments] != list(range(footage.segments)):
+        raise Internal(f"segments {[s.index for s in segments]} are no whole video of {footage.segments}")
+    poster = segments[0].poster
+    assert poster is not None, "the first segment brings the poster"
+    tiles = [tile for segment in segments for _, tile in sorted(segment.tiles.items())]
+    sheet = _sheet(tiles)
+    first_frame = Image.open(io.BytesIO(poster)).convert("RGB")
+    thumbnail = Image.fromarray(_small(np.asarray(first_frame), THUMBNAIL_SIDE))
+    return VideoFiles(
+        _joined(footage, segments),
+        Still("image/webp", poster, footage.width, footage.height),
+        Still("image/webp", _webp(thumbnail, quality=80), thumbnail.width, thumbnail.height),
+        Still("image/jpeg", _jpeg(sheet), sheet.width, sheet.height),
+    )
+
+
+def _joined(footage: Footage, segments: Sequence[Segment]) -> bytes:
+    options = {"movflags": "faststart"} if footage.format == "mp4" else {}
+    with tempfile.TemporaryDirectory(prefix="weft-video-") as folder:  # faststart reads what it wrote
+        path = Path(folder) / f"video.{footage.format}"
+        with av.open(str(path), "w", format=footage.format, options=options) as container:
+            container.metadata["comment"] = footage.comment
+            container.metadata["description"] = footage.description
+            parts = [av.open(io.BytesIO(segment.data), format=footage.format) for segment in segments]
+            stream: Any = container.add_stream_from_template(parts[0].streams.video[0])
+            for packet in _timed(footage, parts):
+                packet.stream = stream
+                container.mux(packet)
+            for part in parts:
+                part.close()
+        return path.read_bytes()
+
+
+def _timed(footage: Footage, parts: Sequence[Any]) -> list[av.Packet]:
+    """The packets of all segments, to be decoded and shown at the pace of the whole video.
+
+    Segments of different lengths delay their first frame differently, which would leave holes.
+    """
+    packets: list[tuple[av.Packet, int]] = []  # with the number of their frame
+    for index, part in enumerate(parts):
+        for packet in part.demux(part.streams.video[0]):
+            if packet.pts is not None:  # None: the demuxer's mark of the end
+                number = round(packet.pts * packet.time_base * footage.fps)
+                packets.append((packet, index * SEGMENT_FRAMES + number))
+    if len(packets) != footage.num_frames:
+        raise Internal(f"the segments hold {len(packets)} frames of {footage.num_frames}")
+    delay = max(place - number for place, (_, number) in enumerate(packets))
+    for place, (packet, number) in enumerate(packets):
+        ticks = 1 / (packet.time_base * footage.fps)
+        packet.pts, packet.dts = round(number * ticks), round((place - delay) * ticks)
+        packet.duration = round(ticks)
+    return [packet for packet, _ in packets]
+
+
+def _stream(container: Any, footage: Footage, threads: int) -> Any:
+    """An encoder in the container: CRF by the wanted quality, BT.709 as every player expects of RGB video."""
+    worst, best = WORST_CRF[footage.format], BEST_CRF[footage.format]
+    crf = f"{worst + (best - worst) * footage.quality / 100:.0f}"
+    if footage.format == "mp4":
+        options = {"crf": crf, "preset": "veryfast", "g": str(SEGMENT_FRAMES)}
+    else:
+        options = {
+            "crf": crf,
+            "b": "0",
+            "deadline": "good",
+            "cpu-used": "5",
+            "row-mt": "1",
+            "tile-columns": "2",
+            "g": str(SEGMENT_FRAMES),
+        }
+    stream = container.add_stream(CODECS[footage.format], rate=footage.fps, options=options)
+    stream.width, stream.height, stream.pix_fmt = footage.width, footage.height, "yuv420p"
+    codec = stream.codec_context
+    codec.thread_count = threads
+    codec.colorspace = Colorspace.ITU709
+    codec.color_range = ColorRange.MPEG
+    codec.color_primaries = ColorPrimaries.BT709
+    codec.color_trc = ColorTrc.BT709
+    return stream
+
+
+def _picture(frame: Frames, number: int) -> av.VideoFrame:
+    """One RGB frame (H, W, 3) in the colours of the file, to be shown as `number`-th."""
+    picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    )
+    picture.pts = number
+    return picture
+
+
+def _each(chunks: Iterable[Frames]) -> Iterable[Frames]:
+    for chunk in chunks:
+        yield from np.ascontiguousarray(chunk)
+
+
+def _small(frame: Frames, side: int) -> Frames:
+    small = Image.fromarray(frame)
+    small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    return np.asarray(small)
+
+
+def _sheet(tiles: Sequence[Frames]) -> Image.Image:
+    """The tiles in rows, left to right."""
+    height, width, _ = tiles[0].shape
+    columns = min(SHEET_COLUMNS, len(tiles))
+    sheet = Image.new("RGB", (width * columns, height * -(-len(tiles) // columns)))
+    for number, tile in enumerate(tiles):
+        sheet.paste(Image.fromarray(tile), (width * (number % columns), height * (number // columns)))
+    return sheet
+
+
+def _webp(picture: Image.Image, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "WEBP", quality=quality)
+    return buffer.getvalue()
+
+
+def _jpeg(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
