@@ -32,6 +32,7 @@ from deployments.engine.intercept import intercept
 from deployments.engine.step_scheduler import Job, StepScheduler, Waiting
 
 ACTIVE = (1, 2, 4, 8, 16, 32, 64)
+ROWS = 8  # of a forward, in measure_active
 WARM_UP = 20  # step boundaries at the start that do not count: the scheduler still learns
 
 
@@ -209,6 +210,60 @@ def measure_memory(requests: int, steps: int, *, record: bool) -> None:
         ledger.record("engine_memory_growth", grown[2] / 2**20, "MiB", n=requests)
 
 
+def measure_active(active: int, *, record: bool) -> None:
+    """What `active` requests of FLUX's size at 1024 px hold between two steps, against their own tensors.
+
+    Beside these there is one stack of the embeddings of the last batch, so it has the rows of a big one.
+    """
+    denoiser = NullDenoiser()
+    restore = intercept([denoiser])
+    engine = Engine(LearnedToShare(ROWS), deterministic=True)
+
+    def work() -> None:
+        latents = torch.zeros(1, 4096, 64, dtype=torch.bfloat16)
+        text = torch.zeros(1, 512, 4096, dtype=torch.bfloat16)
+        pooled = torch.zeros(1, 768, dtype=torch.bfloat16)
+        img_ids, txt_ids = torch.zeros(4096, 3), torch.zeros(512, 3)
+        for step in range(40):
+            latents = denoiser(
+                hidden_states=latents,
+                timestep=torch.full((1,), float(step)),
+                guidance=torch.full((1,), 3.5),
+                pooled_projections=pooled,
+                encoder_hidden_states=text,
+                txt_ids=txt_ids,
+                img_ids=img_ids,
+            )[0]
+
+    for _ in range(active):
+        engine.start(Fiber(work))
+    own = tensor_bytes()
+    full = 0
+    while full < active // ROWS:
+        full += len(engine.step()) == ROWS
+    ratio = tensor_bytes() / own
+    while not engine.idle:
+        engine.step()
+    restore()
+    note = (
+        f"{active} active requests, {own / 2**20:.0f} MiB of latents, embeddings and ids; forwards of {ROWS}"
+    )
+    print(f"tensors alive are {ratio:.2f} of the requests' own: {note}")
+    if record:
+        ledger.record("engine_active_memory", ratio, "of the requests' own tensors", n=active, notes=note)
+
+
+def tensor_bytes() -> int:
+    """Of all tensors alive, shared memory counted once."""
+    gc.collect()
+    storages = {
+        thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
+        for thing in gc.get_objects()
+        if issubclass(type(thing), Tensor)
+    }
+    return sum(storages.values())
+
+
 def alive() -> tuple[int, int]:
     """Tensors and fibers that exist after a collection."""
     gc.collect()
@@ -233,6 +288,7 @@ def main() -> None:
     with torch.inference_mode():
         if options.memory:
             measure_memory(options.requests, options.steps or 4, record=not options.dry)
+            measure_active(64, record=not options.dry)
         else:
             measure_speed(options.steps or 200, options.rounds, record=not options.dry)
 
