@@ -137,6 +137,7 @@ class ModuleCall:
     arguments: dict[str, Any]
     rows: int  # pictures in it
     key: Hashable | None  # calls with equal keys fit into one forward; None fits with nobody
+    owner: Hashable | None = None  # of its rows; see owners.py
 
     def run(self) -> Any:
         """The module's own answer to this call alone, bit for bit what the pipeline would get."""

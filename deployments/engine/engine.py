@@ -12,6 +12,7 @@ import torch
 from deployments.engine.aside import Aside, Outcome
 from deployments.engine.call import ModuleCall, Seam, Unsplittable, split, stack
 from deployments.engine.fiber import Fiber, FiberCancelled
+from deployments.engine.owners import owned
 from deployments.engine.row_counts import RowCounts
 from deployments.engine.step_scheduler import Job, StepScheduler, Waiting
 from deployments.engine.stopwatch import Stopwatch
@@ -254,10 +255,10 @@ def _compute(calls: Sequence[ModuleCall], row_counts: RowCounts | None) -> tuple
     first = calls[0]
     if row_counts is not None:
         return row_counts.forward(calls, stack(calls))
-    rows = [call.rows for call in calls]
+    rows, owners = [call.rows for call in calls], [call.owner for call in calls]
     if len(calls) == 1:
-        return [first.run()], rows[0]
-    return split(first.seam.function(**stack(calls)), rows), sum(rows)
+        return [owned(owners, rows, first.run)], rows[0]
+    return split(owned(owners, rows, lambda: first.seam.function(**stack(calls))), rows), sum(rows)
 
 
 def _end(fiber: Fiber, error: BaseException) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 from greenlet import getcurrent, greenlet
@@ -30,6 +30,7 @@ class Fiber(greenlet):
         self._work = work
         self.job = Job() if job is None else job
         self.call: ModuleCall | None = None
+        self.owner: Hashable | None = None  # of the rows of its calls; see owners.py
         self.digests: dict[int, tuple[object, bytes]] = {}  # shared tensors hashed once; see call.py
         self.looks: dict[Seam, tuple[Look, ...]] = {}  # of its last two calls of each seam; see call.py
         self.over = False

@@ -77,7 +77,9 @@ def _cut(module: nn.Module, attribute: str, mergeable: bool, aside: bool) -> Non
         fiber = current_fiber()
         if fiber is None:
             return function(*args, **kwargs)
-        return fiber.park(make_call(seam, fiber, args, kwargs))
+        call = make_call(seam, fiber, args, kwargs)
+        call.owner = fiber.owner
+        return fiber.park(call)
 
     _set(module, attribute, parks)
 

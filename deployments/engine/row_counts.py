@@ -14,12 +14,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deployments.engine.call import Entries, Kind, ModuleCall, Seam, select_rows, split
+from deployments.engine.owners import owned
 
 logger = logging.getLogger(__name__)
 
@@ -60,9 +62,10 @@ class RowCounts:
             if bucket < max(rows, verdicts.alone):
                 continue
             if self._agrees(seam, key, verdicts, bucket, arguments):
-                output = _run(seam, arguments, rows, bucket)
-                padding = [bucket - rows] if bucket > rows else []
-                return split(output, [*sizes, *padding])[: len(calls)], bucket
+                all_sizes = [*sizes, bucket - rows] if bucket > rows else sizes
+                owners = [call.owner for call in calls] + [None] * (len(all_sizes) - len(sizes))
+                run = partial(_run, seam, arguments, rows, bucket)
+                return split(owned(owners, all_sizes, run), all_sizes)[: len(calls)], bucket
         return _one_by_one(seam, calls, verdicts.alone), max(verdicts.alone, 1)
 
     def _first_verdicts(self, seam: Seam, key: Hashable, arguments: Mapping[str, Any]) -> _Verdicts:
@@ -192,10 +195,12 @@ def _one_by_one(seam: Seam, calls: Sequence[ModuleCall], alone: int) -> list[Any
     for call in calls:
         arguments = _contiguous(seam, call.arguments)
         if alone == 1:
-            outputs.append(seam.function(**arguments))
+            outputs.append(owned([call.owner], [call.rows], partial(seam.function, **arguments)))
             continue
+        owners = [call.owner] + [None] * (alone - 1)  # of a row and its padding
         rows = (select_rows(arguments, [row] * alone, seam) for row in range(call.rows))
-        outputs.append(_joined([split(seam.function(**row), [1] * alone)[0] for row in rows]))
+        answers = [owned(owners, [1] * alone, partial(seam.function, **row)) for row in rows]
+        outputs.append(_joined([split(answer, [1] * alone)[0] for answer in answers]))
     return outputs
 
 

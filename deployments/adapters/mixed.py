@@ -1,0 +1,262 @@
+"""Many LoRAs in one forward: every row gets the low-rank product of its own adapters added, others nothing.
+
+The layers stay as they are. A forward hook looks whose rows are being computed (engine/owners.py) and
+adds B (A x) to the rows of those who own adapters for this layer, as two batched products over all of
+them. What a row gets depends on nothing but the row and its owner: ranks are padded to fixed sizes that
+the owner alone decides, and (where the engine keeps to proven numbers of rows) a batched product is used
+only for sizes in which a trial gave every row the bits that it has alone; else rows are computed one by
+one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deployments.adapters.source import Factors
+from deployments.engine.call import Unsplittable
+from deployments.engine.owners import Rows, rows_at_hand
+
+Place = tuple[str, str]  # part of the pipeline, path of the layer in it
+
+RANKS = (8, 16, 32, 64, 128, 256, 512)  # what the ranks of a request's adapters together are padded to
+COMPOSITIONS_KEPT = 4  # of batches: transformer and text encoders, with and without one request
+TRIALS_KEPT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What one request adds to one layer: b @ (a @ x). a: (R, in) or (R, in, kh, kw); b: (out, R)."""
+
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Mix:
+    """The adapters of a request with its weights: the owner of its rows."""
+
+    pairs: Mapping[Place, Pair]
+
+
+def mix(adapters: Sequence[tuple[Mapping[Place, Factors], float]]) -> Mix:
+    """Adapters on the device and their weights as one: ranks side by side, weights and alphas in b."""
+    places: dict[Place, list[tuple[Factors, float]]] = {}
+    for factors, weight in adapters:
+        for place, one in factors.items():
+            places.setdefault(place, []).append((one, weight * one.scale))
+    return Mix({place: _joined(parts) for place, parts in places.items()})
+
+
+def _joined(parts: Sequence[tuple[Factors, float]]) -> Pair:
+    bs = [one.b if scale == 1 else (one.b.float() * scale).to(one.b.dtype) for one, scale in parts]
+    a, b = parts[0][0].a, bs[0]
+    if len(parts) > 1:
+        a, b = torch.cat([one.a for one, _ in parts]), torch.cat(bs, dim=1)
+    missing = next(rank for rank in RANKS if rank >= a.shape[0]) - a.shape[0]
+    if missing:
+        a = torch.cat([a, a.new_zeros(missing, *a.shape[1:])])
+        b = functional.pad(b, (0, missing))
+    return Pair(a, b)
+
+
+class Mixer:
+    """The hooks on one model's layers. `hook` and `restore` run on the engine's thread, as forwards do."""
+
+    def __init__(self, parts: Mapping[str, nn.Module], *, deterministic: bool) -> None:
+        """parts: the pipeline's modules by name. deterministic: bits must not depend on neighbours."""
+        self._parts = parts
+        self._alike = _Alike() if deterministic else None
+        self._hooks: dict[Place, Callable[[], None]] = {}
+        self._compositions: OrderedDict[tuple[Hashable | None, ...], _Composition] = OrderedDict()
+        self._lock = threading.Lock()  # of the compositions: `forget` comes from another thread
+
+    def hook(self, places: Iterable[Place]) -> None:
+        """Have these layers look for adapters; layers that no adapter changes stay untouched."""
+        for place in places:
+            if place not in self._hooks:
+                part, path = place
+                layer = self._parts[part].get_submodule(path)
+                look = partial(self._look, place)
+                self._hooks[place] = layer.register_forward_hook(look).remove
+
+    def has_hooks(self, places: Iterable[Place]) -> bool:
+        return all(place in self._hooks for place in places)
+
+    def restore(self) -> None:
+        """Take all hooks off; the layers are as they were."""
+        for remove in self._hooks.values():
+            remove()
+        self._hooks.clear()
+        with self._lock:
+            self._compositions.clear()
+
+    def forget(self, owner: Mix) -> None:
+        """Free what was stacked for batches with this owner."""
+        with self._lock:
+            for owners in [owners for owners in self._compositions if owner in owners]:
+                del self._compositions[owners]
+
+    @property
+    def stacked_bytes(self) -> int:
+        """Memory of the stacks of the last batches."""
+        with self._lock:
+            return sum(composition.size_bytes for composition in self._compositions.values())
+
+    def _look(
+        self, place: Place, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
+        rows = rows_at_hand()
+        if rows is None:
+            return None
+        if rows.memo is None:
+            rows.memo = self._composition(rows)
+        groups = rows.memo.at(place)
+        if not groups:
+            return None
+        return _added(groups, len(rows.owners), layer, inputs[0], output, self._alike)
+
+    def _composition(self, rows: Rows) -> _Composition:
+        with self._lock:
+            known = self._compositions.get(rows.owners)
+            if known is None:
+                known = self._compositions[rows.owners] = _Composition(rows.owners)
+                if len(self._compositions) > COMPOSITIONS_KEPT:
+                    self._compositions.popitem(last=False)
+            self._compositions.move_to_end(rows.owners)
+            return known
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Rows of one rank: all that one batched product computes."""
+
+    rows: slice | Tensor  # a slice where they lie together, else indices (n,)
+    count: int
+    a: Tensor  # (n, R, in) or (n, R, in, kh, kw)
+    b: Tensor  # (n, out, R)
+
+
+@dataclass(slots=True)
+class _Composition:
+    """Stacked factors of one batch, made layer by layer when first needed."""
+
+    owners: tuple[Hashable | None, ...]
+    groups: dict[Place, list[_Group]] = field(default_factory=dict)
+
+    def at(self, place: Place) -> list[_Group]:
+        known = self.groups.get(place)
+        if known is None:
+            known = self.groups[place] = self._stack(place)
+        return known
+
+    @property
+    def size_bytes(self) -> int:
+        tensors = [t for groups in list(self.groups.values()) for group in groups for t in (group.a, group.b)]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def _stack(self, place: Place) -> list[_Group]:
+        by_rank: dict[int, list[tuple[int, Pair]]] = {}
+        for row, owner in enumerate(self.owners):
+            pair = owner.pairs.get(place) if isinstance(owner, Mix) else None
+            if pair is not None:
+                by_rank.setdefault(pair.a.shape[0], []).append((row, pair))
+        return [_group(members) for members in by_rank.values()]
+
+
+def _group(members: Sequence[tuple[int, Pair]]) -> _Group:
+    rows = [row for row, _ in members]
+    a, b = torch.stack([pair.a for _, pair in members]), torch.stack([pair.b for _, pair in members])
+    together = rows[-1] - rows[0] == len(rows) - 1
+    where = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=a.device)
+    return _Group(where, len(rows), a, b)
+
+
+def _added(
+    groups: Sequence[_Group], total: int, layer: nn.Module, x: Tensor, output: Tensor, alike: _Alike | None
+) -> Tensor:
+    """The layer's output with each group's products added to its rows; no other row is written.
+
+    x: (total * k, ...): video models fold k frames into each row, a row's frames side by side.
+    """
+    if x.shape[0] % total or output.shape[0] != x.shape[0]:
+        raise Unsplittable(f"{x.shape[0]} rows inside for {total} outside; whose they are cannot be told")
+    out = output.reshape(total, output.shape[0] // total, *output.shape[1:])
+    x = x.reshape(total, x.shape[0] // total, *x.shape[1:])
+    product = _through_convolution(layer) if isinstance(layer, nn.Conv2d) else _through_linear
+    for group in groups:
+        own = x[group.rows]
+        if alike is None or alike.holds(product, layer, own, group):
+            delta = product(own, group.a, group.b)
+        else:
+            delta = torch.cat([product(own[i : i + 1], group.a[i : i + 1], group.b[i : i + 1])
+                               for i in range(group.count)])  # fmt: skip
+        delta = delta.reshape(group.count, *out.shape[1:])
+        if isinstance(group.rows, slice):
+            out[group.rows] += delta
+        else:
+            out.index_add_(0, group.rows, delta)
+    return out.reshape(output.shape)
+
+
+_Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _through_linear(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """(n, tokens, out) of x (n, k, ..., in), a (n, R, in), b (n, out, R)."""
+    flat = x.reshape(x.shape[0], -1, x.shape[-1]).contiguous()
+    return torch.bmm(torch.bmm(flat, a.transpose(1, 2)), b.transpose(1, 2))
+
+
+def _through_convolution(layer: nn.Conv2d) -> _Product:
+    """The product for a convolution like `layer`: rows are groups of channels of one convolution."""
+
+    def product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """(n, k, out, H', W') of x (n, k, in, H, W), a (n, R, in, kh, kw), b (n, out, R)."""
+        n, k, channels = x.shape[:3]
+        folded = x.transpose(0, 1).reshape(k, n * channels, *x.shape[3:]).contiguous()
+        inner = functional.conv2d(
+            folded, a.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, groups=n
+        )  # (k, n * R, H', W')
+        height, width = inner.shape[2:]
+        inner = inner.reshape(k, n, -1, height * width).permute(1, 2, 0, 3).flatten(2)  # (n, R, k * H' * W')
+        outer = torch.bmm(b, inner.contiguous()).reshape(n, b.shape[1], k, height, width)
+        return outer.transpose(1, 2)
+
+    return product
+
+
+class _Alike:
+    """Which batched products give every row the bits that it has alone: tried with noise, once per size."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Hashable, bool] = OrderedDict()
+
+    def holds(self, product: _Product, layer: nn.Module, x: Tensor, group: _Group) -> bool:
+        if group.count == 1:
+            return True
+        kind = (layer.stride, layer.padding, layer.dilation) if isinstance(layer, nn.Conv2d) else None
+        key = (kind, x.shape, x.dtype, x.device, group.a.shape, group.b.shape)
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = _tried(product, x, group)
+            if len(self._known) > TRIALS_KEPT:
+                self._known.popitem(last=False)
+        return known
+
+
+def _tried(product: _Product, x: Tensor, group: _Group) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(t.shape, generator=generator).to(t.device, t.dtype) for t in (x, group.a, group.b)]
+    together = product(*noise)
+    return all(
+        torch.equal(together[i : i + 1], product(*[part[i : i + 1] for part in noise]))
+        for i in range(group.count)
+    )
