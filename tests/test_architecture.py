@@ -18,7 +18,7 @@ MODULES = sorted(
 # A room may import from rooms after it in its list. Rooms in one tuple are strangers to each other.
 FRONT = (
     ("serve_app.cli",),
-    ("serve_app.app", "serve_app.local"),
+    ("serve_app.app", "serve_app.local", "serve_app.accounts"),
     ("serve_app.ingress", "serve_app.dispatcher"),
     ("serve_app.api",),
     (
@@ -34,13 +34,22 @@ FRONT = (
     ("deployments.protocol",),
 )
 WORKSHOP = (
-    ("deployments.image",),
-    ("deployments.loaded",),
-    ("deployments.weights", "deployments.pipelines", "deployments.media", "deployments.telemetry"),
+    ("deployments.lora", "deployments.video"),
+    ("deployments.image", "deployments.encoding"),
+    ("deployments.loaded", "deployments.encoder"),
+    ("deployments.weights", "deployments.pipelines", "deployments.telemetry"),
+    ("deployments.adapters", "deployments.media"),
     ("deployments.engine",),
     ("deployments.protocol",),
 )
-ALSO = {"serve_app.app": {"deployments.image"}}  # the roof binds both floors
+ALSO = {  # the roof binds both floors
+    "serve_app.app": {
+        "deployments.image",
+        "deployments.lora",
+        "deployments.video",
+        "deployments.encoder",
+    }
+}
 BARE = {"serve_app", "deployments", "deployments.__version__"}  # `from serve_app import local` names both
 # library -> the rooms that may import it
 HOMES = {
@@ -54,6 +63,8 @@ HOMES = {
     ),
     "jwt": ("serve_app.admission",),
     "fsspec": ("serve_app.storage",),
+    "httpcore": ("serve_app.storage.fetch",),
+    "httpx": ("serve_app.storage.fetch",),
     "prometheus_client": ("serve_app.api",),
     "ray": (
         "serve_app.app",
@@ -62,18 +73,23 @@ HOMES = {
         "serve_app.handles",
         "serve_app.local",
         "serve_app.stopping",
+        "deployments.lora",
+        "deployments.video",
+        "deployments.encoding",
     ),
     "torch": (
         "deployments.engine",
+        "deployments.adapters",
         "deployments.pipelines",
         "deployments.weights",
         "deployments.loaded",
         "deployments.image",
+        "deployments.video",
     ),
     "greenlet": ("deployments.engine",),
-    "diffusers": ("deployments.pipelines", "deployments.weights"),
+    "diffusers": ("deployments.adapters", "deployments.pipelines", "deployments.weights"),
     "transformers": ("deployments.pipelines", "deployments.weights"),
-    "safetensors": ("deployments.pipelines",),
+    "safetensors": ("deployments.adapters", "deployments.pipelines"),
     "cv2": ("deployments.media",),
     "av": ("deployments.media.movie",),
     "pickle": (),
