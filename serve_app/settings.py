@@ -38,6 +38,9 @@ class Settings(BaseSettings):
     port: int | None = Field(None, ge=1, le=65535)
     public_url: str = ""  # prefix of the links we hand out; empty: the caller's own Host
     api_key: SecretStr | None = None  # demanded on every call; needed when host is not loopback
+    jwt_secret: SecretStr | None = Field(
+        None, validation_alias=AliasChoices("jwt_secret", "WEFT_JWT_SECRET", "JWT_SECRET"), min_length=32
+    )  # signs tokens and sessions; None: there are none
     ui: bool = True  # serve the page at /
 
     data_dir: Path = Path("data")  # jobs and pictures; survives restarts
@@ -56,6 +59,15 @@ class Settings(BaseSettings):
     max_active_per_owner: int = Field(64, ge=1)  # queued + processing
     record_ttl_s: int = Field(7 * 86_400, ge=60)  # an ended job is forgotten after
     events_kept: int = Field(256, ge=16)  # per job, for replay
+    result_ttl_s: int = Field(86_400, ge=60)  # files of an ended job, and the cache of results
+    once_ttl_s: int = Field(86_400, ge=60)  # an Idempotency-Key
+    cache: bool = True  # answer a repeated request of one owner, seed included, with the files there are
+
+    submits_per_minute: int = Field(60, ge=1)  # of one owner; counted only where a key is demanded
+    reads_per_minute: int = Field(1200, ge=1)  # of one owner; a page asks about two times a second
+    logins_per_minute: int = Field(10, ge=1)  # and wrong keys, from one address
+    max_concurrent_calls: int = Field(512, ge=1)  # that ask for pictures, of all owners on all replicas
+    max_call_s: float = Field(420.0, gt=0)  # until an answer begins, whatever headers a client sends
 
     max_body_bytes: int = Field(32 * 2**20, ge=1024)
     max_json_depth: int = Field(32, ge=4)
@@ -65,6 +77,8 @@ class Settings(BaseSettings):
     def _leases_outlive_heartbeats(self) -> Self:
         if self.heartbeat_s > self.lease_s / 2:
             raise ValueError("heartbeat_s must be at most half of lease_s, or one late beat loses the job")
+        if self.max_call_s <= self.sync_wait_s:
+            raise ValueError("max_call_s must be more than sync_wait_s, or no long wait could be answered")
         return self
 
     @classmethod

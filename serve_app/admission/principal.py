@@ -1,22 +1,54 @@
-"""Who is calling: a key held against the installation's one key."""
+"""Who is calling: role and scopes, and the installation's own key."""
 
 from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
-from deployments.protocol.errors import Unauthorized
+from deployments.protocol.errors import Forbidden, Unauthorized
 from serve_app.settings import Settings
 
-LOCAL = "local"  # the owner of everything while an installation has a single key, or none
+LOCAL = "local"  # the owner behind the installation's own key, and of everything while there is none
+
+
+class Role(StrEnum):
+    """What a person is here."""
+
+    user = "user"
+    admin = "admin"
+
+
+class Scope(StrEnum):
+    """What a key may do."""
+
+    read = "read"  # look at one's own jobs, pictures and at the models
+    generate = "generate"  # submit, cancel and delete one's own jobs
+    metrics = "metrics"  # read the service's counters
+    admin = "admin"  # users and keys; only of admins
+
+
+SCOPES = frozenset(Scope)
+USER_SCOPES = frozenset({Scope.read, Scope.generate})
 
 
 @dataclass(frozen=True, slots=True)
 class Principal:
     """A known caller."""
 
-    owner: str  # whose jobs these are
+    owner: str  # whose jobs these are: LOCAL, or a user's id
+    role: Role = Role.admin
+    scopes: frozenset[Scope] = SCOPES
+    images_per_day: int | None = None  # None: as many as they like
+    key: str = ""  # which key vouches for them; ends what was made from it
+
+    def require(self, scope: Scope) -> None:
+        """Raises Forbidden unless this caller may do that."""
+        if scope not in self.scopes:
+            raise Forbidden(
+                f"this key may not do that: it lacks the scope {scope.value!r}; ask for one with it"
+            )
 
 
 def presented_key(headers: Mapping[str, str]) -> bytes | None:
@@ -31,7 +63,7 @@ def presented_key(headers: Mapping[str, str]) -> bytes | None:
 
 
 def identify(key: bytes | None, settings: Settings) -> Principal:
-    """The caller who sent this key. Raises Unauthorized when one is demanded and this is not it.
+    """The caller who sent the installation's own key. Raises Unauthorized when it is not that one.
 
     While the installation has no key, everybody is the same owner and whatever was sent is ignored.
     """

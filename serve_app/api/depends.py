@@ -1,8 +1,10 @@
 """What every route needs, by one Depends: who calls, the doors behind us, where our links start."""
 
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -11,12 +13,14 @@ from pydantic import ValidationError
 from starlette.requests import HTTPConnection
 
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import NotFound
+from deployments.protocol.errors import Forbidden, NotFound, Unauthorized
 from deployments.protocol.request import GenerationRequest, Task
+from serve_app.admission.gate import Gate, StoreClient
 from serve_app.admission.pictures import PictureCheck
-from serve_app.admission.principal import Principal, identify, presented_key
+from serve_app.admission.principal import Principal, Scope, presented_key
+from serve_app.admission.ratelimit import CallClass
 from serve_app.admission.rules import default_model
-from serve_app.api.errors import from_validation
+from serve_app.api.errors import from_validation, route_path
 from serve_app.api.metrics import ApiMetrics
 from serve_app.api.schemas.image import ImageBody
 from serve_app.api.schemas.openai import GenerationsBody
@@ -26,6 +30,9 @@ from serve_app.settings import Settings
 
 JOB_ID_DIGITS = 32
 READY = "ready"
+SESSION_COOKIE = "weft_session"
+CSRF_HEADER = "x-weft-csrf"  # another site's page cannot send it without being asked first, and we say no
+SAFE = ("GET", "HEAD", "OPTIONS")
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,12 @@ class ApiState:
     model_states: Callable[[], Awaitable[Mapping[str, str]]]  # by id: ready, loading, idle or error
     pictures: PictureCheck = field(default_factory=PictureCheck)
     metrics: ApiMetrics = field(default_factory=ApiMetrics)
+    accounts: StoreClient | None = None  # where users are kept; None: the one key is all there is
+
+    @cached_property
+    def gate(self) -> Gate:
+        """Who may come in."""
+        return Gate(self.settings, self.accounts)
 
     async def ready_models(self) -> list[str]:
         """Ids of the models that would begin at once."""
@@ -95,21 +108,89 @@ def api_state(connection: HTTPConnection) -> ApiState:
     return state
 
 
-def visit_of(connection: HTTPConnection, state: ApiState, key: bytes | None = None) -> Visit:
-    """The visit of whoever holds this key, or the one in the headers. Raises Unauthorized."""
-    principal = identify(key or presented_key(connection.headers), state.settings)
-    return Visit(state, principal, _prefix(connection, state), _address(connection, state))
+StateHere = Annotated[ApiState, Depends(api_state)]
 
 
-def enter(connection: HTTPConnection, state: Annotated[ApiState, Depends(api_state)]) -> Visit:
-    """The visit of a known caller. Raises Unauthorized."""
-    return visit_of(connection, state)
+async def visit_of(connection: HTTPConnection, state: ApiState, key: bytes | None = None) -> Visit:
+    """The visit of whoever holds this key, or the one in the headers or the cookie.
+
+    Raises Unauthorized; RateLimited after too many wrong keys from one address or too many calls; Forbidden
+    for a cookie that a page of another site may have sent, and for what the key may not do.
+    """
+    presented, by_cookie = (key, False) if key else credentials(connection)
+    if by_cookie and not state.settings.open_to_all:
+        _check_sender(connection, state)
+    try:
+        principal = await state.gate.identify(presented)
+    except Unauthorized:
+        if presented is not None and state.gate.limits is not None:
+            await state.gate.limits.take(CallClass.auth, caller_address(connection))
+        raise
+    scope = needed_scope(connection)
+    if scope is not None:
+        principal.require(scope)
+    if state.gate.limits is not None:
+        call_class = CallClass.submit if _asks_for_pictures(connection) else CallClass.read
+        await state.gate.limits.take(call_class, principal.owner)
+    return Visit(state, principal, mount_prefix(connection, state), _address(connection, state))
+
+
+async def enter(connection: HTTPConnection, state: StateHere) -> AsyncGenerator[Visit]:
+    """The visit of a known caller, who holds one of the service's slots while we work for them."""
+    visit = await visit_of(connection, state)
+    async with AsyncExitStack() as held:
+        if state.gate.limits is not None and _asks_for_pictures(connection):
+            await held.enter_async_context(state.gate.limits.slot())
+        yield visit
 
 
 Here = Annotated[Visit, Depends(enter)]
 
 
-def _prefix(connection: HTTPConnection, state: ApiState) -> str:
+def credentials(connection: HTTPConnection) -> tuple[bytes | None, bool]:
+    """The key or token that was sent, and whether the browser added it by itself (a cookie)."""
+    presented = presented_key(connection.headers)
+    if presented is not None:
+        return presented, False
+    cookie = connection.cookies.get(SESSION_COOKIE)
+    return (None, False) if not cookie else (cookie.encode("latin-1", "replace"), True)
+
+
+def needed_scope(connection: HTTPConnection) -> Scope | None:
+    """What the caller's key must be good for; None: being known is enough."""
+    path = route_path(connection.scope)
+    if path.startswith("/admin/"):
+        return Scope.admin
+    if path.startswith("/auth/"):
+        return None
+    if path == "/metrics":
+        return Scope.metrics
+    return Scope.read if connection.scope.get("method", "GET") in SAFE else Scope.generate
+
+
+def caller_address(connection: HTTPConnection) -> str:
+    """Of the peer itself: X-Forwarded-For is what the peer says."""
+    return "nobody" if connection.client is None else connection.client.host
+
+
+def _asks_for_pictures(connection: HTTPConnection) -> bool:
+    return connection.scope.get("method") == "POST" and needed_scope(connection) is Scope.generate
+
+
+def _check_sender(connection: HTTPConnection, state: ApiState) -> None:
+    """Raises Forbidden unless our own page sent this: browsers add cookies to anybody's calls."""
+    unsafe = connection.scope.get("method", "GET") not in SAFE
+    if unsafe and CSRF_HEADER not in connection.headers:
+        raise Forbidden(f"a call by cookie that changes something needs the header {CSRF_HEADER}: 1")
+    origin = connection.headers.get("origin")
+    socket = connection.scope["type"] == "websocket"
+    ours = {connection.headers.get("host", ""), urlsplit(state.settings.public_url).netloc} - {""}
+    if (origin is None and socket) or (origin is not None and urlsplit(origin).netloc not in ours):
+        raise Forbidden("another web site sent this call; open this service's own page")
+
+
+def mount_prefix(connection: HTTPConnection, state: ApiState) -> str:
+    """The path we are reached under: "" or "/below"."""
     path = urlsplit(state.settings.public_url).path or connection.scope.get("root_path", "")
     return str(path).rstrip("/")
 

@@ -11,7 +11,7 @@ from starlette.responses import RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from serve_app.api import errors, gallery, models, native, openai, ops, progress, tasks
+from serve_app.api import admin, auth, errors, gallery, models, native, openai, ops, progress, tasks
 from serve_app.api.depends import ApiState, enter
 from serve_app.api.guards import BodyLimit, Envelope, LocalOnly
 from serve_app.api.schemas.error import ErrorOut
@@ -43,8 +43,9 @@ def create_app(state: ApiState) -> FastAPI:
     app.state.weft = state
     errors.install(app)
     app.include_router(ops.public)
+    app.include_router(auth.public, responses=REFUSALS)
     app.include_router(progress.sockets)
-    for router in (native, progress, gallery, models, tasks, openai, ops):
+    for router in (native, progress, gallery, models, tasks, openai, ops, auth, admin):
         # denied by default: a route behind this needs a known caller even if it forgets to ask
         app.include_router(router.router, dependencies=[Depends(enter)], responses=REFUSALS)
     if settings.ui:

@@ -94,7 +94,7 @@ async def watch(
     {"type": "complete", "job"}, {"type": "failed", "error"}, {"type": "cancelled"}.
     """
     offered = websocket.scope.get("subprotocols", [])
-    visit = visit_of(websocket, state, _offered_key(offered))
+    visit = await visit_of(websocket, state, _offered_key(offered))
     watched, since = job_id(task_id), _event_id(after)
     await visit.desk.get(watched, visit.owner)
     await websocket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)

@@ -23,13 +23,13 @@ def test_relative_folders_lie_under_the_repository(monkeypatch: pytest.MonkeyPat
 
 
 def test_redis_url_is_read_under_its_usual_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("REDIS_URL", "redis://:secret@host/0")
+    monkeypatch.setenv("REDIS_URL", "redis://:sesame@host/0")
 
     settings = Settings.load()
 
     assert settings.redis_url is not None
-    assert settings.redis_url.get_secret_value() == "redis://:secret@host/0"
-    assert "secret" not in repr(settings)
+    assert settings.redis_url.get_secret_value() == "redis://:sesame@host/0"
+    assert "sesame" not in repr(settings)
 
 
 def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from tests.front.api.painter import Painter
 from tests.front.conftest import MakeSettings
 
 KEY = "correct horse battery"
+JWT_SECRET = "0123456789abcdef" * 4
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ async def state(store: JobStore, results: ResultStore, settings: Settings) -> As
         return {"sketch": "ready", "tiny-flux-schnell": "loading"}
 
     desk = JobDesk(store, results, CARDS, settings)
-    yield ApiState(desk=desk, cards=CARDS, settings=settings, model_states=model_states)
+    yield ApiState(desk=desk, cards=CARDS, settings=settings, model_states=model_states, accounts=store.redis)
     await desk.aclose()
 
 
@@ -55,7 +56,11 @@ async def painter(store: JobStore, results: ResultStore, settings: Settings) -> 
 @pytest.fixture
 def app(state: ApiState, request: pytest.FixtureRequest) -> FastAPI:
     """Open to all on loopback. `locked`: behind KEY; `page`: with the page; `hasty`: waits 0.2 s."""
-    changes = {"locked": {"api_key": SecretStr(KEY)}, "page": {"ui": True}, "hasty": {"sync_wait_s": 0.2}}
+    changes = {
+        "locked": {"api_key": SecretStr(KEY), "jwt_secret": SecretStr(JWT_SECRET)},
+        "page": {"ui": True},
+        "hasty": {"sync_wait_s": 0.2},
+    }
     changed = state.settings.model_copy(update=changes.get(getattr(request, "param", ""), {}))
     return create_app(replace(state, settings=changed))
 

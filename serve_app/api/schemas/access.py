@@ -1,0 +1,129 @@
+"""Wire shapes of logging in, users and keys."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from serve_app.admission.keys import ApiKey
+from serve_app.admission.principal import USER_SCOPES, Role, Scope
+from serve_app.admission.users import User
+
+Seconds = Annotated[int, Field(ge=60, le=10 * 366 * 86_400)]
+
+
+class LoginBody(BaseModel):
+    """A key, here or in the header."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    api_key: SecretStr | None = Field(None, max_length=200)
+    email: str | None = Field(None, max_length=320, description="If sent, it must be the key's user's.")
+
+
+class TokenOut(BaseModel):
+    access_token: str
+    token_type: Literal["bearer"] = "bearer"
+    expires_in: int  # seconds
+    expires_at: int  # unix seconds
+    scope: str  # separated by blanks
+
+
+class Me(BaseModel):
+    """A caller."""
+
+    owner: str
+    role: Role | None = None
+    scopes: list[str]
+    images_per_day: int | None
+
+
+class LoggedOut(BaseModel):
+    status: Literal["logged out"] = "logged out"
+
+
+class UserBody(BaseModel):
+    """A user to be."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1, max_length=100)
+    email: str = Field(max_length=320)
+    role: Role = Role.user
+    images_per_day: int | None = Field(None, ge=0, le=10**9)
+
+
+class UserChange(BaseModel):
+    """Let out, or in again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    disabled: bool
+
+
+class UserOut(BaseModel):
+    id: str
+    name: str
+    email: str
+    role: Role
+    images_per_day: int | None
+    disabled: bool
+    created_at: float  # unix seconds
+
+    @classmethod
+    def of(cls, user: User) -> "UserOut":
+        return cls(
+            id=user.id,
+            name=user.name,
+            email=user.email,
+            role=user.role,
+            images_per_day=user.images_per_day,
+            disabled=user.disabled,
+            created_at=user.created_at,
+        )
+
+
+class UserList(BaseModel):
+    users: list[UserOut]
+
+
+class KeyBody(BaseModel):
+    """A key to be."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    scopes: list[Scope] = Field(sorted(USER_SCOPES), min_length=1, max_length=len(Scope))
+    name: str = Field("", max_length=100)
+    expires_in_s: Seconds | None = None
+
+
+class KeyOut(BaseModel):
+    """A key without its secret."""
+
+    prefix: str
+    user_id: str
+    name: str
+    scopes: list[Scope]
+    created_at: float  # unix seconds, as the next two
+    expires_at: float | None
+    revoked_at: float | None
+
+    @classmethod
+    def of(cls, key: ApiKey) -> "KeyOut":
+        return cls(
+            prefix=key.prefix,
+            user_id=key.user_id,
+            name=key.name,
+            scopes=sorted(key.scopes),
+            created_at=key.created_at,
+            expires_at=key.expires_at,
+            revoked_at=key.revoked_at,
+        )
+
+
+class KeyCreated(BaseModel):
+    key: KeyOut
+    api_key: str  # shown this once
+
+
+class KeyList(BaseModel):
+    keys: list[KeyOut]
