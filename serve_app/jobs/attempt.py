@@ -7,12 +7,12 @@ import logging
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Protocol
 
 from deployments.protocol import events
-from deployments.protocol.errors import Internal, ModelUnavailable, WeftError
+from deployments.protocol.errors import Internal, ModelUnavailable, NotFound, WeftError
 from deployments.protocol.request import FittedRequest
 from serve_app.jobs import pictures, progress
 from serve_app.jobs.job import Handover, Job, JobError, JobState, StoredArtifact
@@ -88,7 +88,7 @@ class Attempt:
         time_limit_s: float,
     ) -> None:
         self.claim = claim
-        self.handed_over = False  # the model counts this job itself from now on
+        self.handed_over = claim.job.twin is not None  # the model counts this job itself, or never will
         self._store = store
         self._results = results
         self._models = models
@@ -98,6 +98,7 @@ class Attempt:
         self._news: deque[progress.Event] = deque(maxlen=NEWS_KEPT)
         self._step, self._steps = claim.job.step, claim.job.steps  # 0 unless it goes on from a handover
         self._replica_stopped = False
+        self._twin_lost = False
         self._handover: Handover | None = None  # what this attempt leaves to the next
         self._finishing = False
 
@@ -123,7 +124,8 @@ class Attempt:
                 lease.result()  # a bug there must not leave the work running without a lease
             await _ended(work)
             result = _result(work)
-            if isinstance(result, events.Failed) and result.retryable and not self._replica_stopped:
+            innocent = self._replica_stopped or self._twin_lost
+            if isinstance(result, events.Failed) and result.retryable and not innocent:
                 await self._wait_for_recovery()
             self._finishing = True
             self._stir.set()
@@ -139,6 +141,8 @@ class Attempt:
     async def _generate(self) -> Made | events.Failed:
         """What the model delivered, its files stored, or why there is nothing."""
         try:
+            if self.claim.job.twin is not None:
+                return await self._copied(self.claim.job.twin)
             request, resume = await self._whole_request(), await self._state_handed_over()
             owner = self.claim.job.owner
             stream = self._models.generate(request.model, request, user=owner, resume=resume)
@@ -157,6 +161,24 @@ class Attempt:
         except Exception:
             logger.exception("a job failed by a bug", extra=self._about)
             return events.Failed.of(Internal("the job failed by an error of ours; it was logged"))
+
+    async def _copied(self, twin_id: str) -> Made | events.Failed:
+        """The files of an identical job, under our own name; the model makes them anew if they are lost."""
+        try:
+            twin = await self._store.get(twin_id)
+            if not twin.artifacts:
+                raise NotFound("its files were removed")
+            return Made(tuple([await self._copy(artifact) for artifact in twin.artifacts]), 0.0)
+        except (NotFound, OSError) as error:
+            logger.info("a job's twin is gone; its model runs it", extra={**self._about, "error": str(error)})
+            self._twin_lost = True
+            return events.Failed("model_unavailable", "the files of an earlier job are gone", retryable=True)
+
+    async def _copy(self, artifact: StoredArtifact) -> StoredArtifact:
+        claim = self.claim
+        path = output_path(claim.job.id, claim.attempt, artifact.index, artifact.kind, artifact.media_type)
+        await self._results.copy(artifact.path, path)
+        return replace(artifact, path=path)
 
     async def _whole_request(self) -> FittedRequest:
         """The request with the pictures it was given."""
@@ -293,7 +315,7 @@ class Attempt:
         assert result is not None, "only halted work has no result"
         error = JobError(result.kind, result.message, result.param, result.retry_after_s)
         if result.retryable:
-            counted = not self._replica_stopped
+            counted = not (self._replica_stopped or self._twin_lost)
             return await store.requeue(claim, error, counted=counted, handover=self._handover)
         return await store.fail(claim, error)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -14,11 +15,13 @@ from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest, GenerationRequest
 from serve_app.admission.rules import admit
 from serve_app.jobs import follow, pictures
-from serve_app.jobs.job import Job, JobState, StoredArtifact, new_job_id
+from serve_app.jobs.job import Job, JobState, Once, StoredArtifact, Terms, new_job_id
 from serve_app.jobs.listing import Page
+from serve_app.jobs.sameness import cache_key
 from serve_app.jobs.store import FROM_START, NO_SUCH_JOB, JobStore
 from serve_app.jobs.transaction import StoreUnreachable
 from serve_app.settings import Settings
+from serve_app.storage.digests import ModelDigests
 from serve_app.storage.results import ResultStore, input_path
 
 FRESH_SEEDS = 2**32  # as other tools draw them, and exact in JavaScript's numbers
@@ -31,7 +34,8 @@ class JobView:
     """A job as its owner sees it."""
 
     job: Job
-    position: int | None  # 1: next of its model; None when it does not wait
+    position: int | None = None  # 1: next of its model; None when it does not wait
+    starts_in_s: float | None = None  # seconds from now, estimated; None: unknown, or it does not wait
 
 
 class JobDesk:
@@ -43,17 +47,28 @@ class JobDesk:
         results: ResultStore,
         cards: Mapping[str, ModelCard],
         settings: Settings,
+        digests: ModelDigests | None = None,
     ) -> None:
+        self._digests = digests or ModelDigests()
+        self._secret: bytes | None = None  # read when first needed
         self._store = store
         self._results = results
         self._cards = cards
         self._settings = settings
         self._hints = store.news_hints()
 
-    async def submit(self, request: GenerationRequest, owner: str) -> Job:
-        """The accepted job: durable, and sure to end.
+    async def submit(
+        self,
+        request: GenerationRequest,
+        owner: str,
+        *,
+        once: Once | None = None,
+        webhook: str | None = None,
+    ) -> Job:
+        """The accepted job: durable, and sure to end. The same `once` again gives the job there is.
 
-        Raises what `admit` raises, Overloaded (also when the disk is nearly full) and RateLimited.
+        webhook: an address, checked already, that is told of the ending.
+        Raises what `admit` raises, Overloaded (also when the disk is nearly full), RateLimited, Conflict.
         """
         fitted = admit(request, self._cards, self._settings, secrets.randbelow(FRESH_SEEDS))
         if not await self._results.free_space_ok():
@@ -61,15 +76,42 @@ class JobDesk:
         job_id = new_job_id()
         _log_corrections(job_id, fitted.corrections)
         detached, taken = pictures.detach(fitted.request)
-        job = await self._accept(job_id, owner, detached, taken, fitted.corrections)
-        logger.info("job accepted", extra={"job_id": job_id, "model": job.request.model})
+        terms = Terms(
+            once=once,
+            same=None if request.seed is None else await self._cache_key(fitted.request, owner),
+            webhook=webhook,
+            max_wait_s=self._cards[detached.model].serving.max_wait_s,
+        )
+        job = await self._accept(job_id, owner, detached, taken, fitted.corrections, terms)
+        if job.id == job_id:
+            logger.info("job accepted", extra={"job_id": job_id, "model": job.request.model})
         return job
+
+    async def _cache_key(self, request: FittedRequest, owner: str) -> str | None:
+        """What stands for this very picture; None where the model's files cannot be looked at."""
+        if not self._settings.cache:
+            return None
+        card = self._cards[request.model]
+        models = await self._digests.of(card, request, self._cards.get(card.refiner or ""))
+        if models is None:
+            return None
+        if self._secret is None:
+            self._secret = await self._store.secret()
+        epoch = await self._store.cache_epoch(owner)
+        return await asyncio.to_thread(cache_key, self._secret, owner, epoch, request, models)
+
+    async def empty_cache(self, owner: str) -> None:
+        """No request of this owner is answered by what was made before now."""
+        await self._store.empty_cache(owner)
 
     async def get(self, job_id: str, owner: str) -> JobView:
         """The job and its place in the queue. Raises NotFound."""
         job = await self._own(job_id, owner)
-        waits = job.state is JobState.queued
-        return JobView(job, await self._store.position(job) if waits else None)
+        if job.state is not JobState.queued:
+            return JobView(job)
+        position = await self._store.position(job)
+        starts_in_s = None if position is None else await self._store.starts_in_s(job, position)
+        return JobView(job, position, starts_in_s)
 
     async def list(
         self,
@@ -142,11 +184,15 @@ class JobDesk:
         request: FittedRequest,
         taken: Mapping[str, bytes],
         corrections: tuple[Correction, ...],
+        terms: Terms,
     ) -> Job:
         try:
             for name, data in taken.items():
                 await self._results.put(input_path(job_id, name), data)
-            return await self._store.accept(job_id, owner, request, corrections)
+            job = await self._store.accept(job_id, owner, request, corrections, terms)
+            if job.id != job_id and taken:
+                await self._results.sweep(job_id)
+            return job
         except StoreUnreachable:
             raise  # the job may have been accepted all the same, so its pictures stay
         except BaseException:

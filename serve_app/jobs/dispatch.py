@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -11,13 +12,15 @@ from types import MappingProxyType
 
 from deployments.protocol.errors import WeftError
 from serve_app.jobs.attempt import Attempt, Halt, Models
+from serve_app.jobs.forecast import Room
 from serve_app.jobs.hints import stirred
-from serve_app.jobs.job import Job
+from serve_app.jobs.job import COPIES, Job
 from serve_app.jobs.store import Claim, JobStore
 from serve_app.jobs.transitions import NEW_WORK
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
 
+COPIERS = 8  # jobs at once that only copy files
 LOOK_AGAIN_S = 1.0  # hints may be lost, and models grow slots without any
 TIME_LIMIT_S = 600.0  # of a job whose model has none
 DRAIN_LIMIT_S = 15.0
@@ -50,6 +53,8 @@ class Dispatcher:
         self._draining = False
         self._room = asyncio.Event()  # somebody waits, a job has ended, or we shall drain
         self._reap_at = 0.0
+        self._tell_at = 0.0
+        self._name = secrets.token_hex(4)  # among those who share the store
 
     @property
     def active(self) -> int:
@@ -65,6 +70,7 @@ class Dispatcher:
                     try:
                         await self._reap()
                         await self._claim_what_fits()
+                        await self._tell_room()
                     except WeftError as error:
                         logger.warning("no jobs can be claimed: %s", error.message)
                         self._postpone_reaping()
@@ -88,7 +94,7 @@ class Dispatcher:
                 task.cancel()
 
     async def _claim_what_fits(self) -> None:
-        while not self._draining and (free := self._free_slots()):
+        while not self._draining and (free := self._free_slots() | self._free_copiers()):
             claim = await self._store.claim(free)
             if claim is None:
                 return
@@ -101,6 +107,25 @@ class Dispatcher:
         )
         free = {model: slots - waiting[model] for model, slots in self._models.free_slots().items()}
         return {model: slots for model, slots in free.items() if slots > 0}
+
+    def _free_copiers(self) -> dict[str, int]:
+        copying = sum(attempt.claim.job.twin is not None for attempt in self._running.values())
+        return {COPIES: COPIERS - copying} if copying < COPIERS else {}
+
+    async def _tell_room(self) -> None:
+        """Every LOOK_AGAIN_S: what runs here and could, for estimates."""
+        now = time.monotonic()
+        if now < self._tell_at:
+            return
+        self._tell_at = now + LOOK_AGAIN_S
+        running = Counter(
+            attempt.claim.job.request.model
+            for attempt in self._running.values()
+            if attempt.claim.job.twin is None
+        )
+        free, all_free = self._free_slots(), self._models.free_slots()
+        rooms = {model: Room(running[model] + free.get(model, 0), free.get(model, 0)) for model in all_free}
+        await self._store.tell_room(self._name, rooms)
 
     def _start(self, claim: Claim) -> None:
         attempt = Attempt(

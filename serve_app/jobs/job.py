@@ -10,6 +10,8 @@ from deployments.protocol.errors import KINDS, Internal, WeftError
 from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest
 
+COPIES = "=copies"  # the queue of jobs whose files are there already; no model id looks like that
+
 
 class JobState(StrEnum):
     """queued -> processing -> one of completed, failed, cancelled; back to queued when a worker dies."""
@@ -51,6 +53,27 @@ class Handover:
 
 
 @dataclass(frozen=True, slots=True)
+class Once:
+    """An Idempotency-Key: what came with it first is the answer to all that comes with it later."""
+
+    key: str
+    digest: str  # of the call's body: the same key with another body is a mistake
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a caller wants of a job beside its pictures."""
+
+    once: Once | None = None
+    same: str | None = None  # cache key; requests of one owner with equal keys make equal pictures
+    webhook: str | None = None  # URL that is told of the ending
+    max_wait_s: float | None = None  # refused when it would wait longer before it begins
+
+
+NO_TERMS = Terms()
+
+
+@dataclass(frozen=True, slots=True)
 class JobError:
     """Why a job failed, in the words of the error tree."""
 
@@ -86,6 +109,22 @@ class Job:
     generation_s: float | None = None
     artifacts: tuple[StoredArtifact, ...] = ()
     error: JobError | None = None
+    turn: float = 0.0  # its score in the queue: see turns.py
+    same: str | None = None  # its cache key
+    leader: str | None = None  # an identical job in progress; this one waits for its files
+    twin: str | None = None  # an identical job that has completed; this one copies its files
+    webhook: str | None = None
+    files_expired: bool = False  # its files were removed when their time was up
+
+    @property
+    def queue(self) -> str:
+        """The queue it waits in, unless it waits for its leader."""
+        return self.request.model if self.twin is None else COPIES
+
+    @property
+    def cached(self) -> bool:
+        """Whether its files are copies of those of an earlier job."""
+        return self.state is JobState.completed and self.twin is not None
 
     @property
     def percent(self) -> int:

@@ -9,12 +9,27 @@ from pydantic import TypeAdapter
 
 from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest
-from serve_app.jobs.job import Handover, Job, JobError, JobState, StoredArtifact
+from serve_app.jobs.job import NO_TERMS, Handover, Job, JobError, JobState, Once, StoredArtifact, Terms
 
 CORRECTIONS = TypeAdapter(tuple[Correction, ...])
 ARTIFACTS = TypeAdapter(tuple[StoredArtifact, ...])
 ERROR = TypeAdapter(JobError)
 HANDOVER = TypeAdapter(Handover)
+
+
+@dataclass(frozen=True, slots=True)
+class FirstUse:
+    """What an Idempotency-Key was first used for."""
+
+    job: str
+    digest: str
+
+    @classmethod
+    def of(cls, job_id: str, once: Once) -> FirstUse:
+        return cls(job_id, once.digest)
+
+
+FIRST_USE = TypeAdapter(FirstUse)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +68,44 @@ class Keys:
         """ZSET of an owner's jobs by time of acceptance: what lists are read from."""
         return f"{self.prefix}owner:{owner}"
 
+    def turns(self, model: str) -> str:
+        """HASH: the turn that runs (v), and per flow the turns it used up (turns.py)."""
+        return f"{self.prefix}turns:{model}"
+
+    @property
+    def arrivals(self) -> str:
+        """STRING: how many jobs took a turn, of any model."""
+        return f"{self.prefix}arrivals"
+
+    def once(self, owner: str, key_digest: str) -> str:
+        """STRING: the first job that came with an owner's Idempotency-Key, and the digest of its body."""
+        return f"{self.prefix}once:{owner}:{key_digest}"
+
+    def same(self, cache_key: str) -> str:
+        """STRING: the job that makes, or has made, the files of all requests with this cache key."""
+        return f"{self.prefix}same:{cache_key}"
+
+    def followers(self, job_id: str) -> str:
+        """ZSET of jobs that wait for the files of this one, by time of acceptance."""
+        return f"{self.prefix}followers:{job_id}"
+
+    def epoch(self, owner: str) -> str:
+        """STRING: how often an owner's cache was emptied."""
+        return f"{self.prefix}epoch:{owner}"
+
+    def pace(self, model: str) -> str:
+        """LIST: seconds that the latest jobs of a model took."""
+        return f"{self.prefix}pace:{model}"
+
+    def room(self, model: str) -> str:
+        """HASH: per dispatcher, its slots of a model, how many are free, and when it said so."""
+        return f"{self.prefix}room:{model}"
+
+    @property
+    def secret(self) -> str:
+        """STRING: what this installation's cache keys and webhook secrets are derived from."""
+        return f"{self.prefix}secret"
+
     @property
     def work_channel(self) -> str:
         """Hints for dispatchers: there is new work; a running job shall be cancelled."""
@@ -65,9 +118,18 @@ class Keys:
 
 
 def new_fields(
-    owner: str, request: FittedRequest, warnings: tuple[Correction, ...], now_us: int
+    owner: str,
+    request: FittedRequest,
+    warnings: tuple[Correction, ...],
+    now_us: int,
+    *,
+    terms: Terms = NO_TERMS,
+    turn: float = 0.0,
+    leader: str | None = None,
+    twin: str | None = None,
 ) -> dict[str, str]:
     """The hash of a job that was accepted just now."""
+    given = {"same": terms.same, "webhook": terms.webhook, "leader": leader, "twin": twin}
     return {
         "state": JobState.queued.value,
         "owner": owner,
@@ -77,6 +139,8 @@ def new_fields(
         "created_us": str(now_us),
         "attempt": "0",
         "failures": "0",
+        "turn": repr(turn),
+        **{name: value for name, value in given.items() if value is not None},
     }
 
 
@@ -101,6 +165,12 @@ def job_from(job_id: str, fields: Mapping[str, str]) -> Job:
         generation_s=None if generation_s is None else float(generation_s),
         artifacts=ARTIFACTS.validate_json(fields.get("artifacts", "[]")),
         error=None if error is None else ERROR.validate_json(error),
+        turn=float(fields.get("turn", 0.0)),
+        same=fields.get("same"),
+        leader=fields.get("leader"),
+        twin=fields.get("twin"),
+        webhook=fields.get("webhook"),
+        files_expired="files_expired" in fields,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -20,12 +21,15 @@ from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overload
 from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest
 from serve_app.jobs import progress
+from serve_app.jobs.forecast import Room
 from serve_app.jobs.hints import Hints
-from serve_app.jobs.job import Handover, Job, JobError, JobState, StoredArtifact
+from serve_app.jobs.job import NO_TERMS, Handover, Job, JobError, JobState, Once, StoredArtifact, Terms
 from serve_app.jobs.listing import OwnerIndex, Page
-from serve_app.jobs.record import Keys, job_from
+from serve_app.jobs.pace import Paces
+from serve_app.jobs.record import FIRST_USE, Keys, job_from
 from serve_app.jobs.transaction import begin, reachable, transact
-from serve_app.jobs.transitions import Transitions
+from serve_app.jobs.transitions import ALONE, Company, Place, Transitions, digest, flow_of
+from serve_app.jobs.turns import next_turn, turn_of
 from serve_app.settings import Settings
 
 NO_SUCH_JOB = "no such job; it may have been deleted or forgotten, or it is not yours"
@@ -38,7 +42,7 @@ FORGOTTEN = (
 )
 
 
-Finish = Callable[[Pipeline, Job, int], Job]  # queues writes; the int is the server's time in us
+Finish = Callable[[Pipeline, Job, int, Company], Job]  # queues writes; the int is the server's time in us
 
 
 class Stale(Exception):
@@ -64,6 +68,7 @@ class JobStore:
         self._keys = Keys(settings.redis_prefix)
         self._settings = settings
         self._transitions = Transitions(self._keys, settings)
+        self._paces = Paces(redis, self._keys)
         self._accepting = asyncio.Lock()  # own accepts would only make each other's WATCH fail
 
     def work_hints(self) -> Hints:
@@ -82,11 +87,18 @@ class JobStore:
     # ---- callers -------------------------------------------------------------------------------
 
     async def accept(
-        self, job_id: str, owner: str, request: FittedRequest, warnings: tuple[Correction, ...] = ()
+        self,
+        job_id: str,
+        owner: str,
+        request: FittedRequest,
+        warnings: tuple[Correction, ...] = (),
+        terms: Terms = NO_TERMS,
     ) -> Job:
-        """The queued job, durable now. The same id again gives the job there is.
+        """The queued job, durable now. The same id, or the same Idempotency-Key, gives the job there is.
 
-        Raises Overloaded past max_pending, RateLimited past max_active_per_owner.
+        A request like one that has completed copies its files; like one in progress, it waits for them.
+        Raises Overloaded past max_pending and terms.max_wait_s, RateLimited past max_active_per_owner,
+        Conflict when the key came with another body before.
         """
         keys = self._keys
 
@@ -94,27 +106,86 @@ class JobStore:
             known = await _hash(pipe, keys.job(job_id))
             if known:
                 return job_from(job_id, known)
-            if await pipe.zcard(keys.pending) >= self._settings.max_pending:
-                raise Overloaded(
-                    f"{self._settings.max_pending} jobs are waiting, which is the limit; try again later",
-                    retry_after_s=10.0,
-                )
+            if terms.once is not None and (first := await self._first_use(pipe, owner, terms.once)):
+                return first
+            place = await self._place(pipe, owner, request, terms)
+            if place.leader is None and place.twin is None:
+                await self._check_room(pipe, request.model, place.position, terms.max_wait_s)
             if await pipe.scard(keys.active(owner)) >= self._settings.max_active_per_owner:
                 raise RateLimited(
                     f"you have {self._settings.max_active_per_owner} jobs waiting or running, which is "
                     "the limit; wait for one to end or cancel one",
                     retry_after_s=5.0,
                 )
-            ahead = await pipe.zcard(keys.pending_of(request.model))
             now_us = await _now_us(pipe)
             begin(pipe)
             return self._transitions.accept(
-                pipe, job_id, owner, request, warnings, now_us, position=ahead + 1
+                pipe, job_id, owner, request, warnings, now_us, terms=terms, place=place
             )
 
+        watch = [keys.job(job_id), keys.pending, keys.active(owner)]
+        if terms.once is not None:
+            watch.append(keys.once(owner, digest(terms.once.key)))
+        if terms.same is not None:
+            watch.append(keys.same(terms.same))
         async with self._accepting:
-            watch = [keys.job(job_id), keys.pending, keys.active(owner)]
             return await transact(self.redis, watch, decide)
+
+    async def _first_use(self, pipe: Pipeline, owner: str, once: Once) -> Job | None:
+        """The job that came with this key before, if it is still there. Raises Conflict."""
+        used = await pipe.get(self._keys.once(owner, digest(once.key)))
+        if used is None:
+            return None
+        first = FIRST_USE.validate_json(used)
+        if first.digest != once.digest:
+            raise Conflict(
+                "this Idempotency-Key came with another request before; a new request needs a new key",
+                param="Idempotency-Key",
+            )
+        fields = await _hash(pipe, self._keys.job(first.job))
+        return job_from(first.job, fields) if fields else None
+
+    async def _place(self, pipe: Pipeline, owner: str, request: FittedRequest, terms: Terms) -> Place:
+        """Where a job that comes now goes."""
+        keys, model = self._keys, request.model
+        flow = flow_of(owner, request.priority)
+        known = await pipe.hmget(keys.turns(model), ["v", flow])
+        now, used_up = (float(value or 0.0) for value in known)
+        arrival = int(await pipe.get(keys.arrivals) or 0)
+        nobody = not await pipe.zcard(keys.pending_of(model))
+        turn = next_turn(now, 0.0 if nobody else used_up, arrival, request.priority)
+        ahead = 0 if nobody else await pipe.zcount(keys.pending_of(model), "-inf", f"({turn.score!r}")
+        place = Place(turn, now, cast(int, ahead) + 1, first=nobody)
+        other = await self._identical(pipe, terms.same)
+        if other is None or other.cancel_requested or other.files_expired:
+            return place
+        if other.state is JobState.completed:
+            return replace(place, position=1, twin=other.id)
+        return place if other.state.ended else replace(place, leader=other.id)
+
+    async def _identical(self, pipe: Pipeline, same: str | None) -> Job | None:
+        """The job that answers this cache key; watched, so that it is so when we write."""
+        other_id = None if same is None else await pipe.get(self._keys.same(same))
+        if other_id is None:
+            return None
+        await pipe.watch(self._keys.job(other_id))
+        fields = await _hash(pipe, self._keys.job(other_id))
+        return job_from(other_id, fields) if fields else None
+
+    async def _check_room(self, pipe: Pipeline, model: str, position: int, max_wait_s: float | None) -> None:
+        """Raises Overloaded when the queue is full, or too long for this model."""
+        if await pipe.zcard(self._keys.pending) >= self._settings.max_pending:
+            raise Overloaded(
+                f"{self._settings.max_pending} jobs are waiting, which is the limit; try again later",
+                retry_after_s=10.0,
+            )
+        wait_s = None if max_wait_s is None else (await self._paces.read(pipe, model)).starts_in_s(position)
+        if max_wait_s is not None and wait_s is not None and wait_s > max_wait_s:
+            raise Overloaded(
+                f"a new job of {model} would wait about {wait_s:.0f} s, and {max_wait_s:.0f} s is the limit; "
+                "try again later",
+                retry_after_s=max(1.0, wait_s - max_wait_s),
+            )
 
     async def get(self, job_id: str) -> Job:
         """The job as it stands. Raises NotFound."""
@@ -123,10 +194,25 @@ class JobStore:
         return _known(job_id, fields)
 
     async def position(self, job: Job) -> int | None:
-        """1: next to be claimed among its model's jobs; None when it does not wait."""
+        """1: next to be claimed among its model's jobs; None when it does not wait.
+
+        A job that waits for an identical one has that one's place. Others with fewer jobs waiting may
+        still come before it, so the number can also grow.
+        """
         with reachable():
-            rank = await self.redis.zrank(self._keys.pending_of(job.request.model), job.id)
+            rank = await self.redis.zrank(self._keys.pending_of(job.queue), job.leader or job.id)
         return None if rank is None else cast(int, rank) + 1
+
+    async def starts_in_s(self, job: Job, position: int) -> float | None:
+        """Seconds until the waiting job probably begins; None when there is nothing to tell it by."""
+        with reachable():
+            pace = await self._paces.read(self.redis, job.request.model)
+        return pace.starts_in_s(position)
+
+    async def tell_room(self, dispatcher: str, rooms: Mapping[str, Room]) -> None:
+        """What this dispatcher runs, and could; forgotten a while after it was told last."""
+        with reachable():
+            await self._paces.tell(dispatcher, rooms)
 
     async def queued(self, models: Sequence[str]) -> dict[str, int]:
         """How many jobs wait for each model."""
@@ -162,9 +248,10 @@ class JobStore:
             if job.state.ended or job.cancel_requested:
                 return job
             if job.state is JobState.queued:
+                company = await self._company(pipe, job)
                 now_us = await _now_us(pipe)
                 begin(pipe)
-                return self._transitions.end(pipe, job, JobState.cancelled, now_us)
+                return self._transitions.end(pipe, job, JobState.cancelled, now_us, company)
             begin(pipe)
             return self._transitions.ask_to_cancel(pipe, job)
 
@@ -178,8 +265,9 @@ class JobStore:
             job = await self._read(pipe, job_id)
             if not job.state.ended:
                 raise Conflict(f"the job is {job.state.value}; cancel it first")
+            company = await self._company(pipe, job)
             begin(pipe)
-            self._transitions.forget(pipe, job)
+            self._transitions.forget(pipe, job, company)
 
         await transact(self.redis, [keys.job(job_id)], decide)
 
@@ -191,6 +279,29 @@ class JobStore:
             entries = await self.redis.xrange(self._keys.events(job_id), min=f"({after}")
         found = cast(list[tuple[str, dict[str, str]]], entries)
         return [(event_id, progress.decode(fields)) for event_id, fields in found]
+
+    # ---- the cache of results ------------------------------------------------------------------
+
+    async def secret(self) -> bytes:
+        """32 random bytes that all processes of this installation share, and nobody else knows."""
+        with reachable():
+            await self.redis.set(self._keys.secret, secrets.token_hex(32), nx=True)
+            return bytes.fromhex(cast(str, await self.redis.get(self._keys.secret)))
+
+    async def cache_epoch(self, owner: str) -> int:
+        """How often this owner's cache was emptied of late; a part of every cache key."""
+        with reachable():
+            return int(await self.redis.get(self._keys.epoch(owner)) or 0)
+
+    async def empty_cache(self, owner: str) -> None:
+        """From now on the owner's cache keys are other ones."""
+        epoch = self._keys.epoch(owner)
+        with reachable():
+            async with self.redis.pipeline(transaction=True) as pipe:
+                pipe.incr(epoch)
+                # by the time it counts from 0 again, nothing from before is cached any more
+                pipe.expire(epoch, 2 * max(self._settings.result_ttl_s, self._settings.record_ttl_s))
+                await pipe.execute()
 
     # ---- workers -------------------------------------------------------------------------------
 
@@ -216,18 +327,21 @@ class JobStore:
                 break
         return None
 
-    async def _claim_one(self, job_id: str, model: str) -> Claim | None:
+    async def _claim_one(self, job_id: str, queue: str) -> Claim | None:
         """The claim, or None when somebody was faster. Watches the hash alone: pending moves all the time."""
         keys = self._keys
 
         async def decide(pipe: Pipeline) -> Claim | None:
             fields = await _hash(pipe, keys.job(job_id))
+            job = job_from(job_id, fields) if fields.get("state") == JobState.queued else None
+            now = 0.0 if job is None else float(await pipe.hget(keys.turns(job.request.model), "v") or 0.0)
+            running = now if job is None else turn_of(job.turn, job.request.priority)
             now_us = await _now_us(pipe)
             begin(pipe)
-            if fields.get("state") != JobState.queued:
-                self._transitions.dequeue(pipe, job_id, model)  # or it would be looked at for ever
+            if job is None or job.queue != queue:
+                self._transitions.dequeue(pipe, job_id, queue)  # or it would be looked at for ever
                 return None
-            return Claim(self._transitions.claim(pipe, job_from(job_id, fields), now_us))
+            return Claim(self._transitions.claim(pipe, job, now_us, max(now, running)))
 
         return await transact(self.redis, [keys.job(job_id)], decide)
 
@@ -252,29 +366,33 @@ class JobStore:
     async def complete(self, claim: Claim, artifacts: Sequence[StoredArtifact], generation_s: float) -> Job:
         """The ended job: completed with these files, or cancelled where that was asked for before."""
 
-        def finish(pipe: Pipeline, job: Job, now_us: int) -> Job:
+        def finish(pipe: Pipeline, job: Job, now_us: int, company: Company) -> Job:
             if job.cancel_requested:
-                return self._transitions.end(pipe, job, JobState.cancelled, now_us)
+                return self._transitions.end(pipe, job, JobState.cancelled, now_us, company)
             done = replace(job, artifacts=tuple(artifacts), generation_s=generation_s)
-            return self._transitions.end(pipe, done, JobState.completed, now_us)
+            if job.twin is None:
+                self._paces.note(pipe, job.request.model, generation_s)
+            return self._transitions.end(pipe, done, JobState.completed, now_us, company)
 
         return await self._finish(claim, finish)
 
     async def fail(self, claim: Claim, error: JobError) -> Job:
         """The ended job: failed for this reason, or cancelled where that was asked for before."""
 
-        def finish(pipe: Pipeline, job: Job, now_us: int) -> Job:
+        def finish(pipe: Pipeline, job: Job, now_us: int, company: Company) -> Job:
             if job.cancel_requested:
-                return self._transitions.end(pipe, job, JobState.cancelled, now_us)
-            return self._transitions.end(pipe, replace(job, error=error), JobState.failed, now_us)
+                return self._transitions.end(pipe, job, JobState.cancelled, now_us, company)
+            return self._transitions.end(pipe, replace(job, error=error), JobState.failed, now_us, company)
 
         return await self._finish(claim, finish)
 
     async def cancelled(self, claim: Claim) -> Job:
         """The ended job, after its worker has stopped."""
-        return await self._finish(
-            claim, lambda pipe, job, now_us: self._transitions.end(pipe, job, JobState.cancelled, now_us)
-        )
+
+        def finish(pipe: Pipeline, job: Job, now_us: int, company: Company) -> Job:
+            return self._transitions.end(pipe, job, JobState.cancelled, now_us, company)
+
+        return await self._finish(claim, finish)
 
     async def requeue(
         self, claim: Claim, error: JobError, *, counted: bool = True, handover: Handover | None = None
@@ -285,8 +403,10 @@ class JobStore:
         handover: what the next attempt goes on from; it stays so until an attempt is counted.
         """
 
-        def finish(pipe: Pipeline, job: Job, now_us: int) -> Job:
-            return self._transitions.give_back(pipe, job, error, now_us, counted=counted, handover=handover)
+        def finish(pipe: Pipeline, job: Job, now_us: int, company: Company) -> Job:
+            return self._transitions.give_back(
+                pipe, job, error, now_us, counted=counted, handover=handover, company=company
+            )
 
         return await self._finish(claim, finish, ours=JobState.queued)
 
@@ -312,8 +432,9 @@ class JobStore:
                 return None
             job = job_from(job_id, fields)
             error = JobError("internal", FORGOTTEN.format(failures=job.failures + 1))
+            company = await self._company(pipe, job)
             begin(pipe)
-            return self._transitions.give_back(pipe, job, error, now_us, counted=True)
+            return self._transitions.give_back(pipe, job, error, now_us, counted=True, company=company)
 
         return await transact(self.redis, [keys.job(job_id)], decide)
 
@@ -331,11 +452,24 @@ class JobStore:
             if job.attempt == claim.attempt and (job.state.ended or job.state is ours):
                 return job
             _check_fence(job, claim)
+            company = await self._company(pipe, job)
             now_us = await _now_us(pipe)
             begin(pipe)
-            return finish(pipe, job, now_us)
+            return finish(pipe, job, now_us, company)
 
         return await transact(self.redis, [self._keys.job(claim.job.id)], decide)
+
+    async def _company(self, pipe: Pipeline, job: Job) -> Company:
+        """Who waits for this job's files; all of it is watched."""
+        if job.same is None:
+            return ALONE
+        keys = self._keys
+        await pipe.watch(keys.same(job.same), keys.followers(job.id))
+        leads = await pipe.get(keys.same(job.same)) == job.id
+        ids = cast(list[str], await pipe.zrange(keys.followers(job.id), 0, -1))
+        if ids:
+            await pipe.watch(*(keys.job(follower) for follower in ids))
+        return Company(leads, tuple([await self._read(pipe, follower) for follower in ids]))
 
     async def _read(self, pipe: Pipeline, job_id: str) -> Job:
         return _known(job_id, await _hash(pipe, self._keys.job(job_id)))

@@ -5,8 +5,9 @@ Nothing here reads or decides; that the indexes always agree with the hash is se
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from redis.asyncio.client import Pipeline
 from redis.typing import EncodableT, FieldT
@@ -14,12 +15,55 @@ from redis.typing import EncodableT, FieldT
 from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest
 from serve_app.jobs import progress
-from serve_app.jobs.job import Handover, Job, JobError, JobState
-from serve_app.jobs.record import ARTIFACTS, ERROR, HANDOVER, Keys, job_from, new_fields
+from serve_app.jobs.job import Handover, Job, JobError, JobState, Terms
+from serve_app.jobs.record import (
+    ARTIFACTS,
+    ERROR,
+    FIRST_USE,
+    HANDOVER,
+    FirstUse,
+    Keys,
+    job_from,
+    new_fields,
+)
+from serve_app.jobs.turns import Turn
 from serve_app.settings import Settings
 
 NEW_WORK = "new"  # the hint that is no job id
 EVENTS_TTL_S = 600  # an ended job's events; its hash tells the ending long after
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a new job goes."""
+
+    turn: Turn
+    now: float  # the turn that runs
+    position: int  # 1: next to be claimed
+    first: bool = False  # nobody else waits for the model
+    leader: str | None = None  # an identical job in progress: this one waits for it, in no queue
+    twin: str | None = None  # an identical job that has completed: this one copies its files
+
+
+@dataclass(frozen=True, slots=True)
+class Company:
+    """What an ending job means to others."""
+
+    leads: bool = False  # it is the one whose files answer its cache key
+    followers: tuple[Job, ...] = ()  # identical jobs that wait for it, the oldest first
+
+
+ALONE = Company()
+
+
+def flow_of(owner: str, priority: str) -> str:
+    """The field of a `turns` hash that tells what an owner's jobs of one priority used up."""
+    return f"{priority}:{owner}"
+
+
+def digest(text: str) -> str:
+    """Short and safe in the name of a key, whatever a caller wrote."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class Transitions:
@@ -39,21 +83,44 @@ class Transitions:
         warnings: tuple[Correction, ...],
         now_us: int,
         *,
-        position: int,
+        terms: Terms,
+        place: Place,
     ) -> Job:
         """Nothing -> queued."""
-        fields = new_fields(owner, request, warnings, now_us)
+        fields = new_fields(
+            owner,
+            request,
+            warnings,
+            now_us,
+            terms=terms,
+            turn=place.turn.score,
+            leader=place.leader,
+            twin=place.twin,
+        )
         job = job_from(job_id, fields)
         pipe.hset(self._keys.job(job_id), mapping=_pairs(fields))
+        if terms.once is not None:
+            first = FIRST_USE.dump_json(FirstUse.of(job_id, terms.once)).decode()
+            pipe.set(self._keys.once(owner, digest(terms.once.key)), first, ex=self._settings.once_ttl_s)
+        if job.same is not None and job.leader is None and job.twin is None:
+            pipe.set(self._keys.same(job.same), job_id)
+        if job.leader is None and job.twin is None:
+            self._take_turn(pipe, job, place)
         pipe.sadd(self._keys.active(owner), job_id)
         pipe.zadd(self._keys.owner(owner), {job_id: now_us})
         self._trim_owner(pipe, owner, now_us)
-        self._enqueue(pipe, job)
-        self._tell(pipe, job_id, progress.Queued(position))
+        if job.leader is None:
+            self._enqueue(pipe, job)
+        else:
+            pipe.zadd(self._keys.followers(job.leader), {job_id: now_us})
+        self._tell(pipe, job_id, progress.Queued(place.position))
         return job
 
-    def claim(self, pipe: Pipeline, job: Job, now_us: int) -> Job:
-        """queued -> processing, under the next attempt number."""
+    def claim(self, pipe: Pipeline, job: Job, now_us: int, turn: float) -> Job:
+        """queued -> processing, under the next attempt number. turn: that runs now in its queue."""
+        if job.twin is None:
+            pipe.hset(self._keys.turns(job.request.model), "v", repr(turn))
+            pipe.expire(self._keys.turns(job.request.model), self._settings.record_ttl_s)
         job = replace(
             job,
             state=JobState.processing,
@@ -70,7 +137,7 @@ class Transitions:
             "steps": str(job.steps),
         }
         pipe.hset(self._keys.job(job.id), mapping=_pairs(begun))
-        self.dequeue(pipe, job.id, job.request.model)
+        self.dequeue(pipe, job.id, job.queue)
         self._lease(pipe, job.id, now_us)
         self._tell(pipe, job.id, progress.Started(job.attempt, job.step, job.steps))
         return job
@@ -108,35 +175,41 @@ class Transitions:
         *,
         counted: bool,
         handover: Handover | None = None,
+        company: Company = ALONE,
     ) -> Job:
         """processing -> queued at its old place; failed for `error` at max_attempts, or cancelled.
+
+        A job that was to copy files now waits for its model: the files may be what failed it.
 
         handover: what the next attempt goes on from. After a counted failure it begins anew, whatever
         was handed over before: that may have been the cause.
         """
         if job.cancel_requested:
-            return self.end(pipe, job, JobState.cancelled, now_us)
+            return self.end(pipe, job, JobState.cancelled, now_us, company)
         kept = handover or (None if counted else job.handover)
         step, steps = (0, 0) if kept is None else (kept.step, kept.steps)
-        job = replace(job, failures=job.failures + counted, handover=kept, step=step, steps=steps)
+        job = replace(job, failures=job.failures + counted, handover=kept, step=step, steps=steps, twin=None)
         pipe.hset(self._keys.job(job.id), "failures", str(job.failures))
         if job.failures >= self._settings.max_attempts:
-            return self.end(pipe, replace(job, error=error), JobState.failed, now_us)
+            return self.end(pipe, replace(job, error=error), JobState.failed, now_us, company)
         waiting = {"state": JobState.queued.value, "step": str(step), "steps": str(steps)}
         if kept is None:
             pipe.hdel(self._keys.job(job.id), "handover")
         else:
             waiting["handover"] = HANDOVER.dump_json(kept).decode()
         pipe.hset(self._keys.job(job.id), mapping=_pairs(waiting))
-        pipe.hdel(self._keys.job(job.id), "lease_us")
+        pipe.hdel(self._keys.job(job.id), "lease_us", "twin")
         pipe.zrem(self._keys.running, job.id)
         self._enqueue(pipe, job)
         # its old place; followers see a truer one soon
         self._tell(pipe, job.id, progress.Queued(1, step, steps))
         return replace(job, state=JobState.queued)
 
-    def end(self, pipe: Pipeline, job: Job, state: JobState, now_us: int) -> Job:
-        """The only way to an ended state: it tells the ending and gives every key a time to live."""
+    def end(self, pipe: Pipeline, job: Job, state: JobState, now_us: int, company: Company = ALONE) -> Job:
+        """The only way to an ended state: it tells the ending and gives every key a time to live.
+
+        company: who waits for this job's files, all of them.
+        """
         keys, ttl_s = self._keys, self._settings.record_ttl_s
         job = replace(job, state=state, completed_at=now_us / 1e6)
         fields = {"state": state.value, "ended_us": str(now_us)}
@@ -147,29 +220,77 @@ class Transitions:
             fields["error"] = ERROR.dump_json(job.error).decode()
         pipe.hset(keys.job(job.id), mapping=_pairs(fields))
         pipe.hdel(keys.job(job.id), "lease_us")
-        self.dequeue(pipe, job.id, job.request.model)
+        self.dequeue(pipe, job.id, job.queue)
+        if job.leader is not None:
+            pipe.zrem(keys.followers(job.leader), job.id)
         pipe.zrem(keys.running, job.id)
         pipe.srem(keys.active(job.owner), job.id)
         self._trim_owner(pipe, job.owner, now_us)
         self._tell(pipe, job.id, progress.ending(job))
         pipe.expire(keys.job(job.id), ttl_s)
         pipe.expire(keys.events(job.id), min(ttl_s, EVENTS_TTL_S))
+        self._settle(pipe, job, now_us, company)
         return job
 
-    def forget(self, pipe: Pipeline, job: Job) -> None:
+    def _settle(self, pipe: Pipeline, job: Job, now_us: int, company: Company) -> None:
+        """What the ending of a job means for the identical ones that wait for it.
+
+        Completed: they copy its files. Failed: so do they, for the same cause; a request that kills its
+        workers must not do so once per follower. Cancelled: the oldest of them takes its place.
+        """
+        keys, followers = self._keys, company.followers
+        if followers:
+            pipe.delete(keys.followers(job.id))
+        if job.state is JobState.completed:
+            for follower in followers:
+                pipe.hset(keys.job(follower.id), "twin", job.id)
+                pipe.hdel(keys.job(follower.id), "leader")
+                self._enqueue(pipe, replace(follower, leader=None, twin=job.id))
+            if company.leads and job.same is not None:
+                pipe.expire(keys.same(job.same), self._settings.result_ttl_s)
+        elif job.state is JobState.failed:
+            for follower in followers:
+                alike = replace(follower, leader=None, error=job.error)
+                self.end(pipe, alike, JobState.failed, now_us)
+        elif followers:
+            heir, *others = followers
+            pipe.hdel(keys.job(heir.id), "leader")
+            self._enqueue(pipe, replace(heir, leader=None))
+            for other in others:
+                pipe.hset(keys.job(other.id), "leader", heir.id)
+                pipe.zadd(keys.followers(heir.id), {other.id: round(other.created_at * 1e6)})
+            if company.leads and job.same is not None:
+                pipe.set(keys.same(job.same), heir.id)
+            return
+        if company.leads and job.same is not None and job.state is not JobState.completed:
+            pipe.delete(keys.same(job.same))
+
+    def forget(self, pipe: Pipeline, job: Job, company: Company = ALONE) -> None:
         """Ended -> nothing."""
         pipe.delete(self._keys.job(job.id), self._keys.events(job.id))
+        if company.leads and job.same is not None:
+            pipe.delete(self._keys.same(job.same))
         pipe.zrem(self._keys.owner(job.owner), job.id)
 
-    def dequeue(self, pipe: Pipeline, job_id: str, model: str) -> None:
+    def dequeue(self, pipe: Pipeline, job_id: str, queue: str) -> None:
         """Out of the queues; the state is the caller's business."""
         pipe.zrem(self._keys.pending, job_id)
-        pipe.zrem(self._keys.pending_of(model), job_id)
+        pipe.zrem(self._keys.pending_of(queue), job_id)
+
+    def _take_turn(self, pipe: Pipeline, job: Job, place: Place) -> None:
+        turns = self._keys.turns(job.request.model)
+        if place.first:  # nobody waits: what was used up before is forgiven, and forgotten
+            pipe.delete(turns)
+            pipe.hset(turns, "v", repr(place.now))
+        pipe.incr(self._keys.arrivals)
+        pipe.expire(self._keys.arrivals, self._settings.record_ttl_s)
+        pipe.hset(turns, flow_of(job.owner, job.request.priority), repr(place.turn.used_up))
+        pipe.expire(turns, self._settings.record_ttl_s)
 
     def _enqueue(self, pipe: Pipeline, job: Job) -> None:
         accepted_us = round(job.created_at * 1e6)
         pipe.zadd(self._keys.pending, {job.id: accepted_us})
-        pipe.zadd(self._keys.pending_of(job.request.model), {job.id: accepted_us})
+        pipe.zadd(self._keys.pending_of(job.queue), {job.id: job.turn})
         pipe.publish(self._keys.work_channel, NEW_WORK)
 
     def _lease(self, pipe: Pipeline, job_id: str, now_us: int) -> None:

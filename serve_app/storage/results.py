@@ -81,6 +81,14 @@ class ResultStore:
             raise Internal("the stored file is damaged; generate it again")
         return data
 
+    async def copy(self, source: str, target: str) -> None:
+        """The same file under another name, in no more room than needed. Raises NotFound."""
+        try:
+            copier = self._link_local if self._local else self._fs.cp_file
+            await _in_thread(copier, self._full(source), self._full(target))
+        except FileNotFoundError:
+            raise NotFound("the file is no longer stored") from None
+
     async def sweep(self, job_id: str, keep: Collection[str] = ()) -> None:
         """Remove every file of a job except `keep`: its inputs, and what lost attempts left."""
         await _in_thread(self._sweep, self._job(job_id), frozenset(self._full(path) for path in keep))
@@ -126,6 +134,27 @@ class ResultStore:
         directory = os.open(target.parent, os.O_RDONLY)
         try:
             os.fsync(directory)  # the rename itself
+        finally:
+            os.close(directory)
+
+    def _link_local(self, source: str, target: str) -> None:
+        """A second name for the file; files are replaced, never changed, so neither can spoil the other."""
+        folder = Path(target).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source, target)
+        except FileExistsError:  # an attempt wrote it, and its commit is not known to us
+            return
+        except FileNotFoundError:
+            with suppress(OSError):
+                folder.rmdir()
+            raise
+        except OSError:  # a file system without links
+            self._put_local(target, Path(source).read_bytes())
+            return
+        directory = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(directory)
         finally:
             os.close(directory)
 

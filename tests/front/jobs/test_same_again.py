@@ -1,0 +1,321 @@
+"""The same call again, and the same picture again: one job, one piece of work, and nobody else's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from deployments.protocol import events
+from deployments.protocol.card import Weights
+from deployments.protocol.errors import Conflict, NotFound
+from deployments.protocol.request import Edit, GenerationRequest
+from serve_app.jobs import progress
+from serve_app.jobs.desk import JobDesk
+from serve_app.jobs.dispatch import Dispatcher
+from serve_app.jobs.job import Job, JobState, Once
+from serve_app.jobs.store import JobStore
+from serve_app.jobs.transaction import connect
+from serve_app.settings import Settings
+from serve_app.storage.results import ResultStore
+from tests.front.conftest import MakeSettings
+from tests.front.fakes import CARD, MODEL, OWNER, FakeModels, eventually, keys_without_ttl, picture
+from tests.front.jobs.test_dispatch import at_the_gate, ended
+
+SEEDED = GenerationRequest(model=MODEL, prompt="a cat", seed=7)
+DRAWN = GenerationRequest(model=MODEL, prompt="a cat")
+ONCE = Once("order 1", "digest of the body")
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"0" * 1000)
+    return folder
+
+
+@pytest.fixture
+def make_desk(
+    store: JobStore, results: ResultStore, settings: Settings, weights: Path
+) -> Callable[[JobStore], JobDesk]:
+    card = CARD.model_copy(update={"weights": Weights(path=str(weights))})
+    return lambda over: JobDesk(over, results, {MODEL: card}, settings)
+
+
+@pytest.fixture
+def desk(store: JobStore, make_desk: Callable[[JobStore], JobDesk]) -> JobDesk:
+    return make_desk(store)
+
+
+# ---- Idempotency-Key ------------------------------------------------------------------------------
+
+
+async def test_fifty_duplicate_submits_through_two_processes_give_one_job(
+    store: JobStore, settings: Settings, valkey_url: str, make_desk: Callable[[JobStore], JobDesk]
+) -> None:
+    async with connect(valkey_url) as other:
+        desks = [make_desk(store), make_desk(JobStore(other, settings))]
+
+        jobs = await asyncio.gather(*(desks[i % 2].submit(DRAWN, OWNER, once=ONCE) for i in range(50)))
+
+    assert len({job.id for job in jobs}) == 1
+    assert [job.id for job in (await store.page(OWNER)).jobs] == [jobs[0].id]
+    assert await store.queued([MODEL]) == {MODEL: 1}
+
+
+async def test_a_duplicate_after_the_end_tells_the_job_as_it_ended(
+    desk: JobDesk, store: JobStore, dispatcher: Dispatcher
+) -> None:
+    first = await ended(store, (await desk.submit(DRAWN, OWNER, once=ONCE)).id)
+
+    again = await desk.submit(DRAWN, OWNER, once=ONCE)
+
+    assert again == first
+    assert again.state is JobState.completed
+
+
+async def test_a_key_that_came_with_another_body_is_refused(desk: JobDesk) -> None:
+    await desk.submit(DRAWN, OWNER, once=ONCE)
+
+    with pytest.raises(Conflict, match="another request") as refusal:
+        await desk.submit(DRAWN, OWNER, once=Once(ONCE.key, "another digest"))
+
+    assert refusal.value.param == "Idempotency-Key"
+
+
+async def test_keys_of_different_owners_have_nothing_to_do_with_each_other(desk: JobDesk) -> None:
+    mine, theirs = [await desk.submit(DRAWN, owner, once=ONCE) for owner in (OWNER, "somebody else")]
+
+    assert mine.id != theirs.id
+
+
+async def test_a_duplicate_leaves_no_pictures_of_its_own(desk: JobDesk, tmp_path: Path) -> None:
+    wish = DRAWN.model_copy(update={"edit": Edit(image=picture())})
+    first = await desk.submit(wish, OWNER, once=ONCE)
+
+    await desk.submit(wish, OWNER, once=ONCE)
+
+    assert [folder.name for folder in (tmp_path / "results" / "inputs").iterdir()] == [first.id]
+
+
+async def test_a_duplicate_is_answered_though_the_queue_is_full(
+    results: ResultStore, store: JobStore, make_settings: MakeSettings
+) -> None:
+    settings = make_settings(max_pending=1)
+    desk = JobDesk(JobStore(store.redis, settings), results, {MODEL: CARD}, settings)
+    first = await desk.submit(DRAWN, OWNER, once=ONCE)
+
+    assert (await desk.submit(DRAWN, OWNER, once=ONCE)).id == first.id
+
+
+# ---- result cache ---------------------------------------------------------------------------------
+
+
+async def test_a_repeated_request_is_answered_by_files_of_its_own_without_the_model(
+    desk: JobDesk, store: JobStore, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    first = await ended(store, (await desk.submit(SEEDED, OWNER)).id)
+
+    second = await ended(store, (await desk.submit(SEEDED, OWNER)).id)
+    await desk.delete(first.id, OWNER)
+
+    assert len(models.requests) == 1
+    assert (first.cached, second.cached) == (False, True)
+    assert second.artifacts[0].path.startswith(f"outputs/{second.id}/")
+    assert (await desk.artifact(second.id, OWNER, 0))[1] == picture()
+
+
+async def test_a_cached_answer_needs_no_room_at_the_model(
+    desk: JobDesk, store: JobStore, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    await ended(store, (await desk.submit(SEEDED, OWNER)).id)
+    models.gate.clear()
+    for _ in range(models.slots[MODEL]):
+        await at_the_gate(store, models, (await desk.submit(DRAWN, OWNER)).id)
+
+    again = await ended(store, (await desk.submit(SEEDED, OWNER)).id)
+    models.gate.set()
+
+    assert again.cached
+
+
+async def test_a_drawn_seed_another_owner_and_other_words_are_misses(
+    desk: JobDesk, store: JobStore, dispatcher: Dispatcher
+) -> None:
+    await ended(store, (await desk.submit(SEEDED, OWNER)).id)
+
+    others = [
+        await desk.submit(SEEDED, "somebody else"),
+        await desk.submit(SEEDED.model_copy(update={"prompt": "a dog"}), OWNER),
+        await desk.submit(SEEDED.model_copy(update={"seed": 8}), OWNER),
+        await desk.submit(DRAWN, OWNER),
+    ]
+
+    assert [(await ended(store, job.id)).cached for job in others] == [False] * 4
+
+
+async def test_changed_weights_are_a_miss(
+    desk: JobDesk, store: JobStore, dispatcher: Dispatcher, weights: Path
+) -> None:
+    await ended(store, (await desk.submit(SEEDED, OWNER)).id)
+    (weights / "model.safetensors").write_bytes(b"0" * 999 + b"1")
+
+    again = await ended(store, (await desk.submit(SEEDED, OWNER)).id)
+
+    assert not again.cached
+
+
+async def test_priority_and_previews_are_no_other_picture(
+    desk: JobDesk, store: JobStore, dispatcher: Dispatcher
+) -> None:
+    await ended(store, (await desk.submit(SEEDED, OWNER)).id)
+
+    again = await desk.submit(SEEDED.model_copy(update={"priority": "high", "deadline_s": 5.0}), OWNER)
+
+    assert (await ended(store, again.id)).cached
+
+
+async def delete_job(desk: JobDesk, first: Job) -> None:
+    await desk.delete(first.id, OWNER)
+
+
+async def empty_cache(desk: JobDesk, first: Job) -> None:
+    await desk.empty_cache(OWNER)
+
+
+@pytest.mark.parametrize("forget", [delete_job, empty_cache])
+async def test_what_was_deleted_is_not_in_the_cache(
+    forget: Callable[[JobDesk, Job], Awaitable[None]],
+    desk: JobDesk,
+    store: JobStore,
+    dispatcher: Dispatcher,
+    models: FakeModels,
+) -> None:
+    await forget(desk, await ended(store, (await desk.submit(SEEDED, OWNER)).id))
+
+    again = await ended(store, (await desk.submit(SEEDED, OWNER)).id)
+
+    assert not again.cached
+    assert len(models.requests) == 2
+
+
+async def test_lost_files_of_a_twin_are_made_anew(
+    desk: JobDesk, store: JobStore, results: ResultStore, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    first = await ended(store, (await desk.submit(SEEDED, OWNER)).id)
+    await results.sweep(first.id)
+
+    second = await ended(store, (await desk.submit(SEEDED, OWNER)).id)
+
+    assert (second.state, second.cached, second.failures) == (JobState.completed, False, 0)
+    assert len(models.requests) == 2
+
+
+# ---- single flight --------------------------------------------------------------------------------
+
+
+async def test_identical_requests_in_progress_are_run_once_and_end_together(
+    desk: JobDesk, store: JobStore, dispatcher: Dispatcher, models: FakeModels, settings: Settings
+) -> None:
+    models.gate.clear()
+    leader = await desk.submit(SEEDED, OWNER)
+    await at_the_gate(store, models, leader.id)
+    followers = [await desk.submit(SEEDED, OWNER) for _ in range(5)]
+    states = {(await store.get(job.id)).state for job in followers}
+
+    models.gate.set()
+    jobs = [await ended(store, job.id) for job in (leader, *followers)]
+
+    assert states == {JobState.queued}
+    assert [job.state for job in jobs] == [JobState.completed] * 6
+    assert len(models.requests) == 1
+    assert [job.cached for job in jobs] == [False] + [True] * 5
+    assert len({job.artifacts[0].path for job in jobs}) == 6
+    assert await keys_without_ttl(store.redis, settings.redis_prefix) == [f"{settings.redis_prefix}secret"]
+
+
+async def test_a_follower_has_its_leaders_place_in_the_queue(desk: JobDesk) -> None:
+    await desk.submit(DRAWN, OWNER)
+    await desk.submit(SEEDED, OWNER)
+
+    follower = await desk.submit(SEEDED, OWNER)
+
+    assert (await desk.get(follower.id, OWNER)).position == 2
+
+
+@pytest.mark.parametrize("running", [False, True])
+async def test_when_the_leader_is_cancelled_the_oldest_follower_takes_its_place(
+    running: bool,
+    desk: JobDesk,
+    store: JobStore,
+    models: FakeModels,
+    results: ResultStore,
+    settings: Settings,
+) -> None:
+    models.gate.clear()
+    leader, heir, third = [await desk.submit(SEEDED, OWNER) for _ in range(3)]
+    dispatcher = Dispatcher(store, results, models, settings)
+    task = asyncio.create_task(dispatcher.run())
+    if running:
+        await at_the_gate(store, models, leader.id)
+    await desk.cancel(leader.id, OWNER)
+    await at_the_gate(store, models, heir.id)
+    assert (await store.get(third.id)).leader == heir.id
+
+    models.gate.set()
+    jobs = [await ended(store, job.id) for job in (leader, heir, third)]
+    await dispatcher.drain()
+    await task
+
+    assert [job.state.value for job in jobs] == ["cancelled", "completed", "completed"]
+    assert [job.cached for job in jobs] == [False, False, True]
+
+
+async def test_a_follower_may_be_cancelled_alone(
+    desk: JobDesk, store: JobStore, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    models.gate.clear()
+    leader, follower = [await desk.submit(SEEDED, OWNER) for _ in range(2)]
+
+    cancelled = await desk.cancel(follower.id, OWNER)
+    models.gate.set()
+
+    assert cancelled.state is JobState.cancelled
+    assert (await ended(store, leader.id)).state is JobState.completed
+    assert (await store.get(follower.id)).state is JobState.cancelled
+
+
+async def test_when_the_leader_fails_for_good_so_do_its_followers(
+    desk: JobDesk, store: JobStore, models: FakeModels, results: ResultStore, settings: Settings
+) -> None:
+    models.troubles = [events.Failed("out_of_memory", "too large", retryable=False)]
+    jobs = [await desk.submit(SEEDED, OWNER) for _ in range(3)]
+    dispatcher = Dispatcher(store, results, models, settings)
+    task = asyncio.create_task(dispatcher.run())
+
+    failed = [await ended(store, job.id) for job in jobs]
+    again = await ended(store, (await desk.submit(SEEDED, OWNER)).id)
+    await dispatcher.drain()
+    await task
+
+    assert {job.error and job.error.kind for job in failed} == {"out_of_memory"}
+    assert len(models.requests) == 2
+    assert (again.state, again.cached) == (JobState.completed, False)
+    for job in failed:
+        told = [event for _, event in await store.events(job.id)]
+        assert isinstance(told[-1], progress.Failed)
+
+
+async def test_a_follower_forgets_a_leader_that_was_deleted(
+    desk: JobDesk, store: JobStore, dispatcher: Dispatcher
+) -> None:
+    first = await ended(store, (await desk.submit(SEEDED, OWNER)).id)
+    await desk.delete(first.id, OWNER)
+
+    with pytest.raises(NotFound):
+        await store.get(first.id)
+    await eventually(lambda: True)
+    assert (await desk.submit(SEEDED, OWNER)).twin is None
