@@ -1,0 +1,186 @@
+"""Nobody in who should not be, and nobody at what is another's: over all routes there are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import websockets
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from redis.asyncio import Redis
+from starlette.routing import BaseRoute, Mount, Route, WebSocketRoute
+from websockets.asyncio.client import connect
+
+from serve_app.admission.gate import Books
+from serve_app.admission.principal import Role, Scope
+from serve_app.settings import Settings
+from tests.front.api.conftest import client_of
+from tests.front.api.painter import Painter
+
+pytestmark = pytest.mark.parametrize("app", ["locked"], indirect=True)
+PUBLIC = {"/health", "/ready", "/openapi.json", "/docs", "/docs/oauth2-redirect"}
+FILLED = {"index": "0", "name": "0.png", "model": "sketch"}
+UNKNOWN = "f" * 32
+SUBMIT = {"prompt": "a fox", "model": "sketch"}
+
+
+def bearer(text: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {text}"}
+
+
+def leaves(routes: list[BaseRoute]) -> Iterator[Route | WebSocketRoute]:
+    """Every route, those of included routers too."""
+    for route in routes:
+        if isinstance(route, Route | APIRoute | WebSocketRoute):
+            yield route
+        elif not isinstance(route, Mount):
+            yield from leaves(list(getattr(route, "routes", [])))
+
+
+def calls(app: FastAPI, task_id: str = UNKNOWN) -> list[tuple[str, str]]:
+    """(method, path) of everything that can be called by HTTP, its gaps filled."""
+    filled = FILLED | {"task_id": task_id}
+    return [
+        (method, re.sub(r"{(\w+)(:\w+)?}", lambda gap: filled.get(gap[1], UNKNOWN), path))
+        for path, methods in app.openapi()["paths"].items()
+        for method in sorted(methods)
+    ]
+
+
+@pytest.fixture
+def books(redis: Redis, settings: Settings) -> Books:
+    return Books.of(redis, settings)
+
+
+async def key_of(books: Books, name: str, *scopes: Scope, role: Role = Role.user) -> str:
+    user = await books.users.add(name, f"{name}@example.org", role)
+    return (await books.keys.create(user.id, scopes or {Scope.read, Scope.generate}))[1]
+
+
+async def test_every_route_that_is_not_public_answers_401_without_a_key(
+    app: FastAPI, client: httpx.AsyncClient
+):
+    documented = {path for _, path in calls(app)}
+    routes = [route for route in leaves(app.routes) if not isinstance(route, WebSocketRoute)]
+    hidden = [
+        (method, route.path)
+        for route in routes
+        if "{" not in route.path and route.path not in documented
+        for method in sorted(route.methods or {"GET"})
+    ]
+
+    answers = {(method, path): await client.request(method, path) for method, path in calls(app) + hidden}
+
+    open_paths = {path for (_, path), answer in answers.items() if answer.status_code != 401}
+    assert len(answers) > 25
+    assert open_paths <= PUBLIC, open_paths - PUBLIC
+    assert {"/auth/token", "/auth/session", "/admin/users"} <= {path for _, path in answers}
+
+
+async def test_a_key_opens_only_what_its_scopes_say(app: FastAPI, client: httpx.AsyncClient, books: Books):
+    reader = await key_of(books, "reader", Scope.read)
+    maker = await key_of(books, "maker", Scope.generate)
+    gauge = await key_of(books, "gauge", Scope.metrics)
+
+    async def status(method: str, path: str, key: str) -> int:
+        return (await client.request(method, path, headers=bearer(key), json=SUBMIT)).status_code
+
+    assert await status("GET", "/api/models/", reader) == 200
+    assert await status("POST", "/api/generate/image", reader) == 403
+    assert await status("POST", "/v1/images/generations", reader) == 403
+    assert await status("DELETE", f"/api/generate/{UNKNOWN}", reader) == 403
+    assert await status("GET", "/metrics", reader) == 403
+    assert await status("POST", "/api/generate/image", maker) == 202
+    assert await status("GET", "/api/generate/", maker) == 403
+    assert await status("GET", "/metrics", gauge) == 200
+    assert await status("GET", "/api/models/", gauge) == 403
+
+
+async def test_admin_routes_are_for_admins_with_the_scope_alone(
+    app: FastAPI, client: httpx.AsyncClient, books: Books
+):
+    nobody = await key_of(books, "nobody", Scope.read, Scope.generate, Scope.admin)  # the role says no
+    careful = await key_of(books, "careful", Scope.read, Scope.generate, role=Role.admin)
+    boss = await key_of(books, "boss", *Scope, role=Role.admin)
+    admin_calls = [call for call in calls(app) if call[1].startswith("/admin/")]
+
+    refused = {
+        (await client.request(method, path, headers=bearer(key), json={})).status_code
+        for method, path in admin_calls
+        for key in (nobody, careful)
+    }
+    let_in = {
+        (await client.request(method, path, headers=bearer(boss), json={})).status_code
+        for method, path in admin_calls
+    }
+
+    assert len(admin_calls) >= 6
+    assert refused == {403}
+    assert not let_in & {401, 403}
+
+
+async def test_an_admin_makes_users_and_keys_over_http(client: httpx.AsyncClient, books: Books):
+    boss = bearer(await key_of(books, "boss", *Scope, role=Role.admin))
+    user = (
+        await client.post("/admin/users", json={"name": "Ann", "email": "ann@example.org"}, headers=boss)
+    ).json()
+
+    made = (await client.post(f"/admin/users/{user['id']}/keys", json={"name": "x"}, headers=boss)).json()
+    me = await client.get("/auth/me", headers=bearer(made["api_key"]))
+    off = await client.patch(f"/admin/users/{user['id']}", json={"disabled": True}, headers=boss)
+    after = await client.get("/auth/me", headers=bearer(made["api_key"]))
+    gone = await client.delete(f"/admin/keys/{made['key']['prefix']}", headers=boss)
+
+    assert me.json()["owner"] == user["id"]
+    assert off.json()["disabled"] is True
+    assert after.status_code == 401
+    assert gone.json()["revoked_at"] is not None
+    assert made["api_key"] not in (await client.get("/admin/keys", headers=boss)).text
+
+
+async def test_what_is_anothers_looks_like_what_never_was(
+    app: FastAPI, client: httpx.AsyncClient, books: Books, painter: Painter
+):
+    ann, bob = await key_of(books, "ann"), await key_of(books, "bob")
+    done = await client.post("/v1/images/generations", json=SUBMIT, headers=bearer(ann))
+    assert done.status_code == 200, done.text
+    job_id = (await client.get("/api/generate/", headers=bearer(ann))).json()["jobs"][0]["id"]
+    by_id = [(method, path) for method, path in calls(app, job_id) if job_id in path]
+
+    for method, path in by_id:
+        theirs = await client.request(method, path, headers=bearer(bob))
+        nobodys = await client.request(method, path.replace(job_id, UNKNOWN), headers=bearer(bob))
+        assert theirs.status_code == nobodys.status_code == 404, f"{method} {path}"
+        assert theirs.text.replace(job_id, UNKNOWN) == nobodys.text, f"{method} {path}"
+
+    assert len(by_id) >= 7
+    assert (await client.get("/api/generate/", headers=bearer(bob))).json()["jobs"] == []
+    kept = await client.get(f"/api/generate/{job_id}", headers=bearer(ann))
+    assert kept.json()["status"] == "completed"  # and Bob's DELETE took nothing away
+
+
+async def test_a_socket_shows_nobody_anothers_job(app: FastAPI, address: str, books: Books):
+    ann, bob = await key_of(books, "ann"), await key_of(books, "bob")
+    async with client_of(app) as client:
+        answer = await client.post("/api/generate/image", json=SUBMIT, headers=bearer(ann))
+        cookie = await client.post("/auth/session", json={"api_key": ann})
+    job_id, session = answer.json()["id"], cookie.cookies["weft_session"]
+
+    async def refusal(path_id: str, headers: dict[str, str]) -> int:
+        with pytest.raises(websockets.InvalidStatus) as refused:
+            await connect(f"ws://{address}/ws/{path_id}", additional_headers=headers, open_timeout=30)
+        return refused.value.response.status_code
+
+    assert await refusal(job_id, bearer(bob)) == 404
+    assert await refusal(UNKNOWN, bearer(bob)) == 404
+    assert await refusal(job_id, {}) == 401
+    by_cookie = {"Cookie": f"weft_session={session}"}
+    assert await refusal(job_id, by_cookie | {"Origin": "https://evil.example"}) == 403
+    assert await refusal(job_id, by_cookie) == 403  # browsers always say where a socket comes from
+    async with connect(
+        f"ws://{address}/ws/{job_id}", additional_headers=by_cookie | {"Origin": f"http://{address}"}
+    ) as socket:
+        assert '"queued"' in str(await socket.recv())
