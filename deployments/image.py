@@ -12,9 +12,11 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deployments import __version__
+from deployments.protocol.adapters import AdapterFiles
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import NotFound, WeftError
 from deployments.protocol.events import Artifact, Done, Event, Failed, Handover, Preview, Step
@@ -25,6 +27,7 @@ from deployments.telemetry import join_serve_log
 if TYPE_CHECKING:  # heavy imports stand in the constructor: building the graph loads no torch
     from PIL.Image import Image
 
+    from deployments.adapters.mixed import Mix
     from deployments.engine.worker import Emit, Finished
     from deployments.loaded import LoadedModel
     from deployments.media.control import Finder
@@ -34,7 +37,7 @@ if TYPE_CHECKING:  # heavy imports stand in the constructor: building the graph 
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 PRIORITIES = {"low": -1, "normal": 0, "high": 1}
 STOP_GRACE_S = 50.0  # of the 60 s that app.py gives a replica to end
 
@@ -55,15 +58,21 @@ class ImageModel:
         cards: Sequence[ModelCard],
         refiners: Mapping[str, ModelCard] | None = None,
         on_stop: Callable[[Callable[[], None]], object] | None = None,
+        *,
+        fetch_adapter: AdapterFiles | None = None,
+        adapter_folder: str | None = None,
     ) -> None:
         """cards: the first is loaded now, the others when asked for; its `serving` rules the replica.
 
         refiners: by card id, the card that card.refiner names.
         on_stop: takes a function that it will call when the replica is going to be stopped.
+        fetch_adapter: where LoRAs come from that requests only name; without it they bring their file.
+        adapter_folder: keeps LoRAs that were fetched; replicas of one machine may share it.
         """
         os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # a model folder may hold code; never run it
         import torch
 
+        from deployments.adapters.files import NearbyFiles
         from deployments.engine.engine import Engine
         from deployments.engine.step_scheduler import StepScheduler
         from deployments.engine.worker import Worker
@@ -78,6 +87,11 @@ class ImageModel:
         self._refiners = dict(refiners or {})
         torch.set_num_threads(max(1, int(serving.num_cpus)))  # Ray sets 1 for small replicas
         self._device = best_device()
+        self._adapter_files = NearbyFiles(
+            None if adapter_folder is None else Path(adapter_folder),
+            serving.adapter_disk_mib * MIB,
+            fetch_adapter,
+        )
         self._shelf: Shelf[LoadedModel] = Shelf(
             self._load,
             LoadedModel.unload,
@@ -86,9 +100,7 @@ class ImageModel:
             max_bytes=memory_bytes(self._device),
             expected_bytes=lambda name: int(self._cards[name].vram_gib * GIB),
         )
-        self._shelf.put(
-            first.id, LoadedModel(first, self._refiner_of(first), self._device, while_serving=False)
-        )
+        self._shelf.put(first.id, self._load(first.id, while_serving=False))
         scheduler = StepScheduler(serving.max_rows)
         engine = Engine(scheduler, deterministic=serving.deterministic, aside=True, device=self._device)
         self._worker = Worker(engine, scheduler, slots=serving.slots, watchdog_s=serving.watchdog_s)
@@ -119,7 +131,10 @@ class ImageModel:
             fitted = fit(request, card, fresh_seed=secrets.randbits(32)).request
             async with self._shelf.using(card.id) as loaded:
                 max_wait_s = None if patient else self._serving.max_wait_s
-                async with aclosing(self._run(loaded, fitted, user, resume, max_wait_s)) as events:
+                async with (
+                    loaded.adapters.using(fitted.loras, self._worker.call) as owner,
+                    aclosing(self._run(loaded, fitted, user, resume, max_wait_s, owner)) as events,
+                ):
                     async for event in events:
                         yield event
         except WeftError as error:
@@ -157,11 +172,17 @@ class ImageModel:
     def _refiner_of(self, card: ModelCard) -> ModelCard | None:
         return self._refiners.get(card.id)
 
-    def _load(self, name: str) -> LoadedModel:
+    def _load(self, name: str, *, while_serving: bool = True) -> LoadedModel:
         from deployments.loaded import LoadedModel
 
         card = self._cards[name]
-        return LoadedModel(card, self._refiner_of(card), self._device, while_serving=True)
+        return LoadedModel(
+            card,
+            self._refiner_of(card),
+            self._device,
+            while_serving=while_serving,
+            adapter_files=self._adapter_files,
+        )
 
     async def _warm_up(self, card: ModelCard) -> None:
         """One small request: kernels are chosen, rows proven and times learned before anybody waits."""
@@ -179,7 +200,10 @@ class ImageModel:
         user: str,
         resume: bytes | None,
         max_wait_s: float | None,
+        owner: Mix | None = None,
     ) -> AsyncGenerator[Event]:
+        """The request's events. owner: of its rows, with the LoRAs that it brought."""
+        from deployments.engine.fiber import own_rows
         from deployments.engine.step_scheduler import Job
         from deployments.engine.worker import Finished, Interrupted
         from deployments.pipelines.resume import Progress, restore
@@ -192,7 +216,8 @@ class ImageModel:
             def on_step(step: int, steps: int) -> None:
                 emit(Step(step, steps))
 
-            attach = partial(_attach, loaded, request, progress, emit)
+            own_rows(owner)
+            attach = partial(_attach, loaded, request, progress, emit, owner)
             return loaded.model.call(request, on_step, image, mask, maps, progress=progress, attach=attach)
 
         job = Job(
@@ -202,7 +227,7 @@ class ImageModel:
             steps=denoising_steps(request, loaded.card),
             steps_done=progress.step,
             rows=request.num_images,
-            shape=(loaded.card.id, request.width, request.height),
+            shape=(loaded.card.id, request.width, request.height, request.video and request.video.num_frames),
         )
         items = self._worker.submit(work, job, max_wait_s=max_wait_s, snapshot=progress.save)
         async with aclosing(items):
@@ -231,12 +256,17 @@ class ImageModel:
 
 
 def _attach(
-    loaded: LoadedModel, request: FittedRequest, progress: Progress, emit: Emit, pipeline: Any
+    loaded: LoadedModel,
+    request: FittedRequest,
+    progress: Progress,
+    emit: Emit,
+    owner: Mix | None,
+    pipeline: Any,
 ) -> None:
     """Give a request's pipeline the model's prompt cache, and previews if they are wanted."""
     from deployments.pipelines.previews import watch
 
-    loaded.prompts.attach(pipeline)
+    loaded.prompts.attach(pipeline, owner.label if owner is not None and owner.touches_text else None)
     previewer, steps = loaded.previewer, denoising_steps(request, loaded.card)
     every = -(-steps // (request.output.previews + 1))  # ceil: no preview of the last step
     if not request.output.previews or previewer is None or steps < 2:

@@ -11,12 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from deployments.adapters.bank import Bank, Room
+from deployments.adapters.files import NearbyFiles
+from deployments.adapters.mixed import Mixer
+from deployments.adapters.source import PARTS
 from deployments.engine.intercept import intercept
 from deployments.engine.row_counts import pad_small_linears
 from deployments.pipelines.model import Model
 from deployments.pipelines.previews import Previewer
 from deployments.pipelines.prompt_cache import PromptCache
-from deployments.protocol.card import ModelCard
+from deployments.protocol.adapters import AdapterFiles
+from deployments.protocol.card import ModelCard, Serving
 from deployments.protocol.request import ControlType, Task
 from deployments.weights.load import load_controlnet, load_pipeline
 from deployments.weights.preprocessors import finders
@@ -26,15 +31,32 @@ logger = logging.getLogger(__name__)
 MIB = 2**20
 
 
+def _pipeline_tasks(card: ModelCard) -> list[Task]:
+    """Those that a pipeline does; frame-wise videos are made of pictures."""
+    framewise = {Task.t2v, Task.i2v} if card.videos is not None and card.videos.framewise else set()
+    return [Task(task) for task in card.tasks if task not in framewise]
+
+
+def _room(serving: Serving) -> Room:
+    return Room(serving.adapters_on_device, serving.adapters_in_memory, serving.adapter_memory_mib * MIB)
+
+
 class LoadedModel:
     """The card's model, its prompt cache, previewer and control map finders."""
 
     def __init__(
-        self, card: ModelCard, refiner: ModelCard | None, device: torch.device, *, while_serving: bool
+        self,
+        card: ModelCard,
+        refiner: ModelCard | None,
+        device: torch.device,
+        *,
+        while_serving: bool,
+        adapter_files: AdapterFiles | None = None,
     ) -> None:
         """Loads at once. refiner: the card that card.refiner names; loaded when a request asks for it.
 
         while_serving: other threads are at work, see load_pipeline.
+        adapter_files: of LoRAs that requests only name; without it they must send the file along.
         Raises ModelUnavailable when the weights cannot be had.
         """
         started = time.monotonic()
@@ -42,7 +64,7 @@ class LoadedModel:
         self.card = card
         self.model = Model(
             pipeline,
-            [Task(task) for task in card.tasks if task in set(Task)],
+            _pipeline_tasks(card),
             controls=card.controls,
             load_controlnet=partial(load_controlnet, family=card.family, device=device),
             load_refiner=None
@@ -52,7 +74,15 @@ class LoadedModel:
         self.previewer = Previewer.fitted_to(pipeline)
         self.prompts = PromptCache(card.serving.prompt_cache_mib * MIB)
         self.finders: Mapping[ControlType, Callable[..., Any]] = finders(card.controls, device)
-        self._restores: list[Callable[[], None]] = []
+        parts = {name: part for name, part in pipeline.components.items() if name in PARTS}
+        self.mixer = Mixer(
+            {name: part for name, part in parts.items() if isinstance(part, nn.Module)},
+            deterministic=card.serving.deterministic,
+        )
+        self.adapters = Bank(
+            pipeline, self.mixer, device, adapter_files or NearbyFiles(None, 0), _room(card.serving)
+        )
+        self._restores: list[Callable[[], None]] = [self.adapters.close, self.mixer.restore]
         self._cut(self.model.modules)
         self.model.on_new_modules = self._cut
         logger.info("model loaded", extra={"model": card.id, "seconds": time.monotonic() - started})

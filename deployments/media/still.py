@@ -66,13 +66,18 @@ def a1111_parameters(request: FittedRequest, seed: int, version: str) -> str:
         "Size": f"{request.width}x{request.height}",
         "Model": request.model,
     }
-    if request.edit is not None:
+    if request.video is not None:
+        settings |= {"Frames": request.video.num_frames, "FPS": request.video.fps}
+    elif request.edit is not None:
         settings["Denoising strength"] = request.edit.strength
     for index, control in enumerate(request.controls):
         settings[f"ControlNet {index}"] = (
             f"Module: {control.type}, Weight: {control.weight:g}, "
             f"Guidance Start: {control.start:g}, Guidance End: {control.end:g}"
         )
+    if request.loras:
+        used = ", ".join(f"{lora.name or lora.id[:12]}: {lora.id[:12]}" for lora in request.loras)
+        settings["Lora hashes"] = used
     if request.refiner is not None:
         settings["Refiner switch at"] = request.refiner
     settings["Version"] = f"weft {version}"
@@ -93,6 +98,7 @@ def metadata(request: FittedRequest, seed: int, version: str, generation_s: floa
     bulky: dict[str, Any] = {
         "edit": {"image", "mask_image"},
         "controls": {"__all__": {"image"}},
+        "loras": {"__all__": {"file"}},
         "num_images": True,
     }
     facts = request.model_dump(mode="json", exclude=bulky)

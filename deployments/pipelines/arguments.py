@@ -47,6 +47,9 @@ def call_arguments(
         "strength": request.edit.strength if request.edit else None,
         "output_type": "pil",
     }
+    if request.video is not None:
+        arguments["num_frames"] = request.video.num_frames
+        arguments["frame_rate"] = request.video.fps  # LTX moves at the pace it is told
     if maps:
         # Stable Diffusion's text-to-image pipelines call the control picture just image
         arguments["control_image" if "control_image" in known else "image"] = list(maps)

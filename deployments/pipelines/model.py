@@ -16,7 +16,7 @@ from diffusers.pipelines.auto_pipeline import (
 from PIL import Image
 from torch import nn
 
-from deployments.pipelines import ensemble
+from deployments.pipelines import ensemble, video
 from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.controlnet import controlnets
 from deployments.pipelines.resume import Progress, can_resume, remaining
@@ -93,6 +93,7 @@ class Model:
         """Run the request's own, unmodified pipeline call; num_images pictures in order of seed.
 
         image, mask, maps: RGB, L and RGB, of the request's size; a map for every control picture.
+        A video is one video.Reel, still to be decoded.
         output_type: "latent" gives tensors without decoding. Strength 0 gives the picture back
         untouched, which diffusers refuses to do ("number of steps is < 1").
         progress: kept up to date; if it holds latents, the call goes on from there.
@@ -104,7 +105,7 @@ class Model:
         pipeline = self.pipeline_for(request)
         attach(pipeline)
         arguments = call_arguments(type(pipeline), request, image, mask, maps)
-        arguments["output_type"] = output_type
+        arguments["output_type"] = output_type if request.video is None else video.output_type(pipeline)
         progress = progress or Progress()
         if request.refiner is not None:
             refiner = _own_copy(self._refiner, request.scheduler)
@@ -115,6 +116,8 @@ class Model:
             if progress.latents is not None:
                 arguments |= remaining(progress, request, pipeline._execution_device)
             result = pipeline(**arguments, callback_on_step_end=teller(on_step, progress))
+        if request.video is not None:
+            return [video.reel(pipeline, result.frames)]
         if any(result.get("nsfw_content_detected") or ()):
             raise BadRequest(
                 "the model's own safety checker blacked the picture out; change the prompt or the seed",
@@ -190,7 +193,10 @@ def _own_copy(template: Any, scheduler: str) -> Any:
 
 def _template(pipeline: Any, task: Task) -> Any:
     """The pipeline of diffusers that does `task`, over the very same components."""
-    pipeline_class = _get_task_class(_MAPPINGS[task], type(pipeline).__name__)
+    if task in (Task.t2v, Task.i2v):
+        pipeline_class = video.video_class(type(pipeline), task)
+    else:
+        pipeline_class = _get_task_class(_MAPPINGS[task], type(pipeline).__name__)
     template = pipeline if pipeline_class is type(pipeline) else _built(pipeline_class, pipeline, {})
     template.set_progress_bar_config(disable=True)
     return template

@@ -1,0 +1,124 @@
+"""VideoModel: what a Serve replica of video models does; app.py makes the deployment of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from ray.serve.handle import DeploymentHandle
+
+from deployments import __version__
+from deployments.encoding import Encoder, Encoding, RemoteEncoder
+from deployments.image import ImageModel
+from deployments.media.footage import Footage, Frames, VideoFiles
+from deployments.protocol.card import ModelCard
+from deployments.protocol.errors import ModelUnavailable, OutOfMemory
+from deployments.protocol.events import Artifact, Done, Event, Stage
+from deployments.protocol.request import FittedRequest
+
+if TYPE_CHECKING:
+    from deployments.engine.worker import Finished
+    from deployments.pipelines.video import Reel
+
+
+class VideoModel(ImageModel):
+    """An ImageModel whose requests may be videos: they are denoised in the same engine, and then decoded on
+    a thread of their own and encoded elsewhere, both at once, while their slot serves the next request.
+    """
+
+    def __init__(
+        self,
+        cards: Sequence[ModelCard],
+        encoder: Encoder | DeploymentHandle[Any],
+        refiners: Mapping[str, ModelCard] | None = None,
+        on_stop: Callable[[Callable[[], None]], object] | None = None,
+    ) -> None:
+        """encoder: the VideoEncoder deployment, or one that is here. The others: see ImageModel."""
+        self._encoder = RemoteEncoder(encoder) if isinstance(encoder, DeploymentHandle) else encoder
+        self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        self._decoding_since: float | None = None  # time.monotonic(); what the watchdog looks at
+        super().__init__(cards, refiners, on_stop)
+
+    def check_health(self) -> None:
+        """Called by Serve; raising has the replica replaced."""
+        super().check_health()
+        since = self._decoding_since
+        if since is not None and time.monotonic() - since > self._serving.watchdog_s:
+            raise ModelUnavailable("the video decoder hangs; the replica must be replaced")
+
+    async def _deliver(self, request: FittedRequest, finished: Finished) -> AsyncGenerator[Event]:
+        """Decode and encode at the same time; the files, then Done."""
+        if request.video is None:
+            async for event in super()._deliver(request, finished):
+                yield event
+            return
+        started = time.monotonic()
+        reel: Reel = finished.value[0]
+        footage = Footage(
+            request.width,
+            request.height,
+            reel.total,
+            request.video.fps,
+            request.video.format,
+            request.video.quality,
+        )
+        async with Encoding(self._encoder, footage) as encoding:
+            decoded = encoded = 0
+            while (frames := await self._take(reel)) is not None:
+                decoded += len(frames)
+                yield Stage("decode", decoded, reel.total)
+                await encoding.add(frames)
+                if encoding.encoded > encoded:
+                    encoded = encoding.encoded
+                    yield Stage("encode", encoded, reel.total)
+            while await encoding.rest():
+                yield Stage("encode", encoding.encoded, reel.total)
+            facts, text = _facts(request, finished.run_s + time.monotonic() - started)
+            files = await encoding.files(text, json.dumps(facts, ensure_ascii=False))
+        for artifact in _artifacts(request, footage, files, facts):
+            yield artifact
+        yield Done(finished.queued_s, finished.run_s + time.monotonic() - started)
+
+    async def _take(self, reel: Reel) -> Frames | None:
+        return await asyncio.get_running_loop().run_in_executor(self._decoder, self._decode, reel)
+
+    def _decode(self, reel: Reel) -> Frames | None:
+        """On the decoder's thread: the next frames of this video; other videos come in between."""
+        import torch
+
+        self._decoding_since = time.monotonic()
+        try:
+            return reel.take()
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                "the device ran out of memory while it decoded the video; "
+                "ask for fewer frames or a smaller size"
+            ) from error
+        finally:
+            self._decoding_since = None
+
+
+def _facts(request: FittedRequest, generation_s: float) -> tuple[dict[str, object], str]:
+    """How the video was made: as JSON, and in A1111's form."""
+    from deployments.media import still
+
+    text = still.a1111_parameters(request, request.seed, __version__)
+    return still.metadata(request, request.seed, __version__, generation_s), text
+
+
+def _artifacts(
+    request: FittedRequest, footage: Footage, files: VideoFiles, facts: Mapping[str, object]
+) -> list[Artifact]:
+    seed = request.seed
+    stills = {"thumbnail": files.thumbnail, "poster": files.poster, "spritesheet": files.spritesheet}
+    return [
+        Artifact(0, "video", footage.media_type, files.video, footage.width, footage.height, seed, facts),
+        *(
+            Artifact(0, kind, still.media_type, still.data, still.width, still.height, seed)
+            for kind, still in stills.items()
+        ),
+    ]

@@ -1,0 +1,296 @@
+"""VideoModel as a handle sees it, without Ray: the tiny Wan that ships, and a real encoder."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+
+from deployments.encoder import VideoEncoder
+from deployments.media.footage import Footage, Frames, Segment, VideoFiles
+from deployments.pipelines.video import reel, video_class
+from deployments.protocol.card import Weights, load_card
+from deployments.protocol.errors import Internal, ModelUnavailable
+from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Stage, Started, Step
+from deployments.protocol.request import Edit, GenerationRequest, Task, Video
+from deployments.video import VideoModel
+from tests.front.fakes import eventually
+from tests.workshop.films import ROOT, decibels, film, png
+
+CARD = load_card(ROOT / "configs/models/tiny-wan.yaml")
+CODEC_DB = 30.0
+PATIENCE_S = 120.0
+
+
+class Recorder:
+    """A real encoder that keeps the frames it was given, and can be told to wait or to fail."""
+
+    def __init__(self) -> None:
+        self._encoder = VideoEncoder()
+        self.frames: dict[float, list[Frames]] = {}
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.asked = self.cancelled = 0
+        self.failure: Exception | None = None
+
+    async def segment(self, footage: Footage, index: int, *chunks: Frames) -> Segment:
+        self.asked += 1
+        if self.failure is not None:
+            raise self.failure
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        self.frames.setdefault(footage.fps, []).extend(chunks)
+        return await self._encoder.segment(footage, index, *chunks)
+
+    async def join(self, footage: Footage, segments: Sequence[Segment]) -> VideoFiles:
+        return await self._encoder.join(footage, segments)
+
+    def taken(self, fps: int) -> Frames:
+        """The frames of the one video of this pace."""
+        return np.concatenate(self.frames[fps])
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[VideoModel]:
+    made = VideoModel([CARD], VideoEncoder())
+    yield made
+    made.__del__()
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def model(loaded: VideoModel, recorder: Recorder) -> VideoModel:
+    loaded._encoder = recorder
+    return loaded
+
+
+def wish(**changes: Any) -> GenerationRequest:
+    known = {"model": CARD.id, "prompt": "a red circle moving left", "seed": 5, "num_inference_steps": 3}
+    return GenerationRequest(**(known | {"video": Video(num_frames=5)} | changes))
+
+
+def stream(model: VideoModel, **changes: Any) -> AsyncGenerator[Event]:
+    return model.generate(wish(**changes))
+
+
+async def events_of(model: VideoModel, **changes: Any) -> list[Event]:
+    return [event async for event in stream(model, **changes)]
+
+
+def file(events: Sequence[Event], kind: str = "video") -> Artifact:
+    (found,) = (event for event in events if isinstance(event, Artifact) and event.kind == kind)
+    return found
+
+
+async def test_a_video_is_denoised_decoded_and_encoded_and_told_so(model: VideoModel) -> None:
+    events = await events_of(model, video=Video(num_frames=41))
+
+    assert events[:2] == [Queued(0, 0.0), Started(3)]
+    assert events[2:5] == [Step(step, 3) for step in (1, 2, 3)]
+    stages = [event for event in events if isinstance(event, Stage)]
+    assert [s.done for s in stages if s.name == "decode"] == [1 + 4 * latent for latent in range(11)]
+    assert [s.done for s in stages if s.name == "encode"][-1] == 41
+    assert all(stage.total == 41 for stage in stages)
+    kinds = [event.kind for event in events if isinstance(event, Artifact)]
+    assert kinds == ["video", "thumbnail", "poster", "spritesheet"]
+    assert isinstance(events[-1], Done)
+
+
+async def test_the_file_holds_the_very_frames_that_diffusers_makes(
+    model: VideoModel, recorder: Recorder
+) -> None:
+    async with model._shelf.using(CARD.id) as held:
+        pipeline = held.model.pipeline_for(_fitted(model))
+    with torch.inference_mode():
+        own = pipeline(
+            "a red circle moving left",
+            num_frames=17,
+            height=64,
+            width=64,
+            num_inference_steps=3,
+            guidance_scale=CARD.guidance.default,
+            max_sequence_length=CARD.max_sequence_length,
+            generator=torch.Generator().manual_seed(5),
+            output_type="np",
+        ).frames[0]
+
+    events = await events_of(model, video=Video(num_frames=17, fps=12))
+
+    expected = np.round(own * 255).astype(np.int16)
+    assert np.abs(recorder.taken(12).astype(np.int16) - expected).max() <= 1
+    shown = film(file(events).data)
+    assert shown.frames.shape == expected.shape
+    assert min(decibels(a, b) for a, b in zip(shown.frames, expected, strict=True)) > CODEC_DB
+    assert (shown.duration_s, shown.pixel_format) == (pytest.approx(17 / 12, abs=0.01), "yuv420p")
+
+
+def _fitted(model: VideoModel) -> Any:
+    from deployments.protocol.limits import fit
+
+    return fit(wish(), CARD, fresh_seed=0).request
+
+
+async def test_decoding_latent_by_latent_gives_the_bits_of_decoding_at_once(model: VideoModel) -> None:
+    async with model._shelf.using(CARD.id) as held:
+        pipeline = held.model.pipeline_for(_fitted(model))
+    latents = torch.randn(1, 16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole = pipeline.video_processor.postprocess_video(pipeline.vae.decode(latents).sample, "np")[0]
+        two = [reel(pipeline, latents), reel(pipeline, latents)]
+
+        taken = [[one.take() for one in two] for _ in range(5)]  # the two in turns
+
+    assert taken[-1] == [None, None]
+    for chunks in zip(*taken[:-1], strict=True):
+        assert np.array_equal(np.concatenate(chunks), np.round(whole * 255).astype(np.uint8))
+
+
+async def test_four_different_videos_at_once_are_what_each_is_alone(
+    model: VideoModel, recorder: Recorder
+) -> None:
+    wishes = [
+        {"prompt": "a blue star", "seed": 1, "num_inference_steps": 2, "video": Video(num_frames=5, fps=21)},
+        {"prompt": "a circle", "seed": 2, "num_inference_steps": 5, "video": Video(num_frames=5, fps=22)},
+        {"guidance_scale": 1.0, "num_inference_steps": 4, "video": Video(num_frames=5, fps=23)},
+        {"negative_prompt": "red", "scheduler": "flow_euler", "video": Video(num_frames=9, fps=24)},
+    ]
+    alone = []
+    for changes in wishes:
+        await events_of(model, **changes)
+        alone.append(recorder.taken(changes["video"].fps))  # type: ignore[union-attr]
+    recorder.frames.clear()
+
+    await asyncio.gather(*(events_of(model, **changes) for changes in wishes))
+
+    together = [recorder.taken(changes["video"].fps) for changes in wishes]  # type: ignore[union-attr]
+    assert [len(frames) for frames in together] == [5, 5, 5, 9]
+    assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+async def test_the_container_says_how_it_was_made(model: VideoModel) -> None:
+    artifact = file(await events_of(model, video=Video(num_frames=5, format="webm")))
+
+    told = film(artifact.data).metadata
+    assert artifact.media_type == "video/webm"
+    assert told["comment"].startswith("a red circle moving left\nSteps: 3")
+    assert "Frames: 5, FPS: 8" in told["comment"]
+    facts = json.loads(told["description"])
+    assert (facts["seed"], facts["video"]["num_frames"]) == (5, 5)
+    assert artifact.metadata["seed"] == 5
+
+
+@pytest.mark.parametrize("phase", ["denoise", "decode", "encode"])
+async def test_closing_the_stream_ends_the_work_in_any_phase(
+    phase: str, model: VideoModel, recorder: Recorder
+) -> None:
+    recorder.gate.clear()
+    async with aclosing(stream(model, video=Video(num_frames=33), num_inference_steps=20)) as events:
+        if phase == "denoise":
+            await _until(events, Step)
+        elif phase == "decode":
+            await _until(events, Stage)
+        else:
+            rest = asyncio.create_task(_exhaust(events))
+            await eventually(lambda: recorder.asked == 1, PATIENCE_S)
+            rest.cancel()
+            await asyncio.wait({rest})
+
+    await eventually(lambda: model._worker.active == 0, PATIENCE_S)
+    assert recorder.cancelled == recorder.asked == (phase == "encode")
+    recorder.gate.set()
+    assert isinstance((await events_of(model))[-1], Done)
+
+
+async def _until(events: AsyncGenerator[Event], kind: type) -> None:
+    async for event in events:
+        if isinstance(event, kind):
+            return
+
+
+async def _exhaust(events: AsyncGenerator[Event]) -> None:
+    async for _ in events:
+        pass
+
+
+async def test_a_slot_serves_the_next_while_a_video_is_encoded(model: VideoModel, recorder: Recorder) -> None:
+    recorder.gate.clear()
+    first = asyncio.create_task(events_of(model))
+    await eventually(lambda: recorder.asked == 1, PATIENCE_S)
+
+    assert not model._worker._running
+    recorder.gate.set()
+    assert isinstance((await first)[-1], Done)
+
+
+@pytest.mark.parametrize(
+    ("failure", "retryable"),
+    [(Internal("no such frames"), False), (ModelUnavailable("the video encoder was lost"), True)],
+)
+async def test_a_failing_encoder_fails_the_video_and_nothing_is_delivered(
+    failure: Exception, retryable: bool, model: VideoModel, recorder: Recorder
+) -> None:
+    recorder.failure = failure
+
+    events = await events_of(model)
+
+    assert isinstance(events[-1], Failed)
+    assert events[-1].retryable is retryable
+    assert not [event for event in events if isinstance(event, Artifact)]
+
+
+async def test_bad_input_is_one_failed_event_that_names_the_field(model: VideoModel) -> None:
+    (failed,) = await events_of(model, video=Video(num_frames=6))
+
+    assert isinstance(failed, Failed)
+    assert (failed.kind, failed.param) == ("bad_request", "num_frames")
+
+
+def test_a_pipeline_has_its_sibling_for_the_other_task() -> None:
+    from diffusers import HunyuanVideoPipeline, LTXImageToVideoPipeline, LTXPipeline, WanPipeline
+
+    assert video_class(WanPipeline, Task.i2v) is WanImageToVideoPipeline
+    assert video_class(WanImageToVideoPipeline, Task.i2v) is WanImageToVideoPipeline
+    assert video_class(LTXImageToVideoPipeline, Task.t2v) is LTXPipeline
+    assert video_class(HunyuanVideoPipeline, Task.t2v) is HunyuanVideoPipeline
+
+
+async def test_a_video_begins_with_the_given_picture(loaded: VideoModel, tmp_path: Path) -> None:
+    async with loaded._shelf.using(CARD.id) as held:
+        parts = dict(held.model._pipeline.components)
+    torch.manual_seed(0)
+    config = dict(parts["transformer"].config) | {
+        "in_channels": 36,
+        "num_layers": 1,
+    }  # + picture and its mask
+    parts["transformer"] = WanTransformer3DModel.from_config(config)
+    WanImageToVideoPipeline(**parts, image_processor=None, image_encoder=None).save_pretrained(tmp_path)
+    weights = Weights(path=str(tmp_path), dtype="float32")
+    recorder = Recorder()
+    model = VideoModel([CARD.model_copy(update={"weights": weights, "tasks": ["i2v"]})], recorder)
+    try:
+        for pace, side in ((31, 64), (32, 96)):
+            edit = Edit(image=png(side, side))
+            events = await events_of(
+                model, edit=edit, width=64, height=64, video=Video(num_frames=5, fps=pace)
+            )
+            assert isinstance(events[-1], Done), events[-1]
+    finally:
+        model.__del__()
+
+    assert recorder.taken(31).shape == (5, 64, 64, 3)
+    assert not np.array_equal(recorder.taken(31), recorder.taken(32)), "the picture acts"
