@@ -67,8 +67,11 @@ class JobDesk:
     ) -> Job:
         """The accepted job: durable, and sure to end. The same `once` again gives the job there is.
 
-        webhook: an address, checked already, that is told of the ending.
-        Raises what `admit` raises, Overloaded (also when the disk is nearly full), RateLimited, Conflict.
+        images_per_day: int | None = None,
+        webhook: an address that is told of the ending; of an allowed host.
+        images_per_day: the owner's quota.
+        Raises what `admit` raises, Overloaded (also when the disk is nearly full), RateLimited, Conflict,
+        QuotaExceeded.
         """
         fitted = admit(request, self._cards, self._settings, secrets.randbelow(FRESH_SEEDS))
         if not await self._results.free_space_ok():
@@ -85,6 +88,7 @@ class JobDesk:
         job = await self._accept(job_id, owner, detached, taken, fitted.corrections, terms)
         if job.id == job_id:
             logger.info("job accepted", extra={"job_id": job_id, "model": job.request.model})
+            images_per_day=images_per_day,
         return job
 
     async def _cache_key(self, request: FittedRequest, owner: str) -> str | None:

@@ -9,6 +9,7 @@ from enum import StrEnum
 from deployments.protocol.errors import KINDS, Internal, WeftError
 from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest
+from serve_app.admission.quota import Charge
 
 COPIES = "=copies"  # the queue of jobs whose files are there already; no model id looks like that
 
@@ -68,6 +69,7 @@ class Terms:
     same: str | None = None  # cache key; requests of one owner with equal keys make equal pictures
     webhook: str | None = None  # URL that is told of the ending
     max_wait_s: float | None = None  # refused when it would wait longer before it begins
+    images_per_day: int | None = None  # the owner's quota; None: there is none
 
 
 NO_TERMS = Terms()
@@ -115,6 +117,7 @@ class Job:
     twin: str | None = None  # an identical job that has completed; this one copies its files
     webhook: str | None = None
     files_expired: bool = False  # its files were removed when their time was up
+    charge: Charge | None = None  # what it took from its owner's quota
 
     @property
     def queue(self) -> str:

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter
 
 from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest
+from serve_app.admission.quota import Charge
 from serve_app.jobs.job import NO_TERMS, Handover, Job, JobError, JobState, Once, StoredArtifact, Terms
 
 CORRECTIONS = TypeAdapter(tuple[Correction, ...])
@@ -93,6 +94,10 @@ class Keys:
         """STRING: how often an owner's cache was emptied."""
         return f"{self.prefix}epoch:{owner}"
 
+    def quota(self, owner: str) -> str:
+        """HASH: pictures by day, of an owner who has a quota."""
+        return f"{self.prefix}quota:{owner}"
+
     def pace(self, model: str) -> str:
         """LIST: seconds that the latest jobs of a model took."""
         return f"{self.prefix}pace:{model}"
@@ -176,3 +181,4 @@ def job_from(job_id: str, fields: Mapping[str, str]) -> Job:
 
 def _seconds(microseconds: str | None) -> float | None:
     return None if microseconds is None else int(microseconds) / 1e6
+        charge=None if "charge" not in fields else Charge.parse(fields["charge"]),

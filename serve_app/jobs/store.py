@@ -20,6 +20,7 @@ from redis.asyncio.client import Pipeline
 from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overloaded, RateLimited
 from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest
+from serve_app.admission import quota
 from serve_app.jobs import progress
 from serve_app.jobs.forecast import Room
 from serve_app.jobs.hints import Hints
@@ -98,7 +99,7 @@ class JobStore:
 
         A request like one that has completed copies its files; like one in progress, it waits for them.
         Raises Overloaded past max_pending and terms.max_wait_s, RateLimited past max_active_per_owner,
-        Conflict when the key came with another body before.
+        Conflict when the key came with another body before, QuotaExceeded past terms.images_per_day.
         """
         keys = self._keys
 
@@ -119,8 +120,15 @@ class JobStore:
                 )
             now_us = await _now_us(pipe)
             begin(pipe)
+            charge, old = None, list[str]()
+            if terms.images_per_day is not None:
+                used = await _hash(pipe, keys.quota(owner))
+                charge = quota.reserve(terms.images_per_day, used, request.num_images, now_us)
+                old = quota.old_days(used, now_us)
             return self._transitions.accept(
-                pipe, job_id, owner, request, warnings, now_us, terms=terms, place=place
+            if old:
+                pipe.hdel(keys.quota(owner), *old)
+                pipe, job_id, owner, request, warnings, now_us, terms=terms, place=place, charge=charge
             )
 
         watch = [keys.job(job_id), keys.pending, keys.active(owner)]
@@ -129,6 +137,8 @@ class JobStore:
         if terms.same is not None:
             watch.append(keys.same(terms.same))
         async with self._accepting:
+        if terms.images_per_day is not None:
+            watch.append(keys.quota(owner))
             return await transact(self.redis, watch, decide)
 
     async def _first_use(self, pipe: Pipeline, owner: str, once: Once) -> Job | None:

@@ -14,6 +14,8 @@ from redis.typing import EncodableT, FieldT
 
 from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest
+from serve_app.admission import quota
+from serve_app.admission.quota import Charge
 from serve_app.jobs import progress
 from serve_app.jobs.job import Handover, Job, JobError, JobState, Terms
 from serve_app.jobs.record import (
@@ -85,8 +87,9 @@ class Transitions:
         *,
         terms: Terms,
         place: Place,
+        charge: Charge | None = None,
     ) -> Job:
-        """Nothing -> queued."""
+        """Nothing -> queued. charge: what it takes from its owner's quota."""
         fields = new_fields(
             owner,
             request,
@@ -97,6 +100,9 @@ class Transitions:
             leader=place.leader,
             twin=place.twin,
         )
+        if charge is not None:
+            fields["charge"] = str(charge)
+            self._count(pipe, owner, charge.day, charge.images)
         job = job_from(job_id, fields)
         pipe.hset(self._keys.job(job_id), mapping=_pairs(fields))
         if terms.once is not None:
@@ -229,8 +235,20 @@ class Transitions:
         self._tell(pipe, job.id, progress.ending(job))
         pipe.expire(keys.job(job.id), ttl_s)
         pipe.expire(keys.events(job.id), min(ttl_s, EVENTS_TTL_S))
+        back = quota.refund(job.charge, sum(artifact.kind != "thumbnail" for artifact in job.artifacts))
+        if job.charge is not None and back:
+            self._count(pipe, job.owner, job.charge.day, -back)
+        pipe.zadd(keys.expiring, {job.id: now_us + self._settings.result_ttl_s * 1_000_000})
+        pipe.expire(keys.expiring, 2 * max(ttl_s, self._settings.result_ttl_s))
+        if job.webhook is not None:
+            pipe.zadd(keys.outbox, {job.id: now_us})
+            pipe.expire(keys.outbox, ttl_s)
         self._settle(pipe, job, now_us, company)
         return job
+
+    def _count(self, pipe: Pipeline, owner: str, day: str, images: int) -> None:
+        pipe.hincrby(self._keys.quota(owner), day, images)
+        pipe.expire(self._keys.quota(owner), quota.KEPT_S)
 
     def _settle(self, pipe: Pipeline, job: Job, now_us: int, company: Company) -> None:
         """What the ending of a job means for the identical ones that wait for it.
