@@ -1,5 +1,6 @@
 """What every route needs, by one Depends: who calls, the doors behind us, where our links start."""
 
+import re
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
@@ -13,7 +14,7 @@ from pydantic import ValidationError
 from starlette.requests import HTTPConnection
 
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import Forbidden, NotFound, Unauthorized
+from deployments.protocol.errors import BadRequest, Forbidden, NotFound, Unauthorized
 from deployments.protocol.request import GenerationRequest, Task
 from serve_app.admission.gate import Gate, StoreClient
 from serve_app.admission.pictures import PictureCheck
@@ -25,13 +26,15 @@ from serve_app.api.metrics import ApiMetrics
 from serve_app.api.schemas.image import ImageBody
 from serve_app.api.schemas.openai import GenerationsBody
 from serve_app.jobs.desk import JobDesk
-from serve_app.jobs.job import Job
+from serve_app.jobs.job import Job, Once
+from serve_app.jobs.sameness import body_digest
 from serve_app.settings import Settings
 
 JOB_ID_DIGITS = 32
 READY = "ready"
 SESSION_COOKIE = "weft_session"
 CSRF_HEADER = "x-weft-csrf"  # another site's page cannot send it without being asked first, and we say no
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 SAFE = ("GET", "HEAD", "OPTIONS")
 
 
@@ -66,6 +69,7 @@ class Visit:
     principal: Principal
     prefix: str  # of links for whoever called us: "" or "/below"
     address: str  # of links for anybody: https://host/below
+    idempotency_key: str | None = None  # as it was sent: the same call again shall have no other effect
 
     @property
     def desk(self) -> JobDesk:
@@ -81,10 +85,27 @@ class Visit:
         model = await self._default_model(body) if body.model is None else body.model
         request = _to_request(body, model)
         await self.state.pictures.verify(request)
-        job = await self.desk.submit(request, self.owner)
+        job = await self.desk.submit(
+            request,
+            self.owner,
+            once=self._once(body),
+            webhook=body.webhook_url if isinstance(body, ImageBody) else None,
+            images_per_day=self.principal.images_per_day,
+        )
         self.state.metrics.submitted.labels(job.request.model, job.request.task.value).inc()
         self.state.metrics.submit_seconds.observe(time.perf_counter() - began)
         return job
+
+    def _once(self, body: ImageBody | GenerationsBody) -> Once | None:
+        """What the caller's Idempotency-Key stands for. Raises BadRequest for one that is none."""
+        if self.idempotency_key is None:
+            return None
+        if not IDEMPOTENCY_KEY.fullmatch(self.idempotency_key):
+            raise BadRequest(
+                "an Idempotency-Key is 1 to 255 visible ASCII characters, such as a UUID",
+                param="Idempotency-Key",
+            )
+        return Once(self.idempotency_key, body_digest(body, kind=type(body).__name__))
 
     async def _default_model(self, body: ImageBody | GenerationsBody) -> str:
         ready = await self.state.ready_models()
@@ -132,7 +153,9 @@ async def visit_of(connection: HTTPConnection, state: ApiState, key: bytes | Non
     if state.gate.limits is not None:
         call_class = CallClass.submit if _asks_for_pictures(connection) else CallClass.read
         await state.gate.limits.take(call_class, principal.owner)
-    return Visit(state, principal, mount_prefix(connection, state), _address(connection, state))
+    idempotency_key = connection.headers.get("idempotency-key")
+    prefix = mount_prefix(connection, state)
+    return Visit(state, principal, prefix, _address(connection, state), idempotency_key)
 
 
 async def enter(connection: HTTPConnection, state: StateHere) -> AsyncGenerator[Visit]:

@@ -184,3 +184,58 @@ async def test_a_socket_shows_nobody_anothers_job(app: FastAPI, address: str, bo
         f"ws://{address}/ws/{job_id}", additional_headers=by_cookie | {"Origin": f"http://{address}"}
     ) as socket:
         assert '"queued"' in str(await socket.recv())
+
+
+async def test_a_users_quota_is_told_with_the_time_until_the_next_day(
+    client: httpx.AsyncClient, books: Books
+):
+    user = await books.users.add("Ann", "ann@example.org", images_per_day=2)
+    key = bearer((await books.keys.create(user.id, {Scope.read, Scope.generate}))[1])
+
+    answers = [await client.post("/api/generate/image", json=SUBMIT, headers=key) for _ in range(3)]
+    openai = await client.post("/v1/images/generations", json=SUBMIT, headers=key)
+    cancelled = await client.delete(f"/api/generate/{answers[0].json()['id']}", headers=key)
+    again = await client.post("/api/generate/image", json=SUBMIT, headers=key)
+
+    assert [answer.status_code for answer in answers] == [202, 202, 429]
+    assert answers[2].json()["error"]["kind"] == "quota_exceeded"
+    assert 0 < int(answers[2].headers["retry-after"]) <= 86_400
+    assert (openai.status_code, openai.headers["x-should-retry"]) == (429, "false")
+    assert cancelled.json()["status"] == "cancelled"
+    assert again.status_code == 202
+
+
+async def test_too_many_submits_of_one_user_wait_while_others_go_on(
+    app: FastAPI, client: httpx.AsyncClient, books: Books, settings: Settings, redis: Redis
+):
+    ann, bob = await key_of(books, "ann"), await key_of(books, "bob")
+    me = (await client.get("/auth/me", headers=bearer(ann))).json()["owner"]
+    await redis.set(f"{settings.redis_prefix}rate:submit:{me}", settings.submits_per_minute, ex=60)
+
+    refused = [
+        await client.post("/api/generate/image", json=SUBMIT, headers=bearer(ann) | forwarded)
+        for forwarded in ({}, {"X-Forwarded-For": "6.6.6.6"})
+    ]
+    other = await client.post("/api/generate/image", json=SUBMIT, headers=bearer(bob))
+    looks = await client.get("/api/generate/", headers=bearer(ann))
+
+    assert [answer.status_code for answer in refused] == [429, 429]
+    assert 0 < int(refused[0].headers["retry-after"]) <= 60
+    assert 0 < int(refused[0].headers["retry-after-ms"]) <= 60_000
+    assert (other.status_code, looks.status_code) == (202, 200)
+
+
+async def test_full_of_calls_the_service_says_when_to_come_again(
+    client: httpx.AsyncClient, books: Books, settings: Settings, redis: Redis
+):
+    ann = await key_of(books, "ann")
+    crowd = {f"call{n}": 9e12 for n in range(settings.max_concurrent_calls)}
+    await redis.zadd(f"{settings.redis_prefix}calls", crowd)
+
+    refused = await client.post("/api/generate/image", json=SUBMIT, headers=bearer(ann))
+    await redis.zrem(f"{settings.redis_prefix}calls", "call0")
+    let_in = await client.post("/api/generate/image", json=SUBMIT, headers=bearer(ann))
+
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+    assert let_in.status_code == 202
+    assert await redis.zcard(f"{settings.redis_prefix}calls") == settings.max_concurrent_calls - 1
