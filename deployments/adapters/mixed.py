@@ -44,15 +44,21 @@ class Mix:
     """The adapters of a request with its weights: the owner of its rows."""
 
     pairs: Mapping[Place, Pair]
+    label: Hashable = ()  # adapters and weights by name: equal ones change the same
+
+    @property
+    def touches_text(self) -> bool:
+        """Whether prompts mean something else with it."""
+        return any(part.startswith("text_encoder") for part, _ in self.pairs)
 
 
-def mix(adapters: Sequence[tuple[Mapping[Place, Factors], float]]) -> Mix:
+def mix(adapters: Sequence[tuple[Mapping[Place, Factors], float]], label: Hashable = ()) -> Mix:
     """Adapters on the device and their weights as one: ranks side by side, weights and alphas in b."""
     places: dict[Place, list[tuple[Factors, float]]] = {}
     for factors, weight in adapters:
         for place, one in factors.items():
             places.setdefault(place, []).append((one, weight * one.scale))
-    return Mix({place: _joined(parts) for place, parts in places.items()})
+    return Mix({place: _joined(parts) for place, parts in places.items()}, label)
 
 
 def _joined(parts: Sequence[tuple[Factors, float]]) -> Pair:

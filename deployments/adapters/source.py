@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,10 +47,6 @@ class Adapter:
     def size_bytes(self) -> int:
         tensors = [tensor for one in self.factors.values() for tensor in (one.a, one.b)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    @property
-    def touches_text(self) -> bool:
-        return any(part.startswith("text_encoder") for part, _ in self.factors)
 
 
 def read(file: bytes, pipeline: Any) -> Adapter:
@@ -149,8 +145,12 @@ def _as_kohya(key: str, form: re.Pattern[str]) -> str:
 
 def _layer_of(key: str) -> str:
     """The layer's path in a key of diffusers or peft."""
-    key = next(iter(convert_unet_state_dict_to_peft({key: None})))
-    return re.split(r"\.lora_[AB]\b", key)[0]
+    return re.split(r"\.lora_[AB]\b", _renamed(convert_unet_state_dict_to_peft, key))[0]
+
+
+def _renamed(convert: Callable[[dict[str, None]], dict[str, None]], key: str) -> str:
+    """What one of diffusers' converters makes of a key."""
+    return next(iter(convert({key: None})))
 
 
 def _of_part(
@@ -176,13 +176,14 @@ def _of_part(
         a, b = tensors.get(f"{path}.lora_A.weight"), tensors.get(f"{path}.lora_B.weight")
         if a is None or b is None:
             raise _refused(f"'{part}.{key}' has no counterpart; both lora_A and lora_B are needed")
-        found[part, path] = _fitted(f"{part}.{path}", layers[path], a, b, scales.of(part, path, a.shape[0]))
+        scale = scales.of(part, path, a.shape[0] if a.ndim else 0)
+        found[part, path] = _fitted(f"{part}.{path}", layers[path], a, b, scale)
     return found
 
 
 def _in_peft_names(part: str, module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not part.startswith("text_encoder"):
-        return convert_unet_state_dict_to_peft(tensors)
+        return dict(convert_unet_state_dict_to_peft(tensors))
     if any("_lora." in key or "lora_linear_layer" in key for key in tensors):
         tensors = convert_state_dict_to_peft(tensors)
     if not hasattr(module, "text_model"):  # transformers 5 has flattened CLIP
@@ -196,7 +197,8 @@ def _fitted(name: str, layer: nn.Module, a: Tensor, b: Tensor, scale: float) -> 
     if not 0 < rank <= MAX_RANK:
         raise _refused(f"{name} has rank {rank}; 1-{MAX_RANK} are possible")
     if isinstance(layer, nn.Linear):
-        inside, outside = (rank, layer.in_features), (layer.out_features, rank)
+        inside: tuple[int, ...] = (rank, layer.in_features)
+        outside = (layer.out_features, rank)
     elif isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding_mode == "zeros":
         inside = (rank, layer.in_channels, *layer.kernel_size)
         outside = (layer.out_channels, rank)
@@ -211,7 +213,9 @@ def _fitted(name: str, layer: nn.Module, a: Tensor, b: Tensor, scale: float) -> 
         )
     if not math.isfinite(scale):
         raise _refused(f"{name} has an alpha that is not finite")
-    dtype = layer.weight.dtype if layer.weight.is_floating_point() else torch.bfloat16  # quantised weights
+    weight = layer.weight
+    plain = weight.is_floating_point() and weight.element_size() > 1
+    dtype = weight.dtype if plain else torch.bfloat16  # quantised weights compute in it
     return Factors(a.to(dtype).contiguous(), b.reshape(outside).to(dtype).contiguous(), scale)
 
 
@@ -229,7 +233,7 @@ class _Scales:
                 rest = rest.removeprefix("text_model.")
                 if "_lora." in rest or "lora_linear_layer" in rest:
                     convert = convert_state_dict_to_peft
-            (path,) = convert({rest: None})
+            path = _renamed(convert, rest)
             self._alphas[part, re.split(r"\.lora_[AB]\b", path)[0]] = alpha
 
     def of(self, part: str, path: str, rank: int) -> float:

@@ -69,6 +69,13 @@ class Fiber(greenlet):
         return self.parent.switch()
 
 
+def own_rows(owner: Hashable | None) -> None:
+    """Have the rows of all further calls of this fiber belong to `owner`."""
+    fiber = current_fiber()
+    if fiber is not None:
+        fiber.owner = owner
+
+
 def current_fiber() -> Fiber | None:
     """The fiber this code runs in, or None outside of any."""
     current = getcurrent()

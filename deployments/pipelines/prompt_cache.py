@@ -26,8 +26,11 @@ class PromptCache:
         self.hits = 0
         self.misses = 0
 
-    def attach(self, pipeline: Any) -> None:
-        """Let this pipeline object (not its class) ask the cache first; without encode_prompt: nothing."""
+    def attach(self, pipeline: Any, variant: Hashable = None) -> None:
+        """Let this pipeline object (not its class) ask the cache first; without encode_prompt: nothing.
+
+        variant: what else the answers depend on, such as the LoRAs on the text encoders.
+        """
         encode = getattr(pipeline, "encode_prompt", None)
         if encode is None or not self._max_bytes:
             return
@@ -37,7 +40,7 @@ class PromptCache:
             key = _key(function, args, kwargs)
             if key is None:  # a picture or ready-made embeddings go in: not ours to remember
                 return encode(*args, **kwargs)
-            return self._answer(key, lambda: encode(*args, **kwargs))
+            return self._answer((key, variant), lambda: encode(*args, **kwargs))
 
         vars(pipeline)["encode_prompt"] = remembered
 

@@ -72,7 +72,8 @@ def inspect(file: bytes) -> AdapterFacts:
     """The facts of a LoRA.
 
     Raises BadRequest (TooLarge over 512 MiB) with the reason: no safetensors, truncated, forged, not a
-    LoRA, of a kind that is not served (DoRA, LoKr, LoHa, Control), or over a limit. Takes milliseconds whatever the bytes; reads no tensor.
+    LoRA, of a kind that is not served (DoRA, LoKr, LoHa, Control), or over a limit. Takes milliseconds
+    whatever the bytes; reads no tensor.
     """
     if len(file) > MAX_FILE_BYTES:
         raise TooLarge(f"the LoRA has {len(file)} bytes; at most {MAX_FILE_BYTES}", param="loras")

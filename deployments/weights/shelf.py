@@ -57,6 +57,11 @@ class Shelf(Generic[T]):
         """Bytes by name, the least recently used first."""
         return {name: slot.size_bytes for name, slot in self._slots.items()}
 
+    @property
+    def models(self) -> list[T]:
+        """All that are loaded."""
+        return [slot.model for slot in self._slots.values()]
+
     def put(self, name: str, model: T) -> None:
         """A model that was loaded before anybody asked."""
         self._slots[name] = _Slot(model, self._size_of(model))
