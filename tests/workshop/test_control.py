@@ -31,20 +31,25 @@ from deployments.engine.intercept import intercept
 from deployments.image import ImageModel
 from deployments.media.control import edge_map
 from deployments.pipelines.model import Model
-from deployments.protocol.card import ControlNet, Licence, ModelCard, Weights, load_cards
+from deployments.protocol.card import ControlNet, ModelCard, Weights, load_cards
 from deployments.protocol.errors import BadRequest, ModelUnavailable
 from deployments.protocol.events import Artifact, Event, Failed, Step
 from deployments.protocol.request import Control, FittedEdit, FittedRequest, GenerationRequest, Task
 from deployments.weights.load import load_controlnet, load_pipeline
 from tests.workshop import tiny
+from tests.workshop.tiny_controls import (
+    CONTROLS,
+    LICENCE,
+    flux_controlnet,
+    flux_controlnets,
+    unet_controlnet,
+    unet_controlnets,
+)
 from tests.workshop.together import Together
 
 CPU = torch.device("cpu")
 CARDS = load_cards(Path(__file__).parents[2] / "configs/models")
 TOLERANCE = 1e-11  # of the largest latent
-LICENCE = Licence(name="MIT", url="https://example.org")
-CANNY = ControlNet(weights=Weights(path="canny"), licence=LICENCE)
-DEPTH = ControlNet(weights=Weights(path="depth"), licence=LICENCE)
 PICTURE = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 40).convert("RGB")
 MASK = Image.new("L", (64, 64), 0)
 MASK.paste(255, (0, 0, 32, 64))
@@ -102,37 +107,12 @@ def refiner() -> StableDiffusionXLImg2ImgPipeline:
     ).to(dtype=torch.float64)
 
 
-def flux_controlnet(seed: int, *, num_mode: int | None = None) -> FluxControlNetModel:
-    """num_mode: kinds of control picture that a union net tells apart."""
-    torch.manual_seed(seed)
-    config = {k: v for k, v in tiny.flux().transformer.config.items() if k != "out_channels"}
-    net = FluxControlNetModel.from_config(config, num_layers=1, num_single_layers=1, num_mode=num_mode)
-    for parameter in (*net.controlnet_blocks.parameters(), *net.controlnet_single_blocks.parameters()):
-        nn.init.normal_(parameter, std=0.1)
-    nn.init.normal_(net.controlnet_x_embedder.weight, std=0.1)
-    return net.double()
-
-
-def unet_controlnet(unet: UNet2DConditionModel, seed: int) -> ControlNetModel:
-    """Its own: the tiny VAE halves a picture's sides once, so the control picture's are halved once."""
-    torch.manual_seed(seed)
-    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
-    loud = (net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out)
-    for parameter in (p for part in loud for p in part.parameters()):
-        nn.init.normal_(parameter, std=0.1)  # they are zero to begin with
-    return net.double()
-
-
-def unet_controlnets(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
-    return {"canny": unet_controlnet(unet, 3), "depth": unet_controlnet(unet, 4)}
-
-
 def model_of(pipeline: Any, nets: dict[str, nn.Module], **parts: Any) -> Model:
     """A model in float64 whose ControlNets are these."""
     return Model(
         pipeline.to(dtype=torch.float64),
-        list(Task),
-        controls={"canny": CANNY, "depth": DEPTH},
+        tiny.IMAGE_TASKS,
+        controls=CONTROLS,
         load_controlnet=lambda weights: nets[weights.path or ""],
         **parts,
     )
@@ -141,7 +121,7 @@ def model_of(pipeline: Any, nets: dict[str, nn.Module], **parts: Any) -> Model:
 NETS: dict[str, dict[str, nn.Module]] = {
     "sd": unet_controlnets(tiny.sd().unet),
     "sdxl": unet_controlnets(tiny.sdxl().unet),
-    "flux": {"canny": flux_controlnet(1), "depth": flux_controlnet(2)},
+    "flux": flux_controlnets(),
 }
 
 
@@ -238,7 +218,10 @@ def test_controlled_pictures_are_those_of_the_plain_diffusers_pipeline(
 
 def test_a_union_net_is_told_which_kind_of_picture_it_gets() -> None:
     union = flux_controlnet(6, num_mode=3)
-    entries = {kind: ControlNet(weights=CANNY.weights, mode=mode, licence=LICENCE) for kind, mode in UNION}
+    entries = {
+        kind: ControlNet(weights=CONTROLS["canny"].weights, mode=mode, licence=LICENCE)
+        for kind, mode in UNION
+    }
     model = Model(
         tiny.flux().to(dtype=torch.float64), [Task.t2i], controls=entries, load_controlnet=lambda _: union
     )
@@ -439,7 +422,7 @@ def test_nets_and_refiner_are_loaded_once_and_their_modules_told() -> None:
     model = Model(
         tiny.sdxl().to(dtype=torch.float64),
         [Task.t2i],
-        controls={"canny": CANNY, "depth": DEPTH},
+        controls=CONTROLS,
         load_controlnet=load,
         load_refiner=refiner,
     )
@@ -467,7 +450,7 @@ def test_many_threads_that_need_a_net_load_it_once() -> None:
         loaded.append(weights)
         return NETS["sd"]["canny"]
 
-    model = Model(tiny.sd(), [Task.t2i], controls={"canny": CANNY}, load_controlnet=load)
+    model = Model(tiny.sd(), [Task.t2i], controls={"canny": CONTROLS["canny"]}, load_controlnet=load)
 
     def prepare() -> None:
         started.wait()

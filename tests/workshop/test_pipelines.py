@@ -53,17 +53,17 @@ GIVEN: dict[Task, tuple[Any, ...]] = {
 
 @pytest.fixture(scope="module")
 def flux() -> Model:
-    return Model(tiny.flux(), list(Task))
+    return Model(tiny.flux(), tiny.IMAGE_TASKS)
 
 
 @pytest.fixture(scope="module")
 def sdxl() -> Model:
-    return Model(tiny.sdxl(), list(Task))
+    return Model(tiny.sdxl(), tiny.IMAGE_TASKS)
 
 
 @pytest.fixture(scope="module")
 def sd() -> Model:
-    return Model(tiny.sd(), list(Task))
+    return Model(tiny.sd(), tiny.IMAGE_TASKS)
 
 
 @pytest.fixture
@@ -376,9 +376,9 @@ def test_text_image_and_inpainting_requests_at_once_paint_what_each_paints_alone
     model: Model, woven: Callable[[list[Task]], list[Image.Image]]
 ) -> None:
     with torch.inference_mode():
-        alone = [model.call(wish(task), ignore, *GIVEN[task])[0] for task in Task]
+        alone = [model.call(wish(task), ignore, *GIVEN[task])[0] for task in tiny.IMAGE_TASKS]
 
-        together = woven(list(Task))
+        together = woven(tiny.IMAGE_TASKS)
 
     for image, expected in zip(together, alone, strict=True):
         assert np.abs(pixels(image) - pixels(expected)).max() <= 1

@@ -31,6 +31,10 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from deployments.protocol.request import Task
+
+IMAGE_TASKS = (Task.t2i, Task.i2i, Task.inpaint, Task.refine)
+
 
 def flux(*, guidance: bool = True, seed: int = 0) -> FluxPipeline:
     """FLUX.1-dev in small (guidance embedded, dynamic shifting); schnell's shape without guidance.
