@@ -12,9 +12,11 @@ from ray import serve
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Internal
 from serve_app.handles import DispatcherModels, ModelHandles
+from serve_app.jobs.chores import Chores
 from serve_app.jobs.dispatch import Dispatcher
 from serve_app.services import Services
 from serve_app.settings import Settings
+from serve_app.storage.fetch import Fetcher
 from serve_app.telemetry import join_serve_log
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ class DispatcherReplica:
         )
         # a task with the context of a Serve request would be cancelled with that request
         self._task = asyncio.create_task(self._dispatcher.run(), context=contextvars.Context())
+        chores = Chores(services.store, services.results, Fetcher(settings.webhook_hosts), settings)
+        self._chores = asyncio.create_task(chores.run(), context=contextvars.Context())
 
     async def active(self) -> int:
         """Jobs running here now."""
@@ -50,10 +54,12 @@ class DispatcherReplica:
 
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""
-        if self._task.done():
+        if self._task.done() or self._chores.done():
             raise Internal("the dispatcher's loop has ended")
 
     async def __del__(self) -> None:
         """Called and awaited by Serve before the replica goes: running jobs are given back at once."""
+        if hasattr(self, "_chores"):
+            self._chores.cancel()
         if hasattr(self, "_dispatcher"):
             await self._dispatcher.drain()

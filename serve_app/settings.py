@@ -61,6 +61,7 @@ class Settings(BaseSettings):
     events_kept: int = Field(256, ge=16)  # per job, for replay
     result_ttl_s: int = Field(86_400, ge=60)  # files of an ended job, and the cache of results
     once_ttl_s: int = Field(86_400, ge=60)  # an Idempotency-Key
+    webhook_hosts: tuple[str, ...] = ()  # that may be told of endings: example.org, *.example.org, *
     cache: bool = True  # answer a repeated request of one owner, seed included, with the files there are
 
     submits_per_minute: int = Field(60, ge=1)  # of one owner; counted only where a key is demanded
@@ -72,6 +73,16 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(32 * 2**20, ge=1024)
     max_json_depth: int = Field(32, ge=4)
     sync_wait_s: float = Field(300.0, gt=0)  # how long the synchronous dialects wait for a job
+
+    fetch_hosts: str = ""  # whose URLs of LoRAs are opened: "example.org, *.example.com", "*"; empty: nobody's
+    fetch_timeout_s: float = Field(120.0, gt=0)  # for one file, from the first byte to the last
+    hub_loras: bool = False  # open LoRAs of huggingface.co by id
+    hf_token: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("hf_token", "WEFT_HF_TOKEN", "HF_TOKEN", "HUGGINGFACE_HUB_TOKEN"),
+    )  # goes to huggingface.co only
+    max_adapter_bytes: int = Field(512 * 2**20, ge=1024, le=512 * 2**20)
+    max_adapters_per_owner: int = Field(1000, ge=1)
 
     @model_validator(mode="after")
     def _leases_outlive_heartbeats(self) -> Self:

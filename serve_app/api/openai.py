@@ -124,6 +124,9 @@ async def _client_gone(http_request: Request) -> None:
 
 
 async def _cancel(visit: Visit, job: Job) -> None:
+    """What becomes of a job whose caller hung up. Who sent an Idempotency-Key will come again for it."""
+    if visit.idempotency_key is not None:
+        return
     with suppress(WeftError):  # it may have ended meanwhile, or the store is down: nobody is left to tell
         await visit.desk.cancel(job.id, visit.owner)
 

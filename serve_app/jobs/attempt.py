@@ -166,7 +166,7 @@ class Attempt:
         """The files of an identical job, under our own name; the model makes them anew if they are lost."""
         try:
             twin = await self._store.get(twin_id)
-            if not twin.artifacts:
+            if twin.files_expired:
                 raise NotFound("its files were removed")
             return Made(tuple([await self._copy(artifact) for artifact in twin.artifacts]), 0.0)
         except (NotFound, OSError) as error:
@@ -209,6 +209,8 @@ class Attempt:
                         self._note(0, steps)
                 case events.Step(step=step, steps=steps):
                     self._note(step, steps)
+                case events.Stage(name=name, done=done, total=total):
+                    self._tell(progress.Stage(name, done, total))
                 case events.Preview(step=step, media_type=media_type, data=data):
                     self._tell(progress.Preview(step, media_type, data))
                 case events.Handover(step=step, state=state):

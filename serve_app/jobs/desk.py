@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import Conflict, NotFound, Overloaded
+from deployments.protocol.errors import BadRequest, Conflict, Forbidden, NotFound, Overloaded
 from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest, GenerationRequest
 from serve_app.admission.rules import admit
@@ -20,8 +20,10 @@ from serve_app.jobs.listing import Page
 from serve_app.jobs.sameness import cache_key
 from serve_app.jobs.store import FROM_START, NO_SUCH_JOB, JobStore
 from serve_app.jobs.transaction import StoreUnreachable
+from serve_app.jobs.webhooks import owner_secret
 from serve_app.settings import Settings
 from serve_app.storage.digests import ModelDigests
+from serve_app.storage.fetch import Fetcher
 from serve_app.storage.results import ResultStore, input_path
 
 FRESH_SEEDS = 2**32  # as other tools draw them, and exact in JavaScript's numbers
@@ -51,6 +53,7 @@ class JobDesk:
     ) -> None:
         self._digests = digests or ModelDigests()
         self._secret: bytes | None = None  # read when first needed
+        self._webhooks = Fetcher(settings.webhook_hosts)
         self._store = store
         self._results = results
         self._cards = cards
@@ -64,15 +67,17 @@ class JobDesk:
         *,
         once: Once | None = None,
         webhook: str | None = None,
+        images_per_day: int | None = None,
     ) -> Job:
         """The accepted job: durable, and sure to end. The same `once` again gives the job there is.
 
-        images_per_day: int | None = None,
         webhook: an address that is told of the ending; of an allowed host.
         images_per_day: the owner's quota.
         Raises what `admit` raises, Overloaded (also when the disk is nearly full), RateLimited, Conflict,
         QuotaExceeded.
         """
+        if webhook is not None:
+            webhook = self._check_webhook(webhook)
         fitted = admit(request, self._cards, self._settings, secrets.randbelow(FRESH_SEEDS))
         if not await self._results.free_space_ok():
             raise Overloaded("there is too little room for new pictures; try again later", retry_after_s=60)
@@ -83,13 +88,24 @@ class JobDesk:
             once=once,
             same=None if request.seed is None else await self._cache_key(fitted.request, owner),
             webhook=webhook,
+            images_per_day=images_per_day,
             max_wait_s=self._cards[detached.model].serving.max_wait_s,
         )
         job = await self._accept(job_id, owner, detached, taken, fitted.corrections, terms)
         if job.id == job_id:
             logger.info("job accepted", extra={"job_id": job_id, "model": job.request.model})
-            images_per_day=images_per_day,
         return job
+
+    def _check_webhook(self, url: str) -> str:
+        """The address as it will be called. Raises BadRequest or Forbidden, naming the field."""
+        if not self._webhooks.enabled:
+            raise Forbidden(
+                "webhooks are off here; the operator may allow hosts by webhook_hosts", param="webhook_url"
+            )
+        try:
+            return self._webhooks.check(url)
+        except (BadRequest, Forbidden) as error:
+            raise type(error)(error.message, param="webhook_url") from None
 
     async def _cache_key(self, request: FittedRequest, owner: str) -> str | None:
         """What stands for this very picture; None where the model's files cannot be looked at."""
@@ -99,14 +115,22 @@ class JobDesk:
         models = await self._digests.of(card, request, self._cards.get(card.refiner or ""))
         if models is None:
             return None
+        secret = await self._shared_secret()
+        epoch = await self._store.cache_epoch(owner)
+        return await asyncio.to_thread(cache_key, secret, owner, epoch, request, models)
+
+    async def _shared_secret(self) -> bytes:
         if self._secret is None:
             self._secret = await self._store.secret()
-        epoch = await self._store.cache_epoch(owner)
-        return await asyncio.to_thread(cache_key, self._secret, owner, epoch, request, models)
+        return self._secret
 
     async def empty_cache(self, owner: str) -> None:
         """No request of this owner is answered by what was made before now."""
         await self._store.empty_cache(owner)
+
+    async def webhook_secret(self, owner: str) -> str:
+        """What this owner's webhooks are signed with."""
+        return owner_secret(await self._shared_secret(), owner)
 
     async def get(self, job_id: str, owner: str) -> JobView:
         """The job and its place in the queue. Raises NotFound."""
@@ -170,6 +194,10 @@ class JobDesk:
             if (artifact.index, artifact.kind) == (index, kind):
                 return artifact, await self._results.get(artifact.path, sha256=artifact.sha256)
         raise NotFound(f"the job has no {kind} number {index}")
+
+    async def artifact_part(self, artifact: StoredArtifact, start: int, end: int) -> bytes:
+        """Bytes start..end, both included, of a file that `get` showed to its owner."""
+        return await self._results.part(artifact.path, start, end)
 
     async def health(self) -> None:
         """Raises Overloaded with the reason why no job can be accepted now."""

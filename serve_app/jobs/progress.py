@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
@@ -39,6 +39,15 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """How far a video is after its last denoising step, in frames."""
+
+    name: Literal["decode", "encode"]
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Preview:
     """A rough look at the unfinished picture."""
 
@@ -70,13 +79,14 @@ class Cancelled:
     """Somebody asked for the job to end."""
 
 
-Event = Queued | Started | Step | Preview | Completed | Failed | Cancelled
+Event = Queued | Started | Step | Stage | Preview | Completed | Failed | Cancelled
 ENDINGS = (Completed, Failed, Cancelled)
 
 _ADAPTERS: dict[str, TypeAdapter[Any]] = {
     "queued": TypeAdapter(Queued),
     "started": TypeAdapter(Started),
     "step": TypeAdapter(Step),
+    "stage": TypeAdapter(Stage),
     "preview": TypeAdapter(Preview),
     "completed": TypeAdapter(Completed),
     "failed": TypeAdapter(Failed),
@@ -86,6 +96,7 @@ NAMES: dict[type[Event], str] = {
     Queued: "queued",
     Started: "started",
     Step: "step",
+    Stage: "stage",
     Preview: "preview",
     Completed: "completed",
     Failed: "failed",

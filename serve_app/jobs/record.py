@@ -107,6 +107,20 @@ class Keys:
         return f"{self.prefix}room:{model}"
 
     @property
+    def expiring(self) -> str:
+        """ZSET of ended jobs whose files are still there, by when they go."""
+        return f"{self.prefix}expiring"
+
+    @property
+    def outbox(self) -> str:
+        """ZSET of ended jobs whose webhook has not been told, by when to try next."""
+        return f"{self.prefix}outbox"
+
+    def chore(self, name: str) -> str:
+        """STRING: somebody does this chore now."""
+        return f"{self.prefix}chore:{name}"
+
+    @property
     def secret(self) -> str:
         """STRING: what this installation's cache keys and webhook secrets are derived from."""
         return f"{self.prefix}secret"
@@ -176,9 +190,9 @@ def job_from(job_id: str, fields: Mapping[str, str]) -> Job:
         twin=fields.get("twin"),
         webhook=fields.get("webhook"),
         files_expired="files_expired" in fields,
+        charge=None if "charge" not in fields else Charge.parse(fields["charge"]),
     )
 
 
 def _seconds(microseconds: str | None) -> float | None:
     return None if microseconds is None else int(microseconds) / 1e6
-        charge=None if "charge" not in fields else Charge.parse(fields["charge"]),

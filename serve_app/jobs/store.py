@@ -26,6 +26,7 @@ from serve_app.jobs.forecast import Room
 from serve_app.jobs.hints import Hints
 from serve_app.jobs.job import NO_TERMS, Handover, Job, JobError, JobState, Once, StoredArtifact, Terms
 from serve_app.jobs.listing import OwnerIndex, Page
+from serve_app.jobs.outbox import Outbox
 from serve_app.jobs.pace import Paces
 from serve_app.jobs.record import FIRST_USE, Keys, job_from
 from serve_app.jobs.transaction import begin, reachable, transact
@@ -119,15 +120,15 @@ class JobStore:
                     retry_after_s=5.0,
                 )
             now_us = await _now_us(pipe)
-            begin(pipe)
             charge, old = None, list[str]()
             if terms.images_per_day is not None:
                 used = await _hash(pipe, keys.quota(owner))
                 charge = quota.reserve(terms.images_per_day, used, request.num_images, now_us)
                 old = quota.old_days(used, now_us)
-            return self._transitions.accept(
+            begin(pipe)
             if old:
                 pipe.hdel(keys.quota(owner), *old)
+            return self._transitions.accept(
                 pipe, job_id, owner, request, warnings, now_us, terms=terms, place=place, charge=charge
             )
 
@@ -136,9 +137,9 @@ class JobStore:
             watch.append(keys.once(owner, digest(terms.once.key)))
         if terms.same is not None:
             watch.append(keys.same(terms.same))
-        async with self._accepting:
         if terms.images_per_day is not None:
             watch.append(keys.quota(owner))
+        async with self._accepting:
             return await transact(self.redis, watch, decide)
 
     async def _first_use(self, pipe: Pipeline, owner: str, once: Once) -> Job | None:
@@ -165,7 +166,7 @@ class JobStore:
         nobody = not await pipe.zcard(keys.pending_of(model))
         turn = next_turn(now, 0.0 if nobody else used_up, arrival, request.priority)
         ahead = 0 if nobody else await pipe.zcount(keys.pending_of(model), "-inf", f"({turn.score!r}")
-        place = Place(turn, now, cast(int, ahead) + 1, first=nobody)
+        place = Place(turn, now, ahead + 1, first=nobody)
         other = await self._identical(pipe, terms.same)
         if other is None or other.cancel_requested or other.files_expired:
             return place
@@ -175,7 +176,9 @@ class JobStore:
 
     async def _identical(self, pipe: Pipeline, same: str | None) -> Job | None:
         """The job that answers this cache key; watched, so that it is so when we write."""
-        other_id = None if same is None else await pipe.get(self._keys.same(same))
+        if same is None:
+            return None
+        other_id = cast(str | None, await pipe.get(self._keys.same(same)))
         if other_id is None:
             return None
         await pipe.watch(self._keys.job(other_id))
@@ -312,6 +315,51 @@ class JobStore:
                 # by the time it counts from 0 again, nothing from before is cached any more
                 pipe.expire(epoch, 2 * max(self._settings.result_ttl_s, self._settings.record_ttl_s))
                 await pipe.execute()
+
+    # ---- chores --------------------------------------------------------------------------------
+
+    @property
+    def outbox(self) -> Outbox:
+        """Webhooks to deliver."""
+        return Outbox(self.redis, self._keys)
+
+    async def may_do(self, chore: str, for_s: float) -> bool:
+        """Whether this is for us to do now; nobody else is told so within for_s."""
+        with reachable():
+            return bool(await self.redis.set(self._keys.chore(chore), "1", nx=True, px=int(for_s * 1000)))
+
+    async def files_due(self, at_most: int = 64) -> list[str]:
+        """Ended jobs whose files shall go."""
+        with reachable():
+            now_us = await _now_us(self.redis)
+            due = await self.redis.zrangebyscore(self._keys.expiring, 0, now_us, start=0, num=at_most)
+        return cast(list[str], due)
+
+    async def expire_files(self, job_id: str) -> None:
+        """From now on the job has no files, and nobody copies them. Raises NotFound."""
+        keys = self._keys
+
+        async def decide(pipe: Pipeline) -> None:
+            job = await self._read(pipe, job_id)
+            company = await self._company(pipe, job)
+            begin(pipe)
+            self._transitions.files_expired(pipe, job, company)
+
+        await transact(self.redis, [keys.job(job_id)], decide)
+
+    async def files_swept(self, job_id: str) -> None:
+        """They are gone."""
+        with reachable():
+            await self.redis.zrem(self._keys.expiring, job_id)
+
+    async def unknown(self, job_ids: Sequence[str]) -> list[str]:
+        """Those among the ids that no record is kept of."""
+        with reachable():
+            async with self.redis.pipeline(transaction=False) as pipe:
+                for job_id in job_ids:
+                    pipe.exists(self._keys.job(job_id))
+                known = await pipe.execute()
+        return [job_id for job_id, there in zip(job_ids, known, strict=True) if not there]
 
     # ---- workers -------------------------------------------------------------------------------
 

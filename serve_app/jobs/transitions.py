@@ -288,7 +288,16 @@ class Transitions:
         pipe.delete(self._keys.job(job.id), self._keys.events(job.id))
         if company.leads and job.same is not None:
             pipe.delete(self._keys.same(job.same))
+        pipe.zrem(self._keys.expiring, job.id)
+        pipe.zrem(self._keys.outbox, job.id)
         pipe.zrem(self._keys.owner(job.owner), job.id)
+
+    def files_expired(self, pipe: Pipeline, job: Job, company: Company) -> None:
+        """Ended, and its files are about to be removed; the record stays for its own time."""
+        pipe.hset(self._keys.job(job.id), "files_expired", "1")
+        pipe.hdel(self._keys.job(job.id), "artifacts")
+        if company.leads and job.same is not None:
+            pipe.delete(self._keys.same(job.same))
 
     def dequeue(self, pipe: Pipeline, job_id: str, queue: str) -> None:
         """Out of the queues; the state is the caller's business."""

@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,9 +24,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MIN_FREE_BYTES = 256 * 2**20
-EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "video/mp4": "mp4"}
+EXTENSIONS = {
+    "image/png": "png",
+    "image/jpeg": "jpg",
+    "image/webp": "webp",
+    "video/mp4": "mp4",
+    "video/webm": "webm",
+}
 JOB_ID = re.compile(r"[0-9a-f]{32}")
-PATH = re.compile(r"(outputs|inputs)/[0-9a-f]{32}/[a-z0-9_]+([.-][a-z0-9_]+)*")
+ADAPTER = re.compile(r"adapters/([0-9a-f]{64})\.safetensors")
+PATH = re.compile(rf"(outputs|inputs)/[0-9a-f]{{32}}/[a-z0-9_]+([.-][a-z0-9_]+)*|{ADAPTER.pattern}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +54,11 @@ def output_path(job_id: str, attempt: int, index: int, kind: str, media_type: st
 def input_path(job_id: str, name: str) -> str:
     """Where a given picture of a job goes."""
     return f"inputs/{job_id}/{name}"
+
+
+def adapter_path(digest: str) -> str:
+    """Where a LoRA's file goes, for everybody who has it."""
+    return f"adapters/{digest}.safetensors"
 
 
 def handover_path(job_id: str, attempt: int) -> str:
@@ -89,6 +102,17 @@ class ResultStore:
         except FileNotFoundError:
             raise NotFound("the file is no longer stored") from None
 
+    async def part(self, path: str, start: int, end: int) -> bytes:
+        """Bytes start..end of a file, both included; no digest tells whether they are right.
+
+        Raises NotFound.
+        """
+        try:
+            data: bytes = await _in_thread(self._fs.cat_file, self._full(path), start=start, end=end + 1)
+        except FileNotFoundError:
+            raise NotFound("the file is no longer stored") from None
+        return data
+
     async def sweep(self, job_id: str, keep: Collection[str] = ()) -> None:
         """Remove every file of a job except `keep`: its inputs, and what lost attempts left."""
         await _in_thread(self._sweep, self._job(job_id), frozenset(self._full(path) for path in keep))
@@ -100,6 +124,19 @@ class ResultStore:
     async def discard(self, job_id: str, attempt: int) -> None:
         """Remove what one attempt wrote."""
         await _in_thread(self._discard, self._job(job_id), f"{attempt}-")
+
+    async def has(self, path: str) -> bool:
+        """Whether there is this file."""
+        return await _in_thread(self._exists, self._full(path))
+
+    async def adapters(self) -> list[str]:
+        """Digests of the LoRAs that are stored here."""
+        found = await _in_thread(self._files, f"{self._root}/adapters")
+        return [match[1] for full in found if (match := ADAPTER.search(full))]
+
+    async def jobs_older_than(self, age_s: float) -> list[str]:
+        """Ids of jobs all of whose files, half-written ones included, were last written so long ago."""
+        return await _in_thread(self._older, time.time() - age_s)
 
     async def free_space_ok(self) -> bool:
         """Whether there is room for new work; object stores are taken to have it."""
@@ -181,9 +218,28 @@ class ResultStore:
         except FileNotFoundError:
             return []
 
+    def _older(self, before: float) -> list[str]:
+        newest: dict[str, float] = {}
+        for place in ("outputs", "inputs"):
+            for full in self._files(f"{self._root}/{place}"):
+                job_id = full.rstrip("/").rpartition("/")[2]
+                if JOB_ID.fullmatch(job_id):
+                    newest[job_id] = max(self._written(full), newest.get(job_id, 0.0))
+        return [job_id for job_id, written in newest.items() if written < before]
+
+    def _written(self, directory: str) -> float:
+        """When a job's folder last changed, in unix seconds."""
+        if self._local:
+            return Path(directory).stat().st_mtime
+        found = self._fs.find(directory, detail=True).values()
+        return max((entry["LastModified"].timestamp() for entry in found), default=0.0)
+
     def _remove(self, full: str) -> None:
         with suppress(FileNotFoundError):  # another sweep was faster
             self._fs.rm_file(full)
+
+    def _exists(self, full: str) -> bool:
+        return bool(self._fs.exists(full))
 
     def _free_bytes(self) -> int:
         place = Path(self._root)

@@ -26,6 +26,7 @@ from deployments.protocol.request import (
     GenerationRequest,
     Output,
     PictureFormat,
+    Priority,
     Strict,
     Task,
 )
@@ -127,6 +128,16 @@ class ImageBody(Strict):
     previews: int = Field(
         0, ge=0, le=MAX_PREVIEWS, description="Rough looks at the unfinished picture, told as events."
     )
+    priority: Priority = Field(
+        "normal",
+        description="Of this job: high goes before normal before low, within everybody's fair share.",
+    )
+    webhook_url: str | None = Field(
+        None,
+        max_length=2048,
+        repr=False,
+        description="An https address that is told of the ending, signed as Standard Webhooks has it.",
+    )
     image: PictureBytes | None = Field(None, repr=False, description="A picture to start from.")
     mask_image: PictureBytes | None = Field(
         None, repr=False, description="White is painted anew, black is kept; needs `image`."
@@ -187,6 +198,7 @@ class ImageBody(Strict):
             refine=self.refine,
             refiner=self.refiner,
             output=Output(format=self.output_format, quality=self.output_quality, previews=self.previews),
+            priority=self.priority,
         )
 
     def _edit(self) -> Edit | None:
