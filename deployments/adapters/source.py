@@ -10,7 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.utils.state_dict_utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import (
+    StateDictType,
+    convert_state_dict_to_peft,
+    convert_unet_state_dict_to_peft,
+)
 from safetensors import SafetensorError
 from safetensors.torch import load as tensors_of
 from torch import Tensor, nn
@@ -184,10 +188,18 @@ def _of_part(
 def _in_peft_names(part: str, module: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     if not part.startswith("text_encoder"):
         return dict(convert_unet_state_dict_to_peft(tensors))
-    if any("_lora." in key or "lora_linear_layer" in key for key in tensors):
-        tensors = convert_state_dict_to_peft(tensors)
+    tensors = dict(_encoder_names(tensors))
     if not hasattr(module, "text_model"):  # transformers 5 has flattened CLIP
         tensors = {key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
+def _encoder_names(tensors: dict[str, Any]) -> dict[str, Any]:
+    """A text encoder's keys in peft's form, from those of either age of diffusers."""
+    if any("_lora." in key for key in tensors):
+        return dict(convert_state_dict_to_peft(tensors, StateDictType.DIFFUSERS_OLD))
+    if any("lora_linear_layer" in key for key in tensors):
+        return dict(convert_state_dict_to_peft(tensors, StateDictType.DIFFUSERS))
     return tensors
 
 
@@ -228,12 +240,10 @@ class _Scales:
         self._alphas: dict[tuple[str, str], float] = {}
         for key, alpha in alphas.items():
             part, _, rest = key.removesuffix(".alpha").partition(".")
-            convert = convert_unet_state_dict_to_peft
             if part.startswith("text_encoder"):
-                rest = rest.removeprefix("text_model.")
-                if "_lora." in rest or "lora_linear_layer" in rest:
-                    convert = convert_state_dict_to_peft
-            path = _renamed(convert, rest)
+                path = _renamed(_encoder_names, rest.removeprefix("text_model."))
+            else:
+                path = _renamed(convert_unet_state_dict_to_peft, rest)
             self._alphas[part, re.split(r"\.lora_[AB]\b", path)[0]] = alpha
 
     def of(self, part: str, path: str, rank: int) -> float:

@@ -232,11 +232,11 @@ def _family(keys: Mapping[str, _Entry], metadata: Mapping[str, str]) -> Family:
         if part in told.lower():
             return family
     text = " ".join(keys)
-    if re.search(r"img_attn_qkv|token_refiner|context_embedder\.token", text):
+    if re.search(r"\.img_attn_qkv|token_refiner", text):
         return "hunyuan_video"
     if re.search(r"single_transformer_blocks|double_blocks|single_blocks", text):
         return "flux"
-    if re.search(r"(^|[ ._])blocks[._]\d+[._](self_attn|cross_attn|attn1|attn2|ffn)", text):
+    if re.search(r"(^|[ .]|lora_unet_)blocks[._]\d+[._](self_attn|cross_attn|attn1|attn2|ffn)", text):
         return "wan"
     if re.search(
         r"lora_te2_|text_encoder_2\.|transformer_blocks[._][1-9]|lora_unet_(in|out)put_blocks", text

@@ -34,14 +34,14 @@ def random_lora(
             weight = layer.weight
             a_shape = (rank, *weight.shape[1:])
             b_shape = (weight.shape[0], rank, *(1 for _ in weight.shape[2:]))
-            scale = size * float(weight.float().std()) / rank**0.5
+            scale = size * float(weight.detach().float().std()) / rank**0.5
             tensors[f"{part}.{path}.lora_A.weight"] = torch.randn(a_shape, generator=generator)
             tensors[f"{part}.{path}.lora_B.weight"] = scale * torch.randn(b_shape, generator=generator)
     return tensors
 
 
 def file_of(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> bytes:
-    return save({key: tensor.contiguous() for key, tensor in tensors.items()}, metadata)
+    return save({key: tensor.detach().clone().contiguous() for key, tensor in tensors.items()}, metadata)
 
 
 def forged(header: object, data: bytes = b"") -> bytes:
