@@ -6,21 +6,20 @@ import asyncio
 import io
 from concurrent.futures import ThreadPoolExecutor
 
-from PIL import Image
-
+from deployments.protocol.decoding import PROCESSES, Kind, decoders
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.limits import control_field
-from deployments.protocol.pictures import FORMATS, inspect
+from deployments.protocol.pictures import inspect
 from deployments.protocol.request import GenerationRequest
 
-DECODERS = 2  # pictures decoded at once; each may take 16 megapixels x 4 bytes
+THUMBNAIL_SIDE = 256  # pixels
 
 
 class PictureCheck:
-    """Decodes pictures in its own few threads, so that a flood of uploads starves nobody else's."""
+    """Has pictures decoded in other processes; few at once, so that a flood of uploads starves nobody."""
 
     def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(DECODERS, thread_name_prefix="picture-check")
+        self._threads = ThreadPoolExecutor(PROCESSES, thread_name_prefix="picture-check")
 
     async def verify(self, request: GenerationRequest) -> None:
         """Return when every picture of the request can be read to its last pixel.
@@ -36,21 +35,23 @@ class PictureCheck:
         for field, data in given:
             if data is not None:
                 _inspect(data, field)
-                await loop.run_in_executor(self._threads, _decode, data, field)
+                await loop.run_in_executor(self._threads, decoders().decode, data, Kind.check, field)
+
+    async def thumbnail(self, data: bytes, field: str) -> bytes:
+        """The picture as a small WebP file. Raises as `verify` does."""
+        _inspect(data, field)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, _thumbnail, data, field)
+
+
+def _thumbnail(data: bytes, field: str) -> bytes:
+    picture = decoders().decode(data, Kind.picture, field)
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    file = io.BytesIO()
+    picture.save(file, "WEBP", quality=80)
+    return file.getvalue()
 
 
 def _inspect(data: bytes, field: str) -> None:
     if not data:
         raise BadRequest(f"{field} is empty; send a PNG, JPEG or WebP file", param=field)
     inspect(data, field)
-
-
-def _decode(data: bytes, field: str) -> None:
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-            picture.load()
-    except Exception as error:  # Pillow does not say which exceptions a forged file may raise
-        raise BadRequest(
-            f"{field} is damaged ({type(error).__name__}); save it anew as PNG, JPEG or WebP and send that",
-            param=field,
-        ) from None
