@@ -15,6 +15,7 @@ from deployments import __version__
 from deployments.encoding import Encoder, Encoding, RemoteEncoder
 from deployments.image import ImageModel
 from deployments.media.footage import Footage, Frames, VideoFiles
+from deployments.protocol.adapters import AdapterFiles
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable, OutOfMemory
 from deployments.protocol.events import Artifact, Done, Event, Stage
@@ -36,12 +37,17 @@ class VideoModel(ImageModel):
         encoder: Encoder | DeploymentHandle[Any],
         refiners: Mapping[str, ModelCard] | None = None,
         on_stop: Callable[[Callable[[], None]], object] | None = None,
+        *,
+        fetch_adapter: AdapterFiles | None = None,
+        adapter_folder: str | None = None,
     ) -> None:
         """encoder: the VideoEncoder deployment, or one that is here. The others: see ImageModel."""
         self._encoder = RemoteEncoder(encoder) if isinstance(encoder, DeploymentHandle) else encoder
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self._decoding_since: float | None = None  # time.monotonic(); what the watchdog looks at
-        super().__init__(cards, refiners, on_stop)
+        super().__init__(
+            cards, refiners, on_stop, fetch_adapter=fetch_adapter, adapter_folder=adapter_folder
+        )
 
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""

@@ -9,10 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
+from deployments.encoder import VideoEncoder
 from deployments.image import ImageModel
 from deployments.protocol.card import ModelCard, Weights, card_without_file, load_cards
 from deployments.protocol.errors import BadRequest, NotFound
-from deployments.protocol.request import Task
+from deployments.video import VideoModel
 from serve_app.dispatcher import DispatcherReplica
 from serve_app.ingress import Ingress
 from serve_app.settings import Settings
@@ -31,6 +32,17 @@ class ModelWithoutCard(BaseModel):
     weights: Weights
 
 
+class EncoderArgs(BaseModel):
+    """The deployment that turns frames into video files; there is one when a model makes videos."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    threads: int = Field(2, ge=1, description="Of one video's encoding.")
+    num_cpus: float = Field(0, ge=0, description="That a replica claims of Ray. 0: it fits everywhere.")
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(4, ge=1)
+
+
 class AppArgs(BaseModel):
     """`args` of the application in serve_config.yaml. An unknown key stops the deployment."""
 
@@ -39,6 +51,7 @@ class AppArgs(BaseModel):
     models: list[str | ModelWithoutCard] = Field(min_length=1, description="Card ids, or weights by name.")
     ingresses: int = Field(1, ge=1, description="Replicas that answer HTTP.")
     dispatchers: int = Field(1, ge=1, description="Replicas that carry jobs to models.")
+    encoder: EncoderArgs = EncoderArgs()
     settings: dict[str, Any] = Field({}, description="Values of serve_app/settings.py; no secrets.")
 
 
@@ -47,7 +60,7 @@ def build(args: AppArgs) -> Application:
     settings = Settings.load(**args.settings)
     known = load_cards(settings.cards_dir)
     cards = _chosen_cards(args, known, settings.cards_dir)
-    models = _models(cards, known)
+    models = _models(cards, known, args.encoder)
     dispatcher = serve.deployment(
         name="Dispatcher",
         num_replicas=args.dispatchers,
@@ -74,17 +87,16 @@ def _chosen_cards(args: AppArgs, known: Mapping[str, ModelCard], cards_dir: Path
             card = known[model]
         else:
             raise NotFound(f"there is no card {model!r} in {cards_dir}; there is {', '.join(known)}")
-        if not set(card.tasks) & set(Task):
-            raise BadRequest(
-                f"{card.id} does only {', '.join(card.tasks)}, which nothing here can run yet; "
-                "leave it out of models"
-            )
         chosen[card.id] = card
     return chosen
 
 
-def _models(cards: Mapping[str, ModelCard], known: Mapping[str, ModelCard]) -> dict[str, Application]:
-    """One deployment per card, or per group of cards that share their replicas; by card id."""
+def _models(
+    cards: Mapping[str, ModelCard], known: Mapping[str, ModelCard], encoder_args: EncoderArgs | None = None
+) -> dict[str, Application]:
+    """One deployment per card, or per group of cards that share their replicas; by card id. Those that make
+    videos share the encoder."""
+    encoder = _encoder(encoder_args or EncoderArgs())
     groups: dict[str, list[ModelCard]] = {}
     for card in cards.values():
         groups.setdefault(card.serving.group or card.id, []).append(card)
@@ -93,7 +105,7 @@ def _models(cards: Mapping[str, ModelCard], known: Mapping[str, ModelCard]) -> d
         if name in cards and len(members) > 1 and cards[name].serving.group != name:
             raise BadRequest(f"the group {name!r} is called as another card; give it another name")
         refiners = {card.id: refiner for card in members if (refiner := _refiner(card, known))}
-        models |= dict.fromkeys([card.id for card in members], _model(name, members, refiners))
+        models |= dict.fromkeys([card.id for card in members], _model(name, members, refiners, encoder))
     return models
 
 
@@ -106,7 +118,25 @@ def _refiner(card: ModelCard, known: Mapping[str, ModelCard]) -> ModelCard | Non
     return known[card.refiner]
 
 
-def _model(name: str, cards: list[ModelCard], refiners: dict[str, ModelCard]) -> Application:
+def _encoder(args: EncoderArgs) -> Application:
+    return serve.deployment(
+        name="VideoEncoder",
+        ray_actor_options={"num_cpus": args.num_cpus, "runtime_env": NO_GPU},
+        autoscaling_config={
+            "min_replicas": args.min_replicas,
+            "max_replicas": args.max_replicas,
+            "target_ongoing_requests": 2.0,  # segments: one is encoded, one is on its way
+            "upscale_delay_s": 0.0,
+        },
+        max_ongoing_requests=4,
+        health_check_period_s=5.0,
+        graceful_shutdown_wait_loop_s=0.1,
+    )(VideoEncoder).bind(args.threads)
+
+
+def _model(
+    name: str, cards: list[ModelCard], refiners: dict[str, ModelCard], encoder: Application
+) -> Application:
     """The deployment of these cards, with the first one's resources. serve_config.yaml may override all
     of it under `name`."""
     serving = cards[0].serving
@@ -115,7 +145,7 @@ def _model(name: str, cards: list[ModelCard], refiners: dict[str, ModelCard]) ->
         resources["accelerator_type"] = serving.accelerator_type
     if not serving.num_gpus:
         resources["runtime_env"] = NO_GPU
-    return serve.deployment(
+    deployment = serve.deployment(
         name=name,
         ray_actor_options=resources,
         autoscaling_config={
@@ -130,4 +160,7 @@ def _model(name: str, cards: list[ModelCard], refiners: dict[str, ModelCard]) ->
         health_check_period_s=5.0,
         graceful_shutdown_timeout_s=60.0,
         graceful_shutdown_wait_loop_s=0.1,
-    )(ImageModel).bind(cards, refiners, on_stop)
+    )
+    if any(card.videos is not None for card in cards):
+        return deployment(VideoModel).bind(cards, encoder, refiners, on_stop)
+    return deployment(ImageModel).bind(cards, refiners, on_stop)

@@ -2,8 +2,8 @@
 
 import re
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated
@@ -14,23 +14,28 @@ from pydantic import ValidationError
 from starlette.requests import HTTPConnection
 
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import BadRequest, Forbidden, NotFound, Unauthorized
+from deployments.protocol.errors import BadRequest, Forbidden, ModelUnavailable, NotFound, Unauthorized
 from deployments.protocol.request import GenerationRequest, Task
+from serve_app.adapters.desk import AdapterDesk
+from serve_app.adapters.wish import taken_from_prompt
 from serve_app.admission.gate import Gate, StoreClient
 from serve_app.admission.pictures import PictureCheck
 from serve_app.admission.principal import Principal, Scope, presented_key
 from serve_app.admission.ratelimit import CallClass
-from serve_app.admission.rules import default_model
+from serve_app.admission.rules import default_model, find_card
 from serve_app.api.errors import from_validation, route_path
 from serve_app.api.metrics import ApiMetrics
 from serve_app.api.schemas.image import ImageBody
+from serve_app.api.schemas.lora import WithLoras
 from serve_app.api.schemas.openai import GenerationsBody
+from serve_app.api.schemas.video import RemixWish, VideoBody, VideosBody
 from serve_app.jobs.desk import JobDesk
 from serve_app.jobs.job import Job, Once
 from serve_app.jobs.sameness import body_digest
 from serve_app.settings import Settings
 
 JOB_ID_DIGITS = 32
+Wish = ImageBody | GenerationsBody | VideoBody | VideosBody | RemixWish
 READY = "ready"
 SESSION_COOKIE = "weft_session"
 CSRF_HEADER = "x-weft-csrf"  # another site's page cannot send it without being asked first, and we say no
@@ -48,6 +53,7 @@ class ApiState:
     model_states: Callable[[], Awaitable[Mapping[str, str]]]  # by id: ready, loading, idle or error
     pictures: PictureCheck = field(default_factory=PictureCheck)
     metrics: ApiMetrics = field(default_factory=ApiMetrics)
+    adapters: AdapterDesk | None = None  # None: requests name no LoRAs
     accounts: StoreClient | None = None  # where users are kept; None: the one key is all there is
 
     @cached_property
@@ -79,24 +85,44 @@ class Visit:
     def owner(self) -> str:
         return self.principal.owner
 
-    async def submit(self, body: ImageBody | GenerationsBody) -> Job:
+    @property
+    def adapters(self) -> AdapterDesk:
+        """Raises ModelUnavailable where none are kept."""
+        if self.state.adapters is None:
+            raise ModelUnavailable("this service keeps no adapters", param="loras")
+        return self.state.adapters
+
+    async def submit(self, body: Wish) -> Job:
         """The durable job of this wish: every dialect's one way in."""
         began = time.perf_counter()
         model = await self._default_model(body) if body.model is None else body.model
         request = _to_request(body, model)
         await self.state.pictures.verify(request)
-        job = await self.desk.submit(
-            request,
-            self.owner,
-            once=self._once(body),
-            webhook=body.webhook_url if isinstance(body, ImageBody) else None,
-            images_per_day=self.principal.images_per_day,
-        )
+        async with self._with_loras(body, request) as whole:
+            job = await self.desk.submit(
+                whole,
+                self.owner,
+                once=self._once(body),
+                webhook=body.webhook_url if isinstance(body, ImageBody | VideoBody) else None,
+                images_per_day=self.principal.images_per_day,
+            )
         self.state.metrics.submitted.labels(job.request.model, job.request.task.value).inc()
         self.state.metrics.submit_seconds.observe(time.perf_counter() - began)
         return job
 
-    def _once(self, body: ImageBody | GenerationsBody) -> Once | None:
+    @asynccontextmanager
+    async def _with_loras(self, body: Wish, request: GenerationRequest) -> AsyncIterator[GenerationRequest]:
+        """The request with its LoRAs found, whichever way it asks for them; they stay while this is open."""
+        prompt, tagged = taken_from_prompt(request.prompt)
+        wishes = (*(body.lora_wishes() if isinstance(body, WithLoras) else ()), *tagged)
+        if not wishes:
+            yield request
+            return
+        card = find_card(request.model, self.state.cards)
+        async with self.adapters.resolved(wishes, self.owner, card) as loras:
+            yield request.model_copy(update={"prompt": prompt, "loras": loras})
+
+    def _once(self, body: Wish) -> Once | None:
         """What the caller's Idempotency-Key stands for. Raises BadRequest for one that is none."""
         if self.idempotency_key is None:
             return None
@@ -107,16 +133,18 @@ class Visit:
             )
         return Once(self.idempotency_key, body_digest(body, kind=type(body).__name__))
 
-    async def _default_model(self, body: ImageBody | GenerationsBody) -> str:
+    async def _default_model(self, body: Wish) -> str:
         ready = await self.state.ready_models()
-        if not isinstance(body, ImageBody):
+        if isinstance(body, GenerationsBody):
             return default_model(Task.t2i, self.state.cards, ready)
+        if not isinstance(body, ImageBody):
+            return default_model(body.task, self.state.cards, ready)
         return default_model(
             body.task, self.state.cards, ready, controls=body.control_types, refiner=bool(body.refiner)
         )
 
 
-def _to_request(body: ImageBody | GenerationsBody, model: str) -> GenerationRequest:
+def _to_request(body: Wish, model: str) -> GenerationRequest:
     try:
         return body.to_request(model)
     except ValidationError as error:  # past the bounds no model may cross

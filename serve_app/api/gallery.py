@@ -1,4 +1,4 @@
-"""Finished pictures as files."""
+"""Finished pictures and videos as files, whole or in parts."""
 
 import re
 from typing import Annotated
@@ -7,12 +7,15 @@ from fastapi import APIRouter, Header, Query, Response
 
 from deployments.protocol.errors import NotFound
 from serve_app.api.depends import Here, JobId, Visit
-from serve_app.api.schemas.job import EXTENSIONS
+from serve_app.api.ranges import Unsatisfiable, part_of
+from serve_app.api.schemas.job import EXTENSIONS, RESULTS
 from serve_app.jobs.job import StoredArtifact
 
 router = APIRouter(tags=["results"])
 
-FILE_NAME = re.compile(r"([0-9]{1,3})\.(png|jpeg|jpg|webp)")
+FILE_NAME = re.compile(r"([0-9]{1,3})\.(png|jpeg|jpg|webp|mp4|webm)")
+VIDEOS = ("mp4", "webm")
+STILLS = ("thumbnail", "poster", "spritesheet")
 FOREVER = "private, max-age=31536000, immutable"  # a finished picture never changes under its address
 
 
@@ -22,33 +25,61 @@ async def download(
     name: str,
     visit: Here,
     if_none_match: Annotated[str | None, Header()] = None,
+    byte_range: Annotated[str | None, Header(alias="Range")] = None,
+    if_range: Annotated[str | None, Header()] = None,
     attachment: Annotated[bool, Query(description="Save it rather than show it.")] = False,
 ) -> Response:
-    """One finished picture; `name` is as in the job's `artifacts`, such as 0.png."""
+    """One finished picture or video; `name` is as in the job's `artifacts`, such as 0.png.
+
+    With `Range: bytes=...` only that part, so that a player can jump.
+    """
     match = FILE_NAME.fullmatch(name)
     if match is None:
         raise NotFound("a picture's name is its index and format, such as 0.png", param="name")
     extension = match[2].replace("jpeg", "jpg")
-    return await _file(visit, job_id, int(match[1]), "image", extension, if_none_match, attachment)
+    kind = "video" if extension in VIDEOS else "image"
+    return await result_file(
+        visit,
+        job_id,
+        int(match[1]),
+        kind,
+        extension,
+        if_none_match,
+        attachment=attachment,
+        byte_range=byte_range,
+        if_range=if_range,
+    )
 
 
-@router.get("/api/results/{task_id}/{index}/thumbnail", response_class=Response)
-async def thumbnail(
-    job_id: JobId, index: int, visit: Here, if_none_match: Annotated[str | None, Header()] = None
+@router.get("/api/results/{task_id}/{index}/{still}", response_class=Response)
+async def read_still(
+    job_id: JobId,
+    index: int,
+    still: str,
+    visit: Here,
+    if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """The small look at one finished picture."""
-    return await _file(visit, job_id, index, "thumbnail", None, if_none_match, attachment=False)
+    """The small look at one finished picture or video; of a video also its first frame, and up to 25 of its
+    frames in rows of 5.
+    """
+    if still not in STILLS:
+        raise NotFound(f"there is no such picture; there is {', '.join(STILLS)}", param="name")
+    return await result_file(visit, job_id, index, still, None, if_none_match)
 
 
-async def _file(
+async def result_file(
     visit: Visit,
     job_id: str,
     index: int,
     kind: str,
-    extension: str | None,
-    known_etag: str | None,
-    attachment: bool,
+    extension: str | None = None,
+    known_etag: str | None = None,
+    *,
+    attachment: bool = False,
+    byte_range: str | None = None,
+    if_range: str | None = None,
 ) -> Response:
+    """One file of a job, or what a conditional or partial request gets of it. Raises NotFound."""
     job = (await visit.desk.get(job_id, visit.owner)).job
     artifact = next((a for a in job.artifacts if (a.index, a.kind) == (index, kind)), None)
     if artifact is None:
@@ -58,19 +89,29 @@ async def _file(
             param="index",
         )
     if extension is not None and EXTENSIONS[artifact.media_type] != extension:
-        raise NotFound(f"this picture is {index}.{EXTENSIONS[artifact.media_type]}", param="name")
+        raise NotFound(f"this {kind} is {index}.{EXTENSIONS[artifact.media_type]}", param="name")
     headers = _headers(job_id, artifact, attachment)
     if known_etag is not None and headers["ETag"] in (part.strip() for part in known_etag.split(",")):
         return Response(status_code=304, headers=headers)
+    try:
+        part = part_of(byte_range, artifact.size_bytes, headers["ETag"], if_range)
+    except Unsatisfiable:
+        headers["Content-Range"] = f"bytes */{artifact.size_bytes}"
+        return Response(status_code=416, headers=headers)
+    if part is not None:
+        data = await visit.desk.artifact_part(artifact, part.start, part.end)
+        headers["Content-Range"] = part.content_range
+        return Response(data, 206, headers, artifact.media_type)
     stored, data = await visit.desk.artifact(job_id, visit.owner, index, kind)
     return Response(data, headers=headers, media_type=stored.media_type)
 
 
 def _headers(job_id: str, artifact: StoredArtifact, attachment: bool) -> dict[str, str]:
-    small = "-thumbnail" if artifact.kind == "thumbnail" else ""
+    small = "" if artifact.kind in RESULTS else f"-{artifact.kind}"
     name = f"weft-{job_id}-{artifact.index}{small}.{EXTENSIONS[artifact.media_type]}"
     return {
         "Content-Disposition": f'{"attachment" if attachment else "inline"}; filename="{name}"',
         "Cache-Control": FOREVER,
         "ETag": f'"{artifact.sha256}"',
+        "Accept-Ranges": "bytes",
     }

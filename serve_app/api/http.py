@@ -11,7 +11,21 @@ from starlette.responses import RedirectResponse, Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from serve_app.api import admin, auth, errors, gallery, models, native, openai, ops, progress, tasks
+from serve_app.api import (
+    admin,
+    auth,
+    docs,
+    errors,
+    gallery,
+    loras,
+    models,
+    native,
+    openai,
+    ops,
+    progress,
+    tasks,
+    videos,
+)
 from serve_app.api.depends import ApiState, enter
 from serve_app.api.guards import BodyLimit, Envelope, LocalOnly
 from serve_app.api.schemas.error import ErrorOut
@@ -32,9 +46,10 @@ def create_app(state: ApiState) -> FastAPI:
         title="Weft",
         summary="Serves diffusion models on Ray.",
         redirect_slashes=False,  # a redirect names the Host it was called by, which a proxy may have changed
+        docs_url=None,
         redoc_url=None,
         middleware=[
-            Middleware(Envelope, metrics=state.metrics),
+            Middleware(Envelope, metrics=state.metrics, max_call_s=settings.max_call_s),
             Middleware(LocalOnly, settings=settings),
             Middleware(GZipMiddleware, minimum_size=GZIP_FROM_BYTES, compresslevel=5),
             Middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_depth=settings.max_json_depth),
@@ -43,9 +58,10 @@ def create_app(state: ApiState) -> FastAPI:
     app.state.weft = state
     errors.install(app)
     app.include_router(ops.public)
+    app.include_router(docs.public)
     app.include_router(auth.public, responses=REFUSALS)
     app.include_router(progress.sockets)
-    for router in (native, progress, gallery, models, tasks, openai, ops, auth, admin):
+    for router in (native, progress, gallery, loras, models, tasks, videos, openai, ops, auth, admin):
         # denied by default: a route behind this needs a known caller even if it forgets to ask
         app.include_router(router.router, dependencies=[Depends(enter)], responses=REFUSALS)
     if settings.ui:

@@ -25,6 +25,7 @@ from serve_app.jobs.progress import (
     Failed,
     Preview,
     Queued,
+    Stage,
     Started,
     Step,
 )
@@ -35,6 +36,7 @@ router = APIRouter(tags=["progress"])
 sockets = APIRouter()  # they name their caller themselves: a browser sends the key as a subprotocol
 
 KEEP_ALIVE_S = 15.0
+STAGE_PERCENT = 99  # all steps are done; what is left is told in frames
 EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
 MAX_MESSAGE_CHARS = 4096  # of a client; it has nothing to tell us
 SUBPROTOCOL = "weft"
@@ -54,7 +56,7 @@ async def stream_events(
     last_event_id: Annotated[str | None, Header()] = None,
     after: Annotated[str | None, Query(description="As Last-Event-ID, for clients without headers.")] = None,
 ) -> StreamingResponse:
-    """Everything that happens to a job until it ends: queued, started, step, preview, then
+    """Everything that happens to a job until it ends: queued, started, step, preview, stage, then
     completed, failed or cancelled.
 
     Every event has an id; send the last one as Last-Event-ID and only what came after it is told.
@@ -138,7 +140,7 @@ async def _send_until_ended(websocket: WebSocket, visit: Visit, job_id: str, sin
 
 def _message_type(event: Event) -> str:
     match event:
-        case Queued() | Started() | Step():
+        case Queued() | Started() | Step() | Stage():
             return "progress"
         case Completed():
             return "complete"
@@ -162,6 +164,9 @@ async def _told(event: Event, visit: Visit, job_id: str) -> dict[str, Any]:
                 "step": event.step,
                 "steps": event.steps,
             }
+        case Stage():
+            told = {"status": "processing", "percent": STAGE_PERCENT, "stage": event.name}
+            return {**told, "done": event.done, "total": event.total}
         case Preview():
             data = base64.b64encode(event.data).decode()
             return {"step": event.step, "media_type": event.media_type, "data": data}

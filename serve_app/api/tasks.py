@@ -99,7 +99,7 @@ async def read_result(
     """
     job = (await visit.desk.get(job_id, visit.owner)).job
     _require_completed(job)
-    if accept.strip().lower().startswith("image/"):
+    if accept.strip().lower().startswith(("image/", "video/")):
         return await _picture(visit, job, index)
     out = JobOut.of(job, visit.prefix)
     return TaskResult(
@@ -122,9 +122,10 @@ def _require_completed(job: Job) -> None:
 
 
 async def _picture(visit: Visit, job: Job, index: int) -> Response:
-    if not any(a.kind == "image" and a.index == index for a in job.artifacts):
-        raise NotFound(f"this task has {job.request.num_images} pictures, counted from 0", param="index")
-    stored, data = await visit.desk.artifact(job.id, visit.owner, index, "image")
+    kind = "image" if job.request.video is None else "video"
+    if not any(a.kind == kind and a.index == index for a in job.artifacts):
+        raise NotFound(f"this task has {job.request.num_images} of them, counted from 0", param="index")
+    stored, data = await visit.desk.artifact(job.id, visit.owner, index, kind)
     name = f"weft-{job.id}-{index}.{EXTENSIONS[stored.media_type]}"
     return Response(
         data,

@@ -9,16 +9,18 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from types import MappingProxyType
+from typing import Any, ParamSpec, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from deployments.protocol.errors import Internal, NotFound
+from deployments.protocol.errors import BadRequest, Internal, NotFound
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -69,11 +71,24 @@ def handover_path(job_id: str, attempt: int) -> str:
 class ResultStore:
     """Puts, gets and removes files under one root. Never blocks the event loop.
 
-    root: a directory or an fsspec URL. Trouble with the medium is an OSError.
+    root: a directory or an fsspec URL.  options: what its file system wants beside.
+    Trouble with the medium is an OSError.
     """
 
-    def __init__(self, root: str, min_free_bytes: int = MIN_FREE_BYTES) -> None:
-        self._fs, self._root = fsspec.core.url_to_fs(root)
+    def __init__(
+        self,
+        root: str,
+        min_free_bytes: int = MIN_FREE_BYTES,
+        *,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        try:
+            self._fs, self._root = fsspec.core.url_to_fs(root, **options)
+        except ImportError as error:
+            scheme = root.partition(":")[0]
+            raise BadRequest(
+                f"results on {scheme} need a library: pip install 'weft[s3]' ({error})"
+            ) from None
         self._local = isinstance(self._fs, LocalFileSystem)
         self._min_free_bytes = min_free_bytes
 
@@ -116,6 +131,15 @@ class ResultStore:
     async def sweep(self, job_id: str, keep: Collection[str] = ()) -> None:
         """Remove every file of a job except `keep`: its inputs, and what lost attempts left."""
         await _in_thread(self._sweep, self._job(job_id), frozenset(self._full(path) for path in keep))
+
+    async def link(self, path: str, for_s: float) -> str | None:
+        """An address of the file that anybody may open for so long; None where the medium has none."""
+        full = self._full(path)
+        try:
+            url: str = await _in_thread(self._fs.sign, full, int(for_s))
+        except NotImplementedError:
+            return None
+        return url
 
     async def remove(self, path: str) -> None:
         """Remove one file, if it is there."""
@@ -250,9 +274,19 @@ class ResultStore:
 
 async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The function's result. A cancelled caller still waits for its end: no write outlives its task."""
-    running = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+    running = asyncio.ensure_future(asyncio.to_thread(_told_plainly, partial(function, *args, **kwargs)))
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         await asyncio.wait({running})
         raise
+
+
+def _told_plainly(work: Callable[[], T]) -> T:
+    """What the work gives. Object stores' clients have errors of their own; ours is OSError."""
+    try:
+        return work()
+    except (OSError, NotImplementedError):
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {error}") from error

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from deployments.protocol.card import load_cards
 from deployments.protocol.errors import BadRequest, NotFound
-from serve_app.app import AppArgs, _models, build
+from serve_app.app import NO_GPU, AppArgs, _models, build
 
 CARDS = Path(__file__).parents[2] / "configs/models"
 
@@ -35,9 +35,17 @@ def test_a_model_without_card_is_refused_naming_those_there_are() -> None:
         build(AppArgs(models=["tiny-fluks"]))
 
 
-def test_a_model_whose_tasks_nothing_here_can_run_is_refused() -> None:
-    with pytest.raises(BadRequest, match="hunyuan-video does only t2v"):
-        build(AppArgs(models=["hunyuan-video"]))
+def test_models_that_make_videos_share_one_encoder() -> None:
+    cards = load_cards(CARDS)
+
+    models = _models({name: cards[name] for name in ("hunyuan-video", "tiny-wan", "tiny-flux-schnell")}, {})
+
+    kinds = {name: model._bound_deployment.func_or_class.__name__ for name, model in models.items()}
+    assert kinds["hunyuan-video"] == kinds["tiny-wan"] == "VideoModel"
+    assert kinds["tiny-flux-schnell"] != "VideoModel"
+    encoders = [models[name]._bound_deployment.init_args[1] for name in ("hunyuan-video", "tiny-wan")]
+    assert encoders[0] is encoders[1]
+    assert encoders[0]._bound_deployment.ray_actor_options["runtime_env"] == NO_GPU
 
 
 def test_a_model_may_be_served_without_its_refiner_being_a_model_of_its_own() -> None:

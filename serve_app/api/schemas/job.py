@@ -7,7 +7,14 @@ from pydantic import BaseModel, Field
 from deployments.protocol.limits import Correction
 from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
 
-EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+EXTENSIONS = {
+    "image/png": "png",
+    "image/jpeg": "jpg",
+    "image/webp": "webp",
+    "video/mp4": "mp4",
+    "video/webm": "webm",
+}
+RESULTS = ("image", "video")  # kinds of file that a job is for; the others are looks at these
 
 
 class Warned(BaseModel):
@@ -44,6 +51,25 @@ class ControlWish(BaseModel):
     is_map: bool | None
 
 
+class VideoWish(BaseModel):
+    """The video as it runs."""
+
+    num_frames: int
+    fps: int
+    seconds: float
+    format: str
+    quality: int
+    framewise: bool = Field(description="A picture model paints every frame as a picture.")
+
+
+class LoraUsed(BaseModel):
+    """An adapter as it runs."""
+
+    sha256: str
+    name: str
+    weight: float
+
+
 class Wish(BaseModel):
     """The request as it runs: every blank filled."""
 
@@ -64,6 +90,8 @@ class Wish(BaseModel):
     previews: int
     strength: float | None
     controls: list[ControlWish]
+    loras: list[LoraUsed]
+    video: VideoWish | None
     refiner: float | None = Field(description="Part of the steps at which the refiner takes over.")
 
     @classmethod
@@ -96,16 +124,32 @@ class Wish(BaseModel):
                 )
                 for control in request.controls
             ],
+            video=None
+            if request.video is None
+            else VideoWish(
+                num_frames=request.video.num_frames,
+                fps=request.video.fps,
+                seconds=round(request.video.num_frames / request.video.fps, 3),
+                format=request.video.format,
+                quality=request.video.quality,
+                framewise=request.video.framewise,
+            ),
+            loras=[
+                LoraUsed(sha256=lora.id, name=lora.name, weight=lora.weight) for lora in request.loras
+            ],
             refiner=request.refiner,
         )
 
 
 class Picture(BaseModel):
-    """One finished picture and where it lies."""
+    """One finished picture or video and where it lies."""
 
     index: int
+    kind: Literal["image", "video"]
     url: str
     thumbnail_url: str | None
+    poster_url: str | None = Field(description="Of a video: its first frame.")
+    spritesheet_url: str | None = Field(description="Of a video: up to 25 frames in rows of 5.")
     media_type: str
     width: int
     height: int
@@ -115,11 +159,18 @@ class Picture(BaseModel):
     @classmethod
     def of(cls, artifact: StoredArtifact, job: Job, prefix: str) -> Self:
         folder = f"{prefix}/api/results/{job.id}"
-        has_thumbnail = any(a.kind == "thumbnail" and a.index == artifact.index for a in job.artifacts)
+        stills = {a.kind for a in job.artifacts if a.index == artifact.index}
+
+        def still(kind: str) -> str | None:
+            return f"{folder}/{artifact.index}/{kind}" if kind in stills else None
+
         return cls(
             index=artifact.index,
+            kind="video" if artifact.kind == "video" else "image",
             url=f"{folder}/{artifact.index}.{EXTENSIONS[artifact.media_type]}",
-            thumbnail_url=f"{folder}/{artifact.index}/thumbnail" if has_thumbnail else None,
+            thumbnail_url=still("thumbnail"),
+            poster_url=still("poster"),
+            spritesheet_url=still("spritesheet"),
             media_type=artifact.media_type,
             width=artifact.width,
             height=artifact.height,
@@ -132,9 +183,14 @@ class JobOut(BaseModel):
     """One job as it stands. Times are unix seconds."""
 
     id: str
-    kind: Literal["image"] = "image"
+    kind: Literal["image", "video"]
     status: JobState
     position: int | None = Field(None, description="1: next to begin; null once it has.")
+    starts_in_s: float | None = Field(
+        None, description="Estimated seconds until it begins; null: it has begun, or there is no telling."
+    )
+    cached: bool = Field(description="Its pictures were there already, from an earlier equal request.")
+    files_expired: bool = Field(description="Its pictures were removed when their time was up.")
     percent: int
     step: int
     steps: int = Field(description="0 until the model has begun.")
@@ -149,12 +205,16 @@ class JobOut(BaseModel):
     error: Failure | None
 
     @classmethod
-    def of(cls, job: Job, prefix: str, position: int | None = None) -> Self:
+    def of(cls, job: Job, prefix: str, position: int | None = None, starts_in_s: float | None = None) -> Self:
         """prefix: what stands before /api in links."""
         return cls(
             id=job.id,
+            kind="image" if job.request.video is None else "video",
             status=job.state,
             position=position,
+            starts_in_s=starts_in_s,
+            cached=job.cached,
+            files_expired=job.files_expired,
             percent=job.percent,
             step=job.step,
             steps=job.steps,
@@ -165,7 +225,7 @@ class JobOut(BaseModel):
             cancel_requested=job.cancel_requested,
             request=Wish.of(job),
             warnings=[Warned.of(correction) for correction in job.warnings],
-            artifacts=[Picture.of(a, job, prefix) for a in job.artifacts if a.kind == "image"],
+            artifacts=[Picture.of(a, job, prefix) for a in job.artifacts if a.kind in RESULTS],
             error=None if job.error is None else Failure.of(job.error),
         )
 
@@ -176,6 +236,12 @@ class Accepted(BaseModel):
     id: str
     status: JobState
     warnings: list[Warned]
+
+
+class WebhookSecret(BaseModel):
+    """The caller's own; whoever has it can forge what we tell."""
+
+    secret: str = Field(examples=["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"])
 
 
 class JobPage(BaseModel):

@@ -4,7 +4,8 @@ from typing import Self
 
 from pydantic import BaseModel, Field
 
-from deployments.protocol.card import Guidance, Licence, ModelCard, Sizes, Steps
+from deployments.protocol.card import Guidance, Licence, ModelCard, Sizes, Steps, Videos
+from serve_app.api.schemas.lora import LoraOut
 
 
 class ControlOut(BaseModel):
@@ -27,6 +28,7 @@ class ModelOut(BaseModel):
     steps: Steps
     guidance: Guidance
     sizes: Sizes
+    videos: Videos | None = Field(description="What tasks t2v and i2v allow; null: it makes no videos.")
     corrects: bool = Field(description="Steps and guidance out of range are corrected with a warning.")
     negative_prompt: bool
     max_images: int
@@ -38,6 +40,7 @@ class ModelOut(BaseModel):
     refiner: str | None = Field(description="The model that a request's refiner hands over to.")
     refiner_start: float = Field(description="Part of the steps at which the refiner takes over.")
     trigger_words: list[str]
+    max_loras: int = Field(description="LoRAs that one request may name; 0: it takes none.")
     vram_gib: float
     licence: Licence
     state: str = Field(
@@ -57,6 +60,7 @@ class ModelOut(BaseModel):
             steps=card.steps,
             guidance=card.guidance,
             sizes=card.sizes,
+            videos=card.videos,
             corrects=card.corrects,
             negative_prompt=card.negative_prompt,
             max_images=card.max_images,
@@ -75,6 +79,7 @@ class ModelOut(BaseModel):
             refiner=card.refiner,
             refiner_start=card.refiner_start,
             trigger_words=card.trigger_words,
+            max_loras=card.max_loras if card.serving.lora != "none" else 0,
             vram_gib=card.vram_gib,
             licence=card.licence,
             state=state,
@@ -83,3 +88,4 @@ class ModelOut(BaseModel):
 
 class ModelList(BaseModel):
     models: list[ModelOut]
+    adapters: list[LoraOut] = Field(description="LoRAs that the caller may use with them.")
