@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
@@ -15,6 +16,8 @@ from pydantic_settings import (
 )
 
 from deployments.protocol.errors import BadRequest
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository; cards and models live under it
 
@@ -49,7 +52,29 @@ class Settings(BaseSettings):
         None, validation_alias=AliasChoices("redis_url", "WEFT_REDIS_URL", "REDIS_URL")
     )  # None: the embedded Valkey
     redis_prefix: str = "weft:"
-    results_url: str = ""  # an fsspec URL; empty: {data_dir}/results
+    results_url: str = ""  # an fsspec URL; empty: the bucket below, or {data_dir}/results
+    s3_bucket_name: str = Field(
+        "", validation_alias=AliasChoices("s3_bucket_name", "WEFT_S3_BUCKET_NAME", "S3_BUCKET_NAME")
+    )  # where results go, under results/
+    s3_region: str = Field(
+        "", validation_alias=AliasChoices("s3_region", "WEFT_S3_REGION", "S3_REGION", "AWS_REGION")
+    )  # Cloudflare R2: auto
+    s3_endpoint_url: str = Field(
+        "",
+        validation_alias=AliasChoices(
+            "s3_endpoint_url", "WEFT_S3_ENDPOINT_URL", "S3_ENDPOINT_URL", "S3_ENDPOINT", "AWS_ENDPOINT_URL"
+        ),
+    )  # of another maker's S3, such as https://<account>.r2.cloudflarestorage.com
+    aws_access_key_id: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices("aws_access_key_id", "WEFT_AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID"),
+    )  # None: as the machine's own role allows
+    aws_secret_access_key: SecretStr | None = Field(
+        None,
+        validation_alias=AliasChoices(
+            "aws_secret_access_key", "WEFT_AWS_SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY"
+        ),
+    )
     min_free_bytes: int = Field(256 * 2**20, ge=0)  # with less room on a local disk, jobs are refused
 
     lease_s: float = Field(30.0, gt=0)  # a job whose worker is silent for so long is given to another
@@ -74,7 +99,9 @@ class Settings(BaseSettings):
     max_json_depth: int = Field(32, ge=4)
     sync_wait_s: float = Field(300.0, gt=0)  # how long the synchronous dialects wait for a job
 
-    fetch_hosts: str = ""  # whose URLs of LoRAs are opened: "example.org, *.example.com", "*"; empty: nobody's
+    fetch_hosts: str = (
+        ""  # whose URLs of LoRAs are opened: "example.org, *.example.com", "*"; empty: nobody's
+    )
     fetch_timeout_s: float = Field(120.0, gt=0)  # for one file, from the first byte to the last
     hub_loras: bool = False  # open LoRAs of huggingface.co by id
     hf_token: SecretStr | None = Field(
@@ -102,6 +129,11 @@ class Settings(BaseSettings):
         """
         known = {f"WEFT_{name.upper()}" for name in cls.model_fields}
         unknown = sorted(name for name in os.environ if name.startswith("WEFT_") and name not in known)
+        if os.environ.get("DATABASE_URL"):
+            logger.warning(
+                "DATABASE_URL is set and not used: jobs and their history are kept in Valkey (REDIS_URL); "
+                "see docs/decisions/0008-history-in-valkey.md"
+            )
         if unknown:
             raise BadRequest(f"unknown environment variable {', '.join(unknown)}; see serve_app/settings.py")
         try:
@@ -131,7 +163,31 @@ class Settings(BaseSettings):
     @property
     def results_root(self) -> str:
         """fsspec URL or path of the folder that holds finished files."""
-        return self.results_url or str(self.data_dir / "results")
+        if self.results_url:
+            return self.results_url
+        return (
+            f"s3://{self.s3_bucket_name}/results" if self.s3_bucket_name else str(self.data_dir / "results")
+        )
+
+    @property
+    def results_options(self) -> dict[str, Any]:
+        """What fsspec is told of that place, beside its URL."""
+        if not self.results_root.startswith("s3://"):
+            return {}
+        key, secret = self.aws_access_key_id, self.aws_secret_access_key
+        return {
+            "key": None if key is None else key.get_secret_value(),
+            "secret": None if secret is None else secret.get_secret_value(),
+            "endpoint_url": self.s3_endpoint_url or None,
+            "client_kwargs": {"region_name": self.s3_region} if self.s3_region else {},
+            # makers of other S3s know no checksums in trailers, which is what newer clients send
+            "config_kwargs": {
+                "request_checksum_calculation": "when_required",
+                "response_checksum_validation": "when_required",
+                "signature_version": "s3v4",
+                "retries": {"total_max_attempts": 2},  # a worker tries its whole job again by itself
+            },
+        }
 
     @property
     def open_to_all(self) -> bool:

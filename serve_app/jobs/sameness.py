@@ -21,7 +21,11 @@ from deployments import __version__
 from deployments.protocol.request import FittedRequest
 
 # what changes how or when a picture is made, and not the picture
-NOT_THE_PICTURE: IncEx = {"priority": True, "deadline_s": True, "output": {"previews": True}}
+NOT_THE_PICTURE: dict[str, IncEx | bool] = {
+    "priority": True,
+    "deadline_s": True,
+    "output": {"previews": True},
+}
 CODE = f"weft {__version__}, diffusers {version('diffusers')}, torch {version('torch')}"
 
 

@@ -72,3 +72,34 @@ def test_elsewhere_a_key_is_made_kept_private_and_used_again(
     assert stat.S_IMODE((tmp_path / "api_key").stat().st_mode) == 0o600
     assert _demanded_key(settings, "0.0.0.0") == key
     assert Settings.load().api_key is not None
+
+
+def test_a_bucket_is_named_by_its_usual_variables_and_its_secrets_are_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {
+        "S3_BUCKET_NAME": "pictures",
+        "S3_REGION": "auto",
+        "S3_ENDPOINT_URL": "https://account.r2.cloudflarestorage.com",
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "sesame",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    settings = Settings.load()
+
+    assert settings.results_root == "s3://pictures/results"
+    assert settings.results_options["secret"] == "sesame"
+    assert settings.results_options["client_kwargs"] == {"region_name": "auto"}
+    assert "sesame" not in repr(settings)
+
+
+def test_a_database_url_is_not_used_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://user:sesame@host/db")
+
+    Settings.load()
+
+    assert "DATABASE_URL is set and not used" in caplog.text
+    assert "sesame" not in caplog.text

@@ -1,0 +1,125 @@
+"""Results in a bucket: the promises of a directory, and links that anybody may open for a while."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from deployments.protocol.errors import Internal, NotFound
+from deployments.protocol.request import GenerationRequest
+from serve_app.jobs.desk import JobDesk
+from serve_app.jobs.dispatch import Dispatcher
+from serve_app.jobs.store import JobStore
+from serve_app.settings import Settings
+from serve_app.storage.results import ResultStore, input_path
+from tests.front.conftest import MakeSettings
+from tests.front.fakes import CARD, MODEL, OWNER, FakeModels, picture
+from tests.front.jobs.conftest import running
+from tests.front.jobs.test_dispatch import ended
+from tests.front.s3 import BUCKET, KEYS, s3_server
+from tests.front.test_results import JOB, OTHER, image
+
+
+@pytest.fixture(scope="module")
+def s3_url() -> Iterator[str]:
+    with s3_server() as url:
+        yield url
+
+
+@pytest.fixture
+def in_a_bucket(s3_url: str, make_settings: MakeSettings) -> Settings:
+    place = {"s3_bucket_name": BUCKET, "s3_region": "us-east-1", "s3_endpoint_url": s3_url}
+    return make_settings(**place, **KEYS)
+
+
+@pytest.fixture
+def bucket(in_a_bucket: Settings) -> ResultStore:
+    return ResultStore(in_a_bucket.results_root, options=in_a_bucket.results_options)
+
+
+async def test_a_file_comes_back_as_it_went_and_is_checked(bucket: ResultStore) -> None:
+    file = await bucket.put(image(1), b"pixels")
+    data = await bucket.get(file.path, sha256=file.sha256)
+    await bucket.put(image(1), b"others")
+
+    assert data == b"pixels"
+    with pytest.raises(Internal, match="damaged"):
+        await bucket.get(file.path, sha256=file.sha256)
+    with pytest.raises(NotFound):
+        await bucket.get(image(9))
+
+
+async def test_a_copy_outlives_its_source(bucket: ResultStore) -> None:
+    await bucket.put(image(1), b"pixels")
+    copy = image(1).replace(JOB, OTHER)
+
+    await bucket.copy(image(1), copy)
+    await bucket.sweep(JOB)
+
+    assert await bucket.get(copy) == b"pixels"
+    with pytest.raises(NotFound):
+        await bucket.copy(image(1), copy)
+    await bucket.sweep(OTHER)
+
+
+async def test_a_sweep_keeps_what_was_committed(bucket: ResultStore) -> None:
+    for path in (image(1), image(2), input_path(JOB, "image")):
+        await bucket.put(path, b"x")
+
+    await bucket.sweep(JOB, keep=[image(2)])
+
+    assert await bucket.get(image(2)) == b"x"
+    for gone in (image(1), input_path(JOB, "image")):
+        with pytest.raises(NotFound):
+            await bucket.get(gone)
+    await bucket.sweep(JOB)
+
+
+async def test_old_jobs_are_told_by_their_files(bucket: ResultStore) -> None:
+    await bucket.put(image(1), b"x")
+
+    assert await bucket.jobs_older_than(3600.0) == []
+    assert await bucket.jobs_older_than(-3600.0) == [JOB]
+    await bucket.sweep(JOB)
+
+
+async def test_a_link_opens_without_a_key_and_not_when_it_was_changed(bucket: ResultStore) -> None:
+    await bucket.put(image(1), b"pixels")
+
+    link = await bucket.link(image(1), 600.0)
+
+    assert link is not None
+    async with httpx.AsyncClient() as anybody:
+        assert (await anybody.get(link)).content == b"pixels"
+    asked = httpx.URL(link).params
+    assert asked["X-Amz-Expires"] == "600"
+    assert "X-Amz-Signature" in asked
+    assert "testing-secret" not in link
+    await bucket.sweep(JOB)
+
+
+async def test_an_unreachable_bucket_is_an_oserror(make_settings: MakeSettings) -> None:
+    place = {"s3_bucket_name": BUCKET, "s3_region": "us-east-1", "s3_endpoint_url": "http://127.0.0.1:9"}
+    settings = make_settings(**place, **KEYS)
+    away = ResultStore(settings.results_root, options=settings.results_options)
+
+    with pytest.raises(OSError):
+        await away.put(image(1), b"x")
+
+
+async def test_a_whole_job_in_a_bucket(store: JobStore, bucket: ResultStore, in_a_bucket: Settings) -> None:
+    desk = JobDesk(store, bucket, {MODEL: CARD}, in_a_bucket)
+    began = time.time()
+
+    async with running(Dispatcher(store, bucket, FakeModels(), in_a_bucket)):
+        job = await ended(store, (await desk.submit(GenerationRequest(model=MODEL, prompt="x"), OWNER)).id)
+        _, data = await desk.artifact(job.id, OWNER, 0)
+        await desk.delete(job.id, OWNER)
+
+    assert data == picture()
+    assert job.created_at >= began - 60
+    assert await bucket.jobs_older_than(-3600.0) == []
+    await desk.aclose()
