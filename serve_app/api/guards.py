@@ -1,5 +1,6 @@
 """The outer shell around every route: limits on what comes in, headers on what goes out."""
 
+import asyncio
 import logging
 import re
 import secrets
@@ -10,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from deployments.protocol.errors import BadRequest, Forbidden, Internal, TooLarge, WeftError
+from deployments.protocol.errors import BadRequest, Forbidden, Internal, Overloaded, TooLarge, WeftError
 from serve_app.api.errors import render, route_path
 from serve_app.api.metrics import ApiMetrics
 from serve_app.settings import Settings
@@ -30,20 +31,21 @@ PAGE_POLICY = (
     "font-src 'self'; connect-src 'self'; manifest-src 'self'; worker-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-DOCS_POLICY = (  # Swagger UI comes from its public host and starts from an inline script
-    "default-src 'none'; script-src https://cdn.jsdelivr.net 'unsafe-inline'; "
-    "style-src https://cdn.jsdelivr.net 'unsafe-inline'; img-src data: https://cdn.jsdelivr.net; "
-    "connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"
+DOCS_POLICY = (  # Swagger UI writes style attributes
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 DATA_POLICY = "default-src 'none'; frame-ancestors 'none'; sandbox"
 
 
 class Envelope:
-    """Outermost: a request id, security headers and a count on every answer; the last catch for bugs."""
+    """Outermost: a request id, security headers and a count on every answer; a time limit until an answer
+    begins, which no header of a client changes; the last catch for bugs."""
 
-    def __init__(self, app: ASGIApp, metrics: ApiMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ApiMetrics, max_call_s: float) -> None:
         self.app = app
         self.metrics = metrics
+        self.max_call_s = max_call_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -52,15 +54,23 @@ class Envelope:
         request_id = _request_id(scope)
         kept = [(name, value) for name, value in scope["headers"] if name not in SERVE_HEADERS]
         scope = {**scope, "headers": kept}
-        answer = _Answer(send, request_id, _policy(route_path(scope)))
+        limit = asyncio.timeout(self.max_call_s if scope["type"] == "http" else None)
+        answer = _Answer(send, request_id, _policy(route_path(scope)), limit)
         began = time.perf_counter()
         try:
-            await self.app(scope, receive, answer.send)
+            async with limit:
+                await self.app(scope, receive, answer.send)
         except Exception as error:
-            logger.exception("request failed", extra={"request_id": request_id})
+            late = isinstance(error, TimeoutError) and limit.expired()
+            logger.error("request failed", exc_info=not late, extra={"request_id": request_id, "late": late})
             if answer.status is not None:
                 raise  # half an answer is out: the server breaks the connection, which the client can see
-            await _deliver(_as_ours(error, request_id), scope, receive, answer.send)
+            answer.limit = None
+            if late:
+                told = Overloaded(f"no answer within {self.max_call_s:g} s; ask for a job and look after it")
+                await render(told, scope, status=504)(scope, receive, answer.send)
+            else:
+                await _deliver(_as_ours(error, request_id), scope, receive, answer.send)
         finally:
             if scope["type"] == "http":
                 self._count(scope, answer.status, time.perf_counter() - began)
@@ -75,15 +85,18 @@ class Envelope:
 class _Answer:
     """Adds the headers every answer has, and remembers its status."""
 
-    def __init__(self, send: Send, request_id: str, policy: str) -> None:
+    def __init__(self, send: Send, request_id: str, policy: str, limit: asyncio.Timeout) -> None:
         self._send = send
         self._request_id = request_id
         self._policy = policy
+        self.limit: asyncio.Timeout | None = limit  # over once an answer begins: a stream may go on
         self.status: int | None = None
 
     async def send(self, message: Message) -> None:
         if message["type"] in ("http.response.start", "websocket.http.response.start"):
             self.status = message["status"]
+            if self.limit is not None:
+                self.limit.reschedule(None)
             headers = MutableHeaders(scope=message)
             headers["X-Request-Id"] = self._request_id
             headers["X-Content-Type-Options"] = "nosniff"
@@ -241,7 +254,7 @@ def _request_id(scope: Scope) -> str:
 def _policy(path: str) -> str:
     if path == "/ui" or path.startswith("/ui/"):
         return PAGE_POLICY
-    return DOCS_POLICY if path == "/docs" else DATA_POLICY
+    return DOCS_POLICY if path == "/docs" or path.startswith("/docs/") else DATA_POLICY
 
 
 def _split(url: str) -> SplitResult:

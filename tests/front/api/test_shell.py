@@ -1,6 +1,8 @@
 """What every answer has in common, who is let in, and what probes and gauges hear."""
 
+import asyncio
 import json
+import logging
 import re
 from collections import defaultdict
 from dataclasses import replace
@@ -303,3 +305,61 @@ async def test_below_a_prefix_every_link_carries_it(app: FastAPI, painter: Paint
     assert job["artifacts"][0]["url"].startswith("/below/api/results/")
     assert missing.json()["error"]["type"] == "invalid_request_error"
     assert "script-src" in page.headers["content-security-policy"]
+
+
+async def test_the_description_is_a_page_that_asks_no_other_host(client: httpx.AsyncClient):
+    page = await client.get("/docs")
+    parts = re.findall(r'(?:src|href)="(docs/[^"]+)"', page.text)
+
+    answers = [await client.get(f"/{part}") for part in parts]
+
+    assert len(parts) == 3
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert "//" not in re.sub(r"<!doctype html>", "", page.text)
+    assert "unsafe" not in page.headers["content-security-policy"].split("script-src")[1].split(";")[0]
+    assert "http" not in page.headers["content-security-policy"]
+    assert b"SwaggerUIBundle" in answers[1].content
+    assert (await client.get("/docs/..%2fcore.py")).status_code == 404
+
+
+async def test_no_header_of_a_client_moves_the_time_limit(state: ApiState):
+    forever = asyncio.Event()
+
+    async def stuck() -> dict[str, str]:
+        await forever.wait()
+        return {}
+
+    hasty = state.settings.model_copy(update={"max_call_s": 0.2})
+    async with client_of(create_app(replace(state, settings=hasty, model_states=stuck))) as client:
+        answer = await client.get(
+            "/ready",
+            headers={"X-Request-Timeout-Seconds": "-1", "X-Request-Disconnect-Disabled": "?1"},
+        )
+
+    assert answer.status_code == 504
+    assert "0.2 s" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("app", ["locked"], indirect=True)
+async def test_no_log_line_holds_a_prompt_or_a_key(
+    client: httpx.AsyncClient, app: FastAPI, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.DEBUG)
+    canary = 'canary\r\n{"level": "fatal"} \x1b[31m'
+    headers = {"Authorization": f"Bearer {KEY}"}
+
+    body = {"prompt": canary, "negative_prompt": canary, "model": "sketch"}
+    accepted = await client.post("/api/generate/image", json=body, headers=headers)
+    await client.post("/api/generate/image", json=body | {"steps": "x"}, headers=headers)
+    await client.post("/v1/images/generations", json=body | {"model": "none"}, headers=headers)
+    await client.post("/auth/token", json={"api_key": KEY})
+    await client.post("/auth/token", json={"api_key": "wrong-canary"})
+    await client.get(f"/api/generate/{accepted.json()['id']}", headers={"X-API-Key": "wrong-canary"})
+
+    said = "\n".join(f"{record.getMessage()} {vars(record)}" for record in caplog.records)
+    metrics = (await client.get("/metrics", headers=headers)).text
+    assert accepted.status_code == 202
+    assert "job accepted" in said
+    for secret in ("canary", KEY):
+        assert secret not in said
+        assert secret not in metrics
