@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 MIB = 2**20
 NICENESS = 10  # of the thread that reads and converts: steps of others go first
-PATIENCE_S = 1.0  # after which who waits for a slot goes before those whose adapters are there
 
 OnEngine = Callable[[Callable[[], Any]], Awaitable[Any]]  # runs a function between two forwards
 
@@ -39,6 +38,7 @@ class Room:
     in_memory: int = 64
     memory_bytes: int = 4096 * MIB
     wait_s: float = 60.0  # for a slot on the device; then the request is refused
+    patience_s: float = 1.0  # of who waits; then even those whose adapters are there queue up behind
 
 
 @dataclass(slots=True, eq=False)
@@ -202,7 +202,7 @@ class Bank:
 
     def _may_pass(self) -> bool:
         since = self._waiting_since
-        return since is None or asyncio.get_running_loop().time() - since < PATIENCE_S
+        return since is None or asyncio.get_running_loop().time() - since < self._room.patience_s
 
     def _reserve(self, names: Sequence[str]) -> bool:
         """Pin these adapters, evicting idle ones for those that are new; nothing happens if that fails."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deployments.adapters import mixed
 from deployments.adapters.mixed import Mix, Mixer, mix
 from deployments.adapters.source import PARTS, read
 from deployments.engine.engine import Engine
@@ -175,3 +176,77 @@ def test_each_request_equals_diffusers_with_its_adapters_alone(name: str, tmp_pa
             alone = with_diffusers(make(), own, tmp_path)
             wanted = call_of(alone, seed, num_inference_steps=steps[seed], **arguments)()
         assert distance(answers[seed], wanted) <= TOLERANCE, f"request {seed}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_with_deterministic_rows_neighbours_and_their_adapters_change_no_bit(
+    name: str, dtype: torch.dtype
+) -> None:
+    make, make_loras, arguments = MODELS[name]
+    pipeline, steps = make().to(dtype=dtype), (1, 2, 2, 3, 1, 2)
+    untouched = Loom(make().to(dtype=dtype), deterministic=True)
+    loom = Loom(pipeline, deterministic=True)
+    every = [*make_loras(), make_loras()[0], []]
+    owners = [loom.owner(own) for own in every]
+
+    def work(seed: int, of: Any) -> Callable[[], Tensor]:
+        return call_of(of, seed, num_inference_steps=steps[seed], **arguments)
+
+    alone = [loom.together([(work(seed, pipeline), owner)])[0] for seed, owner in enumerate(owners)]
+    plain = [untouched.together([(work(seed, untouched.pipeline), None)])[0] for seed in (2, 5)]
+
+    for chosen in ((0, 1, 2, 3, 4, 5), (5, 3, 2, 1)):
+        answers = loom.together([(work(seed, pipeline), owners[seed]) for seed in chosen], rows=8)
+
+        assert loom.rows > loom.forwards
+        for seed, answer in zip(chosen, answers, strict=True):
+            assert torch.equal(answer, alone[seed]), f"request {seed} among {chosen}"
+    for seed, answer in zip((2, 5), plain, strict=True):
+        assert torch.equal(answer, alone[seed]), "a replica that never saw a LoRA gives other bits"
+
+
+def test_what_a_row_gets_does_not_depend_on_the_kernel_for_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here every trial of a batched product is taken as failed, so that rows run one by one."""
+    loom, loras = Loom(tiny.flux(), deterministic=True), flux_loras()
+    owners = [loom.owner(own) for own in loras]
+    works = [
+        (call_of(loom.pipeline, seed, num_inference_steps=2, max_sequence_length=48, **SIZE), owner)
+        for seed, owner in enumerate(owners)
+    ]
+    expected = loom.together(works)
+    loom.mixer.restore()
+    trials: list[bool] = []
+    monkeypatch.setattr(mixed, "_tried", lambda *_: bool(trials.append(False)))
+    fresh = Loom(loom.pipeline, deterministic=True)
+    for owner in owners:
+        fresh.mixer.hook(owner.pairs if owner is not None else ())
+
+    answers = fresh.together(works)
+
+    assert trials
+    assert all(map(torch.equal, answers, expected))
+
+
+def test_memory_of_stacks_is_bounded_and_freed() -> None:
+    loom, loras = Loom(tiny.flux()), flux_loras()
+    owners = [loom.owner(own) for own in loras]
+
+    def run(owner: Mix | None) -> Tensor:
+        return loom.together(
+            [(call_of(loom.pipeline, 1, num_inference_steps=1, max_sequence_length=48, **SIZE), owner)]
+        )[0]
+
+    for owner in owners * 2:
+        run(owner)
+
+    kept = loom.mixer.stacked_bytes
+    assert 0 < kept <= 4 * max(size_of(owner) for owner in owners if owner is not None)
+    for owner in owners:
+        if owner is not None:
+            loom.mixer.forget(owner)
+    assert loom.mixer.stacked_bytes == 0
+
+
+def size_of(owner: Mix) -> int:
+    return sum(t.numel() * t.element_size() for pair in owner.pairs.values() for t in (pair.a, pair.b))
