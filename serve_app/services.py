@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable
+from serve_app.adapters.builtin import BuiltIns
+from serve_app.adapters.desk import AdapterDesk, Unload
+from serve_app.adapters.hub import HOSTS
+from serve_app.adapters.registry import Registry
 from serve_app.jobs.desk import JobDesk
+from serve_app.jobs.in_use import adapters_in_use
 from serve_app.jobs.store import JobStore
 from serve_app.jobs.transaction import connect
 from serve_app.settings import Settings
+from serve_app.storage.fetch import Fetcher
 from serve_app.storage.results import ResultStore
 
 
@@ -32,8 +39,24 @@ class Services:
                 "or start with `weft serve`, which brings its own"
             )
         redis = connect(settings.redis_url.get_secret_value())
-        results = ResultStore(settings.results_root, settings.min_free_bytes)
+        results = ResultStore(
+            settings.results_root, settings.min_free_bytes, options=settings.results_options
+        )
         return cls(settings, JobStore(redis, settings), results)
+
+    def adapters(self, builtins: BuiltIns, unload: Unload) -> AdapterDesk:
+        """unload: tells every replica to forget a digest."""
+        settings, redis = self.settings, self.store.redis
+        return AdapterDesk(
+            Registry(redis, settings.redis_prefix, settings.max_adapters_per_owner),
+            self.results,
+            builtins,
+            settings,
+            in_use=partial(adapters_in_use, redis, settings.redis_prefix),
+            unload=unload,
+            fetcher=Fetcher(host for host in settings.fetch_hosts.split(",") if host.strip()),
+            hub=Fetcher(HOSTS if settings.hub_loras else ()),
+        )
 
     def desk(self, cards: Mapping[str, ModelCard]) -> JobDesk:
         return JobDesk(self.store, self.results, cards, self.settings)

@@ -119,6 +119,16 @@ class ControlNet(Strict):
     licence: Licence
 
 
+class CardAdapter(Strict):
+    """A LoRA that comes with a model."""
+
+    id: str = Field(pattern=MODEL_ID)
+    path: str  # a safetensors file; relative ones are under the repository
+    trigger_words: list[str] = []
+    description: str = ""
+    licence: str = ""  # empty: the model's
+
+
 class Serving(Strict):
     """Resources of one replica and the room in it; serve_config.yaml may override."""
 
@@ -175,6 +185,7 @@ class ModelCard(Strict):
     trigger_words: list[str] = []
     controls: dict[ControlType, ControlNet] = {}  # control pictures it takes, by kind
     max_loras: int = Field(MAX_LORAS, ge=0, le=MAX_LORAS)  # of one request; 0: takes none
+    adapters: list[CardAdapter] = []  # LoRAs that come with it
     refiner: str | None = None  # id of the card that refines this model's pictures
     refiner_start: float = Field(0.8, gt=0, lt=1)  # part of the steps at which the refiner takes over
     vram_gib: float = 0.0  # needed for weights and one picture at the default size; 0: runs on a CPU
@@ -185,6 +196,12 @@ class ModelCard(Strict):
     def _videos_have_limits(self) -> Self:
         if {Task.t2v, Task.i2v} & set(self.tasks) and self.videos is None:
             raise ValueError("tasks t2v and i2v need the limits in videos")
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_have_ids_of_their_own(self) -> Self:
+        if len({adapter.id for adapter in self.adapters}) < len(self.adapters):
+            raise ValueError("adapters need ids that differ")
         return self
 
     @model_validator(mode="after")

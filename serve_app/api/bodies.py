@@ -9,7 +9,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from deployments.protocol.errors import BadRequest
+from deployments.protocol.request import MAX_LORAS
 from serve_app.api.errors import from_validation
+from serve_app.api.schemas.lora import AS_TEXT
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -28,7 +30,10 @@ async def read_json(http_request: Request, schema: type[Body]) -> Body:
 
 
 async def read_json_or_form(http_request: Request, schema: type[Body], files: tuple[str, ...]) -> Body:
-    """The body as `schema`, from JSON or from a form whose `files` fields may be uploads."""
+    """The body as `schema`, from JSON or from a form whose `files` fields may be uploads.
+
+    A schema with the field `lora_files` takes a few more, under whatever names.
+    """
     content_type = _content_type(http_request)
     if content_type != "multipart/form-data":
         if not _is_json(content_type):
@@ -36,12 +41,14 @@ async def read_json_or_form(http_request: Request, schema: type[Body], files: tu
                 415, "send JSON with Content-Type: application/json, or a multipart/form-data form"
             )
         return await read_json(http_request, schema)
-    texts, uploads = await _read_form(http_request, files)
+    others = MAX_LORAS if "lora_files" in schema.model_fields else 0
+    texts, uploads = await _read_form(http_request, files, others)
     try:
         body = schema.model_validate_strings(texts)
     except ValidationError as error:
         raise from_validation(error, schema) from None
-    return body.model_copy(update=uploads)
+    loras = {name: uploads.pop(name) for name in list(uploads) if name not in files}
+    return body.model_copy(update={**uploads, "lora_files": loras} if others else uploads)
 
 
 def documented(schema: type[BaseModel], files: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -71,17 +78,24 @@ def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
 
 
 async def _read_form(
-    http_request: Request, files: tuple[str, ...]
+    http_request: Request, files: tuple[str, ...], others: int = 0
 ) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Text fields and uploads. An empty text field is a form's way to say nothing."""
+    """Text fields and uploads. An empty text field is a form's way to say nothing.
+
+    others: how many uploads may have names that are not in `files`.
+    """
     texts: dict[str, str] = {}
     uploads: dict[str, bytes] = {}
-    async with http_request.form(max_files=len(files), max_fields=MAX_FORM_FIELDS) as form:
+    async with http_request.form(max_files=len(files) + others, max_fields=MAX_FORM_FIELDS) as form:
         for name, value in form.multi_items():
+            if name.startswith("loras["):
+                raise BadRequest(
+                    f"{name[:100]} does not tell which weight is whose; {AS_TEXT}", param="loras"
+                )
             if name in texts or name in uploads:
                 raise BadRequest(f"{name[:100]} is there twice; send it once", param=name[:100])
             if isinstance(value, UploadFile):
-                if name not in files:
+                if name not in files and not others:
                     raise BadRequest(f"{name[:100]} cannot be a file; files are {', '.join(files)}")
                 uploads[name] = await value.read()
             elif value:

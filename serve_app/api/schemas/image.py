@@ -30,6 +30,7 @@ from deployments.protocol.request import (
     Strict,
     Task,
 )
+from serve_app.api.schemas.lora import WithLoras
 
 
 def _picture_bytes(value: Any) -> Any:
@@ -101,7 +102,7 @@ class ControlBody(Strict):
         )
 
 
-class ImageBody(Strict):
+class ImageBody(WithLoras):
     """What shall be painted. Only `prompt` is needed; the model fills the rest.
 
     What a model allows stands in GET /api/models/; what it corrects comes back as a warning.

@@ -134,9 +134,7 @@ class Wish(BaseModel):
                 quality=request.video.quality,
                 framewise=request.video.framewise,
             ),
-            loras=[
-                LoraUsed(sha256=lora.id, name=lora.name, weight=lora.weight) for lora in request.loras
-            ],
+            loras=[LoraUsed(sha256=lora.id, name=lora.name, weight=lora.weight) for lora in request.loras],
             refiner=request.refiner,
         )
 

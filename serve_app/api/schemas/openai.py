@@ -6,13 +6,14 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import GenerationRequest, Output, PictureFormat, Strict
+from deployments.protocol.request import GenerationRequest, Output, PictureFormat
 from serve_app.api.schemas.job import Warned
+from serve_app.api.schemas.lora import WithLoras
 
 SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 
-class GenerationsBody(Strict):
+class GenerationsBody(WithLoras):
     """OpenAI's fields, and after them those that vLLM-Omni and SGLang added under these names."""
 
     prompt: str = Field(examples=["a red fox in the snow"])

@@ -1,0 +1,71 @@
+"""LoRAs that come with the models: named in the cards, read where they lie."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from deployments.protocol.adapter_file import inspect
+from deployments.protocol.card import CardAdapter, ModelCard
+from deployments.protocol.errors import BadRequest, Internal
+from serve_app.adapters.record import PUBLIC, Adapter
+from serve_app.settings import ROOT
+
+
+class BuiltIns:
+    """The adapters of these cards. Files are read when first asked for, and once."""
+
+    def __init__(self, cards: Iterable[ModelCard]) -> None:
+        self._listed = [(card, entry) for card in cards for entry in card.adapters]
+        self._known: list[Adapter] | None = None
+        self._paths: dict[str, Path] = {}
+        self._reading = asyncio.Lock()
+
+    async def list(self) -> list[Adapter]:
+        """All of them, in the order of the cards. Raises Internal when a card names what is no LoRA."""
+        async with self._reading:
+            if self._known is None:
+                self._known = [await asyncio.to_thread(self._read, *each) for each in self._listed]
+        return self._known
+
+    async def find(self, name: str, model: str | None = None) -> Adapter | None:
+        """The one with this id, name, or path as a card writes it; of this model where it is told."""
+        folded = name.casefold()
+        for (_, entry), adapter in zip(self._listed, await self.list(), strict=True):
+            if model in (None, adapter.model) and (folded == adapter.id or name == entry.path):
+                return adapter
+        return None
+
+    async def file(self, digest: str) -> bytes | None:
+        """The file with this digest, if a card names it."""
+        await self.list()
+        path = self._paths.get(digest)
+        return None if path is None else await asyncio.to_thread(path.read_bytes)
+
+    def _read(self, card: ModelCard, entry: CardAdapter) -> Adapter:
+        path = ROOT / Path(entry.path).expanduser()
+        try:
+            file = path.read_bytes()
+            facts = inspect(file)
+        except (OSError, BadRequest) as error:
+            raise Internal(f"the card of {card.id} names the LoRA {entry.id}: {error}") from error
+        digest = hashlib.sha256(file).hexdigest()
+        self._paths[digest] = path
+        return Adapter(
+            id=entry.id,
+            digest=digest,
+            owner=PUBLIC,
+            name=entry.id,
+            family=card.family,
+            rank=facts.rank,
+            dtype=facts.dtype,
+            size_bytes=facts.size_bytes,
+            trigger_words=tuple(entry.trigger_words) or facts.trigger_words,
+            description=entry.description,
+            licence=entry.licence or card.licence.name,
+            source="built-in",
+            created_at=0.0,
+            model=card.id,
+        )
