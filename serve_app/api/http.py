@@ -17,6 +17,7 @@ from serve_app.api import (
     docs,
     errors,
     gallery,
+    links,
     loras,
     models,
     native,
@@ -61,7 +62,7 @@ def create_app(state: ApiState) -> FastAPI:
     app.include_router(docs.public)
     app.include_router(auth.public, responses=REFUSALS)
     app.include_router(progress.sockets)
-    for router in (native, progress, gallery, loras, models, tasks, videos, openai, ops, auth, admin):
+    for router in (native, progress, links, gallery, loras, models, tasks, videos, openai, ops, auth, admin):
         # denied by default: a route behind this needs a known caller even if it forgets to ask
         app.include_router(router.router, dependencies=[Depends(enter)], responses=REFUSALS)
     if settings.ui:

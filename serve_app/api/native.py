@@ -8,7 +8,7 @@ from starlette.requests import Request
 from serve_app.api.bodies import documented, read_json_or_form
 from serve_app.api.depends import Here, JobId
 from serve_app.api.schemas.image import ImageBody
-from serve_app.api.schemas.job import Accepted, Ended, JobOut, JobPage, Warned
+from serve_app.api.schemas.job import Accepted, Ended, JobOut, JobPage, Warned, WebhookSecret
 from serve_app.jobs.job import JobState
 
 router = APIRouter(tags=["generate"])
@@ -19,19 +19,33 @@ FILES = ("image", "mask_image", "control_image")
 async def generate_image(http_request: Request, response: Response, visit: Here) -> Accepted:
     """Accept a wish for pictures and answer at once; the job is then followed by its id.
 
-    JSON, or a multipart form with the files `image`, `mask_image` and `control_image`.
+    JSON, or a multipart form with the files `image`, `mask_image` and `control_image`. With the header
+    `Idempotency-Key` the same call again, within a day, is answered with the job there is.
     """
     body = await read_json_or_form(http_request, ImageBody, FILES)
+    # the header Idempotency-Key is read by visit.submit, for every dialect
     job = await visit.submit(body)
     response.headers["Location"] = f"{visit.prefix}/api/generate/{job.id}"
     return Accepted(id=job.id, status=job.state, warnings=[Warned.of(c) for c in job.warnings])
+
+
+@router.delete("/api/cache", status_code=204)
+async def empty_cache(visit: Here) -> None:
+    """Forget all results of the caller for the purpose of answering equal requests; the jobs stay."""
+    await visit.desk.empty_cache(visit.owner)
+
+
+@router.get("/api/webhooks/secret")
+async def webhook_secret(visit: Here) -> WebhookSecret:
+    """What the caller's webhooks are signed with: give it to the receiver's Standard Webhooks library."""
+    return WebhookSecret(secret=await visit.desk.webhook_secret(visit.owner))
 
 
 @router.get("/api/generate/{task_id}")
 async def read_job(job_id: JobId, visit: Here) -> JobOut:
     """One job as it stands: progress, warnings, and its pictures when they are there."""
     view = await visit.desk.get(job_id, visit.owner)
-    return JobOut.of(view.job, visit.prefix, view.position)
+    return JobOut.of(view.job, visit.prefix, view.position, view.starts_in_s)
 
 
 @router.get("/api/generate/")

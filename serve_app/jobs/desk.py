@@ -187,12 +187,23 @@ class JobDesk:
         self, job_id: str, owner: str, index: int, kind: str = "image"
     ) -> tuple[StoredArtifact, bytes]:
         """One finished file, its digest checked. Raises Conflict before the job has ended."""
+        artifact = await self._stored(job_id, owner, index, kind)
+        return artifact, await self._results.get(artifact.path, sha256=artifact.sha256)
+
+    async def link(self, job_id: str, owner: str, index: int, kind: str, for_s: float) -> str | None:
+        """An address of one finished file that opens without a key; None where results have none."""
+        artifact = await self._stored(job_id, owner, index, kind)
+        return await self._results.link(artifact.path, for_s)
+
+    async def _stored(self, job_id: str, owner: str, index: int, kind: str) -> StoredArtifact:
         job = await self._own(job_id, owner)
         if not job.state.ended:
             raise Conflict(f"the job is {job.state.value}; its pictures come when it has completed")
+        if job.files_expired:
+            raise NotFound("the files of this job were removed when their time was up; submit it again")
         for artifact in job.artifacts:
             if (artifact.index, artifact.kind) == (index, kind):
-                return artifact, await self._results.get(artifact.path, sha256=artifact.sha256)
+                return artifact
         raise NotFound(f"the job has no {kind} number {index}")
 
     async def artifact_part(self, artifact: StoredArtifact, start: int, end: int) -> bytes:

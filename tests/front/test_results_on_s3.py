@@ -10,17 +10,23 @@ import pytest
 
 from deployments.protocol.errors import Internal, NotFound
 from deployments.protocol.request import GenerationRequest
+from serve_app.admission.principal import LOCAL
+from serve_app.api.depends import ApiState
+from serve_app.api.http import create_app
 from serve_app.jobs.desk import JobDesk
 from serve_app.jobs.dispatch import Dispatcher
 from serve_app.jobs.store import JobStore
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore, input_path
+from tests.front.api.conftest import client_of
 from tests.front.conftest import MakeSettings
 from tests.front.fakes import CARD, MODEL, OWNER, FakeModels, picture
 from tests.front.jobs.conftest import running
 from tests.front.jobs.test_dispatch import ended
 from tests.front.s3 import BUCKET, KEYS, s3_server
 from tests.front.test_results import JOB, OTHER, image
+
+WISH = GenerationRequest(model=MODEL, prompt="x")
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +121,7 @@ async def test_a_whole_job_in_a_bucket(store: JobStore, bucket: ResultStore, in_
     began = time.time()
 
     async with running(Dispatcher(store, bucket, FakeModels(), in_a_bucket)):
-        job = await ended(store, (await desk.submit(GenerationRequest(model=MODEL, prompt="x"), OWNER)).id)
+        job = await ended(store, (await desk.submit(WISH, OWNER)).id)
         _, data = await desk.artifact(job.id, OWNER, 0)
         await desk.delete(job.id, OWNER)
 
@@ -123,3 +129,36 @@ async def test_a_whole_job_in_a_bucket(store: JobStore, bucket: ResultStore, in_
     assert job.created_at >= began - 60
     assert await bucket.jobs_older_than(-3600.0) == []
     await desk.aclose()
+
+
+async def test_the_owner_gets_a_link_to_a_picture_and_nobody_else(
+    store: JobStore, bucket: ResultStore, in_a_bucket: Settings
+) -> None:
+    async def no_models() -> dict[str, str]:
+        return {}
+
+    desk = JobDesk(store, bucket, {MODEL: CARD}, in_a_bucket)
+    app = create_app(ApiState(desk=desk, cards={MODEL: CARD}, settings=in_a_bucket, model_states=no_models))
+    async with running(Dispatcher(store, bucket, FakeModels(), in_a_bucket)):
+        theirs = await ended(store, (await desk.submit(WISH, "somebody else")).id)
+        mine = await ended(store, (await desk.submit(WISH, LOCAL)).id)
+    async with client_of(app) as client:
+        answer = await client.get(f"/api/results/{mine.id}/0/link", params={"for_s": 60})
+        refused = await client.get(f"/api/results/{theirs.id}/0/link")
+
+    assert answer.status_code == 200, answer.text
+    async with httpx.AsyncClient() as anybody:
+        assert (await anybody.get(answer.json()["url"])).content == picture()
+    assert answer.json()["expires_at"] == pytest.approx(time.time() + 60, abs=30)
+    assert refused.status_code == 404
+    for job in (mine, theirs):
+        await bucket.sweep(job.id)
+    await desk.aclose()
+
+
+async def test_a_directory_has_no_links(store: JobStore, results: ResultStore, settings: Settings) -> None:
+    desk = JobDesk(store, results, {MODEL: CARD}, settings)
+    async with running(Dispatcher(store, results, FakeModels(), settings)):
+        job = await ended(store, (await desk.submit(WISH, OWNER)).id)
+
+    assert await desk.link(job.id, OWNER, 0, "image", 60.0) is None
