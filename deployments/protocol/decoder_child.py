@@ -12,8 +12,18 @@ import resource
 import struct
 import sys
 
-from PIL import Image, ImageOps
+# all that opening these formats may import, while files can still be opened
+from PIL import (
+    Image,
+    ImageOps,
+    JpegImagePlugin,
+    MpoImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 
+DECODERS = (JpegImagePlugin, MpoImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 16_000_000  # as pictures.py allows; looked at again here, before anything is decoded
 ROOM_BYTES = 640 * 2**20  # over what the program itself has; 16 megapixels need about 400 MiB at once
@@ -72,9 +82,7 @@ def _decoded(data: bytes, kind: bytes) -> Image.Image:
 
 def _limit() -> None:
     """From here on: no more memory than room for one picture, no files, no dumps."""
-    Image.preinit()  # the decoders are loaded while files can be opened
-    for name in ("PngImagePlugin", "JpegImagePlugin", "WebPImagePlugin", "MpoImagePlugin", "TiffImagePlugin"):
-        __import__(f"PIL.{name}")
+    Image.preinit()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     if sys.platform == "linux":  # elsewhere the kernel does not keep this one
