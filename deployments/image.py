@@ -263,10 +263,14 @@ def _attach(
     owner: Mix | None,
     pipeline: Any,
 ) -> None:
-    """Give a request's pipeline the model's prompt cache, and previews if they are wanted."""
+    """Give a request's pipeline the model's prompt cache, its place in a frame-wise video, and
+    previews if they are wanted."""
+    from deployments.pipelines.frames import walk
     from deployments.pipelines.previews import watch
 
     loaded.prompts.attach(pipeline, owner.label if owner is not None and owner.touches_text else None)
+    if request.video is not None and request.video.frame is not None:
+        walk(pipeline, request.video, request.video.frame)
     previewer, steps = loaded.previewer, denoising_steps(request, loaded.card)
     every = -(-steps // (request.output.previews + 1))  # ceil: no preview of the last step
     if not request.output.previews or previewer is None or steps < 2:

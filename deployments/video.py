@@ -9,21 +9,29 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from deployments import __version__
 from deployments.encoding import Encoder, Encoding, RemoteEncoder
 from deployments.image import ImageModel
 from deployments.media.footage import Footage, Frames, VideoFiles
+from deployments.painting import Painted, Painting
 from deployments.protocol.adapters import AdapterFiles
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable, OutOfMemory
-from deployments.protocol.events import Artifact, Done, Event, Stage
+from deployments.protocol.events import Artifact, Done, Event, Failed, Stage, Started, Step
+from deployments.protocol.limits import denoising_steps
 from deployments.protocol.request import FittedRequest
 
 if TYPE_CHECKING:
+    from deployments.adapters.mixed import Mix
     from deployments.engine.worker import Finished
+    from deployments.loaded import LoadedModel
     from deployments.pipelines.video import Reel
+
+
+FRAMES_AT_ONCE = 16  # of one frame-wise video in the engine
 
 
 class VideoModel(ImageModel):
@@ -45,9 +53,7 @@ class VideoModel(ImageModel):
         self._encoder = RemoteEncoder(encoder) if isinstance(encoder, DeploymentHandle) else encoder
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self._decoding_since: float | None = None  # time.monotonic(); what the watchdog looks at
-        super().__init__(
-            cards, refiners, on_stop, fetch_adapter=fetch_adapter, adapter_folder=adapter_folder
-        )
+        super().__init__(cards, refiners, on_stop, fetch_adapter=fetch_adapter, adapter_folder=adapter_folder)
 
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""
@@ -56,22 +62,75 @@ class VideoModel(ImageModel):
         if since is not None and time.monotonic() - since > self._serving.watchdog_s:
             raise ModelUnavailable("the video decoder hangs; the replica must be replaced")
 
+    async def _run(
+        self,
+        loaded: LoadedModel,
+        request: FittedRequest,
+        user: str,
+        resume: bytes | None,
+        max_wait_s: float | None,
+        owner: Mix | None = None,
+    ) -> AsyncGenerator[Event]:
+        """The request's events. A frame-wise video is many requests, one per frame, so that its frames share
+        their forwards with each other and with whatever else runs here."""
+        video = request.video
+        if video is None or not video.framewise or video.is_one_frame:
+            async for event in super()._run(loaded, request, user, resume, max_wait_s, owner):
+                yield event
+            return
+
+        def paint(frame: int) -> AsyncGenerator[Event | Painted]:
+            one = request.model_copy(
+                update={
+                    "video": video.model_copy(update={"frame": frame}),
+                    "output": request.output.model_copy(update={"previews": 0}),
+                }
+            )
+            return ImageModel._run(self, loaded, one, user, None, max_wait_s, owner)
+
+        window = min(self._serving.slots, FRAMES_AT_ONCE)
+        steps = denoising_steps(request, loaded.card)
+        started = time.monotonic()
+        queued_s = 0.0
+        footage = _footage(request, video.num_frames)
+        async with (
+            Encoding(self._encoder, footage) as encoding,
+            Painting(paint, video.num_frames, window) as events,
+        ):
+            encoded = done = 0
+            async for event in events:
+                match event:
+                    case Painted(image=image):
+                        await encoding.add(np.asarray(image, dtype=np.uint8)[None])
+                        if encoding.encoded > encoded:
+                            encoded = encoding.encoded
+                            yield Stage("encode", encoded, video.num_frames)
+                    case Started():
+                        queued_s, started = time.monotonic() - started, time.monotonic()
+                        yield Started(steps * video.num_frames)
+                    case Step():
+                        done += 1
+                        yield Step(done, steps * video.num_frames)
+                    case Failed():
+                        yield event
+                        return
+                    case _:
+                        yield event
+            async for event in self._finish(request, footage, encoding, queued_s, 0.0, started):
+                yield event
+
     async def _deliver(self, request: FittedRequest, finished: Finished) -> AsyncGenerator[Event]:
-        """Decode and encode at the same time; the files, then Done."""
+        """Decode and encode at the same time; the files, then Done. Of a single frame: the picture."""
         if request.video is None:
             async for event in super()._deliver(request, finished):
                 yield event
             return
+        if request.video.is_one_frame:
+            yield Painted(finished.value[0])  # type: ignore[misc]  # read by Painting, never told
+            return
         started = time.monotonic()
         reel: Reel = finished.value[0]
-        footage = Footage(
-            request.width,
-            request.height,
-            reel.total,
-            request.video.fps,
-            request.video.format,
-            request.video.quality,
-        )
+        footage = _footage(request, reel.total)
         async with Encoding(self._encoder, footage) as encoding:
             decoded = encoded = 0
             while (frames := await self._take(reel)) is not None:
@@ -81,13 +140,27 @@ class VideoModel(ImageModel):
                 if encoding.encoded > encoded:
                     encoded = encoding.encoded
                     yield Stage("encode", encoded, reel.total)
-            while await encoding.rest():
-                yield Stage("encode", encoding.encoded, reel.total)
-            facts, text = _facts(request, finished.run_s + time.monotonic() - started)
-            files = await encoding.files(text, json.dumps(facts, ensure_ascii=False))
+            finish = self._finish(request, footage, encoding, finished.queued_s, finished.run_s, started)
+            async for event in finish:
+                yield event
+
+    async def _finish(
+        self,
+        request: FittedRequest,
+        footage: Footage,
+        encoding: Encoding,
+        queued_s: float,
+        run_s: float,
+        started: float,
+    ) -> AsyncGenerator[Event]:
+        """When all frames were added. run_s: of work before `started`, which is a time.monotonic()."""
+        while await encoding.rest():
+            yield Stage("encode", encoding.encoded, footage.num_frames)
+        facts, text = _facts(request, run_s + time.monotonic() - started)
+        files = await encoding.files(text, json.dumps(facts, ensure_ascii=False))
         for artifact in _artifacts(request, footage, files, facts):
             yield artifact
-        yield Done(finished.queued_s, finished.run_s + time.monotonic() - started)
+        yield Done(queued_s, run_s + time.monotonic() - started)
 
     async def _take(self, reel: Reel) -> Frames | None:
         return await asyncio.get_running_loop().run_in_executor(self._decoder, self._decode, reel)
@@ -106,6 +179,12 @@ class VideoModel(ImageModel):
             ) from error
         finally:
             self._decoding_since = None
+
+
+def _footage(request: FittedRequest, num_frames: int) -> Footage:
+    video = request.video
+    assert video is not None, "only videos are encoded"
+    return Footage(request.width, request.height, num_frames, video.fps, video.format, video.quality)
 
 
 def _facts(request: FittedRequest, generation_s: float) -> tuple[dict[str, object], str]:

@@ -18,7 +18,7 @@ MODULES = sorted(
 # A room may import from rooms after it in its list. Rooms in one tuple are strangers to each other.
 FRONT = (
     ("serve_app.cli",),
-    ("serve_app.app", "serve_app.local", "serve_app.accounts"),
+    ("serve_app.app", "serve_app.local", "serve_app.accounts", "serve_app.doctor"),
     ("serve_app.ingress", "serve_app.dispatcher", "serve_app.adapter_files"),
     ("serve_app.api",),
     (
@@ -26,6 +26,7 @@ FRONT = (
         "serve_app.services",
         "serve_app.handles",
         "serve_app.embedded_redis",
+        "serve_app.store_facts",
         "serve_app.telemetry",
     ),
     ("serve_app.jobs", "serve_app.adapters"),
@@ -35,7 +36,7 @@ FRONT = (
 )
 WORKSHOP = (
     ("deployments.lora", "deployments.video"),
-    ("deployments.image", "deployments.encoding"),
+    ("deployments.image", "deployments.encoding", "deployments.painting"),
     ("deployments.loaded", "deployments.encoder"),
     ("deployments.weights", "deployments.pipelines", "deployments.telemetry"),
     ("deployments.adapters", "deployments.media"),
@@ -61,6 +62,7 @@ HOMES = {
         "serve_app.jobs",
         "serve_app.adapters",
         "serve_app.embedded_redis",
+        "serve_app.store_facts",
     ),
     "jwt": ("serve_app.admission",),
     "fastapi_offline": ("serve_app.api",),

@@ -105,7 +105,8 @@ class Model:
         pipeline = self.pipeline_for(request)
         attach(pipeline)
         arguments = call_arguments(type(pipeline), request, image, mask, maps)
-        arguments["output_type"] = output_type if request.video is None else video.output_type(pipeline)
+        films = request.task in (Task.t2v, Task.i2v)
+        arguments["output_type"] = video.output_type(pipeline) if films else output_type
         progress = progress or Progress()
         if request.refiner is not None:
             refiner = _own_copy(self._refiner, request.scheduler)
@@ -116,7 +117,7 @@ class Model:
             if progress.latents is not None:
                 arguments |= remaining(progress, request, pipeline._execution_device)
             result = pipeline(**arguments, callback_on_step_end=teller(on_step, progress))
-        if request.video is not None:
+        if films:
             return [video.reel(pipeline, result.frames)]
         if any(result.get("nsfw_content_detected") or ()):
             raise BadRequest(

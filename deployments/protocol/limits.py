@@ -79,7 +79,7 @@ def fit(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> Fitt
         refine=request.refine,
         refiner=_refiner(request, card, steps),
         output=request.output,
-        video=fit_video(request, card, width, height),
+        video=fit_video(request, card, width, height, seed),
         priority=request.priority,
         deadline_s=request.deadline_s,
     )

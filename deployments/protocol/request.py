@@ -126,6 +126,11 @@ class Video(Strict):
         None, ge=0, le=MAX_SEED, description="Frame-wise only: whose noise the last frame begins with."
     )
 
+    @property
+    def is_one_frame(self) -> bool:
+        """Whether the request paints a single frame, as a picture."""
+        return False
+
 
 class GenerationRequest(Strict):
     """A wish, as a caller writes it: whatever is None is the model card's default.
@@ -169,7 +174,7 @@ class GenerationRequest(Strict):
     def task(self) -> Task:
         if self.refine:
             return Task.refine
-        if self.video is not None:
+        if self.video is not None and not self.video.is_one_frame:
             return Task.t2v if self.edit is None else Task.i2v
         if self.edit is None:
             return Task.t2i
@@ -187,6 +192,11 @@ class FittedVideo(Video):
     fps: int
     seconds: None = None
     framewise: bool = Field(False, description="A picture model paints every frame as a picture.")
+    frame: int | None = Field(None, ge=0, description="Set inside of a replica: which frame to paint.")
+
+    @property
+    def is_one_frame(self) -> bool:
+        return self.frame is not None
 
     @property
     def pictures(self) -> int:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from deployments.protocol.card import ModelCard, Videos
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import FittedVideo, GenerationRequest, Video
+from deployments.protocol.request import MAX_SEED, FittedVideo, GenerationRequest, Video
 
 
-def fit_video(request: GenerationRequest, card: ModelCard, width: int, height: int) -> FittedVideo | None:
+def fit_video(
+    request: GenerationRequest, card: ModelCard, width: int, height: int, seed: int
+) -> FittedVideo | None:
     """The video with every blank filled from the card; None when pictures are wanted.
+
+    A frame-wise video that says not where it ends goes to the picture of the next seed.
 
     Raises BadRequest naming the field, the cause and what would be right.
     """
@@ -34,7 +38,7 @@ def fit_video(request: GenerationRequest, card: ModelCard, width: int, height: i
         format=video.format,
         quality=video.quality,
         end_prompt=video.end_prompt,
-        end_seed=video.end_seed,
+        end_seed=_end_seed(video, limits, seed),
         framewise=limits.framewise,
     )
 
@@ -58,6 +62,12 @@ def _check_company(request: GenerationRequest, video: Video, limits: Videos) -> 
                 raise BadRequest(
                     f"{name} is for frame-wise videos of picture models; leave it out", param=name
                 )
+
+
+def _end_seed(video: Video, limits: Videos, seed: int) -> int | None:
+    if video.end_seed is not None or video.end_prompt is not None or not limits.framewise:
+        return video.end_seed
+    return seed + 1 if seed < MAX_SEED else 0
 
 
 def _frames(video: Video, fps: int, limits: Videos, card_id: str) -> int:

@@ -20,7 +20,11 @@ def cards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cards")
     card = yaml.safe_load((ROOT / "configs/models/tiny-flux-schnell.yaml").read_text())
     (folder / "tiny-flux-schnell.yaml").write_text(yaml.safe_dump(card))
+    wan = (ROOT / "configs/models/tiny-wan.yaml").read_text()
+    (folder / "tiny-wan.yaml").write_text(wan)
     slow = card | {"id": "slow-flux", "name": "Slow", "corrects": False}
+    slow["adapters"] = []
+    slow["serving"] = card["serving"] | {"lora": "shared"}
     slow["steps"] = {"min": 1, "default": 4, "max": 1000}
     (folder / "slow-flux.yaml").write_text(yaml.safe_dump(slow))
     return folder
@@ -42,7 +46,7 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     before = dict(os.environ)
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     config["http_options"]["port"] = port
-    config["applications"][0]["args"]["models"] = ["tiny-flux-schnell", "slow-flux"]
+    config["applications"][0]["args"]["models"] = ["tiny-flux-schnell", "slow-flux", "tiny-wan"]
     config["applications"][0]["deployments"] = [{"name": "Ingress", "num_replicas": 2}]  # override by name
     os.environ.update(settings)
     valkey = EmbeddedRedis(data)

@@ -1,0 +1,211 @@
+"""Videos of a picture model, frame by frame: where the path begins and ends, and what its frames share."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deployments.painting import Painted, Painting
+from deployments.pipelines.frames import slerp
+from deployments.protocol.card import Videos, load_card
+from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Started, Step
+from deployments.protocol.request import Edit, GenerationRequest, Video
+from deployments.video import VideoModel
+from tests.front.fakes import eventually
+from tests.workshop.films import ROOT, Frames, film, png
+from tests.workshop.test_video_model import Recorder
+
+VIDEOS = Videos(num_frames=9, fps=8, max_frames=64, max_frame_pixels=64 * 64 * 64, framewise=True)
+FLUX = load_card(ROOT / "configs/models/tiny-flux-schnell.yaml")
+CARD = FLUX.model_copy(update={"tasks": ["t2i", "i2i", "t2v", "i2v"], "videos": VIDEOS})
+PATIENCE_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[VideoModel]:
+    made = VideoModel([CARD], Recorder())
+    yield made
+    made.__del__()
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def model(loaded: VideoModel, recorder: Recorder) -> VideoModel:
+    loaded._encoder = recorder
+    return loaded
+
+
+def wish(**changes: Any) -> GenerationRequest:
+    known = {"model": CARD.id, "prompt": "a red circle", "seed": 5, "width": 64, "height": 64}
+    return GenerationRequest(**(known | changes))
+
+
+async def events_of(model: VideoModel, **changes: Any) -> list[Event]:
+    return [event async for event in model.generate(wish(**changes))]
+
+
+async def picture_of(model: VideoModel, **changes: Any) -> Frames:
+    events = await events_of(model, **changes)
+    (data,) = (e.data for e in events if isinstance(e, Artifact) and e.kind == "image")
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def furthest(one: Frames, other: Frames) -> int:
+    return int(np.abs(one.astype(np.int16) - other.astype(np.int16)).max())
+
+
+async def test_every_frame_is_told_and_the_file_holds_them_in_order(
+    model: VideoModel, recorder: Recorder
+) -> None:
+    events = await events_of(model, video=Video(num_frames=40, fps=10))
+
+    assert [type(event) for event in events[:2]] == [Queued, Started]
+    steps = [event for event in events if isinstance(event, Step)]
+    assert steps == [Step(step, 160) for step in range(1, 161)]
+    (video,) = (e for e in events if isinstance(e, Artifact) and e.kind == "video")
+    assert len(film(video.data).frames) == 40
+    assert isinstance(events[-1], Done)
+    assert events[-1].generation_s > 0
+
+
+async def test_the_path_begins_and_ends_at_the_pictures_of_its_two_seeds(
+    model: VideoModel, recorder: Recorder
+) -> None:
+    await events_of(model, video=Video(num_frames=5, fps=11, end_seed=77))
+
+    frames = recorder.taken(11)
+    assert furthest(frames[0], await picture_of(model)) <= 1
+    assert furthest(frames[-1], await picture_of(model, seed=77)) <= 1
+    assert all(furthest(a, b) > 1 for a, b in pairwise(frames))
+
+
+async def test_the_path_may_lead_from_one_prompt_to_another(model: VideoModel, recorder: Recorder) -> None:
+    await events_of(model, video=Video(num_frames=5, fps=12, end_prompt="a blue star"))
+
+    frames = recorder.taken(12)
+    assert furthest(frames[0], await picture_of(model)) <= 1
+    assert furthest(frames[-1], await picture_of(model, prompt="a blue star")) <= 1
+    assert furthest(frames[1], frames[0]) > 1
+
+
+async def test_without_an_end_the_path_leads_to_the_next_seed(model: VideoModel, recorder: Recorder) -> None:
+    await events_of(model, video=Video(num_frames=3, fps=13))
+
+    assert furthest(recorder.taken(13)[-1], await picture_of(model, seed=6)) <= 1
+
+
+async def test_a_picture_to_start_from_is_kept_as_far_as_strength_says(
+    model: VideoModel, recorder: Recorder
+) -> None:
+    edit = Edit(image=png(), strength=0.5)
+
+    await events_of(model, edit=edit, video=Video(num_frames=3, fps=14))
+
+    assert furthest(recorder.taken(14)[0], await picture_of(model, edit=edit)) <= 1
+
+
+async def test_the_frames_of_one_request_are_woven_together(model: VideoModel) -> None:
+    engine = model._worker._engine
+    before = engine.rows, engine.forwards
+
+    await events_of(model, video=Video(num_frames=16))
+
+    rows, forwards = engine.rows - before[0], engine.forwards - before[1]
+    assert rows / forwards > 1.5, "frames share forwards"
+
+
+async def test_closing_the_stream_cancels_all_frames(model: VideoModel) -> None:
+    async with aclosing(model.generate(wish(video=Video(num_frames=64)))) as events:
+        async for event in events:
+            if isinstance(event, Step):
+                break
+
+    await eventually(lambda: model._worker.active == 0, PATIENCE_S)
+    assert isinstance((await events_of(model))[-1], Done)
+
+
+def test_between_two_noises_lies_noise() -> None:
+    one, other = (torch.randn(4, 16, 64, 64, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+
+    middle = slerp(one, other, 0.5)
+
+    assert torch.equal(slerp(one, other, 0.0), one)
+    assert torch.equal(slerp(one, other, 1.0), other)
+    assert middle.std() == pytest.approx(1.0, abs=0.01)
+    assert torch.lerp(one, other, 0.5).std() < 0.8
+
+
+# --- the order of frames -----------------------------------------------------------------------------------
+
+
+class Counted(list[int]):
+    """Knows how long it ever was."""
+
+    most = 0
+
+    def append(self, item: int) -> None:
+        super().append(item)
+        self.most = max(self.most, len(self))
+
+
+def painter(order: list[int], running: list[int], failing: int | None = None) -> Any:
+    """Frames that finish in this order, whatever the order they begin in."""
+    turn = asyncio.Condition()
+    finished: list[int] = []
+
+    async def paint(frame: int) -> AsyncGenerator[Any]:
+        running.append(frame)
+        try:
+            yield Started(1)
+            async with turn:
+                await turn.wait_for(lambda: finished == order[: order.index(frame)])
+                if frame == failing:
+                    yield Failed("internal", "this frame failed", retryable=False)
+                    return
+                yield Painted(Image.new("RGB", (2, 2), (frame, 0, 0)))
+                finished.append(frame)
+                turn.notify_all()
+        finally:
+            running.remove(frame)
+
+    return paint
+
+
+async def test_frames_come_in_their_order_however_they_finish() -> None:
+    async with Painting(painter([3, 1, 0, 2], []), 4, window=4) as events:
+        told = [event async for event in events]
+
+    assert told[0] == Started(1)
+    assert [e.image.getpixel((0, 0))[0] for e in told if isinstance(e, Painted)] == [0, 1, 2, 3]  # type: ignore[index]
+
+
+async def test_no_more_frames_are_under_way_than_the_window_lets() -> None:
+    running = Counted()
+    async with Painting(painter(list(range(20)), running), 20, window=3) as events:
+        painted = [event async for event in events if isinstance(event, Painted)]
+
+    assert len(painted) == 20
+    assert (running.most, list(running)) == (3, [])
+
+
+async def test_the_first_failure_ends_it_all() -> None:
+    running: list[int] = []
+    async with Painting(painter([0, 1, 2, 3], running, failing=1), 4, window=4) as events:
+        told = [event async for event in events]
+
+    assert isinstance(told[-1], Failed)
+    assert [type(event) for event in told].count(Painted) == 1
+    assert running == []
