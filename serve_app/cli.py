@@ -20,7 +20,7 @@ from dotenv import load_dotenv
 from deployments import __version__
 from deployments.protocol.card import load_cards
 from deployments.protocol.errors import WeftError
-from serve_app import accounts, local
+from serve_app import accounts, doctor, local
 from serve_app.embedded_redis import EmbeddedRedis
 from serve_app.settings import ROOT, Settings
 
@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     serve.add_argument("--port", type=int, help="port to listen on (default: the config's, 8000)")
     commands.add_parser("models", help="list the model cards")
     accounts.add_commands(commands)
+    look = commands.add_parser("doctor", help="examine a running installation; status 1 when it is unsafe")
+    look.add_argument("--host", help="where the service listens (default: WEFT_HOST, 127.0.0.1)")
+    look.add_argument("--port", type=int, help="(default: WEFT_PORT, 8000)")
     options = parser.parse_args(argv)
     load_dotenv(ROOT / ".env")
     try:
@@ -43,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _list_models()
         if options.command in ("users", "keys"):
             return accounts.run(options, Settings.load(), _say)
+        if options.command == "doctor":
+            settings = Settings.load()
+            host, port = options.host or settings.host or "127.0.0.1", options.port or settings.port or 8000
+            return doctor.run(settings, host, port, _say)
         return _serve(options.config, options.host, options.port)
     except (WeftError, RuntimeError) as error:
         print(f"weft: {error}", file=sys.stderr)
