@@ -31,10 +31,11 @@ class DispatcherReplica:
         settings: Settings,
         cards: Mapping[str, ModelCard],
         handles: Mapping[str, DeploymentHandle[Any]],
+        loras: Mapping[str, DeploymentHandle[Any]],
         dispatchers: int,
     ) -> None:
         join_serve_log()
-        models = ModelHandles(handles, serve.get_replica_context().app_name)
+        models = ModelHandles(handles, serve.get_replica_context().app_name, loras)
         services = Services.open(settings)
         self._dispatcher = Dispatcher(
             services.store,

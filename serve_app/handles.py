@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, cast
 
 import ray.exceptions
@@ -22,15 +22,28 @@ from deployments.protocol.request import FittedRequest
 logger = logging.getLogger(__name__)
 
 STATES_MAX_AGE_S = 2.0
+UNLOAD_TIMEOUT_S = 30.0
 
 
 class ModelHandles:
     """Calls to the models of one application. One per replica, used from one event loop."""
 
-    def __init__(self, handles: Mapping[str, DeploymentHandle[Any]], app_name: str) -> None:
-        # .options() opens a metrics pusher and a long poll of its own: do it once per model
+    def __init__(
+        self,
+        handles: Mapping[str, DeploymentHandle[Any]],
+        app_name: str,
+        loras: Mapping[str, DeploymentHandle[Any]] | None = None,
+    ) -> None:
+        """loras: by model, where its requests with LoRAs go; may be the same deployment."""
+        # the first .options() opens a metrics pusher and a long poll; those made of its result share them
         self._handles = {
             model: handle.options(method_name="generate", stream=True) for model, handle in handles.items()
+        }
+        self._loras = {
+            model: self._handles[model]
+            if handle.deployment_name == handles[model].deployment_name
+            else handle.options(method_name="generate", stream=True)
+            for model, handle in (loras or {}).items()
         }
         self._app_name = app_name
         self._running = dict.fromkeys(handles, 0)  # replicas
@@ -46,7 +59,7 @@ class ModelHandles:
         It waits for a slot as long as that takes: the request was accepted and has its place.
         Raises ModelUnavailable (retryable) when the replica dies, drains or does not exist.
         """
-        call = self._handles[model].remote(request, user, resume, patient=True)
+        call = self._handle_for(model, request).remote(request, user, resume, patient=True)
         stream = cast(DeploymentResponseGenerator[Event], call)
         try:
             async for event in stream:
@@ -58,6 +71,12 @@ class ModelHandles:
         finally:
             # closing a Python iterator tells the replica nothing; cancel() does, and is a no-op at the end
             stream.cancel()  # type: ignore[no-untyped-call]
+
+    def _handle_for(self, model: str, request: FittedRequest) -> DeploymentHandle[Any]:
+        """With LoRAs: to a replica that holds the first of them, if there is one."""
+        if not request.loras or model not in self._loras:
+            return self._handles[model]
+        return self._loras[model].options(multiplexed_model_id=request.loras[0].id)
 
     async def states(self) -> dict[str, str]:
         """Per model: ready, loading, idle (scaled to zero) or error; at most 2 s old."""
@@ -88,6 +107,28 @@ class ModelHandles:
             self._running[model] = _running(found.replica_states) if found else 0
             self._states[model] = _state(self._running[model], found.status.value if found else "")
         self._looked_at = time.monotonic()
+
+
+class LoraReplicas:
+    """All replicas that may hold adapters."""
+
+    def __init__(self, deployments: Sequence[str], app_name: str) -> None:
+        self._deployments = tuple(deployments)
+        self._app_name = app_name
+        self._handles: list[DeploymentHandle[Any]] | None = None  # made when needed: replicas come later
+
+    async def unload(self, digest: str) -> None:
+        """Have every replica forget an adapter. One that is missed keeps a file that nobody asks for."""
+        try:
+            await asyncio.to_thread(self._unload, digest)
+        except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
+            logger.warning("an adapter was not unloaded everywhere", extra={"error": repr(error)})
+
+    def _unload(self, digest: str) -> None:
+        if self._handles is None:
+            self._handles = [serve.get_deployment_handle(name, self._app_name) for name in self._deployments]
+        for call in [handle.broadcast("unload", digest) for handle in self._handles]:
+            call.results(timeout_s=UNLOAD_TIMEOUT_S)
 
 
 def _running(replica_states: Mapping[Any, int]) -> int:

@@ -190,6 +190,11 @@ class Settings(BaseSettings):
         }
 
     @property
+    def adapter_cache(self) -> Path:
+        """Where replicas keep LoRA files that they fetched."""
+        return self.data_dir / "adapter-cache"
+
+    @property
     def open_to_all(self) -> bool:
         """Nobody needs a key: only on loopback, and only when none is set."""
         return self.api_key is None

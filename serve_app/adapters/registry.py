@@ -114,7 +114,7 @@ class Registry:
         """Of every registered file, whoever owns it."""
         found: set[str] = set()
         with reachable():
-            for owner in await self._redis.smembers(self._owners):
+            for owner in cast(set[str], await self._redis.smembers(self._owners)):
                 for record in await self._redis.hvals(self._records(owner)):
                     found.add(ADAPTER.validate_json(record).digest)
         return found

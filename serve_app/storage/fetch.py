@@ -182,7 +182,7 @@ class Fetcher:
             )
             timeouts = {"connect": CONNECT_TIMEOUT_S}
             async with pool.stream(
-                method, url, headers=sent, content=body, extensions={"timeout": timeouts}
+                method, url, headers=list(sent.items()), content=body, extensions={"timeout": timeouts}
             ) as response:
                 yield response
 
