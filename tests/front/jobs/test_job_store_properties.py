@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
+from collections.abc import Callable
 from typing import Any
 
 import hypothesis
@@ -12,15 +14,22 @@ import redis as redis_py
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from serve_app.jobs import progress
-from serve_app.jobs.job import Job, JobError, JobState, new_job_id
-from serve_app.jobs.record import Keys
+from deployments.protocol.errors import Conflict
+from deployments.protocol.request import FittedRequest, Priority
+from serve_app.jobs import progress, sameness
+from serve_app.jobs import store as store_module
+from serve_app.jobs.job import COPIES, Job, JobError, JobState, Once, Terms, new_job_id
+from serve_app.jobs.record import Keys, job_from
 from serve_app.jobs.store import Claim, JobStore, Stale
 from serve_app.jobs.transaction import connect
 from serve_app.settings import Settings
-from tests.front.fakes import OWNER, fitted
+from tests.front.fakes import fitted
 
+EXAMPLES = int(os.environ.get("CHAOS_EXAMPLES", "100"))  # `make chaos`: 2,000
+STEPS = 30
+OWNERS = ("ada", "bob")
 MODELS = ("a", "b")
+QUEUES = (*MODELS, COPIES)
 MAX_ATTEMPTS = 2
 BROKEN = JobError("model_unavailable", "lost")
 _PREFIXES = (f"weft:machine{number}:" for number in itertools.count())
@@ -51,14 +60,17 @@ class StoreMachine(RuleBasedStateMachine):
         self.cancelled: set[str] = set()  # acknowledged before the job had ended
         self.newest: dict[str, int] = {}  # attempt of the latest claim
         self.steps: dict[tuple[str, int], int] = {}  # per attempt, as last seen
+        self.firsts: dict[tuple[str, str], tuple[str, str]] = {}  # (owner, key) -> (job, digest)
+        self.requests: dict[str, FittedRequest] = {}
 
     def teardown(self) -> None:
         for job_id in self.known:  # everything can still end, and then nothing stays
             self._expire(job_id)
         for _ in range(MAX_ATTEMPTS + 1):
             self._run(self.store.reap())
-            while claim := self._run(self.store.claim(dict.fromkeys(MODELS, 9))):
+            while claim := self._run(self.store.claim(dict.fromkeys(QUEUES, 9))):
                 self._expire(claim.job.id)
+        assert all(self._job(job_id).state.ended for job_id in self.known)
         keys = list(self.sync.scan_iter(f"{self.keys.prefix}*", count=1000))
         assert [key for key in keys if self.sync.ttl(key) < 0] == []
         self._run(self.redis.aclose())
@@ -78,15 +90,42 @@ class StoreMachine(RuleBasedStateMachine):
             self.sync.hset(self.keys.job(job_id), "lease_us", "1")
             self.sync.zadd(self.keys.running, {job_id: 1})
 
-    @rule(target=jobs, model=st.sampled_from(MODELS))
-    def accept(self, model: str) -> Any:
-        if self.sync.scard(self.keys.active(OWNER)) >= 6:
+    @rule(
+        target=jobs,
+        owner=st.sampled_from(OWNERS),
+        model=st.sampled_from(MODELS),
+        prompt=st.sampled_from(["x", "y"]),
+        seeded=st.booleans(),
+        priority=st.sampled_from(["low", "normal", "high"]),
+        key=st.sampled_from([None, None, "k1", "k2"]),
+    )
+    def accept(
+        self, owner: str, model: str, prompt: str, seeded: bool, priority: Priority, key: str | None
+    ) -> Any:
+        """A call with or without an Idempotency-Key, for a picture that may have been asked for before."""
+        if self.sync.scard(self.keys.active(owner)) >= 6:
             return hypothesis.stateful.multiple()
-        job = self._run(self.store.accept(new_job_id(), OWNER, fitted(model=model)))
+        request = fitted(prompt, model=model).model_copy(update={"priority": priority})
+        same = sameness.cache_key(bytes(32), owner, 0, request, {}) if seeded else None
+        once = None if key is None else Once(key, sameness.body_digest(request))
+        try:
+            job = self._run(self.store.accept(new_job_id(), owner, request, (), Terms(once=once, same=same)))
+        except Conflict:
+            assert once is not None
+            assert self.firsts[owner, once.key][1] != once.digest
+            return hypothesis.stateful.multiple()
+        assert job.owner == owner
+        if once is not None and job.id in self.known:
+            assert self.firsts[owner, once.key] == (job.id, once.digest)
+            return hypothesis.stateful.multiple()
+        if once is not None:
+            assert (owner, once.key) not in self.firsts
+            self.firsts[owner, once.key] = (job.id, once.digest)
         self.known.add(job.id)
+        self.requests[job.id] = request
         return job.id
 
-    @rule(target=claims, models=st.sets(st.sampled_from(MODELS), min_size=1))
+    @rule(target=claims, models=st.sets(st.sampled_from(QUEUES), min_size=1))
     def claim(self, models: set[str]) -> Any:
         claim = self._run(self.store.claim(dict.fromkeys(models, 1)))
         if claim is None:
@@ -135,24 +174,46 @@ class StoreMachine(RuleBasedStateMachine):
     def lease_runs_out(self, job_id: str) -> None:
         self._expire(job_id)
 
+    @rule(job_id=jobs)
+    def files_expire(self, job_id: str) -> None:
+        if self._job(job_id).state.ended:
+            self._run(self.store.expire_files(job_id))
+
     @rule()
     def reap(self) -> None:
         self._run(self.store.reap())
 
     @invariant()
     def word_is_kept(self) -> None:
-        pending = set(self.sync.zrange(self.keys.pending, 0, -1))
-        per_model = [self.sync.zrange(self.keys.pending_of(model), 0, -1) for model in MODELS]
-        running = set(self.sync.zrange(self.keys.running, 0, -1))
-        active = self.sync.smembers(self.keys.active(OWNER))
-        jobs = [self._job(job_id) for job_id in self.known]
-        queued = {job.id for job in jobs if job.state is JobState.queued}
+        known = sorted(self.known)
+        with self.sync.pipeline(transaction=True) as pipe:  # one look, one round trip
+            for key in (self.keys.pending, self.keys.running, *map(self.keys.pending_of, QUEUES)):
+                pipe.zrange(key, 0, -1)
+            for owner in OWNERS:
+                pipe.smembers(self.keys.active(owner))
+            for job_id in known:
+                pipe.hgetall(self.keys.job(job_id))
+                pipe.xrange(self.keys.events(job_id))
+                pipe.zrange(self.keys.followers(job_id), 0, -1)
+            found = pipe.execute()
+        indexes, each = found[: 2 + len(QUEUES) + len(OWNERS)], found[2 + len(QUEUES) + len(OWNERS) :]
+        pending, running = set(indexes[0]), set(indexes[1])
+        per_model, active = indexes[2 : 2 + len(QUEUES)], set().union(*indexes[2 + len(QUEUES) :])
+        jobs = [job_from(job_id, fields) for job_id, fields in zip(known, each[::3], strict=True)]
+        told = {
+            job.id: [progress.decode(fields) for _, fields in entries]
+            for job, entries in zip(jobs, each[1::3], strict=True)
+        }
+        followers = dict(zip(known, each[2::3], strict=True))
+        queued = {job.id for job in jobs if job.state is JobState.queued and job.leader is None}
+        following = {job.id for job in jobs if job.state is JobState.queued and job.leader is not None}
         processing = {job.id for job in jobs if job.state is JobState.processing}
         assert queued == pending == set(itertools.chain(*per_model))
         assert processing == running
-        assert active == queued | processing
+        assert active == queued | processing | following
+        self._company_is_kept({job.id: job for job in jobs}, followers)
         for job in jobs:
-            events = [event for _, event in self._run(self.store.events(job.id))]
+            events = told[job.id]
             endings = [event for event in events if isinstance(event, progress.ENDINGS)]
             assert len(endings) == job.state.ended  # once, and never again
             assert not endings or events[-1] is endings[0]
@@ -165,6 +226,19 @@ class StoreMachine(RuleBasedStateMachine):
                 assert job.step >= self.steps.get(attempt, 0)
                 self.steps[attempt] = job.step
 
+    def _company_is_kept(self, jobs: dict[str, Job], followers: dict[str, list[str]]) -> None:
+        """Who waits for another's files waits for an identical job of the same owner that will tell."""
+        for job in jobs.values():
+            other = jobs[job.leader or job.twin or job.id]
+            assert other.owner == job.owner, "nobody gets files of somebody else"
+            wanted, got = self.requests[job.id], self.requests[other.id]
+            assert (wanted.prompt, wanted.model) == (got.prompt, got.model)
+            if job.leader is not None and job.state is JobState.queued:
+                assert not other.state.ended, "its leader has ended and told nothing"
+                assert job.id in followers[other.id]
+            if job.twin is not None and not job.state.ended:
+                assert other.state is JobState.completed
+
 
 @pytest.fixture
 def machine(valkey_url: str) -> type[StoreMachine]:
@@ -173,13 +247,35 @@ def machine(valkey_url: str) -> type[StoreMachine]:
 
 
 def test_the_store_keeps_its_word_under_any_schedule(machine: type[StoreMachine]) -> None:
-    run_state_machine_as_test(
-        machine,
-        settings=hypothesis.settings(
-            max_examples=60,
-            stateful_step_count=30,
-            deadline=None,
-            suppress_health_check=list(hypothesis.HealthCheck),
-            database=None,
-        ),
+    run_state_machine_as_test(machine, settings=schedules(EXAMPLES))
+
+
+def schedules(examples: int) -> hypothesis.settings:
+    return hypothesis.settings(
+        max_examples=examples,
+        stateful_step_count=STEPS,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        database=None,
+        print_blob=True,  # so that a failing schedule can be run again
     )
+
+
+def without_fence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "_check_fence", lambda job, claim: None)
+
+
+def without_owner_in_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sameness.cache_key
+    monkeypatch.setattr(sameness, "cache_key", lambda secret, owner, *rest: whole(secret, "everybody", *rest))
+
+
+@pytest.mark.parametrize("mutate", [without_fence, without_owner_in_the_cache_key])
+def test_the_machine_finds_what_is_broken_on_purpose(
+    machine: type[StoreMachine], mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutate(monkeypatch)
+    quickly = hypothesis.settings(schedules(400), phases=[hypothesis.Phase.generate])
+
+    with pytest.raises((AssertionError, ExceptionGroup)):
+        run_state_machine_as_test(machine, settings=quickly)
