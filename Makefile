@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: serve test exact check format types lint bench clean
+.PHONY: serve test exact check format types lint audit bench clean
 
 serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+C
 	@$(BIN)/weft serve
@@ -23,6 +23,10 @@ lint: $(VENV)/.test
 
 types: $(VENV)/.test
 	$(BIN)/mypy
+
+audit: $(VENV)/.test ## known weaknesses of everything in constraints.txt; fails when one cannot be looked up
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet pip-audit==2.10.1
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
