@@ -3,11 +3,12 @@
 # no `from __future__ import annotations`: Serve reads the type of build()'s argument to validate it
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
+from ray.serve.handle import DeploymentHandle
 
 from deployments.encoder import VideoEncoder
 from deployments.image import ImageModel
@@ -65,7 +66,7 @@ def build(args: AppArgs) -> Application:
     cards = _chosen_cards(args, known, settings.cards_dir)
     adapters = _adapters(settings, cards)
     lora_files = {
-        "fetch_adapter": AdapterFilesByHandle(adapters),
+        "fetch_adapter": AdapterFilesByHandle(cast("DeploymentHandle[Any]", adapters)),  # Serve puts it there
         "adapter_folder": str(settings.adapter_cache),
     }
     models = _models(cards, known, args.encoder, lora_files)

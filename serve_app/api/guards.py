@@ -23,6 +23,7 @@ SERVE_HEADERS = (b"x-request-timeout-seconds", b"x-request-disconnect-disabled")
 LOOPBACK_IPV4 = re.compile(r"127(?:\.[0-9]{1,3}){3}")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+UPLOADS = "/api/loras"  # a form with a file goes there
 MAX_JSON_PARTS = 10_000  # brackets and commas; 32 MiB of "[],[]," would become a gigabyte of lists
 # One whole string (or the rest of the body, if it never ends) is one match: linear, whatever comes.
 JSON_PART = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.DOTALL)
@@ -154,16 +155,24 @@ class LocalOnly:
 
 
 class BodyLimit:
-    """Reads a body up to the limit, counting what arrives, and looks how deep its JSON goes."""
+    """Reads a body up to the limit, counting what arrives, and looks how deep its JSON goes.
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_depth: int) -> None:
+    The upload of an adapter has a limit of its own, and is not read before its caller is known.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_depth: int, max_upload_bytes: int) -> None:
         self.app = app
         self.max_bytes = max_bytes
         self.max_depth = max_depth
+        self.max_upload_bytes = max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
             await self.app(scope, receive, send)
+            return
+        content_type = Headers(scope=scope).get("content-type", "")
+        if route_path(scope) == UPLOADS and content_type.lower().startswith("multipart/"):
+            await self.app(scope, _counted(receive, self.max_upload_bytes), send)
             return
         try:
             body = await self._read(scope, receive)
@@ -214,6 +223,21 @@ def check_json_shape(body: bytes, max_depth: int) -> None:
             depth -= 1
         if count > MAX_JSON_PARTS:
             raise BadRequest(f"the JSON has more than {MAX_JSON_PARTS} parts; a request needs a few dozen")
+
+
+def _counted(receive: Receive, max_bytes: int) -> Receive:
+    """A receive that raises TooLarge, in the route that reads the body, when more comes than that."""
+    received = 0
+
+    async def counted() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > max_bytes:
+            raise TooLarge(f"the upload is over {max_bytes} bytes")
+        return message
+
+    return counted
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

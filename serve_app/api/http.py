@@ -32,6 +32,7 @@ from serve_app.api.guards import BodyLimit, Envelope, LocalOnly
 from serve_app.api.schemas.error import ErrorOut
 
 GZIP_FROM_BYTES = 1024
+FORM_BYTES = 2**20  # of an upload, around its file
 REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorOut, "description": "Refused: `message` names the cause and the cure."},
     "5XX": {"model": ErrorOut, "description": "Not now: see Retry-After."},
@@ -53,7 +54,12 @@ def create_app(state: ApiState) -> FastAPI:
             Middleware(Envelope, metrics=state.metrics, max_call_s=settings.max_call_s),
             Middleware(LocalOnly, settings=settings),
             Middleware(GZipMiddleware, minimum_size=GZIP_FROM_BYTES, compresslevel=5),
-            Middleware(BodyLimit, max_bytes=settings.max_body_bytes, max_depth=settings.max_json_depth),
+            Middleware(
+                BodyLimit,
+                max_bytes=settings.max_body_bytes,
+                max_depth=settings.max_json_depth,
+                max_upload_bytes=settings.max_adapter_bytes + FORM_BYTES,
+            ),
         ],
     )
     app.state.weft = state

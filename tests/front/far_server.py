@@ -14,7 +14,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 PUBLIC = "93.184.216.34"
-NAMES = ("files.example.org", "other.example.org", "cdn.example.net")
+NAMES = (
+    "files.example.org", "other.example.org", "cdn.example.net", "huggingface.co", "cdn-lfs.hf.co",
+)  # fmt: skip
 
 Page = Callable[[asyncio.StreamWriter], Awaitable[None]]
 

@@ -224,6 +224,21 @@ async def test_a_deleted_adapter_is_gone_with_its_file_and_replicas_are_told(
     assert unload.told == [digest(INK)]
 
 
+async def test_an_upload_may_be_larger_than_a_request_but_not_endless(
+    state: ApiState, adapters: AdapterDesk
+) -> None:
+    settings = state.settings.model_copy(update={"max_body_bytes": 4096, "max_adapter_bytes": 2**20})
+    file = lora_file(1) + bytes(10_000)
+    async with client_of(create_app(replace(state, adapters=adapters, settings=settings))) as client:
+        larger = await client.post("/api/loras", files={"file": file})
+        endless = await client.post("/api/loras", files={"file": file + bytes(3 * 2**20)})
+        elsewhere = await client.post("/api/generate/image", files={"lora_file": file})
+
+    assert "behind its last tensor" in larger.json()["error"]["message"]
+    assert endless.status_code == 413
+    assert elsewhere.status_code == 413
+
+
 # ---- in requests ---------------------------------------------------------------------------------
 
 
