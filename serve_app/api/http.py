@@ -29,9 +29,10 @@ from serve_app.api import (
 )
 from serve_app.api.depends import ApiState, enter
 from serve_app.api.guards import BodyLimit, Envelope, LocalOnly
-from serve_app.api.schemas.error import ErrorOut
+from serve_app.api.schemas.error import ErrorOut, OpenAIRefusal
 
 GZIP_FROM_BYTES = 1024
+OPENAI_REFUSAL = {"$ref": "#/components/schemas/OpenAIRefusal"}
 FORM_BYTES = 2**20  # of an upload, around its file
 REFUSALS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorOut, "description": "Refused: `message` names the cause and the cure."},
@@ -44,7 +45,7 @@ page = APIRouter(include_in_schema=False)
 def create_app(state: ApiState) -> FastAPI:
     """The HTTP face over these doors. It starts nothing and owns nothing: who made them closes them."""
     settings = state.settings
-    app = FastAPI(
+    app = Api(
         title="Weft",
         summary="Serves diffusion models on Ray.",
         redirect_slashes=False,  # a redirect names the Host it was called by, which a proxy may have changed
@@ -75,6 +76,26 @@ def create_app(state: ApiState) -> FastAPI:
         app.include_router(page)
         app.mount("/ui", Page(directory=str(files("serve_app") / "web"), html=True), name="ui")
     return app
+
+
+class Api(FastAPI):
+    """Describes the refusals of OpenAI's dialect in OpenAI's words, as errors.py renders them by path."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            schema = super().openapi()
+            shapes = schema["components"]["schemas"]
+            shapes["OpenAIRefusal"] = OpenAIRefusal.model_json_schema()
+            for path, operations in schema["paths"].items():
+                for operation in operations.values() if path.startswith("/v1/") else ():
+                    for code in REFUSALS:
+                        shape = {
+                            "type": "object",
+                            "required": ["error"],
+                            "properties": {"error": OPENAI_REFUSAL},
+                        }
+                        operation["responses"][code]["content"] = {"application/json": {"schema": shape}}
+        return super().openapi()
 
 
 class Page(StaticFiles):

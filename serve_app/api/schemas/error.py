@@ -1,4 +1,4 @@
-"""The native shape of every refusal."""
+"""The shapes of every refusal: ours, and OpenAI's under /v1/."""
 
 from pydantic import BaseModel, Field
 
@@ -14,3 +14,12 @@ class Refusal(BaseModel):
 
 class ErrorOut(BaseModel):
     error: Refusal
+
+
+class OpenAIRefusal(BaseModel):
+    """The same in OpenAI's words."""
+
+    message: str
+    type: str = Field(examples=["invalid_request_error"])
+    param: str | None
+    code: str = Field(examples=["bad_request"], description="Our `kind`, or model_not_found.")
