@@ -31,10 +31,12 @@ class BuiltIns:
         return self._known
 
     async def find(self, name: str, model: str | None = None) -> Adapter | None:
-        """The one with this id, name, or path as a card writes it; of this model where it is told."""
+        """The one with this id or digest, or path as a card writes it; of this model where it is told."""
         folded = name.casefold()
         for (_, entry), adapter in zip(self._listed, await self.list(), strict=True):
-            if model in (None, adapter.model) and (folded == adapter.id or name == entry.path):
+            if model in (None, adapter.model) and (
+                folded == adapter.id or name in (entry.path, adapter.digest)
+            ):
                 return adapter
         return None
 

@@ -14,6 +14,7 @@ from deployments.protocol.errors import BadRequest
 
 ID_DIGITS = 16  # of the file's digest: the same file has the same id for everybody
 PUBLIC = "public"  # the owner of what everybody may use
+DIGEST = re.compile(r"[0-9a-f]{64}")
 NAME = re.compile(r"\w[\w .+-]{0,99}")  # no colon or bracket, so that <lora:name:0.8> can say it
 MAX_WORDS, MAX_WORD_CHARS, MAX_TEXT_CHARS = 16, 100, 2000
 

@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
 from deployments.protocol.errors import Conflict, NotFound, Overloaded, QuotaExceeded
-from serve_app.adapters.record import ADAPTER, PUBLIC, Adapter
+from serve_app.adapters.record import ADAPTER, DIGEST, PUBLIC, Adapter, adapter_id
 from serve_app.transaction import StoreUnreachable, begin, reachable, transact
 
 HOLD_S = 900  # a hold that its process never gave back ends by itself
@@ -67,7 +67,9 @@ class Registry:
         return await transact(self._redis, [records, names], decide)
 
     async def find(self, id_or_name: str, owner: str) -> Adapter | None:
-        """The owner's own adapter with this id or name, else the public one."""
+        """The owner's own adapter with this id, digest or name, else the public one."""
+        if DIGEST.fullmatch(id_or_name):
+            id_or_name = adapter_id(id_or_name)
         with reachable():
             for scope in (owner, PUBLIC):
                 found = await self._redis.hget(self._records(scope), id_or_name)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import secrets
@@ -26,6 +27,7 @@ from deployments.protocol.limits import fit
 from serve_app.api.guards import DATA_POLICY, PAGE_POLICY
 from serve_app.api.schemas.image import ImageBody
 from serve_app.api.schemas.job import Accepted, JobOut, JobPage, Warned
+from serve_app.api.schemas.lora import LoraList, LoraOut
 from serve_app.api.schemas.model import ModelList, ModelOut
 from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact, new_job_id
 
@@ -84,6 +86,29 @@ TINY = ModelCard(
 )
 
 
+def an_adapter(name: str, family: str, *trigger_words: str) -> LoraOut:
+    """A registered adapter as the page is told of it."""
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    return LoraOut(
+        id=digest[:16],
+        name=name,
+        family=family,
+        model=None,
+        rank=8,
+        dtype="BF16",
+        size_bytes=1000,
+        sha256=digest,
+        trigger_words=list(trigger_words),
+        description="",
+        licence="",
+        source="upload",
+        public=False,
+        mine=True,
+        preview_url=None,
+        created_at=1.0,
+    )
+
+
 @dataclass(slots=True)
 class Running:
     """One job and all that was told about it. Changed under `FakeBackend.changed` only."""
@@ -97,6 +122,7 @@ class FakeBackend:
     """Set its fields to make it slow, broken or strict; everything it was sent is in `received`."""
 
     def __init__(self, port: int = 0, prefix: str = "") -> None:
+        self.loras = [an_adapter("ink", "sdxl", "inky"), an_adapter("night", "flux")]
         self.prefix = prefix  # in front of every address, as behind a proxy
         self.cards = [SCHNELL, SDXL]
         self.states: dict[str, str] = {}  # by id; ready where missing
@@ -298,7 +324,12 @@ class Handler(BaseHTTPRequestHandler):
         match self.command, parts:
             case "GET", ["models", ""]:
                 cards = [ModelOut.of(card, backend.states.get(card.id, "ready")) for card in backend.cards]
-                self._json(200, ModelList(models=cards).model_dump_json())
+                self._json(200, ModelList(models=cards, adapters=[]).model_dump_json())
+            case "GET", ["loras"]:
+                self._json(200, LoraList(loras=backend.loras).model_dump_json())
+            case "POST", ["loras"]:
+                backend.loras.append(an_adapter("uploaded", "sdxl"))
+                self._json(201, backend.loras[-1].model_dump_json())
             case "POST", ["generate", "image"]:
                 sent = json.loads(body)
                 backend.received.append(sent)

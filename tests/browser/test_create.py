@@ -433,6 +433,48 @@ def test_pictures_to_follow_and_the_refiner_are_sent_to_the_model_that_knows_the
     assert (sent["refiner"], sent["previews"]) == (True, 4)
 
 
+def test_styles_are_picked_weighed_and_uploaded(
+    backend: FakeBackend, visit: Visit, keep_picture: Keep
+) -> None:
+    page = visit(backend)
+    section = page.get_by_role("group", name="Styles (LoRA)")
+    page.get_by_label("Model").select_option(SDXL.id)
+    page.get_by_label("Prompt").fill("a fox")
+
+    assert section.get_by_label("Add a style").get_by_role("option").all_inner_texts() == [
+        "Add a style",
+        "ink",
+    ]
+    section.get_by_label("Add a style").select_option(label="ink")
+    section.get_by_label("ink", exact=True).fill("-0.5")
+    section.get_by_role("button", name="Put “inky” into the prompt").click()
+    file = {"name": "a.safetensors", "mimeType": "application/octet-stream", "buffer": b"x"}
+    page.locator("#lora-file").set_input_files([file])
+    section.get_by_role("listitem").nth(1).wait_for()
+    keep_picture(page, "loras-1360-light")
+    page.get_by_role("button", name="Generate").click()
+    _finished(page)
+
+    sent = backend.received[0]
+    ink, uploaded = backend.loras[0], backend.loras[-1]
+    assert sent["prompt"] == "a fox, inky"
+    assert sent["loras"] == [{"id": ink.sha256, "weight": -0.5}, {"id": uploaded.sha256, "weight": 1}]
+
+
+def test_a_style_can_be_taken_out_again(backend: FakeBackend, visit: Visit) -> None:
+    page = visit(backend)
+    section = page.get_by_role("group", name="Styles (LoRA)")
+    page.get_by_label("Model").select_option(SDXL.id)
+    section.get_by_label("Add a style").select_option(label="ink")
+
+    section.get_by_role("button", name="Remove ink").click()
+
+    assert section.get_by_role("listitem").count() == 0
+    _generate(page)
+    _finished(page)
+    assert "loras" not in backend.received[0]
+
+
 def test_a_picture_to_follow_can_be_dropped_in_and_taken_out(backend: FakeBackend, visit: Visit) -> None:
     page = visit(backend)
     page.get_by_label("Model").select_option(SDXL.id)

@@ -64,6 +64,14 @@ export function createApi({ base, key, askForKey }) {
     async models() {
       return (await read("models/")).models.map(wire.model);
     },
+    async loras() {
+      return (await read("loras")).loras.map(wire.lora);
+    },
+    async addLora(file) {
+      const body = new FormData();
+      body.append("file", file);
+      return wire.lora(wire.parse(await (await send(at("loras"), { method: "POST", body })).text()));
+    },
     async generate(body) {
       const response = await send(at("generate/image"), {
         method: "POST",

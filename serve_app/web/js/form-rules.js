@@ -166,6 +166,36 @@ function controlsBody(controls, model) {
   });
 }
 
+export const MAX_LORA_WEIGHT = 2;
+
+/**
+ * The LoRAs that may be used with the model.
+ *
+ * @param {import("./types.js").Lora[]} loras
+ * @param {Model} model
+ */
+export function fittingLoras(loras, model) {
+  if (model.maxLoras === 0) return [];
+  return loras.filter(
+    (lora) =>
+      (lora.model === null || lora.model === model.id) &&
+      (lora.family === "unknown" || lora.family === model.family),
+  );
+}
+
+/**
+ * The prompt with a trigger word at its end, unless it is there already.
+ *
+ * @param {string} prompt
+ * @param {string} word
+ */
+export function withWord(prompt, word) {
+  const plain = prompt.trim();
+  if (plain.toLowerCase().includes(word.toLowerCase())) return prompt;
+  if (plain === "") return word;
+  return `${plain.replace(/,$/, "")}, ${word}`;
+}
+
 /**
  * The JSON of POST generate/image. Only what the model knows is sent.
  *
@@ -192,6 +222,9 @@ export function requestBody(form, model) {
     output_format: form.format,
     previews: PREVIEWS,
     ...(controls.length > 0 ? { controls } : {}),
+    ...(form.loras.length > 0 && model.maxLoras > 0
+      ? { loras: form.loras.slice(0, model.maxLoras).map(({ id, weight }) => ({ id, weight })) }
+      : {}),
     ...(form.refiner && model.refiner !== null ? { refiner: true } : {}),
   };
 }
@@ -217,6 +250,7 @@ export function changedModel(form, from, to) {
     width: size.width,
     height: size.height,
     images: Math.min(form.images, to.maxImages),
+    loras: from.family === to.family ? form.loras.slice(0, to.maxLoras) : [],
     scheduler: to.schedulers.includes(form.scheduler) ? form.scheduler : "auto",
   };
 }
@@ -243,6 +277,7 @@ export function formOf(wish, seed, controls) {
     format: wish.format,
     scheduler: wish.scheduler,
     controls: wish.controls > 0 ? controls : [],
+    loras: wish.loras,
     refiner: wish.refiner,
   };
 }

@@ -37,6 +37,23 @@ export interface ControlPicture {
   weight: number;
 }
 
+/** A LoRA that a request may name. */
+export interface Lora {
+  id: string; // SHA-256 of its file
+  name: string;
+  family: string; // of the models it fits; "unknown" fits all
+  model: string | null; // the only model it is for
+  triggerWords: string[];
+  description: string;
+}
+
+/** A LoRA in the form, or of a job. */
+export interface LoraChoice {
+  id: string;
+  name: string;
+  weight: number;
+}
+
 export interface Model {
   id: string;
   name: string;
@@ -51,6 +68,7 @@ export interface Model {
   maxPromptChars: number;
   schedulers: string[];
   controls: ControlKind[];
+  maxLoras: number; // at once; 0: it takes none
   refiner: string | null; // the model that makes the last steps when asked to
   licence: { name: string; url: string; attribution: string; commercial: boolean };
   state: string; // "ready", "loading", ... ; an unknown word is shown as it is
@@ -95,6 +113,7 @@ export interface Wish {
   images: number;
   format: string;
   scheduler: string;
+  loras: LoraChoice[];
   controls: number; // how many control pictures; they themselves are not told
   refiner: boolean;
 }
@@ -133,6 +152,7 @@ export interface FormValues {
   format: string;
   scheduler: string;
   controls: ControlPicture[];
+  loras: LoraChoice[];
   refiner: boolean;
 }
 
@@ -165,6 +185,9 @@ export interface Submitted {
 
 export interface Api {
   models(): Promise<Model[]>;
+  loras(): Promise<Lora[]>;
+  /** Registers the file as the caller's own. */
+  addLora(file: File): Promise<Lora>;
   generate(body: object): Promise<Submitted>;
   job(id: string): Promise<Job>;
   jobs(limit: number): Promise<Job[]>;

@@ -53,6 +53,7 @@ export function model(json) {
       type: control.type,
       plainPictures: control.plain_pictures,
     })),
+    maxLoras: json.max_loras ?? 0,
     refiner: json.refiner,
     licence: {
       name: licence.name,
@@ -61,6 +62,21 @@ export function model(json) {
       commercial: licence.commercial,
     },
     state: json.state,
+  };
+}
+
+/**
+ * @param {Json} json
+ * @returns {import("./types.js").Lora}
+ */
+export function lora(json) {
+  return {
+    id: json.sha256,
+    name: json.name,
+    family: json.family,
+    model: json.model,
+    triggerWords: json.trigger_words,
+    description: json.description,
   };
 }
 
@@ -90,6 +106,11 @@ export function job(json) {
       images: request.num_images,
       format: request.output_format,
       scheduler: request.scheduler,
+      loras: (request.loras ?? []).map((/** @type {Json} */ used) => ({
+        id: used.sha256,
+        name: used.name,
+        weight: used.weight,
+      })),
       controls: (request.controls ?? []).length,
       refiner: (request.refiner ?? null) !== null,
     },

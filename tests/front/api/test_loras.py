@@ -254,6 +254,7 @@ def by_digest(painter: Painter) -> list[tuple[str, float]]:
         {"loras": [{"id": digest(INK)[:16], "weight": 0.8}]},
         {"loras": "ink:0.8"},
         {"loras": json.dumps([{"id": "ink", "weight": 0.8}])},
+        {"loras": [{"id": digest(INK), "weight": 0.8}]},
         {"model_id": "ink", "lora_weight": 0.8},
         {"prompt": "a fox <lora:ink:0.8>"},
         {"loras": [{"base64": base64.b64encode(INK).decode(), "weight": 0.8}]},

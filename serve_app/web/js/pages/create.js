@@ -30,7 +30,7 @@ export function mount(root, { api, pictures, toast, dialogs }) {
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   let modelsTimer;
 
-  const panel = createSettingsPanel({ onSubmit: send, onChange: keepDraft });
+  const panel = createSettingsPanel({ onSubmit: send, onChange: keepDraft, addLora: api.addLora });
   const stage = createStage(pictures, {
     cancel: () => void desk.cancel(),
     sample(prompt) {
@@ -134,6 +134,7 @@ export function mount(root, { api, pictures, toast, dialogs }) {
     try {
       models = await readModels();
       panel.offer(models, readDraft());
+      void offerLoras();
       panel.element.inert = models.length === 0;
       await desk.open();
       opened = true;
@@ -143,6 +144,15 @@ export function mount(root, { api, pictures, toast, dialogs }) {
       if (!(error instanceof ApiError)) throw error;
       startProblem = error.problem;
       render();
+    }
+  }
+
+  /** The page works without them. */
+  async function offerLoras() {
+    try {
+      panel.offerLoras(await api.loras());
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
     }
   }
 

@@ -1,10 +1,21 @@
 // The form: what to make. It shows only what the chosen model understands.
 
 import { fill, h, icon, setText, setVar } from "../dom.js";
-import { changedModel, isFixed, seedIsValid, shapes, sizeFault, stepsNotice, within } from "../form-rules.js";
+import {
+  changedModel,
+  fittingLoras,
+  isFixed,
+  seedIsValid,
+  shapes,
+  sizeFault,
+  stepsNotice,
+  within,
+  withWord,
+} from "../form-rules.js";
 import { say, t } from "../i18n.js";
 import { createControlPictures } from "./control-pictures.js";
 import { chips, fault, select, slider } from "./fields.js";
+import { createLoraPicker } from "./lora-picker.js";
 
 /** @typedef {import("../types.js").FormValues} FormValues */
 /** @typedef {import("../types.js").Model} Model */
@@ -25,9 +36,15 @@ const FORMATS = [
 ];
 
 /**
- * @param {{ onSubmit: (form: FormValues, model: Model) => void, onChange: (form: FormValues) => void }} options
+ * @param {{
+ *   onSubmit: (form: FormValues, model: Model) => void,
+ *   onChange: (form: FormValues) => void,
+ *   addLora: (file: File) => Promise<import("../types.js").Lora>,
+ * }} options  addLora: registers an uploaded file
  */
-export function createSettingsPanel({ onSubmit, onChange }) {
+export function createSettingsPanel({ onSubmit, onChange, addLora }) {
+  /** @type {import("../types.js").Lora[]} */
+  let loras = [];
   /** @type {Model[]} */
   let models = [];
   /** @type {Model | null} */
@@ -99,6 +116,20 @@ export function createSettingsPanel({ onSubmit, onChange }) {
   const scheduler = select({ id: "scheduler", label: t("scheduler.label"), onInput: changed });
 
   const controlPictures = createControlPictures({ onInput: changed });
+  const loraPicker = createLoraPicker({
+    onInput: changed,
+    onWord(word) {
+      prompt.value = withWord(prompt.value, word);
+      promptFault.show(null);
+      changed();
+    },
+    async upload(file) {
+      const lora = await addLora(file);
+      loras = [...loras.filter((known) => known.id !== lora.id), lora];
+      if (model !== null) loraPicker.offer(fittingLoras(loras, model), model.maxLoras);
+      return lora;
+    },
+  });
   const refiner = h("input", { id: "refiner", type: "checkbox", on: { change: changed } });
   const refinerField = h("label", { class: "check", for: "refiner" }, refiner, t("refiner.label"));
 
@@ -134,7 +165,13 @@ export function createSettingsPanel({ onSubmit, onChange }) {
     ),
   );
 
-  const needModel = [modelField.element, shape.element, controlPictures.element, settings];
+  const needModel = [
+    modelField.element,
+    shape.element,
+    loraPicker.element,
+    controlPictures.element,
+    settings,
+  ];
   for (const part of needModel) part.inert = true; // until the models say what they may hold
 
   const element = h(
@@ -162,6 +199,7 @@ export function createSettingsPanel({ onSubmit, onChange }) {
         negativeField,
       ),
       shape.element,
+      loraPicker.element,
       controlPictures.element,
       settings,
     ),
@@ -183,6 +221,7 @@ export function createSettingsPanel({ onSubmit, onChange }) {
       format: format.get(),
       scheduler: scheduler.get(),
       controls: controlPictures.get(),
+      loras: loraPicker.get(),
       refiner: refiner.checked,
     };
   }
@@ -235,6 +274,8 @@ export function createSettingsPanel({ onSubmit, onChange }) {
     scheduler.set(chosen.schedulers.includes(form.scheduler) ? form.scheduler : "auto");
     controlPictures.offer(chosen.controls);
     controlPictures.set(form.controls);
+    loraPicker.offer(fittingLoras(loras, chosen), chosen.maxLoras);
+    loraPicker.set(form.loras);
     refinerField.hidden = chosen.refiner === null;
     refiner.checked = form.refiner;
     for (const each of [promptFault, seedFault]) each.show(null);
@@ -348,6 +389,7 @@ export function createSettingsPanel({ onSubmit, onChange }) {
     height,
     seed,
     controls: controlPictures.input,
+    loras: loraPicker.input,
     refiner,
   });
   /** `controls.1.image` is a part of `controls`. @param {string} param */
@@ -382,6 +424,11 @@ export function createSettingsPanel({ onSubmit, onChange }) {
       for (const part of needModel) part.inert = false;
       setSending(false);
     },
+    /** @param {import("../types.js").Lora[]} offered */
+    offerLoras(offered) {
+      loras = offered;
+      if (model !== null) loraPicker.offer(fittingLoras(loras, model), model.maxLoras);
+    },
     /** @param {Model[]} offered */
     refresh(offered) {
       models = offered;
@@ -413,6 +460,7 @@ function blank(model) {
     format: "png",
     scheduler: "auto",
     controls: [],
+    loras: [],
     refiner: false,
   };
 }

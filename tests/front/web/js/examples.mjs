@@ -14,6 +14,7 @@ export const FLUX = {
   maxPromptChars: 4000,
   schedulers: ["auto"],
   controls: [],
+  maxLoras: 0,
   refiner: null,
   licence: { name: "Apache-2.0", url: "", attribution: "", commercial: true },
   state: "ready",
@@ -32,6 +33,7 @@ export const SDXL = {
     { type: "canny", plainPictures: true },
     { type: "depth", plainPictures: false },
   ],
+  maxLoras: 2,
   refiner: "sdxl-refiner",
 };
 
@@ -54,7 +56,17 @@ export const FORM = {
   format: "png",
   scheduler: "auto",
   controls: [],
+  loras: [],
   refiner: false,
+};
+
+export const INK = {
+  id: "1".repeat(64),
+  name: "ink",
+  family: "sdxl",
+  model: null,
+  triggerWords: ["inky"],
+  description: "",
 };
 
 export const JOB = {

@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import * as rules from "../../../../serve_app/web/js/form-rules.js";
-import { FLUX, FORM, JOB, SDXL, TINY } from "./examples.mjs";
+import { FLUX, FORM, INK, JOB, SDXL, TINY } from "./examples.mjs";
 
 test("every shape is a size the model allows, near its default area", () => {
   for (const { sizes } of [FLUX, SDXL, TINY]) {
@@ -156,4 +156,49 @@ test("a seed is empty or a whole number of 63 bits", () => {
 test("after running out of memory there is a smaller size, until there is none", () => {
   assert.deepEqual(rules.smaller(1024, 1024, FLUX.sizes), { width: 512, height: 512 });
   assert.equal(rules.smaller(256, 256, FLUX.sizes), null);
+});
+
+test("only LoRAs of the model's family, or made for it, are offered", () => {
+  const own = { ...INK, id: "2", model: "sdxl" };
+  const others = { ...INK, id: "3", model: "another" };
+  const unknown = { ...INK, id: "4", family: "unknown" };
+  const all = [INK, own, others, unknown];
+
+  assert.deepEqual(
+    rules.fittingLoras(all, SDXL).map(({ id }) => id),
+    [INK.id, "2", "4"],
+  );
+  assert.deepEqual(
+    rules.fittingLoras(all, { ...SDXL, family: "flux" }).map(({ id }) => id),
+    ["4"],
+  );
+  assert.deepEqual(rules.fittingLoras(all, FLUX), []);
+});
+
+test("LoRAs are sent by id and weight, as many as the model takes", () => {
+  const loras = ["1", "2", "3"].map((id) => ({ id, name: id, weight: 0.5 }));
+
+  const sent = rules.requestBody({ ...FORM, loras }, SDXL);
+
+  assert.deepEqual(sent.loras, [
+    { id: "1", weight: 0.5 },
+    { id: "2", weight: 0.5 },
+  ]);
+  assert.equal("loras" in rules.requestBody({ ...FORM, loras }, FLUX), false);
+  assert.equal("loras" in rules.requestBody(FORM, SDXL), false);
+});
+
+test("LoRAs stay with models of their family and come back with a job", () => {
+  const loras = [{ id: "1", name: "ink", weight: -1 }];
+
+  assert.deepEqual(rules.changedModel({ ...FORM, loras }, SDXL, { ...SDXL, id: "other" }).loras, loras);
+  assert.deepEqual(rules.changedModel({ ...FORM, loras }, SDXL, { ...FLUX, maxLoras: 4 }).loras, []);
+  assert.deepEqual(rules.formOf({ ...JOB.wish, loras }, "7", []).loras, loras);
+});
+
+test("a trigger word is added to the prompt once", () => {
+  assert.equal(rules.withWord("", "inky"), "inky");
+  assert.equal(rules.withWord("a fox", "inky"), "a fox, inky");
+  assert.equal(rules.withWord("a fox, ", "inky"), "a fox, inky");
+  assert.equal(rules.withWord("an Inky fox", "inky"), "an Inky fox");
 });

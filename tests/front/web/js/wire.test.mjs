@@ -60,3 +60,24 @@ test("events become what happened, and unknown ones nothing", () => {
   assert.deepEqual(event("cancelled", {}), { type: "cancelled" });
   assert.equal(event("brand_new", {}), null);
 });
+
+test("a LoRA is known by its digest, in the list as in a job", () => {
+  const told = {
+    id: "night",
+    sha256: "ab",
+    name: "night",
+    family: "flux",
+    model: "tiny",
+    trigger_words: ["night"],
+    description: "",
+  };
+
+  assert.deepEqual(wire.lora(told), {
+    id: "ab",
+    name: "night",
+    family: "flux",
+    model: "tiny",
+    triggerWords: ["night"],
+    description: "",
+  });
+});
