@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: serve test exact check format types lint audit bench clean
+.PHONY: serve test exact chaos check format types lint audit bench clean
 
 serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+C
 	@$(BIN)/weft serve
@@ -14,6 +14,10 @@ test: $(VENV)/.test ## set up, then the whole suite
 
 exact: $(VENV)/.test ## 1,000 random schedules against each request alone (20 minutes)
 	@$(BIN)/python benchmarks/exact.py
+
+chaos: $(VENV)/.test ## 2,000 random schedules of the job store, then processes killed at random (an hour)
+	@CHAOS_EXAMPLES=2000 CHAOS_SEEDS=1,2,3,4,5 CHAOS_JOBS=120 $(BIN)/python -m pytest \
+	  tests/front/jobs/test_job_store_properties.py tests/chaos
 
 check: lint types test ## what a change must pass
 

@@ -1,0 +1,199 @@
+"""Jobs while dispatchers and the store are killed and stopped at random; then every promise is counted."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deployments.protocol.errors import Overloaded, WeftError
+from serve_app.embedded_redis import EmbeddedRedis
+from serve_app.jobs import progress
+from serve_app.jobs.job import JobState, Once, Terms, new_job_id
+from serve_app.jobs.store import JobStore
+from serve_app.jobs.transaction import connect
+from serve_app.settings import Settings
+from serve_app.storage.results import ResultStore
+from tests.front.fakes import fitted
+
+ROOT = Path(__file__).resolve().parents[2]
+LEASE_S = 1.5
+ZOMBIE_S = 2.5  # past the lease: another worker has the job by then
+SETTLE_S = 120.0
+
+
+@dataclass
+class Tally:
+    """What was done to the system, and what became of the jobs."""
+
+    seed: int
+    accepted: int = 0
+    refused: int = 0
+    lost: int = 0  # accepted, and no record or no ending
+    double: int = 0  # more than one ending
+    unreadable: int = 0  # completed, and a file is missing or not the one that was written
+    kills: dict[str, int] = field(default_factory=lambda: {"worker": 0, "zombie": 0, "store": 0, "hang": 0})
+    recovery_s: list[float] = field(default_factory=list)  # from a store's death to the next accepted job
+    states: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def broken(self) -> int:
+        return self.lost + self.double + self.unreadable
+
+
+class Chaos:
+    """One run over a folder of its own."""
+
+    def __init__(self, folder: Path, seed: int, *, jobs: int, workers: int = 3, hang_s: float = 3.0) -> None:
+        self.tally = Tally(seed)
+        self._random = random.Random(seed)
+        self._server = EmbeddedRedis(folder / "store")
+        self._settings = Settings(
+            _env_file=None,
+            data_dir=folder,
+            lease_s=LEASE_S,
+            heartbeat_s=0.3,
+            max_attempts=1000,  # the killing is ours, not the jobs'
+            max_pending=10_000,
+            max_active_per_owner=10_000,
+        )
+        self._jobs = jobs
+        self._hang_s = hang_s
+        self._number = workers
+        self._workers: list[subprocess.Popen[bytes]] = []
+        self._ids: list[str] = []
+        self._struck = asyncio.Event()
+
+    async def run(self) -> Tally:
+        """The tally, once every accepted job has ended or SETTLE_S are over."""
+        url = self._server.start()
+        try:
+            self._workers = [self._spawn() for _ in range(self._number)]
+            async with connect(url) as redis:
+                store = JobStore(redis, self._settings)
+                mischief = asyncio.create_task(self._mischief())
+                await self._submit(store)
+                await self._struck.wait()  # a short run on a fast machine
+                mischief.cancel()
+                with suppress(asyncio.CancelledError):
+                    await mischief
+                await self._settled(store)
+                await self._count(store)
+        finally:
+            for worker in self._workers:
+                worker.kill()
+                worker.wait()
+            self._server.stop()
+        return self.tally
+
+    def _spawn(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "tests.chaos.worker", self._server.url]
+        return subprocess.Popen(
+            [*command, self._settings.model_dump_json()],
+            cwd=ROOT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    async def _submit(self, store: JobStore) -> None:
+        """Each wish until it is accepted, under one Idempotency-Key, as a careful client does."""
+        for number in range(self._jobs):
+            once = Once(f"wish {number}", "the same body")
+            refused_at = None
+            while True:
+                try:
+                    job = await store.accept(
+                        new_job_id(), f"owner {number % 5}", fitted(f"wish {number}"), (), Terms(once=once)
+                    )
+                    break
+                except Overloaded:
+                    refused_at = refused_at or time.monotonic()
+                    self.tally.refused += 1
+                    await asyncio.sleep(0.05)
+            if refused_at is not None:
+                self.tally.recovery_s.append(time.monotonic() - refused_at)
+            self._ids.append(job.id)
+            await asyncio.sleep(self._random.uniform(0.0, 0.1))
+        self.tally.accepted = len(self._ids)
+
+    async def _mischief(self) -> None:
+        acts = [self._kill_worker, self._kill_worker, self._zombie, self._kill_store, self._hang_store]
+        while True:
+            await asyncio.sleep(self._random.uniform(0.2, 1.0))
+            self._struck.set()
+            await self._random.choice(acts)()
+
+    async def _kill_worker(self) -> None:
+        number = self._random.randrange(len(self._workers))
+        self._workers[number].kill()
+        self._workers[number].wait()
+        self._workers[number] = self._spawn()
+        self.tally.kills["worker"] += 1
+
+    async def _zombie(self) -> None:
+        """Stopped past its lease, then it goes on as if nothing had been."""
+        self.tally.kills["zombie"] += 1
+        worker = self._random.choice(self._workers)
+        worker.send_signal(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(ZOMBIE_S)
+        finally:
+            worker.send_signal(signal.SIGCONT)
+
+    async def _kill_store(self) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(self._server.pid, signal.SIGKILL)
+            self.tally.kills["store"] += 1
+
+    async def _hang_store(self) -> None:
+        pid = self._server.pid
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            self.tally.kills["hang"] += 1
+            try:
+                await asyncio.sleep(self._hang_s)
+            finally:
+                os.kill(pid, signal.SIGCONT)
+
+    async def _settled(self, store: JobStore) -> None:
+        deadline = time.monotonic() + SETTLE_S
+        waiting = set(self._ids)
+        while waiting and time.monotonic() < deadline:
+            for job_id in sorted(waiting):
+                with suppress(WeftError):
+                    if (await store.get(job_id)).state.ended:
+                        waiting.discard(job_id)
+            await asyncio.sleep(0.1)
+
+    async def _count(self, store: JobStore) -> None:
+        tally, results = self.tally, ResultStore(self._settings.results_root)
+        tally.double += len(self._ids) - len(set(self._ids))
+        for job_id in self._ids:
+            try:
+                job = await store.get(job_id)
+            except WeftError:
+                tally.lost += 1
+                continue
+            tally.states[job.state] = tally.states.get(job.state, 0) + 1
+            told = [event for _, event in await store.events(job_id)]
+            endings = sum(isinstance(event, progress.ENDINGS) for event in told)
+            tally.lost += not job.state.ended
+            tally.double += endings > 1
+            if job.state is JobState.completed:
+                tally.unreadable += not await _readable(results, job.artifacts)
+
+
+async def _readable(results: ResultStore, artifacts: tuple[object, ...]) -> bool:
+    try:
+        for artifact in artifacts:
+            await results.get(artifact.path, sha256=artifact.sha256)  # type: ignore[attr-defined]
+    except WeftError:
+        return False
+    return bool(artifacts)

@@ -1,0 +1,131 @@
+"""Whatever single process dies, every accepted job ends once. `make chaos` runs it for long."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployments.protocol.errors import Overloaded
+from serve_app.embedded_redis import EmbeddedRedis
+from serve_app.jobs.job import JobState, new_job_id
+from serve_app.jobs.store import JobStore
+from serve_app.jobs.transaction import connect
+from serve_app.settings import Settings
+from tests.chaos.runner import ROOT, Chaos
+from tests.chaos.worker import POISON
+from tests.front.conftest import MakeSettings, make_settings  # noqa: F401  # a fixture
+from tests.front.fakes import OWNER, eventually, fitted
+
+SEEDS = [int(seed) for seed in os.environ.get("CHAOS_SEEDS", "1").split(",")]
+JOBS = int(os.environ.get("CHAOS_JOBS", "25"))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+async def test_every_accepted_job_ends_once_though_processes_die_at_random(seed: int, tmp_path: Path) -> None:
+    tally = await Chaos(tmp_path, seed, jobs=JOBS).run()
+
+    assert (tally.lost, tally.double, tally.unreadable) == (0, 0, 0), tally
+    assert tally.states == {JobState.completed: JOBS}
+
+
+async def test_a_job_that_kills_its_worker_three_times_is_failed_and_others_go_on(
+    tmp_path: Path,
+    make_settings: MakeSettings,  # noqa: F811
+) -> None:
+    settings = make_settings(lease_s=1.0, heartbeat_s=0.2)
+    with EmbeddedRedis(tmp_path / "store") as url:
+        async with connect(url) as redis:
+            store = JobStore(redis, settings)
+            poison = await store.accept(new_job_id(), OWNER, fitted(POISON))
+            for _ in range(3):
+                done = await asyncio.to_thread(work, url, settings, 60.0)
+                assert done != 0
+            worker = start_worker(url, settings)
+            other = await store.accept(new_job_id(), OWNER, fitted())
+
+            async def both_ended() -> bool:
+                return all([(await store.get(job.id)).state.ended for job in (poison, other)])
+
+            await eventually(both_ended, within_s=60.0)
+            states = [(await store.get(job.id)).state for job in (poison, other)]
+            worker.kill()
+            worker.wait()
+
+    assert states == [JobState.failed, JobState.completed]
+
+
+def start_worker(url: str, settings: Settings) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tests.chaos.worker", url, settings.model_dump_json()]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+
+
+def work(url: str, settings: Settings, limit_s: float) -> int:
+    """The exit status of a worker that runs until something kills it."""
+    worker = start_worker(url, settings)
+    try:
+        return worker.wait(limit_s)
+    finally:
+        worker.kill()
+        worker.wait()
+
+
+async def test_a_full_disk_under_the_store_refuses_jobs_and_loses_none(
+    tmp_path: Path,
+    make_settings: MakeSettings,  # noqa: F811
+) -> None:
+    server = EmbeddedRedis(tmp_path / "store")
+    settings = make_settings(max_pending=10_000, max_active_per_owner=10_000)
+    async with connect(server.start()) as redis:
+        store = JobStore(redis, settings)
+        ids = [(await store.accept(new_job_id(), OWNER, fitted())).id for _ in range(5)]
+        files = (tmp_path / "store").rglob("*.aof")
+        size = max(file.stat().st_size for file in files)
+        resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (size + 8192, size + 8192))
+
+        refused = 0
+        while not refused:
+            try:
+                ids.append((await store.accept(new_job_id(), OWNER, fitted())).id)
+            except Overloaded:
+                refused += 1
+
+        async def is_back() -> bool:
+            try:
+                await store.ping()
+            except Overloaded:
+                return False
+            return True
+
+        await eventually(is_back, within_s=60.0)
+        states = {(await store.get(job_id)).state for job_id in ids}
+    server.stop()
+
+    assert states == {JobState.queued}
+
+
+async def test_a_store_whose_last_write_was_torn_starts_with_all_that_came_before(
+    tmp_path: Path,
+    make_settings: MakeSettings,  # noqa: F811
+) -> None:
+    settings = make_settings()
+    server = EmbeddedRedis(tmp_path / "store")
+    async with connect(server.start()) as redis:
+        store = JobStore(redis, settings)
+        ids = [(await store.accept(new_job_id(), OWNER, fitted())).id for _ in range(5)]
+    server.stop()
+    log = next(file for file in (tmp_path / "store").rglob("*.incr.aof"))
+    os.truncate(log, log.stat().st_size - 7)
+
+    again = EmbeddedRedis(tmp_path / "store")
+    async with connect(again.start()) as redis:
+        store = JobStore(redis, settings)
+        found = [(await store.get(job_id)).state for job_id in ids[:-1]]
+    again.stop()
+
+    assert found == [JobState.queued] * 4
