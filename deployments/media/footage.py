@@ -67,7 +67,7 @@ class Segment:
     frames: int
     data: bytes
     tiles: Mapping[int, Frames]  # small pictures (h, w, 3) by number of frame
-    poster: bytes | None  # WebP of the video's first frame, from the first segment
+    poster: bytes | None  # JPEG of the video's first frame, from the first segment
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from PIL import Image
 
 from deployments.media.footage import (
@@ -48,20 +50,22 @@ def encode_segment(footage: Footage, index: int, chunks: Sequence[Frames], threa
             f"segment {index} needs {expected} frames of {footage.width}x{footage.height}; "
             f"there are {given}: {[chunk.shape for chunk in chunks]}"
         )
+    frames = [frame for chunk in chunks for frame in chunk]
     wanted = set(footage.tiles)
-    tiles: dict[int, Frames] = {}
-    poster: bytes | None = None
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=footage.format) as container:
+    # colours are converted beside the encoder, as the ffmpeg program does it
+    with av.open(buffer, "w", format=footage.format) as container, ThreadPoolExecutor(1) as beside:
         stream = _stream(container, footage, threads)
-        for number, frame in enumerate(_each(chunks), start=first):
-            if number in wanted:
-                tiles[number] = _small(frame, TILE_SIDE)
-            if number == 0:
-                poster = _webp(Image.fromarray(frame), quality=90)
-            container.mux(stream.encode(_picture(frame, number - first)))
+        for picture in beside.map(partial(_picture, VideoReformatter()), frames, range(given)):
+            container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
-    return Segment(index, given, buffer.getvalue(), tiles, poster)
+    return Segment(
+        index,
+        given,
+        buffer.getvalue(),
+        {first + k: _small(frame, TILE_SIDE) for k, frame in enumerate(frames) if first + k in wanted},
+        _jpeg(Image.fromarray(frames[0])) if index == 0 else None,
+    )
 
 
 def join(footage: Footage, segments: Sequence[Segment]) -> VideoFiles:
@@ -80,7 +84,7 @@ def join(footage: Footage, segments: Sequence[Segment]) -> VideoFiles:
     thumbnail = Image.fromarray(_small(np.asarray(first_frame), THUMBNAIL_SIDE))
     return VideoFiles(
         _joined(footage, segments),
-        Still("image/webp", poster, footage.width, footage.height),
+        Still("image/jpeg", poster, footage.width, footage.height),
         Still("image/webp", _webp(thumbnail, quality=80), thumbnail.width, thumbnail.height),
         Still("image/jpeg", _jpeg(sheet), sheet.width, sheet.height),
     )
@@ -151,23 +155,22 @@ def _stream(container: Any, footage: Footage, threads: int) -> Any:
     return stream
 
 
-def _picture(frame: Frames, number: int) -> av.VideoFrame:
+def _picture(reformatter: VideoReformatter, frame: Frames, number: int) -> av.VideoFrame:
     """One RGB frame (H, W, 3) in the colours of the file, to be shown as `number`-th."""
-    picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
-        format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    picture = reformatter.reformat(
+        av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"),
+        format="yuv420p",
+        dst_colorspace=Colorspace.ITU709,
+        dst_color_range=ColorRange.MPEG,
+        threads=1,
     )
     picture.pts = number
     return picture
 
 
-def _each(chunks: Iterable[Frames]) -> Iterable[Frames]:
-    for chunk in chunks:
-        yield from np.ascontiguousarray(chunk)
-
-
 def _small(frame: Frames, side: int) -> Frames:
     small = Image.fromarray(frame)
-    small.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    small.thumbnail((side, side), Image.Resampling.BOX, reducing_gap=1.0)
     return np.asarray(small)
 
 
@@ -189,5 +192,5 @@ def _webp(picture: Image.Image, quality: int) -> bytes:
 
 def _jpeg(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
+    picture.save(buffer, "JPEG", quality=88)
     return buffer.getvalue()

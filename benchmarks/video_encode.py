@@ -1,0 +1,228 @@
+"""Frames to a playable file: our encoder beside the ffmpeg command line and diffusers' export_to_video.
+
+Three questions. How many frames a second are encoded, by size and threads, with the very settings of the
+ffmpeg command line behind a pipe. How long a video takes from its last denoising step, decoded and encoded
+at once against decoded, then exported. And how much memory either way needs for long videos.
+
+Needs `pip install -e '.[bench]'`. Sides are interleaved; the medians are kept, the spread is min-max.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import imageio_ffmpeg
+import ledger
+import numpy as np
+import numpy.typing as npt
+import torch
+from diffusers.utils import export_to_video
+
+from deployments.encoding import Encoding
+from deployments.media import movie
+from deployments.media.footage import SEGMENT_FRAMES, Footage, Segment, VideoFiles
+from deployments.pipelines.video import reel
+from deployments.protocol.card import Weights
+from deployments.weights.load import load_pipeline
+
+SIZES = {"480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1080)}
+FPS = 24
+QUALITY = 80
+CRF = "18"  # what quality 80 means for H.264
+Clip = npt.NDArray[np.uint8]
+
+
+def clip(count: int, width: int, height: int) -> Clip:
+    """Moving waves over still grain: neither flat nor noise, as films are."""
+    generator = np.random.default_rng(0)
+    grain = generator.normal(0, 6, (height, width, 3)).astype(np.float32)
+    rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
+    frames = np.empty((count, height, width, 3), np.uint8)
+    for k in range(count):
+        red = 128 + 90 * np.sin(columns / 97 + k / 9) * np.cos(rows / 61)
+        green = 128 + 90 * np.sin(rows / 83 + k / 11)
+        blue = 128 + 90 * np.cos((rows + columns) / 139 - k / 13)
+        frames[k] = (np.stack([red, green, blue], -1) + grain).clip(0, 255)
+    return frames
+
+
+def ours(frames: Clip, threads: int) -> bytes:
+    """As a replica of VideoEncoder does it: segment by segment, then joined."""
+    count, height, width, _ = frames.shape
+    footage = Footage(width, height, count, FPS, quality=QUALITY)
+    segments = [
+        movie.encode_segment(footage, i, [frames[i * SEGMENT_FRAMES : (i + 1) * SEGMENT_FRAMES]], threads)
+        for i in range(footage.segments)
+    ]
+    return movie.join(footage, segments).video
+
+
+def command_line(frames: Clip, threads: int) -> bytes:
+    """The same settings by the ffmpeg program, frames through its standard input."""
+    _, height, width, _ = frames.shape
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        source = f"-f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {FPS} -i -"
+        coding = f"-c:v libx264 -preset veryfast -crf {CRF} -g {SEGMENT_FRAMES} -threads {threads}"
+        colours = "-vf scale=out_color_matrix=bt709:out_range=tv -pix_fmt yuv420p -colorspace bt709"
+        program = imageio_ffmpeg.get_ffmpeg_exe()
+        words = f"-v error -y {source} {coding} {colours} -movflags +faststart {path}"
+        with subprocess.Popen([program, *words.split()], stdin=subprocess.PIPE) as process:
+            assert process.stdin is not None
+            for frame in frames:
+                process.stdin.write(frame)
+            process.stdin.close()
+            assert process.wait() == 0
+        return path.read_bytes()
+
+
+def compare(name: str, sides: dict[str, Callable[[], object]], frames: int, rounds: int, keep: bool) -> None:
+    """Frames a second of each side, in turns."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, run in sides.items():
+            began = time.perf_counter()
+            run()
+            seconds[side].append(time.perf_counter() - began)
+    for side, taken in seconds.items():
+        rates = [frames / one for one in taken]
+        tell(f"{name}_{side}", statistics.median(rates), "frames/s", rates, keep, f"{frames} frames")
+
+
+def tell(name: str, value: float, unit: str, all_values: list[float], keep: bool, notes: str) -> None:
+    spread = f"{min(all_values):.3g}-{max(all_values):.3g}"
+    if keep:
+        ledger.record(name, value, unit, spread=spread, n=len(all_values), notes=notes)
+    else:
+        print(f"{name} = {value:.4g} {unit}  {spread}  {notes}", flush=True)
+
+
+class Elsewhere:
+    """A VideoEncoder's work in another process, as in the service: its memory is not the model's."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._process = ProcessPoolExecutor(1, mp_context=context)
+        self._process.submit(int).result()  # started before any clock runs
+
+    async def segment(self, footage: Footage, index: int, *chunks: Clip) -> Segment:
+        work = partial(movie.encode_segment, footage, index, chunks, 1)
+        return await asyncio.get_running_loop().run_in_executor(self._process, work)
+
+    async def join(self, footage: Footage, segments: Sequence[Segment]) -> VideoFiles:
+        work = partial(movie.join, footage, segments)
+        return await asyncio.get_running_loop().run_in_executor(self._process, work)
+
+
+class Film:
+    """A video that is denoised and not yet decoded, of the Wan that ships, at any length and size."""
+
+    def __init__(self, latents: int, side: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.pipeline = load_pipeline(Weights(path="models/tiny-wan", dtype="float32"), torch.device("cpu"))
+        generator = torch.Generator().manual_seed(0)
+        self.latents = torch.randn(1, 16, latents, side // 8, side // 8, generator=generator)
+        self.side = side
+        self.encoder = Elsewhere()
+
+    @torch.inference_mode()
+    def streamed(self) -> bytes:
+        """Decoded latent by latent while the frames before are encoded."""
+        return asyncio.run(self._streamed())
+
+    async def _streamed(self) -> bytes:
+        video = reel(self.pipeline, self.latents)
+        footage = Footage(self.side, self.side, video.total, FPS, quality=QUALITY)
+        async with Encoding(self.encoder, footage) as encoding:
+            while (frames := await asyncio.to_thread(video.take)) is not None:
+                await encoding.add(frames)
+            return (await encoding.files()).video
+
+    @torch.inference_mode()
+    def exported(self) -> bytes:
+        """Decoded as a whole, then diffusers' way."""
+        decoded = self.pipeline.vae.decode(self.latents).sample
+        frames = self.pipeline.video_processor.postprocess_video(decoded, output_type="np")[0]
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/video.mp4"
+            export_to_video(list(frames), path, fps=FPS)
+            return Path(path).read_bytes()
+
+
+def peak_mib(way: str, latents: int, side: int) -> float:
+    """Peak memory of a process that does nothing else, above what it has when the model is loaded."""
+    words = ["--memory-of", way, "--side", str(side), "--latents", str(latents)]
+    done = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
+    return float(done.stdout.split()[-1])
+
+
+def memory_mib(field: str) -> float:
+    """VmRSS (now) or VmHWM (the most since it was reset) of this process; Linux only."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def print_peak(film: Film, way: str) -> None:
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = memory_mib("VmRSS")
+    getattr(film, way)()
+    print(memory_mib("VmHWM") - before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--frames", type=int, default=96, help="of each encoded clip")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument(
+        "--latents", type=int, default=17, help="of the film for overlap and memory; 4 frames each"
+    )
+    parser.add_argument("--side", type=int, default=256, help="of that film, pixels")
+    parser.add_argument("--dry", action="store_true", help="keep no rows")
+    parser.add_argument("--memory-of", choices=["streamed", "exported"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        print_peak(Film(args.latents, args.side, 1), args.memory_of)
+        return
+    keep = not args.dry
+    for size in args.sizes:
+        frames = clip(args.frames, *SIZES[size])
+        for threads in args.threads:
+            sides: dict[str, Callable[[], object]] = {
+                "weft": lambda frames=frames, threads=threads: ours(frames, threads),  # type: ignore[misc]
+                "ffmpeg": lambda frames=frames, threads=threads: command_line(frames, threads),  # type: ignore[misc]
+            }
+            compare(f"video_encode_{size}_{threads}_threads", sides, args.frames, args.rounds, keep)
+    film = Film(args.latents, args.side, 1)
+    seconds: dict[str, list[float]] = {"streamed": [], "exported": []}
+    for _ in range(args.rounds):
+        for way, taken in seconds.items():
+            began = time.perf_counter()
+            getattr(film, way)()
+            taken.append(time.perf_counter() - began)
+    notes = f"{1 + 4 * (args.latents - 1)} frames of {args.side}x{args.side}, tiny-wan's VAE, 1 thread each"
+    for way, taken in seconds.items():
+        tell(f"video_last_step_to_file_{way}_s", statistics.median(taken), "s", taken, keep, notes)
+    gain = [slow / fast for slow, fast in zip(seconds["exported"], seconds["streamed"], strict=True)]
+    tell("video_last_step_to_file_gain", statistics.median(gain), "x", gain, keep, notes)
+    for way in seconds:
+        peak = peak_mib(way, args.latents, args.side)
+        tell(f"video_memory_peak_{way}_mib", peak, "MiB", [peak], keep, f"{notes}; above the loaded model")
+
+
+if __name__ == "__main__":
+    main()
