@@ -75,8 +75,8 @@ class VideoModel(ImageModel):
         their forwards with each other and with whatever else runs here."""
         video = request.video
         if video is None or not video.framewise or video.is_one_frame:
-            async for event in super()._run(loaded, request, user, resume, max_wait_s, owner):
-                yield event
+            async for told in super()._run(loaded, request, user, resume, max_wait_s, owner):
+                yield told
             return
 
         def paint(frame: int) -> AsyncGenerator[Event | Painted]:
@@ -116,8 +116,8 @@ class VideoModel(ImageModel):
                         return
                     case _:
                         yield event
-            async for event in self._finish(request, footage, encoding, queued_s, 0.0, started):
-                yield event
+            async for told in self._finish(request, footage, encoding, queued_s, 0.0, started):
+                yield told
 
     async def _deliver(self, request: FittedRequest, finished: Finished) -> AsyncGenerator[Event]:
         """Decode and encode at the same time; the files, then Done. Of a single frame: the picture."""

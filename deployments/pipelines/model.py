@@ -194,6 +194,7 @@ def _own_copy(template: Any, scheduler: str) -> Any:
 
 def _template(pipeline: Any, task: Task) -> Any:
     """The pipeline of diffusers that does `task`, over the very same components."""
+    pipeline_class: Any
     if task in (Task.t2v, Task.i2v):
         pipeline_class = video.video_class(type(pipeline), task)
     else:
