@@ -88,7 +88,7 @@ async def test_a_key_opens_only_what_its_scopes_say(app: FastAPI, client: httpx.
     async def status(method: str, path: str, key: str) -> int:
         return (await client.request(method, path, headers=bearer(key), json=SUBMIT)).status_code
 
-    assert await status("GET", "/api/models/", reader) == 200
+    assert await status("GET", "/v1/models", reader) == 200
     assert await status("POST", "/api/generate/image", reader) == 403
     assert await status("POST", "/v1/images/generations", reader) == 403
     assert await status("DELETE", f"/api/generate/{UNKNOWN}", reader) == 403
@@ -96,7 +96,7 @@ async def test_a_key_opens_only_what_its_scopes_say(app: FastAPI, client: httpx.
     assert await status("POST", "/api/generate/image", maker) == 202
     assert await status("GET", "/api/generate/", maker) == 403
     assert await status("GET", "/metrics", gauge) == 200
-    assert await status("GET", "/api/models/", gauge) == 403
+    assert await status("GET", "/v1/models", gauge) == 403
 
 
 async def test_admin_routes_are_for_admins_with_the_scope_alone(
