@@ -306,8 +306,18 @@ class Handler(BaseHTTPRequestHandler):
         if self.backend.down:
             self.close_connection = True
             return
-        if self.backend.key is not None and self.headers["Authorization"] != f"Bearer {self.backend.key}":
+        if (
+            path == "/auth/session"
+            and self.command == "POST"
+            and json.loads(body)["api_key"] == self.backend.key
+        ):
+            self._json(200, "{}", {"Set-Cookie": "weft_session=open; Path=/; HttpOnly; SameSite=Strict"})
+            return
+        if self.backend.key is not None and not self._known():
             self._refuse(401, "unauthorized", "send your key as Authorization: Bearer <key>")
+            return
+        if path == "/auth/session" and self.command == "DELETE":
+            self._json(200, "{}", {"Set-Cookie": "weft_session=; Path=/; Max-Age=0"})
             return
         parts = path.removeprefix("/api/").split("/")
         try:
@@ -318,6 +328,12 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(422, error.kind, error.message, error.param)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True  # the page left the stream
+
+    def _known(self) -> bool:
+        if self.headers["Authorization"] == f"Bearer {self.backend.key}":
+            return True
+        by_cookie = "weft_session=open" in (self.headers["Cookie"] or "")
+        return by_cookie and (self.command == "GET" or "X-Weft-CSRF" in self.headers)
 
     def _api(self, parts: list[str], query: dict[str, list[str]], body: bytes) -> None:
         backend = self.backend

@@ -263,7 +263,7 @@ def test_a_service_that_does_not_answer_can_be_tried_again(backend: FakeBackend,
     _see(page, "What shall we weave?")
 
 
-def test_a_key_is_asked_for_and_pictures_are_fetched_with_it(backend: FakeBackend, visit: Visit) -> None:
+def test_a_key_is_asked_for_and_traded_for_a_session(backend: FakeBackend, visit: Visit) -> None:
     backend.key = "opensesame"
     page = visit(backend, ready=False)
     page.expected_errors = ["401"]
@@ -277,8 +277,14 @@ def test_a_key_is_asked_for_and_pictures_are_fetched_with_it(backend: FakeBacken
     _generate(page)
 
     _finished(page)
-    assert page.locator(".stage img").evaluate("img => img.src").startswith("blob:")
-    assert page.evaluate("JSON.stringify(localStorage)").count("opensesame") == 0
+    kept = page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie])")
+    assert "opensesame" not in kept
+    assert "weft_session" not in kept
+    page.reload()
+    _finished(page)  # the cookie speaks for us still
+    page.get_by_role("button", name="Access key").click()
+    page.get_by_role("button", name="Log out").click()
+    _see(page, "This service asks for a key")
 
 
 def test_a_size_off_the_grid_is_not_sent_but_mended(backend: FakeBackend, visit: Visit) -> None:

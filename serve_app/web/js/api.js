@@ -25,13 +25,15 @@ export class ApiError extends Error {
  * @property {URL} base                           address of .../api/
  * @property {() => string | null} key            the key to send, if any
  * @property {() => Promise<boolean>} askForKey   called on 401; true: a key was given, try again
+ * @property {(on: boolean) => void} signedIn     a cookie speaks for this browser from now on, or no more
  */
 
 /**
  * @param {Access} access
  * @returns {import("./types.js").Api}
  */
-export function createApi({ base, key, askForKey }) {
+export function createApi({ base, key, askForKey, signedIn }) {
+  let logIns = 0;
   /**
    * @param {URL} url
    * @param {RequestInit} [init]
@@ -39,8 +41,12 @@ export function createApi({ base, key, askForKey }) {
    */
   async function send(url, init = {}) {
     const used = key();
+    const logInsBefore = logIns;
     const headers = new Headers(init.headers);
-    if (used !== null && url.origin === base.origin) headers.set("Authorization", `Bearer ${used}`);
+    if (url.origin === base.origin) {
+      headers.set("X-Weft-CSRF", "1"); // the session's cookie alone changes nothing
+      if (used !== null) headers.set("Authorization", `Bearer ${used}`);
+    }
     let response;
     try {
       response = await fetch(url, { ...init, headers });
@@ -51,8 +57,24 @@ export function createApi({ base, key, askForKey }) {
     if (response.ok) return response;
     const refusal = new ApiError(response.status, await problemOf(response));
     if (response.status !== 401) throw refusal;
-    if (key() === used && !(await askForKey())) throw refusal; // else another call got the key meanwhile
+    const changed = key() !== used || logIns !== logInsBefore; // another call got the key meanwhile
+    if (!changed && !(await askForKey())) throw refusal;
+    await logIn();
     return send(url, init);
+  }
+
+  /** Trades the key for a cookie that no script can read; where there is none to be had, the key stays. */
+  async function logIn() {
+    const given = key();
+    if (given === null) return;
+    const response = await fetch(new URL("../auth/session", base), {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ api_key: given }),
+    }).catch(() => null);
+    if (!response?.ok) return;
+    logIns += 1;
+    signedIn(true);
   }
 
   /** @param {string} path */
@@ -96,6 +118,10 @@ export function createApi({ base, key, askForKey }) {
         ...(lastId === null ? {} : { "Last-Event-ID": lastId }),
       };
       return send(at(`generate/${encodeURIComponent(id)}/events`), { headers, signal, cache: "no-store" });
+    },
+    async logOut() {
+      signedIn(false);
+      await send(at("../auth/session"), { method: "DELETE" });
     },
     address: (url) => at(url).href,
     async blob(url) {

@@ -7,7 +7,7 @@ import { createDialogs } from "./parts/dialogs.js";
 import { createFrame } from "./parts/frame.js";
 import { createPictures } from "./parts/pictures.js";
 import { createToast } from "./parts/toast.js";
-import { key } from "./prefs.js";
+import { key, session } from "./prefs.js";
 import { route } from "./router.js";
 
 /**
@@ -21,11 +21,15 @@ import { route } from "./router.js";
 
 async function start() {
   const [icons] = await Promise.all([loadIcons(), loadLanguage(preferredLanguage(navigator.languages))]);
-  const dialogs = createDialogs();
+  const dialogs = createDialogs(() => api.logOut());
   const api = createApi({
     base: new URL("../api/", document.baseURI),
     key: key.get,
     askForKey: dialogs.askForKey,
+    signedIn(on) {
+      if (on) key.set(null);
+      session.set(on);
+    },
   });
   const toast = createToast();
   const services = { api, dialogs, toast, pictures: createPictures(api, () => key.get() !== null) };

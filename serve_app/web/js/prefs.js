@@ -36,6 +36,13 @@ key.heed((value) => {
   else sessionStorage.setItem("weft.key", value);
 });
 
+/** Whether a cookie speaks for this browser; scripts cannot see the cookie itself. */
+export const session = signal(localStorage.getItem("weft.session") === "on");
+session.heed((on) => {
+  if (on) localStorage.setItem("weft.session", "on");
+  else localStorage.removeItem("weft.session");
+});
+
 /** @returns {Partial<import("./types.js").FormValues>} */
 export function readDraft() {
   try {

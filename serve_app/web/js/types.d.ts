@@ -194,6 +194,8 @@ export interface Api {
   cancel(id: string): Promise<void>;
   /** The open event stream of a job, after the event `lastId`. */
   events(id: string, lastId: string | null, signal: AbortSignal): Promise<Response>;
+  /** Ends the session that a key was traded for. */
+  logOut(): Promise<void>;
   /** The full address of a link that the API gave. */
   address(url: string): string;
   blob(url: string): Promise<Blob>;

@@ -2,9 +2,10 @@
 
 import { h, icon } from "../dom.js";
 import { t } from "../i18n.js";
-import { key, singleKeys } from "../prefs.js";
+import { key, session, singleKeys } from "../prefs.js";
 
-export function createDialogs() {
+/** @param {() => Promise<void>} logOut */
+export function createDialogs(logOut) {
   const keyDialog = createKeyDialog();
   const help = createHelp();
   return {
@@ -14,8 +15,9 @@ export function createDialogs() {
     /** By the person's own wish: what was read with the old key is read anew. */
     async changeKey() {
       const before = key.get();
-      await keyDialog.ask(false);
-      if (key.get() !== before) location.reload();
+      const forgotten = await keyDialog.ask(false).then(() => keyDialog.forgotten());
+      if (forgotten && session.get()) await logOut().catch(() => undefined); // it was over already
+      if (forgotten || key.get() !== before) location.reload();
     },
     showHelp: () => help.showModal(),
   };
@@ -42,6 +44,7 @@ function createKeyDialog() {
   /** @type {Promise<boolean> | null} everyone who needs the key waits for the same answer */
   let asking = null;
   let given = false;
+  let forgotten = false;
 
   /** @param {SubmitEvent} event */
   function used(event) {
@@ -53,18 +56,20 @@ function createKeyDialog() {
   function finish(value) {
     key.set(value);
     given = value !== null;
+    forgotten = value === null;
     element.close();
   }
 
   return {
     element,
+    forgotten: () => forgotten,
     /** True when a key was given; false when the dialog was closed without one. @param {boolean} refused */
     ask(refused) {
       asking ??= new Promise((resolve) => {
-        given = false;
+        given = forgotten = false;
         input.value = "";
         wrong.hidden = !refused;
-        forget.hidden = key.get() === null;
+        forget.hidden = key.get() === null && !session.get();
         element.addEventListener(
           "close",
           () => {

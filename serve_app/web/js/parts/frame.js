@@ -2,7 +2,7 @@
 
 import { h, icon, fill } from "../dom.js";
 import { t } from "../i18n.js";
-import { key, nextTheme, theme } from "../prefs.js";
+import { key, session, nextTheme, theme } from "../prefs.js";
 import { PAGES } from "../router.js";
 
 /** @type {Readonly<Record<import("../prefs.js").Theme, import("../types.js").TextKey>>} */
@@ -25,7 +25,9 @@ export function createFrame(dialogs) {
     themeButton.title = words;
   });
   const keyButton = roundButton("key", t("key.open"), () => void dialogs.changeKey());
-  key.heed((value) => (keyButton.hidden = value === null));
+  const showKey = () => (keyButton.hidden = key.get() === null && !session.get());
+  key.heed(showKey);
+  session.heed(showKey);
   const header = h(
     "header",
     { class: "bar" },
