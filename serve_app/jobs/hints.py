@@ -85,7 +85,8 @@ class Hints:
 async def stirred(event: asyncio.Event, timeout_s: float) -> bool:
     """Whether the event was set within timeout_s; it is unset again."""
     with suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), timeout_s)
+        async with asyncio.timeout(timeout_s):  # Python 3.11's wait_for may swallow a cancellation
+            await event.wait()
     was_set = event.is_set()
     event.clear()
     return was_set
