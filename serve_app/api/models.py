@@ -16,7 +16,7 @@ router = APIRouter(tags=["models"])
 @router.get("/api/models", include_in_schema=False)
 async def list_models(visit: Here) -> ModelList:
     """Every model with its limits and its state, and every adapter that the caller may use with them."""
-    adapters = await visit.adapters.list(visit.owner)
+    adapters = [] if visit.state.adapters is None else await visit.adapters.list(visit.owner)
     return ModelList(
         models=await _out(visit, list(visit.state.cards)), adapters=[told(each, visit) for each in adapters]
     )
@@ -28,6 +28,8 @@ async def read_model(model: str, visit: Here) -> ModelOut | LoraOut:
     try:
         card = find_card(model, visit.state.cards)
     except NotFound as no_model:
+        if visit.state.adapters is None:
+            raise
         try:
             return told(await visit.adapters.get(model, visit.owner), visit)
         except NotFound:

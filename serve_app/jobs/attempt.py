@@ -270,7 +270,8 @@ class Attempt:
         while self._news or not self._finishing:
             if not self._news:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._stir.wait(), self._settings.heartbeat_s)
+                    async with asyncio.timeout(self._settings.heartbeat_s):
+                        await self._stir.wait()
             self._stir.clear()
             news = list(self._news)
             self._news.clear()

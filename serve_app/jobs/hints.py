@@ -49,13 +49,14 @@ class Hints:
             self._reader = asyncio.create_task(self._read(), context=contextvars.Context())
         if not self._subscribed.is_set():
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._subscribed.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._subscribed.wait()
 
     async def aclose(self) -> None:
         """End the subscription."""
-        if self._reader is not None:
-            self._reader.cancel()
-            await asyncio.wait({self._reader})
+        while self._reader is not None and not self._reader.done():
+            self._reader.cancel()  # again, should the client have swallowed it while it connected
+            await asyncio.wait({self._reader}, timeout=1.0)
 
     async def _read(self) -> None:
         while True:
