@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.requests import HTTPConnection
 
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import BadRequest, Forbidden, ModelUnavailable, NotFound, Unauthorized
+from deployments.protocol.errors import BadRequest, Forbidden, NotFound, Unauthorized
 from deployments.protocol.request import GenerationRequest, Task
 from serve_app.adapters.desk import AdapterDesk
 from serve_app.adapters.wish import taken_from_prompt
@@ -87,9 +87,9 @@ class Visit:
 
     @property
     def adapters(self) -> AdapterDesk:
-        """Raises ModelUnavailable where none are kept."""
+        """Raises NotFound where none are kept."""
         if self.state.adapters is None:
-            raise ModelUnavailable("this service keeps no adapters", param="loras")
+            raise NotFound("this service keeps no adapters", param="loras")
         return self.state.adapters
 
     async def submit(self, body: Wish) -> Job:

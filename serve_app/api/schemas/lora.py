@@ -24,6 +24,7 @@ from serve_app.adapters.wish import LoraWish
 
 MAX_FILE_CHARS = 32 * 2**20  # of base64: 24 MiB
 SOURCES = ("id", "url", "base64", "upload", "hub")
+FILES = "files are image, mask_image, control_image, lora_file, and those that loras names as uploads"
 AS_TEXT = 'send loras as JSON text, [{"id": "night", "weight": 0.8}], or as "night:0.8, mosaic:0.5"'
 
 
@@ -166,7 +167,7 @@ class WithLoras(Strict):
         for name, file in self.lora_files.items():
             if name not in used and name != "lora_file":
                 raise BadRequest(
-                    f"{name[:100]} cannot be a file here, unless loras names it as an upload",
+                    f"{name[:100]} cannot be a file; {FILES}",
                     param=name[:100],
                 )
             if name not in used:

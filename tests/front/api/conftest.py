@@ -11,11 +11,13 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import SecretStr
 
+from serve_app.adapters.builtin import BuiltIns
 from serve_app.api.depends import ApiState
 from serve_app.api.http import create_app
 from serve_app.jobs.desk import JobDesk
 from serve_app.jobs.dispatch import Dispatcher
 from serve_app.jobs.store import JobStore
+from serve_app.services import Services
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
 from tests.front.api.cards import CARDS
@@ -31,13 +33,25 @@ def settings(make_settings: MakeSettings) -> Settings:
     return make_settings(ui=False, sync_wait_s=20.0)
 
 
+async def _nobody_to_tell(digest: str) -> None:
+    """There are no replicas here."""
+
+
 @pytest.fixture
 async def state(store: JobStore, results: ResultStore, settings: Settings) -> AsyncIterator[ApiState]:
     async def model_states() -> dict[str, str]:
         return {"sketch": "ready", "tiny-flux-schnell": "loading"}
 
     desk = JobDesk(store, results, CARDS, settings)
-    yield ApiState(desk=desk, cards=CARDS, settings=settings, model_states=model_states, accounts=store.redis)
+    adapters = Services(settings, store, results).adapters(BuiltIns(CARDS.values()), _nobody_to_tell)
+    yield ApiState(
+        desk=desk,
+        cards=CARDS,
+        settings=settings,
+        model_states=model_states,
+        adapters=adapters,
+        accounts=store.redis,
+    )
     await desk.aclose()
 
 

@@ -127,7 +127,7 @@ async def assert_refused(
         ({"refiner": True, "steps": 1}, "use at least 2 steps", "num_inference_steps"),
         ({"refiner": True, "model": "tiny-flux-schnell"}, "has no refiner", "refiner"),
         ({"promt": "x"}, "did you mean prompt?", "promt"),
-        ({"loras": []}, "not a field of this request", "loras"),
+        ({"embeddings": []}, "not a field of this request", "embeddings"),
     ],
 )
 async def test_a_wrong_field_is_named_with_its_cure(

@@ -139,7 +139,7 @@ async def test_the_models_are_listed_and_read_by_id_and_alias(sdk: openai.AsyncO
         ({"stream": True, "response_format": "url"}, openai.BadRequestError, "b64_json only", "400"),
         ({"stream": True, "model": "dall-e-3"}, openai.NotFoundError, "there is sketch", "404"),
         ({"extra_body": {"stream": "yes"}}, openai.BadRequestError, "valid boolean", "400"),
-        ({"extra_body": {"loras": []}}, openai.BadRequestError, "loras is not a field", "400"),
+        ({"extra_body": {"embeddings": []}}, openai.BadRequestError, "embeddings is not a field", "400"),
         ({"extra_body": {"num_inference_steps": 51}}, openai.BadRequestError, "runs 1-50", "400"),
         ({"prompt": " "}, openai.BadRequestError, "prompt is empty", "400"),
     ],
