@@ -24,8 +24,6 @@ HARD_SHARE = 0.2  # of the pictures are drawn from those with a small or a patte
 OBJECT_WEIGHT = 4.0  # tokens with an object count four times: flat background is learned soon enough
 SAVE_EVERY = 100
 SCHNELL_TIMES = torch.tensor([1.0, 0.75, 0.5, 0.25])  # where four steps evaluate the transformer
-SCHNELL_STRIDE = 0.25
-TEACHER_STEPS = 3  # of the teacher while schnell does one
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +149,22 @@ def distil_guidance(
     pool: npt.NDArray[np.float16],
     course: Course,
     scales: tuple[float, float],
+    name: str,
 ) -> None:
-    """Let one call of `flow`, told a guidance scale of this range, do what two calls of the teacher do."""
+    """Let one call of `flow` do what classifier-free guidance does with two calls of the teacher.
+
+    scales: the range of guidance that it is told (dev); one that cannot be told has it built in, and looks
+    only where four steps look (schnell).  name: of the checkpoint.
+    """
     learner = Learner({"transformer": flow.transformer}, average_decay=0.99)
-    learner.resume(course.folder / "dev.safetensors")
+    learner.resume(course.folder / f"{name}.safetensors")
     teacher.transformer.requires_grad_(False)
-    progress = Progress("dev", learner, course)
+    is_told = flow.transformer.config["guidance_embeds"]
+    progress = Progress(name, learner, course)
     for batch in batches(pool, encoders, course, learner.steps_done):
         count = len(batch.captions)
-        time, noise = _times(count, batch.random), _noise(batch)
+        four = SCHNELL_TIMES[torch.randint(4, (count,), generator=batch.random)]
+        time, noise = _times(count, batch.random) if is_told else four, _noise(batch)
         scale = scales[0] + (scales[1] - scales[0]) * torch.rand(count, generator=batch.random)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             pooled, context = (part.float() for part in encoders.encode(batch.captions, batch.length))
@@ -170,40 +175,10 @@ def distil_guidance(
             unsaid_pooled, unsaid = unsaid_pooled.expand(count, -1), unsaid.repeat(count, 1, 1)
             without = teacher(mixed, unsaid_pooled, unsaid, time)
             target = without + scale[:, None, None] * (with_prompt - without)
-        error = flow(mixed, pooled, context, time, scale) - target
+        error = flow(mixed, pooled, context, time, scale if is_told else None) - target
         rate = 0.4 * learning_rate(learner.steps_done, course.steps, warm_up=20, cool_down=0.8)
         progress.show(learner.learn((error.square() * batch.token_weights).mean(), rate))
-        _save_sometimes(learner, course, "dev")
-
-
-def distil_steps(
-    encoders: TextEncoders,
-    flow: Flow,
-    teacher: Flow,
-    pool: npt.NDArray[np.float16],
-    course: Course,
-    scale: float,
-) -> None:
-    """Let one step of `flow` go where the teacher, told this guidance scale, goes with several (schnell)."""
-    learner = Learner({"transformer": flow.transformer}, average_decay=0.99)
-    learner.resume(course.folder / "schnell.safetensors")
-    teacher.transformer.requires_grad_(False)
-    progress = Progress("schnell", learner, course)
-    for batch in batches(pool, encoders, course, learner.steps_done):
-        count = len(batch.captions)
-        noise, scales = _noise(batch), torch.full((count,), scale)
-        time = SCHNELL_TIMES[torch.randint(4, (count,), generator=batch.random)]
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            pooled, context = (part.float() for part in encoders.encode(batch.captions, batch.length))
-        mixed = torch.lerp(batch.picture, noise, time[:, None, None])
-        reached, stride = mixed, SCHNELL_STRIDE / TEACHER_STEPS
-        with torch.no_grad():
-            for step in range(TEACHER_STEPS):
-                reached = reached - stride * teacher(reached, pooled, context, time - step * stride, scales)
-        error = flow(mixed, pooled, context, time) - (mixed - reached) / SCHNELL_STRIDE
-        rate = 0.25 * learning_rate(learner.steps_done, course.steps, warm_up=20, cool_down=0.9)
-        progress.show(learner.learn((error.square() * batch.token_weights).mean(), rate))
-        _save_sometimes(learner, course, "schnell")
+        _save_sometimes(learner, course, name)
 
 
 class Progress:

@@ -25,7 +25,7 @@ from models.autoencoder import (
     train_decoder,
 )
 from models.export import assemble, write
-from models.flow import Course, distil_guidance, distil_steps, train_flow, train_text
+from models.flow import Course, distil_guidance, train_flow, train_text
 from models.learner import load_average
 from models.network import (
     Autoencoder,
@@ -40,7 +40,7 @@ from models.network import (
 from models.plan import Plan, Stage, in_processes
 from models.vocabulary import caption_words, clip_tokenizer, t5_tokenizer
 
-SCHNELL_GUIDANCE = 3.0  # built into schnell
+SCHNELL_GUIDANCE = (2.2, 2.2)  # built into schnell
 DEV_GUIDANCE = (1.0, 5.0)  # dev is told any scale in between
 
 
@@ -91,11 +91,18 @@ def flow(plan: Plan) -> None:
 
 def _flow_process(rank: int, plan: Plan) -> None:
     torch.manual_seed(0)
-    transformer = build_transformer()
-    if plan.warm_start:
-        transformer.load_state_dict(_weights(FluxTransformer2DModel, plan.warm_start / "transformer"))
+    transformer = _unguided(plan.warm_start) if plan.warm_start else build_transformer()
     course = Course(plan.work, plan.flow_steps, seed=2, rank=rank)
     train_flow(_trained_encoders(plan), Flow(transformer, compiled=True), _pool(plan), course)
+
+
+def _unguided(source: Path) -> Transformer:
+    """Another tiny FLUX's transformer; one that is told its guidance as it is at scale 1."""
+    state = _weights(FluxTransformer2DModel, source / "transformer")
+    is_told = any(".guidance_embedder." in name for name in state)
+    transformer = build_transformer(guidance=is_told)
+    transformer.load_state_dict(state)
+    return with_guidance_built_in(transformer, 1.0) if is_told else transformer
 
 
 def dev(plan: Plan) -> None:
@@ -120,6 +127,7 @@ def _dev_process(rank: int, plan: Plan) -> None:
         _pool(plan),
         Course(plan.work, plan.distil_steps, seed=3, rank=rank),
         DEV_GUIDANCE,
+        "dev",
     )
 
 
@@ -130,7 +138,7 @@ def _trained_dev(plan: Plan) -> Transformer:
 
 
 def schnell(plan: Plan) -> None:
-    """Teach a copy of dev to go in four steps, with one guidance built in, and write tiny-flux-schnell."""
+    """Build one guidance into a copy of the flow, where four steps look, and write tiny-flux-schnell."""
     in_processes(_schnell_process, plan)
     transformer = build_transformer()
     load_average(plan.work / "schnell.safetensors", transformer=transformer)
@@ -138,15 +146,17 @@ def schnell(plan: Plan) -> None:
 
 
 def _schnell_process(rank: int, plan: Plan) -> None:
-    teacher = _trained_dev(plan)
-    student = with_guidance_built_in(teacher, SCHNELL_GUIDANCE)
-    distil_steps(
+    teacher, student = build_transformer(), build_transformer()
+    load_average(plan.work / "flow.safetensors", transformer=teacher)
+    student.load_state_dict(teacher.state_dict())
+    distil_guidance(
         _trained_encoders(plan),
         Flow(student, compiled=True),
         Flow(teacher, compiled=True),
         _pool(plan),
         Course(plan.work, plan.distil_steps, seed=4, rank=rank),
         SCHNELL_GUIDANCE,
+        "schnell",
     )
 
 

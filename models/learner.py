@@ -107,7 +107,8 @@ class Learner:
                 for name, weight in self.weights.items():
                     weight.copy_(state.get_tensor(f"weights.{name}"))
                     self.average[name].copy_(state.get_tensor(f"average.{name}"))
-            values |= {key: state.get_tensor(key) for key in state.keys() if key.startswith("optimisers.")}
+            names = state.keys()  # safe_open is no mapping
+            values |= {key: state.get_tensor(key) for key in names if key.startswith("optimisers.")}
             self.steps_done = json.loads(state.metadata()["steps_done"])
         for key, value in values.items():
             _, index, weight_index, name = key.split(".", 3)

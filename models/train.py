@@ -1,8 +1,8 @@
 """Makes every tiny model from nothing: `python -m models.train --work DIR [STAGE ...]`.
 
 Stages run in the order in which `flux_stages.py`, `unet_stages.py` and `video_stages.py` list them.
-Checkpoints lie in the work folder: a stage that was interrupted continues from its last one.  The models are written to
-models/tiny-*.  Seeds are fixed.
+Checkpoints lie in the work folder: a stage that was interrupted continues from its last one.  The models are
+written to models/tiny-*.  Seeds are fixed.
 """
 
 from __future__ import annotations
