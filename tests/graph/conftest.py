@@ -39,6 +39,7 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         "WEFT_CARDS_DIR": str(cards),
         "WEFT_LEASE_S": "3",
         "WEFT_HEARTBEAT_S": "0.5",
+        "WEFT_CACHE": "false",  # the same request again shall run again
         "RAY_AUTH_MODE": "disabled",  # else a token file is written to the home directory
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "PYTHONPATH": str(ROOT),
