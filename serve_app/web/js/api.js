@@ -94,8 +94,8 @@ export function createApi({ base, key, askForKey, signedIn }) {
       body.append("file", file);
       return wire.lora(wire.parse(await (await send(at("loras"), { method: "POST", body })).text()));
     },
-    async generate(body) {
-      const response = await send(at("generate/image"), {
+    async generate(body, kind) {
+      const response = await send(at(`generate/${kind}`), {
         method: "POST",
         headers: { "Content-Type": "application/json" },
         body: wire.stringify(body),

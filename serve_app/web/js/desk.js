@@ -16,8 +16,11 @@ const REFRESH_MS = 2_000; // of running jobs that are not on the stage
  * @property {object} body
  */
 
-/** @param {import("./types.js").Api} api */
-export function createDesk(api) {
+/**
+ * @param {import("./types.js").Api} api
+ * @param {import("./types.js").Kind} kind  what is asked for here; the history holds all kinds
+ */
+export function createDesk(api, kind) {
   /** @type {import("./types.js").Signal<Job[]>} newest first */
   const jobs = signal(/** @type {Job[]} */ ([]));
   /** @type {import("./types.js").Signal<string | null>} the job on the stage */
@@ -43,7 +46,12 @@ export function createDesk(api) {
   /** @param {string} id */
   function drop(id) {
     jobs.set(jobs.get().filter((job) => job.id !== id));
-    if (currentId.get() === id) select(jobs.get()[0]?.id ?? null);
+    if (currentId.get() === id) select(newest());
+  }
+
+  /** The newest job of this desk's kind. */
+  function newest() {
+    return jobs.get().find((job) => job.kind === kind)?.id ?? null;
   }
 
   /** Shows a job on the stage and, while it runs, follows it. @param {string | null} id */
@@ -109,7 +117,7 @@ export function createDesk(api) {
     async open() {
       await load();
       const busy = sending.get() || refusal.get() !== null || currentId.get() !== null;
-      if (!busy) select(jobs.get()[0]?.id ?? null); // else the person was faster than the history
+      if (!busy) select(newest()); // else the person was faster than the history
     },
 
     /** Sends a request; true when it became a job. @param {object} body */
@@ -117,7 +125,7 @@ export function createDesk(api) {
       sending.set(true);
       refusal.set(null);
       try {
-        const { id, warnings } = await api.generate(body);
+        const { id, warnings } = await api.generate(body, kind);
         const record = await api.job(id);
         put({ ...record, warnings: record.warnings.length > 0 ? record.warnings : warnings });
         select(id);

@@ -10,6 +10,7 @@
  *   checked?: boolean, selected?: boolean, hidden?: boolean, open?: boolean, required?: boolean,
  *   autocomplete?: string, autocapitalize?: string, spellcheck?: "true" | "false", inputmode?: string,
  *   maxlength?: number, accept?: string, multiple?: boolean, download?: string, width?: number, height?: number, loading?: "lazy" | "eager",
+ *   controls?: boolean, loop?: boolean, playsinline?: boolean, preload?: "none" | "metadata" | "auto",
  *   decoding?: "async" | "sync", novalidate?: boolean, on?: Listeners }} Attributes
  * @typedef {Node | string | null | undefined | false} Child
  */

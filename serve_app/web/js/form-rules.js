@@ -14,6 +14,11 @@ const RATIOS = [
   [9, 16],
 ];
 
+/** The model as the form for pictures sees it; null when it makes none from words. @param {Model} model */
+export function asPictureModel(model) {
+  return model.tasks.includes("t2i") ? model : null;
+}
+
 /** @param {import("./types.js").Range} range */
 export function isFixed(range) {
   return range.min === range.max;
@@ -279,6 +284,7 @@ export function formOf(wish, seed, controls) {
     controls: wish.controls > 0 ? controls : [],
     loras: wish.loras,
     refiner: wish.refiner,
+    video: null,
   };
 }
 

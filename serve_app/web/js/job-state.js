@@ -38,6 +38,11 @@ export function applyEvent(job, event, now) {
         lastStepAt: now,
       };
     }
+    case "stage": {
+      const percent = event.percent ?? job.percent;
+      const portion = { done: event.done, total: event.total };
+      return { ...job, status: "processing", ahead: null, percent, [event.stage]: portion };
+    }
     case "preview":
       return { ...job, preview: `data:${event.mediaType};base64,${event.data}` };
     case "failed":
@@ -59,7 +64,27 @@ export function applyEvent(job, event, now) {
 function goingOn(job, step, steps) {
   const percent = Math.floor((100 * step) / Math.max(1, steps));
   const preview = step > 0 ? job.preview : null;
-  return { step, percent, preview, firstStep: step, firstStepAt: null, lastStepAt: null };
+  const pace = { firstStep: step, firstStepAt: null, lastStepAt: null };
+  return { step, percent, preview, decode: null, encode: null, ...pace };
+}
+
+/**
+ * How far each part of the work on a video is, from 0 to 1.
+ *
+ * @param {Job} job
+ */
+export function portions(job) {
+  const decoding = job.decode !== null || job.encode !== null;
+  return {
+    denoise: decoding ? 1 : Math.min(1, job.step / Math.max(1, job.steps)),
+    decode: share(job.decode),
+    encode: share(job.encode),
+  };
+}
+
+/** @param {import("./types.js").Portion | null} portion */
+function share(portion) {
+  return portion === null ? 0 : Math.min(1, portion.done / Math.max(1, portion.total));
 }
 
 /**
@@ -83,8 +108,8 @@ export function secondsLeft(job) {
 export function merged(record, known) {
   if (known === undefined) return record;
   if (hasEnded(known) && !hasEnded(record)) return known; // an answer overtaken by a later one
-  const { preview, firstStep, firstStepAt, lastStepAt } = known;
+  const { preview, decode, encode, firstStep, firstStepAt, lastStepAt } = known;
   const behind = !hasEnded(record) && record.status === known.status && record.step < known.step;
   const progress = behind ? { step: known.step, steps: known.steps, percent: known.percent } : {};
-  return { ...record, preview, firstStep, firstStepAt, lastStepAt, ...progress };
+  return { ...record, preview, decode, encode, firstStep, firstStepAt, lastStepAt, ...progress };
 }

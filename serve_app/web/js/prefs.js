@@ -43,16 +43,28 @@ session.heed((on) => {
   else localStorage.removeItem("weft.session");
 });
 
-/** @returns {Partial<import("./types.js").FormValues>} */
-export function readDraft() {
+/** Where the draft of a page's form is kept. @param {import("./types.js").Kind} kind */
+const draftName = (kind) => (kind === "image" ? "weft.draft" : `weft.draft.${kind}`);
+
+/**
+ * @param {import("./types.js").Kind} kind
+ * @returns {Partial<import("./types.js").FormValues>}
+ */
+export function readDraft(kind) {
   try {
-    return JSON.parse(sessionStorage.getItem("weft.draft") ?? "{}");
+    return JSON.parse(sessionStorage.getItem(draftName(kind)) ?? "{}");
   } catch {
     return {}; // written by another version of the page
   }
 }
 
-/** Without its control pictures: they are larger than a browser keeps. @param {import("./types.js").FormValues} form */
-export function keepDraft(form) {
-  sessionStorage.setItem("weft.draft", JSON.stringify({ ...form, controls: [] }));
+/**
+ * Without its pictures: they are larger than a browser keeps.
+ *
+ * @param {import("./types.js").FormValues} form
+ * @param {import("./types.js").Kind} kind
+ */
+export function keepDraft(form, kind) {
+  const video = form.video && { ...form.video, image: null };
+  sessionStorage.setItem(draftName(kind), JSON.stringify({ ...form, controls: [], video }));
 }

@@ -18,6 +18,7 @@
 /** @type {Readonly<Record<string, Page>>} */
 export const PAGES = {
   create: { label: "nav.create", icon: "sparkle", load: () => import("./pages/create.js") },
+  video: { label: "nav.video", icon: "film", load: () => import("./pages/video.js") },
 };
 
 /**

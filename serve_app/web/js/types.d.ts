@@ -24,6 +24,15 @@ export interface Sizes {
   maxAspect: number; // longer side over shorter side
 }
 
+/** Which videos a model may be asked for. */
+export interface Film {
+  frames: Range; // of any video; each number is a multiple of `every`, plus 1
+  every: number;
+  fps: number; // the default
+  maxFramePixels: number; // width x height x frames
+  framewise: boolean; // a picture model: every frame is a picture on the way to an end
+}
+
 /** One kind of control picture that a model takes. */
 export interface ControlKind {
   type: string;
@@ -63,6 +72,8 @@ export interface Model {
   steps: Range;
   guidance: Range;
   sizes: Sizes;
+  film: Film | null; // null: it makes no videos
+  strength: number; // default for a picture to start from
   negativePrompt: boolean;
   maxImages: number;
   maxPromptChars: number;
@@ -94,15 +105,20 @@ export interface Picture {
   index: number;
   url: string; // relative to the API
   thumbnailUrl: string | null;
+  posterUrl: string | null; // of a video: its first frame
   width: number;
   height: number;
   seed: string; // decimal digits: seeds are 63-bit, a JS number is not
   mediaType: string;
 }
 
+/** What a job makes; also the last part of the address it is asked for at. */
+export type Kind = "image" | "video";
+
 /** What was asked for, after the server filled the blanks. */
 export interface Wish {
   model: string;
+  task: string;
   prompt: string;
   negativePrompt: string;
   width: number;
@@ -116,10 +132,19 @@ export interface Wish {
   loras: LoraChoice[];
   controls: number; // how many control pictures; they themselves are not told
   refiner: boolean;
+  strength: number | null; // of a picture it starts from
+  video: { frames: number; fps: number; seconds: number; framewise: boolean } | null;
+}
+
+/** How far a part of the work on a video is, in frames. */
+export interface Portion {
+  done: number;
+  total: number;
 }
 
 export interface Job {
   id: string;
+  kind: Kind;
   status: JobStatus;
   ahead: number | null; // jobs before this one
   step: number;
@@ -133,6 +158,8 @@ export interface Job {
   createdAt: number; // unix seconds
   generationS: number | null;
   preview: string | null; // data: address of the latest rough look
+  decode: Portion | null; // of a video, after its last step; the two overlap
+  encode: Portion | null;
   firstStepAt: number | null; // ms of performance.now(), for the time left
   lastStepAt: number | null;
   firstStep: number; // the step `firstStepAt` belongs to
@@ -154,6 +181,17 @@ export interface FormValues {
   controls: ControlPicture[];
   loras: LoraChoice[];
   refiner: boolean;
+  video: VideoValues | null; // null: a form for pictures
+}
+
+/** What stands in the form for a video only. */
+export interface VideoValues {
+  frames: number | null;
+  fps: number | null;
+  image: string | null; // a data: address of the picture it begins with
+  strength: number | null;
+  endPrompt: string;
+  endSeed: string; // "" leaves it to the service
 }
 
 export interface SizeFault {
@@ -173,6 +211,7 @@ export type JobEvent =
   | { type: "started"; step: number; steps: number | null }
   | { type: "step"; step: number; steps: number; percent: number | null }
   | { type: "preview"; data: string; mediaType: string }
+  | { type: "stage"; stage: "decode" | "encode"; done: number; total: number; percent: number | null }
   | { type: "failed"; problem: Problem }
   | { type: "completed" }
   | { type: "cancelled" };
@@ -188,7 +227,7 @@ export interface Api {
   loras(): Promise<Lora[]>;
   /** Registers the file as the caller's own. */
   addLora(file: File): Promise<Lora>;
-  generate(body: object): Promise<Submitted>;
+  generate(body: object, kind: Kind): Promise<Submitted>;
   job(id: string): Promise<Job>;
   jobs(limit: number): Promise<Job[]>;
   cancel(id: string): Promise<void>;

@@ -5,12 +5,12 @@
 
 /**
  * JSON with seeds as strings of digits: they have 63 bits, a JS number keeps 53.
- * Inside a JSON string every quote is escaped, so `"seed":` is always a key.
+ * Inside a JSON string every quote is escaped, so `"seed":` is always a key, and `"end_seed":` too.
  *
  * @param {string} text
  */
 export function parse(text) {
-  return JSON.parse(text.replace(/("seed"\s*:\s*)(\d+)/g, '$1"$2"'));
+  return JSON.parse(text.replace(/("(?:end_)?seed"\s*:\s*)(\d+)/g, '$1"$2"'));
 }
 
 /**
@@ -19,7 +19,7 @@ export function parse(text) {
  * @param {object} body
  */
 export function stringify(body) {
-  return JSON.stringify(body).replace(/("seed":)"(\d+)"/g, "$1$2");
+  return JSON.stringify(body).replace(/("(?:end_)?seed":)"(\d+)"/g, "$1$2");
 }
 
 /**
@@ -45,6 +45,8 @@ export function model(json) {
       maxPixels: sizes.max_pixels,
       maxAspect: sizes.max_aspect,
     },
+    film: json.videos ? film(json.videos) : null,
+    strength: json.strength,
     negativePrompt: json.negative_prompt,
     maxImages: json.max_images,
     maxPromptChars: json.max_prompt_chars,
@@ -62,6 +64,20 @@ export function model(json) {
       commercial: licence.commercial,
     },
     state: json.state,
+  };
+}
+
+/**
+ * @param {Json} json
+ * @returns {import("./types.js").Film}
+ */
+function film(json) {
+  return {
+    frames: { min: json.min_frames, default: json.num_frames, max: json.max_frames },
+    every: json.every,
+    fps: json.fps,
+    maxFramePixels: json.max_frame_pixels,
+    framewise: json.framewise,
   };
 }
 
@@ -88,6 +104,7 @@ export function job(json) {
   const { request } = json;
   return {
     id: json.id,
+    kind: json.kind,
     status: json.status,
     ahead: ahead(json.position),
     step: json.step,
@@ -96,6 +113,7 @@ export function job(json) {
     cancelRequested: json.cancel_requested,
     wish: {
       model: request.model,
+      task: request.task,
       prompt: request.prompt,
       negativePrompt: request.negative_prompt,
       width: request.width,
@@ -104,7 +122,7 @@ export function job(json) {
       guidance: request.guidance_scale,
       seed: request.seed,
       images: request.num_images,
-      format: request.output_format,
+      format: request.video?.format ?? request.output_format,
       scheduler: request.scheduler,
       loras: (request.loras ?? []).map((/** @type {Json} */ used) => ({
         id: used.sha256,
@@ -113,6 +131,8 @@ export function job(json) {
       })),
       controls: (request.controls ?? []).length,
       refiner: (request.refiner ?? null) !== null,
+      strength: request.strength ?? null,
+      video: request.video ? filmed(request.video) : null,
     },
     pictures: json.artifacts.map(picture),
     warnings: json.warnings,
@@ -120,18 +140,25 @@ export function job(json) {
     createdAt: json.created_at,
     generationS: json.generation_s,
     preview: null,
+    decode: null,
+    encode: null,
     firstStep: 0,
     firstStepAt: null,
     lastStepAt: null,
   };
 }
 
+/** The video of a request. @param {Json} json */
+function filmed(json) {
+  return { frames: json.num_frames, fps: json.fps, seconds: json.seconds, framewise: json.framewise };
+}
+
 /**
  * @param {Json} json
- * @returns {Job[]} newest first; videos are left out, the page cannot show them yet
+ * @returns {Job[]} newest first, pictures and videos
  */
 export function jobs(json) {
-  return json.jobs.filter((/** @type {Json} */ listed) => listed.kind !== "video").map(job);
+  return json.jobs.map(job);
 }
 
 /**
@@ -143,6 +170,7 @@ function picture(json) {
     index: json.index,
     url: belowApi(json.url),
     thumbnailUrl: json.thumbnail_url && belowApi(json.thumbnail_url),
+    posterUrl: json.poster_url ? belowApi(json.poster_url) : null,
     width: json.width,
     height: json.height,
     seed: json.seed,
@@ -202,6 +230,15 @@ export function jobEvent(raw) {
       return { type: "step", step: data.step, steps: data.steps, percent: data.percent ?? null };
     case "preview":
       return { type: "preview", data: data.data, mediaType: data.media_type };
+    case "stage":
+      if (data.stage !== "decode" && data.stage !== "encode") return null;
+      return {
+        type: "stage",
+        stage: data.stage,
+        done: data.done,
+        total: data.total,
+        percent: data.percent ?? null,
+      };
     case "failed":
       return { type: "failed", problem: problem(data.error ?? data) };
     case "completed":

@@ -1,9 +1,10 @@
 // The pictures a result shall follow: each with its kind and weight. Shown when the model has ControlNets.
 
 import { fill, h, icon } from "../dom.js";
-import { MAX_CONTROLS, MAX_WEIGHT, PICTURE_TYPES, pictureFault } from "../form-rules.js";
+import { MAX_CONTROLS, MAX_WEIGHT, pictureFault } from "../form-rules.js";
 import { say, t } from "../i18n.js";
 import { fault, select, slider } from "./fields.js";
+import { createPictureDrop, dataAddress } from "./picture-drop.js";
 
 /** @typedef {import("../types.js").ControlPicture} ControlPicture */
 /** @typedef {import("../types.js").ControlKind} ControlKind */
@@ -26,40 +27,12 @@ export function createControlPictures({ onInput }) {
   let made = 0; // rows ever: their ids never repeat
 
   const list = h("ul", { class: "control-rows" });
-  const input = h("input", {
+  const { input, drop } = createPictureDrop({
     id: "controls",
-    type: "file",
-    class: "visually-hidden",
-    accept: PICTURE_TYPES.join(","),
+    words: t("control.add"),
     multiple: true,
-    on: {
-      change() {
-        void take([...(input.files ?? [])]);
-        input.value = ""; // the same file may be chosen again
-      },
-    },
+    onFiles: (files) => void take(files),
   });
-  const drop = h(
-    "label",
-    {
-      class: "drop",
-      for: "controls",
-      on: {
-        dragover(event) {
-          event.preventDefault();
-          drop.classList.add("over");
-        },
-        dragleave: () => drop.classList.remove("over"),
-        drop(event) {
-          event.preventDefault();
-          drop.classList.remove("over");
-          void take([...(event.dataTransfer?.files ?? [])]);
-        },
-      },
-    },
-    icon("picture"),
-    h("span", {}, t("control.add")),
-  );
   const problem = fault([input], "controls-fault");
   const element = h(
     "div",
@@ -175,19 +148,4 @@ function createRow(number, picture, onInput, onRemove) {
       else if (kinds.length > 0) type = kind.get();
     },
   };
-}
-
-/**
- * The file as a data: address.
- *
- * @param {File} file
- * @returns {Promise<string>}
- */
-function dataAddress(file) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.addEventListener("load", () => resolve(String(reader.result)));
-    reader.addEventListener("error", () => reject(reader.error));
-    reader.readAsDataURL(file);
-  });
 }

@@ -27,8 +27,10 @@ export function slider({ id, label, step, onInput }) {
     /**
      * @param {number} value
      * @param {{ min: number, max: number }} range
+     * @param {number} [every]  between two values, where it depends on the model
      */
-    set(value, range) {
+    set(value, range, every) {
+      if (every !== undefined) input.step = String(every);
       input.min = String(range.min);
       input.max = String(range.max);
       input.value = String(value);

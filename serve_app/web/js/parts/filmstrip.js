@@ -51,7 +51,9 @@ export function createFilmstrip(pictures, onPick) {
     const words =
       count > 1
         ? t("strip.several", { prompt, count })
-        : t(WORDS[job.status], { prompt, percent: job.percent });
+        : job.kind === "video" && job.status === "completed"
+          ? t("strip.video", { prompt })
+          : t(WORDS[job.status], { prompt, percent: job.percent });
     button.setAttribute("aria-label", words);
     button.title = words;
     if (job.status === "queued") bar.removeAttribute("value");
@@ -71,10 +73,11 @@ export function createFilmstrip(pictures, onPick) {
     const first = job.pictures[0];
     if (job.status === "completed" && first !== undefined) {
       /** @type {HTMLImageElement} */
-      const image = pictures.image(first.thumbnailUrl ?? first.url, { alt: "", loading: "lazy" }, () =>
+      const image = pictures.image(first.thumbnailUrl ?? first.posterUrl ?? first.url, { alt: "", loading: "lazy" }, () =>
         image.replaceWith(icon("picture")),
       );
       const count = job.pictures.length;
+      if (job.kind === "video") return [image, h("span", { class: "count" }, icon("play"))];
       return [image, count > 1 && h("span", { class: "count", "aria-hidden": "true" }, String(count))];
     }
     if (job.status === "failed") return [icon("alert"), h("span", { class: "word" }, t("strip.failedWord"))];

@@ -45,6 +45,36 @@ export function createPictures(api, needsKey) {
     },
 
     /**
+     * A player that shows the first frame until it is played.
+     *
+     * @param {string} url
+     * @param {string | null} posterUrl
+     * @param {import("../dom.js").Attributes} attributes
+     * @param {() => void} onGone  the file cannot be had
+     */
+    video(url, posterUrl, attributes, onGone) {
+      const video = h("video", {
+        ...attributes,
+        controls: true,
+        loop: true,
+        playsinline: true,
+        preload: "metadata",
+        on: { error: onGone },
+      });
+      if (needsKey()) {
+        blobAddress(url).then((address) => void (video.src = address), onGone);
+        if (posterUrl !== null) {
+          const poster = blobAddress(posterUrl);
+          poster.then((address) => void (video.poster = address)).catch(() => undefined); // plays without
+        }
+      } else {
+        if (posterUrl !== null) video.poster = api.address(posterUrl);
+        video.src = api.address(url);
+      }
+      return video;
+    },
+
+    /**
      * Gives the file to the browser's downloads.
      * @param {string} url
      * @param {string} name
@@ -58,8 +88,13 @@ export function createPictures(api, needsKey) {
   };
 }
 
+/** @param {import("../types.js").Picture} file */
+export function isVideo(file) {
+  return file.mediaType.startsWith("video/");
+}
+
 /**
- * The name of a saved picture; holds the job's id.
+ * The name of a saved picture or video; holds the job's id.
  *
  * @param {string} jobId
  * @param {import("../types.js").Picture} picture

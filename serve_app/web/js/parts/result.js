@@ -2,7 +2,7 @@
 
 import { fill, h, icon, setVar } from "../dom.js";
 import { formatNumber, t } from "../i18n.js";
-import { fileName } from "./pictures.js";
+import { fileName, isVideo } from "./pictures.js";
 
 /** @typedef {import("../types.js").Job} Job */
 
@@ -20,8 +20,12 @@ export function createResult(job, { pictures, onAgain, onSaved }) {
       files.length === 1
         ? t("picture.alt", { prompt: job.wish.prompt })
         : t("picture.altOf", { prompt: job.wish.prompt, number: index + 1, count: files.length });
-    const gone = () => fill(frame, icon("picture"), h("span", {}, t("picture.gone")));
-    const image = pictures.image(file.url, { alt, width: file.width, height: file.height }, gone);
+    const film = isVideo(file);
+    const gone = () => fill(frame, icon("picture"), h("span", {}, t(film ? "video.gone" : "picture.gone")));
+    const size = { width: file.width, height: file.height };
+    const image = film
+      ? pictures.video(file.url, file.posterUrl, { "aria-label": alt, ...size }, gone)
+      : pictures.image(file.url, { alt, ...size }, gone);
     const frame =
       files.length === 1
         ? h("div", { class: "picture" }, image)
@@ -40,6 +44,7 @@ export function createResult(job, { pictures, onAgain, onSaved }) {
     const told = [
       job.generationS === null ? "" : t("done.time", { seconds: formatNumber(job.generationS) }),
       t("size.value", { width: file.width, height: file.height }),
+      job.wish.video === null ? "" : t("video.length", { ...job.wish.video }),
       t("done.steps", { count: job.wish.steps }),
       t("done.seed", { seed: file.seed }),
     ];

@@ -13,9 +13,11 @@ import {
   withWord,
 } from "../form-rules.js";
 import { say, t } from "../i18n.js";
+import { NO_VIDEO_WISHES } from "../video-rules.js";
 import { createControlPictures } from "./control-pictures.js";
 import { chips, fault, select, slider } from "./fields.js";
 import { createLoraPicker } from "./lora-picker.js";
+import { createVideoFields } from "./video-fields.js";
 
 /** @typedef {import("../types.js").FormValues} FormValues */
 /** @typedef {import("../types.js").Model} Model */
@@ -29,20 +31,29 @@ const STATES = {
   error: { key: "model.state.error", tone: "bad" },
 };
 
-const FORMATS = [
-  { value: "png", key: /** @type {const} */ ("format.png") },
-  { value: "jpeg", key: /** @type {const} */ ("format.jpeg") },
-  { value: "webp", key: /** @type {const} */ ("format.webp") },
-];
+/** @type {Readonly<Record<import("../types.js").Kind, { value: string, key: import("../types.js").TextKey }[]>>} */
+const FORMATS = {
+  image: [
+    { value: "png", key: "format.png" },
+    { value: "jpeg", key: "format.jpeg" },
+    { value: "webp", key: "format.webp" },
+  ],
+  video: [
+    { value: "mp4", key: "format.mp4" },
+    { value: "webm", key: "format.webm" },
+  ],
+};
 
 /**
  * @param {{
+ *   kind: import("../types.js").Kind,
+ *   words: import("../workbench.js").Words,
  *   onSubmit: (form: FormValues, model: Model) => void,
  *   onChange: (form: FormValues) => void,
  *   addLora: (file: File) => Promise<import("../types.js").Lora>,
  * }} options  addLora: registers an uploaded file
  */
-export function createSettingsPanel({ onSubmit, onChange, addLora }) {
+export function createSettingsPanel({ kind, words, onSubmit, onChange, addLora }) {
   /** @type {import("../types.js").Lora[]} */
   let loras = [];
   /** @type {Model[]} */
@@ -64,7 +75,7 @@ export function createSettingsPanel({ onSubmit, onChange, addLora }) {
   const prompt = h("textarea", {
     id: "prompt",
     rows: 4,
-    placeholder: t("prompt.hint"),
+    placeholder: t(words.promptHint),
     spellcheck: "true",
     on: { input: () => (promptFault.show(null), changed()) },
   });
@@ -112,7 +123,7 @@ export function createSettingsPanel({ onSubmit, onChange, addLora }) {
   );
 
   const format = select({ id: "format", label: t("format.label"), onInput: changed });
-  format.offer(FORMATS.map(({ value, key }) => ({ value, words: t(key) })));
+  format.offer(FORMATS[kind].map(({ value, key }) => ({ value, words: t(key) })));
   const scheduler = select({ id: "scheduler", label: t("scheduler.label"), onInput: changed });
 
   const controlPictures = createControlPictures({ onInput: changed });
@@ -130,6 +141,7 @@ export function createSettingsPanel({ onSubmit, onChange, addLora }) {
       return lora;
     },
   });
+  const video = kind === "video" ? createVideoFields({ onInput: changed }) : null;
   const refiner = h("input", { id: "refiner", type: "checkbox", on: { change: changed } });
   const refinerField = h("label", { class: "check", for: "refiner" }, refiner, t("refiner.label"));
 
@@ -168,6 +180,7 @@ export function createSettingsPanel({ onSubmit, onChange, addLora }) {
   const needModel = [
     modelField.element,
     shape.element,
+    ...(video === null ? [] : [video.start, video.length]),
     loraPicker.element,
     controlPictures.element,
     settings,
@@ -197,8 +210,11 @@ export function createSettingsPanel({ onSubmit, onChange, addLora }) {
         labelled("prompt", t("prompt.label"), prompt),
         promptFault.element,
         negativeField,
+        video?.end,
       ),
+      video?.start,
       shape.element,
+      video?.length,
       loraPicker.element,
       controlPictures.element,
       settings,
@@ -223,15 +239,17 @@ export function createSettingsPanel({ onSubmit, onChange, addLora }) {
       controls: controlPictures.get(),
       loras: loraPicker.get(),
       refiner: refiner.checked,
+      video: video?.get() ?? null,
     };
   }
 
   function submit() {
     if (model === null) return;
     const form = read();
-    if (form.prompt.trim() === "") promptFault.show([t("prompt.empty")]);
+    if (form.prompt.trim() === "") promptFault.show([t(words.promptEmpty)]);
     checkSize();
     checkSeed();
+    video?.check();
     const wrong = element.querySelector('[aria-invalid="true"]');
     if (wrong instanceof HTMLElement) reveal(wrong);
     else onSubmit(form, model);
@@ -259,6 +277,7 @@ export function createSettingsPanel({ onSubmit, onChange, addLora }) {
       side.step = String(chosen.sizes.multiple);
     }
     setSize(form.width, form.height);
+    video?.set(chosen, form.video ?? NO_VIDEO_WISHES);
     steps.element.hidden = isFixed(chosen.steps);
     steps.set(within(form.steps, chosen.steps), chosen.steps);
     guidance.element.hidden = isFixed(chosen.guidance);
@@ -336,6 +355,7 @@ export function createSettingsPanel({ onSubmit, onChange, addLora }) {
   function showSize() {
     const [w, h] = [Number(width.value), Number(height.value)];
     setText(sizeWords, t("size.value", { width: w, height: h }));
+    video?.setSize(w, h);
     shape.set(
       model && (shapes(model.sizes).find((offer) => offer.width === w && offer.height === h)?.name ?? null),
     );
@@ -391,6 +411,7 @@ export function createSettingsPanel({ onSubmit, onChange, addLora }) {
     controls: controlPictures.input,
     loras: loraPicker.input,
     refiner,
+    ...video?.controls,
   });
   /** `controls.1.image` is a part of `controls`. @param {string} param */
   const controlOf = (param) => controls[param.split(".", 1)[0] ?? ""];
@@ -420,7 +441,7 @@ export function createSettingsPanel({ onSubmit, onChange, addLora }) {
         offered[0];
       if (first === undefined) return;
       const typed = prompt.value === "" ? {} : { prompt: prompt.value }; // while the models were on their way
-      write({ ...blank(first), ...draft, ...typed, model: first.id });
+      write({ ...blank(first, FORMATS[kind][0]?.value ?? ""), ...draft, ...typed, model: first.id });
       for (const part of needModel) part.inert = false;
       setSending(false);
     },
@@ -445,8 +466,12 @@ export function createSettingsPanel({ onSubmit, onChange, addLora }) {
   };
 }
 
-/** @param {Model} model @returns {FormValues} */
-function blank(model) {
+/**
+ * @param {Model} model
+ * @param {string} format
+ * @returns {FormValues}
+ */
+function blank(model, format) {
   return {
     model: model.id,
     prompt: "",
@@ -457,11 +482,12 @@ function blank(model) {
     guidance: null,
     seed: "",
     images: 1,
-    format: "png",
+    format,
     scheduler: "auto",
     controls: [],
     loras: [],
     refiner: false,
+    video: null,
   };
 }
 

@@ -5,6 +5,7 @@ import { hasEnded, secondsLeft } from "../job-state.js";
 import { t } from "../i18n.js";
 import { remedy, titleOf } from "./remedy.js";
 import { area, button, createResult } from "./result.js";
+import { createStages } from "./stages.js";
 
 /** @typedef {import("../types.js").Job} Job */
 /** @typedef {import("../types.js").Problem} Problem */
@@ -40,13 +41,12 @@ import { area, button, createResult } from "./result.js";
  * @property {() => void} [leave]
  */
 
-const SAMPLES = /** @type {const} */ (["first.sample1", "first.sample2", "first.sample3"]);
-
 /**
  * @param {ReturnType<typeof import("./pictures.js").createPictures>} pictures
+ * @param {import("../workbench.js").Words} words  of the page
  * @param {Deeds} deeds
  */
-export function createStage(pictures, deeds) {
+export function createStage(pictures, words, deeds) {
   const banner = h(
     "p",
     { class: "banner", role: "status", hidden: true },
@@ -76,7 +76,7 @@ export function createStage(pictures, deeds) {
       case "sending":
         return skeleton(view, t("loading.sending"));
       case "noModels":
-        return { content: [message("picture", t("noModels.title"), t("noModels.text"))] };
+        return { content: [message("picture", t("noModels.title"), t(words.noModels))] };
       case "first":
         return first();
       case "refused":
@@ -120,12 +120,12 @@ export function createStage(pictures, deeds) {
 
   /** @returns {Scene} */
   function first() {
-    const samples = SAMPLES.map((key) => {
-      const words = t(key);
+    const samples = words.samples.map((key) => {
+      const prompt = t(key);
       return h(
         "button",
-        { type: "button", class: "sample", on: { click: () => deeds.sample(words) } },
-        words,
+        { type: "button", class: "sample", on: { click: () => deeds.sample(prompt) } },
+        prompt,
       );
     });
     const weave = h("img", { class: "weave", src: "icons/weave.svg", alt: "", width: 180, height: 180 });
@@ -135,7 +135,7 @@ export function createStage(pictures, deeds) {
           "div",
           { class: "message" },
           weave,
-          h("h2", {}, t("first.title")),
+          h("h2", {}, t(words.firstTitle)),
           h("p", { class: "detail" }, t("first.text")),
           h("div", { class: "samples" }, ...samples),
         ),
@@ -152,7 +152,8 @@ export function createStage(pictures, deeds) {
     });
     const canvas = h("div", { class: "canvas waiting" }, h("div", { class: "picture" }, look));
     const bar = h("progress", { max: 100, "aria-label": t("stage.label") });
-    const words = h("p", { class: "facts" });
+    const stages = job.kind === "video" ? createStages() : null;
+    const facts = h("p", { class: "facts" });
     const cancel = h("button", { type: "button", class: "plain", on: { click: deeds.cancel } });
     /** @param {Job} now */
     const update = (now) => {
@@ -163,7 +164,8 @@ export function createStage(pictures, deeds) {
       canvas.classList.toggle("waiting", now.preview === null);
       if (now.status === "queued") bar.removeAttribute("value");
       else bar.value = now.percent;
-      setText(words, progressWords(now));
+      stages?.show(now);
+      setText(facts, progressWords(now));
       if (cancel.disabled !== now.cancelRequested || !cancel.hasChildNodes()) {
         cancel.disabled = now.cancelRequested;
         fill(
@@ -181,9 +183,9 @@ export function createStage(pictures, deeds) {
         h(
           "div",
           { class: "below" },
-          bar,
+          stages?.element ?? bar,
           ...warnings(job),
-          h("div", { class: "row spread under" }, words, cancel),
+          h("div", { class: "row spread under" }, facts, cancel),
         ),
       ],
       update,
@@ -313,7 +315,9 @@ function progressWords(job) {
     return job.ahead === 0 ? t("queued.next") : t("queued.ahead", { count: job.ahead });
   }
   if (job.step === 0) return t("running.starting");
-  if (job.step >= job.steps) return t("running.finishing");
+  if (job.encode !== null) return t("running.encoding", { ...job.encode });
+  if (job.decode !== null) return t("running.decoding", { ...job.decode });
+  if (job.step >= job.steps) return t(job.kind === "video" ? "running.decodingSoon" : "running.finishing");
   const step = t("running.step", { step: job.step, steps: job.steps });
   const left = secondsLeft(job);
   return left === null ? step : `${step} · ${t("running.left", { count: Math.max(1, Math.round(left)) })}`;

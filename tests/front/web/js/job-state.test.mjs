@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { applyEvent, hasEnded, merged, secondsLeft } from "../../../../serve_app/web/js/job-state.js";
+import { applyEvent, hasEnded, merged, portions, secondsLeft } from "../../../../serve_app/web/js/job-state.js";
 import { JOB } from "./examples.mjs";
 
 const step = (number, steps = 10) => ({ type: "step", step: number, steps, percent: null });
@@ -58,4 +58,25 @@ test("a record keeps what only the stream told, and never falls back behind it",
   assert.deepEqual([behind.step, behind.percent, behind.preview], [5, 50, "data:,"]);
   assert.equal(ended.percent, 100);
   assert.ok(hasEnded(overtaken));
+});
+
+test("decoding and encoding go on side by side after the last step", () => {
+  const denoised = { ...JOB, kind: "video", status: "processing", step: 4, steps: 4, percent: 99 };
+  const decode = { type: "stage", stage: "decode", done: 16, total: 32, percent: 99 };
+
+  const decoding = applyEvent(denoised, decode, 0);
+  const both = applyEvent(decoding, { ...decode, stage: "encode", done: 8 }, 0);
+
+  assert.deepEqual(portions(denoised), { denoise: 1, decode: 0, encode: 0 });
+  assert.deepEqual(portions(decoding), { denoise: 1, decode: 0.5, encode: 0 });
+  assert.deepEqual(portions(both), { denoise: 1, decode: 0.5, encode: 0.25 });
+  assert.deepEqual(merged({ ...denoised }, both).encode, { done: 8, total: 32 });
+});
+
+test("a video that begins anew has decoded nothing", () => {
+  const job = { ...JOB, kind: "video", decode: { done: 1, total: 2 }, encode: { done: 1, total: 2 } };
+
+  const again = applyEvent(job, { type: "queued", ahead: 0, step: 0, steps: 0 }, 0);
+
+  assert.deepEqual(portions(again), { denoise: 0, decode: 0, encode: 0 });
 });

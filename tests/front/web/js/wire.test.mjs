@@ -81,3 +81,66 @@ test("a LoRA is known by its digest, in the list as in a job", () => {
     description: "",
   });
 });
+
+test("the seed at the end keeps its digits too", () => {
+  const text = '{"seed":9223372036854775807,"end_seed":9223372036854775806}';
+
+  assert.equal(wire.stringify(wire.parse(text)), text);
+  assert.equal(wire.parse(text).end_seed, "9223372036854775806");
+});
+
+test("a video stands in the list with its length, its file and its first frame", () => {
+  const request = {
+    task: "t2v",
+    output_format: "png",
+    video: { num_frames: 17, fps: 8, seconds: 2.125, format: "webm", framewise: false },
+  };
+  const file = {
+    index: 0,
+    url: "/api/results/1/0.webm",
+    thumbnail_url: "/api/results/1/0/thumbnail",
+    poster_url: "/api/results/1/0/poster",
+    width: 64,
+    height: 64,
+    seed: "1",
+    media_type: "video/webm",
+  };
+  const listed = { id: "1", kind: "video", status: "completed", position: null, request, artifacts: [file] };
+
+  const [video] = wire.jobs({ jobs: [listed] });
+
+  assert.equal(video.kind, "video");
+  assert.equal(video.wish.format, "webm");
+  assert.deepEqual(video.wish.video, { frames: 17, fps: 8, seconds: 2.125, framewise: false });
+  assert.deepEqual(
+    [video.pictures[0].url, video.pictures[0].posterUrl],
+    ["results/1/0.webm", "results/1/0/poster"],
+  );
+});
+
+test("decoding and encoding are told in frames; another stage is news of a later service", () => {
+  const event = (data) => wire.jobEvent({ id: "1", type: "stage", data: JSON.stringify(data) });
+
+  assert.deepEqual(event({ stage: "decode", done: 8, total: 17, percent: 99 }), {
+    type: "stage",
+    stage: "decode",
+    done: 8,
+    total: 17,
+    percent: 99,
+  });
+  assert.equal(event({ stage: "upload", done: 1, total: 2 }), null);
+});
+
+test("a model says which videos it makes, or that it makes none", () => {
+  const told = { sizes: {}, licence: {}, controls: [], tasks: [], strength: 0.8 };
+  const videos = { num_frames: 17, fps: 8, min_frames: 1, max_frames: 129, every: 4, max_frame_pixels: 528384 };
+
+  assert.equal(wire.model({ ...told, videos: null }).film, null);
+  assert.deepEqual(wire.model({ ...told, videos: { ...videos, framewise: true } }).film, {
+    frames: { min: 1, default: 17, max: 129 },
+    every: 4,
+    fps: 8,
+    maxFramePixels: 528384,
+    framewise: true,
+  });
+});

@@ -1,0 +1,18 @@
+// The page "Video": the same bench, with the fields of videos.
+
+import { asVideoModel, videoBody } from "../video-rules.js";
+import { createWorkbench } from "../workbench.js";
+
+export const mount = createWorkbench({
+  kind: "video",
+  modelFor: asVideoModel,
+  body: videoBody,
+  words: {
+    title: "video.title",
+    promptHint: "video.promptHint",
+    promptEmpty: "video.promptEmpty",
+    firstTitle: "video.firstTitle",
+    samples: ["video.sample1", "video.sample2", "video.sample3"],
+    noModels: "video.noModels",
+  },
+});
