@@ -12,6 +12,7 @@ import json
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,14 +22,18 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 from PIL import Image
 
-from deployments.protocol.card import ControlNet, Guidance, Licence, ModelCard, Sizes, Steps, Weights
+from deployments.media.footage import SEGMENT_FRAMES, Footage, VideoFiles
+from deployments.media.movie import encode_segment, join
+from deployments.protocol.card import ControlNet, Guidance, Licence, ModelCard, Sizes, Steps, Videos, Weights
 from deployments.protocol.errors import BadRequest, WeftError
 from deployments.protocol.limits import fit
+from deployments.protocol.request import FittedRequest
 from serve_app.api.guards import DATA_POLICY, PAGE_POLICY
 from serve_app.api.schemas.image import ImageBody
 from serve_app.api.schemas.job import Accepted, JobOut, JobPage, Warned
 from serve_app.api.schemas.lora import LoraList, LoraOut
 from serve_app.api.schemas.model import ModelList, ModelOut
+from serve_app.api.schemas.video import VideoBody
 from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact, new_job_id
 
 WEB = Path(__file__).resolve().parents[2] / "serve_app" / "web"
@@ -40,6 +45,8 @@ MEDIA_TYPES = {
     ".svg": "image/svg+xml",
     ".webmanifest": "application/manifest+json",
 }
+
+IMMUTABLE = {"Cache-Control": "private, max-age=31536000, immutable"}
 
 SCHNELL = ModelCard(
     id="flux-schnell",
@@ -86,6 +93,33 @@ TINY = ModelCard(
 )
 
 
+TINY_WAN = ModelCard(
+    id="tiny-wan",
+    name="Tiny Wan",
+    family="wan",
+    weights=Weights(path="nowhere"),
+    tasks=["t2v"],
+    steps=Steps(min=1, default=4, max=50),
+    guidance=Guidance(min=1.0, default=3.0, max=8.0),
+    sizes=Sizes(width=64, height=64, min=64, max=128, max_pixels=16384),
+    videos=Videos(num_frames=17, fps=8, max_frames=129, every=4, max_frame_pixels=528384),
+    licence=Licence(name="Apache-2.0", url="https://example.org"),
+)
+FRAMEWISE = ModelCard(
+    id="framewise",
+    name="Frame by frame",
+    family="sd",
+    weights=Weights(path="nowhere"),
+    tasks=["t2i", "t2v", "i2v"],
+    steps=Steps(min=1, default=4, max=50),
+    guidance=Guidance(min=0.0, default=4.0, max=20.0),
+    sizes=Sizes(width=128, height=128, min=64, max=256, max_pixels=65536),
+    videos=Videos(num_frames=16, fps=8, max_frames=64, max_frame_pixels=1048576, framewise=True),
+    strength=0.75,
+    licence=Licence(name="Apache-2.0", url="https://example.org"),
+)
+
+
 def an_adapter(name: str, family: str, *trigger_words: str) -> LoraOut:
     """A registered adapter as the page is told of it."""
     digest = hashlib.sha256(name.encode()).hexdigest()
@@ -115,7 +149,8 @@ class Running:
 
     job: Job
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
-    pictures: list[bytes] = field(default_factory=list)
+    pictures: list[bytes] = field(default_factory=list)  # or the one video
+    stills: dict[str, tuple[str, bytes]] = field(default_factory=dict)  # of a video: media type and file
 
 
 class FakeBackend:
@@ -128,6 +163,7 @@ class FakeBackend:
         self.states: dict[str, str] = {}  # by id; ready where missing
         self.key: str | None = None
         self.step_s = 0.03
+        self.hold: str | None = None  # decode, encode: videos stop in the middle of it until `release`
         self.queue_s = 0.0
         self.steps_shown: int | None = None  # tell so many steps instead of the request's
         self.ahead = 0
@@ -158,9 +194,9 @@ class FakeBackend:
         return type("BoundHandler", (Handler,), {"backend": self})
 
     # ---- what the service does ----
-    def submit(self, body: dict[str, Any]) -> Job:
+    def submit(self, body: dict[str, Any], schema: type[ImageBody | VideoBody] = ImageBody) -> Job:
         """The job of a request, already being worked on. Raises WeftError."""
-        wish = ImageBody.model_validate(body)
+        wish = schema.model_validate(body)
         card = next(card for card in self.cards if card.id == wish.model)
         fitted = fit(wish.to_request(card.id), card, fresh_seed=secrets.randbits(63) >> 1)
         job = Job(
@@ -175,6 +211,18 @@ class FakeBackend:
             self.jobs[job.id] = Running(job)
         threading.Thread(target=self._work, args=(job.id,), daemon=True).start()
         return job
+
+    def release(self, hold: str | None = None) -> None:
+        """Lets videos go on, up to `hold`."""
+        with self.changed:
+            self.hold = hold
+            self.changed.notify_all()
+
+    def add_finished_video(self, prompt: str, seed: int, card: ModelCard) -> None:
+        """A video of the past."""
+        job = self.submit({"model": card.id, "prompt": prompt, "seed": seed}, VideoBody)
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.jobs[job.id].job.state.ended, timeout=60)
 
     def add_finished(self, prompt: str, seed: int, state: JobState = JobState.completed) -> None:
         """A job of the past."""
@@ -209,9 +257,46 @@ class FakeBackend:
                 change = {"state": JobState.failed, "error": self.fail}
                 self._tell(job_id, "failed", {"status": "failed", "error": failure}, change)
                 return
-            if self.previews and 0 < step < steps:
+            if self.previews and request.video is None and 0 < step < steps:
                 self._tell(job_id, "preview", preview(painting, step, steps), {})
+        if request.video is not None:
+            if self._stages(job_id, request.video.num_frames):
+                self._finish_video(job_id, painting, time.time() - began)
+            return
         self._finish(job_id, painting, time.time() - began)
+
+    def _stages(self, job_id: str, frames: int) -> bool:
+        """False when the job was cancelled meanwhile."""
+        for stage in ("decode", "encode"):
+            for done in (frames // 2, frames):
+                told = {"status": "processing", "percent": 99, "stage": stage, "done": done, "total": frames}
+                self._tell(job_id, "stage", told, {})
+                if not self._pause(job_id, 60, lambda stage=stage: self.hold != stage):
+                    return False
+        return True
+
+    def _finish_video(self, job_id: str, painting: Image.Image, took_s: float) -> None:
+        running = self.jobs[job_id]
+        request = running.job.request
+        files = film(painting, request)
+        media_type = f"video/{request.video.format}"
+        stills = {"thumbnail": files.thumbnail, "poster": files.poster}
+        artifacts = [
+            StoredArtifact(0, kind, "", kind_type, len(data), "", request.width, request.height, request.seed)
+            for kind, kind_type, data in [
+                ("video", media_type, files.video),
+                *((name, still.media_type, still.data) for name, still in stills.items()),
+            ]
+        ]
+        with self.changed:
+            running.pictures = [files.video]
+            running.stills = {name: (still.media_type, still.data) for name, still in stills.items()}
+        change = {
+            "state": JobState.completed,
+            "artifacts": tuple(artifacts),
+            "generation_s": round(took_s, 2),
+        }
+        self._tell(job_id, "completed", {"status": "completed", "percent": 100}, change)
 
     def _finish(self, job_id: str, painting: Image.Image, took_s: float) -> None:
         running = self.jobs[job_id]
@@ -246,11 +331,11 @@ class FakeBackend:
         }
         self._tell(job_id, "completed", {"status": "completed", "percent": 100}, change)
 
-    def _pause(self, job_id: str, seconds: float) -> bool:
-        """False when the job was cancelled meanwhile."""
+    def _pause(self, job_id: str, seconds: float, free: Callable[[], bool] = lambda: False) -> bool:
+        """False when the job was cancelled meanwhile. Ends when `free` says so."""
         with self.changed:
             running = self.jobs[job_id]
-            self.changed.wait_for(lambda: running.job.cancel_requested, timeout=seconds)
+            self.changed.wait_for(lambda: running.job.cancel_requested or free(), timeout=seconds)
             cancelled = running.job.cancel_requested
         if cancelled:
             self._tell(job_id, "cancelled", {"status": "cancelled"}, {"state": JobState.cancelled})
@@ -346,14 +431,14 @@ class Handler(BaseHTTPRequestHandler):
             case "POST", ["loras"]:
                 backend.loras.append(an_adapter("uploaded", "sdxl"))
                 self._json(201, backend.loras[-1].model_dump_json())
-            case "POST", ["generate", "image"]:
+            case "POST", ["generate", ("image" | "video") as kind]:
                 sent = json.loads(body)
                 backend.received.append(sent)
                 if backend.refuse is not None:
                     status, error, headers = backend.refuse
                     self._json(status, json.dumps({"error": error}), headers)
                     return
-                job = backend.submit(sent)
+                job = backend.submit(sent, VideoBody if kind == "video" else ImageBody)
                 told = Accepted(id=job.id, status=job.state, warnings=[Warned.of(w) for w in job.warnings])
                 self._json(202, told.model_dump_json())
             case "GET", ["generate", ""]:
@@ -369,8 +454,12 @@ class Handler(BaseHTTPRequestHandler):
                 self._json(200, json.dumps({"id": job_id, "status": backend.cancel(job_id)}))
             case "GET", ["results", job_id, name]:
                 self._picture(backend.jobs[job_id], int(name.split(".")[0]))
-            case "GET", ["results", job_id, index, "thumbnail"]:
-                self._picture(backend.jobs[job_id], int(index))
+            case "GET", ["results", job_id, index, still]:
+                running = backend.jobs[job_id]
+                if running.job.request.video is None:
+                    self._picture(running, int(index))
+                else:
+                    self._bytes(200, *running.stills[still], IMMUTABLE)
             case _:
                 raise BadRequest(f"there is no {self.command} {self.path}")
 
@@ -403,9 +492,11 @@ class Handler(BaseHTTPRequestHandler):
                 return
 
     def _picture(self, running: Running, index: int) -> None:
-        media_type = f"image/{running.job.request.output.format}"
-        headers = {"Cache-Control": "private, max-age=31536000, immutable"}
-        self._bytes(200, media_type, running.pictures[index], headers)
+        request = running.job.request
+        media_type = (
+            f"image/{request.output.format}" if request.video is None else f"video/{request.video.format}"
+        )
+        self._bytes(200, media_type, running.pictures[index], IMMUTABLE)
 
     def _page(self, name: str) -> None:
         path = (WEB / name).resolve()
@@ -462,6 +553,17 @@ def paint(seed: int, width: int, height: int) -> Image.Image:
         picture = np.where((y > ridge)[..., None], colour, picture)
     pixels = (np.clip(picture, 0, 1) * 255).astype(np.uint8)
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def film(painting: Image.Image, request: FittedRequest) -> VideoFiles:
+    """The painting drifting by, encoded as the service does it."""
+    video = request.video
+    assert video is not None
+    still = np.asarray(painting.convert("RGB"))
+    frames = np.stack([np.roll(still, 2 * number, axis=1) for number in range(video.num_frames)])
+    footage = Footage(request.width, request.height, video.num_frames, video.fps, video.format)
+    chunks = [frames[first : first + SEGMENT_FRAMES] for first in range(0, len(frames), SEGMENT_FRAMES)]
+    return join(footage, [encode_segment(footage, at, [chunk], 1) for at, chunk in enumerate(chunks)])
 
 
 def preview(painting: Image.Image, step: int, steps: int) -> dict[str, Any]:
