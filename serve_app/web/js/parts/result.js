@@ -41,10 +41,11 @@ export function createResult(job, { pictures, onAgain, onSaved }) {
     );
     const file = files[index];
     if (file === undefined) return;
+    const film = job.wish.video;
     const told = [
       job.generationS === null ? "" : t("done.time", { seconds: formatNumber(job.generationS) }),
       t("size.value", { width: file.width, height: file.height }),
-      job.wish.video === null ? "" : t("video.length", { ...job.wish.video }),
+      film === null ? "" : t("video.length", { frames: film.frames, seconds: film.seconds, fps: film.fps }),
       t("done.steps", { count: job.wish.steps }),
       t("done.seed", { seed: file.seed }),
     ];
