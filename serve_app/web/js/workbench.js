@@ -178,6 +178,10 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
     strip.show(desk.jobs.get(), desk.currentId.get());
   }
 
+  /** @param {Job} job */
+  const ready = (job) =>
+    job.kind === "video" ? t("live.video") : t("live.ready", { count: job.pictures.length });
+
   /** Words for those who do not see the stage: the turns of the job on it, not its every step. */
   let told = "";
   function announce() {
@@ -191,7 +195,7 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
     if (hasEnded(job) && !before.startsWith(job.id)) return; // picked from the strip: seen, not news
     if (job.status === "queued") toast.announce(t("live.queued"));
     else if (half) toast.announce(t("live.half"));
-    else if (job.status === "completed") toast.announce(job.kind === "video" ? t("live.video") : t("live.ready", { count: job.pictures.length }));
+    else if (job.status === "completed") toast.announce(ready(job));
     else if (job.status === "cancelled") toast.announce(t("live.cancelled"));
     else if (job.status === "failed")
       toast.announce(t("live.failed", { reason: t(titleOf(job.problem?.code ?? "")) }));

@@ -1,7 +1,13 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 
-import { applyEvent, hasEnded, merged, portions, secondsLeft } from "../../../../serve_app/web/js/job-state.js";
+import {
+  applyEvent,
+  hasEnded,
+  merged,
+  portions,
+  secondsLeft,
+} from "../../../../serve_app/web/js/job-state.js";
 import { JOB } from "./examples.mjs";
 
 const step = (number, steps = 10) => ({ type: "step", step: number, steps, percent: null });

@@ -2,55 +2,9 @@ import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { beforeEach, test } from "node:test";
 
+import { all } from "./fake-dom.mjs";
+
 const WEB = new URL("../../../../serve_app/web/", import.meta.url);
-
-/** As much of an element as the fields touch. */
-class FakeElement {
-  constructor(tag) {
-    Object.assign(this, { tag, children: [], listeners: {}, dataset: {}, hidden: false, value: "" });
-    this.style = { setProperty() {} };
-    this.classList = { add() {}, remove() {} };
-    this.attributes = {};
-  }
-  setAttribute(name, value) {
-    this.attributes[name] = value;
-    if (name === "hidden") this.hidden = true;
-    if (["id", "src", "min", "max", "step"].includes(name)) this[name] = value;
-  }
-  removeAttribute(name) {
-    delete this.attributes[name];
-  }
-  addEventListener(type, listener) {
-    this.listeners[type] = listener;
-  }
-  append(...children) {
-    this.children.push(...children);
-  }
-  replaceChildren(...children) {
-    this.children = children;
-  }
-  querySelector(tag) {
-    return all(this).find((element) => element.tag === tag) ?? null;
-  }
-  focus() {}
-}
-
-function all(element) {
-  return element.children
-    .filter((child) => child instanceof FakeElement)
-    .flatMap((child) => [child, ...all(child)]);
-}
-
-globalThis.document = {
-  createElement: (tag) => new FakeElement(tag),
-  createElementNS: (_, tag) => new FakeElement(tag),
-};
-globalThis.FileReader = class extends FakeElement {
-  readAsDataURL(file) {
-    this.result = `data:${file.type};base64,AAAA`;
-    this.listeners.load();
-  }
-};
 
 const { useTexts } = await import(new URL("js/i18n.js", WEB));
 const { createStages } = await import(new URL("js/parts/stages.js", WEB));
