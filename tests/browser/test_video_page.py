@@ -159,7 +159,7 @@ def test_a_frame_wise_video_begins_with_a_dropped_picture_and_has_an_end(
     )
     page.locator("label.drop[for=start-picture]").dispatch_event("drop", {"dataTransfer": dropped})
     page.get_by_alt_text("Picture the video begins with").wait_for()
-    page.get_by_label("At the end").fill("a blue circle")
+    page.get_by_label("At the end", exact=True).fill("a blue circle")
     page.get_by_label("Seed at the end").fill("9")
 
     _generate(page)

@@ -170,6 +170,7 @@ def painter(order: list[int], running: list[int], failing: int | None = None) ->
         running.append(frame)
         try:
             yield Started(1)
+            await asyncio.sleep(0)  # whoever else has begun comes this far
             async with turn:
                 await turn.wait_for(lambda: finished == order[: order.index(frame)])
                 if frame == failing:
