@@ -107,12 +107,12 @@ def _joined(footage: Footage, segments: Sequence[Segment]) -> bytes:
         return path.read_bytes()
 
 
-def _timed(footage: Footage, parts: Sequence[Any]) -> list[av.Packet[Any]]:
+def _timed(footage: Footage, parts: Sequence[Any]) -> list[Any]:
     """The packets of all segments, to be decoded and shown at the pace of the whole video.
 
     Segments of different lengths delay their first frame differently, which would leave holes.
     """
-    packets: list[tuple[av.Packet[Any], int]] = []  # with the number of their frame
+    packets: list[tuple[Any, int]] = []  # with the number of their frame
     for index, part in enumerate(parts):
         for packet in part.demux(part.streams.video[0]):
             if packet.pts is not None:  # None: the demuxer's mark of the end
