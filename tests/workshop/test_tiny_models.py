@@ -28,9 +28,9 @@ MODELS = Path(__file__).parents[2] / "models"
 SCHNELL, DEV = MODELS / "tiny-flux-schnell", MODELS / "tiny-flux-dev"
 CARD = load_card(MODELS.parent / "configs/models/tiny-flux-schnell.yaml")
 HEART = "a red heart on a white background"
-ONE_KIND_WHOLE = 88.0
-TWO_OBJECTS_WHOLE = 92.0
-DEV_WHOLE = 68.0
+ONE_KIND_WHOLE = 91.0
+TWO_OBJECTS_WHOLE = 95.0
+DEV_WHOLE = 76.0
 DEV_PATTERN = 55.0
 SETTINGS = {"guidance_scale": 0.0, "height": 128, "width": 128, "max_sequence_length": 64}
 
