@@ -20,16 +20,12 @@ from deployments.engine.row_counts import pad_small_linears
 from deployments.engine.step_scheduler import Job, StepScheduler, Waiting
 from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.model import Model
-from deployments.protocol.request import Control, FittedEdit, FittedRequest, Task
+from deployments.protocol.request import FittedEdit, FittedRequest, Task
 
 PROMPTS = ("a cat", "two dogs on a red hill", "rain", "a house by the sea, at night, in the style of nobody")
 PICTURE = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 40).convert("RGB")
 MASK = Image.new("L", (64, 64)).point(lambda _: 0)
 MASK.paste(255, (0, 0, 32, 64))
-MAPS = {
-    "canny": PICTURE.convert("L").point(lambda value: 255 if value > 60 else 0).convert("RGB"),
-    "depth": Image.linear_gradient("L").resize((64, 64)).convert("RGB"),
-}
 
 
 class AnyOrder(StepScheduler):
@@ -76,6 +72,7 @@ class Bench:
     requests: list[FittedRequest]
     decode: bool = False  # to pictures, through the VAE
     deterministic: bool = False
+    aside: bool = False  # the VAE in a thread of its own: when it is done is not up to the schedule
     alone: dict[FittedRequest, Answer] = field(default_factory=dict)
     forwards: int = 0
     rows: int = 0
@@ -87,10 +84,7 @@ class Bench:
             pipeline = self.model.pipeline_for(request)
             image = PICTURE.resize((request.width, request.height)) if request.edit else None
             mask = MASK.resize((request.width, request.height)) if request.task is Task.inpaint else None
-            maps = [
-                MAPS[control.type].resize((request.width, request.height)) for control in request.controls
-            ]
-            arguments: dict[str, Any] = call_arguments(type(pipeline), request, image, mask, maps)
+            arguments: dict[str, Any] = call_arguments(type(pipeline), request, image, mask)
             kept: dict[str, torch.Tensor] = {}
 
             def keep(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +144,7 @@ class Bench:
         engine = Engine(
             scheduler,
             deterministic=self.deterministic,
-            aside=rng.random() < 0.5,
+            aside=self.aside,
             now=lambda: float(next(clock)),
         )
         fibers: list[tuple[FittedRequest, Fiber]] = []
@@ -190,26 +184,21 @@ class Bench:
 def some_request(
     rng: random.Random, *, guidance: tuple[float, ...], schedulers: tuple[str, ...], text_tokens: int | None
 ) -> FittedRequest:
-    """A wish of any task, size, length and seed, with up to two control pictures."""
+    """A wish of any task, size, length and seed."""
     edit = rng.choice([None, None, b"", b"mask"])
-    kinds = rng.choice([(), (), (), (), (), (), ("canny",), ("canny", "depth")])
-    steps = rng.choice([1, 2, 3, 3, 4, 4, 6, 6, 9, rng.randint(10, 50)])
-    strength = 1.0 if steps == 1 else rng.choice([0.5, 0.8, 1.0])  # at least one step is left
     return FittedRequest(
         model="tiny",
         prompt=rng.choice(PROMPTS),
         negative_prompt=rng.choice(["", "blurry"]),
         width=rng.choice([64, 64, 64, 96]),
         height=64,
-        num_inference_steps=steps,
+        num_inference_steps=rng.choice([1, 2, 3, 3, 4, 4, 6, 6, 9, rng.randint(10, 50)]),
         guidance_scale=rng.choice(guidance),
         seed=rng.randrange(2**40),
         num_images=rng.choice([1, 1, 1, 2]),
         scheduler=rng.choice(schedulers),
         max_sequence_length=text_tokens,
-        edit=None if edit is None else FittedEdit(image=b"", mask_image=edit or None, strength=strength),
-        controls=tuple(
-            Control(image=b"", type=kind, weight=rng.choice([0.5, 1.0]), end=rng.choice([0.6, 1.0]))
-            for kind in kinds
-        ),
+        edit=None
+        if edit is None
+        else FittedEdit(image=b"", mask_image=edit or None, strength=rng.choice([0.5, 0.8, 1.0])),
     )

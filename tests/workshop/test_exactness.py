@@ -14,16 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from deployments.engine import call
 from deployments.engine.fiber import FiberCancelled
 from deployments.pipelines import model as model_module
 from deployments.pipelines.model import Model
-from deployments.protocol.request import Control, ControlType, FittedRequest
+from deployments.protocol.request import FittedRequest
 from tests.workshop import tiny
 from tests.workshop.exactness import Bench, some_request
-from tests.workshop.tiny_controls import CONTROLS, flux_controlnets, unet_controlnets
 
 SCHEDULES = int(os.environ.get("WEFT_EXACT_SCHEDULES", "100"))  # over all models and precisions
 FLOAT64, FLOAT32 = 1e-11, 1e-5  # of the largest latent; float32: measured 3e-6
@@ -38,32 +36,13 @@ def _inference() -> Iterator[None]:
         yield
 
 
-def model_of(pipeline: Any, nets: dict[str, nn.Module], dtype: torch.dtype) -> Model:
-    """A model whose ControlNets are loaded."""
-    model = Model(
-        pipeline.to(dtype=dtype),
-        tiny.IMAGE_TASKS,
-        controls=CONTROLS,
-        load_controlnet=lambda weights: nets[weights.path or ""].to(dtype),
-    )
-    for kind in CONTROLS:
-        model.prepare(some_controlled(kind))
-    return model
-
-
-def some_controlled(kind: ControlType) -> FittedRequest:
-    rng = random.Random(0)
-    wish = some_request(rng, guidance=(1.0,), schedulers=("auto",), text_tokens=None)
-    return wish.model_copy(update={"controls": (Control(image=b"", type=kind),)})
-
-
 def flux_bench(dtype: torch.dtype, **options: Any) -> Bench:
     rng = random.Random(1)
     wishes = [
         some_request(rng, guidance=(0.0, 1.0, 3.5, 7.0), schedulers=("auto",), text_tokens=48)
         for _ in range(30)
     ]
-    return Bench(model_of(tiny.flux(), flux_controlnets(), dtype), wishes, **options)
+    return Bench(Model(tiny.flux().to(dtype=dtype), tiny.IMAGE_TASKS), wishes, **options)
 
 
 def sdxl_bench(dtype: torch.dtype, schedulers: tuple[str, ...] = SDXL_SCHEDULERS, **options: Any) -> Bench:
@@ -72,8 +51,7 @@ def sdxl_bench(dtype: torch.dtype, schedulers: tuple[str, ...] = SDXL_SCHEDULERS
         some_request(rng, guidance=(1.0, 3.0, 7.5), schedulers=schedulers, text_tokens=None)
         for _ in range(24)
     ]
-    pipeline = tiny.sdxl()
-    return Bench(model_of(pipeline, unet_controlnets(pipeline.unet), dtype), wishes, **options)
+    return Bench(Model(tiny.sdxl().to(dtype=dtype), tiny.IMAGE_TASKS), wishes, **options)
 
 
 def compare(bench: Bench, schedules: int, tolerance: float | None) -> int:
@@ -123,6 +101,12 @@ def test_with_deterministic_rows_not_a_bit_differs(make: Any, dtype: torch.dtype
     assert bench.rows > 1.2 * bench.forwards, "the schedules must really share forwards"
 
 
+def test_decoding_aside_changes_no_bit() -> None:
+    bench = flux_bench(torch.float32, deterministic=True, decode=True, aside=True)
+
+    assert compare(bench, max(2, SCHEDULES // 25), None) > 2
+
+
 def test_pictures_of_equal_token_count_and_different_shape_are_not_merged() -> None:
     bench = flux_bench(torch.float64)
     tall, wide = sized(bench, (64, 96)), sized(bench, (96, 64))
@@ -134,14 +118,7 @@ def test_pictures_of_equal_token_count_and_different_shape_are_not_merged() -> N
 
 
 def sized(bench: Bench, size: tuple[int, int]) -> FittedRequest:
-    changes = {
-        "width": size[0],
-        "height": size[1],
-        "edit": None,
-        "controls": (),
-        "num_images": 1,
-        "num_inference_steps": 12,
-    }
+    changes = {"width": size[0], "height": size[1], "edit": None, "num_images": 1, "num_inference_steps": 12}
     return bench.requests[0].model_copy(update=changes)
 
 

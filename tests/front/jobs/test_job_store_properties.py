@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import os
 from collections.abc import Callable
@@ -270,6 +271,8 @@ def without_owner_in_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sameness, "cache_key", lambda secret, owner, *rest: whole(secret, "everybody", *rest))
 
 
+# what a schedule leaves open when it fails is closed by the collector
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("mutate", [without_fence, without_owner_in_the_cache_key])
 def test_the_machine_finds_what_is_broken_on_purpose(
     machine: type[StoreMachine], mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
@@ -277,5 +280,7 @@ def test_the_machine_finds_what_is_broken_on_purpose(
     mutate(monkeypatch)
     quickly = hypothesis.settings(schedules(400), phases=[hypothesis.Phase.generate])
 
-    with pytest.raises((AssertionError, ExceptionGroup)):
+    # SystemError: CPython 3.11 may stumble in ast.parse while hypothesis reads the source of what it found
+    with pytest.raises((AssertionError, ExceptionGroup, SystemError)):
         run_state_machine_as_test(machine, settings=quickly)
+    gc.collect()
