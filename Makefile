@@ -9,8 +9,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+C
 	@$(BIN)/weft serve
 
+# one thread per process: two threads that meet on one core spin and wait for each other
+SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
+  --dist loadgroup --no-loadscope-reorder --durations 25
+
 test: $(VENV)/.test ## set up, then the whole suite
-	@$(BIN)/python -m pytest
+	@$(SUITE)
 
 exact: $(VENV)/.test ## 1,000 random schedules against each request alone (20 minutes)
 	@$(BIN)/python benchmarks/exact.py
