@@ -11,7 +11,7 @@ serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+
 
 # one thread per process: two threads that meet on one core spin and wait for each other
 SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
-  --dist loadgroup --no-loadscope-reorder --durations 25
+  --dist loadfile --no-loadscope-reorder --durations 25
 
 test: $(VENV)/.test ## set up, then the whole suite
 	@$(SUITE)

@@ -3,21 +3,23 @@ all that start a Ray stay in one process, one after another. That one begins fir
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
-HERE = Path(__file__).parent
-WITH_RAY = {"graph"}  # folders
+WITH_RAY = "tests/graph/"
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+class OneRay(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        return WITH_RAY if nodeid.startswith(WITH_RAY) else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay:
+    return OneRay(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item.path)))
-    items.sort(key=lambda item: _group(item.path) != "ray")
-
-
-def _group(path: Path) -> str:
-    inside = path.relative_to(HERE)
-    return "ray" if inside.parts[0] in WITH_RAY else inside.as_posix()
+    items.sort(key=lambda item: not item.nodeid.startswith(WITH_RAY))
