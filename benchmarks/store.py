@@ -19,8 +19,8 @@ from deployments.protocol.request import FittedRequest
 from serve_app.embedded_redis import EmbeddedRedis
 from serve_app.jobs.job import new_job_id
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.transaction import connect
 from serve_app.settings import Settings
+from serve_app.transaction import connect
 
 MODEL = "m"
 REQUEST = FittedRequest(

@@ -16,10 +16,10 @@ from serve_app.adapters.registry import Registry
 from serve_app.jobs.desk import JobDesk
 from serve_app.jobs.in_use import adapters_in_use
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.transaction import connect
 from serve_app.settings import Settings
 from serve_app.storage.fetch import Fetcher
 from serve_app.storage.results import ResultStore
+from serve_app.transaction import connect
 
 
 @dataclass(frozen=True)

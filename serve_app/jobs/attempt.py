@@ -17,9 +17,9 @@ from deployments.protocol.request import FittedRequest
 from serve_app.jobs import pictures, progress
 from serve_app.jobs.job import Handover, Job, JobError, JobState, StoredArtifact
 from serve_app.jobs.store import Claim, JobStore, Stale
-from serve_app.jobs.transaction import StoreUnreachable
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore, handover_path, input_path, output_path
+from serve_app.transaction import StoreUnreachable
 
 START_LIMIT_S = 3_600.0  # from the claim to Started: a model may have to be downloaded first
 STOP_LIMIT_S = 5.0  # for a cancelled call to end; after that it is left behind

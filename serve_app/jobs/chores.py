@@ -44,7 +44,7 @@ class Chores:
     async def round(self) -> None:
         """Everything that is due."""
         if self._courier is None:
-            self._courier = Courier(self._store.outbox, self._poster, await self._store.secret())
+            self._courier = Courier(self._store.outbox, self._poster, await self._store.cache.secret())
         await self._courier.deliver()
         if await self._store.may_do("sweep", SWEEP_S):
             while await self._retention.sweep():

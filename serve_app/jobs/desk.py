@@ -19,12 +19,12 @@ from serve_app.jobs.job import Job, JobState, Once, StoredArtifact, Terms, new_j
 from serve_app.jobs.listing import Page
 from serve_app.jobs.sameness import cache_key
 from serve_app.jobs.store import FROM_START, NO_SUCH_JOB, JobStore
-from serve_app.jobs.transaction import StoreUnreachable
 from serve_app.jobs.webhooks import owner_secret
 from serve_app.settings import Settings
 from serve_app.storage.digests import ModelDigests
 from serve_app.storage.fetch import Fetcher
 from serve_app.storage.results import ResultStore, input_path
+from serve_app.transaction import StoreUnreachable
 
 FRESH_SEEDS = 2**32  # as other tools draw them, and exact in JavaScript's numbers
 
@@ -79,6 +79,7 @@ class JobDesk:
         if webhook is not None:
             webhook = self._check_webhook(webhook)
         fitted = admit(request, self._cards, self._settings, secrets.randbelow(FRESH_SEEDS))
+        card = self._cards[fitted.request.model]  # now: models may go while we wait
         if not await self._results.free_space_ok():
             raise Overloaded("there is too little room for new pictures; try again later", retry_after_s=60)
         job_id = new_job_id()
@@ -86,10 +87,10 @@ class JobDesk:
         detached, taken = pictures.detach(fitted.request)
         terms = Terms(
             once=once,
-            same=None if request.seed is None else await self._cache_key(fitted.request, owner),
+            same=None if request.seed is None else await self._cache_key(fitted.request, card, owner),
             webhook=webhook,
             images_per_day=images_per_day,
-            max_wait_s=self._cards[detached.model].serving.max_wait_s,
+            max_wait_s=card.serving.max_wait_s,
         )
         job = await self._accept(job_id, owner, detached, taken, fitted.corrections, terms)
         if job.id == job_id:
@@ -107,26 +108,25 @@ class JobDesk:
         except (BadRequest, Forbidden) as error:
             raise type(error)(error.message, param="webhook_url") from None
 
-    async def _cache_key(self, request: FittedRequest, owner: str) -> str | None:
+    async def _cache_key(self, request: FittedRequest, card: ModelCard, owner: str) -> str | None:
         """What stands for this very picture; None where the model's files cannot be looked at."""
         if not self._settings.cache:
             return None
-        card = self._cards[request.model]
         models = await self._digests.of(card, request, self._cards.get(card.refiner or ""))
         if models is None:
             return None
         secret = await self._shared_secret()
-        epoch = await self._store.cache_epoch(owner)
+        epoch = await self._store.cache.epoch(owner)
         return await asyncio.to_thread(cache_key, secret, owner, epoch, request, models)
 
     async def _shared_secret(self) -> bytes:
         if self._secret is None:
-            self._secret = await self._store.secret()
+            self._secret = await self._store.cache.secret()
         return self._secret
 
     async def empty_cache(self, owner: str) -> None:
         """No request of this owner is answered by what was made before now."""
-        await self._store.empty_cache(owner)
+        await self._store.cache.empty(owner)
 
     async def webhook_secret(self, owner: str) -> str:
         """What this owner's webhooks are signed with."""

@@ -10,7 +10,7 @@ from serve_app.jobs import progress
 from serve_app.jobs.hints import Hints, stirred
 from serve_app.jobs.job import Job, JobState
 from serve_app.jobs.store import FROM_START, JobStore
-from serve_app.jobs.transaction import StoreUnreachable
+from serve_app.transaction import StoreUnreachable
 
 LOOK_AGAIN_S = 1.0  # hints may be lost, and queue positions change without any
 OUTAGE_LIMIT_S = 15.0  # a restart of the store passes unnoticed; a longer outage is told

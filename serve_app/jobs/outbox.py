@@ -10,7 +10,7 @@ from redis.asyncio.client import Pipeline
 
 from serve_app.jobs.job import Job
 from serve_app.jobs.record import Keys, job_from
-from serve_app.jobs.transaction import begin, reachable, transact
+from serve_app.transaction import begin, reachable, transact
 
 AT_MOST = 16  # taken at once
 HOLD_S = 30.0  # a courier that is silent for so long is dead, and another one delivers

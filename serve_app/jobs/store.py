@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -22,6 +21,7 @@ from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest
 from serve_app.admission import quota
 from serve_app.jobs import progress
+from serve_app.jobs.cache import Cache
 from serve_app.jobs.forecast import Room
 from serve_app.jobs.hints import Hints
 from serve_app.jobs.job import NO_TERMS, Handover, Job, JobError, JobState, Once, StoredArtifact, Terms
@@ -29,10 +29,10 @@ from serve_app.jobs.listing import OwnerIndex, Page
 from serve_app.jobs.outbox import Outbox
 from serve_app.jobs.pace import Paces
 from serve_app.jobs.record import FIRST_USE, Keys, job_from
-from serve_app.jobs.transaction import begin, reachable, transact
 from serve_app.jobs.transitions import ALONE, Company, Place, Transitions, digest, flow_of
 from serve_app.jobs.turns import next_turn, turn_of
 from serve_app.settings import Settings
+from serve_app.transaction import begin, reachable, transact
 
 NO_SUCH_JOB = "no such job; it may have been deleted or forgotten, or it is not yours"
 FROM_START = "0-0"  # before every event id
@@ -293,30 +293,12 @@ class JobStore:
         found = cast(list[tuple[str, dict[str, str]]], entries)
         return [(event_id, progress.decode(fields)) for event_id, fields in found]
 
-    # ---- the cache of results ------------------------------------------------------------------
-
-    async def secret(self) -> bytes:
-        """32 random bytes that all processes of this installation share, and nobody else knows."""
-        with reachable():
-            await self.redis.set(self._keys.secret, secrets.token_hex(32), nx=True)
-            return bytes.fromhex(cast(str, await self.redis.get(self._keys.secret)))
-
-    async def cache_epoch(self, owner: str) -> int:
-        """How often this owner's cache was emptied of late; a part of every cache key."""
-        with reachable():
-            return int(await self.redis.get(self._keys.epoch(owner)) or 0)
-
-    async def empty_cache(self, owner: str) -> None:
-        """From now on the owner's cache keys are other ones."""
-        epoch = self._keys.epoch(owner)
-        with reachable():
-            async with self.redis.pipeline(transaction=True) as pipe:
-                pipe.incr(epoch)
-                # by the time it counts from 0 again, nothing from before is cached any more
-                pipe.expire(epoch, 2 * max(self._settings.result_ttl_s, self._settings.record_ttl_s))
-                await pipe.execute()
-
     # ---- chores --------------------------------------------------------------------------------
+
+    @property
+    def cache(self) -> Cache:
+        """What the keys of cached results are made of."""
+        return Cache(self.redis, self._keys, self._settings)
 
     @property
     def outbox(self) -> Outbox:

@@ -18,9 +18,9 @@ from serve_app.embedded_redis import EmbeddedRedis
 from serve_app.jobs import progress
 from serve_app.jobs.job import JobState, Once, Terms, new_job_id
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.transaction import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from serve_app.transaction import connect
 from tests.front.fakes import fitted
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,8 @@ from deployments.protocol.errors import Overloaded
 from serve_app.embedded_redis import EmbeddedRedis
 from serve_app.jobs.job import JobState, new_job_id
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.transaction import connect
 from serve_app.settings import Settings
+from serve_app.transaction import connect
 from tests.chaos.runner import ROOT, Chaos
 from tests.chaos.worker import POISON
 from tests.front.conftest import MakeSettings, make_settings  # noqa: F401  # a fixture

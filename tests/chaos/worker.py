@@ -12,9 +12,9 @@ from deployments.protocol import events
 from deployments.protocol.request import FittedRequest
 from serve_app.jobs.dispatch import Dispatcher
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.transaction import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from serve_app.transaction import connect
 from tests.front.fakes import FakeModels
 
 STEP_S = 0.02

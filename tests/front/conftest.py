@@ -11,9 +11,9 @@ from redis.asyncio import Redis
 
 from serve_app.embedded_redis import EmbeddedRedis
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.transaction import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from serve_app.transaction import connect
 
 _PREFIXES = (f"weft:test{number}:" for number in itertools.count())
 

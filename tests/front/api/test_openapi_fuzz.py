@@ -24,9 +24,9 @@ from serve_app.api.http import create_app
 from serve_app.jobs.desk import JobDesk
 from serve_app.jobs.dispatch import Dispatcher
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.transaction import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from serve_app.transaction import connect
 from tests.front.api.cards import CARDS
 from tests.front.api.painter import Painter
 

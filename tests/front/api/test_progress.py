@@ -20,8 +20,8 @@ from serve_app.api.progress import with_pauses
 from serve_app.jobs import follow
 from serve_app.jobs.job import Handover, Job, JobError
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.transaction import StoreUnreachable
 from serve_app.settings import Settings
+from serve_app.transaction import StoreUnreachable
 from tests.front.api.conftest import KEY
 from tests.front.api.painter import Painter, rough_look
 from tests.front.api.test_native import submitted

@@ -17,8 +17,8 @@ from serve_app.api.depends import ApiState
 from serve_app.api.http import create_app
 from serve_app.jobs.desk import JobDesk
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.transaction import connect
 from serve_app.storage.results import ResultStore
+from serve_app.transaction import connect
 from tests.front.api.cards import CARDS
 from tests.front.api.conftest import KEY, client_of
 from tests.front.api.painter import Painter

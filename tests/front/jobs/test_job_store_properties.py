@@ -22,8 +22,8 @@ from serve_app.jobs import store as store_module
 from serve_app.jobs.job import COPIES, Job, JobError, JobState, Once, Terms, new_job_id
 from serve_app.jobs.record import Keys, job_from
 from serve_app.jobs.store import Claim, JobStore, Stale
-from serve_app.jobs.transaction import connect
 from serve_app.settings import Settings
+from serve_app.transaction import connect
 from tests.front.fakes import fitted
 
 EXAMPLES = int(os.environ.get("CHAOS_EXAMPLES", "100"))  # `make chaos`: 2,000

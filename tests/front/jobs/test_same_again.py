@@ -17,9 +17,9 @@ from serve_app.jobs.desk import JobDesk
 from serve_app.jobs.dispatch import Dispatcher
 from serve_app.jobs.job import Job, JobState, Once
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.transaction import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from serve_app.transaction import connect
 from tests.front.conftest import MakeSettings
 from tests.front.fakes import CARD, MODEL, OWNER, FakeModels, eventually, keys_without_ttl, picture
 from tests.front.jobs.test_dispatch import at_the_gate, ended

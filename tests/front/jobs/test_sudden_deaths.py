@@ -20,9 +20,9 @@ from serve_app.jobs.desk import JobDesk
 from serve_app.jobs.dispatch import Dispatcher
 from serve_app.jobs.job import JobState
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.transaction import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from serve_app.transaction import connect
 from tests.front.conftest import MakeSettings
 from tests.front.fakes import CARD, MODEL, OWNER, FakeModels, eventually, fitted, picture
 from tests.front.jobs.conftest import running
@@ -33,7 +33,7 @@ DOOMED = """
 import asyncio, sys
 from serve_app.jobs.dispatch import Dispatcher
 from serve_app.jobs.store import JobStore
-from serve_app.jobs.transaction import connect
+from serve_app.transaction import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
 from tests.front.fakes import FakeModels
