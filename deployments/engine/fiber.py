@@ -10,7 +10,8 @@ from greenlet import getcurrent, greenlet
 from deployments.engine.step_scheduler import Job
 
 if TYPE_CHECKING:
-    from deployments.engine.call import Look, ModuleCall, Seam
+    from deployments.engine.call import ModuleCall, Seam
+    from deployments.engine.look import Look
 
 
 class FiberCancelled(BaseException):

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.engine import call
+from deployments.engine import keys
 from deployments.engine.fiber import FiberCancelled
 from deployments.pipelines import model as model_module
 from deployments.pipelines.model import Model
@@ -134,7 +134,7 @@ def test_a_shared_noise_scheduler_would_be_caught(monkeypatch: pytest.MonkeyPatc
 
 
 def test_ids_compared_by_shape_alone_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(call, "_shared_key", lambda value, _fiber: tuple(value.shape))
+    monkeypatch.setattr(keys, "_shared_key", lambda value, _fiber: tuple(value.shape))
     bench = flux_bench(torch.float64)
     tall, wide = sized(bench, (64, 96)), sized(bench, (96, 64))
 
