@@ -34,14 +34,16 @@ async def health() -> Alive:
 
 @public.get("/ready", response_model=Ready, responses={503: {"model": Ready}})
 async def ready(state: Annotated[ApiState, Depends(api_state)]) -> Response:
-    """200 when the store answers and at least one model is ready; else 503 and why."""
+    """200 when the store answers and at least one model is ready, or idle: the first job wakes it; else 503
+    and why."""
     try:
         await state.desk.health()
         store = "ok"
     except WeftError as error:
         store = error.message
     models = dict(await state.model_states())
-    answer = Ready(ready=store == "ok" and "ready" in models.values(), store=store, models=models)
+    served = not {"ready", "idle"}.isdisjoint(models.values())
+    answer = Ready(ready=store == "ok" and served, store=store, models=models)
     return Response(
         json.dumps(answer.model_dump()),
         200 if answer.ready else 503,

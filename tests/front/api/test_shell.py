@@ -205,6 +205,16 @@ async def test_it_is_not_ready_while_every_model_loads(state: ApiState):
     assert (answer.status_code, answer.json()["ready"]) == (503, False)
 
 
+async def test_it_is_ready_while_its_models_are_scaled_to_zero_or_none_would_ever_wake(state: ApiState):
+    async def idle() -> dict[str, str]:
+        return {"sketch": "idle"}
+
+    async with client_of(create_app(replace(state, model_states=idle))) as client:
+        answer = await client.get("/ready")
+
+    assert (answer.status_code, answer.json()["ready"]) == (200, True)
+
+
 async def test_without_its_store_it_lives_is_not_ready_and_asks_to_come_back(state: ApiState):
     redis = connect("redis://127.0.0.1:1")
     lost = JobDesk(
