@@ -99,6 +99,7 @@ class Attempt:
         self._step, self._steps = claim.job.step, claim.job.steps  # 0 unless it goes on from a handover
         self._replica_stopped = False
         self._twin_lost = False
+        self._ill_luck = False  # what failed had nothing to do with the request
         self._handover: Handover | None = None  # what this attempt leaves to the next
         self._finishing = False
 
@@ -155,6 +156,7 @@ class Attempt:
             return events.Failed.of(error)
         except OSError:
             logger.exception("files of a job cannot be read or stored", extra=self._about)
+            self._ill_luck = True
             return events.Failed(
                 "internal", "the files of the job could not be read or stored", retryable=True
             )
@@ -312,14 +314,15 @@ class Attempt:
                 return await store.requeue(claim, _DRAINED, counted=False, handover=self._handover)
             case Halt.too_long:
                 text = f"the job ran longer than {self._time_limit_s:g} s, which is its model's limit"
-                return await store.fail(claim, JobError("internal", text))
+                return await store.fail(claim, JobError("internal", text), alike=False)
             case Halt.never_started:
                 return await store.requeue(claim, _NEVER_STARTED)
         assert result is not None, "only halted work has no result"
         error = JobError(result.kind, result.message, result.param, result.retry_after_s)
         if result.retryable:
             counted = not (self._replica_stopped or self._twin_lost)
-            return await store.requeue(claim, error, counted=counted, handover=self._handover)
+            alike = not self._ill_luck
+            return await store.requeue(claim, error, counted=counted, handover=self._handover, alike=alike)
         return await store.fail(claim, error)
 
     async def _persistently(self, commit: Callable[[], Awaitable[Job]]) -> Job | None:

@@ -416,13 +416,17 @@ class JobStore:
 
         return await self._finish(claim, finish)
 
-    async def fail(self, claim: Claim, error: JobError) -> Job:
-        """The ended job: failed for this reason, or cancelled where that was asked for before."""
+    async def fail(self, claim: Claim, error: JobError, *, alike: bool = True) -> Job:
+        """The ended job: failed for this reason, or cancelled where that was asked for before.
+
+        alike: an identical request would fail the same way, so those that wait for this one do.
+        """
 
         def finish(pipe: Pipeline, job: Job, now_us: int, company: Company) -> Job:
             if job.cancel_requested:
                 return self._transitions.end(pipe, job, JobState.cancelled, now_us, company)
-            return self._transitions.end(pipe, replace(job, error=error), JobState.failed, now_us, company)
+            failed = replace(job, error=error)
+            return self._transitions.end(pipe, failed, JobState.failed, now_us, company, alike=alike)
 
         return await self._finish(claim, finish)
 
@@ -435,17 +439,24 @@ class JobStore:
         return await self._finish(claim, finish)
 
     async def requeue(
-        self, claim: Claim, error: JobError, *, counted: bool = True, handover: Handover | None = None
+        self,
+        claim: Claim,
+        error: JobError,
+        *,
+        counted: bool = True,
+        handover: Handover | None = None,
+        alike: bool = True,
     ) -> Job:
         """The job, waiting again at its old place; or failed for `error` at max_attempts.
 
         counted: this attempt counts towards max_attempts (a draining worker's does not).
         handover: what the next attempt goes on from; it stays so until an attempt is counted.
+        alike: see `fail`.
         """
 
         def finish(pipe: Pipeline, job: Job, now_us: int, company: Company) -> Job:
             return self._transitions.give_back(
-                pipe, job, error, now_us, counted=counted, handover=handover, company=company
+                pipe, job, error, now_us, counted=counted, handover=handover, company=company, alike=alike
             )
 
         return await self._finish(claim, finish, ours=JobState.queued)

@@ -182,6 +182,7 @@ class Transitions:
         counted: bool,
         handover: Handover | None = None,
         company: Company = ALONE,
+        alike: bool = True,
     ) -> Job:
         """processing -> queued at its old place; failed for `error` at max_attempts, or cancelled.
 
@@ -197,7 +198,7 @@ class Transitions:
         job = replace(job, failures=job.failures + counted, handover=kept, step=step, steps=steps, twin=None)
         pipe.hset(self._keys.job(job.id), "failures", str(job.failures))
         if job.failures >= self._settings.max_attempts:
-            return self.end(pipe, replace(job, error=error), JobState.failed, now_us, company)
+            return self.end(pipe, replace(job, error=error), JobState.failed, now_us, company, alike=alike)
         waiting = {"state": JobState.queued.value, "step": str(step), "steps": str(steps)}
         if kept is None:
             pipe.hdel(self._keys.job(job.id), "handover")
@@ -211,10 +212,19 @@ class Transitions:
         self._tell(pipe, job.id, progress.Queued(1, step, steps))
         return replace(job, state=JobState.queued)
 
-    def end(self, pipe: Pipeline, job: Job, state: JobState, now_us: int, company: Company = ALONE) -> Job:
+    def end(
+        self,
+        pipe: Pipeline,
+        job: Job,
+        state: JobState,
+        now_us: int,
+        company: Company = ALONE,
+        *,
+        alike: bool = True,
+    ) -> Job:
         """The only way to an ended state: it tells the ending and gives every key a time to live.
 
-        company: who waits for this job's files, all of them.
+        company: who waits for this job's files, all of them.  alike: they would fail as it did.
         """
         keys, ttl_s = self._keys, self._settings.record_ttl_s
         job = replace(job, state=state, completed_at=now_us / 1e6)
@@ -243,18 +253,19 @@ class Transitions:
         if job.webhook is not None:
             pipe.zadd(keys.outbox, {job.id: now_us})
             pipe.expire(keys.outbox, ttl_s)
-        self._settle(pipe, job, now_us, company)
+        self._settle(pipe, job, now_us, company, alike)
         return job
 
     def _count(self, pipe: Pipeline, owner: str, day: str, images: int) -> None:
         pipe.hincrby(self._keys.quota(owner), day, images)
         pipe.expire(self._keys.quota(owner), quota.KEPT_S)
 
-    def _settle(self, pipe: Pipeline, job: Job, now_us: int, company: Company) -> None:
+    def _settle(self, pipe: Pipeline, job: Job, now_us: int, company: Company, alike: bool) -> None:
         """What the ending of a job means for the identical ones that wait for it.
 
-        Completed: they copy its files. Failed: so do they, for the same cause; a request that kills its
-        workers must not do so once per follower. Cancelled: the oldest of them takes its place.
+        Completed: they copy its files. Failed, and they would be alike: so do they, for the same cause; a
+        request that kills its workers must not do so once per follower. Otherwise, and when it was
+        cancelled: the oldest of them takes its place.
         """
         keys, followers = self._keys, company.followers
         if followers:
@@ -266,7 +277,7 @@ class Transitions:
                 self._enqueue(pipe, replace(follower, leader=None, twin=job.id))
             if company.leads and job.same is not None:
                 pipe.expire(keys.same(job.same), self._settings.result_ttl_s)
-        elif job.state is JobState.failed:
+        elif job.state is JobState.failed and alike:
             for follower in followers:
                 alike = replace(follower, leader=None, error=job.error)
                 self.end(pipe, alike, JobState.failed, now_us)

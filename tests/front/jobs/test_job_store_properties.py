@@ -145,13 +145,13 @@ class StoreMachine(RuleBasedStateMachine):
     def complete(self, claim: Claim) -> None:
         self._fenced(claim, self.store.complete(claim, [], 1.0))
 
-    @rule(claim=claims)
-    def fail(self, claim: Claim) -> None:
-        self._fenced(claim, self.store.fail(claim, BROKEN))
+    @rule(claim=claims, alike=st.booleans())
+    def fail(self, claim: Claim, alike: bool) -> None:
+        self._fenced(claim, self.store.fail(claim, BROKEN, alike=alike))
 
-    @rule(claim=claims, counted=st.booleans())
-    def requeue(self, claim: Claim, counted: bool) -> None:
-        self._fenced(claim, self.store.requeue(claim, BROKEN, counted=counted))
+    @rule(claim=claims, counted=st.booleans(), alike=st.booleans())
+    def requeue(self, claim: Claim, counted: bool, alike: bool) -> None:
+        self._fenced(claim, self.store.requeue(claim, BROKEN, counted=counted, alike=alike))
 
     def _fenced(self, claim: Claim, write: Any) -> None:
         """A write of any attempt but the running one changes nothing."""

@@ -12,16 +12,18 @@ from deployments.protocol import events
 from deployments.protocol.card import Weights
 from deployments.protocol.errors import Conflict, NotFound
 from deployments.protocol.request import Edit, GenerationRequest
+from serve_app.jobs import attempt as attempt_module
 from serve_app.jobs import progress
 from serve_app.jobs.desk import JobDesk
 from serve_app.jobs.dispatch import Dispatcher
 from serve_app.jobs.job import Job, JobState, Once
 from serve_app.jobs.store import JobStore
 from serve_app.settings import Settings
-from serve_app.storage.results import ResultStore
+from serve_app.storage.results import ResultStore, StoredFile
 from serve_app.transaction import connect
 from tests.front.conftest import MakeSettings
 from tests.front.fakes import CARD, MODEL, OWNER, FakeModels, eventually, keys_without_ttl, picture
+from tests.front.jobs.conftest import running
 from tests.front.jobs.test_dispatch import at_the_gate, ended
 
 SEEDED = GenerationRequest(model=MODEL, prompt="a cat", seed=7)
@@ -307,6 +309,53 @@ async def test_when_the_leader_fails_for_good_so_do_its_followers(
     for job in failed:
         told = [event for _, event in await store.events(job.id)]
         assert isinstance(told[-1], progress.Failed)
+
+
+async def test_a_leader_that_ran_too_long_fails_alone(
+    desk: JobDesk, store: JobStore, models: FakeModels, results: ResultStore, settings: Settings
+) -> None:
+    models.gate.clear()
+    leader, heir, third = [await desk.submit(SEEDED, OWNER) for _ in range(3)]
+    limits = {MODEL: 0.2}
+    async with running(Dispatcher(store, results, models, settings, time_limits_s=limits)):
+        await eventually(lambda: bool(models.requests))
+        limits[MODEL] = 60.0  # of whoever comes next
+        late = await ended(store, leader.id)
+        models.gate.set()
+        jobs = [await ended(store, job.id) for job in (heir, third)]
+
+    assert (late.state, late.error and late.error.kind) == (JobState.failed, "internal")
+    assert [job.state for job in jobs] == [JobState.completed] * 2
+    assert [job.cached for job in jobs] == [False, True]
+    assert len(models.requests) == 2
+
+
+async def test_a_leader_whose_files_could_not_be_stored_fails_alone(
+    desk: JobDesk,
+    store: JobStore,
+    models: FakeModels,
+    results: ResultStore,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attempt_module, "RETRY_FIRST_S", 0.001)
+    whole = results.put
+    refused: list[str] = []
+
+    async def full_at_first(path: str, data: bytes) -> StoredFile:
+        if leader.id in path:
+            refused.append(path)
+            raise OSError(28, "No space left on device")
+        return await whole(path, data)
+
+    monkeypatch.setattr(results, "put", full_at_first)
+    leader, follower = [await desk.submit(SEEDED, OWNER) for _ in range(2)]
+    async with running(Dispatcher(store, results, models, settings)):
+        unlucky, lucky = [await ended(store, job.id) for job in (leader, follower)]
+
+    assert len(refused) == settings.max_attempts
+    assert (unlucky.state, lucky.state) == (JobState.failed, JobState.completed)
+    assert not lucky.cached
 
 
 async def test_a_follower_forgets_a_leader_that_was_deleted(
