@@ -107,6 +107,8 @@ class Model:
         arguments = call_arguments(type(pipeline), request, image, mask, maps)
         films = request.task in (Task.t2v, Task.i2v)
         arguments["output_type"] = video.output_type(pipeline) if films else output_type
+        if films and request.video is not None:
+            arguments["num_frames"] = video.frames_to_ask(pipeline, request.video.num_frames)
         progress = progress or Progress()
         if request.refiner is not None:
             refiner = _own_copy(self._refiner, request.scheduler)

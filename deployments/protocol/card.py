@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import MAX_FPS, MAX_FRAMES, MAX_LORAS, ControlType, Strict, Task
 
-Family = Literal["flux", "sdxl", "sd", "hunyuan_video", "wan"]
+Family = Literal["flux", "sdxl", "sd", "hunyuan_video", "wan", "ltx"]
 MODEL_ID = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 

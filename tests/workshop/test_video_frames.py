@@ -22,7 +22,7 @@ from deployments.protocol.request import Edit, GenerationRequest, Video
 from deployments.video import VideoModel
 from tests.front.fakes import eventually
 from tests.workshop.films import ROOT, Frames, film, png
-from tests.workshop.test_video_model import Recorder
+from tests.workshop.recorder import Recorder
 
 VIDEOS = Videos(num_frames=9, fps=8, max_frames=64, max_frame_pixels=64 * 64 * 64, framewise=True)
 FLUX = load_card(ROOT / "configs/models/tiny-flux-schnell.yaml")

@@ -15,7 +15,6 @@ import torch
 from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
 
 from deployments.encoder import VideoEncoder
-from deployments.media.footage import Footage, Frames, Segment, VideoFiles
 from deployments.pipelines.video import reel, video_class
 from deployments.protocol.card import Weights, load_card
 from deployments.protocol.errors import Internal, ModelUnavailable
@@ -24,41 +23,11 @@ from deployments.protocol.request import Edit, GenerationRequest, Task, Video
 from deployments.video import VideoModel
 from tests.front.fakes import eventually
 from tests.workshop.films import ROOT, decibels, film, png
+from tests.workshop.recorder import Recorder
 
 CARD = load_card(ROOT / "configs/models/tiny-wan.yaml")
 CODEC_DB = 30.0
 PATIENCE_S = 120.0
-
-
-class Recorder:
-    """A real encoder that keeps the frames it was given, and can be told to wait or to fail."""
-
-    def __init__(self) -> None:
-        self._encoder = VideoEncoder()
-        self.frames: dict[float, list[Frames]] = {}
-        self.gate = asyncio.Event()
-        self.gate.set()
-        self.asked = self.cancelled = 0
-        self.failure: Exception | None = None
-
-    async def segment(self, footage: Footage, index: int, *chunks: Frames) -> Segment:
-        self.asked += 1
-        if self.failure is not None:
-            raise self.failure
-        try:
-            await self.gate.wait()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-        self.frames.setdefault(footage.fps, []).extend(chunks)
-        return await self._encoder.segment(footage, index, *chunks)
-
-    async def join(self, footage: Footage, segments: Sequence[Segment]) -> VideoFiles:
-        return await self._encoder.join(footage, segments)
-
-    def taken(self, fps: int) -> Frames:
-        """The frames of the one video of this pace."""
-        return np.concatenate(self.frames[fps])
 
 
 @pytest.fixture(scope="module")
