@@ -309,6 +309,11 @@ def _given_pictures(
     ]
     if request.edit is None:
         return None, None, maps
+    if request.video is not None and request.video.frame is not None and request.video.moves:
+        from deployments.pipelines.frames import view
+
+        whole = decode.own_size(request.edit.image, "image")
+        return view(whole, request.video, request.video.frame, width, height), None, maps
     image = decode.picture(request.edit.image, width, height, "image")
     if request.edit.mask_image is None:
         return image, None, maps

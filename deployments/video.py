@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,11 +23,13 @@ from deployments.painting import Painted, Painting
 from deployments.protocol.adapters import AdapterFiles
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable, OutOfMemory
-from deployments.protocol.events import Artifact, Done, Event, Failed, Stage, Started, Step
+from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Stage, Started, Step
 from deployments.protocol.limits import denoising_steps
-from deployments.protocol.request import FittedRequest
+from deployments.protocol.request import FittedEdit, FittedRequest
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from deployments.adapters.mixed import Mix
     from deployments.engine.worker import Finished
     from deployments.loaded import LoadedModel
@@ -79,23 +84,22 @@ class VideoModel(ImageModel):
                 yield told
             return
 
-        def paint(frame: int) -> AsyncGenerator[Event | Painted]:
-            one = request.model_copy(
+        def paint(wish: FittedRequest, frame: int) -> AsyncGenerator[Event | Painted]:
+            one = wish.model_copy(
                 update={
                     "video": video.model_copy(update={"frame": frame}),
-                    "output": request.output.model_copy(update={"previews": 0}),
+                    "output": wish.output.model_copy(update={"previews": 0}),
                 }
             )
             return ImageModel._run(self, loaded, one, user, None, max_wait_s, owner)
 
-        window = min(self._serving.slots, FRAMES_AT_ONCE)
-        steps = denoising_steps(request, loaded.card)
+        total = _all_steps(request, loaded.card)
         started = time.monotonic()
         queued_s = 0.0
         footage = _footage(request, video.num_frames)
         async with (
             Encoding(self._encoder, footage) as encoding,
-            Painting(paint, video.num_frames, window) as events,
+            aclosing(self._frames(request, loaded.card, paint)) as events,
         ):
             encoded = done = 0
             async for event in events:
@@ -107,10 +111,10 @@ class VideoModel(ImageModel):
                             yield Stage("encode", encoded, video.num_frames)
                     case Started():
                         queued_s, started = time.monotonic() - started, time.monotonic()
-                        yield Started(steps * video.num_frames)
+                        yield Started(total)
                     case Step():
                         done += 1
-                        yield Step(done, steps * video.num_frames)
+                        yield Step(done, total)
                     case Failed():
                         yield event
                         return
@@ -118,6 +122,31 @@ class VideoModel(ImageModel):
                         yield event
             async for told in self._finish(request, footage, encoding, queued_s, 0.0, started):
                 yield told
+
+    async def _frames(
+        self,
+        request: FittedRequest,
+        card: ModelCard,
+        paint: Callable[[FittedRequest, int], AsyncGenerator[Event | Painted]],
+    ) -> AsyncGenerator[Event | Painted]:
+        """The frames in order, as Painting tells them. Where the view shall move over a picture and none was
+        given, that one is painted first."""
+        video, found = request.video, request
+        assert video is not None, "a frame-wise video"
+        if _paints_first(request):
+            async with Painting(partial(paint, request), 1, 1) as events:
+                async for event in events:
+                    if isinstance(event, Painted):
+                        found = _over(request, card, await asyncio.to_thread(_png, event.image))
+                        continue
+                    yield event
+                    if isinstance(event, Failed):
+                        return
+        window = min(self._serving.slots, FRAMES_AT_ONCE)
+        async with Painting(partial(paint, found), video.num_frames, window) as events:
+            async for event in events:
+                if found is request or not isinstance(event, Queued | Started):
+                    yield event
 
     async def _deliver(self, request: FittedRequest, finished: Finished) -> AsyncGenerator[Event]:
         """Decode and encode at the same time; the files, then Done. Of a single frame: the picture."""
@@ -181,10 +210,49 @@ class VideoModel(ImageModel):
             self._decoding_since = None
 
 
+def _paints_first(request: FittedRequest) -> bool:
+    return request.video is not None and request.video.moves and request.edit is None
+
+
+def _over(request: FittedRequest, card: ModelCard, picture: bytes) -> FittedRequest:
+    """The request whose frames start from this picture, by the card's strength if that leaves a step."""
+    for strength in (card.strength, 1.0):
+        edit = FittedEdit(image=picture, strength=strength)
+        found = request.model_copy(update={"edit": edit})
+        if denoising_steps(found, card) > 0:
+            break
+    return found
+
+
+def _all_steps(request: FittedRequest, card: ModelCard) -> int:
+    """Of all pictures of a frame-wise video."""
+    assert request.video is not None, "a frame-wise video"
+    steps, frames = denoising_steps(request, card), request.video.num_frames
+    return (
+        steps + frames * denoising_steps(_over(request, card, b""), card)
+        if _paints_first(request)
+        else frames * steps
+    )
+
+
+def _png(image: Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
 def _footage(request: FittedRequest, num_frames: int) -> Footage:
     video = request.video
     assert video is not None, "only videos are encoded"
-    return Footage(request.width, request.height, num_frames, video.fps, video.format, video.quality)
+    return Footage(
+        request.width,
+        request.height,
+        num_frames,
+        video.fps,
+        video.format,
+        video.quality,
+        codec=video.codec,
+    )
 
 
 def _facts(request: FittedRequest, generation_s: float) -> tuple[dict[str, object], str]:

@@ -30,6 +30,7 @@ class Footage:
     quality: int = 80  # 1..100
     comment: str = ""  # both go into the container
     description: str = ""
+    codec: Literal["h264", "vp9", "av1"] | None = None  # None: the usual one of the format
 
     def __post_init__(self) -> None:
         """Raises BadRequest for what cannot be encoded."""

@@ -7,6 +7,7 @@ process dies. Joining copies packets.
 from __future__ import annotations
 
 import io
+import os
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,9 +33,10 @@ from deployments.media.still import THUMBNAIL_SIDE
 from deployments.protocol.errors import Internal
 
 TILE_SIDE = 160  # pixels
-WORST_CRF = {"mp4": 38.0, "webm": 56.0}  # at quality 0
-BEST_CRF = {"mp4": 13.0, "webm": 16.0}  # at quality 100
-CODECS = {"mp4": "libx264", "webm": "libvpx-vp9"}
+WORST_CRF = {"h264": 38.0, "vp9": 56.0, "av1": 50.0}  # at quality 0
+BEST_CRF = {"h264": 13.0, "vp9": 16.0, "av1": 14.0}  # at quality 100
+ENCODERS = {"h264": "libx264", "vp9": "libvpx-vp9", "av1": "libsvtav1"}
+USUAL_CODEC = {"mp4": "h264", "webm": "vp9"}
 
 
 def encode_segment(footage: Footage, index: int, chunks: Sequence[Frames], threads: int) -> Segment:
@@ -98,7 +100,8 @@ def _joined(footage: Footage, segments: Sequence[Segment]) -> bytes:
             container.metadata["comment"] = footage.comment
             container.metadata["description"] = footage.description
             parts = [av.open(io.BytesIO(segment.data), format=footage.format) for segment in segments]
-            stream: Any = container.add_stream_from_template(parts[0].streams.video[0])
+            # opaque: packets are copied, so no encoder is looked up by the name of the decoder
+            stream: Any = container.add_stream_from_template(parts[0].streams.video[0], opaque=True)
             for packet in _timed(footage, parts):
                 packet.stream = stream
                 container.mux(packet)
@@ -130,21 +133,18 @@ def _timed(footage: Footage, parts: Sequence[Any]) -> list[Any]:
 
 def _stream(container: Any, footage: Footage, threads: int) -> Any:
     """An encoder in the container: CRF by the wanted quality, BT.709 as every player expects of RGB video."""
-    worst, best = WORST_CRF[footage.format], BEST_CRF[footage.format]
-    crf = f"{worst + (best - worst) * footage.quality / 100:.0f}"
-    if footage.format == "mp4":
-        options = {"crf": crf, "preset": "veryfast", "g": str(SEGMENT_FRAMES)}
-    else:
-        options = {
-            "crf": crf,
-            "b": "0",
-            "deadline": "good",
-            "cpu-used": "5",
-            "row-mt": "1",
-            "tile-columns": "2",
-            "g": str(SEGMENT_FRAMES),
-        }
-    stream = container.add_stream(CODECS[footage.format], rate=footage.fps, options=options)
+    name = footage.codec or USUAL_CODEC[footage.format]
+    crf = f"{WORST_CRF[name] + (BEST_CRF[name] - WORST_CRF[name]) * footage.quality / 100:.0f}"
+    match name:
+        case "h264":
+            options = {"preset": "veryfast"}
+        case "vp9":
+            options = {"b": "0", "deadline": "good", "cpu-used": "5", "row-mt": "1", "tile-columns": "2"}
+        case _:
+            os.environ.setdefault("SVT_LOG", "1")  # only errors; it would print its settings for each segment
+            options = {"preset": "8", "svtav1-params": f"lp={threads}"}
+    options |= {"crf": crf, "g": str(SEGMENT_FRAMES)}
+    stream = container.add_stream(ENCODERS[name], rate=footage.fps, options=options)
     stream.width, stream.height, stream.pix_fmt = footage.width, footage.height, "yuv420p"
     codec = stream.codec_context
     codec.thread_count = threads

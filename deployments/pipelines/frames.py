@@ -1,12 +1,16 @@
-"""A video from a picture model: every frame is a picture whose noise and prompt lie on a path between two."""
+"""A video from a picture model: every frame is a picture whose noise and prompt lie on a path between two,
+and which may start from what a moving camera sees of one picture."""
 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from deployments.protocol.request import FittedVideo
@@ -16,11 +20,35 @@ def walk(pipeline: Any, video: FittedVideo, frame: int) -> None:
     """Let this request's pipeline object paint frame `frame` of the video: the first is the very picture of
     the seed and the prompt, the last that of end_seed and end_prompt.
     """
-    share = frame / max(1, video.num_frames - 1)
+    share = _share(video, frame)
     if video.end_seed is not None and hasattr(pipeline, "prepare_latents"):
         _walk_noise(pipeline, video.end_seed, share)
     if video.end_prompt is not None and hasattr(pipeline, "encode_prompt"):
         _walk_prompt(pipeline, video.end_prompt, share)
+
+
+def view(picture: Image.Image, video: FittedVideo, frame: int, width: int, height: int) -> Image.Image:
+    """What frame `frame` sees of the picture, width x height pixels; past its edges it is mirrored.
+
+    The first frame sees the whole. Zoom is by equal factors, so that it looks steady.
+    """
+    share = _share(video, frame)
+    nearness = (video.zoom or 1.0) ** share
+    across, down = picture.width / nearness, picture.height / nearness
+    left = picture.width * (0.5 + (video.pan_x or 0.0) * share) - across / 2
+    top = picture.height * (0.5 + (video.pan_y or 0.0) * share) - down / 2
+    margins = (
+        max(0, math.ceil(-left)),
+        max(0, math.ceil(left + across - picture.width)),
+        max(0, math.ceil(-top)),
+        max(0, math.ceil(top + down - picture.height)),
+    )
+    if any(margins):
+        before, after, above, below = margins
+        pixels = np.pad(np.asarray(picture), ((above, below), (before, after), (0, 0)), mode="symmetric")
+        picture, left, top = Image.fromarray(pixels), left + before, top + above
+    right, bottom = min(left + across, picture.width), min(top + down, picture.height)
+    return picture.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
 
 
 def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
@@ -42,6 +70,11 @@ def lerp(start: Tensor, end: Tensor, share: float) -> Tensor:
     if share == 0 or start.shape != end.shape or not start.is_floating_point():
         return start
     return end if share == 1 else torch.lerp(start, end, share)
+
+
+def _share(video: FittedVideo, frame: int) -> float:
+    """How far along the way this frame is, 0..1."""
+    return frame / max(1, video.num_frames - 1)
 
 
 def _walk_noise(pipeline: Any, end_seed: int, share: float) -> None:

@@ -19,6 +19,8 @@ MAX_FRAMES = 1_024  # of one video
 MAX_FPS = 60
 PictureFormat = Literal["png", "jpeg", "webp"]
 VideoFormat = Literal["mp4", "webm"]
+VideoCodec = Literal["h264", "vp9", "av1"]
+MAX_ZOOM = 4.0
 ControlType = Literal["canny", "depth", "pose"]
 Priority = Literal["low", "normal", "high"]
 
@@ -117,7 +119,10 @@ class Video(Strict):
     seconds: float | None = Field(
         None, gt=0, le=600, description="Instead of num_frames; the nearest number of frames is taken."
     )
-    format: VideoFormat = Field("mp4", description="mp4: H.264. webm: VP9.")
+    format: VideoFormat = "mp4"
+    codec: VideoCodec | None = Field(
+        None, description="mp4: h264. webm: vp9 or av1. None: the first of the format."
+    )
     quality: int = Field(80, ge=1, le=100, description="Of the encoding: bytes against likeness.")
     end_prompt: str | None = Field(
         None, max_length=32_000, repr=False, description="Frame-wise only: what the last frame shows."
@@ -125,6 +130,23 @@ class Video(Strict):
     end_seed: int | None = Field(
         None, ge=0, le=MAX_SEED, description="Frame-wise only: whose noise the last frame begins with."
     )
+    zoom: float | None = Field(
+        None,
+        ge=1 / MAX_ZOOM,
+        le=MAX_ZOOM,
+        description="Frame-wise only: how much nearer the view of the last frame is; 2 sees half the width.",
+    )
+    pan_x: float | None = Field(
+        None, ge=-1, le=1, description="Frame-wise only: how far the view travels right, in picture widths."
+    )
+    pan_y: float | None = Field(
+        None, ge=-1, le=1, description="Frame-wise only: how far the view travels down, in picture heights."
+    )
+
+    @property
+    def moves(self) -> bool:
+        """Whether every frame shows another part of one picture."""
+        return (self.zoom, self.pan_x, self.pan_y) != (None, None, None)
 
     @property
     def is_one_frame(self) -> bool:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from deployments.protocol.card import ModelCard, Videos
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import MAX_SEED, FittedVideo, GenerationRequest, Video
+from deployments.protocol.request import (
+    MAX_SEED,
+    FittedVideo,
+    GenerationRequest,
+    Task,
+    Video,
+    VideoCodec,
+    VideoFormat,
+)
+
+CODECS: dict[VideoFormat, tuple[VideoCodec, ...]] = {"mp4": ("h264",), "webm": ("vp9", "av1")}
+FRAMEWISE_ONLY = ("end_prompt", "end_seed", "zoom", "pan_x", "pan_y")
 
 
 def fit_video(
@@ -12,7 +23,7 @@ def fit_video(
 ) -> FittedVideo | None:
     """The video with every blank filled from the card; None when pictures are wanted.
 
-    A frame-wise video that says not where it ends goes to the picture of the next seed.
+    A frame-wise video that neither says where it ends nor moves goes to the picture of the next seed.
 
     Raises BadRequest naming the field, the cause and what would be right.
     """
@@ -21,6 +32,18 @@ def fit_video(
         return None
     assert limits is not None, "a card whose tasks make videos has their limits"
     _check_company(request, video, limits)
+    if video.moves and Task.i2i not in card.tasks:
+        raise BadRequest(
+            f"{card.id} paints no picture from another, so the view cannot move; "
+            "leave zoom, pan_x and pan_y out",
+            param=next(name for name in ("zoom", "pan_x", "pan_y") if getattr(video, name) is not None),
+        )
+    if video.codec not in (None, *CODECS[video.format]):
+        raise BadRequest(
+            f"{video.format} with codec {video.codec} is not made here; "
+            f"{video.format} takes {' or '.join(CODECS[video.format])}",
+            param="codec",
+        )
     fps = limits.fps if video.fps is None else video.fps
     num_frames = _frames(video, fps, limits, card.id)
     if width % 2 or height % 2:
@@ -36,9 +59,13 @@ def fit_video(
         num_frames=num_frames,
         fps=fps,
         format=video.format,
+        codec=video.codec,
         quality=video.quality,
         end_prompt=video.end_prompt,
         end_seed=_end_seed(video, limits, seed),
+        zoom=video.zoom,
+        pan_x=video.pan_x,
+        pan_y=video.pan_y,
         framewise=limits.framewise,
     )
 
@@ -57,15 +84,15 @@ def _check_company(request: GenerationRequest, video: Video, limits: Videos) -> 
                 "strength has no meaning here: the picture is the first frame; leave it out", param="strength"
             )
     if not limits.framewise:
-        for name, value in (("end_prompt", video.end_prompt), ("end_seed", video.end_seed)):
-            if value is not None:
+        for name in FRAMEWISE_ONLY:
+            if getattr(video, name) is not None:
                 raise BadRequest(
                     f"{name} is for frame-wise videos of picture models; leave it out", param=name
                 )
 
 
 def _end_seed(video: Video, limits: Videos, seed: int) -> int | None:
-    if video.end_seed is not None or video.end_prompt is not None or not limits.framewise:
+    if video.end_seed is not None or video.end_prompt is not None or video.moves or not limits.framewise:
         return video.end_seed
     return seed + 1 if seed < MAX_SEED else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,10 +24,10 @@ def segments_of(footage: Footage, frames: Frames, threads: int = 1) -> list[Segm
     return [movie.encode_segment(footage, i, [part], threads) for i, part in enumerate(cut)]
 
 
-@pytest.mark.parametrize("form", ["mp4", "webm"])
+@pytest.mark.parametrize(("form", "codec"), [("mp4", None), ("webm", None), ("webm", "av1")])
 @pytest.mark.parametrize("count", [1, 17, 32, 33, 129])
-def test_every_frame_comes_out_again_in_its_place(count: int, form: str) -> None:
-    frames, footage = clip(count), Footage(64, 48, count, 24, form)  # type: ignore[arg-type]
+def test_every_frame_comes_out_again_in_its_place(count: int, form: Any, codec: Any) -> None:
+    frames, footage = clip(count), Footage(64, 48, count, 24, form, codec=codec)
 
     shown = film(movie.join(footage, segments_of(footage, frames)).video)
 
@@ -35,16 +36,21 @@ def test_every_frame_comes_out_again_in_its_place(count: int, form: str) -> None
     assert max((decibels(a, b) for a, b in zip(shown.frames[1:], frames, strict=False)), default=0) < CODEC_DB
 
 
-@pytest.mark.parametrize(("form", "codec"), [("mp4", "h264"), ("webm", "vp9")])
-def test_a_player_finds_pace_length_pixels_and_colours_as_they_should_be(form: str, codec: str) -> None:
-    footage = Footage(64, 48, 65, 8, form)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("form", "codec", "decoder"),
+    [("mp4", "h264", "h264"), ("webm", "vp9", "vp9"), ("webm", "av1", "av1")],
+)
+def test_a_player_finds_pace_length_pixels_and_colours_as_they_should_be(
+    form: Any, codec: Any, decoder: str
+) -> None:
+    footage = Footage(64, 48, 65, 8, form, codec=codec)
 
     shown = film(movie.join(footage, segments_of(footage, clip(65))).video)
 
     assert shown.times_s == pytest.approx([k / 8 for k in range(65)], abs=1e-3)
     assert shown.duration_s == pytest.approx(65 / 8, abs=0.01)
     assert (shown.pixel_format, shown.colours) == ("yuv420p", (1, 1, 1, 1))
-    assert codec in shown.codec
+    assert decoder in shown.codec
     assert {0, 32, 64} <= set(shown.key_frames), "a viewer may jump to the start of any segment"
 
 
@@ -76,11 +82,12 @@ def test_frames_may_come_in_any_chunks() -> None:
     assert min(decibels(a, b) for a, b in zip(shown, frames, strict=True)) > CODEC_DB
 
 
-def test_higher_quality_is_nearer_to_the_frames_and_larger() -> None:
+@pytest.mark.parametrize(("form", "codec"), [("mp4", "h264"), ("webm", "vp9"), ("webm", "av1")])
+def test_higher_quality_is_nearer_to_the_frames_and_larger(form: Any, codec: Any) -> None:
     frames = clip(16)
     files = []
     for quality in (10, 80, 100):
-        footage = Footage(64, 48, 16, 8, quality=quality)
+        footage = Footage(64, 48, 16, 8, form, quality, codec=codec)
         files.append(movie.join(footage, segments_of(footage, frames)).video)
 
     likeness = [decibels(film(data).frames, frames) for data in files]

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 
 from deployments.painting import Painted, Painting
-from deployments.pipelines.frames import slerp
+from deployments.pipelines.frames import slerp, view
 from deployments.protocol.card import Videos, load_card
 from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Started, Step
-from deployments.protocol.request import Edit, GenerationRequest, Video
+from deployments.protocol.request import Edit, FittedVideo, GenerationRequest, Video
 from deployments.video import VideoModel
 from tests.front.fakes import eventually
-from tests.workshop.films import ROOT, Frames, film, png
+from tests.workshop.films import ROOT, Frames, clip, film, png
 from tests.workshop.recorder import Recorder
 
 VIDEOS = Videos(num_frames=9, fps=8, max_frames=64, max_frame_pixels=64 * 64 * 64, framewise=True)
@@ -117,6 +117,47 @@ async def test_a_picture_to_start_from_is_kept_as_far_as_strength_says(
     assert furthest(recorder.taken(14)[0], await picture_of(model, edit=edit)) <= 1
 
 
+async def test_every_frame_is_painted_from_what_the_moving_view_sees(
+    model: VideoModel, recorder: Recorder
+) -> None:
+    start, way = Edit(image=png(96, 96), strength=0.5), {"zoom": 2.0, "pan_x": 0.25}
+
+    await events_of(model, edit=start, video=Video(num_frames=3, fps=15, **way))
+
+    seen = view(
+        Image.open(io.BytesIO(start.image)).convert("RGB"),
+        FittedVideo(num_frames=3, fps=15, **way),
+        2,
+        64,
+        64,
+    )
+    last = Edit(image=_file(seen), strength=0.5)
+    frames = recorder.taken(15)
+    assert furthest(frames[0], await picture_of(model, edit=start)) <= 1
+    assert furthest(frames[2], await picture_of(model, edit=last)) <= 1
+    assert furthest(frames[1], frames[2]) > 1
+
+
+async def test_without_a_picture_the_view_moves_over_that_of_the_prompt(
+    model: VideoModel, recorder: Recorder
+) -> None:
+    events = await events_of(model, video=Video(num_frames=3, fps=16, zoom=0.5))
+
+    first = Edit(image=_file(Image.fromarray(await picture_of(model))), strength=CARD.strength)
+    frames = recorder.taken(16)
+    assert furthest(frames[0], await picture_of(model, edit=first)) <= 1
+    assert furthest(frames[2], frames[0]) > 1
+    told = [event for event in events if isinstance(event, Queued | Started | Step)]
+    steps = 4 + 3 * 3
+    assert told == [Queued(0, 0.0), Started(steps), *(Step(step, steps) for step in range(1, steps + 1))]
+
+
+def _file(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 async def test_the_frames_of_one_request_are_woven_together(model: VideoModel) -> None:
     engine = model._worker._engine
     before = engine.rows, engine.forwards
@@ -146,6 +187,40 @@ def test_between_two_noises_lies_noise() -> None:
     assert torch.equal(slerp(one, other, 1.0), other)
     assert middle.std() == pytest.approx(1.0, abs=0.01)
     assert torch.lerp(one, other, 0.5).std() < 0.8
+
+
+def film_of(**way: float) -> FittedVideo:
+    return FittedVideo(num_frames=3, fps=8, **way)  # type: ignore[arg-type]
+
+
+def test_the_view_begins_with_the_whole_picture_and_zooms_by_equal_factors() -> None:
+    picture = Image.fromarray(clip(1, 64, 96)[0])
+
+    first, middle, last = (view(picture, film_of(zoom=4.0), frame, 48, 32) for frame in range(3))
+
+    assert first == picture.resize((48, 32), Image.Resampling.LANCZOS)
+    assert middle == picture.resize((48, 32), Image.Resampling.LANCZOS, box=(24, 16, 72, 48))
+    assert last == picture.resize((48, 32), Image.Resampling.LANCZOS, box=(36, 24, 60, 40))
+
+
+def test_past_its_edges_a_picture_is_mirrored() -> None:
+    pixels = clip(1, 64, 64)[0]
+    picture = Image.fromarray(pixels)
+
+    aside = np.asarray(view(picture, film_of(pan_x=0.5, pan_y=-0.5), 2, 64, 64))
+    further = view(picture, film_of(zoom=0.5), 2, 128, 128)
+
+    assert np.array_equal(aside[32:, :32], pixels[:32, 32:]), "what lies to the right and above"
+    assert np.array_equal(aside[32:, 32:], pixels[:32, :31:-1])
+    assert np.array_equal(aside[:32, :32], pixels[31::-1, 32:])
+    assert np.array_equal(np.asarray(further)[32:96, 32:96], pixels)
+
+
+def test_the_widest_and_furthest_view_still_has_the_size_of_the_request() -> None:
+    picture = Image.fromarray(clip(1, 50, 70)[0])
+
+    for way in ({"zoom": 0.25, "pan_x": -1.0, "pan_y": 1.0}, {"zoom": 4.0, "pan_x": 1.0}):
+        assert view(picture, film_of(**way), 2, 64, 48).size == (64, 48)
 
 
 # --- the order of frames -----------------------------------------------------------------------------------

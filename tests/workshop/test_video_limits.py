@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from deployments.protocol.card import ModelCard, Videos, load_card
+from deployments.protocol.card import ModelCard, Sizes, Videos, load_card
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.limits import denoising_steps, fit
 from deployments.protocol.request import Control, Edit, FittedRequest, GenerationRequest, Task, Video
@@ -66,6 +66,10 @@ def test_a_picture_to_begin_with_leaves_no_step_out() -> None:
         (Video(), {"num_images": 2}, "num_images", "one video"),
         (Video(end_seed=4), {}, "end_seed", "frame-wise"),
         (Video(end_prompt="a blue star"), {}, "end_prompt", "frame-wise"),
+        (Video(zoom=2.0), {}, "zoom", "frame-wise"),
+        (Video(pan_y=0.5), {}, "pan_y", "frame-wise"),
+        (Video(codec="av1"), {}, "codec", "mp4 takes h264"),
+        (Video(format="webm", codec="h264"), {}, "codec", "webm takes vp9 or av1"),
         (Video(), {"edit": Edit(image=png(), strength=0.5)}, "strength", "first frame"),
         (Video(), {"edit": Edit(image=png(), mask_image=png())}, "mask_image", "inpainted"),
         (Video(), {"controls": (Control(image=png(), type="canny"),)}, "controls", "leave controls out"),
@@ -92,6 +96,28 @@ def test_many_frames_are_refused_at_sizes_that_few_are_taken_at() -> None:
 
     with pytest.raises(BadRequest, match="at most 29 frames"):
         fitted(small, Video(num_frames=33))
+
+
+def test_odd_sizes_are_refused_where_a_card_would_let_them_through() -> None:
+    odd = WAN.model_copy(update={"sizes": Sizes(width=64, height=64, multiple=1, min=32, max=128)})
+
+    with pytest.raises(BadRequest, match="65x64 cannot be encoded; both must be even"):
+        fitted(odd, width=65, height=64)
+
+
+def test_a_view_moves_only_where_a_picture_can_be_painted_from_another() -> None:
+    assert WAN.videos is not None
+    update = {"tasks": ["t2i", "t2v"], "videos": WAN.videos.model_copy(update={"framewise": True})}
+    card = WAN.model_copy(update=update)
+
+    with pytest.raises(BadRequest, match="leave zoom, pan_x and pan_y out") as refused:
+        fitted(card, Video(pan_x=0.5))
+
+    assert refused.value.param == "pan_x"
+    able = card.model_copy(update={"tasks": ["t2i", "i2i", "t2v"]})
+    moving = fitted(able, Video(pan_x=0.5)).video
+    assert moving is not None
+    assert (moving.pan_x, moving.moves, moving.end_seed) == (0.5, True, None), "its noise stands still"
 
 
 def test_a_model_of_pictures_says_that_it_makes_no_videos() -> None:

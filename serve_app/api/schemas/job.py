@@ -60,6 +60,10 @@ class VideoWish(BaseModel):
     format: str
     quality: int
     framewise: bool = Field(description="A picture model paints every frame as a picture.")
+    codec: str | None = Field(None, description="null: the usual one of the format.")
+    zoom: float | None = None
+    pan_x: float | None = None
+    pan_y: float | None = None
 
 
 class LoraUsed(BaseModel):
@@ -133,6 +137,10 @@ class Wish(BaseModel):
                 format=request.video.format,
                 quality=request.video.quality,
                 framewise=request.video.framewise,
+                codec=request.video.codec,
+                zoom=request.video.zoom,
+                pan_x=request.video.pan_x,
+                pan_y=request.video.pan_y,
             ),
             loras=[LoraUsed(sha256=lora.id, name=lora.name, weight=lora.weight) for lora in request.loras],
             refiner=request.refiner,

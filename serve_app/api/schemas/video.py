@@ -15,6 +15,7 @@ from deployments.protocol.request import (
     Strict,
     Task,
     Video,
+    VideoCodec,
     VideoFormat,
 )
 from serve_app.api.schemas.image import PictureBytes
@@ -62,7 +63,10 @@ class VideoBody(WithLoras):
     seed: int | None = Field(None, description="0 to 2^63-1; without it a random one.", examples=[7])
     scheduler: str = "auto"
     max_sequence_length: int | None = None
-    output_format: VideoFormat = Field("mp4", description="mp4: H.264. webm: VP9.")
+    output_format: VideoFormat = Field("mp4", description="mp4: H.264. webm: VP9, or AV1.")
+    output_codec: VideoCodec | None = Field(
+        None, description="mp4: h264. webm: vp9 or av1; without it the first of the format."
+    )
     output_quality: int = Field(80, ge=1, le=100, description="Of the encoding: bytes against likeness.")
     previews: int = Field(0, ge=0, le=MAX_PREVIEWS, description="Where the model can show any.")
     webhook_url: str | None = Field(
@@ -77,6 +81,17 @@ class VideoBody(WithLoras):
     )
     end_prompt: str | None = Field(None, description="Frame-wise only: what the last frame shows.")
     end_seed: int | None = Field(None, description="Frame-wise only: whose noise the last frame has.")
+    zoom: float | None = Field(
+        None,
+        description="Frame-wise only, 0.25-4: how much nearer the last frame sees `image`, or without it the "
+        "picture of the prompt.",
+    )
+    pan_x: float | None = Field(
+        None, description="Frame-wise only, -1 to 1: how far the view travels right, in picture widths."
+    )
+    pan_y: float | None = Field(
+        None, description="Frame-wise only, -1 to 1: how far the view travels down, in picture heights."
+    )
 
     @property
     def task(self) -> Task:
@@ -104,9 +119,13 @@ class VideoBody(WithLoras):
                 seconds=self.seconds,
                 fps=self.fps,
                 format=self.output_format,
+                codec=self.output_codec,
                 quality=self.output_quality,
                 end_prompt=self.end_prompt,
                 end_seed=self.end_seed,
+                zoom=self.zoom,
+                pan_x=self.pan_x,
+                pan_y=self.pan_y,
             ),
         )
 
