@@ -9,7 +9,8 @@ from deployments.protocol.errors import NotFound
 from serve_app.api.depends import Here, JobId, Visit
 from serve_app.api.ranges import Unsatisfiable, part_of
 from serve_app.api.schemas.job import EXTENSIONS, RESULTS
-from serve_app.jobs.job import StoredArtifact
+from serve_app.jobs.desk import JobDesk
+from serve_app.jobs.job import Job, StoredArtifact
 
 router = APIRouter(tags=["results"])
 
@@ -79,18 +80,44 @@ async def result_file(
     byte_range: str | None = None,
     if_range: str | None = None,
 ) -> Response:
-    """One file of a job, or what a conditional or partial request gets of it. Raises NotFound."""
+    """One file of a caller's job, or what a conditional or partial request gets of it. Raises NotFound."""
     job = (await visit.desk.get(job_id, visit.owner)).job
+    return await file_of(
+        visit.desk,
+        job,
+        index,
+        kind,
+        extension,
+        known_etag,
+        attachment=attachment,
+        byte_range=byte_range,
+        if_range=if_range,
+    )
+
+
+async def file_of(
+    desk: JobDesk,
+    job: Job,
+    index: int,
+    kind: str,
+    extension: str | None = None,
+    known_etag: str | None = None,
+    *,
+    attachment: bool = False,
+    byte_range: str | None = None,
+    if_range: str | None = None,
+) -> Response:
+    """The same of a job that the caller may see."""
     artifact = next((a for a in job.artifacts if (a.index, a.kind) == (index, kind)), None)
     if artifact is None:
         raise NotFound(
-            f"job {job_id} has no {kind} {index}; it is {job.state.value} "
+            f"job {job.id} has no {kind} {index}; it is {job.state.value} "
             f"and has {sum(a.kind == kind for a in job.artifacts)}",
             param="index",
         )
     if extension is not None and EXTENSIONS[artifact.media_type] != extension:
         raise NotFound(f"this {kind} is {index}.{EXTENSIONS[artifact.media_type]}", param="name")
-    headers = _headers(job_id, artifact, attachment)
+    headers = _headers(job.id, artifact, attachment)
     if known_etag is not None and headers["ETag"] in (part.strip() for part in known_etag.split(",")):
         return Response(status_code=304, headers=headers)
     try:
@@ -99,10 +126,10 @@ async def result_file(
         headers["Content-Range"] = f"bytes */{artifact.size_bytes}"
         return Response(status_code=416, headers=headers)
     if part is not None:
-        data = await visit.desk.artifact_part(artifact, part.start, part.end)
+        data = await desk.artifact_part(artifact, part.start, part.end)
         headers["Content-Range"] = part.content_range
         return Response(data, 206, headers, artifact.media_type)
-    stored, data = await visit.desk.artifact(job_id, visit.owner, index, kind)
+    stored, data = await desk.artifact(job.id, job.owner, index, kind)
     return Response(data, headers=headers, media_type=stored.media_type)
 
 

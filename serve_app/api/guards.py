@@ -102,7 +102,7 @@ class _Answer:
             headers["X-Request-Id"] = self._request_id
             headers["X-Content-Type-Options"] = "nosniff"
             headers["Referrer-Policy"] = "no-referrer"
-            headers["Cross-Origin-Resource-Policy"] = "same-origin"
+            headers.setdefault("Cross-Origin-Resource-Policy", "same-origin")
             headers["Content-Security-Policy"] = self._policy
             headers.setdefault("Cache-Control", "no-store")
         elif message["type"] in ("websocket.accept", "websocket.close"):

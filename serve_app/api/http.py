@@ -68,6 +68,7 @@ def create_app(state: ApiState) -> FastAPI:
     app.include_router(ops.public)
     app.include_router(docs.public)
     app.include_router(auth.public, responses=REFUSALS)
+    app.include_router(links.public, responses=REFUSALS)
     app.include_router(progress.sockets)
     for router in (native, progress, links, gallery, loras, models, tasks, videos, openai, ops, auth, admin):
         # denied by default: a route behind this needs a known caller even if it forgets to ask

@@ -3,15 +3,17 @@
 import time
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Header, Query, Response
 from pydantic import BaseModel, Field
 
-from deployments.protocol.errors import NotFound
-from serve_app.api.depends import Here, JobId
+from serve_app.api.depends import Here, JobId, StateHere
+from serve_app.api.gallery import file_of
 
 router = APIRouter(tags=["results"])
+public = APIRouter(tags=["results"])
 
 LONGEST_S = 86_400
+Kind = Annotated[str, Query(pattern="^[a-z]{1,20}$", description="image, video, thumbnail, ...")]
 
 
 class LinkOut(BaseModel):
@@ -26,14 +28,36 @@ async def link(
     job_id: JobId,
     index: int,
     visit: Here,
-    kind: Annotated[
-        str, Query(pattern="^[a-z]{1,20}$", description="image, video, thumbnail, ...")
-    ] = "image",
+    kind: Kind = "image",
     for_s: Annotated[int, Query(ge=1, le=LONGEST_S, description="Seconds it shall open for.")] = 900,
 ) -> LinkOut:
-    """A presigned address of one finished file, straight from the bucket; only where results lie in one."""
-    expires_at = time.time() + for_s
+    """A presigned address of one finished file: the bucket's own where results lie in one, else ours."""
+    expires_at = int(time.time()) + for_s
     url = await visit.desk.link(job_id, visit.owner, index, kind, for_s)
     if url is None:
-        raise NotFound("this installation keeps results in a directory, which has no links; fetch the file")
+        signature = await visit.desk.sign(job_id, visit.owner, index, kind, expires_at)
+        place = f"{visit.address}/api/shared/{job_id}/{index}/{kind}"
+        url = f"{place}?expires={expires_at}&signature={signature}"
     return LinkOut(url=url, expires_at=expires_at)
+
+
+@public.get("/api/shared/{task_id}/{index}/{kind}", response_class=Response)
+async def open_link(
+    job_id: JobId,
+    index: int,
+    kind: str,
+    state: StateHere,
+    expires: Annotated[int, Query(description="Unix seconds, as it came with the link.")] = 0,
+    signature: Annotated[str, Query(max_length=200)] = "",
+    if_none_match: Annotated[str | None, Header()] = None,
+    byte_range: Annotated[str | None, Header(alias="Range")] = None,
+    if_range: Annotated[str | None, Header()] = None,
+) -> Response:
+    """The file behind such a link, without a key. 401 once its time is up or when it was changed."""
+    job = await state.desk.shared(job_id, index, kind, expires, signature)
+    response = await file_of(
+        state.desk, job, index, kind, known_etag=if_none_match, byte_range=byte_range, if_range=if_range
+    )
+    response.headers["Cache-Control"] = f"private, max-age={max(0, expires - int(time.time()))}"
+    response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"  # whoever has it may show it
+    return response

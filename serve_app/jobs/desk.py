@@ -6,15 +6,17 @@ import asyncio
 import logging
 import re
 import secrets
+import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 
+from deployments.protocol import origin
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import BadRequest, Conflict, Forbidden, NotFound, Overloaded
+from deployments.protocol.errors import BadRequest, Conflict, Forbidden, NotFound, Overloaded, Unauthorized
 from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest, GenerationRequest
 from serve_app.admission.rules import admit
-from serve_app.jobs import follow, pictures
+from serve_app.jobs import follow, links, pictures
 from serve_app.jobs.job import Job, JobState, Once, StoredArtifact, Terms, new_job_id
 from serve_app.jobs.listing import Page
 from serve_app.jobs.sameness import cache_key
@@ -24,6 +26,7 @@ from serve_app.settings import Settings
 from serve_app.storage.digests import ModelDigests
 from serve_app.storage.fetch import Fetcher
 from serve_app.storage.results import ResultStore, input_path
+from serve_app.tracing import current_trace
 from serve_app.transaction import StoreUnreachable
 
 FRESH_SEEDS = 2**32  # as other tools draw them, and exact in JavaScript's numbers
@@ -91,6 +94,8 @@ class JobDesk:
             webhook=webhook,
             images_per_day=images_per_day,
             max_wait_s=card.serving.max_wait_s,
+            request_id=origin.current().request_id,
+            trace=current_trace(),
         )
         job = await self._accept(job_id, owner, detached, taken, fitted.corrections, terms)
         if job.id == job_id:
@@ -194,6 +199,18 @@ class JobDesk:
         """An address of one finished file that opens without a key; None where results have none."""
         artifact = await self._stored(job_id, owner, index, kind)
         return await self._results.link(artifact.path, for_s)
+
+    async def sign(self, job_id: str, owner: str, index: int, kind: str, expires_at: int) -> str:
+        """What opens one finished file to anybody until then (unix seconds); see `shared`."""
+        await self._stored(job_id, owner, index, kind)
+        return links.signature(await self._shared_secret(), job_id, index, kind, expires_at)
+
+    async def shared(self, job_id: str, index: int, kind: str, expires_at: int, signature: str) -> Job:
+        """The job whose file was signed so. Raises Unauthorized, and NotFound once it was deleted."""
+        secret = await self._shared_secret()
+        if not links.opens(secret, job_id, index, kind, expires_at, signature, time.time()):
+            raise Unauthorized("this link is not valid, or no longer; ask whoever sent it for a new one")
+        return await self._store.get(job_id)
 
     async def _stored(self, job_id: str, owner: str, index: int, kind: str) -> StoredArtifact:
         job = await self._own(job_id, owner)

@@ -10,15 +10,19 @@ from collections import Counter
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from deployments.protocol import origin
 from deployments.protocol.errors import WeftError
+from deployments.protocol.origin import Origin
 from serve_app.jobs.attempt import Attempt, Halt, Models
 from serve_app.jobs.forecast import Room
 from serve_app.jobs.hints import stirred
-from serve_app.jobs.job import COPIES, Job
+from serve_app.jobs.job import COPIES, Job, JobState
 from serve_app.jobs.store import Claim, JobStore
 from serve_app.jobs.transitions import NEW_WORK
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from serve_app.telemetry import LocalMeter, Meter
+from serve_app.tracing import continued
 
 COPIERS = 8  # jobs at once that only copy files
 LOOK_AGAIN_S = 1.0  # hints may be lost, and models grow slots without any
@@ -42,12 +46,14 @@ class Dispatcher:
         settings: Settings,
         *,
         time_limits_s: Mapping[str, float] = MappingProxyType({}),
+        meter: Meter | None = None,
     ) -> None:
         self._store = store
         self._results = results
         self._models = models
         self._settings = settings
         self._time_limits_s = time_limits_s
+        self._meter = meter or LocalMeter()
         self._hints = store.work_hints()
         self._running: dict[asyncio.Task[None], Attempt] = {}
         self._draining = False
@@ -126,6 +132,10 @@ class Dispatcher:
         free, all_free = self._free_slots(), self._models.free_slots()
         rooms = {model: Room(running[model] + free.get(model, 0), free.get(model, 0)) for model in all_free}
         await self._store.tell_room(self._name, rooms)
+        for model, waiting in (await self._store.queued(list(all_free))).items():
+            self._meter.put("weft_jobs_queued", waiting, model=model)
+            self._meter.put("weft_jobs_running", running[model], model=model)
+            self._meter.put("weft_slots_free", free.get(model, 0), model=model)
 
     def _start(self, claim: Claim) -> None:
         attempt = Attempt(
@@ -147,12 +157,32 @@ class Dispatcher:
         self._room.set()
 
     async def _run_one(self, attempt: Attempt) -> None:
-        claim = attempt.claim
+        claim, job = attempt.claim, attempt.claim.job
+        origin.attribute(Origin(job.id, job.request_id, job.trace))  # of this task, and of those it starts
         try:
-            with self._hints.hear(claim.job.id) as stir:
-                _log_end(claim, await attempt.run(stir))
+            with (
+                continued(job.trace, f"dispatch {job.request.model}"),
+                self._hints.hear(claim.job.id) as stir,
+            ):
+                ended = await attempt.run(stir)
+            _log_end(claim, ended)
+            if ended is not None:
+                self._count_end(ended)
         except Exception:
             logger.exception("an attempt was lost; its lease will run out", extra=_about(claim))
+
+    def _count_end(self, job: Job) -> None:
+        model, meter = job.request.model, self._meter
+        if not job.state.ended:
+            meter.add("weft_attempts_given_back", model=model)
+            return
+        meter.add(
+            "weft_jobs_ended", model=model, state=job.state.value, error=job.error.kind if job.error else ""
+        )
+        if job.twin is None and job.started_at is not None:
+            meter.observe("weft_job_wait_seconds", job.started_at - job.created_at, model=model)
+            if job.state is JobState.completed and job.completed_at is not None:
+                meter.observe("weft_job_total_seconds", job.completed_at - job.created_at, model=model)
 
     async def _reap(self) -> None:
         """Every heartbeat_s: give jobs of dead workers back, and clear up after those that ended."""
@@ -161,6 +191,7 @@ class Dispatcher:
             return
         self._reap_at = now + self._settings.heartbeat_s
         for job in await self._store.reap():
+            self._meter.add("weft_leases_lost", model=job.request.model)
             logger.warning(
                 "a lease ran out", extra={"job_id": job.id, "attempt": job.attempt, "state": job.state}
             )

@@ -70,6 +70,8 @@ class Terms:
     webhook: str | None = None  # URL that is told of the ending
     max_wait_s: float | None = None  # refused when it would wait longer before it begins
     images_per_day: int | None = None  # the owner's quota; None: there is none
+    request_id: str = ""  # of the HTTP request that brought it, for logs
+    trace: str = ""  # W3C traceparent of that request's span
 
 
 NO_TERMS = Terms()
@@ -118,6 +120,8 @@ class Job:
     webhook: str | None = None
     files_expired: bool = False  # its files were removed when their time was up
     charge: Charge | None = None  # what it took from its owner's quota
+    request_id: str = ""  # of the HTTP request that brought it
+    trace: str = ""  # W3C traceparent of that request's span
 
     @property
     def queue(self) -> str:

@@ -148,7 +148,14 @@ def new_fields(
     twin: str | None = None,
 ) -> dict[str, str]:
     """The hash of a job that was accepted just now."""
-    given = {"same": terms.same, "webhook": terms.webhook, "leader": leader, "twin": twin}
+    given = {
+        "same": terms.same,
+        "webhook": terms.webhook,
+        "leader": leader,
+        "twin": twin,
+        "request_id": terms.request_id or None,
+        "trace": terms.trace or None,
+    }
     return {
         "state": JobState.queued.value,
         "owner": owner,
@@ -191,6 +198,8 @@ def job_from(job_id: str, fields: Mapping[str, str]) -> Job:
         webhook=fields.get("webhook"),
         files_expired="files_expired" in fields,
         charge=None if "charge" not in fields else Charge.parse(fields["charge"]),
+        request_id=fields.get("request_id", ""),
+        trace=fields.get("trace", ""),
     )
 
 

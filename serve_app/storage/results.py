@@ -33,6 +33,7 @@ EXTENSIONS = {
     "video/mp4": "mp4",
     "video/webm": "webm",
 }
+MEDIA_TYPES = {extension: media_type for media_type, extension in EXTENSIONS.items()}
 JOB_ID = re.compile(r"[0-9a-f]{32}")
 ADAPTER = re.compile(r"adapters/([0-9a-f]{64})\.safetensors")
 PATH = re.compile(rf"(outputs|inputs)/[0-9a-f]{{32}}/[a-z0-9_]+([.-][a-z0-9_]+)*|{ADAPTER.pattern}")
@@ -95,7 +96,10 @@ class ResultStore:
     async def put(self, path: str, data: bytes) -> StoredFile:
         """The file, durable and complete under its name."""
         full = self._full(path)
-        await _in_thread(self._put_local if self._local else self._fs.pipe_file, full, data)
+        if self._local:
+            await _in_thread(self._put_local, full, data)
+        else:
+            await _in_thread(self._fs.pipe_file, full, data, **self._described(path))
         return StoredFile(path, len(data), hashlib.sha256(data).hexdigest())
 
     async def get(self, path: str, *, sha256: str | None = None) -> bytes:
@@ -172,6 +176,13 @@ class ResultStore:
         if not PATH.fullmatch(path):
             raise NotFound("there is no such file")
         return f"{self._root}/{path}"
+
+    def _described(self, path: str) -> dict[str, str]:
+        """What S3 shall say of an object: a link opens it in a browser as what it is, and as nothing else."""
+        if "s3" not in self._fs.protocol:
+            return {}
+        media_type = MEDIA_TYPES.get(path.rpartition(".")[2], "application/octet-stream")
+        return {"ContentType": media_type, "CacheControl": "private, max-age=86400, immutable"}
 
     def _job(self, job_id: str) -> str:
         if not JOB_ID.fullmatch(job_id):

@@ -99,7 +99,8 @@ async def test_a_link_opens_without_a_key_and_not_when_it_was_changed(bucket: Re
 
     assert link is not None
     async with httpx.AsyncClient() as anybody:
-        assert (await anybody.get(link)).content == b"pixels"
+        answer = await anybody.get(link)
+    assert (answer.content, answer.headers["content-type"]) == (b"pixels", "image/png")
     asked = httpx.URL(link).params
     assert asked["X-Amz-Expires"] == "600"
     assert "X-Amz-Signature" in asked

@@ -148,7 +148,11 @@ async def test_what_is_anothers_looks_like_what_never_was(
     done = await client.post("/v1/images/generations", json=SUBMIT, headers=bearer(ann))
     assert done.status_code == 200, done.text
     job_id = (await client.get("/api/generate/", headers=bearer(ann))).json()["jobs"][0]["id"]
-    by_id = [(method, path) for method, path in calls(app, job_id) if job_id in path]
+    by_id = [
+        (method, path)
+        for method, path in calls(app, job_id)
+        if job_id in path and not path.startswith("/api/shared/")  # a link is its own key, below
+    ]
 
     for method, path in by_id:
         theirs = await client.request(method, path, headers=bearer(bob))
@@ -239,3 +243,38 @@ async def test_full_of_calls_the_service_says_when_to_come_again(
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
     assert let_in.status_code == 202
     assert await redis.zcard(f"{settings.redis_prefix}calls") == settings.max_concurrent_calls - 1
+
+
+async def test_a_link_opens_its_one_file_without_a_key_until_its_time_is_up(
+    client: httpx.AsyncClient, books: Books, painter: Painter
+):
+    ann, bob = bearer(await key_of(books, "ann")), bearer(await key_of(books, "bob"))
+    await client.post("/v1/images/generations", json=SUBMIT, headers=ann)
+    job_id = (await client.get("/api/generate/", headers=ann)).json()["jobs"][0]["id"]
+    whole = await client.get(f"/api/results/{job_id}/0.png", headers=ann)
+
+    given = (await client.get(f"/api/results/{job_id}/0/link", params={"for_s": 60}, headers=ann)).json()
+    link = httpx.URL(given["url"])
+    opened = await client.get(link)
+    part = await client.get(link, headers={"Range": "bytes=0-7"})
+    others = [
+        link.copy_set_param("expires", int(link.params["expires"]) + 1),
+        link.copy_set_param("signature", "x" * 43),
+        link.copy_set_param("signature", ""),
+        link.copy_with(path=link.path.replace("/image", "/thumbnail")),
+        link.copy_with(path=link.path.replace("/0/", "/1/")),
+        link.copy_with(path=link.path.replace(job_id, UNKNOWN)),
+    ]
+    refused = [(await client.get(other)).status_code for other in others]
+    refused_bob = await client.get(f"/api/results/{job_id}/0/link", headers=bob)
+    await client.delete(f"/api/generate/{job_id}", headers=ann)
+    after = await client.get(link)
+
+    assert (opened.status_code, opened.content) == (200, whole.content)
+    assert opened.headers["content-type"] == "image/png"
+    assert opened.headers["cross-origin-resource-policy"] == "cross-origin"
+    assert 0 < int(opened.headers["cache-control"].rpartition("=")[2]) <= 60
+    assert (part.status_code, part.content) == (206, whole.content[:8])
+    assert refused == [401] * 6
+    assert refused_bob.status_code == 404
+    assert after.status_code == 404

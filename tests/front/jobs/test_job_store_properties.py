@@ -71,9 +71,16 @@ class StoreMachine(RuleBasedStateMachine):
             self._run(self.store.reap())
             while claim := self._run(self.store.claim(dict.fromkeys(QUEUES, 9))):
                 self._expire(claim.job.id)
-        assert all(self._job(job_id).state.ended for job_id in self.known)
-        keys = list(self.sync.scan_iter(f"{self.keys.prefix}*", count=1000))
-        assert [key for key in keys if self.sync.ttl(key) < 0] == []
+        keys = list(self.sync.scan_iter(f"{self.keys.prefix}*", count=10_000))
+        with self.sync.pipeline(transaction=False) as pipe:
+            for job_id in sorted(self.known):
+                pipe.hget(self.keys.job(job_id), "state")
+            for key in keys:
+                pipe.ttl(key)
+            found = pipe.execute()
+        assert all(JobState(state).ended for state in found[: len(self.known)])
+        lives = found[len(self.known) :]
+        assert [key for key, ttl in zip(keys, lives, strict=True) if ttl < 0] == []
         self._run(self.redis.aclose())
         self.runner.close()
         self.sync.close()
@@ -247,6 +254,7 @@ def machine(valkey_url: str) -> type[StoreMachine]:
     return StoreMachine
 
 
+@pytest.mark.timeout(240 + 3 * EXAMPLES)
 def test_the_store_keeps_its_word_under_any_schedule(machine: type[StoreMachine]) -> None:
     run_state_machine_as_test(machine, settings=schedules(EXAMPLES))
 

@@ -1,0 +1,20 @@
+"""Signatures of links: nothing but the very link opens."""
+
+from __future__ import annotations
+
+from serve_app.jobs import links
+
+JOB = "f" * 32
+
+
+def test_a_signature_is_of_one_file_one_time_and_one_installation():
+    ours = links.signature(b"s" * 32, JOB, 0, "image", 1000)
+
+    def opens(secret: bytes = b"s" * 32, index: int = 0, expires_at: int = 1000, now: float = 999.0) -> bool:
+        return links.opens(secret, JOB, index, "image", expires_at, ours, now)
+
+    assert opens()
+    assert not opens(now=1000.0)
+    assert not opens(expires_at=2000)
+    assert not opens(index=1)
+    assert not opens(secret=b"t" * 32)
