@@ -61,6 +61,7 @@ class ImageModel:
         *,
         fetch_adapter: AdapterFiles | None = None,
         adapter_folder: str | None = None,
+        beside: object = None,
     ) -> None:
         """cards: the first is loaded now, the others when asked for; its `serving` rules the replica.
 
@@ -68,6 +69,7 @@ class ImageModel:
         on_stop: takes a function that it will call when the replica is going to be stopped.
         fetch_adapter: where LoRAs come from that requests only name; without it they bring their file.
         adapter_folder: keeps LoRAs that were fetched; replicas of one machine may share it.
+        beside: a deployment that belongs to the same Serve application; never called from here.
         """
         os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # a model folder may hold code; never run it
         import torch
@@ -140,6 +142,13 @@ class ImageModel:
         except WeftError as error:
             yield Failed.of(error)
 
+    async def unload(self, digest: str) -> bool:
+        """Forget a deleted adapter on this replica, for `handle.broadcast`; running requests keep it."""
+        await asyncio.to_thread(self._adapter_files.drop, digest)
+        for loaded in self._shelf.models:
+            loaded.adapters.unload(digest)
+        return True
+
     async def status(self) -> dict[str, object]:
         """What this replica is and how busy it is."""
         return {
@@ -165,9 +174,12 @@ class ImageModel:
         for card in self._cards.values():
             if request.model == card.id or request.model in card.aliases:
                 return card
-        if len(self._cards) == 1:  # a handle leads to one model, whatever the request calls it
+        # a handle leads to one model, whatever the request calls it; but a fitted one was made for its card
+        if len(self._cards) == 1 and not isinstance(request, FittedRequest):
             return next(iter(self._cards.values()))
-        raise NotFound(f"there is no model {request.model!r} here; there is {', '.join(self._cards)}")
+        raise NotFound(
+            f"there is no model {request.model!r} here; there is {', '.join(self._cards)}", param="model"
+        )
 
     def _refiner_of(self, card: ModelCard) -> ModelCard | None:
         return self._refiners.get(card.id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import ray.exceptions
@@ -15,7 +15,7 @@ from ray.serve.exceptions import RayServeException
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Internal, ModelUnavailable, NotFound, WeftError
 from serve_app.adapters.builtin import BuiltIns
-from serve_app.handles import LoraReplicas
+from serve_app.handles import ModelHandles
 from serve_app.services import Services
 from serve_app.settings import Settings
 from serve_app.storage.results import adapter_path
@@ -24,6 +24,7 @@ from serve_app.telemetry import join_serve_log
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
 
+ADAPTERS = "Adapters"  # the deployment's name
 COLLECT_EVERY_S = 600.0
 
 logger = logging.getLogger(__name__)
@@ -33,20 +34,22 @@ class AdaptersReplica:
     """The files of all registered adapters, by digest: replicas of models see no storage and no Valkey."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it, so that the loop below is the replica's
-        self, settings: Settings, cards: Mapping[str, ModelCard], lora_deployments: Sequence[str]
+        self, settings: Settings, cards: Mapping[str, ModelCard] | None
     ) -> None:
-        """lora_deployments: names of those that may hold adapters."""
+        """cards: what its application serves; None: models are applications of their own."""
         join_serve_log()
         services = Services.open(settings)
         self._results = services.results
-        self._builtins = BuiltIns(cards.values())
-        replicas = LoraReplicas(lora_deployments, serve.get_replica_context().app_name)
-        self._desk = services.adapters(self._builtins, replicas.unload)
+        self._models = ModelHandles.of_replica(cards)
+        self._builtins = BuiltIns(self._models.cards.values())
+        self._desk = services.adapters(self._builtins, self._models.unload)
         # a task with the context of a Serve request would be cancelled with that request
         self._task = asyncio.create_task(self._collect(), context=contextvars.Context())
 
     async def read(self, digest: str) -> bytes:
         """The safetensors file with this SHA-256. Raises NotFound."""
+        if self._models.cards_change:
+            await self._models.look()
         file = await self._builtins.file(digest)
         return await self._results.get(adapter_path(digest), sha256=digest) if file is None else file
 
@@ -69,12 +72,18 @@ class AdaptersReplica:
 class AdapterFilesByHandle:
     """The AdapterFiles that a replica of a model gets: calls to the deployment above."""
 
-    def __init__(self, adapters: DeploymentHandle[Any]) -> None:
-        self._adapters = adapters
+    def __init__(self, application: str | None = None) -> None:
+        """application: where that deployment is; None: in the replica's own."""
+        self._application = application
+        self._adapters: DeploymentHandle[Any] | None = None
 
     async def read(self, digest: str) -> bytes:
         """Raises NotFound; ModelUnavailable (retryable) while the deployment is away."""
         try:
+            if self._adapters is None:
+                self._adapters = await asyncio.to_thread(
+                    serve.get_deployment_handle, ADAPTERS, self._application
+                )
             file: bytes = await self._adapters.read.remote(digest)
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, NotFound):
@@ -82,6 +91,6 @@ class AdapterFilesByHandle:
                     "a LoRA's file is no longer stored; register it again", param="loras"
                 ) from error
             raise ModelUnavailable("a LoRA's file could not be read; try again") from error
-        except (ray.exceptions.RayActorError, RayServeException) as error:
+        except (ray.exceptions.RayActorError, RayServeException, KeyError) as error:
             raise ModelUnavailable("the store of LoRA files is away; try again") from error
         return file

@@ -11,7 +11,7 @@ from ray import serve
 
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Internal
-from serve_app.handles import DispatcherModels, ModelHandles
+from serve_app.handles import DispatcherModels, ModelHandles, TimeLimits
 from serve_app.jobs.chores import Chores
 from serve_app.jobs.dispatch import Dispatcher
 from serve_app.services import Services
@@ -29,20 +29,19 @@ class DispatcherReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it, so that the loop below is the replica's
         self,
         settings: Settings,
-        cards: Mapping[str, ModelCard],
-        handles: Mapping[str, DeploymentHandle[Any]],
-        loras: Mapping[str, DeploymentHandle[Any]],
+        cards: Mapping[str, ModelCard] | None,
         dispatchers: int,
     ) -> None:
+        """cards: what its application serves; None: models are applications of their own."""
         join_serve_log()
-        models = ModelHandles(handles, serve.get_replica_context().app_name, loras)
+        models = ModelHandles.of_replica(cards)
         services = Services.open(settings)
         self._dispatcher = Dispatcher(
             services.store,
             services.results,
-            DispatcherModels(models, cards, dispatchers),
+            DispatcherModels(models, dispatchers),
             settings,
-            time_limits_s={card.id: card.serving.job_timeout_s for card in cards.values()},
+            time_limits_s=TimeLimits(models.cards),
         )
         # a task with the context of a Serve request would be cancelled with that request
         self._task = asyncio.create_task(self._dispatcher.run(), context=contextvars.Context())

@@ -3,53 +3,63 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, cast
 
 import ray.exceptions
 from ray import serve
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from ray.serve.schema import ApplicationDetails, DeploymentDetails, ServeInstanceDetails
 
+from deployments.protocol import origin
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Internal, ModelUnavailable
-from deployments.protocol.events import Event
+from deployments.protocol.events import Event, Failed
 from deployments.protocol.request import FittedRequest
+from serve_app.places import Application, Fleet, OneApplication, Place, Pool, Served, ServedCards
 
 logger = logging.getLogger(__name__)
 
 STATES_MAX_AGE_S = 2.0
+LOOK_LIMIT_S = 5.0  # that a caller waits for Serve's controller; then what was seen last counts
 UNLOAD_TIMEOUT_S = 30.0
 
 
 class ModelHandles:
-    """Calls to the models of one application. One per replica, used from one event loop."""
+    """Calls to the models that are served. One per replica of the front floor, used from one event loop."""
 
-    def __init__(
-        self,
-        handles: Mapping[str, DeploymentHandle[Any]],
-        app_name: str,
-        loras: Mapping[str, DeploymentHandle[Any]] | None = None,
-    ) -> None:
-        """loras: by model, where its requests with LoRAs go; may be the same deployment."""
+    def __init__(self, served: Served) -> None:
+        self._served = served
         # the first .options() opens a metrics pusher and a long poll; those made of its result share them
-        self._handles = {
-            model: handle.options(method_name="generate", stream=True) for model, handle in handles.items()
-        }
-        self._loras = {
-            model: self._handles[model]
-            if handle.deployment_name == handles[model].deployment_name
-            else handle.options(method_name="generate", stream=True)
-            for model, handle in (loras or {}).items()
-        }
-        self._app_name = app_name
-        self._running = dict.fromkeys(handles, 0)  # replicas
-        self._states = dict.fromkeys(handles, "loading")
+        self._handles: dict[tuple[str, str], DeploymentHandle[Any]] = {}
+        self._pools: dict[str, Pool] = {}  # by model, as last seen; cards of one group share theirs
         self._looked_at = -math.inf
         self._look: asyncio.Task[None] | None = None
+        self._look_began = -math.inf
+
+    @classmethod
+    def of_replica(cls, cards: Mapping[str, ModelCard] | None) -> ModelHandles:
+        """For the replica we are in. cards: what its application serves; None: a gateway, see Fleet."""
+        application = serve.get_replica_context().app_name
+        return cls(Fleet(application) if cards is None else OneApplication(cards, application))
+
+    @property
+    def cards(self) -> ServedCards:
+        """Of the models that are served, as last seen; they may change whenever somebody awaits."""
+        return ServedCards(self._served)
+
+    @property
+    def cards_change(self) -> bool:
+        """Whether models may come and go."""
+        return self._served.changes
 
     async def generate(
         self, model: str, request: FittedRequest, /, *, user: str = "", resume: bytes | None = None
@@ -59,98 +69,160 @@ class ModelHandles:
         It waits for a slot as long as that takes: the request was accepted and has its place.
         Raises ModelUnavailable (retryable) when the replica dies, drains or does not exist.
         """
-        call = self._handle_for(model, request).remote(request, user, resume, patient=True)
+        place = self._served.places.get(model)
+        if place is None:
+            raise ModelUnavailable(f"{model} is not served now; there is {', '.join(self.cards) or 'none'}")
+        call = self._handle_for(place, request).remote(
+            request, user, resume, patient=True, origin=origin.current()
+        )
         stream = cast(DeploymentResponseGenerator[Event], call)
         try:
             async for event in stream:
+                if isinstance(event, Failed) and (event.kind, event.param) == ("not_found", "model"):
+                    raise self._lost(model)  # its deployment was changed and serves others now
                 yield event
         except (ray.exceptions.RayActorError, RayServeException) as error:
-            raise ModelUnavailable(f"the replica of {model} was lost; try again") from error
+            raise self._lost(model) from error
         except ray.exceptions.RayTaskError as error:
             raise Internal(f"the replica of {model} failed: {error.cause!r}") from error
         finally:
             # closing a Python iterator tells the replica nothing; cancel() does, and is a no-op at the end
             stream.cancel()  # type: ignore[no-untyped-call]
 
-    def _handle_for(self, model: str, request: FittedRequest) -> DeploymentHandle[Any]:
+    def _lost(self, model: str) -> ModelUnavailable:
+        if self._served.changes:
+            self._looked_at = -math.inf  # perhaps it is not served any more: look before it is tried again
+            self.look_again()
+        return ModelUnavailable(f"the replica of {model} was lost; try again")
+
+    def _handle_for(self, place: Place, request: FittedRequest) -> DeploymentHandle[Any]:
         """With LoRAs: to a replica that holds the first of them, if there is one."""
-        if not request.loras or model not in self._loras:
-            return self._handles[model]
-        return self._loras[model].options(multiplexed_model_id=request.loras[0].id)
+        if not request.loras or place.loras is None:
+            return self._handle(place.application, place.deployment)
+        handle = self._handle(place.application, place.loras)
+        return handle.options(multiplexed_model_id=request.loras[0].id) if place.routed_by_lora else handle
+
+    def _handle(self, application: str, deployment: str) -> DeploymentHandle[Any]:
+        """Kept for good: it serves again when an application of this name comes back."""
+        handle = self._handles.get((application, deployment))
+        if handle is None:
+            # the check would hold up the event loop for a call to the controller
+            found = serve.get_deployment_handle(deployment, application, _check_exists=False)
+            handle = found.options(method_name="generate", stream=True)
+            self._handles[application, deployment] = handle
+        return handle
 
     async def states(self) -> dict[str, str]:
         """Per model: ready, loading, idle (scaled to zero) or error; at most 2 s old."""
-        if time.monotonic() - self._looked_at > STATES_MAX_AGE_S:
-            await self._refresh()
-        return dict(self._states)
+        await self.look()
+        return {model: _state(self._pool(model)) for model in self._served.places}
 
     def running_replicas(self, model: str) -> int:
         """As last seen; `look_again` brings it up to date."""
-        return self._running[model]
+        return self._pool(model).running
+
+    def most_replicas(self, model: str) -> int:
+        """How many there may be, as last seen: a config file may say otherwise than the card."""
+        limit = self._pool(model).limit
+        return self._served.places[model].card.serving.max_replicas if limit is None else limit
+
+    def _pool(self, model: str) -> Pool:
+        return self._pools.get(model, Pool())
+
+    async def look(self) -> None:
+        """Know what Serve says, at most 2 s old; while its controller is silent, what it said last."""
+        self.look_again()
+        if self._look is not None and not self._look.done():
+            patience_s = self._look_began + LOOK_LIMIT_S - time.monotonic()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, patience_s)):
+                    await asyncio.shield(self._look)
 
     def look_again(self) -> None:
         """Ask Serve in the background, if the last answer is over 2 s old: it costs 20 ms of CPU."""
-        aged = time.monotonic() - self._looked_at > STATES_MAX_AGE_S
-        if aged and (self._look is None or self._look.done()):
-            self._look = asyncio.get_running_loop().create_task(self._refresh())
+        now = time.monotonic()
+        if now - self._looked_at > STATES_MAX_AGE_S and (self._look is None or self._look.done()):
+            self._look_began = now
+            # with the context of a Serve request it could be cancelled with that request
+            self._look = asyncio.get_running_loop().create_task(
+                self._refresh(), context=contextvars.Context()
+            )
 
     async def _refresh(self) -> None:
         try:
-            status = await asyncio.to_thread(serve.status)
+            applications = await asyncio.to_thread(_applications)
         except (ray.exceptions.RayError, RayServeException) as error:
             logger.warning("serve's status is not to be had", extra={"error": repr(error)})
             return
-        application = status.applications.get(self._app_name)
-        deployments = application.deployments if application is not None else {}
-        for model, handle in self._handles.items():
-            found = deployments.get(handle.deployment_name)  # cards of one group share theirs
-            self._running[model] = _running(found.replica_states) if found else 0
-            self._states[model] = _state(self._running[model], found.status.value if found else "")
+        self._served.update(applications)
+        for model, place in self._served.places.items():
+            application = applications.get(place.application, Application())
+            self._pools[model] = application.deployments.get(place.deployment, Pool())
         self._looked_at = time.monotonic()
-
-
-class LoraReplicas:
-    """All replicas that may hold adapters."""
-
-    def __init__(self, deployments: Sequence[str], app_name: str) -> None:
-        self._deployments = tuple(deployments)
-        self._app_name = app_name
-        self._handles: list[DeploymentHandle[Any]] | None = None  # made when needed: replicas come later
 
     async def unload(self, digest: str) -> None:
         """Have every replica forget an adapter. One that is missed keeps a file that nobody asks for."""
-        try:
-            await asyncio.to_thread(self._unload, digest)
-        except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
-            logger.warning("an adapter was not unloaded everywhere", extra={"error": repr(error)})
-
-    def _unload(self, digest: str) -> None:
-        if self._handles is None:
-            self._handles = [serve.get_deployment_handle(name, self._app_name) for name in self._deployments]
-        for call in [handle.broadcast("unload", digest) for handle in self._handles]:
-            call.results(timeout_s=UNLOAD_TIMEOUT_S)
+        await self.look()
+        pools = {(place.application, place.loras) for place in self._served.places.values() if place.loras}
+        for application, deployment in pools:
+            try:
+                await asyncio.to_thread(_unload, application, deployment, digest)
+            except (ray.exceptions.RayError, RayServeException, KeyError, TimeoutError) as error:
+                about = {"deployment": deployment, "error": repr(error)}
+                logger.warning("an adapter was not unloaded everywhere", extra=about)
 
 
-def _running(replica_states: Mapping[Any, int]) -> int:
-    return sum(count for state, count in replica_states.items() if state == "RUNNING")
+def _unload(application: str, deployment: str, digest: str) -> None:
+    serve.get_deployment_handle(deployment, application).broadcast("unload", digest).results(
+        timeout_s=UNLOAD_TIMEOUT_S
+    )
 
 
-def _state(running: int, serve_status: str) -> str:
-    if running:
+def _applications() -> dict[str, Application]:
+    """What runs, by name. `serve.status()` is made of the same answer, less the args."""
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return {}
+    details = ServeInstanceDetails(**client.get_serve_details())
+    return {name: _application(app) for name, app in details.applications.items()}
+
+
+def _application(details: ApplicationDetails) -> Application:
+    config = details.deployed_app_config
+    return Application(
+        import_path="" if config is None else config.import_path,
+        args={} if config is None else config.args,
+        status=details.status.value,
+        deployed_at=details.last_deployed_time_s,
+        deployments={name: _pool(deployment) for name, deployment in details.deployments.items()},
+    )
+
+
+def _pool(details: DeploymentDetails) -> Pool:
+    config = details.deployment_config
+    scaled = config.autoscaling_config
+    return Pool(
+        details.status.value,
+        running=sum(replica.state == "RUNNING" for replica in details.replicas),
+        limit=details.target_num_replicas if not isinstance(scaled, dict) else scaled.get("max_replicas"),
+    )
+
+
+def _state(pool: Pool) -> str:
+    if pool.running:
         return "ready"
-    if serve_status in ("UNHEALTHY", "DEPLOY_FAILED"):
+    if pool.status in ("UNHEALTHY", "DEPLOY_FAILED"):
         return "error"
-    return "idle" if serve_status == "HEALTHY" else "loading"
+    return "idle" if pool.status == "HEALTHY" else "loading"
 
 
 class DispatcherModels:
     """What a dispatcher may ask of the models: how many more jobs, and to run one."""
 
-    def __init__(self, handles: ModelHandles, cards: Mapping[str, ModelCard], dispatchers: int) -> None:
+    def __init__(self, handles: ModelHandles, dispatchers: int) -> None:
         self._handles = handles
-        self._cards = cards
         self._dispatchers = dispatchers
-        self._active = dict.fromkeys(cards, 0)
+        self._active: Counter[str] = Counter()
 
     def free_slots(self) -> Mapping[str, int]:
         """Per model, how many more jobs this dispatcher may give it.
@@ -158,12 +230,14 @@ class DispatcherModels:
         One replica more than runs: the surplus waits at Serve, where its autoscaler can see it.
         """
         free: dict[str, int] = {}
-        for model, card in self._cards.items():
-            serving = card.serving
-            replicas = min(self._handles.running_replicas(model) + 1, serving.max_replicas)
-            share = math.ceil(serving.slots * replicas / self._dispatchers)
+        if self._handles.cards_change:
+            self._handles.look_again()
+        for model, card in self._handles.cards.items():
+            most = self._handles.most_replicas(model)
+            replicas = min(self._handles.running_replicas(model) + 1, most)
+            share = math.ceil(card.serving.slots * replicas / self._dispatchers)
             free[model] = max(0, share - self._active[model])
-            if replicas < serving.max_replicas and free[model] < share / 2:
+            if replicas < most and free[model] < share / 2:
                 self._handles.look_again()  # only when room runs short does the number matter
         return free
 
@@ -180,3 +254,19 @@ class DispatcherModels:
                 await events.aclose()
         finally:
             self._active[model] -= 1
+
+
+class TimeLimits(Mapping[str, float]):
+    """Seconds that a job of each served model may take, as models come and go."""
+
+    def __init__(self, cards: Mapping[str, ModelCard]) -> None:
+        self._cards = cards
+
+    def __getitem__(self, model: str) -> float:
+        return self._cards[model].serving.job_timeout_s
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._cards)
+
+    def __len__(self) -> int:
+        return len(self._cards)

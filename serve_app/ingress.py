@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
 from deployments.protocol.card import ModelCard
 from serve_app.adapters.builtin import BuiltIns
-from serve_app.handles import LoraReplicas, ModelHandles
+from serve_app.handles import ModelHandles
 from serve_app.services import Services
 from serve_app.settings import Settings
 from serve_app.telemetry import join_serve_log
@@ -26,32 +26,28 @@ class Ingress:
     def __init__(
         self,
         settings: Settings,
-        cards: Mapping[str, ModelCard],
-        handles: Mapping[str, DeploymentHandle[Any]],
-        loras: Mapping[str, DeploymentHandle[Any]],
-        _adapters: DeploymentHandle[Any],  # bound so that these are part of the graph
-        _dispatcher: DeploymentHandle[Any],
+        cards: Mapping[str, ModelCard] | None,
+        _graph: Sequence[DeploymentHandle[Any]],  # bound so that these are part of the application
     ) -> None:
+        """cards: what its application serves; None: models are applications of their own."""
         join_serve_log()
         self._settings = settings
-        self._cards = cards
-        self._models = ModelHandles(handles, serve.get_replica_context().app_name)
-        names = {handle.deployment_name for handle in loras.values()}
-        self._loras = LoraReplicas(sorted(names), serve.get_replica_context().app_name)
+        self._models = ModelHandles.of_replica(cards)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the replica, once the constructor is done."""
         from serve_app.api.depends import ApiState
         from serve_app.api.http import create_app
 
-        services = Services.open(self._settings)
+        services, models = Services.open(self._settings), self._models
         return create_app(
             ApiState(
-                desk=services.desk(self._cards),
-                cards=self._cards,
+                desk=services.desk(models.cards),
+                cards=models.cards,
                 settings=self._settings,
-                model_states=self._models.states,
-                adapters=services.adapters(BuiltIns(self._cards.values()), self._loras.unload),
+                model_states=models.states,
+                adapters=services.adapters(BuiltIns(models.cards.values()), models.unload),
+                look=models.look if models.cards_change else None,
                 accounts=services.store.redis,
             )
         )

@@ -30,8 +30,8 @@ FRONT = (
         "serve_app.telemetry",
     ),
     ("serve_app.jobs", "serve_app.adapters"),
-    ("serve_app.admission", "serve_app.storage"),
-    ("serve_app.settings", "serve_app.transaction"),
+    ("serve_app.admission", "serve_app.storage", "serve_app.places"),
+    ("serve_app.settings", "serve_app.transaction", "serve_app.args"),
     ("deployments.protocol",),
 )
 WORKSHOP = (

@@ -14,7 +14,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.protocol.card import load_cards
-from serve_app import app
+from serve_app import app, args
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
@@ -91,11 +91,11 @@ def test_the_serve_file_fits_serves_own_schema() -> None:
 def test_the_serve_file_names_our_builder_with_arguments_it_takes() -> None:
     module, _, builder = APPLICATION["import_path"].partition(":")
 
-    args = app.AppArgs.model_validate(APPLICATION["args"])
+    given = args.AppArgs.model_validate(APPLICATION["args"])
 
     assert module == app.__name__
     assert callable(getattr(app, builder))
-    assert set(args.models) <= set(load_cards(ROOT / "configs/models"))
+    assert {str(model) for model in given.models} <= set(load_cards(ROOT / "configs/models"))
 
 
 def test_the_serve_file_answers_on_loopback_only() -> None:

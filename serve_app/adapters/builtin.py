@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from deployments.protocol.adapter_file import inspect
@@ -15,25 +15,22 @@ from serve_app.settings import ROOT
 
 
 class BuiltIns:
-    """The adapters of these cards. Files are read when first asked for, and once."""
+    """The adapters of these cards, which may come and go. Files are read when first asked for, and once."""
 
-    def __init__(self, cards: Iterable[ModelCard]) -> None:
-        self._listed = [(card, entry) for card in cards for entry in card.adapters]
-        self._known: list[Adapter] | None = None
+    def __init__(self, cards: Collection[ModelCard]) -> None:
+        self._cards = cards
+        self._known: dict[tuple[str, str, str], Adapter] = {}  # by card, id and path
         self._paths: dict[str, Path] = {}
         self._reading = asyncio.Lock()
 
     async def list(self) -> list[Adapter]:
         """All of them, in the order of the cards. Raises Internal when a card names what is no LoRA."""
-        async with self._reading:
-            if self._known is None:
-                self._known = [await asyncio.to_thread(self._read, *each) for each in self._listed]
-        return self._known
+        return [adapter for _, adapter in await self._all()]
 
     async def find(self, name: str, model: str | None = None) -> Adapter | None:
         """The one with this id or digest, or path as a card writes it; of this model where it is told."""
         folded = name.casefold()
-        for (_, entry), adapter in zip(self._listed, await self.list(), strict=True):
+        for entry, adapter in await self._all():
             if model in (None, adapter.model) and (
                 folded == adapter.id or name in (entry.path, adapter.digest)
             ):
@@ -45,6 +42,17 @@ class BuiltIns:
         await self.list()
         path = self._paths.get(digest)
         return None if path is None else await asyncio.to_thread(path.read_bytes)
+
+    async def _all(self) -> Sequence[tuple[CardAdapter, Adapter]]:
+        found = []
+        async with self._reading:
+            listed = [(card, entry) for card in self._cards for entry in card.adapters]
+            for card, entry in listed:
+                key = card.id, entry.id, entry.path
+                if key not in self._known:
+                    self._known[key] = await asyncio.to_thread(self._read, card, entry)
+                found.append((entry, self._known[key]))
+        return found
 
     def _read(self, card: ModelCard, entry: CardAdapter) -> Adapter:
         path = ROOT / Path(entry.path).expanduser()

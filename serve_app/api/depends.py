@@ -54,6 +54,7 @@ class ApiState:
     pictures: PictureCheck = field(default_factory=PictureCheck)
     metrics: ApiMetrics = field(default_factory=ApiMetrics)
     adapters: AdapterDesk | None = None  # None: requests name no LoRAs
+    look: Callable[[], Awaitable[None]] | None = None  # brings cards up to date; None: they never change
     accounts: StoreClient | None = None  # where users are kept; None: the one key is all there is
 
     @cached_property
@@ -192,6 +193,8 @@ async def enter(connection: HTTPConnection, state: StateHere) -> AsyncGenerator[
     async with AsyncExitStack() as held:
         if state.gate.limits is not None and _asks_for_pictures(connection):
             await held.enter_async_context(state.gate.limits.slot())
+        if state.look is not None:
+            await state.look()
         yield visit
 
 

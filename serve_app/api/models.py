@@ -2,6 +2,7 @@
 
 from fastapi import APIRouter
 
+from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Forbidden, NotFound
 from serve_app.admission.rules import find_card
 from serve_app.api.depends import Here, Visit
@@ -17,9 +18,8 @@ router = APIRouter(tags=["models"])
 async def list_models(visit: Here) -> ModelList:
     """Every model with its limits and its state, and every adapter that the caller may use with them."""
     adapters = [] if visit.state.adapters is None else await visit.adapters.list(visit.owner)
-    return ModelList(
-        models=await _out(visit, list(visit.state.cards)), adapters=[told(each, visit) for each in adapters]
-    )
+    models = await _out(visit, list(visit.state.cards.values()))
+    return ModelList(models=models, adapters=[told(each, visit) for each in adapters])
 
 
 @router.get("/api/models/{model:path}")
@@ -34,7 +34,7 @@ async def read_model(model: str, visit: Here) -> ModelOut | LoraOut:
             return told(await visit.adapters.get(model, visit.owner), visit)
         except NotFound:
             raise no_model from None
-    return (await _out(visit, [card.id]))[0]
+    return (await _out(visit, [card]))[0]
 
 
 @router.delete("/api/models/{model:path}")
@@ -47,6 +47,6 @@ async def delete_model(model: str, visit: Here) -> LoraDeleted:
     raise Forbidden(f"{card.id} is a base model and stays; only adapters are deleted here", param="model")
 
 
-async def _out(visit: Visit, ids: list[str]) -> list[ModelOut]:
+async def _out(visit: Visit, cards: list[ModelCard]) -> list[ModelOut]:
     states = await visit.state.model_states()
-    return [ModelOut.of(visit.state.cards[model_id], states.get(model_id, "absent")) for model_id in ids]
+    return [ModelOut.of(card, states.get(card.id, "absent")) for card in cards]
