@@ -16,6 +16,7 @@ from serve_app.admission import tokens
 from serve_app.admission.keys import UNKNOWN, ApiKeys, looks_like_key
 from serve_app.admission.principal import LOCAL, Principal, Role, Scope, identify
 from serve_app.admission.ratelimit import RateLimit
+from serve_app.admission.tickets import REFUSED, Holder, Tickets
 from serve_app.admission.users import User, Users
 from serve_app.settings import Settings
 from serve_app.transaction import reachable
@@ -32,12 +33,19 @@ class Books:
     users: Users
     keys: ApiKeys
     limits: RateLimit
+    tickets: Tickets
     redis: Redis
 
     @classmethod
     def of(cls, redis: Redis, settings: Settings) -> Books:
         prefix = settings.redis_prefix
-        return cls(Users(redis, prefix), ApiKeys(redis, prefix), RateLimit(redis, settings), redis)
+        return cls(
+            Users(redis, prefix),
+            ApiKeys(redis, prefix),
+            RateLimit(redis, settings),
+            Tickets(redis, prefix),
+            redis,
+        )
 
 
 class Gate:
@@ -108,6 +116,26 @@ class Gate:
         left_s = max(1, claims.expires_at - int(time.time()) + 2 * tokens.CLOCKS_APART_S)
         with reachable():
             await self._books.redis.set(self._revoked(claims.jti), "1", ex=left_s)
+
+    async def ticket(self, principal: Principal) -> str:
+        """What opens one socket to this caller, once, within tickets.TTL_S. Raises Conflict, Forbidden."""
+        if self._books is None:
+            raise Conflict("this service gives no tickets; connect it to its store, or send the key")
+        principal.require(Scope.read)
+        return await self._books.tickets.issue(Holder(principal.owner, principal.key))
+
+    async def redeem(self, ticket: str) -> Principal:
+        """Whoever was given this ticket, to look and no more. Raises Unauthorized."""
+        if self._settings.open_to_all or self._books is None:
+            return self._own(None)
+        holder = await self._books.tickets.take(ticket)
+        look = frozenset({Scope.read})
+        if holder.owner == LOCAL:
+            if not hmac.compare_digest(holder.key, self._own_fingerprint()):
+                raise Unauthorized(REFUSED)
+            return Principal(LOCAL, Role.admin, look, key=holder.key)
+        key = await self._books.keys.still_valid(holder.key)
+        return _principal(await _enabled(self._books, holder.owner), look & key.scopes, key.prefix)
 
     def _own(self, presented: bytes | None) -> Principal:
         principal = identify(presented, self._settings)

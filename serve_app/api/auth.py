@@ -6,6 +6,7 @@ from starlette.responses import Response
 
 from serve_app.admission.principal import presented_key
 from serve_app.admission.ratelimit import CallClass
+from serve_app.admission.tickets import TTL_S as TICKET_TTL_S
 from serve_app.admission.tokens import TTL_S, Claims
 from serve_app.api.bodies import documented, read_json
 from serve_app.api.depends import (
@@ -17,7 +18,7 @@ from serve_app.api.depends import (
     credentials,
     mount_prefix,
 )
-from serve_app.api.schemas.access import LoggedOut, LoginBody, Me, TokenOut
+from serve_app.api.schemas.access import LoggedOut, LoginBody, Me, TicketOut, TokenOut
 
 public = APIRouter(tags=["access"])
 router = APIRouter(tags=["access"])
@@ -63,6 +64,15 @@ async def who_am_i(visit: Here) -> Me:
         scopes=sorted(principal.scopes),
         images_per_day=principal.images_per_day,
     )
+
+
+@router.post("/auth/ticket")
+async def issue_ticket(visit: Here) -> TicketOut:
+    """What opens one WebSocket, once, within 30 seconds: `/ws/{task_id}?ticket=...`.
+
+    A browser can set no header on a socket, and a key must not stand in an address.
+    """
+    return TicketOut(ticket=await visit.state.gate.ticket(visit.principal), expires_in=TICKET_TTL_S)
 
 
 @router.delete("/auth/session")

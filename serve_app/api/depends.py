@@ -161,19 +161,22 @@ def api_state(connection: HTTPConnection) -> ApiState:
 StateHere = Annotated[ApiState, Depends(api_state)]
 
 
-async def visit_of(connection: HTTPConnection, state: ApiState, key: bytes | None = None) -> Visit:
-    """The visit of whoever holds this key, or the one in the headers or the cookie.
+async def visit_of(
+    connection: HTTPConnection, state: ApiState, key: bytes | None = None, *, ticket: str | None = None
+) -> Visit:
+    """The visit of whoever holds this key or ticket, or the key in the headers or the cookie.
 
     Raises Unauthorized; RateLimited after too many wrong keys from one address or too many calls; Forbidden
     for a cookie that a page of another site may have sent, and for what the key may not do.
     """
-    presented, by_cookie = (key, False) if key else credentials(connection)
+    presented, by_cookie = (key, False) if key or ticket else credentials(connection)
     if by_cookie and not state.settings.open_to_all:
         _check_sender(connection, state)
     try:
-        principal = await state.gate.identify(presented)
+        gate = state.gate
+        principal = await (gate.redeem(ticket) if ticket else gate.identify(presented))
     except Unauthorized:
-        if presented is not None and state.gate.limits is not None:
+        if (presented or ticket) is not None and state.gate.limits is not None:
             await state.gate.limits.take(CallClass.auth, caller_address(connection))
         raise
     scope = needed_scope(connection)

@@ -91,12 +91,15 @@ async def watch(
     task_id: str,
     state: Annotated[ApiState, Depends(api_state)],
     after: Annotated[str | None, Query()] = None,
+    ticket: Annotated[str | None, Query()] = None,
 ) -> None:
     """The same events as messages: {"type": "progress", "percent", "step", "steps", ...}, then one of
     {"type": "complete", "job"}, {"type": "failed", "error"}, {"type": "cancelled"}.
+
+    ticket: from POST /auth/ticket, for clients that can send neither header nor subprotocol.
     """
     offered = websocket.scope.get("subprotocols", [])
-    visit = await visit_of(websocket, state, _offered_key(offered))
+    visit = await visit_of(websocket, state, _offered_key(offered), ticket=ticket)
     watched, since = job_id(task_id), _event_id(after)
     await visit.desk.get(watched, visit.owner)
     await websocket.accept(subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None)
@@ -151,7 +154,7 @@ def _message_type(event: Event) -> str:
 async def _told(event: Event, visit: Visit, job_id: str) -> dict[str, Any]:
     """The event's own words; an ending brings what a client would ask for next."""
     if isinstance(event, ENDINGS):
-        visit.state.metrics.finished.labels(NAMES[type(event)]).inc()
+        visit.state.metrics.add("weft_jobs_finished_observed", state=NAMES[type(event)])
     match event:
         case Queued():
             return {"status": "queued", "position": event.position, **_taken_over(event)}

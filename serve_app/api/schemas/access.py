@@ -28,6 +28,11 @@ class TokenOut(BaseModel):
     scope: str  # separated by blanks
 
 
+class TicketOut(BaseModel):
+    ticket: str
+    expires_in: int  # seconds
+
+
 class Me(BaseModel):
     """A caller."""
 

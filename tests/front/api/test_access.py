@@ -278,3 +278,39 @@ async def test_a_link_opens_its_one_file_without_a_key_until_its_time_is_up(
     assert refused == [401] * 6
     assert refused_bob.status_code == 404
     assert after.status_code == 404
+
+
+async def test_a_ticket_opens_one_socket_once_and_nothing_else(
+    app: FastAPI, address: str, books: Books, redis: Redis, settings: Settings
+):
+    ann, bob = bearer(await key_of(books, "ann")), bearer(await key_of(books, "bob"))
+    maker = bearer(await key_of(books, "maker", Scope.generate))
+    async with client_of(app) as client:
+        job_id = (await client.post("/api/generate/image", json=SUBMIT, headers=ann)).json()["id"]
+        given = (await client.post("/auth/ticket", headers=ann)).json()
+        hers, wasted, his = [
+            (await client.post("/auth/ticket", headers=key)).json()["ticket"] for key in (ann, ann, bob)
+        ]
+        as_a_key = await client.get("/auth/me", headers=bearer(hers))
+        blind = await client.post("/auth/ticket", headers=maker)
+    kept = [key async for key in redis.scan_iter(f"{settings.redis_prefix}ticket:*")]
+    lives = {await redis.ttl(key) for key in kept}
+
+    async def refusal(ticket: str) -> int:
+        with pytest.raises(websockets.InvalidStatus) as refused:
+            await connect(f"ws://{address}/ws/{job_id}?ticket={ticket}", open_timeout=30)
+        return refused.value.response.status_code
+
+    async with connect(f"ws://{address}/ws/{job_id}?ticket={hers}") as socket:
+        assert '"queued"' in str(await socket.recv())
+    assert await refusal(hers) == 401
+    assert await refusal(his) == 404  # he is who he is
+    assert await refusal("x" * 43) == await refusal("not-one") == await refusal("") == 401
+    await books.users.set_disabled((await books.users.find("ann@example.org")).id, True)
+    assert await refusal(wasted) == 401
+
+    assert given["expires_in"] == 30
+    assert (as_a_key.status_code, blind.status_code) == (401, 403)
+    assert len(kept) == 4
+    assert max(lives) <= 30
+    assert not [key for key in kept if hers in key]
