@@ -8,9 +8,13 @@ from starlette.requests import Request
 from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overloaded
 from serve_app.api.bodies import documented, read_json, read_json_or_form
 from serve_app.api.depends import Here, JobId, Visit
+from serve_app.api.depends import job_id as checked_id
 from serve_app.api.gallery import result_file
 from serve_app.api.schemas.job import Accepted, Warned
 from serve_app.api.schemas.video import (
+    EditBody,
+    ExtendBody,
+    ExtendWish,
     RemixBody,
     RemixWish,
     VideoBody,
@@ -25,6 +29,7 @@ from serve_app.jobs.job import Job, JobState
 router = APIRouter(tags=["videos"])
 FILES = ("image",)
 REFERENCE = ("input_reference",)
+SOURCE = ("video",)
 PAGE = 100  # jobs read at once while looking for videos
 MAX_PAGES = 20
 CANCEL_WAIT_S = 30.0  # for a running job to end before it is deleted
@@ -125,15 +130,39 @@ async def read_content(
 @router.post("/v1/videos/{task_id}/remix", openapi_extra=documented(RemixBody))
 async def remix_video(job_id: JobId, http_request: Request, response: Response, visit: Here) -> VideoObject:
     """The same video, seed and all, by another prompt."""
-    original = await _video(visit, job_id)
+    original = await _completed(visit, job_id)
     body = await read_json(http_request, RemixBody)
-    if original.state is not JobState.completed:
-        raise Conflict(f"the video is {original.state.value}; only a completed one can be remixed")
-    if original.request.edit is not None:
-        raise BadRequest("the picture this video began with is no longer stored; begin a new one with it")
-    job = await visit.submit(RemixWish(original=original.request, prompt=body.prompt))
+    return await _remix(visit, original, body.prompt, response)
+
+
+@router.post("/v1/videos/edits", openapi_extra=documented(EditBody, SOURCE))
+async def edit_video(http_request: Request, response: Response, visit: Here) -> VideoObject:
+    """What a remix is, under its newer name: `video` is the id of a video made here, no file."""
+    body = await read_json_or_form(http_request, EditBody, SOURCE)
+    return await _remix(visit, await _completed(visit, checked_id(body.source_id)), body.prompt, response)
+
+
+@router.post("/v1/videos/extensions", openapi_extra=documented(ExtendBody, SOURCE))
+async def extend_video(http_request: Request, response: Response, visit: Here) -> VideoObject:
+    """A new video that begins with the last frame of a frame-wise one; the two are not joined."""
+    body = await read_json_or_form(http_request, ExtendBody, SOURCE)
+    original = await _completed(visit, checked_id(body.source_id))
+    wish = ExtendWish(original=original.request, prompt=body.prompt, seconds=body.seconds)
+    job = await visit.submit(wish)
     response.headers["openai-poll-after-ms"] = POLL_MS
-    return _shown(visit, job, remixed_from=job_id)
+    return _shown(visit, job)
+
+
+@router.post("/v1/videos/characters", status_code=400)
+async def create_character(visit: Here) -> None:
+    """Always refused: 400."""
+    raise BadRequest("no model here learns a character from a video; train a LoRA and send it as loras")
+
+
+@router.get("/v1/videos/characters/{character_id}", status_code=404)
+async def read_character(character_id: str, visit: Here) -> None:
+    """There is none: 404."""
+    raise NotFound("there are no characters here; people and styles come as LoRAs: GET /api/loras/")
 
 
 def _shown(visit: Visit, job: Job, remixed_from: str | None = None) -> VideoObject:
@@ -145,6 +174,21 @@ async def _video(visit: Visit, job_id: str) -> Job:
     if job.request.video is None:
         raise NotFound("this job makes pictures, not a video; GET /api/generate/{id} tells of it", param="id")
     return job
+
+
+async def _completed(visit: Visit, job_id: str) -> Job:
+    job = await _video(visit, job_id)
+    if job.state is not JobState.completed:
+        raise Conflict(f"the video is {job.state.value}; ask again when it is completed")
+    return job
+
+
+async def _remix(visit: Visit, original: Job, prompt: str, response: Response) -> VideoObject:
+    if original.request.edit is not None:
+        raise BadRequest("the picture this video began with is no longer stored; begin a new one with it")
+    job = await visit.submit(RemixWish(original=original.request, prompt=prompt))
+    response.headers["openai-poll-after-ms"] = POLL_MS
+    return _shown(visit, job, remixed_from=original.id)
 
 
 async def _videos(visit: Visit) -> list[Job]:

@@ -13,6 +13,19 @@ from serve_app.api.schemas.lora import WithLoras
 SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 
+def pixels(size: str | None, width: int | None, height: int | None) -> tuple[int | None, int | None]:
+    """Width and height, said in one of both ways; None: the model's default. Raises BadRequest."""
+    if size is None or size == "auto":
+        return width, height
+    match = SIZE.fullmatch(size)
+    if match is None:
+        raise BadRequest("size must be 'auto' or width x height, such as '256x256'", param="size")
+    both = int(match[1]), int(match[2])
+    if (width or both[0], height or both[1]) != both:
+        raise BadRequest("size says one thing, width and height another; send one of them", param="size")
+    return both
+
+
 class GenerationsBody(WithLoras):
     """OpenAI's fields, and after them those that vLLM-Omni and SGLang added under these names."""
 
@@ -54,7 +67,7 @@ class GenerationsBody(WithLoras):
             raise BadRequest(
                 "a stream carries b64_json only; leave response_format out", param="response_format"
             )
-        width, height = self._size()
+        width, height = pixels(self.size, self.width, self.height)
         quality = 95 if self.output_compression is None else max(1, self.output_compression)
         return GenerationRequest(
             model=model,
@@ -72,17 +85,6 @@ class GenerationsBody(WithLoras):
                 format=self.output_format or "png", quality=quality, previews=self.partial_images or 0
             ),
         )
-
-    def _size(self) -> tuple[int | None, int | None]:
-        if self.size is None or self.size == "auto":
-            return self.width, self.height
-        match = SIZE.fullmatch(self.size)
-        if match is None:
-            raise BadRequest("size must be 'auto' or width x height, such as '256x256'", param="size")
-        size = int(match[1]), int(match[2])
-        if (self.width or size[0], self.height or size[1]) != size:
-            raise BadRequest("size says one thing, width and height another; send one of them", param="size")
-        return size
 
 
 class ImageData(BaseModel):

@@ -1,6 +1,5 @@
 """The wishes for videos: the native one and OpenAI's, and OpenAI's video object."""
 
-import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
@@ -20,9 +19,8 @@ from deployments.protocol.request import (
 )
 from serve_app.api.schemas.image import PictureBytes
 from serve_app.api.schemas.lora import WithLoras
+from serve_app.api.schemas.openai import pixels
 from serve_app.jobs.job import Job, JobState
-
-SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
 
 def _number(value: Any) -> Any:
@@ -167,7 +165,7 @@ class VideosBody(WithLoras):
 
     def to_request(self, model: str) -> GenerationRequest:
         """The same wish, dialect-free. Raises BadRequest, or pydantic's ValidationError past hard bounds."""
-        width, height = self._size()
+        width, height = pixels(self.size, self.width, self.height)
         return GenerationRequest(
             model=model,
             prompt=self.prompt,
@@ -193,17 +191,6 @@ class VideosBody(WithLoras):
             return given.image_url
         return self.reference_url if given is None else given
 
-    def _size(self) -> tuple[int | None, int | None]:
-        if self.size is None:
-            return self.width, self.height
-        match = SIZE.fullmatch(self.size)
-        if match is None:
-            raise BadRequest("size must be width x height, such as '1280x720'", param="size")
-        size = int(match[1]), int(match[2])
-        if (self.width or size[0], self.height or size[1]) != size:
-            raise BadRequest("size says one thing, width and height another; send one of them", param="size")
-        return size
-
 
 class RemixBody(Strict):
     """A finished video once more, by another prompt."""
@@ -227,6 +214,89 @@ class RemixWish(RemixBody):
     def to_request(self, model: str) -> GenerationRequest:
         """The same wish, dialect-free."""
         return self.original.model_copy(update={"model": model, "prompt": self.prompt})
+
+
+class VideoId(Strict):
+    """A finished video of the caller's."""
+
+    id: str
+
+
+class EditBody(Strict):
+    """A finished video once more, by another prompt, as OpenAI's `edits` has it."""
+
+    prompt: str
+    video: VideoId | bytes | None = Field(None, repr=False, description="{id} of a finished video.")
+    video_id: str | None = Field(None, validation_alias="video[id]", description="The same, in a form.")
+
+    @property
+    def source_id(self) -> str:
+        """Raises BadRequest where the body names no video."""
+        if isinstance(self.video, bytes):
+            raise BadRequest(
+                "no model here takes a video file; send video={'id': ...} of a video made here", param="video"
+            )
+        found = self.video_id if self.video is None else self.video.id
+        if found is None:
+            raise BadRequest("video is missing; send video={'id': ...} of a video made here", param="video")
+        return found
+
+
+class ExtendBody(EditBody):
+    """A finished frame-wise video goes on from its last frame."""
+
+    seconds: Seconds = Field(gt=0, le=600, description="Of the new part, which is all that is answered.")
+
+
+class ExtendWish(Strict):
+    """What begins with the last frame of the original, and goes to the new prompt."""
+
+    original: FittedRequest
+    prompt: str
+    seconds: float
+
+    @property
+    def model(self) -> str | None:
+        return self.original.model
+
+    @property
+    def task(self) -> Task:
+        return Task.t2v
+
+    def to_request(self, model: str) -> GenerationRequest:
+        """The same wish, dialect-free. Raises BadRequest for videos that nothing here can go on with."""
+        last = self.original
+        video = last.video
+        assert video is not None, "only videos are extended"
+        if not video.framewise or video.moves or last.edit is not None:
+            raise BadRequest(
+                "only frame-wise videos whose frames come from seeds and prompts can go on from their last "
+                "frame; send that frame as input_reference to POST /v1/videos instead",
+                param="video",
+            )
+        begin = last.prompt if video.end_prompt is None else video.end_prompt
+        return GenerationRequest(
+            model=model,
+            prompt=begin,
+            negative_prompt=last.negative_prompt,
+            width=last.width,
+            height=last.height,
+            num_inference_steps=last.num_inference_steps,
+            guidance_scale=last.guidance_scale,
+            seed=last.seed if video.end_seed is None else video.end_seed,
+            scheduler=last.scheduler,
+            max_sequence_length=last.max_sequence_length,
+            loras=last.loras,
+            output=last.output,
+            video=Video(
+                seconds=self.seconds,
+                fps=video.fps,
+                format=video.format,
+                codec=video.codec,
+                quality=video.quality,
+                end_prompt=None if self.prompt == begin else self.prompt,
+            ),
+        )
 
 
 class VideoError(BaseModel):

@@ -29,6 +29,7 @@ from tests.front.fakes import picture
 WAN = load_card(Path(__file__).parents[3] / "configs/models/tiny-wan.yaml").model_copy(
     update={"tasks": ["t2v", "i2v"]}
 )
+FRAMEWISE = load_card(Path(__file__).parents[3] / "configs/models/tiny-sd15.yaml")
 VIDEO = bytes(range(256)) * 8
 WISH = {"prompt": "a red circle moving left", "seed": 7, "steps": 2}
 
@@ -43,7 +44,7 @@ class Filmer:
         self.failure: Failed | None = None
 
     def free_slots(self) -> Mapping[str, int]:
-        return {WAN.id: 8}
+        return {WAN.id: 8, FRAMEWISE.id: 8}
 
     async def generate(
         self, model_id: str, request: FittedRequest, /, *, user: str = "", resume: bytes | None = None
@@ -69,9 +70,9 @@ class Filmer:
 @pytest.fixture
 async def state(store: JobStore, results: ResultStore, settings: Settings) -> AsyncIterator[ApiState]:
     async def model_states() -> dict[str, str]:
-        return {WAN.id: "ready", "sketch": "ready"}
+        return {WAN.id: "ready", FRAMEWISE.id: "asleep", "sketch": "ready"}
 
-    cards = CARDS | {WAN.id: WAN}
+    cards = CARDS | {WAN.id: WAN, FRAMEWISE.id: FRAMEWISE}
     desk = JobDesk(store, results, cards, settings)
     yield ApiState(desk=desk, cards=cards, settings=settings, model_states=model_states)
     await desk.aclose()
@@ -125,6 +126,10 @@ async def test_a_wish_for_a_video_becomes_a_job_with_its_files(
         "format": "mp4",
         "quality": 80,
         "framewise": False,
+        "codec": None,
+        "zoom": None,
+        "pan_x": None,
+        "pan_y": None,
     }
     (video,) = job["artifacts"]
     assert (video["kind"], video["media_type"]) == ("video", "video/mp4")
@@ -223,6 +228,9 @@ async def test_a_form_may_bring_the_first_frame(client: httpx.AsyncClient, filme
         ({"model": "sketch"}, "model", "cannot do t2v"),
         ({"strength": 0.5}, "strength", "needs a picture"),
         ({"end_seed": 3}, "end_seed", "frame-wise"),
+        ({"zoom": 2.0}, "zoom", "frame-wise"),
+        ({"output_codec": "av1"}, "codec", "mp4 takes h264"),
+        ({"model": FRAMEWISE.id, "zoom": 9.0}, "zoom", "less than or equal to 4"),
         ({"fps": 0}, "fps", "greater than or equal to 1"),
         ({"frames": 3}, "frames", "unknown|Extra|not"),
     ],
@@ -324,6 +332,81 @@ async def test_a_remix_keeps_all_but_the_prompt(
     assert remix.prompt == "a blue star"
     before, after = filmer.requests
     assert after == before.model_copy(update={"prompt": "a blue star"})
+
+
+def named(video_id: str) -> dict[str, Any]:
+    """How the SDK names a video that is made already: passed as `video`, it would take the id for a file."""
+    return {"video": openai.omit, "extra_body": {"video": {"id": video_id}}}
+
+
+async def test_an_edit_of_a_video_made_here_is_a_remix(
+    sdk: openai.AsyncOpenAI, client: httpx.AsyncClient, filmer: Filmer
+) -> None:
+    first = await filmed(client, seconds=3)
+
+    edited = await sdk.videos.edit(prompt="a blue star", **named(first["id"]))
+    await ended(client, edited.id)
+    by_json = await client.post("/v1/videos/edits", json={"prompt": "a fox", "video": {"id": first["id"]}})
+
+    assert edited.remixed_from_video_id == first["id"]
+    assert filmer.requests[1] == filmer.requests[0].model_copy(update={"prompt": "a blue star"})
+    assert by_json.json()["prompt"] == "a fox"
+
+
+async def test_an_extension_begins_where_a_frame_wise_video_ends(
+    sdk: openai.AsyncOpenAI, client: httpx.AsyncClient, filmer: Filmer
+) -> None:
+    wish = {
+        "model": FRAMEWISE.id,
+        "seed": 5,
+        "end_seed": 8,
+        "negative_prompt": "red",
+        "output_format": "webm",
+    }
+    first = await filmed(client, **wish)
+
+    more = await sdk.videos.extend(prompt="a blue star", seconds="2", **named(first["id"]))  # type: ignore[arg-type]
+    again = await sdk.videos.extend(prompt=WISH["prompt"], seconds="1", **named(first["id"]))  # type: ignore[arg-type]
+    await ended(client, more.id)
+    await ended(client, again.id)
+
+    before, to_prompt, to_seed = filmer.requests
+    assert to_prompt.video is not None
+    assert (to_prompt.seed, to_prompt.prompt, to_prompt.video.end_prompt) == (
+        8,
+        WISH["prompt"],
+        "a blue star",
+    )
+    assert (to_prompt.video.num_frames, to_prompt.video.format) == (16, "webm")
+    assert to_prompt.negative_prompt == "red"
+    assert before.video is not None
+    assert to_seed.video == before.video.model_copy(update={"num_frames": 8, "end_seed": 9})
+    assert to_seed.seed == 8
+
+
+async def test_what_no_model_here_can_do_with_a_video_is_refused_once_and_in_words(
+    sdk: openai.AsyncOpenAI, client: httpx.AsyncClient, filmer: Filmer
+) -> None:
+    wan = (await filmed(client))["id"]
+    moving = (await filmed(client, model=FRAMEWISE.id, zoom=2.0))["id"]
+    patient = sdk.with_options(max_retries=3)
+    file, seconds = ("a.mp4", VIDEO, "video/mp4"), "4"
+    calls: list[tuple[str, Any]] = [
+        ("no model here takes a video file", lambda: patient.videos.edit(prompt="x", video=file)),
+        ("no model here takes", lambda: patient.videos.extend(prompt="x", seconds=seconds, video=file)),  # type: ignore[arg-type]
+        ("only frame-wise", lambda: patient.videos.extend(prompt="x", seconds=seconds, **named(wan))),  # type: ignore[arg-type]
+        ("only frame-wise", lambda: patient.videos.extend(prompt="x", seconds=seconds, **named(moving))),  # type: ignore[arg-type]
+        ("train a LoRA", lambda: patient.videos.create_character(name="Ann", video=file)),
+        ("no characters", lambda: patient.videos.get_character("char_1")),
+        ("no such job", lambda: patient.videos.edit(prompt="x", **named("video_1"))),
+        ("video is missing", lambda: patient.videos.edit(prompt="x", video=openai.omit)),  # type: ignore[arg-type]
+    ]
+
+    for says, call in calls:
+        with pytest.raises((openai.BadRequestError, openai.NotFoundError), match=says) as refused:
+            await call()
+        assert refused.value.response.headers["x-should-retry"] == "false"
+    assert len(filmer.requests) == 2
 
 
 async def test_a_deleted_video_is_gone(
