@@ -1,0 +1,59 @@
+# syntax=docker/dockerfile:1
+# docker build -t weft:cpu .                          the tiny models on any machine
+# docker build -t weft:cuda --build-arg DEVICE=cuda . for NVIDIA GPUs; torch brings CUDA's libraries, the
+#                                                     node its driver (NVIDIA container toolkit)
+# docker run -p 127.0.0.1:8000:8000 -e WEFT_API_KEY=... -v weft-data:/outputs --shm-size 2g weft:cpu
+ARG DEVICE=cpu
+ARG PYTHON=3.12.12
+
+FROM python:${PYTHON}-slim-trixie AS base
+ENV PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    VIRTUAL_ENV=/opt/venv \
+    PATH=/opt/venv/bin:$PATH
+
+FROM base AS wheels-cpu
+ENV TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+FROM base AS wheels-cuda
+ENV TORCH_INDEX=https://pypi.org/simple
+
+# everything but our own code: built again only when a dependency changes
+# hadolint ignore=DL3006
+FROM wheels-${DEVICE} AS dependencies
+WORKDIR /app
+RUN python -m venv /opt/venv
+COPY constraints.txt pyproject.toml README.md ./
+COPY deployments/__init__.py deployments/__init__.py
+COPY serve_app/__init__.py serve_app/__init__.py
+# torch first, its build for this device; all versions are those of constraints.txt
+# hadolint ignore=DL3013,DL3042
+RUN pip install --constraint constraints.txt --no-deps --index-url "$TORCH_INDEX" torch \
+    && pip install --constraint constraints.txt --editable '.[s3]'
+
+FROM base AS weft
+RUN groupadd --gid 10001 weft \
+    && useradd --uid 10001 --gid 10001 --create-home --shell /usr/sbin/nologin weft \
+    && mkdir /outputs /models \
+    && chown weft:weft /outputs /models
+COPY --from=dependencies /opt/venv /opt/venv
+WORKDIR /app
+COPY constraints.txt pyproject.toml README.md LICENSE serve_config.yaml ./
+COPY configs configs
+COPY models models
+COPY examples examples
+COPY serve_app serve_app
+COPY deployments deployments
+ENV WEFT_DATA_DIR=/outputs \
+    HF_HOME=/models/huggingface \
+    RAY_USAGE_STATS_ENABLED=0
+USER 10001:10001
+VOLUME ["/outputs", "/models"]
+EXPOSE 8000
+# a new process; a model that loads for minutes is not ill
+HEALTHCHECK --interval=15s --timeout=10s --start-period=180s --retries=4 \
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=8)"]
+# WEFT_API_KEY must be set: beyond loopback nobody is answered without one
+CMD ["weft", "serve", "--host", "0.0.0.0"]

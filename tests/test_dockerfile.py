@@ -1,0 +1,110 @@
+"""The image's recipe and what GitHub does with it. There is no Docker in the tests: CI builds and runs it."""
+
+from __future__ import annotations
+
+import fnmatch
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from dockerfile_parse import DockerfileParser
+
+ROOT = Path(__file__).parent.parent
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+@pytest.fixture(scope="module")
+def instructions() -> list[tuple[str, str]]:
+    """(instruction, value) in order."""
+    text = (ROOT / "Dockerfile").read_bytes()
+    parser = DockerfileParser(fileobj=io.BytesIO(text))
+    return [(one["instruction"], one["value"]) for one in parser.structure if one["instruction"] != "COMMENT"]
+
+
+def last_stage(instructions: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    begin = max(index for index, (name, _) in enumerate(instructions) if name == "FROM")
+    return instructions[begin:]
+
+
+def test_the_image_is_built_in_stages_from_a_pinned_python(instructions: list[tuple[str, str]]) -> None:
+    stages = [value.split() for name, value in instructions if name == "FROM"]
+    names = {stage[2] for stage in stages}
+    arguments = dict(value.split("=", 1) for name, value in instructions if name == "ARG")
+
+    foreign = [stage[0] for stage in stages if stage[0] not in names and "${DEVICE}" not in stage[0]]
+
+    assert foreign == ["python:${PYTHON}-slim-trixie"]
+    assert arguments["PYTHON"].count(".") == 2
+    assert {f"wheels-{device}" for device in ("cpu", "cuda")} <= names
+    assert arguments["DEVICE"] == "cpu"
+
+
+def test_it_runs_as_an_ordinary_user_and_tells_its_health(instructions: list[tuple[str, str]]) -> None:
+    last = dict(last_stage(instructions))
+
+    uid, _, gid = last["USER"].partition(":")
+
+    assert int(uid) > 0
+    assert int(gid) > 0
+    assert "/health" in last["HEALTHCHECK"]
+    assert last["CMD"].startswith('["weft", "serve"')
+
+
+def test_every_file_it_copies_is_there_and_passes_the_ignore_file(
+    instructions: list[tuple[str, str]],
+) -> None:
+    copied = [
+        source
+        for name, value in instructions
+        if name == "COPY" and not value.startswith("--from")
+        for source in value.split()[:-1]
+    ]
+    rules = (ROOT / ".dockerignore").read_text().splitlines()
+    allowed = [rule.removeprefix("!") for rule in rules if rule.startswith("!")]
+
+    assert [source for source in copied if not (ROOT / source).exists()] == []
+    assert [source for source in copied if Path(source).parts[0] not in allowed] == []
+    assert {"**/secrets", "**/.env"} <= set(rules)
+    assert not any(fnmatch.fnmatch("data/valkey", rule) for rule in allowed)
+
+
+def test_every_package_has_the_version_of_the_constraints(instructions: list[tuple[str, str]]) -> None:
+    installs = [
+        part
+        for name, value in instructions
+        if name == "RUN"
+        for part in value.split("&&")
+        if "pip install" in part
+    ]
+
+    assert len(installs) == 2
+    assert all("--constraint constraints.txt" in install for install in installs)
+
+
+def test_the_last_stage_brings_neither_compilers_nor_pip_runs(instructions: list[tuple[str, str]]) -> None:
+    commands = " ".join(value for name, value in last_stage(instructions) if name == "RUN")
+
+    assert "pip" not in commands
+    assert "apt-get" not in commands
+
+
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)
+def test_workflows_fit_githubs_schema(workflow: Path) -> None:
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.github-workflows"]
+
+    checked = subprocess.run([*command, str(workflow)], capture_output=True, text=True, check=False)
+
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_the_pipeline_checks_and_builds_what_we_ship() -> None:
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    runs = " ".join(step.get("run", "") for step in jobs["check"]["steps"])
+    makefile = (ROOT / "Makefile").read_text()
+
+    assert jobs["image"]["strategy"]["matrix"]["device"] == ["cpu", "cuda"]
+    assert {"lint", "types", "test"} <= set(runs.replace("make", "").split())
+    assert all(f"\n{target}:" in makefile for target in ("lint", "types", "test", "audit"))
