@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxControlNetPipeline, StableDiffusionControlNetPipeline
+from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional
 
 from deployments.adapters import mixed
 from deployments.adapters.mixed import Mix, Mixer, mix
@@ -17,9 +20,11 @@ from deployments.adapters.source import PARTS, read
 from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
+from deployments.engine.owners import owned
 from deployments.engine.row_counts import pad_small_linears
 from tests.workshop import tiny
 from tests.workshop.loras import file_of, random_lora, with_diffusers
+from tests.workshop.tiny_controls import flux_controlnet, unet_controlnet
 from tests.workshop.together import Together
 
 ROOT = Path(__file__).parents[2]
@@ -195,6 +200,55 @@ def test_each_request_equals_diffusers_with_its_adapters_alone(name: str, tmp_pa
         assert distance(answers[seed], wanted) <= TOLERANCE, f"request {seed}"
 
 
+def noise_picture() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def controlled_sd() -> Any:
+    plain = tiny.sd()
+    net = unet_controlnet(plain.unet, 3).float()
+    return StableDiffusionControlNetPipeline(
+        **plain.components, controlnet=net, requires_safety_checker=False
+    )
+
+
+def controlled_flux() -> Any:
+    return FluxControlNetPipeline(**tiny.flux().components, controlnet=flux_controlnet(1).float())
+
+
+@pytest.mark.parametrize(
+    ("make", "make_loras", "arguments"),
+    [
+        (controlled_sd, sd_loras, {**SIZE, "guidance_scale": 5.0, "image": noise_picture()}),
+        (
+            controlled_flux,
+            flux_loras,
+            {**SIZE, "max_sequence_length": 48, "control_image": noise_picture()},
+        ),
+    ],
+    ids=["sd", "flux"],
+)
+def test_requests_with_a_controlnet_and_adapters_equal_diffusers_alone(
+    make: Callable[[], Any], make_loras: Callable[[], list[Loras]], arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    loras, steps = make_loras(), (2, 1, 2, 2)
+    loom = Loom(make())
+    works = [
+        (call_of(loom.pipeline, seed, num_inference_steps=steps[seed], **arguments), loom.owner(own))
+        for seed, own in enumerate(loras)
+    ]
+
+    answers = loom.together(works)
+
+    assert loom.rows > 1.5 * loom.forwards, "the requests must really share forwards"
+    for seed, own in enumerate(loras):
+        with torch.inference_mode(False), torch.no_grad():
+            alone = with_diffusers(make(), own, tmp_path)
+            wanted = call_of(alone, seed, num_inference_steps=steps[seed], **arguments)()
+        assert distance(answers[seed], wanted) <= TOLERANCE, f"request {seed}"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["flux", "sdxl"])
 def test_with_deterministic_rows_neighbours_and_their_adapters_change_no_bit(
@@ -243,6 +297,45 @@ def test_what_a_row_gets_does_not_depend_on_the_kernel_for_its_batch(monkeypatch
 
     assert trials, "linear layers were tried"
     assert all(map(torch.equal, answers, expected))
+
+
+def test_a_thousand_swaps_leave_the_weights_and_the_bits_as_they_were() -> None:
+    pipeline = tiny.flux()
+    transformer = pipeline.transformer
+    loom = Loom(pipeline, deterministic=True)
+    owners = [
+        loom.owner([(file_of(random_lora(pipeline, ["transformer"], seed=seed, only=attention)), 1.0)])
+        for seed in range(8)
+    ]
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    layer = transformer.transformer_blocks[0].attn.to_q
+    x = torch.randn(1, 16, layer.in_features, generator=torch.Generator().manual_seed(0))
+    plain, answers = layer(x), [owned([owner], [1], lambda: layer(x)) for owner in owners]
+
+    for swap in range(1000):
+        answer = owned([owners[swap % 8]], [1], lambda: layer(x))
+        assert torch.equal(answer, answers[swap % 8])
+
+    assert not any(torch.equal(one, plain) for one in answers)
+    assert torch.equal(layer(x), plain)
+    assert all(torch.equal(value, before[name]) for name, value in transformer.state_dict().items())
+
+
+def test_adding_factors_into_the_weights_would_change_bits() -> None:
+    """Why there is no merged mode: a request would look otherwise beside others than alone."""
+    pipeline = tiny.flux()
+    loom = Loom(pipeline, deterministic=True)
+    owner = loom.owner([(file_of(random_lora(pipeline, ["transformer"], only=attention)), 1.0)])
+    assert owner is not None
+    place = ("transformer", "transformer_blocks.0.attn.to_q")
+    layer, pair = pipeline.transformer.get_submodule(place[1]), owner.pairs[place]
+    x = torch.randn(1, 64, layer.in_features, generator=torch.Generator().manual_seed(0))
+
+    beside = owned([owner], [1], lambda: layer(x))
+    merged = functional.linear(x, layer.weight + pair.b @ pair.a, layer.bias)
+
+    assert torch.allclose(beside, merged, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(beside, merged)
 
 
 def test_memory_of_stacks_is_bounded_and_freed() -> None:
