@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from deployments.telemetry import join_serve_log
+from deployments.protocol.origin import Origin, attribute
+from deployments.telemetry import Reading, Reporter, join_serve_log
 
 if TYPE_CHECKING:
     from deployments.media.footage import Footage, Frames, Segment, VideoFiles
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 class VideoEncoder:
@@ -27,14 +33,47 @@ class VideoEncoder:
         self._movie = movie
         self._threads = threads
         self._workers = ThreadPoolExecutor(at_once, thread_name_prefix="encode")
+        self._frames, self._videos, self._busy_s = 0, 0, 0.0
+        self._reporter = Reporter()
 
-    async def segment(self, footage: Footage, index: int, *chunks: Frames) -> Segment:
-        """Segment `index` of the video, from its frames in order."""
-        return await self._run(partial(self._movie.encode_segment, footage, index, chunks, self._threads))
+    async def segment(
+        self, footage: Footage, index: int, *chunks: Frames, origin: Origin | None = None
+    ) -> Segment:
+        """Segment `index` of the video, from its frames in order. origin: what log lines tell of it."""
+        work = partial(self._movie.encode_segment, footage, index, chunks, self._threads)
+        segment = await self._run(work, origin)
+        self._frames += segment.frames
+        self._tell()
+        logger.info("segment encoded", extra={"index": index, "frames": segment.frames})
+        return segment
 
-    async def join(self, footage: Footage, segments: Sequence[Segment]) -> VideoFiles:
+    async def join(
+        self, footage: Footage, segments: Sequence[Segment], *, origin: Origin | None = None
+    ) -> VideoFiles:
         """The finished video and its stills."""
-        return await self._run(partial(self._movie.join, footage, segments))
+        files = await self._run(partial(self._movie.join, footage, segments), origin)
+        self._videos += 1
+        self._tell()
+        return files
 
-    async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+    async def _run(self, work: Callable[[], T], origin: Origin | None) -> T:
+        if origin is not None:
+            attribute(origin)  # this call has a task, and so a context, of its own
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        return await loop.run_in_executor(self._workers, context.run, self._timed, work)
+
+    def _timed(self, work: Callable[[], T]) -> T:
+        began = time.monotonic()
+        try:
+            return work()
+        finally:
+            self._busy_s += time.monotonic() - began
+
+    def _tell(self) -> None:
+        self._reporter.tell(
+            (
+                Reading("weft_encoder_frames", self._frames),
+                Reading("weft_encoder_seconds", self._busy_s),
+                Reading("weft_encoder_videos", self._videos),
+            )
+        )

@@ -15,6 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.media.footage import SEGMENT_FRAMES, Footage, Frames, Segment, VideoFiles
 from deployments.protocol.errors import Internal, ModelUnavailable, WeftError
+from deployments.protocol.origin import current
 
 SEGMENTS_IN_FLIGHT = 2  # encoded or on the way; more frames than these wait for room
 TRIES = 4  # of one call, when encoders are lost
@@ -53,7 +54,7 @@ class RemoteEncoder:
     async def _call(self, method: str, *arguments: Any) -> Any:
         """Raises ModelUnavailable when the encoder is lost again and again."""
         for attempt in range(TRIES):
-            response = getattr(self._handle, method).remote(*arguments)
+            response = getattr(self._handle, method).remote(*arguments, origin=current())
             try:
                 return await response
             except ray.exceptions.RayTaskError as error:

@@ -8,21 +8,22 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deployments import __version__
+from deployments import __version__, readings
 from deployments.protocol.adapters import AdapterFiles
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import NotFound, WeftError
 from deployments.protocol.events import Artifact, Done, Event, Failed, Handover, Preview, Step
 from deployments.protocol.limits import control_field, denoising_steps, fit
+from deployments.protocol.origin import Origin, attribute
 from deployments.protocol.request import ControlType, FittedRequest, GenerationRequest
-from deployments.telemetry import join_serve_log
+from deployments.telemetry import Reading, Reporter, join_serve_log
 
 if TYPE_CHECKING:  # heavy imports stand in the constructor: building the graph loads no torch
     from PIL.Image import Image
@@ -71,6 +72,7 @@ class ImageModel:
         adapter_folder: keeps LoRAs that were fetched; replicas of one machine may share it.
         beside: a deployment that belongs to the same Serve application; never called from here.
         """
+        began = time.monotonic()
         os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # a model folder may hold code; never run it
         import torch
 
@@ -102,7 +104,10 @@ class ImageModel:
             max_bytes=memory_bytes(self._device),
             expected_bytes=lambda name: int(self._cards[name].vram_gib * GIB),
         )
+        self._loads: dict[str, tuple[int, float]] = {}  # how often each model was loaded here, and seconds
+        imported = time.monotonic()
         self._shelf.put(first.id, self._load(first.id, while_serving=False))
+        loaded = time.monotonic()
         scheduler = StepScheduler(serving.max_rows)
         engine = Engine(scheduler, deterministic=serving.deterministic, aside=True, device=self._device)
         self._worker = Worker(engine, scheduler, slots=serving.slots, watchdog_s=serving.watchdog_s)
@@ -112,6 +117,15 @@ class ImageModel:
             thread = threading.Thread(target=lambda: asyncio.run(self._warm_up(first)), name="warm-up")
             thread.start()
             thread.join()
+        phases = {
+            "imports": imported - began,
+            "load": loaded - imported,
+            "warm_up": time.monotonic() - loaded,
+        }
+        logger.info("replica ready", extra={f"{phase}_s": round(s, 3) for phase, s in phases.items()})
+        self._reporter = Reporter()
+        self._reporter.tell(Reading("weft_cold_start_seconds", s, {"phase": p}) for p, s in phases.items())
+        self._reporter.start(self.readings)
 
     async def generate(
         self,
@@ -120,14 +134,18 @@ class ImageModel:
         resume: bytes | None = None,
         *,
         patient: bool = False,
+        origin: Origin | None = None,
     ) -> AsyncGenerator[Event]:
         """Queued, Started, Step and Preview ..., Artifact ..., then Done or Failed, also for bad input.
 
         user: whose work it is; users share the replica fairly. resume: the state of a Handover.
         patient: wait for a slot however long it takes, where others are refused after card.max_wait_s.
+        origin: what log lines tell of it.
         The card's limits hold here as well, because a call by handle skips HTTP. Closing the stream
         cancels the request at its next step and frees its slot.
         """
+        if origin is not None:
+            attribute(origin)  # this call has a task, and so a context, of its own
         try:
             card = self._card_of(request)
             fitted = fit(request, card, fresh_seed=secrets.randbits(32)).request
@@ -142,13 +160,6 @@ class ImageModel:
         except WeftError as error:
             yield Failed.of(error)
 
-    async def unload(self, digest: str) -> bool:
-        """Forget a deleted adapter on this replica, for `handle.broadcast`; running requests keep it."""
-        await asyncio.to_thread(self._adapter_files.drop, digest)
-        for loaded in self._shelf.models:
-            loaded.adapters.unload(digest)
-        return True
-
     async def status(self) -> dict[str, object]:
         """What this replica is and how busy it is."""
         return {
@@ -157,6 +168,39 @@ class ImageModel:
             "active": self._worker.active,
             "slots": self._serving.slots,
         }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve every few seconds, for the policy of serve_app/autoscaling.py."""
+        done_s, left_s, mean_s = self._worker.work()
+        return {
+            "weft_work_done_s": done_s,
+            "weft_work_left_s": left_s,
+            "weft_requests_open": float(self._worker.active),
+            "weft_request_work_s": mean_s,
+        }
+
+    async def unload(self, digest: str) -> bool:
+        """Forget a deleted adapter on this replica, for `handle.broadcast`; running requests keep it."""
+        await asyncio.to_thread(self._adapter_files.drop, digest)
+        for loaded in self._shelf.models:
+            loaded.adapters.unload(digest)
+        return True
+
+    def readings(self) -> Iterator[Reading]:
+        """All numbers of this replica, for its reporter."""
+        yield from readings.of_worker(self._worker)
+        yield from readings.of_models(self._shelf.models)
+        yield from readings.of_memory(self._device)
+        for model, (times, seconds) in list(self._loads.items()):
+            yield Reading("weft_model_loads", times, {"model": model})
+            yield Reading("weft_model_load_seconds", seconds, {"model": model})
+
+    async def layers(self, model: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of the layers that a LoRA may change, by part and path; none while the card is not loaded."""
+        for loaded in self._shelf.models:
+            if loaded.card.id == model:
+                return loaded.adapters.layers
+        return {}
 
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""
@@ -167,7 +211,9 @@ class ImageModel:
         self._worker.drain(grace_s)
 
     def __del__(self) -> None:
-        if hasattr(self, "_worker"):  # the constructor may have failed before
+        if hasattr(self, "_reporter"):  # the constructor may have failed before
+            self._reporter.stop()
+        if hasattr(self, "_worker"):
             self._worker.stop()
 
     def _card_of(self, request: GenerationRequest) -> ModelCard:
@@ -187,14 +233,17 @@ class ImageModel:
     def _load(self, name: str, *, while_serving: bool = True) -> LoadedModel:
         from deployments.loaded import LoadedModel
 
-        card = self._cards[name]
-        return LoadedModel(
+        card, began = self._cards[name], time.monotonic()
+        loaded = LoadedModel(
             card,
             self._refiner_of(card),
             self._device,
             while_serving=while_serving,
             adapter_files=self._adapter_files,
         )
+        times, seconds = self._loads.get(name, (0, 0.0))
+        self._loads[name] = (times + 1, seconds + time.monotonic() - began)
+        return loaded
 
     async def _warm_up(self, card: ModelCard) -> None:
         """One small request: kernels are chosen, rows proven and times learned before anybody waits."""
@@ -239,6 +288,7 @@ class ImageModel:
             steps=denoising_steps(request, loaded.card),
             steps_done=progress.step,
             rows=request.num_images,
+            labels=(loaded.card.id, _size_class(request)),
             shape=(loaded.card.id, request.width, request.height, request.video and request.video.num_frames),
         )
         items = self._worker.submit(work, job, max_wait_s=max_wait_s, snapshot=progress.save)
@@ -265,6 +315,13 @@ class ImageModel:
             for artifact in await asyncio.to_thread(_files, request, index, image, finished.run_s):
                 yield artifact
         yield Done(finished.queued_s, finished.run_s + time.monotonic() - started)
+
+
+def _size_class(request: FittedRequest) -> str:
+    from deployments.engine.tally import size_class
+
+    frames = None if request.video is None or request.video.framewise else request.video.num_frames
+    return size_class(request.width, request.height, frames)
 
 
 def _attach(

@@ -8,6 +8,7 @@ from ray import serve
 
 from deployments.image import ImageModel
 from deployments.protocol.events import Event
+from deployments.protocol.origin import Origin
 from deployments.protocol.request import GenerationRequest
 
 IDS_PER_REPLICA = 64  # in Serve's routing table; about what a bank holds in memory
@@ -37,12 +38,13 @@ class LoraImageModel(ImageModel):
         resume: bytes | None = None,
         *,
         patient: bool = False,
+        origin: Origin | None = None,
     ) -> AsyncGenerator[Event]:
         """As ImageModel.generate; tells Serve first which adapter this replica gets."""
         wanted = serve.get_multiplexed_model_id()
         if any(lora.id == wanted for lora in request.loras):
             await self._known_for(wanted)
-        events = super().generate(request, user, resume, patient=patient)
+        events = super().generate(request, user, resume, patient=patient, origin=origin)
         try:
             async for event in events:
                 yield event

@@ -6,7 +6,7 @@ import asyncio
 import io
 import json
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
@@ -26,6 +26,7 @@ from deployments.protocol.errors import ModelUnavailable, OutOfMemory
 from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Stage, Started, Step
 from deployments.protocol.limits import denoising_steps
 from deployments.protocol.request import FittedEdit, FittedRequest
+from deployments.telemetry import Reading
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -58,7 +59,14 @@ class VideoModel(ImageModel):
         self._encoder = RemoteEncoder(encoder) if isinstance(encoder, DeploymentHandle) else encoder
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self._decoding_since: float | None = None  # time.monotonic(); what the watchdog looks at
+        self._frames_decoded, self._decode_s = 0, 0.0
         super().__init__(cards, refiners, on_stop, fetch_adapter=fetch_adapter, adapter_folder=adapter_folder)
+
+    def readings(self) -> Iterator[Reading]:
+        """See ImageModel."""
+        yield from super().readings()
+        yield Reading("weft_video_frames_decoded", self._frames_decoded)
+        yield Reading("weft_video_decode_seconds", self._decode_s)
 
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""
@@ -198,9 +206,12 @@ class VideoModel(ImageModel):
         """On the decoder's thread: the next frames of this video; other videos come in between."""
         import torch
 
-        self._decoding_since = time.monotonic()
+        began = self._decoding_since = time.monotonic()
         try:
-            return reel.take()
+            frames = reel.take()
+            self._frames_decoded += 0 if frames is None else len(frames)
+            self._decode_s += time.monotonic() - began
+            return frames
         except torch.OutOfMemoryError as error:
             raise OutOfMemory(
                 "the device ran out of memory while it decoded the video; "

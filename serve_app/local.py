@@ -55,6 +55,7 @@ def deploy(
         proxy_location=schema.proxy_location,
         http_options=schema.http_options.model_dump(),
         logging_config=schema.logging_config,
+        tracing_config=schema.tracing_config,
     )
     client = _get_global_client()
     assert client is not None, "serve.start has made one"

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from deployments.adapters.mixed import Mix, Mixer, mix
-from deployments.adapters.source import Adapter, Factors, read
+from deployments.adapters.source import Adapter, Factors, layer_shapes, read
 from deployments.protocol.adapters import AdapterFiles
 from deployments.protocol.errors import BadRequest, Overloaded
 from deployments.protocol.request import Lora
@@ -93,6 +93,16 @@ class _Memory:
             self.size_bytes -= adapter.size_bytes
 
 
+@dataclass(slots=True)
+class Uses:
+    """What a bank did so far."""
+
+    on_device: int = 0  # wished for when on the device, or on the way there
+    in_memory: int = 0  # wished for when converted in host memory
+    from_files: int = 0  # read and converted
+    evicted: int = 0  # from the device, for others
+
+
 class Bank:
     """Used from one event loop; reading, converting and copying run in a thread of its own."""
 
@@ -108,6 +118,7 @@ class Bank:
         self._memory = _Memory(self._room)
         self._slots: OrderedDict[str, _Slot] = OrderedDict()
         self._worn: dict[Hashable, _Worn] = {}
+        self.uses = Uses()
         self._turn = asyncio.Lock()  # of the one that waits for a slot
         self._waiting_since: float | None = None
         self._released = asyncio.Event()
@@ -115,8 +126,14 @@ class Bank:
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the layers that an adapter may change; see adapter_shapes."""
+        return layer_shapes(self._pipeline)
+
+    @property
     def held(self) -> Held:
-        arrivals = [slot.arrival for slot in self._slots.values() if _has_arrived(slot)]
+        """May be asked from any thread."""
+        arrivals = [slot.arrival for slot in list(self._slots.values()) if _has_arrived(slot)]
         present = [arrival.result() for arrival in arrivals if arrival is not None]
         return Held(
             len(self._slots),
@@ -217,6 +234,7 @@ class Bank:
             return False
         for name in idle[: max(0, excess)]:
             del self._slots[name]
+            self.uses.evicted += 1
         for name in names:
             slot = self._slots.setdefault(name, _Slot())
             slot.users += 1
@@ -239,6 +257,8 @@ class Bank:
         if slot.arrival is None or (slot.arrival.done() and not _has_arrived(slot)):
             slot.arrival = asyncio.ensure_future(self._load(lora, on_engine))
             slot.arrival.add_done_callback(lambda task: self._has_settled(lora.id, slot, task))
+        else:
+            self.uses.on_device += 1
         return slot.arrival
 
     def _has_settled(self, name: str, slot: _Slot, task: asyncio.Task[Adapter]) -> None:
@@ -255,6 +275,9 @@ class Bank:
             file = lora.file if lora.file is not None else await self._files.read(lora.id)
             adapter = await self._in_thread(_read_checked, file, lora.id, self._pipeline)
             self._memory.put(lora.id, adapter)
+            self.uses.from_files += 1
+        else:
+            self.uses.in_memory += 1
         on_device: Adapter = await self._in_thread(self._copied, adapter)
         if not self._mixer.has_hooks(on_device.factors):
             await on_engine(lambda: self._mixer.hook(on_device.factors))

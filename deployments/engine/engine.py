@@ -16,6 +16,7 @@ from deployments.engine.owners import owned
 from deployments.engine.row_counts import RowCounts
 from deployments.engine.step_scheduler import Job, StepScheduler, Waiting
 from deployments.engine.stopwatch import Stopwatch
+from deployments.engine.tally import Tally
 from deployments.protocol.errors import OutOfMemory
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ class Engine:
         self._scheduler = scheduler
         self._now = now
         self._row_counts = RowCounts(scheduler.max_rows, scheduler.allow) if deterministic else None
-        self._stopwatch = Stopwatch(scheduler.ran, device, now)
+        self._stopwatch = Stopwatch(self._ran, device, now)
+        self.tally = Tally()
         self._parked = _Parked()
         self._aside = Aside(device) if aside else None
         self._parked_aside = _Parked()  # what waits for the place aside
@@ -124,7 +126,7 @@ class Engine:
         calls = [fiber.call for fiber in outcome.fibers if fiber.call is not None]
         if outcome.failure is None:
             jobs = [fiber.job for fiber in outcome.fibers]
-            self._scheduler.ran(calls[0].key, outcome.rows, outcome.seconds, jobs, self._now())
+            self._ran(calls[0].seam.name, calls[0].key, outcome.rows, outcome.seconds, jobs, self._now())
         dealt = dict(zip(outcome.fibers, outcome.outputs, strict=True)) if outcome.outputs else {}
         for fiber in outcome.fibers:
             if (error := self._cancelled_aside.pop(fiber, None)) is not None:
@@ -164,8 +166,14 @@ class Engine:
         self._count(calls)
         self._stopwatch.start()
         outputs, rows = _compute(calls, self._row_counts if self._may_join(calls[0]) else None)
-        self._stopwatch.stop(calls[0].key, rows, jobs)
+        self._stopwatch.stop(calls[0].seam.name, calls[0].key, rows, jobs)
         return outputs
+
+    def _ran(
+        self, module: str, key: Hashable, rows: int, seconds: float, jobs: Sequence[Job], now: float
+    ) -> None:
+        self._scheduler.ran(key, rows, seconds, jobs, now)
+        self.tally.ran(module, jobs[0].labels, rows, seconds)
 
     def _count(self, calls: Sequence[ModuleCall]) -> None:
         self.forwards += 1
@@ -184,6 +192,7 @@ class Engine:
                 "out of memory, the batch is halved", extra={"seam": first.seam.name, "rows": rows}
             )
             self._scheduler.ran_out_of_memory(first.key, rows)
+            self.tally.halved += 1
             _free_device_memory()
             middle = (len(fibers) + 1) // 2
             parts: Sequence[Sequence[Fiber]] = (fibers[:middle], fibers[middle:])

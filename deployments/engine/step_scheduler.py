@@ -39,6 +39,7 @@ class Job:
     steps_done: int = 0
     rows: int = 1  # pictures
     shape: Hashable = None  # jobs of equal shape probably share forwards
+    labels: tuple[str, str] = ("", "")  # model and size that its forwards are counted under
 
     # the scheduler's own notes
     account: _User | None = field(default=None, init=False, repr=False)
@@ -90,6 +91,7 @@ class StepScheduler:
         if max_rows < 1:
             raise ValueError("max_rows must be at least 1")
         self.max_rows = max_rows
+        self.work_done_s = 0.0  # of all forwards so far, as `work_left_s` counts
         self._times = ForwardTimes(max_rows)
         self._shapes: OrderedDict[Hashable, _Shape] = OrderedDict()
         self._unlearned_step_s = UNLEARNED_STEP_S
@@ -142,6 +144,7 @@ class StepScheduler:
         if key is not None and seconds > 0:
             self._times.learn(key, rows, seconds)
             work_s = rows * (self._times.row_seconds(key) or seconds / rows)
+        self.work_done_s += work_s
         if not jobs:
             return
         pictures = sum([job.rows for job in jobs])
@@ -172,6 +175,10 @@ class StepScheduler:
     def remaining_s(self, job: Job) -> float | None:
         """Seconds of the device that the job's steps still need; None while its shape is unlearned."""
         return self._work_s(job) if job.shape in self._shapes else None
+
+    def work_left_s(self, jobs: Sequence[Job]) -> float:
+        """Seconds of a device whose forwards are full; an unlearned shape counts as what was learned last."""
+        return sum([self._work_s(job) for job in jobs])
 
     def next_job(self, queued: Sequence[Job], active: Sequence[Job], now: float) -> int:
         """Index of the queued job that gets a free slot; what runs counts as had by its user."""

@@ -11,8 +11,8 @@ import torch
 
 from deployments.engine.step_scheduler import Job
 
-# (key, rows, seconds, jobs, now) of a finished forward
-Report = Callable[[Hashable, int, float, Sequence[Job], float], None]
+# (module, key, rows, seconds, jobs, now) of a finished forward
+Report = Callable[[str, Hashable, int, float, Sequence[Job], float], None]
 
 
 class Stopwatch:
@@ -27,7 +27,7 @@ class Stopwatch:
         self._events = device.type == "cuda"
         self._began_s = 0.0
         self._begin: Any = None
-        self._running: deque[tuple[Hashable, int, Sequence[Job], Any, Any]] = deque()  # with both events
+        self._running: deque[tuple[str, Hashable, int, Sequence[Job], Any, Any]] = deque()  # with both events
 
     def start(self) -> None:
         """A forward begins."""
@@ -39,16 +39,16 @@ class Stopwatch:
         self._begin = torch.cuda.Event(enable_timing=True)
         self._begin.record()
 
-    def stop(self, key: Hashable, rows: int, jobs: Sequence[Job]) -> None:
+    def stop(self, module: str, key: Hashable, rows: int, jobs: Sequence[Job]) -> None:
         """It has been computed (CPU) or queued (GPU)."""
         if not self._events:
-            self._report(key, rows, time.perf_counter() - self._began_s, jobs, self._now())
+            self._report(module, key, rows, time.perf_counter() - self._began_s, jobs, self._now())
             return
         end = torch.cuda.Event(enable_timing=True)
         end.record()
-        self._running.append((key, rows, jobs, self._begin, end))
+        self._running.append((module, key, rows, jobs, self._begin, end))
 
     def _collect(self) -> None:
-        key, rows, jobs, begin, end = self._running.popleft()
+        module, key, rows, jobs, begin, end = self._running.popleft()
         end.synchronize()
-        self._report(key, rows, begin.elapsed_time(end) / 1000, jobs, self._now())
+        self._report(module, key, rows, begin.elapsed_time(end) / 1000, jobs, self._now())

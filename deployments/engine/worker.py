@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ import torch
 from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber, FiberCancelled
 from deployments.engine.step_scheduler import Job, StepScheduler
+from deployments.engine.tally import Tally
 from deployments.protocol.errors import (
     BadRequest,
     Internal,
     ModelUnavailable,
+    NotFinite,
     OutOfMemory,
     Overloaded,
     WeftError,
@@ -61,6 +65,8 @@ class _Ticket:
     loop: asyncio.AbstractEventLoop
     max_wait_s: float | None
     snapshot: Callable[[], Any] | None
+    tally: Tally
+    context: contextvars.Context  # of whoever submitted: what its log lines are told by
     items: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     started_at: float = 0.0
     fiber: Fiber | None = None
@@ -73,6 +79,7 @@ class _Ticket:
         """What the work itself tells; its steps are also progress for the scheduler."""
         if isinstance(item, Step):
             self.job.steps_done, self.job.steps = item.step, item.steps
+            self.tally.steps += 1
         self.tell(item)
 
 
@@ -127,8 +134,11 @@ class Worker:
         self._waiting: list[_Ticket] = []
         self._running: dict[Fiber, _Ticket] = {}
         self._open = 0  # submitted and not yet ended; counted on the asyncio side
+        self._jobs: set[Job] = set()  # of those
+        self._recent_s: deque[float] = deque(maxlen=32)  # work of the latest submitted
         self._stopping = False
         self._busy_since: float | None = None  # when the piece of work at hand began
+        self.tally = engine.tally
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
@@ -136,6 +146,21 @@ class Worker:
     def active(self) -> int:
         """Requests submitted and not yet ended."""
         return self._open
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Requests that run and requests that wait for a slot, as the engine's thread last left it."""
+        return len(self._running), len(self._waiting)
+
+    def work(self) -> tuple[float, float, float]:
+        """Seconds of work: done ever, left of what is open, and the mean of a request; the last is 0 before
+        the first. To be asked where requests are submitted."""
+        mean_s = sum(self._recent_s) / len(self._recent_s) if self._recent_s else 0.0
+        return self._scheduler.work_done_s, self._scheduler.work_left_s([*self._jobs]), mean_s
 
     def check(self) -> None:
         """Raises ModelUnavailable if the thread is dead or hangs."""
@@ -167,8 +192,10 @@ class Worker:
         if self._stopping:
             raise ModelUnavailable("this replica is shutting down; try again")
         job.submitted_at = time.monotonic()
-        ticket = _Ticket(work, job, asyncio.get_running_loop(), max_wait_s, snapshot)
+        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
+        ticket = _Ticket(work, job, loop, max_wait_s, snapshot, self.tally, context)
         self._open += 1
+        self._jobs.add(job)
         self._inbox.put(_Submit(ticket))
         try:
             while True:
@@ -178,6 +205,8 @@ class Worker:
                     return
         finally:
             self._open -= 1
+            self._jobs.discard(job)
+            self._recent_s.append(self._scheduler.work_left_s([replace(job, steps_done=0)]))
             self._inbox.put(_Cancel(ticket))  # without effect on work that is over
 
     async def call(self, function: Callable[[], Any]) -> Any:
@@ -278,6 +307,7 @@ class Worker:
             ticket.tell(Started(ticket.job.steps))
             work, emit = ticket.work, ticket.emit
             fiber = Fiber(lambda work=work, emit=emit: work(emit), ticket.job)  # type: ignore[misc]
+            fiber.gr_context = ticket.context
             ticket.fiber = fiber
             self._running[fiber] = ticket
             self._engine.start(fiber)
@@ -292,8 +322,11 @@ class Worker:
             ticket = self._running.pop(fiber, None)
             if ticket is None:  # it was handed back while its call was computed aside
                 continue
+            self.tally.requests += 1
             if fiber.failure is not None:
-                ticket.tell(Failed.of(_explain(fiber.failure)))
+                failed = ticket.context.run(_explain, fiber.failure)
+                self.tally.failed("not_finite" if isinstance(fiber.failure, NotFinite) else failed.kind)
+                ticket.tell(Failed.of(failed))
                 continue
             now = time.monotonic()
             queued_s = ticket.started_at - ticket.job.submitted_at
@@ -308,6 +341,7 @@ class Worker:
             self._settle([ticket.fiber])
 
     def _drain(self, grace_s: float) -> None:
+        self.tally.handed_back += len(self._waiting)
         for ticket in self._waiting:
             _hand_back(ticket)
         self._waiting.clear()
@@ -316,6 +350,7 @@ class Worker:
             if left_s is not None and left_s * max(MIN_SLOWDOWN, len(self._running)) < grace_s:
                 continue  # ends in time even if nothing is shared
             del self._running[fiber]
+            self.tally.handed_back += 1
             _hand_back(ticket)
             self._engine.cancel(fiber)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from deployments.pipelines.resume import Progress
-from deployments.protocol.errors import Internal
+from deployments.protocol.errors import NotFinite
 
 
 def teller(
@@ -33,7 +33,7 @@ def teller(
 
 def _check(latents: torch.Tensor) -> None:
     if not bool(torch.isfinite(latents).all()):
-        raise Internal(
+        raise NotFinite(
             "the model gave numbers that are not finite (NaN), so the picture would be black; "
             "another seed, less guidance or a card with dtype float32 may help"
         )

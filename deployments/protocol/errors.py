@@ -14,6 +14,7 @@ WeftError
 |-- OutOfMemory        a single request does not fit the device
 |-- Cancelled          somebody asked for the job to end
 `-- Internal           a bug of ours
+    `-- NotFinite      numbers of a model that are no numbers; counted apart
 """
 
 from __future__ import annotations
@@ -90,6 +91,10 @@ class Cancelled(WeftError):
 
 class Internal(WeftError):
     kind = "internal"
+
+
+class NotFinite(Internal):
+    """The model gave NaN or infinity; told as any internal error, counted apart."""
 
 
 KINDS: dict[str, type[WeftError]] = {

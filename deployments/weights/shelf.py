@@ -60,7 +60,7 @@ class Shelf(Generic[T]):
     @property
     def models(self) -> list[T]:
         """All that are loaded."""
-        return [slot.model for slot in self._slots.values()]
+        return [slot.model for slot in list(self._slots.values())]
 
     def put(self, name: str, model: T) -> None:
         """A model that was loaded before anybody asked."""

@@ -107,9 +107,15 @@ class Visit:
                 webhook=body.webhook_url if isinstance(body, ImageBody | VideoBody) else None,
                 images_per_day=self.principal.images_per_day,
             )
-        self.state.metrics.submitted.labels(job.request.model, job.request.task.value).inc()
-        self.state.metrics.submit_seconds.observe(time.perf_counter() - began)
+        self._count(job, time.perf_counter() - began)
         return job
+
+    def _count(self, job: Job, seconds: float) -> None:
+        metrics, model = self.state.metrics, job.request.model
+        metrics.add("weft_jobs_submitted", model=model, task=job.request.task.value)
+        metrics.observe("weft_job_submit_seconds", seconds)
+        if job.twin is not None or job.leader is not None:
+            metrics.add("weft_jobs_same", model=model, how="joined" if job.twin is None else "copied")
 
     @asynccontextmanager
     async def _with_loras(self, body: Wish, request: GenerationRequest) -> AsyncIterator[GenerationRequest]:

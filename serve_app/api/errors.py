@@ -38,6 +38,7 @@ RETRY_AFTER_S = {
     "overloaded": 2.0,
     "model_unavailable": 5.0,
 }  # where the error says nothing
+REFUSAL = "weft_refusal"  # in a call's state
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -49,9 +50,16 @@ def route_path(scope: Scope) -> str:
 
 def render(error: WeftError, scope: Scope, *, status: int | None = None) -> Response:
     """The error in the dialect of the path that was called. status: where the table does not fit."""
+    scope.setdefault("state", {})[REFUSAL] = error.kind
     if route_path(scope).startswith("/v1/"):
         return _openai(error, status)
     return _native(error, status)
+
+
+def refusal_of(scope: Scope) -> str | None:
+    """The kind of the error that was rendered for this call, if one was."""
+    kind: str | None = scope.get("state", {}).get(REFUSAL)
+    return kind
 
 
 def _native(error: WeftError, status: int | None) -> Response:

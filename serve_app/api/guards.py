@@ -11,8 +11,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
+from deployments.protocol import origin
 from deployments.protocol.errors import BadRequest, Forbidden, Internal, Overloaded, TooLarge, WeftError
-from serve_app.api.errors import render, route_path
+from deployments.protocol.origin import Origin
+from serve_app.api.errors import refusal_of, render, route_path
 from serve_app.api.metrics import ApiMetrics
 from serve_app.settings import Settings
 
@@ -24,6 +26,7 @@ LOOPBACK_IPV4 = re.compile(r"127(?:\.[0-9]{1,3}){3}")
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 UPLOADS = "/api/loras"  # a form with a file goes there
+MAX_HEAD_BYTES = 32 * 2**10  # address and headers together; the server itself has no limit
 MAX_JSON_PARTS = 10_000  # brackets and commas; 32 MiB of "[],[]," would become a gigabyte of lists
 # One whole string (or the rest of the body, if it never ends) is one match: linear, whatever comes.
 JSON_PART = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{},]', re.DOTALL)
@@ -54,16 +57,17 @@ class Envelope:
             return
         request_id = _request_id(scope)
         kept = [(name, value) for name, value in scope["headers"] if name not in SERVE_HEADERS]
-        scope = {**scope, "headers": kept}
+        scope = {**scope, "headers": kept, "state": {**scope.get("state", {})}}
         limit = asyncio.timeout(self.max_call_s if scope["type"] == "http" else None)
         answer = _Answer(send, request_id, _policy(route_path(scope)), limit)
         began = time.perf_counter()
+        mark = origin.attribute(Origin(request_id=request_id))
         try:
             async with limit:
                 await self.app(scope, receive, answer.send)
         except Exception as error:
             late = isinstance(error, TimeoutError) and limit.expired()
-            logger.error("request failed", exc_info=not late, extra={"request_id": request_id, "late": late})
+            logger.error("request failed", exc_info=not late, extra={"late": late})
             if answer.status is not None:
                 raise  # half an answer is out: the server breaks the connection, which the client can see
             answer.limit = None
@@ -73,14 +77,17 @@ class Envelope:
             else:
                 await _deliver(_as_ours(error, request_id), scope, receive, answer.send)
         finally:
+            origin.restore(mark)
             if scope["type"] == "http":
                 self._count(scope, answer.status, time.perf_counter() - began)
 
     def _count(self, scope: Scope, status: int | None, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")  # mounts and 404s have no route
         method = scope["method"] if scope["method"] in METHODS else "OTHER"  # a client may make up any
-        self.metrics.requests.labels(method, route, str(status or 499)).inc()
-        self.metrics.request_seconds.labels(route).observe(seconds)
+        self.metrics.add("weft_http_requests", method=method, route=route, status=str(status or 499))
+        self.metrics.observe("weft_http_request_seconds", seconds, route=route)
+        if (kind := refusal_of(scope)) is not None:
+            self.metrics.add("weft_refusals", kind=kind)
 
 
 class _Answer:
@@ -108,6 +115,23 @@ class _Answer:
         elif message["type"] in ("websocket.accept", "websocket.close"):
             self.status = 101
         await self._send(message)
+
+
+class HeadLimit:
+    """Refuses addresses and headers that are longer than anybody needs."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] in ("http", "websocket"):
+            size = len(scope["path"]) + len(scope.get("query_string", b""))
+            size += sum(len(name) + len(value) for name, value in scope["headers"])
+            if size > MAX_HEAD_BYTES:
+                fault = TooLarge(f"address and headers are {size} bytes; at most {MAX_HEAD_BYTES} are taken")
+                await _deliver(fault, scope, receive, send, status=431)
+                return
+        await self.app(scope, receive, send)
 
 
 class LocalOnly:
@@ -176,7 +200,7 @@ class BodyLimit:
             return
         try:
             body = await self._read(scope, receive)
-            if "json" in Headers(scope=scope).get("content-type", ""):
+            if "json" in content_type.lower():
                 check_json_shape(body, self.max_depth)
         except TooLarge as error:
             await render(error, scope)(scope, receive, send)
@@ -254,9 +278,11 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _deliver(error: WeftError, scope: Scope, receive: Receive, send: Send) -> None:
+async def _deliver(
+    error: WeftError, scope: Scope, receive: Receive, send: Send, *, status: int | None = None
+) -> None:
     if scope["type"] == "http":
-        await render(error, scope)(scope, receive, send)
+        await render(error, scope, status=status)(scope, receive, send)
     else:
         await WebSocketClose(1011 if isinstance(error, Internal) else 4403, error.message[:100])(
             scope, receive, send

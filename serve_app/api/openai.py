@@ -65,7 +65,7 @@ async def generate_images(http_request: Request, visit: Here) -> ImagesResponse 
         return render(late, http_request.scope, status=504)
     except ConnectionAbortedError:
         return Response(status_code=499)  # nobody reads it
-    visit.state.metrics.finished.labels(job.state.value).inc()
+    visit.state.metrics.add("weft_jobs_finished_observed", state=job.state.value)
     _require_completed(job)
     return ImagesResponse(
         created=int(job.created_at),
@@ -166,7 +166,7 @@ async def _server_sent(visit: Visit, job: Job) -> AsyncGenerator[str]:
                 case (_, progress.Completed() | progress.Failed() | progress.Cancelled()):
                     ended = True
         job = (await visit.desk.get(job.id, visit.owner)).job
-        visit.state.metrics.finished.labels(job.state.value).inc()
+        visit.state.metrics.add("weft_jobs_finished_observed", state=job.state.value)
         _require_completed(job)
         for picture in await _data(visit, job, as_url=False):
             yield _event(_completed(job, picture))
