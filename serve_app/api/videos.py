@@ -153,10 +153,10 @@ async def extend_video(http_request: Request, response: Response, visit: Here) -
     return _shown(visit, job)
 
 
-@router.post("/v1/videos/characters", status_code=400)
+@router.post("/v1/videos/characters", status_code=404)
 async def create_character(visit: Here) -> None:
-    """Always refused: 400."""
-    raise BadRequest("no model here learns a character from a video; train a LoRA and send it as loras")
+    """There are none: 404."""
+    raise NotFound("no model here learns a character from a video; train a LoRA and send it as loras")
 
 
 @router.get("/v1/videos/characters/{character_id}", status_code=404)
