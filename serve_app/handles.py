@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 STATES_MAX_AGE_S = 2.0
 LOOK_LIMIT_S = 5.0  # that a caller waits for Serve's controller; then what was seen last counts
 UNLOAD_TIMEOUT_S = 30.0
+LAYERS_LIMIT_S = 2.0  # that a request waits to have its LoRAs' shapes compared before it is accepted
 
 
 class ModelHandles:
@@ -159,6 +160,23 @@ class ModelHandles:
             application = applications.get(place.application, Application())
             self._pools[model] = application.deployments.get(place.deployment, Pool())
         self._looked_at = time.monotonic()
+
+    async def layers(self, model: str) -> Mapping[str, tuple[int, ...]] | None:
+        """Shapes of the layers that a LoRA may change; None while no replica is there, or none has time."""
+        place = self._served.places.get(model)
+        await self.look()
+        if place is None or not self.running_replicas(model):
+            return None
+        handle = self._handle(place.application, place.deployment)
+        call = handle.options(method_name="layers", stream=False).remote(model)
+        try:
+            async with asyncio.timeout(LAYERS_LIMIT_S):
+                told: Mapping[str, tuple[int, ...]] = await call
+        except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
+            call.cancel()
+            logger.info("a model did not tell its layers", extra={"model": model, "error": repr(error)})
+            return None
+        return told
 
     async def unload(self, digest: str) -> None:
         """Have every replica forget an adapter. One that is missed keeps a file that nobody asks for."""

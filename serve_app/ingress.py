@@ -46,7 +46,7 @@ class Ingress:
                 cards=models.cards,
                 settings=self._settings,
                 model_states=models.states,
-                adapters=services.adapters(BuiltIns(models.cards.values()), models.unload),
+                adapters=services.adapters(BuiltIns(models.cards.values()), models.unload, models.layers),
                 look=models.look if models.cards_change else None,
                 accounts=services.store.redis,
             )

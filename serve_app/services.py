@@ -11,6 +11,7 @@ from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable
 from serve_app.adapters.builtin import BuiltIns
 from serve_app.adapters.desk import AdapterDesk, Unload
+from serve_app.adapters.fitting import Fitting, TellLayers
 from serve_app.adapters.hub import HOSTS
 from serve_app.adapters.registry import Registry
 from serve_app.jobs.desk import JobDesk
@@ -20,6 +21,10 @@ from serve_app.settings import Settings
 from serve_app.storage.fetch import Fetcher
 from serve_app.storage.results import ResultStore
 from serve_app.transaction import connect
+
+
+async def _unknown_layers(_model: str) -> None:
+    """Nobody here can tell."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,10 @@ class Services:
         )
         return cls(settings, JobStore(redis, settings), results)
 
-    def adapters(self, builtins: BuiltIns, unload: Unload) -> AdapterDesk:
-        """unload: tells every replica to forget a digest."""
+    def adapters(
+        self, builtins: BuiltIns, unload: Unload, tell_layers: TellLayers = _unknown_layers
+    ) -> AdapterDesk:
+        """unload: tells every replica to forget a digest. tell_layers: what a model's layers are."""
         settings, redis = self.settings, self.store.redis
         return AdapterDesk(
             Registry(redis, settings.redis_prefix, settings.max_adapters_per_owner),
@@ -54,6 +61,7 @@ class Services:
             settings,
             in_use=partial(adapters_in_use, redis, settings.redis_prefix),
             unload=unload,
+            fitting=Fitting(self.results, tell_layers),
             fetcher=Fetcher(host for host in settings.fetch_hosts.split(",") if host.strip()),
             hub=Fetcher(HOSTS if settings.hub_loras else ()),
         )

@@ -82,6 +82,19 @@ def read(file: bytes, pipeline: Any) -> Adapter:
     return Adapter(facts, factors)
 
 
+def layer_shapes(pipeline: Any) -> dict[str, tuple[int, ...]]:
+    """Of the weights of all layers that a LoRA may change, by part and path: what adapter_shapes compares."""
+    found: dict[str, tuple[int, ...]] = {}
+    for part in PARTS:
+        module = getattr(pipeline, part, None)
+        for path, layer in module.named_modules() if isinstance(module, nn.Module) else ():
+            if isinstance(layer, nn.Linear):
+                found[f"{part}.{path}"] = (layer.out_features, layer.in_features)
+            elif isinstance(layer, nn.Conv2d):
+                found[f"{part}.{path}"] = (layer.out_channels, layer.in_channels, *layer.kernel_size)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class _Named:
     """Tensors by diffusers' names with the part in front, and alphas by the same names."""

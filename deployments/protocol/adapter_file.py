@@ -12,6 +12,7 @@ from typing import Any, Literal
 from deployments.protocol.errors import BadRequest, TooLarge
 
 MAX_HEADER_BYTES = 2**20  # a 63 MB header with a million empty tensors opens in 10 s and takes 421 MiB
+HEAD_BYTES = 8 + MAX_HEADER_BYTES
 MAX_FILE_BYTES = 512 * 2**20
 MAX_TENSORS = 4096
 MAX_RANK = 128
@@ -117,6 +118,12 @@ def inspect(file: bytes) -> AdapterFacts:
 def raw_metadata(file: bytes) -> dict[str, str]:
     """The whole metadata of a file that `inspect` accepted."""
     return _metadata(_header(file).get("__metadata__"))
+
+
+def shapes(head: bytes) -> dict[str, tuple[int, ...]]:
+    """Of all tensors, by key. head: the first HEAD_BYTES, or all, of a file that `inspect` accepted."""
+    header = _header(head)
+    return {key: tuple(value["shape"]) for key, value in header.items() if key != "__metadata__"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest, Forbidden, NotFound, Overloaded, TooLarge
 from deployments.protocol.request import Lora
 from serve_app.adapters.builtin import BuiltIns
+from serve_app.adapters.fitting import Fitting
 from serve_app.adapters.hub import fetch_from_hub
 from serve_app.adapters.record import PUBLIC, Adapter, Label, Source, described
 from serve_app.adapters.registry import Registry
@@ -41,6 +42,7 @@ class AdapterDesk:
         *,
         in_use: InUse,
         unload: Unload,
+        fitting: Fitting,
         fetcher: Fetcher,
         hub: Fetcher,
     ) -> None:
@@ -50,6 +52,7 @@ class AdapterDesk:
         self._settings = settings
         self._in_use = in_use
         self._unload = unload
+        self._fitting = fitting
         self._fetcher = fetcher
         self._hub = hub
         self._intakes = asyncio.Semaphore(INTAKES)
@@ -60,7 +63,8 @@ class AdapterDesk:
     ) -> AsyncIterator[tuple[Lora, ...]]:
         """The wished adapters by digest, checked and stored; none can vanish while this is open.
 
-        Raises NotFound, BadRequest (wrong family, named twice, bad file), Forbidden, TooLarge, Overloaded.
+        Raises NotFound, BadRequest (wrong family or shape, named twice, bad file), Forbidden, TooLarge,
+        Overloaded.
         """
         if wishes:
             _check_count(wishes, card)
@@ -137,6 +141,7 @@ class AdapterDesk:
             digest, facts = await self._taken_in(wish, holds)
             if facts.family not in ("unknown", card.family):
                 raise _misfit(facts.name or "this LoRA", facts.family, card, wish.param)
+            await self._fitting.check(facts.name or "this LoRA", digest, card, wish.param)
             return digest, (facts.name or f"lora-{digest[:8]}")[:200]
         adapter = await self._known(wish.named, owner, card, wish.param)
         if not adapter.fits(card):
@@ -145,6 +150,7 @@ class AdapterDesk:
             await holds.enter_async_context(self._registry.holding(adapter.digest))
             if not await self._results.has(adapter_path(adapter.digest)):
                 raise NotFound(f"the file of {adapter.name} is gone; register it again", param=wish.param)
+            await self._fitting.check(adapter.name, adapter.digest, card, wish.param)
         return adapter.digest, adapter.name
 
     async def _known(self, id_or_name: str, owner: str, card: ModelCard | None, param: str = "id") -> Adapter:

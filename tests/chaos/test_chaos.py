@@ -13,7 +13,7 @@ import pytest
 
 from deployments.protocol.errors import Overloaded
 from serve_app.embedded_redis import EmbeddedRedis
-from serve_app.jobs.job import JobState, new_job_id
+from serve_app.jobs.job import Job, JobState, new_job_id
 from serve_app.jobs.store import JobStore
 from serve_app.settings import Settings
 from serve_app.transaction import connect
@@ -107,6 +107,45 @@ async def test_a_full_disk_under_the_store_refuses_jobs_and_loses_none(
     server.stop()
 
     assert states == {JobState.queued}
+
+
+async def test_a_full_disk_under_the_results_fails_the_job_leaves_no_part_of_a_file_and_passes(
+    tmp_path: Path,
+    make_settings: MakeSettings,  # noqa: F811
+) -> None:
+    settings = make_settings(max_attempts=1)
+    with EmbeddedRedis(tmp_path / "store") as url:
+        async with connect(url) as redis:
+            store = JobStore(redis, settings)
+            worker = start_worker(url, settings)
+
+            async def job() -> Job:
+                job_id = (await store.accept(new_job_id(), OWNER, fitted())).id
+
+                async def has_ended() -> bool:
+                    return (await store.get(job_id)).state.ended
+
+                await eventually(has_ended, within_s=60.0)
+                return await store.get(job_id)
+
+            before = await job()
+            _, most = resource.prlimit(worker.pid, resource.RLIMIT_FSIZE)
+            resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (64, most))
+            full = await job()
+            resource.prlimit(worker.pid, resource.RLIMIT_FSIZE, (most, most))
+            after = await job()
+            worker.kill()
+            worker.wait()
+
+    assert [job.state for job in (before, full, after)] == [
+        JobState.completed,
+        JobState.failed,
+        JobState.completed,
+    ]
+    assert full.error is not None
+    assert "stored" in full.error.message
+    written = {path.parent.name for path in tmp_path.glob("results/outputs/*/*")}
+    assert written == {before.id, after.id}
 
 
 async def test_a_store_whose_last_write_was_torn_starts_with_all_that_came_before(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -353,6 +355,45 @@ async def test_a_silent_model_keeps_its_lease(
         job = await ended(store, job_id)
 
     assert (job.state, job.attempt) == (JobState.completed, 1)
+
+
+async def test_slow_storage_costs_no_lease(
+    store: JobStore,
+    make_settings: MakeSettings,
+    results: ResultStore,
+    models: FakeModels,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    short = make_settings(lease_s=2.0, heartbeat_s=0.1)
+    store = JobStore(store.redis, short)
+    monkeypatch.setattr(os, "fsync", lambda file: time.sleep(1.5))  # of the file, and of its folder
+
+    async with running(Dispatcher(store, results, models, short)):
+        job = await ended(store, await submitted(store))
+
+    assert (job.state, job.attempt, len(models.requests)) == (JobState.completed, 1, 1)
+
+
+async def test_a_dispatchers_own_clock_decides_nothing(
+    store: JobStore,
+    settings: Settings,
+    results: ResultStore,
+    models: FakeModels,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    true_time, jumps = time.time, itertools.cycle([0.0, 3600.0, -3600.0, 10.0, -60.0])
+    monkeypatch.setattr(time, "time", lambda: true_time() + next(jumps))
+
+    async with (
+        running(Dispatcher(store, results, models, settings)),
+        running(Dispatcher(store, results, models, settings)),
+    ):
+        jobs = [await ended(store, await submitted(store)) for _ in range(10)]
+
+    assert {(job.state, job.attempt) for job in jobs} == {(JobState.completed, 1)}
+    assert len(models.requests) == 10
+    assert all(abs(job.created_at - true_time()) < 600 for job in jobs)
+    assert all(job.created_at <= (job.started_at or 0) <= (job.completed_at or 0) for job in jobs)
 
 
 async def test_a_job_that_runs_too_long_is_stopped_and_says_so(
