@@ -106,6 +106,7 @@ export interface Picture {
   url: string; // relative to the API
   thumbnailUrl: string | null;
   posterUrl: string | null; // of a video: its first frame
+  sheetUrl: string | null; // of a video: some of its frames in rows
   width: number;
   height: number;
   seed: string; // decimal digits: seeds are 63-bit, a JS number is not
@@ -133,7 +134,22 @@ export interface Wish {
   controls: number; // how many control pictures; they themselves are not told
   refiner: boolean;
   strength: number | null; // of a picture it starts from
-  video: { frames: number; fps: number; seconds: number; framewise: boolean } | null;
+  video: Filmed | null;
+}
+
+/** The video of a job. */
+export interface Filmed extends Way {
+  frames: number;
+  fps: number;
+  seconds: number;
+  framewise: boolean;
+}
+
+/** How the view of a frame-wise video moves from its first frame to its last; null: not at all. */
+export interface Way {
+  zoom: number | null; // 2 sees half of the width
+  panX: number | null; // in widths of the picture, to the right
+  panY: number | null; // in heights, down
 }
 
 /** How far a part of the work on a video is, in frames. */
@@ -185,7 +201,7 @@ export interface FormValues {
 }
 
 /** What stands in the form for a video only. */
-export interface VideoValues {
+export interface VideoValues extends Way {
   frames: number | null;
   fps: number | null;
   image: string | null; // a data: address of the picture it begins with

@@ -17,7 +17,17 @@ export const NO_VIDEO_WISHES = {
   strength: null,
   endPrompt: "",
   endSeed: "",
+  zoom: null,
+  panX: null,
+  panY: null,
 };
+
+/** What the view may do, and the values that leave it where it is. */
+export const WAY = /** @type {const} */ ({
+  zoom: { min: 0.25, max: 4, still: 1 },
+  panX: { min: -1, max: 1, still: 0 },
+  panY: { min: -1, max: 1, still: 0 },
+});
 
 /**
  * The model as the form for videos sees it, so that the form leaves out what no video has; null when it
@@ -47,6 +57,9 @@ export function asVideoModel(model) {
 
 /** @param {Model} model */
 export const takesPicture = (model) => model.tasks.includes("i2v");
+
+/** Whether the view of its videos can move over a picture. @param {Model} model */
+export const canMove = (model) => (model.film?.framewise ?? false) && model.tasks.includes("i2i");
 
 /** Whether no video can be made without one. @param {Model} model */
 export const needsPicture = (model) => takesPicture(model) && !model.tasks.includes("t2v");
@@ -122,14 +135,26 @@ export function videoBody(form, model) {
   const wishes = form.video ?? NO_VIDEO_WISHES;
   const image = takesPicture(model) ? wishes.image : null;
   const endPrompt = wishes.endPrompt.trim();
+  const asAv1 = { output_format: "webm", output_codec: "av1" };
   return {
     ...shared,
+    ...(form.format === "av1" ? asAv1 : {}),
     num_frames: fittedFrames(wishes.frames, film, framesRange(film, form.width, form.height)),
     fps: wishes.fps ?? film.fps,
     ...(image === null ? {} : { image }),
     ...(image !== null && film.framewise ? { strength: wishes.strength ?? model.strength } : {}),
     ...(film.framewise && endPrompt !== "" ? { end_prompt: endPrompt } : {}),
     ...(film.framewise && wishes.endSeed !== "" ? { end_seed: wishes.endSeed } : {}),
+    ...(canMove(model) ? moved(wishes) : {}),
+  };
+}
+
+/** Where the view goes, in the API's words; what stands still is left out. @param {import("./types.js").Way} way */
+function moved({ zoom, panX, panY }) {
+  return {
+    ...(zoom === null || zoom === WAY.zoom.still ? {} : { zoom }),
+    ...(panX ? { pan_x: panX } : {}),
+    ...(panY ? { pan_y: panY } : {}),
   };
 }
 
@@ -143,7 +168,7 @@ export function videoBody(form, model) {
  */
 export function videoValuesOf(wish, held) {
   if (wish.video === null) return held;
-  const { frames, fps, framewise } = wish.video;
+  const { frames, fps, framewise, zoom, panX, panY } = wish.video;
   const now = held ?? NO_VIDEO_WISHES;
   const withPicture = wish.task === "i2v";
   return {
@@ -153,5 +178,8 @@ export function videoValuesOf(wish, held) {
     strength: withPicture ? wish.strength : now.strength,
     endPrompt: framewise ? now.endPrompt : "",
     endSeed: framewise ? now.endSeed : "",
+    zoom,
+    panX,
+    panY,
   };
 }

@@ -122,7 +122,7 @@ export function job(json) {
       guidance: request.guidance_scale,
       seed: request.seed,
       images: request.num_images,
-      format: request.video?.format ?? request.output_format,
+      format: request.video ? formatOf(request.video) : request.output_format,
       scheduler: request.scheduler,
       loras: (request.loras ?? []).map((/** @type {Json} */ used) => ({
         id: used.sha256,
@@ -150,7 +150,20 @@ export function job(json) {
 
 /** The video of a request. @param {Json} json */
 function filmed(json) {
-  return { frames: json.num_frames, fps: json.fps, seconds: json.seconds, framewise: json.framewise };
+  return {
+    frames: json.num_frames,
+    fps: json.fps,
+    seconds: json.seconds,
+    framewise: json.framewise,
+    zoom: json.zoom ?? null,
+    panX: json.pan_x ?? null,
+    panY: json.pan_y ?? null,
+  };
+}
+
+/** As the form names it: a WebM with AV1 is a choice of its own. @param {Json} json */
+function formatOf(json) {
+  return json.codec === "av1" ? "av1" : json.format;
 }
 
 /**
@@ -171,6 +184,7 @@ function picture(json) {
     url: belowApi(json.url),
     thumbnailUrl: json.thumbnail_url && belowApi(json.thumbnail_url),
     posterUrl: json.poster_url ? belowApi(json.poster_url) : null,
+    sheetUrl: json.spritesheet_url ? belowApi(json.spritesheet_url) : null,
     width: json.width,
     height: json.height,
     seed: json.seed,

@@ -60,6 +60,22 @@ export function createResult(job, { pictures, onAgain, onSaved }) {
   }
   const savePicked = () => void save(files.slice(picked, picked + 1));
 
+  const sheetUrl = files[0]?.sheetUrl ?? null;
+  const sheet = sheetUrl !== null && button("picture", t("video.sheet"), showSheet);
+  let fetched = false;
+  const sheetPlace = h("div", { class: "sheet", hidden: true });
+
+  /** The frames are fetched when somebody first wants to see them; a second click hides them. */
+  function showSheet() {
+    if (sheetUrl === null) return;
+    sheetPlace.hidden = !sheetPlace.hidden;
+    if (sheet) sheet.setAttribute("aria-expanded", String(!sheetPlace.hidden));
+    if (fetched) return;
+    fetched = true;
+    const gone = () => fill(sheetPlace, h("p", {}, t("video.gone")));
+    fill(sheetPlace, pictures.image(sheetUrl, { alt: t("video.sheetAlt") }, gone));
+  }
+
   const columns = Math.ceil(Math.sqrt(files.length)) || 1;
   const rows = Math.ceil(files.length / columns) || 1;
 
@@ -76,9 +92,11 @@ export function createResult(job, { pictures, onAgain, onSaved }) {
           { class: "row actions" },
           button("save", t("done.save"), savePicked),
           files.length > 1 && button("save-all", t("done.saveAll"), () => void save(files)),
+          sheet,
           button("again", t("done.again"), () => onAgain(job, files[picked]?.seed ?? job.wish.seed)),
         ),
       ),
+      sheetPlace,
     ],
     save: savePicked,
   };

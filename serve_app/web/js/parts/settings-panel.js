@@ -41,6 +41,7 @@ const FORMATS = {
   video: [
     { value: "mp4", key: "format.mp4" },
     { value: "webm", key: "format.webm" },
+    { value: "av1", key: "format.av1" },
   ],
 };
 

@@ -1,10 +1,13 @@
-// The fields only videos have: the picture to begin with, how long it runs, and where a frame-wise one ends.
+// The fields only videos have: the picture to begin with, how long it runs, and, of a frame-wise one, where it
+// ends and how its view moves.
 
 import { fill, h, icon, setText } from "../dom.js";
 import { isFixed, pictureFault, seedIsValid } from "../form-rules.js";
 import { say, t } from "../i18n.js";
 import {
   MAX_FPS,
+  WAY,
+  canMove,
   fittedFrames,
   fpsIsValid,
   framesRange,
@@ -28,6 +31,7 @@ export function createVideoFields({ onInput }) {
   let fpsWish = /** @type {number | null} */ (null);
   let strengthWish = /** @type {number | null} */ (null);
   let image = /** @type {string | null} */ (null);
+  let wayWish = /** @type {import("../types.js").Way} */ ({ zoom: null, panX: null, panY: null });
 
   // ---- the picture it begins with ----
   const { input: pictureInput, drop } = createPictureDrop({
@@ -188,12 +192,35 @@ export function createVideoFields({ onInput }) {
   });
   const endSeedFault = fault([endSeed], "end-seed-fault");
   const endSeedWords = h("p", { class: "small" }, t("end.seedHint"));
+  /** @param {keyof typeof WAY} name @param {string} id @param {string} label */
+  const wayField = (name, id, label) => {
+    const field = slider({
+      id,
+      label,
+      step: "0.05",
+      onInput: () => ((wayWish = { ...wayWish, [name]: field.get() }), onInput()),
+    });
+    return field;
+  };
+  const way = {
+    zoom: wayField("zoom", "zoom", t("way.zoom")),
+    panX: wayField("panX", "pan-x", t("way.panX")),
+    panY: wayField("panY", "pan-y", t("way.panY")),
+  };
+  const wayFields = h(
+    "div",
+    { class: "group" },
+    way.zoom.element,
+    h("div", { class: "pair" }, way.panX.element, way.panY.element),
+    h("p", { class: "small" }, t("way.hint")),
+  );
   const end = h(
     "div",
     { class: "group" },
     h("div", { class: "field" }, h("label", { for: "end-prompt" }, t("end.prompt")), endPrompt),
     h("div", { class: "field" }, h("label", { for: "end-seed" }, t("end.seed")), endSeed, endSeedWords),
     endSeedFault.element,
+    wayFields,
   );
 
   function checkEndSeed() {
@@ -214,6 +241,9 @@ export function createVideoFields({ onInput }) {
       fps,
       end_prompt: endPrompt,
       end_seed: endSeed,
+      zoom: element(way.zoom.element),
+      pan_x: element(way.panX.element),
+      pan_y: element(way.panY.element),
     },
     /** @returns {VideoValues} */
     get: () => ({
@@ -223,6 +253,7 @@ export function createVideoFields({ onInput }) {
       strength: strengthWish,
       endPrompt: endPrompt.value,
       endSeed: endSeed.value.trim(),
+      ...wayWish,
     }),
     /**
      * @param {Model} chosen
@@ -237,6 +268,10 @@ export function createVideoFields({ onInput }) {
       const framewise = chosen.film?.framewise ?? false;
       start.hidden = !takesPicture(chosen);
       end.hidden = !framewise;
+      wayWish = { zoom: values.zoom, panX: values.panX, panY: values.panY };
+      wayFields.hidden = !canMove(chosen);
+      for (const name of /** @type {const} */ (["zoom", "panX", "panY"]))
+        way[name].set(wayWish[name] ?? WAY[name].still, WAY[name]);
       strength.set(strengthWish ?? chosen.strength, { min: 0, max: 1 });
       fps.value = String(fpsNow());
       setText(drop.querySelector("span") ?? drop, t(needsPicture(chosen) ? "start.addNeeded" : "start.add"));

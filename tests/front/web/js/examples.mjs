@@ -66,7 +66,7 @@ export const FRAMEWISE = {
   ...WAN,
   id: "framewise",
   family: "sd",
-  tasks: ["t2i", "t2v", "i2v"],
+  tasks: ["t2i", "i2i", "t2v", "i2v"],
   film: { ...WAN.film, frames: { min: 1, default: 16, max: 64 }, every: 1, framewise: true },
 };
 

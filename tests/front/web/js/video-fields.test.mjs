@@ -109,6 +109,16 @@ test("the end of a frame-wise video is read as it was written", () => {
   assert.equal(fields.controls.end_seed.attributes["aria-invalid"], "true");
 });
 
+test("the view of a frame-wise video moves as its sliders say", () => {
+  fields.set(FRAMEWISE, { ...NO_VIDEO_WISHES, panY: 0.5 });
+  const { zoom, pan_x: right, pan_y: down } = fields.controls;
+
+  assert.deepEqual([zoom.value, right.value, down.value], ["1", "0", "0.5"]);
+  type(zoom, "2", "input");
+  const { zoom: nearer, panX, panY } = fields.get();
+  assert.deepEqual([nearer, panX, panY], [2, null, 0.5]);
+});
+
 test("each part of the work has its own bar", () => {
   const stages = createStages();
 

@@ -92,6 +92,24 @@ test("a picture to begin with and an end go only to models that take them", () =
   assert.deepEqual(ends(toWan), [undefined, undefined, undefined, undefined]);
 });
 
+test("where the view moves is said to models that can paint one picture from another", () => {
+  const form = { ...FILMED, video: { ...WISHES, zoom: 2, panX: 0, panY: -0.5 } };
+  const sent = (model) => {
+    const { zoom, pan_x, pan_y } = rules.videoBody(form, rules.asVideoModel(model));
+    return [zoom, pan_x, pan_y];
+  };
+
+  assert.deepEqual(sent(FRAMEWISE), [2, undefined, -0.5]);
+  assert.deepEqual(sent({ ...FRAMEWISE, tasks: ["t2i", "t2v"] }), [undefined, undefined, undefined]);
+  assert.deepEqual(sent(WAN), [undefined, undefined, undefined]);
+});
+
+test("AV1 is WebM with another codec", () => {
+  const body = rules.videoBody({ ...FILMED, format: "av1" }, rules.asVideoModel(WAN));
+
+  assert.deepEqual([body.output_format, body.output_codec], ["webm", "av1"]);
+});
+
 test("a frame-wise video that begins with a picture leaves it as far as the model says", () => {
   const form = { ...FILMED, video: { ...WISHES, image: START } };
 
@@ -106,7 +124,8 @@ test("only a model without text-to-video needs a picture", () => {
 
 test("a video asked for again has its length, and the ends that stand in the form", () => {
   const held = { ...WISHES, frames: 5, image: START, endPrompt: "a blue fox", endSeed: "9" };
-  const video = { frames: 21, fps: 12, seconds: 1.75, framewise: true };
+  const way = { zoom: 2, panX: null, panY: -0.5 };
+  const video = { frames: 21, fps: 12, seconds: 1.75, framewise: true, ...way };
 
   const withPicture = rules.videoValuesOf({ ...JOB.wish, task: "i2v", strength: 0.4, video }, held);
   const fromWords = rules.videoValuesOf(
@@ -121,6 +140,7 @@ test("a video asked for again has its length, and the ends that stand in the for
     strength: 0.4,
     endPrompt: "a blue fox",
     endSeed: "9",
+    ...way,
   });
   assert.deepEqual([fromWords.image, fromWords.endPrompt, fromWords.endSeed], [null, "", ""]);
   assert.equal(rules.videoValuesOf(JOB.wish, held), held);

@@ -93,13 +93,14 @@ test("a video stands in the list with its length, its file and its first frame",
   const request = {
     task: "t2v",
     output_format: "png",
-    video: { num_frames: 17, fps: 8, seconds: 2.125, format: "webm", framewise: false },
+    video: { num_frames: 17, fps: 8, seconds: 2.125, format: "webm", framewise: false, codec: null, pan_x: 0.5 },
   };
   const file = {
     index: 0,
     url: "/api/results/1/0.webm",
     thumbnail_url: "/api/results/1/0/thumbnail",
     poster_url: "/api/results/1/0/poster",
+    spritesheet_url: "/api/results/1/0/spritesheet",
     width: 64,
     height: 64,
     seed: "1",
@@ -111,11 +112,13 @@ test("a video stands in the list with its length, its file and its first frame",
 
   assert.equal(video.kind, "video");
   assert.equal(video.wish.format, "webm");
-  assert.deepEqual(video.wish.video, { frames: 17, fps: 8, seconds: 2.125, framewise: false });
-  assert.deepEqual(
-    [video.pictures[0].url, video.pictures[0].posterUrl],
-    ["results/1/0.webm", "results/1/0/poster"],
-  );
+  const way = { zoom: null, panX: 0.5, panY: null };
+  assert.deepEqual(video.wish.video, { frames: 17, fps: 8, seconds: 2.125, framewise: false, ...way });
+  const { url, posterUrl, sheetUrl } = video.pictures[0];
+  assert.deepEqual([url, posterUrl, sheetUrl], ["results/1/0.webm", "results/1/0/poster", "results/1/0/spritesheet"]);
+
+  request.video.codec = "av1";
+  assert.equal(wire.jobs({ jobs: [listed] })[0].wish.format, "av1");
 });
 
 test("decoding and encoding are told in frames; another stage is news of a later service", () => {

@@ -34,7 +34,13 @@ useTexts("en", JSON.parse(readFileSync(new URL("locales/en.json", WEB), "utf8"))
 const SIZE = { width: 64, height: 64 };
 const WISH = { ...JOB.wish, ...SIZE, model: "wan", task: "t2v", prompt: "a valley", format: "mp4" };
 const FILM = { frames: 21, fps: 8, seconds: 2.63, framewise: false };
-const FILE = { index: 0, url: "results/1/0.mp4", posterUrl: "results/1/0/poster", mediaType: "video/mp4" };
+const FILE = {
+  index: 0,
+  url: "results/1/0.mp4",
+  posterUrl: "results/1/0/poster",
+  sheetUrl: "results/1/0/spritesheet",
+  mediaType: "video/mp4",
+};
 const DONE = {
   ...JOB,
   kind: "video",
@@ -66,7 +72,7 @@ async function open(page, jobs) {
     job: async () => DONE,
   };
   const pictures = {
-    image: () => new FakeElement("img"),
+    image: (url) => Object.assign(new FakeElement("img"), { src: url }),
     video(url, posterUrl) {
       return Object.assign(new FakeElement("video"), { src: url, poster: posterUrl });
     },
@@ -105,6 +111,20 @@ test("the page Video asks for a video and shows it with its first frame", async 
   );
   const player = all(root).find((element) => element.tag === "video");
   assert.deepEqual([player.src, player.poster], [FILE.url, FILE.posterUrl]);
+  leave();
+});
+
+test("the frames of a video are fetched when they are asked for, and hidden again", async () => {
+  const leave = await open(video, [DONE]);
+  const sheets = () => all(root).filter((element) => element.src === FILE.sheetUrl);
+  assert.equal(sheets().length, 0);
+
+  press("Frames at a glance");
+  const place = all(root).find((element) => element.children[0] === sheets()[0]);
+  assert.equal(place.hidden, false);
+  press("Frames at a glance");
+
+  assert.deepEqual([place.hidden, sheets().length], [true, 1]);
   leave();
 });
 
