@@ -37,8 +37,11 @@ LAYERS_LIMIT_S = 2.0  # that a request waits to have its LoRAs' shapes compared 
 class ModelHandles:
     """Calls to the models that are served. One per replica of the front floor, used from one event loop."""
 
-    def __init__(self, served: Served) -> None:
+    def __init__(self, served: Served, application: str = "", deployment: str = "") -> None:
+        """application, deployment: whose replica we are."""
         self._served = served
+        self._own = application, deployment
+        self.siblings: int | None = None  # replicas that our deployment shall have, with us; None: not seen
         # the first .options() opens a metrics pusher and a long poll; those made of its result share them
         self._handles: dict[tuple[str, str], DeploymentHandle[Any]] = {}
         self._pools: dict[str, Pool] = {}  # by model, as last seen; cards of one group share theirs
@@ -49,8 +52,9 @@ class ModelHandles:
     @classmethod
     def of_replica(cls, cards: Mapping[str, ModelCard] | None) -> ModelHandles:
         """For the replica we are in. cards: what its application serves; None: a gateway, see Fleet."""
-        application = serve.get_replica_context().app_name
-        return cls(Fleet(application) if cards is None else OneApplication(cards, application))
+        own = serve.get_replica_context()
+        served = Fleet(own.app_name) if cards is None else OneApplication(cards, own.app_name)
+        return cls(served, own.app_name, own.deployment)
 
     @property
     def cards(self) -> ServedCards:
@@ -156,9 +160,12 @@ class ModelHandles:
             logger.warning("serve's status is not to be had", extra={"error": repr(error)})
             return
         self._served.update(applications)
+        application, deployment = self._own
+        own = applications.get(application, Application()).deployments.get(deployment, Pool())
+        self.siblings = own.limit
         for model, place in self._served.places.items():
-            application = applications.get(place.application, Application())
-            self._pools[model] = application.deployments.get(place.deployment, Pool())
+            pools = applications.get(place.application, Application()).deployments
+            self._pools[model] = pools.get(place.deployment, Pool())
         self._looked_at = time.monotonic()
 
     async def layers(self, model: str) -> Mapping[str, tuple[int, ...]] | None:
@@ -238,6 +245,7 @@ class DispatcherModels:
     """What a dispatcher may ask of the models: how many more jobs, and to run one."""
 
     def __init__(self, handles: ModelHandles, dispatchers: int) -> None:
+        """dispatchers: how many share the models, until Serve has told."""
         self._handles = handles
         self._dispatchers = dispatchers
         self._active: Counter[str] = Counter()
@@ -248,12 +256,13 @@ class DispatcherModels:
         One replica more than runs: the surplus waits at Serve, where its autoscaler can see it.
         """
         free: dict[str, int] = {}
-        if self._handles.cards_change:
+        if self._handles.cards_change or self._handles.siblings is None:
             self._handles.look_again()
+        dispatchers = self._handles.siblings or self._dispatchers
         for model, card in self._handles.cards.items():
             most = self._handles.most_replicas(model)
             replicas = min(self._handles.running_replicas(model) + 1, most)
-            share = math.ceil(card.serving.slots * replicas / self._dispatchers)
+            share = math.ceil(card.serving.slots * replicas / dispatchers)
             free[model] = max(0, share - self._active[model])
             if replicas < most and free[model] < share / 2:
                 self._handles.look_again()  # only when room runs short does the number matter

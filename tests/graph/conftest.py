@@ -55,10 +55,11 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         os.environ["REDIS_URL"] = valkey.start()
         from serve_app import local
 
-        with local.ray_on_this_machine(num_cpus=8):
+        gpus = {f"accelerator_type:{name}": 1 for name in ("A10G", "A100", "H100")}  # as Ray counts them
+        with local.ray_on_this_machine(num_cpus=8, num_gpus=8, resources=gpus):
             lines: list[str] = []
             assert local.deploy(config, lines.append), "\n".join(lines)
-            yield Service(f"http://127.0.0.1:{port}", valkey)
+            yield Service(f"http://127.0.0.1:{port}", valkey, config)
     finally:
         valkey.stop()
         os.environ.clear()

@@ -28,6 +28,7 @@ class Service:
 
     url: str
     valkey: EmbeddedRedis
+    config: dict[str, Any]  # as it was deployed
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=PATIENCE_S)
