@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
@@ -108,6 +109,33 @@ async def test_device_and_memory_hold_no_more_than_they_may(
     one = bank.held.memory_bytes // 4
     assert bank.held.device_bytes == 2 * one
     assert set(shelf.read_counts.values()) == {1}
+
+
+async def test_of_a_thousand_adapters_memory_holds_64_and_the_device_8(
+    make_bank: Callable[..., Bank], pipeline: Any, shelf: Shelf
+) -> None:
+    def one_layer(path: str, _layer: nn.Module) -> bool:
+        return path == "transformer_blocks.0.attn.to_q"
+
+    tensors = random_lora(pipeline, ["transformer"], only=one_layer)
+    thousand = [file_of(tensors, {"number": str(number)}) for number in range(1000)]
+    shelf.files |= {hashlib.sha256(file).hexdigest(): file for file in thousand}
+    bank = make_bank(on_device=8, in_memory=64)
+    weights = [1 / rank for rank in range(1, 1001)]
+    most = 0
+
+    for number in random.Random(0).choices(range(1000), weights, k=400):  # Zipf's law
+        async with bank.using(loras(thousand, number), on_engine):
+            held = bank.held
+            assert held.on_device <= 8
+            assert held.in_memory <= 64
+            most = max(most, held.device_bytes + held.memory_bytes)
+
+    one = bank.held.memory_bytes // 64
+    assert most <= (8 + 64) * one
+    assert (bank.held.on_device, bank.held.in_memory) == (8, 64)
+    assert len(shelf.read_counts) > 128
+    assert shelf.read_counts[loras(thousand, 0)[0].id] == 1  # the most popular one stayed
 
 
 async def test_memory_is_bounded_by_bytes_too(make_bank: Callable[..., Bank], files: list[bytes]) -> None:
