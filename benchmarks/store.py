@@ -1,4 +1,4 @@
-"""What the job store costs without a model: submit, finish, a queue of 10,000, and bytes per job.
+"""What the job store costs without a model: submit, finish, progress, a queue of 10,000, and bytes per job.
 
 On the embedded Valkey, which has every write on disk before it answers (appendfsync always).
 """
@@ -8,21 +8,29 @@ from __future__ import annotations
 import argparse
 import asyncio
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 import ledger
 from redis.asyncio import Redis
 
+from deployments.protocol import events
 from deployments.protocol.request import FittedRequest
 from serve_app.embedded_redis import EmbeddedRedis
+from serve_app.jobs import follow, progress
+from serve_app.jobs.dispatch import Dispatcher
 from serve_app.jobs.job import new_job_id
 from serve_app.jobs.store import JobStore
 from serve_app.settings import Settings
+from serve_app.storage.results import ResultStore
 from serve_app.transaction import connect
 
 MODEL = "m"
+STEPS, STEP_S = 50, 0.02  # of a job whose progress is followed
+FOLLOWED = 8  # of them at once
 REQUEST = FittedRequest(
     model=MODEL,
     prompt="a red fox in the snow, " * 8,
@@ -46,11 +54,9 @@ class Figures:
         p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
         spread = f"p99 {p99:.3g}" if len(values) > 1 else ""
         if self._keep:
-            ledger.record(
-                f"store: {name}", statistics.median(values), unit, spread=spread, n=len(values), notes=notes
-            )
+            ledger.record(name, statistics.median(values), unit, spread=spread, n=len(values), notes=notes)
         else:
-            print(f"{name}: {statistics.median(values):.4g} {unit}  {spread}  (n={len(values)}) {notes}")
+            print(f"{name} = {statistics.median(values):.4g} {unit}  {spread}  (n={len(values)}) {notes}")
 
 
 async def accept(store: JobStore, owner: str = "ada") -> str:
@@ -63,7 +69,7 @@ async def submits(store: JobStore, figures: Figures, jobs: int) -> None:
         began = time.perf_counter()
         await accept(store)
         took_ms.append(1e3 * (time.perf_counter() - began))
-    figures.tell("submit, one after another", took_ms, "ms", "one caller; durable when it returns")
+    figures.tell("store_submit_ms", took_ms, "ms", "one caller; durable when it returns")
 
 
 async def finishes(store: JobStore, figures: Figures, jobs: int) -> None:
@@ -76,7 +82,9 @@ async def finishes(store: JobStore, figures: Figures, jobs: int) -> None:
 
     began = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(8)))
-    figures.tell("jobs a second, claim to end", [jobs / (time.perf_counter() - began)], "jobs/s", "8 workers")
+    figures.tell(
+        "store_claim_to_end_jobs_per_s", [jobs / (time.perf_counter() - began)], "jobs/s", "8 workers"
+    )
 
 
 async def both(store: JobStore, figures: Figures, jobs: int) -> None:
@@ -85,7 +93,7 @@ async def both(store: JobStore, figures: Figures, jobs: int) -> None:
         await asyncio.gather(*(accept(store, f"owner {first + i}") for i in range(8)))
         await asyncio.gather(*(one(store) for _ in range(8)))
     figures.tell(
-        "jobs per second, submit and end",
+        "store_submit_to_end_jobs_per_s",
         [jobs / (time.perf_counter() - began)],
         "jobs/s",
         "no model, 8 at a time",
@@ -106,7 +114,10 @@ async def long_queue(store: JobStore, redis: Redis, figures: Figures, jobs: int)
     after = (await redis.info("memory"))["used_memory"]
     queue = f"{jobs} jobs waiting"
     figures.tell(
-        "memory per waiting job", [(after - before) / jobs], "bytes", f"{queue}, prompt of 184 characters"
+        "store_bytes_per_waiting_job",
+        [(after - before) / jobs],
+        "bytes",
+        f"{queue}, prompt of 184 characters",
     )
     took_ms = []
     for job_id in ids[:: max(1, jobs // 200)]:
@@ -114,31 +125,99 @@ async def long_queue(store: JobStore, redis: Redis, figures: Figures, jobs: int)
         began = time.perf_counter()
         await store.position(job)
         took_ms.append(1e3 * (time.perf_counter() - began))
-    figures.tell("position", took_ms, "ms", queue)
+    figures.tell("store_position_ms", took_ms, "ms", queue)
     took_ms = []
     for _ in range(min(200, jobs)):
         began = time.perf_counter()
         claim = await store.claim({MODEL: 1})
         assert claim is not None
         took_ms.append(1e3 * (time.perf_counter() - began))
-    figures.tell("claim", took_ms, "ms", queue)
+    figures.tell("store_claim_ms", took_ms, "ms", queue)
 
 
-async def measure(url: str, figures: Figures, options: argparse.Namespace) -> None:
+class Stepping:
+    """A model that takes steps and says when; the clock is the machine's own, one for all processes."""
+
+    def __init__(self) -> None:
+        self._free = FOLLOWED
+
+    def free_slots(self) -> dict[str, int]:
+        return {MODEL: self._free}
+
+    async def generate(
+        self, model_id: str, request: FittedRequest, /, *, user: str = "", resume: bytes | None = None
+    ) -> AsyncGenerator[events.Event]:
+        self._free -= 1
+        try:
+            yield events.Started(STEPS)
+            for step in range(1, STEPS + 1):
+                await asyncio.sleep(STEP_S)
+                print(request.seed, step, time.monotonic(), flush=True)
+                yield events.Step(step, STEPS)
+            yield events.Done(0.0, STEPS * STEP_S)
+        finally:
+            self._free += 1
+
+
+async def work(url: str, settings_json: str) -> None:
+    """A dispatcher with that model, until it is terminated."""
+    settings = Settings.model_validate_json(settings_json)
+    store = JobStore(connect(url), settings)
+    await Dispatcher(store, ResultStore(settings.results_root), Stepping(), settings).run()
+
+
+async def progress_lag(url: str, settings: Settings, store: JobStore, figures: Figures, jobs: int) -> None:
+    """From a step in the dispatcher's process to a follower in this one, through Valkey."""
+    command = [sys.executable, __file__, "--work", url, settings.model_dump_json()]
+    worker = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    assert worker.stdout is not None
+    hints, seen = store.news_hints(), dict[tuple[int, int], float]()
+
+    async def watch(seed: int) -> None:
+        request = REQUEST.model_copy(update={"seed": seed})
+        job = await store.accept(new_job_id(), f"owner {seed}", request)
+        async for _, event in follow.follow(store, hints, job.id):
+            if isinstance(event, progress.Step) and event.step:
+                seen.setdefault((seed, event.step), time.monotonic())
+
+    async def read(stream: asyncio.StreamReader) -> dict[tuple[int, int], float]:
+        taken = {}
+        async for line in stream:
+            seed, step, at = line.split()
+            taken[int(seed), int(step)] = float(at)
+        return taken
+
+    reading = asyncio.create_task(read(worker.stdout))
+    for first in range(0, jobs, FOLLOWED):
+        await asyncio.gather(*(watch(first + number) for number in range(FOLLOWED)))
+    worker.terminate()
+    taken = await reading
+    await worker.wait()
+    await hints.aclose()
+    lags_ms = sorted(1e3 * (seen[key] - at) for key, at in taken.items())
+    notes = f"{FOLLOWED} jobs at once, a step every {1e3 * STEP_S:.0f} ms each; two processes"
+    figures.tell("progress_lag_ms", lags_ms, "ms", notes)
+    figures.tell("progress_lag_p99_ms", [lags_ms[int(0.99 * len(lags_ms))]], "ms", notes)
+
+
+async def measure(url: str, folder: Path, figures: Figures, options: argparse.Namespace) -> None:
     async with connect(url) as redis:
         numbers = iter(range(100))
 
-        def fresh() -> JobStore:
-            return JobStore(
-                redis,
-                Settings(
-                    _env_file=None,
-                    redis_prefix=f"weft:bench{next(numbers)}:",
-                    max_pending=10**6,
-                    max_active_per_owner=10**6,
-                ),
+        def settings() -> Settings:
+            return Settings(
+                _env_file=None,
+                data_dir=folder,
+                redis_prefix=f"weft:bench{next(numbers)}:",
+                max_pending=10**6,
+                max_active_per_owner=10**6,
             )
 
+        def fresh() -> JobStore:
+            return JobStore(redis, settings())
+
+        ours = settings()
+        await progress_lag(url, ours, JobStore(redis, ours), figures, options.followed)
         store = fresh()
         await submits(store, figures, options.jobs)
         await finishes(store, figures, options.jobs)
@@ -150,10 +229,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--queue", type=int, default=10_000)
+    parser.add_argument("--followed", type=int, default=80, help="jobs whose progress is followed")
     parser.add_argument("--keep", action="store_true", help="record the figures")
+    parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.work:
+        asyncio.run(work(*options.work))
+        return
     with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(Path(folder)) as url:
-        asyncio.run(measure(url, Figures(options.keep), options))
+        asyncio.run(measure(url, Path(folder), Figures(options.keep), options))
 
 
 if __name__ == "__main__":

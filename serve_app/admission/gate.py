@@ -108,10 +108,10 @@ class Gate:
         return token, claims
 
     async def log_out(self, presented: bytes | None) -> None:
-        """The token, worth nothing from now on. Raises BadRequest for a key."""
+        """The token, worth nothing from now on. Raises Conflict for a key."""
         text = "" if presented is None else presented.decode("latin-1")
         if self._books is None or not tokens.looks_like_token(text):
-            raise BadRequest("only a token can be logged out; keys are revoked with `weft keys revoke`")
+            raise Conflict("only a token can be logged out; keys are revoked with `weft keys revoke`")
         claims = tokens.verify(text, self._secret())
         left_s = max(1, claims.expires_at - int(time.time()) + 2 * tokens.CLOCKS_APART_S)
         with reachable():

@@ -28,7 +28,7 @@ from serve_app.api import (
     videos,
 )
 from serve_app.api.depends import ApiState, enter
-from serve_app.api.guards import BodyLimit, Envelope, LocalOnly
+from serve_app.api.guards import BodyLimit, Envelope, HeadLimit, LocalOnly
 from serve_app.api.schemas.error import ErrorOut, OpenAIRefusal
 
 GZIP_FROM_BYTES = 1024
@@ -53,6 +53,7 @@ def create_app(state: ApiState) -> FastAPI:
         redoc_url=None,
         middleware=[
             Middleware(Envelope, metrics=state.metrics, max_call_s=settings.max_call_s),
+            Middleware(HeadLimit),
             Middleware(LocalOnly, settings=settings),
             Middleware(GZipMiddleware, minimum_size=GZIP_FROM_BYTES, compresslevel=5),
             Middleware(

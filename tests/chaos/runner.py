@@ -13,10 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from redis.exceptions import RedisError
+
 from deployments.protocol.errors import Overloaded, WeftError
 from serve_app.embedded_redis import EmbeddedRedis
 from serve_app.jobs import progress
 from serve_app.jobs.job import JobState, Once, Terms, new_job_id
+from serve_app.jobs.record import Keys
 from serve_app.jobs.store import JobStore
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
@@ -40,7 +43,7 @@ class Tally:
     double: int = 0  # more than one ending
     unreadable: int = 0  # completed, and a file is missing or not the one that was written
     kills: dict[str, int] = field(default_factory=lambda: {"worker": 0, "zombie": 0, "store": 0, "hang": 0})
-    recovery_s: list[float] = field(default_factory=list)  # from a store's death to the next accepted job
+    recovery_s: dict[str, list[float]] = field(default_factory=dict)  # by what was struck; see _recovered
     states: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -70,6 +73,7 @@ class Chaos:
         self._workers: list[subprocess.Popen[bytes]] = []
         self._ids: list[str] = []
         self._struck = asyncio.Event()
+        self._watchers: set[asyncio.Task[None]] = set()
 
     async def run(self) -> Tally:
         """The tally, once every accepted job has ended or SETTLE_S are over."""
@@ -77,7 +81,7 @@ class Chaos:
         try:
             self._workers = [self._spawn() for _ in range(self._number)]
             async with connect(url) as redis:
-                store = JobStore(redis, self._settings)
+                store = self._store = JobStore(redis, self._settings)
                 mischief = asyncio.create_task(self._mischief())
                 await self._submit(store)
                 await self._struck.wait()  # a short run on a fast machine
@@ -85,6 +89,7 @@ class Chaos:
                 with suppress(asyncio.CancelledError):
                     await mischief
                 await self._settled(store)
+                await asyncio.gather(*self._watchers)
                 await self._count(store)
         finally:
             for worker in self._workers:
@@ -106,7 +111,6 @@ class Chaos:
         """Each wish until it is accepted, under one Idempotency-Key, as a careful client does."""
         for number in range(self._jobs):
             once = Once(f"wish {number}", "the same body")
-            refused_at = None
             while True:
                 try:
                     job = await store.accept(
@@ -114,11 +118,8 @@ class Chaos:
                     )
                     break
                 except Overloaded:
-                    refused_at = refused_at or time.monotonic()
                     self.tally.refused += 1
                     await asyncio.sleep(0.05)
-            if refused_at is not None:
-                self.tally.recovery_s.append(time.monotonic() - refused_at)
             self._ids.append(job.id)
             await asyncio.sleep(self._random.uniform(0.0, 0.1))
         self.tally.accepted = len(self._ids)
@@ -130,9 +131,39 @@ class Chaos:
             self._struck.set()
             await self._random.choice(acts)()
 
+    async def _held(self) -> dict[str, int]:
+        """Attempts by job id, of all that run now; none while the store is away."""
+        with suppress(WeftError, RedisError):
+            ids = await self._store.redis.zrange(Keys(self._settings.redis_prefix).running, 0, -1)
+            return {job_id: (await self._store.get(job_id)).attempt for job_id in ids}
+        return {}
+
+    def _watch(self, struck: str, held: dict[str, int] | None = None) -> None:
+        watcher = asyncio.create_task(self._recovered(struck, held or {}))
+        self._watchers.add(watcher)
+
+    async def _recovered(self, struck: str, held: dict[str, int]) -> None:
+        """Note the seconds until the store answers and these attempts have ended, or given way to others."""
+        began = time.monotonic()
+        while time.monotonic() < began + SETTLE_S:
+            try:
+                await self._store.ping()
+                for job_id, attempt in list(held.items()):
+                    job = await self._store.get(job_id)
+                    if job.state is not JobState.processing or job.attempt > attempt:
+                        del held[job_id]
+                if not held:
+                    break
+            except WeftError:
+                pass
+            await asyncio.sleep(0.02)
+        self.tally.recovery_s.setdefault(struck, []).append(time.monotonic() - began)
+
     async def _kill_worker(self) -> None:
         number = self._random.randrange(len(self._workers))
+        held = await self._held()
         self._workers[number].kill()
+        self._watch("worker", held)
         self._workers[number].wait()
         self._workers[number] = self._spawn()
         self.tally.kills["worker"] += 1
@@ -141,7 +172,9 @@ class Chaos:
         """Stopped past its lease, then it goes on as if nothing had been."""
         self.tally.kills["zombie"] += 1
         worker = self._random.choice(self._workers)
+        held = await self._held()
         worker.send_signal(signal.SIGSTOP)
+        self._watch("zombie", held)
         try:
             await asyncio.sleep(ZOMBIE_S)
         finally:
@@ -151,12 +184,14 @@ class Chaos:
         with suppress(ProcessLookupError):
             os.kill(self._server.pid, signal.SIGKILL)
             self.tally.kills["store"] += 1
+            self._watch("store")
 
     async def _hang_store(self) -> None:
         pid = self._server.pid
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
             self.tally.kills["hang"] += 1
+            self._watch("hang")
             try:
                 await asyncio.sleep(self._hang_s)
             finally:

@@ -2,6 +2,7 @@
 
 import time
 
+import httpx
 import pytest
 
 from deployments.protocol.errors import BadRequest
@@ -46,3 +47,30 @@ def test_the_longest_bodies_are_scanned_in_linear_time(body: bytes):
 
 def test_brackets_in_strings_do_not_count():
     check_json_shape(b'{"prompt": "' + b"[{" * 5_000 + b'"}', max_depth=4)
+
+
+async def test_headers_and_addresses_beyond_all_need_are_refused(client: httpx.AsyncClient):
+    long = {"x-note": "n" * 40_000}
+    many = {f"x-note-{number}": "n" * 400 for number in range(100)}
+
+    answers = [
+        await client.get("/health", headers=long),
+        await client.get("/health", headers=many),
+        await client.get("/v1/models", params={"q": "n" * 40_000}),
+        await client.get("/health", headers={"x-note": "n" * 8_000}),
+    ]
+
+    assert [answer.status_code for answer in answers] == [431, 431, 431, 200]
+    assert "32768" in answers[0].json()["error"]["message"]
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "Application/JSON", "application/x+JSON"])
+async def test_json_is_held_against_its_depth_however_it_is_named(
+    client: httpx.AsyncClient, content_type: str
+):
+    deep = b'{"prompt": ' + b"[" * 40 + b"]" * 40 + b"}"
+
+    answer = await client.post("/api/generate/image", content=deep, headers={"content-type": content_type})
+
+    assert answer.status_code == 400
+    assert "deeper than 32 levels" in answer.json()["error"]["message"]
