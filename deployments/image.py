@@ -117,14 +117,18 @@ class ImageModel:
             thread = threading.Thread(target=lambda: asyncio.run(self._warm_up(first)), name="warm-up")
             thread.start()
             thread.join()
-        phases = {
+        self.start_phases = {  # seconds
             "imports": imported - began,
             "load": loaded - imported,
             "warm_up": time.monotonic() - loaded,
         }
-        logger.info("replica ready", extra={f"{phase}_s": round(s, 3) for phase, s in phases.items()})
+        told = {f"{phase}_s": round(seconds, 3) for phase, seconds in self.start_phases.items()}
+        logger.info("replica ready", extra=told)
         self._reporter = Reporter()
-        self._reporter.tell(Reading("weft_cold_start_seconds", s, {"phase": p}) for p, s in phases.items())
+        self._reporter.tell(
+            Reading("weft_cold_start_seconds", seconds, {"phase": phase})
+            for phase, seconds in self.start_phases.items()
+        )
         self._reporter.start(self.readings)
 
     async def generate(
@@ -246,13 +250,23 @@ class ImageModel:
         return loaded
 
     async def _warm_up(self, card: ModelCard) -> None:
-        """One small request: kernels are chosen, rows proven and times learned before anybody waits."""
+        """One small request of each size: kernels are chosen, rows proven and times learned meanwhile."""
         if "t2i" not in card.tasks:
             return
-        wish = GenerationRequest(model=card.id, prompt="warm-up", seed=0, num_inference_steps=card.steps.min)
-        async for event in self.generate(wish, patient=True):
-            if isinstance(event, Failed):
-                logger.warning("the warm-up failed", extra={"model": card.id, "error": event.message})
+        steps = card.steps.min
+        for width, height in card.serving.warm_up_sizes or [(card.sizes.width, card.sizes.height)]:
+            wish = GenerationRequest(
+                model=card.id,
+                prompt="warm-up",
+                seed=0,
+                num_inference_steps=steps,
+                width=width,
+                height=height,
+            )
+            async for event in self.generate(wish, patient=True):
+                if isinstance(event, Failed):
+                    about = {"model": card.id, "size": f"{width}x{height}", "error": event.message}
+                    logger.warning("the warm-up failed", extra=about)
 
     async def _run(
         self,

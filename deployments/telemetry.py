@@ -93,6 +93,8 @@ METRICS = {
         Metric("weft_encoder_frames", "counter", "Frames that a VideoEncoder encoded."),
         Metric("weft_encoder_seconds", "counter", "What it took, of all its workers."),
         Metric("weft_encoder_videos", "counter", "Videos whose segments it joined."),
+        Metric("weft_nodes_with_weights", "gauge", "Nodes on which WeightsFetcher has all weights."),
+        Metric("weft_nodes_wanting_weights", "gauge", "Nodes on which it shall have them."),
     )
 }
 

@@ -45,6 +45,7 @@ class Settings(BaseSettings):
         None, validation_alias=AliasChoices("jwt_secret", "WEFT_JWT_SECRET", "JWT_SECRET"), min_length=32
     )  # signs tokens and sessions; None: there are none
     ui: bool = True  # serve the page at /
+    model_cache: Path | None = None  # of weights that cards name by address; None: ~/.cache/weft/models
     trace_dir: Path | None = None  # spans are written there where the Serve config turns tracing on
 
     data_dir: Path = Path("data")  # jobs and pictures; survives restarts

@@ -43,7 +43,7 @@ FRONT = (
 WORKSHOP = (
     ("deployments.lora", "deployments.video"),
     ("deployments.image", "deployments.encoding", "deployments.painting"),
-    ("deployments.readings",),
+    ("deployments.readings", "deployments.fetcher"),
     ("deployments.loaded", "deployments.encoder"),
     ("deployments.weights", "deployments.pipelines", "deployments.telemetry"),
     ("deployments.adapters", "deployments.media"),
@@ -56,6 +56,7 @@ ALSO = {  # the roof binds both floors
         "deployments.lora",
         "deployments.video",
         "deployments.encoder",
+        "deployments.fetcher",
     }
 }
 BARE = {"serve_app", "deployments", "deployments.__version__"}  # `from serve_app import local` names both
@@ -73,7 +74,7 @@ HOMES = {
     ),
     "jwt": ("serve_app.admission",),
     "fastapi_offline": ("serve_app.api",),
-    "fsspec": ("serve_app.storage",),
+    "fsspec": ("serve_app.storage", "deployments.weights.nearby"),
     "httpcore": ("serve_app.storage.fetch",),
     "httpx": ("serve_app.storage.fetch",),
     "prometheus_client": ("serve_app.api.metrics", "serve_app.telemetry"),
@@ -89,6 +90,7 @@ HOMES = {
         "serve_app.stopping",
         "serve_app.telemetry",
         "deployments.telemetry",
+        "deployments.fetcher",
         "deployments.lora",
         "deployments.video",
         "deployments.encoding",
@@ -104,6 +106,7 @@ HOMES = {
         "deployments.video",
     ),
     "greenlet": ("deployments.engine",),
+    "huggingface_hub": ("deployments.weights.nearby",),
     "diffusers": ("deployments.adapters", "deployments.pipelines", "deployments.weights"),
     "transformers": ("deployments.pipelines", "deployments.weights"),
     "safetensors": ("deployments.adapters", "deployments.pipelines"),

@@ -94,7 +94,8 @@ class Licence(Strict):
 
 
 class Weights(Strict):
-    """Where the weights are: a folder (relative ones are under the repository) or a hub id."""
+    """Where the weights are: a folder (relative ones are under the repository), an address of one that fsspec
+    opens (s3://bucket/folder), or a hub id."""
 
     path: str | None = None
     repo: str | None = None
@@ -107,6 +108,11 @@ class Weights(Strict):
         if (self.path is None) == (self.repo is None):
             raise ValueError("weights need exactly one of path and repo")
         return self
+
+    @property
+    def far(self) -> bool:
+        """Whether they have to be fetched before they can be loaded."""
+        return self.repo is not None or "://" in (self.path or "")
 
 
 class ControlNet(Strict):
@@ -149,8 +155,11 @@ class Serving(Strict):
     adapter_memory_mib: int = Field(4096, ge=1)  # of them together, whichever limit is reached first
     adapter_disk_mib: int = Field(10_240, ge=0)  # files kept near the replica
     warm_up: bool = True  # run one request before the replica is ready
+    warm_up_sizes: list[tuple[int, int]] = []  # width and height of these; empty: the default size
+    prefetch: bool = True  # have far weights on every GPU node before a replica of it starts there
     min_replicas: int = Field(0, ge=0)
     max_replicas: int = Field(1, ge=1)
+    autoscaling: dict[str, float] = {}  # knobs of the policy that differ from its own: docs/scaling.md
     job_timeout_s: float = 600.0
 
 
@@ -191,6 +200,14 @@ class ModelCard(Strict):
     vram_gib: float = 0.0  # needed for weights and one picture at the default size; 0: runs on a CPU
     licence: Licence
     serving: Serving = Serving()
+
+    @property
+    def all_weights(self) -> list[Weights]:
+        """Its own first, then those of its ControlNets and of what makes their maps."""
+        nets = self.controls.values()
+        helpers = [weights for net in nets for weights in (net.preprocessor, net.detector) if weights]
+        every = [self.weights, *(net.weights for net in nets), *helpers]
+        return [weights for index, weights in enumerate(every) if weights not in every[:index]]
 
     @model_validator(mode="after")
     def _videos_have_limits(self) -> Self:

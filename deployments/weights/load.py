@@ -12,6 +12,7 @@ from torch import nn
 
 from deployments.protocol.card import Family, Weights
 from deployments.protocol.errors import ModelUnavailable
+from deployments.weights.nearby import local_folder
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,10 @@ def folder_of(weights: Weights, index: str = "model_index.json") -> Path | None:
     """
     if weights.path is None:
         return None
-    folder = Path(weights.path).expanduser()
+    if "://" in weights.path:
+        folder = _fetched(weights.path)
+    else:
+        folder = Path(weights.path).expanduser()
     folder = folder if folder.is_absolute() else ROOT / folder
     if not (folder / index).is_file():
         kind = "diffusers model" if index == "model_index.json" else "model"
@@ -35,6 +39,13 @@ def folder_of(weights: Weights, index: str = "model_index.json") -> Path | None:
             f"put a {kind} folder there or correct the path in the card"
         )
     return folder
+
+
+def _fetched(url: str) -> Path:
+    try:
+        return local_folder(url)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelUnavailable(f"the weights {url} cannot be fetched: {error}") from error
 
 
 def load_pipeline(weights: Weights, device: torch.device, *, while_serving: bool = False) -> Any:

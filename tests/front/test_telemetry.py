@@ -39,7 +39,7 @@ def test_every_declared_metric_takes_numbers_with_its_labels() -> None:
 
 
 def test_a_label_that_was_not_declared_is_our_bug() -> None:
-    with pytest.raises(ValueError, match="[Ll]abel"):
+    with pytest.raises(ValueError, match=r"[Ll]abel"):
         LocalMeter().add("weft_jobs_submitted", model="x", prompt="a red fox")
 
 

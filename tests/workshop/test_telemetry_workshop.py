@@ -46,10 +46,10 @@ class Told:
     def __init__(self) -> None:
         self.calls: list[tuple[str, float, dict[str, str]]] = []
 
-    def Counter(self, name: str, _meaning: str, tag_keys: tuple[str, ...]) -> Any:  # noqa: N802
+    def Counter(self, name: str, _meaning: str, tag_keys: tuple[str, ...]) -> Any:
         return self._metric(name)
 
-    def Gauge(self, name: str, _meaning: str, tag_keys: tuple[str, ...]) -> Any:  # noqa: N802
+    def Gauge(self, name: str, _meaning: str, tag_keys: tuple[str, ...]) -> Any:
         return self._metric(name)
 
     def _metric(self, name: str) -> Any:
@@ -105,6 +105,4 @@ def test_a_reading_that_fails_once_does_not_end_the_reports(told: Told) -> None:
 def test_rays_own_metrics_take_every_declared_one() -> None:
     reporter = Reporter()
 
-    reporter.tell(
-        Reading(metric.name, 1.0, dict.fromkeys(metric.labels, "x")) for metric in METRICS.values()
-    )
+    reporter.tell(Reading(metric.name, 1.0, dict.fromkeys(metric.labels, "x")) for metric in METRICS.values())

@@ -15,6 +15,7 @@ from deployments.encoder import VideoEncoder
 from deployments.encoding import SEGMENTS_IN_FLIGHT, Encoding, RemoteEncoder
 from deployments.media.footage import SEGMENT_FRAMES, Footage, Frames, Segment, VideoFiles
 from deployments.protocol.errors import Internal, ModelUnavailable
+from deployments.protocol.origin import Origin
 from tests.front.fakes import eventually
 from tests.workshop.films import clip, decibels, film
 
@@ -121,7 +122,7 @@ class Handle:
         self.calls: list[tuple[Any, ...]] = []
         self.segment = self
 
-    def remote(self, *arguments: Any) -> Response:
+    def remote(self, *arguments: Any, origin: Origin) -> Response:
         self.calls.append(arguments)
         return self.responses[len(self.calls) - 1]
 
