@@ -254,7 +254,6 @@ def machine(valkey_url: str) -> type[StoreMachine]:
     return StoreMachine
 
 
-@pytest.mark.timeout(240 + 3 * EXAMPLES)
 def test_the_store_keeps_its_word_under_any_schedule(machine: type[StoreMachine]) -> None:
     run_state_machine_as_test(machine, settings=schedules(EXAMPLES))
 
