@@ -148,8 +148,8 @@ def test_weights_are_fetched_to_the_nodes_before_a_replica_starts(service: Servi
     from deployments.fetcher import WeightsFetcher
     from deployments.protocol.card import Weights, load_card
 
-    url = f"file://{ROOT}/models/tiny-sd15"
-    card = load_card(ROOT / "configs/models/tiny-sd15.yaml")
+    url = f"file://{ROOT}/models/tiny-flux-schnell"
+    card = load_card(ROOT / "configs/models/tiny-flux-schnell.yaml")
     far = card.model_copy(update={"weights": Weights(path=url, dtype="float32"), "controls": {}})
     nowhere = card.model_copy(update={"weights": Weights(path=f"file://{tmp_path}/nothing")})
     fetcher = serve.deployment(ray_actor_options={"num_cpus": 0})(WeightsFetcher)

@@ -25,14 +25,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_model_at_an_address_is_fetched_and_loaded(cache: Path) -> None:
-    weights = Weights(path=f"file://{ROOT}/models/tiny-sd15", dtype="float32")
+    weights = Weights(path=f"file://{ROOT}/models/tiny-flux-schnell", dtype="float32")
 
     pipeline = load_pipeline(weights, torch.device("cpu"))
 
-    assert type(pipeline).__name__ == "StableDiffusionPipeline"
+    assert type(pipeline).__name__ == "FluxPipeline"
     (folder,) = [path for path in cache.iterdir() if path.is_dir()]
     assert (folder / "model_index.json").read_bytes() == (
-        ROOT / "models/tiny-sd15/model_index.json"
+        ROOT / "models/tiny-flux-schnell/model_index.json"
     ).read_bytes()
 
 
