@@ -1,4 +1,4 @@
-"""cluster.yaml and serve_config.yaml, held against the schemas of the Ray that is installed."""
+"""The files for `ray up` and serve_config.yaml, held against the schemas of the Ray that is installed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,26 @@ from deployments.protocol.card import load_cards
 from serve_app import app, args
 
 ROOT = Path(__file__).parent.parent
-CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+CLUSTERS = {
+    file: yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+    for file in ("cluster.yaml", "configs/clusters/gcp.yaml")
+}
 SERVE = yaml.safe_load((ROOT / "serve_config.yaml").read_text(encoding="utf-8"))
 APPLICATION = SERVE["applications"][0]
 START = ("head_start_ray_commands", "worker_start_ray_commands")
-GPU_TYPES = ("gpu-a10g", "gpu-a100", "gpu-h100")
 SECRETS = {"~/weft/.env", "~/.ray/auth_token"}  # written by the operator, never in the repository
 
 
+@pytest.fixture(params=CLUSTERS)
+def written(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """A file as it is in the repository."""
+    return copy.deepcopy(CLUSTERS[request.param])
+
+
 @pytest.fixture
-def cluster() -> dict[str, Any]:
+def cluster(written: dict[str, Any]) -> dict[str, Any]:
     """The file as `ray up` sees it: with the provider's defaults filled in."""
-    return prepare_config(copy.deepcopy(CLUSTER))
+    return prepare_config(written)
 
 
 def test_the_cluster_file_fits_rays_own_schema(cluster: dict[str, Any]) -> None:
@@ -42,40 +50,70 @@ def test_rays_schema_would_find_a_misspelt_node_type_key(cluster: dict[str, Any]
         validate_config(cluster)
 
 
-def test_the_head_has_no_gpu_and_workers_scale_from_nothing() -> None:
-    types = CLUSTER["available_node_types"]
+def test_the_head_has_no_gpu_and_workers_scale_from_nothing(written: dict[str, Any]) -> None:
+    types = written["available_node_types"]
+    workers = [kind for name, kind in types.items() if name != written["head_node_type"]]
 
     assert types["head"]["resources"]["GPU"] == 0
-    assert set(types) == {CLUSTER["head_node_type"], *GPU_TYPES}
-    assert [types[name]["min_workers"] for name in GPU_TYPES] == [0, 0, 0]
-    assert all(types[name]["resources"]["GPU"] >= 1 for name in GPU_TYPES)
+    assert len(workers) == 3
+    assert [kind["min_workers"] for kind in workers] == [0, 0, 0]
+    assert all(kind["resources"]["GPU"] >= 1 for kind in workers)
+    assert all(any(name.startswith("accelerator_type:") for name in kind["resources"]) for kind in workers)
+
+
+def test_every_kind_of_gpu_that_the_fleet_asks_for_is_a_node_of_the_cluster() -> None:
+    fleet = yaml.safe_load((ROOT / "configs/serve/fleet.yaml").read_text(encoding="utf-8"))
+    models = [model for one in fleet["applications"] for model in one["args"].get("models", [])]
+    wanted = {
+        model["serving"]["accelerator_type"] for model in models if "accelerator_type" in model["serving"]
+    }
+    types = CLUSTERS["cluster.yaml"]["available_node_types"].values()
+
+    offered = {name.partition(":")[2] for kind in types for name in kind["resources"] if ":" in name}
+
+    assert wanted
+    assert wanted <= offered
 
 
 @pytest.mark.parametrize("commands", START)
-def test_every_node_starts_ray_with_a_token_and_the_environment_file(commands: str) -> None:
-    start = CLUSTER[commands][-1]
+def test_every_node_starts_ray_with_a_token_the_environment_file_and_the_weights(
+    written: dict[str, Any], commands: str
+) -> None:
+    start = written[commands][-1]
 
     assert "export RAY_AUTH_MODE=token" in start
     assert ". ~/weft/.env" in start
     assert "${REDIS_URL:?" in start
+    assert "HF_HOME=/mnt/models/huggingface" in start
+    assert any(
+        "mount -t nfs" in line and "/mnt/models" in line for line in written["initialization_commands"]
+    )
 
 
-def test_the_dashboard_listens_on_loopback_only() -> None:
-    start = CLUSTER["head_start_ray_commands"][-1]
+def test_no_command_ends_in_a_comment(written: dict[str, Any]) -> None:
+    """Ray puts commands into others, whose rest a comment would swallow."""
+    kinds = ("initialization_commands", "setup_commands", *START)
+    commands = [line for kind in kinds for line in written[kind]]
+
+    assert [line for line in commands if " #" in line] == []
+
+
+def test_the_dashboard_listens_on_loopback_only(written: dict[str, Any]) -> None:
+    start = written["head_start_ray_commands"][-1]
 
     assert "--dashboard-host=127.0.0.1" in start
     assert "0.0.0.0" not in start
 
 
-def test_every_file_that_nodes_get_is_in_the_repository_except_the_secrets() -> None:
-    sources = {remote: local for remote, local in CLUSTER["file_mounts"].items() if remote not in SECRETS}
+def test_every_file_that_nodes_get_is_in_the_repository_except_the_secrets(written: dict[str, Any]) -> None:
+    sources = {remote: local for remote, local in written["file_mounts"].items() if remote not in SECRETS}
 
-    assert set(CLUSTER["file_mounts"]) >= SECRETS
+    assert set(written["file_mounts"]) >= SECRETS
     assert [local for local in sources.values() if not (ROOT / local).exists()] == []
 
 
-def test_nodes_install_the_exact_versions_of_the_constraints_file() -> None:
-    install = next(line for line in CLUSTER["setup_commands"] if "pip install" in line)
+def test_nodes_install_the_exact_versions_of_the_constraints_file(written: dict[str, Any]) -> None:
+    install = next(line for line in written["setup_commands"] if "pip install" in line)
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
 
     assert "-c constraints.txt" in install
