@@ -25,6 +25,7 @@ from typing import Any
 
 import ledger
 import numpy as np
+import psutil
 import torch
 from diffusers import FluxPipeline
 from peft.tuners.lora import LoraLayer
@@ -46,6 +47,9 @@ ROOT = Path(__file__).parent.parent
 PLOT = Path(__file__).parent / "plots" / "lora.svg"
 MODEL = ROOT / "models/tiny-flux-schnell"
 ROWS, RANK, STEPS = 8, 16, 4
+COLD_ROWS = 2  # of the steps that adapters are read beside
+SWAPS = 1000
+REGISTERED = 1000
 TARGETS = (
     "attn.to_q",
     "attn.to_k",
@@ -60,7 +64,7 @@ RULES = ("mixed", "one adapter per batch")
 
 
 def pipeline() -> Any:
-    made = FluxPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
+    made = FluxPipeline.from_pretrained(MODEL, dtype=torch.float32)
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -76,7 +80,7 @@ def lora_tensors(transformer: nn.Module, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def forward_of(transformer: Any, rows: int) -> Callable[[], Any]:
+def forward_of(transformer: Any, rows: int, tokens: int = 64) -> partial[Any]:
     generator = torch.Generator().manual_seed(0)
     config = transformer.config
 
@@ -84,11 +88,11 @@ def forward_of(transformer: Any, rows: int) -> Callable[[], Any]:
         return torch.randn(*shape, generator=generator)
 
     given = {
-        "hidden_states": noise(rows, 64, config.in_channels),
+        "hidden_states": noise(rows, tokens, config.in_channels),
         "encoder_hidden_states": noise(rows, 64, config.joint_attention_dim),
         "pooled_projections": noise(rows, config.pooled_projection_dim),
         "timestep": torch.full((rows,), 0.5),
-        "img_ids": torch.zeros(64, 3),
+        "img_ids": torch.zeros(tokens, 3),
         "txt_ids": torch.zeros(64, 3),
         "guidance": torch.full((rows,), 3.5) if config.guidance_embeds else None,
         "return_dict": False,
@@ -96,8 +100,27 @@ def forward_of(transformer: Any, rows: int) -> Callable[[], Any]:
     return partial(transformer, **given)
 
 
-def medians(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Median CPU seconds of each case, and of its ratio to the first within a round; taken in turns."""
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Median CPU seconds of a case, and its ratio to the first case within a round: median and quartiles."""
+
+    seconds: float
+    ratio: float
+    quartiles: tuple[float, float]
+    rounds: int
+
+    def __str__(self) -> str:
+        low, high = self.quartiles
+        return f"{1000 * self.seconds:8.2f} ms  {self.ratio:.3f} ({low:.3f}-{high:.3f}) x the first"
+
+
+def record(name: str, cost: Cost, notes: str) -> None:
+    low, high = cost.quartiles
+    ledger.record(name, cost.ratio, "x", spread=f"{low:.3f}-{high:.3f}", n=cost.rounds, notes=notes)
+
+
+def medians(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Cost]:
+    """What each case costs; all are taken in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for case in cases.values():
         for _ in range(3):
@@ -108,13 +131,12 @@ def medians(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, tuple
             case()
             seconds[name].append(time.thread_time() - began)
     first = seconds[next(iter(cases))]
-    return {
-        name: (
-            statistics.median(taken),
-            statistics.median([t / f for t, f in zip(taken, first, strict=True)]),
-        )
-        for name, taken in seconds.items()
-    }
+    found = {}
+    for name, taken in seconds.items():
+        ratios = [t / f for t, f in zip(taken, first, strict=True)]
+        low, middle, high = np.percentile(ratios, [25, 50, 75])
+        found[name] = Cost(statistics.median(taken), float(middle), (float(low), float(high)), rounds)
+    return found
 
 
 def with_peft(transformer: Any, loras: Sequence[dict[str, Tensor]]) -> Any:
@@ -131,79 +153,138 @@ def with_peft(transformer: Any, loras: Sequence[dict[str, Tensor]]) -> Any:
     return copied.eval()
 
 
-def measure_forwards(rounds: int, *, keep: bool) -> tuple[list[float], float]:
-    """Seconds of a forward of 1..8 rows with LoRAs, and of reading a cold adapter."""
-    plain = pipeline()
-    transformer = plain.transformer
-    loras = [lora_tensors(transformer, seed) for seed in range(ROWS)]
-    files = [save(tensors) for tensors in loras]
-    peft = with_peft(transformer, loras)
-    switched = copy.deepcopy(plain)
-    restores = [pad_small_linears([transformer])]
-    mixer = Mixer({"transformer": transformer}, deterministic=True)
-    owners: list[Mix] = []
-    began = time.perf_counter()
-    for file in files:
-        factors = read(file, plain).factors
-        mixer.hook(factors)
-        owners.append(mix([(factors, 1.0)]))
-    load_s = (time.perf_counter() - began) / len(files)
+@dataclass(slots=True)
+class Bench:
+    """The tiny FLUX as the engine serves it, eight adapters with it, and what peft makes of both."""
 
-    def mixed(chosen: Sequence[Mix | None]) -> Callable[[], Any]:
-        return partial(owned, chosen, [1] * len(chosen), forward_of(transformer, len(chosen)))
+    pipeline: Any
+    loras: list[dict[str, Tensor]]
+    owners: list[Mix]
+    load_s: float  # of reading one file and converting it
 
-    eight = forward_of(transformer, ROWS)
-    results = medians(
-        {
-            "none": eight,
-            "eight_same": mixed([owners[0]] * ROWS),
-            "eight_different": mixed(owners),
-            "four_of_eight": mixed([*owners[:4], None, None, None, None]),
-        },
-        rounds,
+    @classmethod
+    def made(cls) -> Bench:
+        plain = pipeline()
+        loras = [lora_tensors(plain.transformer, seed) for seed in range(ROWS)]
+        files = [save(tensors) for tensors in loras]
+        mixer = Mixer({"transformer": plain.transformer}, deterministic=True)
+        pad_small_linears([plain.transformer])
+        owners, began = [], time.thread_time()
+        for file in files:
+            factors = read(file, plain).factors
+            mixer.hook(factors)
+            owners.append(mix([(factors, 1.0)]))
+        return cls(plain, loras, owners, (time.thread_time() - began) / len(files))
+
+    def forward(self, owners: Sequence[Mix | None], tokens: int = 64) -> Callable[[], Any]:
+        plain = forward_of(self.pipeline.transformer, len(owners), tokens)
+        return partial(owned, owners, [1] * len(owners), plain) if any(owners) else plain
+
+
+def measure_mixed(bench: Bench, rounds: int, *, keep: bool) -> None:
+    """Eight rows with their own adapters, with one adapter and half with none, over eight without any."""
+    nobody: list[Mix | None] = [None] * ROWS
+    for tokens, times in ((64, rounds), (256, rounds // 2)):
+        cases = {
+            "none": bench.forward(nobody, tokens),
+            "8_distinct": bench.forward(bench.owners, tokens),
+            "8_same": bench.forward([bench.owners[0]] * ROWS, tokens),
+            "4_of_8": bench.forward([*bench.owners[:4], *nobody[4:]], tokens),
+        }
+        for name, case in medians(cases, times).items():
+            print(f"{tokens} tokens, {ROWS} rows, {name:11} {case}", flush=True)
+            if keep and name != "none":
+                note = f"tiny FLUX, {tokens} tokens, {ROWS} rows, rank {RANK}; CPU time over none"
+                record(f"lora_{name}_ratio" + ("" if tokens == 256 else f"_{tokens}"), case, note)
+
+
+def measure_peft(bench: Bench, rounds: int, *, keep: bool) -> None:
+    """Both mixes over a forward without adapters, in turns; peft's on a copy of its own."""
+    cases = {
+        "none": forward_of(untouched(), ROWS),
+        "ours": bench.forward(bench.owners),
+        "peft": forward_of(with_peft(untouched(), bench.loras), ROWS),
+    }
+    found = medians(cases, rounds)
+    for name, case in found.items():
+        print(f"{ROWS} rows, 64 tokens, {name:11} {case}", flush=True)
+    added = (found["ours"].ratio - 1) / (found["peft"].ratio - 1)
+    whole = found["ours"].ratio / found["peft"].ratio
+    print(
+        f"over peft's adapter_names: what adapters add {added:.3f}, the whole forward {whole:.3f}", flush=True
     )
-    against = medians(
-        {"none": forward_of(peft_base(plain), ROWS), "peft_adapter_names": forward_of(peft, ROWS)}, rounds
-    )
-    for name, (seconds, ratio) in [*results.items(), ("peft_adapter_names", against["peft_adapter_names"])]:
-        print(f"forward of {ROWS} rows, {name:20} {1000 * seconds:8.2f} ms  {ratio:.3f} x none", flush=True)
-        if keep and name != "none":
-            note = f"tiny FLUX, 128 px, {ROWS} rows, rank {RANK}; CPU time over that without adapters"
-            ledger.record(f"lora_{name}", ratio, "x", n=rounds, notes=note)
-    for name, seconds in switching(switched, loras, max(3, rounds // 20)).items():
+    if keep:
+        note = f"tiny FLUX, 64 tokens, {ROWS} different adapters of rank {RANK}; CPU time"
+        ledger.record(
+            "lora_vs_peft_ratio", added, "x", n=rounds, notes=f"{note} that adapters add to a forward"
+        )
+        ledger.record(
+            "lora_vs_peft_forward_ratio", whole, "x", n=rounds, notes=f"{note} of the whole forward"
+        )
+        record("lora_peft_ratio", found["peft"], f"{note} of peft's adapter_names over none")
+
+
+def untouched() -> Any:
+    """The transformer without the engine's padded layers and hooks."""
+    return pipeline().transformer
+
+
+def measure_merged(bench: Bench, rounds: int, *, keep: bool) -> None:
+    """What a merged mode could save and what it would cost, in time and in bits; see docs/lora.md."""
+    transformer, owner = bench.pipeline.transformer, bench.owners[0]
+    for tokens, rows in ((64, 1), (64, ROWS), (256, ROWS)):
+        plain = bench.forward([None] * rows, tokens)  # a merged forward is a plain one with other weights
+        cases = {"beside": bench.forward([owner] * rows, tokens), "merged": plain}
+        found = medians(cases, rounds // 2)
+        print(f"{tokens} tokens, {rows} rows, merged over beside {found['merged']}", flush=True)
+        if keep:
+            note = f"tiny FLUX, {tokens} tokens, {rows} rows of one adapter; CPU time over unmerged"
+            record(f"lora_merged_ratio_{tokens}_tokens_{rows}_rows", found["merged"], note)
+    weights = {place: transformer.get_submodule(place[1]).weight for place in owner.pairs}
+    kept = {place: weight.clone() for place, weight in weights.items()}
+    taken = []
+    for index in range(SWAPS):
+        began = time.thread_time()
+        for place, pair in bench.owners[index % ROWS].pairs.items():
+            weights[place].addmm_(pair.b, pair.a)
+        for place, weight in weights.items():
+            weight.copy_(kept[place])
+        taken.append(time.thread_time() - began)
+    assert all(torch.equal(weight, kept[place]) for place, weight in weights.items())
+    swap_ms = 1000 * statistics.median(taken)
+    print(f"merging and restoring {swap_ms:.2f} ms", flush=True)
+    if keep:
+        note = f"{len(weights)} layers, base kept as a copy and bit-identical after {SWAPS} swaps; CPU time"
+        ledger.record("lora_merge_and_restore_ms", swap_ms, "ms", n=SWAPS, notes=note)
+
+
+def measure_switching(bench: Bench, rounds: int, *, keep: bool) -> None:
+    for name, seconds in switching(pipeline(), bench.loras, rounds).items():
         print(f"{name:30} {1000 * seconds:8.2f} ms", flush=True)
         if keep:
-            ledger.record(
-                f"lora_{name}_ms", 1000 * seconds, "ms", notes="tiny FLUX, one adapter, diffusers alone"
-            )
-    print(f"{'reading a file for the bank':30} {1000 * load_s:8.2f} ms", flush=True)
+            note = "tiny FLUX, one adapter, diffusers alone; CPU time in which the model can do nothing else"
+            ledger.record(f"lora_{name}_ms", 1000 * seconds, "ms", n=rounds, notes=note)
+    print(f"{'reading a file for the bank':30} {1000 * bench.load_s:8.2f} ms", flush=True)
     if keep:
-        ledger.record("lora_read_ms", 1000 * load_s, "ms", n=len(files), notes="off the engine's thread")
-    times = medians({str(rows): mixed(owners[:rows]) for rows in range(1, ROWS + 1)}, rounds)
-    for restore in restores:
-        restore()
-    return [seconds for seconds, _ in times.values()], load_s
-
-
-def peft_base(plain: Any) -> Any:
-    """The transformer as peft's copy has it: without the engine's padded layers and hooks."""
-    return FluxPipeline.from_pretrained(MODEL, torch_dtype=torch.float32).transformer
+        ledger.record(
+            "lora_read_ms", 1000 * bench.load_s, "ms", n=ROWS, notes="CPU time off the engine's thread"
+        )
 
 
 def switching(switched: Any, loras: Sequence[dict[str, Tensor]], rounds: int) -> dict[str, float]:
-    """Median seconds in which diffusers' own ways change the adapter of the whole pipeline."""
+    """Median CPU seconds in which diffusers' own ways change the adapter of the whole pipeline."""
     loads, sets = [], []
     for index in range(rounds):
-        began = time.perf_counter()
+        began = time.thread_time()
         switched.load_lora_weights(dict(loras[index % ROWS]), adapter_name="one")
         switched.unload_lora_weights()
-        loads.append(time.perf_counter() - began)
+        loads.append(time.thread_time() - began)
     for index in range(2):
         switched.load_lora_weights(dict(loras[index]), adapter_name=f"a{index}")
     for index in range(rounds):
-        began = time.perf_counter()
+        began = time.thread_time()
         switched.set_adapters([f"a{index % 2}"])
-        sets.append(time.perf_counter() - began)
+        sets.append(time.thread_time() - began)
     return {"load_and_unload": statistics.median(loads), "set_adapters": statistics.median(sets)}
 
 
@@ -271,6 +352,7 @@ def play(
 
 def measure_traffic(forward_s: Sequence[float], load_s: float, requests: int, *, keep: bool) -> None:
     loads = (0.3, 0.5, 0.7, 0.9)
+    note = f"virtual clock, Zipf(1), {STEPS} steps, forward and reading times measured before"
     curves: dict[tuple[int, str], list[float]] = {}
     for adapters in (50, 1000):
         for rule in RULES:
@@ -287,8 +369,15 @@ def measure_traffic(forward_s: Sequence[float], load_s: float, requests: int, *,
                 print(f"{adapters:5} adapters, load {load}, {rule:22} p95 {1000 * p95:9.1f} ms", flush=True)
                 if keep:
                     name = f"lora_zipf_{adapters}_{'mixed' if rule == RULES[0] else 'apart'}_p95_at_{load}"
-                    note = "virtual clock, Zipf(1), 4 steps, measured forward and loading times"
                     ledger.record(name, p95, "s", n=len(latencies), notes=note)
+        ratios = [mixed / apart for mixed, apart in zip(*(curves[adapters, r] for r in RULES), strict=True)]
+        for load, ratio in zip(loads, ratios, strict=True):
+            print(f"{adapters:5} adapters, load {load}, p95 mixed over apart {ratio:.3f}", flush=True)
+            if keep:
+                about = f"{note}; p95 over that of one adapter per batch"
+                ledger.record(
+                    f"lora_zipf_{adapters}_p95_ratio_at_{load}", ratio, "x", n=5 * requests, notes=about
+                )
     if keep:
         draw(loads, curves)
 
@@ -350,7 +439,7 @@ async def measure_cold_loads(steps: int, rounds: int, *, keep: bool) -> None:
     restores = [intercept([transformer]), pad_small_linears([transformer])]
     scheduler = StepScheduler(ROWS)
     worker = Worker(Engine(scheduler, deterministic=True), scheduler, slots=8)
-    forward = forward_of(transformer, ROWS)
+    forward = forward_of(transformer, COLD_ROWS)
     quiet: list[float] = []
     loading: list[float] = []
     loads = 0
@@ -382,31 +471,78 @@ async def measure_cold_loads(steps: int, rounds: int, *, keep: bool) -> None:
         before, after = np.percentile(quiet, share), np.percentile(loading, share)
         print(f"step {name}: {1000 * before:.2f} ms, while adapters load {1000 * after:.2f} ms", flush=True)
         if keep:
-            note = f"{loads} cold adapters of rank {RANK} beside {len(loading)} steps of {ROWS} rows"
-            ledger.record(f"lora_cold_load_step_{name}", after / before, "x", n=len(loading), notes=note)
-    held = bank.held
-    print(f"held: {held}", flush=True)
+            note = f"{loads} cold adapters of rank {RANK} beside {len(loading)} steps; wall time"
+            ledger.record(f"lora_cold_step_{name}_ratio", after / before, "x", n=len(loading), notes=note)
+    bank.close()
+
+
+class Registered:
+    """Many files by digest, each made when it is read."""
+
+    def __init__(self, tensors: dict[str, Tensor], count: int) -> None:
+        self._tensors = tensors
+        self.digests = {hashlib.sha256(self._file(number)).hexdigest(): number for number in range(count)}
+
+    async def read(self, digest: str) -> bytes:
+        return self._file(self.digests[digest])
+
+    def _file(self, number: int) -> bytes:
+        return save(self._tensors, {"number": str(number)})
+
+
+async def measure_memory(count: int, *, keep: bool) -> None:
+    """A bank of 8 places and 64 in memory, after each of many adapters has been used once."""
+
+    async def at_once(function: Callable[[], Any]) -> Any:
+        return function()
+
+    plain, process = pipeline(), psutil.Process()
+    registered = Registered(lora_tensors(plain.transformer, 0), count)
+    mixer = Mixer({"transformer": plain.transformer}, deterministic=True)
+    bank = Bank(plain, mixer, torch.device("cpu"), registered, Room(on_device=8, in_memory=64))
+    full = 0
+    for index, digest in enumerate(registered.digests):
+        async with bank.using([Lora(id=digest)], at_once):
+            if index == 127:  # both are full, and the allocator has what it needs
+                full = process.memory_info().rss
+    held, grown = bank.held, (process.memory_info().rss - full) / 2**20
+    one = held.memory_bytes / max(1, held.in_memory) / 2**20
+    print(
+        f"after {count} adapters of {one:.2f} MiB: {held}; resident memory +{grown:.1f} MiB since 128",
+        flush=True,
+    )
     if keep:
-        note = f"{held.on_device} adapters on the device, rank {RANK}, tiny FLUX"
-        ledger.record("lora_device_bytes", held.device_bytes / max(1, held.on_device), "bytes", notes=note)
+        note = f"{count} adapters of {one:.2f} MiB used in turn, 64 in memory, 8 on the device"
+        ledger.record(
+            "lora_held_mib", (held.memory_bytes + held.device_bytes) / 2**20, "MiB", n=count, notes=note
+        )
+        ledger.record(
+            "lora_resident_growth_mib", grown, "MiB", n=count, notes=f"{note}; after all since after 128"
+        )
     bank.close()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=100, help="forwards of each kind, in turns")
+    parser.add_argument("--rounds", type=int, default=60, help="forwards of each kind, in turns")
     parser.add_argument("--requests", type=int, default=2000, help="of the traffic, five times")
-    parser.add_argument(
-        "--steps", type=int, default=300, help="measured beside cold loads, in each of 6 rounds"
-    )
+    parser.add_argument("--steps", type=int, default=250, help="measured beside cold loads, in each round")
+    parser.add_argument("--registered", type=int, default=REGISTERED, help="adapters used in turn")
     parser.add_argument("--dry", action="store_true", help="print only")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep = not options.dry
     with torch.inference_mode():
-        forward_s, load_s = measure_forwards(options.rounds, keep=keep)
-        measure_traffic(forward_s, load_s, options.requests, keep=keep)
+        bench = Bench.made()
+        measure_mixed(bench, options.rounds, keep=keep)
+        measure_peft(bench, options.rounds // 2, keep=keep)
+        measure_merged(bench, options.rounds, keep=keep)
+        measure_switching(bench, max(3, options.rounds // 6), keep=keep)
+        rows = {str(n): bench.forward(bench.owners[:n]) for n in range(1, ROWS + 1)}
+        forward_s = [cost.seconds for cost in medians(rows, options.rounds // 2).values()]
+        measure_traffic(forward_s, bench.load_s, options.requests, keep=keep)
         asyncio.run(measure_cold_loads(options.steps, 6 if keep else 1, keep=keep))
+        asyncio.run(measure_memory(options.registered, keep=keep))
 
 
 if __name__ == "__main__":
