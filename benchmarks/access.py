@@ -97,7 +97,7 @@ def pictures(count: int, dry: bool) -> None:
 
 def keep(name: str, taken: list[float], dry: bool) -> None:
     taken.sort()
-    p50, p99 = statistics.median(taken), taken[int(0.99 * (len(taken) - 1))]
+    p50, p99 = statistics.median(taken), taken[min(len(taken) - 1, int(0.99 * len(taken)))]
     if dry:
         print(f"{name} = {p50:.3f} ms, p99 {p99:.3f}, n={len(taken)}")
     else:

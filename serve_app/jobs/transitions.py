@@ -279,8 +279,8 @@ class Transitions:
                 pipe.expire(keys.same(job.same), self._settings.result_ttl_s)
         elif job.state is JobState.failed and alike:
             for follower in followers:
-                alike = replace(follower, leader=None, error=job.error)
-                self.end(pipe, alike, JobState.failed, now_us)
+                failed = replace(follower, leader=None, error=job.error)
+                self.end(pipe, failed, JobState.failed, now_us)
         elif followers:
             heir, *others = followers
             pipe.hdel(keys.job(heir.id), "leader")
