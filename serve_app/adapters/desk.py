@@ -59,17 +59,19 @@ class AdapterDesk:
 
     @asynccontextmanager
     async def resolved(
-        self, wishes: Sequence[LoraWish], owner: str, card: ModelCard
+        self, wishes: Sequence[LoraWish], owner: str, card: ModelCard, again: Sequence[Lora] = ()
     ) -> AsyncIterator[tuple[Lora, ...]]:
         """The wished adapters by digest, checked and stored; none can vanish while this is open.
+
+        again: of an earlier job of the same owner, which shall be used once more.
 
         Raises NotFound, BadRequest (wrong family or shape, named twice, bad file), Forbidden, TooLarge,
         Overloaded.
         """
         if wishes:
-            _check_count(wishes, card)
+            _check_count(wishes, card, len(again))
         async with AsyncExitStack() as holds:
-            loras: list[Lora] = []
+            loras = [await self._kept(lora, holds) for lora in again]
             for wish in wishes:
                 digest, name = await self._found(wish, owner, card, holds)
                 if any(lora.id == digest for lora in loras):
@@ -153,6 +155,14 @@ class AdapterDesk:
             await self._fitting.check(adapter.name, adapter.digest, card, wish.param)
         return adapter.digest, adapter.name
 
+    async def _kept(self, lora: Lora, holds: AsyncExitStack) -> Lora:
+        """The adapter of an earlier job, held if its file is still here."""
+        if await self._builtins.find(lora.id) is None:
+            await holds.enter_async_context(self._registry.holding(lora.id))
+            if not await self._results.has(adapter_path(lora.id)):
+                raise NotFound(f"the file of the LoRA {lora.name} is gone; send it anew", param="loras")
+        return lora
+
     async def _known(self, id_or_name: str, owner: str, card: ModelCard | None, param: str = "id") -> Adapter:
         """A registered adapter: the owner's before public ones, and those before the models' own."""
         own = await self._registry.find(id_or_name, owner)
@@ -216,14 +226,16 @@ class AdapterDesk:
         return fetched.data
 
 
-def _check_count(wishes: Sequence[LoraWish], card: ModelCard) -> None:
+def _check_count(wishes: Sequence[LoraWish], card: ModelCard, others: int) -> None:
     """Before any file is fetched."""
     able = card.max_loras if card.serving.lora != "none" else 0
     if not able:
         raise BadRequest(f"{card.id} takes no LoRA; leave it out", param=wishes[0].param)
-    if len(wishes) > able:
+    count = others + len(wishes)
+    if count > able:
         raise BadRequest(
-            f"there are {len(wishes)} LoRAs; {card.id} takes at most {able} at once", param=wishes[able].param
+            f"there are {count} LoRAs; {card.id} takes at most {able} at once",
+            param=wishes[max(0, able - others)].param,
         )
 
 

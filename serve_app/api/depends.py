@@ -122,11 +122,11 @@ class Visit:
         """The request with its LoRAs found, whichever way it asks for them; they stay while this is open."""
         prompt, tagged = taken_from_prompt(request.prompt)
         wishes = (*(body.lora_wishes() if isinstance(body, WithLoras) else ()), *tagged)
-        if not wishes:
+        if not wishes and not request.loras:
             yield request
             return
         card = find_card(request.model, self.state.cards)
-        async with self.adapters.resolved(wishes, self.owner, card) as loras:
+        async with self.adapters.resolved(wishes, self.owner, card, again=request.loras) as loras:
             yield request.model_copy(update={"prompt": prompt, "loras": loras})
 
     def _once(self, body: Wish) -> Once | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from deployments.protocol.card import load_card
 from serve_app.adapters.builtin import BuiltIns
 from serve_app.api.depends import ApiState
 from serve_app.jobs.desk import JobDesk
+from serve_app.jobs.dispatch import Dispatcher
 from serve_app.jobs.store import JobStore
 from serve_app.services import Services
 from serve_app.settings import Settings
@@ -23,6 +25,7 @@ from serve_app.storage.results import ResultStore
 from tests.front.api.cards import CARDS
 from tests.front.api.lora_files import digest, lora_file
 from tests.front.api.painter import Painter
+from tests.front.fakes import eventually
 
 WAN = load_card(Path(__file__).parents[3] / "configs/models/tiny-wan.yaml")
 ANY_FAMILY = "transformer.transformer_blocks.0.attn.to_q"
@@ -182,6 +185,53 @@ async def test_a_bad_object_is_refused_by_its_field(client: httpx.AsyncClient, p
         assert answer.status_code in (400, 404, 422)
         assert error["param"] == param, error
         assert part in error["message"], error
+
+
+async def completed(client: httpx.AsyncClient, job_id: str) -> bool:
+    status: str = (await client.get(f"/api/generate/{job_id}")).json()["status"]
+    return status == "completed"
+
+
+async def collected(state: ApiState) -> bool:
+    assert state.adapters is not None
+    return await state.adapters.collect_all() > 0
+
+
+class Projector(Painter):
+    """Its videos hold pictures; that they ended is all that matters here."""
+
+    def free_slots(self) -> Mapping[str, int]:
+        return {WAN.id: 8}
+
+
+@pytest.fixture
+async def projector(store: JobStore, results: ResultStore, settings: Settings) -> AsyncIterator[Projector]:
+    projector = Projector()
+    dispatcher = Dispatcher(store, results, projector, settings)
+    running = asyncio.create_task(dispatcher.run())
+    yield projector
+    await dispatcher.drain()
+    await running
+
+
+async def test_a_remix_uses_the_loras_of_its_original_while_their_files_are_there(
+    client: httpx.AsyncClient, state: ApiState, projector: Projector
+) -> None:
+    body = {"prompt": "a fox", "model": "tiny-wan", "loras": "ink:0.8"}
+    video = (await client.post("/v1/videos", json=body)).json()["id"]
+    await eventually(lambda: completed(client, video), 30)
+    remix = f"/v1/videos/{video}/remix"
+
+    again = await asked_for(client, await client.post(remix, json={"prompt": "a cat"}))
+    both = await asked_for(client, await client.post(remix, json={"prompt": "a cat <lora:fog:0.3>"}))
+    await client.delete("/api/loras/ink")
+    await eventually(lambda: collected(state), 30)  # as soon as no job needs it
+    gone = await client.post(remix, json={"prompt": "a dog"})
+
+    assert again["loras"] == {digest(INK): 0.8}
+    assert both["loras"] == {digest(INK): 0.8, digest(FOG): 0.3}
+    assert (gone.status_code, gone.json()["error"]["param"]) == (404, "loras")
+    assert "the file of the LoRA ink is gone" in gone.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/api/generate/video", "/v1/videos"])
