@@ -215,6 +215,21 @@ async def test_it_is_ready_while_its_models_are_scaled_to_zero_or_none_would_eve
     assert (answer.status_code, answer.json()["ready"]) == (200, True)
 
 
+async def test_without_room_for_pictures_it_is_not_ready_and_refuses_jobs(state: ApiState, store: JobStore):
+    full = ResultStore(state.settings.results_root, min_free_bytes=2**60)
+    desk = JobDesk(store, full, CARDS, state.settings)
+    async with client_of(create_app(replace(state, desk=desk))) as client:
+        ready = await client.get("/ready")
+        refused = await client.post("/api/generate/image", json={"prompt": "a"})
+        kept = await client.get("/api/generate/")
+    await desk.aclose()
+
+    assert ready.status_code == 503
+    assert "too little room" in ready.text
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "60")
+    assert kept.json()["jobs"] == []
+
+
 async def test_without_its_store_it_lives_is_not_ready_and_asks_to_come_back(state: ApiState):
     redis = connect("redis://127.0.0.1:1")
     lost = JobDesk(
