@@ -40,7 +40,10 @@ class Service:
 
     def pids_of(self, deployment: str) -> list[int]:
         """Process ids of all its running replicas."""
-        title = f"ServeReplica:weft:{deployment}"
+        return self.pids_with(f"ServeReplica:weft:{deployment}")
+
+    def pids_with(self, title: str) -> list[int]:
+        """Process ids of all running actors with this in their title."""
         return [pid for pid, line in _command_lines() if title in line]
 
     def stop_gracefully(self, deployment: str) -> None:
@@ -64,14 +67,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def until(condition: Callable[[], Any], what: str) -> Any:
+def until(condition: Callable[[], Any], what: str, every_s: float = 0.05) -> Any:
     """The condition's first true value. Fails after PATIENCE_S, saying what did not happen."""
     deadline = time.monotonic() + PATIENCE_S
     pause = threading.Event()
     while time.monotonic() < deadline:
         if value := condition():
             return value
-        pause.wait(0.05)
+        pause.wait(every_s)
     pytest.fail(f"did not happen within {PATIENCE_S:.0f} s: {what}")
 
 
