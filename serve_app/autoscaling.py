@@ -13,7 +13,7 @@ import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,10 +39,10 @@ class Knobs:
 
     utilization: float = 0.75  # of the replicas that the rate of arriving work asks for
     rate_window_s: float = 600.0  # over which that rate is measured
-    near_window_s: float = 180.0  # and over which the one that is expected until new replicas run
+    near_window_s: float = 240.0  # and over which the one that is expected until new replicas run
     drain_s: float = 60.0  # within which new replicas shall clear what the others cannot
-    wait_s: float = 10.0  # of work per replica may be left by then: a wait that is no reason for more
-    hold_s: float = 240.0  # fewer replicas only when so long no more were wanted
+    wait_s: float = 20.0  # of work per replica may be left by then: a wait that is no reason for more
+    hold_s: float = 180.0  # fewer replicas only when so long no more were wanted
     idle_s: float = 600.0  # none at all only when so long nothing was there to do
     cold_start_s: float = 60.0  # of a replica, until the first has been seen
     request_s: float = 5.0  # work of a request, until the first has been seen
@@ -93,14 +93,15 @@ class Scaler:
         self._note(seen)
         lasting = math.ceil(self.rate(seen.now) / self._knobs.utilization - 1e-6)
         replicas = max(lasting, self._for_backlog(seen, self.rate(seen.now, self._knobs.near_window_s)))
-        if seen.backlog_s > 0 or self._fresh(seen):
-            self._busy_at = seen.now
-        if seen.now - self._busy_at < self._knobs.idle_s:
-            replicas = max(replicas, min(1, seen.target))  # the last one waits longer than the others
         if seen.backlog_s > 0:
             replicas = max(replicas, 1)
+        if seen.backlog_s > 0 or self._fresh(seen):
+            self._busy_at = seen.now
         self._want(seen.now, replicas)
-        return max(least, min(most, self._held(seen, replicas)))
+        replicas = self._held(seen, replicas)
+        if seen.now - self._busy_at < self._knobs.idle_s:
+            replicas = max(replicas, min(1, seen.target))  # the last one waits longer than the others
+        return max(least, min(most, replicas))
 
     def rate(self, now: float, window_s: float | None = None) -> float:
         """Work that arrived lately, per second: how many replicas would be busy all the time.
@@ -202,7 +203,8 @@ def read(app_name: str, deployment: str) -> Told | None:
 class Listener:
     """The dispatchers' word of one deployment, asked for in a thread and given without waiting."""
 
-    def __init__(self) -> None:
+    def __init__(self, ask: Callable[[str, str], Told | None] = read) -> None:
+        self._ask = ask
         self._told: Told | None = None
         self._asked_at = -math.inf
         self._asking: asyncio.Future[Told | None] | None = None
@@ -214,7 +216,7 @@ class Listener:
             self._asking = None
         if self._asking is None and now - self._asked_at >= READ_EVERY_S:
             self._asked_at = now
-            self._asking = asyncio.get_running_loop().run_in_executor(None, read, app_name, deployment)
+            self._asking = asyncio.get_running_loop().run_in_executor(None, self._ask, app_name, deployment)
         return self._told if self._told is not None and now - self._told.at < TOLD_TTL_S else None
 
 
@@ -254,6 +256,15 @@ class WorkPolicy:
         on_the_way = max(0.0, given - sum(held.values()), ctx.total_queued_requests or 0.0)
         backlog_s = sum(left.values()) + (waiting + on_the_way) * self._request_s
         return Seen(now, ctx.current_num_replicas, ctx.target_num_replicas, self._done_s, backlog_s)
+
+
+def autoscaling_policy(knobs: Mapping[str, float]) -> dict[str, Any]:
+    """What `autoscaling_config.policy` shall be. Raises ValueError naming a knob that is wrong."""
+    names = [field.name for field in fields(Knobs)]
+    if unknown := sorted(set(knobs) - set(names)):
+        raise ValueError(f"there is no knob {unknown[0]!r}; there is {', '.join(names)}")
+    Knobs(**knobs)
+    return {"policy_function": f"{__name__}:{WorkPolicy.__name__}", "policy_kwargs": dict(knobs)}
 
 
 def _latest(metrics: Mapping[str, Any], name: str) -> dict[str, float]:
