@@ -22,7 +22,7 @@ pytestmark = pytest.mark.ray
 
 NEEDS_A_GPU = {"weft_device_bytes", "weft_batches_halved"}
 NEEDS_FAR_WEIGHTS = {"weft_nodes_with_weights", "weft_nodes_wanting_weights"}
-NEEDS_TROUBLE = {  # held by tests/front/jobs/test_dispatch.py and tests/workshop/test_telemetry_workshop.py
+NEEDS_TROUBLE = {  # held by tests/front/jobs/test_dispatch_numbers.py and tests/workshop/test_telemetry_workshop.py
     "weft_attempts_given_back",
     "weft_leases_lost",
     "weft_requests_failed",
