@@ -5,9 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-from ray import serve
 
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Internal
@@ -17,10 +14,7 @@ from serve_app.jobs.dispatch import Dispatcher
 from serve_app.services import Services
 from serve_app.settings import Settings
 from serve_app.storage.fetch import Fetcher
-from serve_app.telemetry import join_serve_log
-
-if TYPE_CHECKING:
-    from ray.serve.handle import DeploymentHandle
+from serve_app.telemetry import RayMeter, join_serve_log
 
 
 class DispatcherReplica:
@@ -36,12 +30,15 @@ class DispatcherReplica:
         join_serve_log()
         models = ModelHandles.of_replica(cards)
         services = Services.open(settings)
+        room = DispatcherModels(models, dispatchers)
         self._dispatcher = Dispatcher(
             services.store,
             services.results,
-            DispatcherModels(models, dispatchers),
+            room,
             settings,
             time_limits_s=TimeLimits(models.cards),
+            meter=RayMeter(),
+            tell_demand=room.tell_demand,
         )
         # a task with the context of a Serve request would be cancelled with that request
         self._task = asyncio.create_task(self._dispatcher.run(), context=contextvars.Context())

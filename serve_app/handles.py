@@ -24,6 +24,8 @@ from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Internal, ModelUnavailable
 from deployments.protocol.events import Event, Failed
 from deployments.protocol.request import FittedRequest
+from serve_app import autoscaling
+from serve_app.jobs.pace import Demand
 from serve_app.places import Application, Fleet, OneApplication, Place, Pool, Served, ServedCards
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ STATES_MAX_AGE_S = 2.0
 LOOK_LIMIT_S = 5.0  # that a caller waits for Serve's controller; then what was seen last counts
 UNLOAD_TIMEOUT_S = 30.0
 LAYERS_LIMIT_S = 2.0  # that a request waits to have its LoRAs' shapes compared before it is accepted
+WAKE_S = 10.0  # that a policy has to start a sleeping model that jobs wait for
+TELL_EVERY_S = 10.0  # what has not changed
 
 
 class ModelHandles:
@@ -130,6 +134,16 @@ class ModelHandles:
         """How many there may be, as last seen: a config file may say otherwise than the card."""
         limit = self._pool(model).limit
         return self._served.places[model].card.serving.max_replicas if limit is None else limit
+
+    def starting(self, model: str) -> bool:
+        """Whether its first replica is on the way, as last seen."""
+        pool = self._pool(model)
+        return not pool.running and _state(pool) == "loading"
+
+    def place(self, model: str) -> tuple[str, str] | None:
+        """Application and deployment that serve it, None if none does."""
+        place = self._served.places.get(model)
+        return None if place is None else (place.application, place.deployment)
 
     def _pool(self, model: str) -> Pool:
         return self._pools.get(model, Pool())
@@ -249,11 +263,15 @@ class DispatcherModels:
         self._handles = handles
         self._dispatchers = dispatchers
         self._active: Counter[str] = Counter()
+        self._asleep_since: dict[str, float] = {}  # models that jobs wait for and no replica serves
+        self._told: dict[tuple[str, str], tuple[Demand, float]] = {}  # by deployment: what, and when
 
     def free_slots(self) -> Mapping[str, int]:
         """Per model, how many more jobs this dispatcher may give it.
 
-        One replica more than runs: the surplus waits at Serve, where its autoscaler can see it.
+        One replica more than runs: the surplus waits at Serve, where Ray's own policy could see it. None
+        while ours shall say how many a sleeping model starts: as soon as a request is at Serve, Serve itself
+        says one, until that runs.
         """
         free: dict[str, int] = {}
         if self._handles.cards_change or self._handles.siblings is None:
@@ -262,11 +280,46 @@ class DispatcherModels:
         for model, card in self._handles.cards.items():
             most = self._handles.most_replicas(model)
             replicas = min(self._handles.running_replicas(model) + 1, most)
+            if self._wakes(model, most):
+                free[model] = 0
+                continue
             share = math.ceil(card.serving.slots * replicas / dispatchers)
             free[model] = max(0, share - self._active[model])
             if replicas < most and free[model] < share / 2:
                 self._handles.look_again()  # only when room runs short does the number matter
         return free
+
+    def _wakes(self, model: str, most: int) -> bool:
+        if most < 2 or self._handles.running_replicas(model):
+            return False
+        since = self._asleep_since.get(model)
+        if since is None:  # it has not been told yet that somebody waits
+            return True
+        self._handles.look_again()
+        # a policy that does not hear us must not let jobs wait for ever
+        return time.monotonic() - since < WAKE_S or self._handles.starting(model)
+
+    async def tell_demand(self, demand: Mapping[str, Demand]) -> None:
+        """Leave word for the policies that scale the models, one for each deployment."""
+        now = time.monotonic()
+        totals: dict[tuple[str, str], Demand] = {}
+        for model, of_model in demand.items():
+            if (place := self._handles.place(model)) is not None:
+                totals[place] = totals.get(place, Demand()) + of_model
+            if of_model.waiting and not self._handles.running_replicas(model):
+                self._asleep_since.setdefault(model, now)
+            else:
+                self._asleep_since.pop(model, None)
+        for place, total in totals.items():
+            before, told_at = self._told.get(place, (None, -math.inf))
+            if total == before and (now - told_at < TELL_EVERY_S or total == Demand()):
+                continue
+            try:
+                await asyncio.to_thread(autoscaling.tell, *place, total.waiting, total.running)
+            except ray.exceptions.RayError as error:
+                logger.warning("the demand could not be told", extra={"error": repr(error)})
+                return
+            self._told[place] = total, now
 
     async def generate(
         self, model: str, request: FittedRequest, /, *, user: str = "", resume: bytes | None = None

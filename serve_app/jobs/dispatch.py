@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from types import MappingProxyType
 
 from deployments.protocol import origin
@@ -17,6 +17,7 @@ from serve_app.jobs.attempt import Attempt, Halt, Models
 from serve_app.jobs.forecast import Room
 from serve_app.jobs.hints import stirred
 from serve_app.jobs.job import COPIES, Job, JobState
+from serve_app.jobs.pace import Demand
 from serve_app.jobs.store import Claim, JobStore
 from serve_app.jobs.transitions import NEW_WORK
 from serve_app.settings import Settings
@@ -47,13 +48,16 @@ class Dispatcher:
         *,
         time_limits_s: Mapping[str, float] = MappingProxyType({}),
         meter: Meter | None = None,
+        tell_demand: Callable[[Mapping[str, Demand]], Awaitable[None]] | None = None,
     ) -> None:
+        """tell_demand: gets to know every second what waits and runs, per model, for all dispatchers."""
         self._store = store
         self._results = results
         self._models = models
         self._settings = settings
         self._time_limits_s = time_limits_s
         self._meter = meter or LocalMeter()
+        self._tell_demand = tell_demand
         self._hints = store.work_hints()
         self._running: dict[asyncio.Task[None], Attempt] = {}
         self._draining = False
@@ -132,6 +136,8 @@ class Dispatcher:
         free, all_free = self._free_slots(), self._models.free_slots()
         rooms = {model: Room(running[model] + free.get(model, 0), free.get(model, 0)) for model in all_free}
         await self._store.tell_room(self._name, rooms)
+        if self._tell_demand is not None:
+            await self._tell_demand(await self._store.demand(list(all_free)))
         for model, waiting in (await self._store.queued(list(all_free))).items():
             self._meter.put("weft_jobs_queued", waiting, model=model)
             self._meter.put("weft_jobs_running", running[model], model=model)
@@ -196,6 +202,7 @@ class Dispatcher:
                 "a lease ran out", extra={"job_id": job.id, "attempt": job.attempt, "state": job.state}
             )
             if job.state.ended:
+                self._count_end(job)
                 await self._results.sweep(job.id)
 
     def _postpone_reaping(self) -> None:

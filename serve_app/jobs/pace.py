@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,6 +28,17 @@ class Pace:
         return starts_in_s(position, self.room, self.recent_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Jobs of one model, or of several that share their replicas."""
+
+    waiting: int = 0
+    running: int = 0  # claimed by dispatchers and given to the model
+
+    def __add__(self, other: Demand) -> Demand:
+        return Demand(self.waiting + other.waiting, self.running + other.running)
+
+
 class Paces:
     """Written by dispatchers, read by everybody. Hints only: nothing is decided for good by them."""
 
@@ -51,14 +62,32 @@ class Paces:
                 pipe.expire(self._keys.room(model), ROOM_TTL_S)
             await pipe.execute()
 
+    async def running(self, models: Sequence[str]) -> dict[str, int]:
+        """Jobs that all dispatchers together run, per model, as they told."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for model in models:
+                pipe.hgetall(self._keys.room(model))
+            pipe.time()
+            *told, (seconds, _) = await pipe.execute()
+        return {
+            model: room.slots - room.free
+            for model, words in zip(models, told, strict=True)
+            for room in [_room(words, int(seconds))]
+        }
+
     async def read(self, redis: Redis | Pipeline, model: str) -> Pace:
         """What is known now."""
         recent = cast(list[str], await redis.lrange(self._keys.pace(model), 0, -1))
         told = cast(dict[str, str], await redis.hgetall(self._keys.room(model)))
         seconds, _ = await redis.time()
-        room = NO_ROOM
-        for words in told.values():
-            slots, free, said_at = (int(word) for word in words.split())
-            if int(seconds) - said_at <= ROOM_TTL_S:
-                room += Room(slots, free)
-        return Pace(room, tuple(float(value) for value in recent))
+        return Pace(_room(told, int(seconds)), tuple(float(value) for value in recent))
+
+
+def _room(told: Mapping[str, str], now_s: int) -> Room:
+    """Of all dispatchers that told of theirs lately."""
+    room = NO_ROOM
+    for words in told.values():
+        slots, free, said_at = (int(word) for word in words.split())
+        if now_s - said_at <= ROOM_TTL_S:
+            room += Room(slots, free)
+    return room

@@ -27,7 +27,7 @@ from serve_app.jobs.hints import Hints
 from serve_app.jobs.job import NO_TERMS, Handover, Job, JobError, JobState, Once, StoredArtifact, Terms
 from serve_app.jobs.listing import OwnerIndex, Page
 from serve_app.jobs.outbox import Outbox
-from serve_app.jobs.pace import Paces
+from serve_app.jobs.pace import Demand, Paces
 from serve_app.jobs.record import FIRST_USE, Keys, job_from
 from serve_app.jobs.transitions import ALONE, Company, Place, Transitions, digest, flow_of
 from serve_app.jobs.turns import next_turn, turn_of
@@ -234,6 +234,13 @@ class JobStore:
                 for model in models:
                     pipe.zcard(self._keys.pending_of(model))
                 return dict(zip(models, await pipe.execute(), strict=True))
+
+    async def demand(self, models: Sequence[str]) -> dict[str, Demand]:
+        """What waits for each model and what dispatchers have taken, for whoever scales it."""
+        waiting = await self.queued(models)
+        with reachable():
+            running = await self._paces.running(models)
+        return {model: Demand(waiting[model], running[model]) for model in models}
 
     async def page(
         self,
