@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from deployments import readings
+from deployments.engine.engine import Engine
+from deployments.engine.intercept import intercept
+from deployments.engine.step_scheduler import Job, StepScheduler
 from deployments.engine.tally import Forwards, Tally, size_class
+from deployments.engine.worker import Emit, Worker
+from deployments.protocol import origin
+from deployments.protocol.errors import NotFinite
+from deployments.protocol.events import Step
+from deployments.protocol.origin import Origin
 from deployments.telemetry import METRICS, Reading, Reporter
 
 
@@ -106,3 +119,99 @@ def test_rays_own_metrics_take_every_declared_one() -> None:
     reporter = Reporter()
 
     reporter.tell(Reading(metric.name, 1.0, dict.fromkeys(metric.labels, "x")) for metric in METRICS.values())
+
+
+class Doubling(nn.Module):
+    """Doubles; has no room for more than two rows."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if len(hidden_states) > 2:
+            raise torch.OutOfMemoryError("it is full")
+        return hidden_states * 2
+
+
+DOUBLING = Doubling()
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    restore = intercept([DOUBLING])
+    scheduler = StepScheduler(4)
+    made = Worker(Engine(scheduler), scheduler, slots=4)
+    yield made
+    made.stop()
+    restore()
+
+
+async def run(worker: Worker, rows: int = 1, error: Exception | None = None) -> list[Any]:
+    def work(emit: Emit) -> None:
+        DOUBLING(torch.ones(rows, 1))
+        emit(Step(1, 1))
+        if error is not None:
+            raise error
+
+    job = Job(labels=("tiny", "256"), rows=rows)
+    return [item async for item in worker.submit(work, job)]
+
+
+def values(worker: Worker, name: str) -> dict[tuple[str, ...], float]:
+    """Values of one metric by its labels."""
+    found = [reading for reading in readings.of_worker(worker) if reading.name == name]
+    return {tuple(reading.labels.values()): reading.value for reading in found}
+
+
+async def test_a_worker_tells_requests_steps_forwards_and_failures(worker: Worker) -> None:
+    await run(worker, rows=2)
+    await run(worker, rows=3)  # never fits
+    await run(worker, error=NotFinite("NaN"))
+
+    assert values(worker, "weft_requests") == {(): 3}
+    assert values(worker, "weft_requests_failed") == {("out_of_memory",): 1, ("not_finite",): 1}
+    assert values(worker, "weft_steps") == {(): 2}
+    assert values(worker, "weft_forwards") == {
+        ("tiny", "Doubling.forward", "256", "2"): 1,
+        ("tiny", "Doubling.forward", "256", "1"): 1,
+    }
+    assert values(worker, "weft_requests_running") == values(worker, "weft_requests_waiting") == {(): 0}
+    assert values(worker, "weft_slots") == {(): 4}
+
+
+async def test_what_a_draining_worker_hands_back_is_counted(worker: Worker) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def work(_emit: Emit) -> None:
+        entered.set()
+        assert go_on.wait(60)
+        DOUBLING(torch.ones(1, 1))
+
+    async def follow() -> list[Any]:
+        return [item async for item in worker.submit(work, Job())]
+
+    task = asyncio.create_task(follow())
+    await asyncio.to_thread(entered.wait, 60)
+    worker.drain(0.0)
+    go_on.set()
+    await task
+
+    assert values(worker, "weft_requests_handed_back") == {(): 1}
+
+
+async def test_lines_from_within_a_pipeline_name_the_job_of_their_own_fiber(
+    worker: Worker,
+) -> None:
+    seen: dict[str, list[str]] = {}
+
+    async def one(name: str) -> None:
+        origin.attribute(Origin(job_id=name))
+
+        def work(_emit: Emit) -> None:
+            for _ in range(3):
+                seen.setdefault(name, []).append(origin.current().job_id)
+                DOUBLING(torch.ones(1, 1))
+
+        async for _ in worker.submit(work, Job()):
+            pass
+
+    await asyncio.gather(*(asyncio.create_task(one(name)) for name in "abc"))
+
+    assert seen == {name: [name] * 3 for name in "abc"}
