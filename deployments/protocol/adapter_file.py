@@ -25,7 +25,7 @@ Network = Literal[
     "bias", "embedding", "control", "other",
 ]  # fmt: skip
 KeyStyle = Literal["diffusers", "peft", "kohya", "xlabs", "bfl", "other"]
-Family = Literal["flux", "sdxl", "sd", "wan", "hunyuan_video", "unknown"]
+Family = Literal["flux", "sdxl", "sd", "wan", "hunyuan_video", "ltx", "unknown"]
 
 # the part of a key that tells what kind of network it belongs to ("$": its end); the first that occurs counts
 _NETWORKS: dict[Network, tuple[str, ...]] = {
@@ -71,6 +71,7 @@ _ARCHITECTURES: tuple[tuple[str, Family], ...] = (
     ("flux", "flux"),
     ("hunyuan", "hunyuan_video"),
     ("wan", "wan"),
+    ("ltx", "ltx"),
     ("xl", "sdxl"),
     ("stable-diffusion-v1", "sd"),
     ("sd_v1", "sd"),
@@ -271,9 +272,10 @@ def _family(keys: Mapping[str, _Entry], metadata: Mapping[str, str]) -> Family:
         return "flux"
     if re.search(r"(^|[ .]|lora_unet_)blocks[._]\d+[._](self_attn|cross_attn|attn1|attn2|ffn)", text):
         return "wan"
-    if re.search(
-        r"lora_te2_|text_encoder_2\.|transformer_blocks[._][1-9]|lora_unet_(in|out)put_blocks", text
-    ):
+    if re.search(r"(^|[ ]|transformer\.|model\.)transformer_blocks\.\d+\.attn[12]\.", text):
+        return "ltx"
+    deep = r"attentions[._]\d+[._]transformer_blocks[._][1-9]"  # a UNet's, of which SD's have but one each
+    if re.search(rf"lora_te2_|text_encoder_2\.|{deep}|lora_unet_(in|out)put_blocks", text):
         return "sdxl"
     if re.search(r"unet[._]|down_blocks", text):
         return "sd"

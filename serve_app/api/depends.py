@@ -28,14 +28,14 @@ from serve_app.api.metrics import ApiMetrics
 from serve_app.api.schemas.image import ImageBody
 from serve_app.api.schemas.lora import WithLoras
 from serve_app.api.schemas.openai import GenerationsBody
-from serve_app.api.schemas.video import RemixWish, VideoBody, VideosBody
+from serve_app.api.schemas.video import ExtendWish, RemixWish, VideoBody, VideosBody
 from serve_app.jobs.desk import JobDesk
 from serve_app.jobs.job import Job, Once
 from serve_app.jobs.sameness import body_digest
 from serve_app.settings import Settings
 
 JOB_ID_DIGITS = 32
-Wish = ImageBody | GenerationsBody | VideoBody | VideosBody | RemixWish
+Wish = ImageBody | GenerationsBody | VideoBody | VideosBody | RemixWish | ExtendWish
 READY = "ready"
 SESSION_COOKIE = "weft_session"
 CSRF_HEADER = "x-weft-csrf"  # another site's page cannot send it without being asked first, and we say no
