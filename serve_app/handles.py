@@ -194,7 +194,7 @@ class ModelHandles:
             async with asyncio.timeout(LAYERS_LIMIT_S):
                 told: Mapping[str, tuple[int, ...]] = await call
         except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
-            call.cancel()
+            call.cancel()  # type: ignore[no-untyped-call]
             logger.info("a model did not tell its layers", extra={"model": model, "error": repr(error)})
             return None
         return told

@@ -75,6 +75,15 @@ def test_name_and_trigger_words_come_from_the_trainers_metadata() -> None:
         ("lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight", "sd", "kohya"),
         ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "wan", "bfl"),
         ("transformer.transformer_blocks.0.img_attn_qkv.lora_A.weight", "hunyuan_video", "diffusers"),
+        ("transformer.transformer_blocks.5.attn1.to_q.lora_A.weight", "ltx", "diffusers"),
+        ("diffusion_model.transformer_blocks.0.attn2.to_q.lora_A.weight", "ltx", "bfl"),
+        ("transformer.transformer_blocks.5.attn.to_q.lora_A.weight", "unknown", "diffusers"),
+        ("unet.mid_block.attentions.0.transformer_blocks.1.attn1.to_q.lora_A.weight", "sdxl", "diffusers"),
+        (
+            "base_model.model.up_blocks.1.attentions.0.transformer_blocks.0.attn1.q.lora_A.weight",
+            "sd",
+            "peft",
+        ),
     ],
 )
 def test_family_and_key_style_are_guessed_from_the_keys(key: str, family: str, style: str) -> None:
