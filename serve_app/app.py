@@ -9,13 +9,15 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.encoder import VideoEncoder
+from deployments.fetcher import WeightsFetcher
 from deployments.image import ImageModel
 from deployments.lora import LoraImageModel
 from deployments.protocol.card import ModelCard, Serving, load_cards
 from deployments.protocol.errors import BadRequest, NotFound
 from deployments.video import VideoModel
 from serve_app.adapter_files import ADAPTERS, AdapterFilesByHandle, AdaptersReplica
-from serve_app.args import AppArgs, EncoderArgs, Fronts, GatewayArgs, ModelArgs, chosen_cards
+from serve_app.args import AppArgs, EncoderArgs, Fronts, GatewayArgs, ModelArgs, WeightsArgs, chosen_cards
+from serve_app.autoscaling import autoscaling_policy
 from serve_app.dispatcher import DispatcherReplica
 from serve_app.ingress import Ingress
 from serve_app.places import groups, makes_videos, places_of
@@ -32,7 +34,8 @@ def build(args: AppArgs) -> Application:
     known = load_cards(settings.cards_dir)
     cards = chosen_cards(args.models, known, settings.cards_dir)
     models = _models(cards, known, args.encoder, _lora_files(settings))
-    return _front(settings, args, cards, list({id(model): model for model in models.values()}.values()))
+    bound = list({id(model): model for model in models.values()}.values())
+    return _front(settings, args, cards, [*bound, *_fetchers(cards, known)])
 
 
 def build_gateway(args: GatewayArgs) -> Application:
@@ -55,6 +58,19 @@ def build_model(args: ModelArgs) -> Application:
         )
     models = _models(cards, known, args.encoder, _lora_files(settings, args.gateway))
     return next(iter(models.values()))
+
+
+def build_weights(args: WeightsArgs) -> Application:
+    """For fleets, whose models are applications of their own: brings the weights of all these to GPU nodes.
+
+    Raises BadRequest when all of them are near already.
+    """
+    settings = Settings.load(**args.settings)
+    known = load_cards(settings.cards_dir)
+    fetchers = _fetchers(chosen_cards(args.models, known, settings.cards_dir), known)
+    if not fetchers:
+        raise BadRequest("the weights of these models are all folders on the nodes: nothing is to be fetched")
+    return fetchers[0]
 
 
 def _front(
@@ -120,6 +136,20 @@ def _models(
     return models
 
 
+def _fetchers(cards: Mapping[str, ModelCard], known: Mapping[str, ModelCard]) -> list[Application]:
+    """What has far weights brought to the nodes; none where all weights are near."""
+    wanted = [card for card in cards.values() if card.serving.prefetch]
+    wanted += _refiners(wanted, known).values()
+    if not any(weights.far for card in wanted for weights in card.all_weights):
+        return []
+    fetcher = serve.deployment(
+        name="WeightsFetcher",
+        ray_actor_options={"num_cpus": 0, "runtime_env": NO_GPU},
+        graceful_shutdown_wait_loop_s=0.1,
+    )(WeightsFetcher)
+    return [fetcher.bind(wanted)]
+
+
 def _refiners(cards: list[ModelCard], known: Mapping[str, ModelCard]) -> dict[str, ModelCard]:
     return {card.id: refiner for card in cards if (refiner := _refiner(card, known))}
 
@@ -157,15 +187,22 @@ def _deployment(name: str, serving: Serving) -> Any:
         resources["accelerator_type"] = serving.accelerator_type
     if not serving.num_gpus:
         resources["runtime_env"] = NO_GPU
+    try:
+        policy = autoscaling_policy(serving.autoscaling)
+    except ValueError as error:
+        raise BadRequest(f"serving.autoscaling of {name!r}: {error}") from None
     return serve.deployment(
         name=name,
         ray_actor_options=resources,
         autoscaling_config={
             "min_replicas": serving.min_replicas,
             "max_replicas": serving.max_replicas,
-            # Ray's defaults (2 per replica, 30 s up, 600 s down) answer a cold start with a crowd
+            # for a config file that puts Ray's own policy back: its 2 answer a cold start with a crowd
             "target_ongoing_requests": max(1.0, 0.8 * serving.slots),
+            # the policy waits where waiting is good
             "upscale_delay_s": 0.0,
+            "downscale_delay_s": 0.0,
+            "policy": policy,
         },
         # room for the surplus that the autoscaler shall see, and for handle calls of Ray jobs
         max_ongoing_requests=2 * serving.slots,

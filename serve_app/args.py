@@ -93,6 +93,12 @@ class GatewayArgs(Fronts):
     """`args` of serve_app.app:build_gateway: the front floor without models."""
 
 
+class WeightsArgs(Args):
+    """`args` of serve_app.app:build_weights: whose weights shall be near."""
+
+    models: list[Model] = Field(min_length=1)
+
+
 class ModelArgs(Args):
     """`args` of serve_app.app:build_model: the cards that share one pool of replicas."""
 

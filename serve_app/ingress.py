@@ -12,7 +12,7 @@ from serve_app.adapters.builtin import BuiltIns
 from serve_app.handles import ModelHandles
 from serve_app.services import Services
 from serve_app.settings import Settings
-from serve_app.telemetry import join_serve_log
+from serve_app.telemetry import RayMeter, join_serve_log
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -38,6 +38,7 @@ class Ingress:
         """Called by Serve in the replica, once the constructor is done."""
         from serve_app.api.depends import ApiState
         from serve_app.api.http import create_app
+        from serve_app.api.metrics import ApiMetrics
 
         services, models = Services.open(self._settings), self._models
         return create_app(
@@ -49,5 +50,6 @@ class Ingress:
                 adapters=services.adapters(BuiltIns(models.cards.values()), models.unload, models.layers),
                 look=models.look if models.cards_change else None,
                 accounts=services.store.redis,
+                metrics=ApiMetrics(RayMeter()),
             )
         )
