@@ -46,12 +46,6 @@ PROMPTS = [
     "four small fish",
     "a huge green diamond",
     "an apple",
-    "a striped red circle",
-    "a blue star with dots on a yellow background",
-    "a large checkered green heart",
-    "dotted purple fish on a pink background",
-    "an orange cat with stripes",
-    "a huge checkered white ring on a blue background",
 ]
 SHORT_ROW = PROMPTS[:COLUMNS]  # shown once more by dev and with each adapter
 ADAPTERS = [*((style,) for style in STYLES), ("outline", "night"), ("mosaic", "night")]

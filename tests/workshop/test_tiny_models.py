@@ -30,8 +30,7 @@ CARD = load_card(MODELS.parent / "configs/models/tiny-flux-schnell.yaml")
 HEART = "a red heart on a white background"
 ONE_KIND_WHOLE = 91.0
 TWO_OBJECTS_WHOLE = 95.0
-DEV_WHOLE = 76.0
-DEV_PATTERN = 55.0
+DEV_WHOLE = 92.0
 SETTINGS = {"guidance_scale": 0.0, "height": 128, "width": 128, "max_sequence_length": 64}
 
 
@@ -95,19 +94,14 @@ def test_two_different_objects_are_often_both_right(schnell: FluxPipeline) -> No
 def test_dev_follows_held_out_prompts_in_twenty_steps(dev: FluxPipeline) -> None:
     right = measured(dev, ("one", "many", "two"), prompts=25, steps=20, guidance=3.0)
 
-    assert right["background"] >= 92
-    assert right["count"] >= 92
+    assert right["background"] >= 96
+    assert right["count"] >= 96
     assert right["whole"] >= DEV_WHOLE
 
 
-def test_dev_draws_patterns(dev: FluxPipeline) -> None:
-    right = measured(dev, ("patterned",), prompts=20, steps=20, guidance=3.0)
-
-    assert right["pattern"] >= DEV_PATTERN
-
-
-def test_dev_shares_its_autoencoder_with_schnell() -> None:
-    assert (DEV / "vae").resolve() == (SCHNELL / "vae").resolve()
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"])
+def test_what_dev_has_in_common_with_schnell_is_stored_once(part: str) -> None:
+    assert (DEV / part).resolve() == (SCHNELL / part).resolve()
 
 
 def test_devs_guidance_scale_acts(dev: FluxPipeline) -> None:
@@ -125,9 +119,9 @@ def test_devs_seeds_move_the_object_and_change_nothing_that_the_prompt_says(dev:
     told = {(background, *((one.colour, one.shape) for one in found)) for background, found in seen}
     circles = [found[0] for _, found in seen]
     assert told == {("yellow", ("blue", "circle"))}
-    assert np.std([circle.x for circle in circles]) > 0.01
-    assert np.std([circle.y for circle in circles]) > 0.006
-    assert np.ptp([circle.side for circle in circles]) > 0.03
+    assert np.std([circle.x for circle in circles]) > 0.004
+    assert np.std([circle.y for circle in circles]) > 0.003
+    assert np.ptp([circle.side for circle in circles]) > 0.02
 
 
 def test_an_unknown_word_still_gives_one_clean_object(schnell: FluxPipeline) -> None:
