@@ -42,7 +42,7 @@ from serve_app.autoscaling import DONE_S, LEFT_S, OPEN, REQUEST_S, Told, WorkPol
 
 PLOT = Path(__file__).parent / "plots" / "autoscaling.svg"
 DAY_S = 86_400.0
-TICK_S = 2.0  # between two decisions; Serve takes ten a second
+TICK_S = 5.0  # between two decisions; Serve takes ten a second
 REPORT_S = 10.0  # Serve's default metrics_interval_s
 LOOK_BACK_S = 30.0  # Serve's default look_back_period_s
 MOST = 64  # replicas
@@ -185,14 +185,14 @@ class Cluster:
         self._recent: deque[float] = deque(maxlen=32)
 
     def told(self) -> Told:
-        return Told(len(self._queue), sum(replica.free_at > self.now for replica in self._ready()), self.now)
+        return Told(len(self._queue), self._busy(), self.now)
 
     def run(self) -> Outcome:
         """Until the last request has ended."""
         coming = deque(self._requests)
         curve = []
         self._scale()
-        while coming or self._queue or any(replica.free_at > self.now for replica in self._ready()):
+        while coming or self._queue or self._busy():
             self._report()
             context = self._context()
             self._target, self._state = self._policy(context)
@@ -201,14 +201,15 @@ class Cluster:
             self._serve(coming)
             self.now += TICK_S
             if round(self.now) % 60 == 0:
-                curve.append(
-                    (self.now, len(self._replicas), sum(r.free_at > self.now for r in self._ready()))
-                )
+                curve.append((self.now, len(self._replicas), self._busy()))
         self._gpu_s += sum(self.now - replica.asked_at for replica in self._replicas)
         return Outcome(self._requests, self._gpu_s, curve)
 
     def _ready(self) -> list[Replica]:
         return [replica for replica in self._replicas if replica.ready_at <= self.now]
+
+    def _busy(self) -> int:
+        return sum(replica.free_at > self.now >= replica.ready_at for replica in self._replicas)
 
     def _serve(self, coming: deque[Request]) -> None:
         """First come, first served, until the end of this tick."""
@@ -244,7 +245,7 @@ class Cluster:
 
     def _report(self) -> None:
         """What handles and replicas push to the controller, as old as Serve's intervals make it."""
-        busy = sum(replica.free_at > self.now for replica in self._ready())
+        busy = self._busy()
         self._open.append((self.now, float(busy + len(self._queue))))
         if self.now - self._pushed < REPORT_S and self.now > 0:
             return

@@ -1,0 +1,86 @@
+"""The policy inside Serve: waiting jobs wake a sleeping model, a crowd gets more replicas, later none is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import yaml
+from ray import serve
+
+from serve_app.app import build
+from serve_app.args import AppArgs
+from tests.graph.running import PATIENCE_S, ROOT, Service, until
+
+pytestmark = pytest.mark.ray
+
+NAME = "napping"
+KNOBS = {
+    "rate_window_s": 20.0,
+    "near_window_s": 10.0,
+    "drain_s": 20.0,
+    "wait_s": 0.0,
+    "hold_s": 1.0,
+    "idle_s": 2.0,
+    "cold_start_s": 5.0,
+    "request_s": 5.0,
+}
+
+
+@pytest.fixture
+def client(service: Service) -> Iterator[httpx.Client]:
+    """An application of its own, whose model sleeps and may have three replicas of two slots."""
+    card = yaml.safe_load((ROOT / "configs/models/tiny-flux-schnell.yaml").read_text(encoding="utf-8"))
+    card |= {"id": NAME, "aliases": [], "adapters": [], "corrects": False}
+    card["steps"] = {"min": 1, "default": 4, "max": 1000}
+    card["serving"] = {
+        "num_gpus": 0,
+        "num_cpus": 0.1,
+        "slots": 2,
+        "lora": "none",
+        "warm_up": False,
+        "min_replicas": 0,
+        "max_replicas": 3,
+        "autoscaling": KNOBS,
+    }
+    args = AppArgs.model_validate({"models": [card], "settings": {"redis_prefix": f"weft:{NAME}:"}})
+    serve.run(build(args), name=NAME, route_prefix=f"/{NAME}")
+    try:
+        with httpx.Client(base_url=f"{service.url}/{NAME}", timeout=PATIENCE_S) as made:
+            yield made
+    finally:
+        serve.delete(NAME)
+
+
+def replicas() -> int:
+    """Of the model, starting or running."""
+    states = serve.status().applications[NAME].deployments[NAME].replica_states
+    return sum(count for state, count in states.items() if state in ("STARTING", "RUNNING"))
+
+
+def submit(client: httpx.Client, steps: int, seed: int) -> str:
+    wish = {"model": NAME, "prompt": "a red circle", "num_inference_steps": steps, "seed": seed}
+    answer = client.post("/api/generate/image", json=wish)
+    assert answer.status_code == 202, answer.text
+    job_id: str = answer.json()["id"]
+    return job_id
+
+
+def completed(client: httpx.Client, job_id: str) -> bool:
+    status = client.get(f"/api/generate/{job_id}").json()["status"]
+    assert status not in ("failed", "cancelled")
+    return bool(status == "completed")
+
+
+def test_from_none_to_many_and_back(client: httpx.Client) -> None:
+    assert replicas() == 0
+    first = submit(client, 4, 0)
+    until(lambda: replicas() == 1, "a request wakes one replica")
+    until(lambda: completed(client, first), "it is served")
+
+    crowd = [submit(client, 200, seed) for seed in range(1, 25)]
+    until(lambda: replicas() >= 2, "jobs in the store get more replicas")
+    until(lambda: all(completed(client, job) for job in crowd), "all are served")
+
+    until(lambda: replicas() == 0, "nobody is left when nothing is to be done")
