@@ -125,10 +125,6 @@ class ImageModel:
         told = {f"{phase}_s": round(seconds, 3) for phase, seconds in self.start_phases.items()}
         logger.info("replica ready", extra=told)
         self._reporter = Reporter()
-        self._reporter.tell(
-            Reading("weft_cold_start_seconds", seconds, {"phase": phase})
-            for phase, seconds in self.start_phases.items()
-        )
         self._reporter.start(self.readings)
 
     async def generate(
@@ -195,6 +191,8 @@ class ImageModel:
         yield from readings.of_worker(self._worker)
         yield from readings.of_models(self._shelf.models)
         yield from readings.of_memory(self._device)
+        for phase, seconds in self.start_phases.items():  # again and again: Ray forgets gauges
+            yield Reading("weft_cold_start_seconds", seconds, {"phase": phase})
         for model, (times, seconds) in list(self._loads.items()):
             yield Reading("weft_model_loads", times, {"model": model})
             yield Reading("weft_model_load_seconds", seconds, {"model": model})
