@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from deployments.protocol.card import load_card
 from serve_app.adapters.builtin import BuiltIns
 from serve_app.api.depends import ApiState
+from serve_app.api.http import create_app
 from serve_app.jobs.desk import JobDesk
 from serve_app.jobs.dispatch import Dispatcher
 from serve_app.jobs.store import JobStore
@@ -23,6 +25,7 @@ from serve_app.services import Services
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
 from tests.front.api.cards import CARDS
+from tests.front.api.conftest import client_of
 from tests.front.api.lora_files import digest, lora_file
 from tests.front.api.painter import Painter
 from tests.front.fakes import eventually
@@ -64,13 +67,14 @@ FORM_WAYS: dict[str, dict[str, str | bytes]] = {  # bytes are files
 }
 
 
+async def nobody(_digest: str) -> None:
+    """There are no replicas here."""
+
+
 @pytest.fixture
 async def state(store: JobStore, results: ResultStore, settings: Settings) -> AsyncIterator[ApiState]:
     async def model_states() -> dict[str, str]:
         return {"sketch": "ready", WAN.id: "ready"}
-
-    async def nobody(_digest: str) -> None:
-        """There are no replicas here."""
 
     cards = CARDS | {WAN.id: WAN}
     desk = JobDesk(store, results, cards, settings)
@@ -185,6 +189,26 @@ async def test_a_bad_object_is_refused_by_its_field(client: httpx.AsyncClient, p
         assert answer.status_code in (400, 404, 422)
         assert error["param"] == param, error
         assert part in error["message"], error
+
+
+async def test_a_wrong_shape_is_refused_at_every_door_before_there_is_a_job(
+    state: ApiState, store: JobStore, results: ResultStore
+) -> None:
+    async def layers(_model: str) -> dict[str, tuple[int, ...]]:
+        return {f"{part}.transformer_blocks.0.attn.to_q": (4, 640) for part in ("transformer", "unet")}
+
+    adapters = Services(state.settings, store, results).adapters(
+        BuiltIns(state.cards.values()), nobody, layers
+    )
+    async with client_of(create_app(replace(state, adapters=adapters))) as client:
+        for path, model in DOORS.items():
+            for way in ({"loras": "ink"}, {"lora_base64": AS_TEXT}):
+                answer = await client.post(path, json={"prompt": "a fox", "model": model, **way})
+
+                assert answer.status_code in (400, 422), answer.text
+                assert "(2, 4), and its layer needs (rank, 640)" in answer.json()["error"]["message"]
+                assert answer.json()["error"]["param"] == next(iter(way))
+        assert (await client.get("/api/generate/")).json()["jobs"] == []
 
 
 async def completed(client: httpx.AsyncClient, job_id: str) -> bool:
