@@ -1,4 +1,4 @@
-"""The policy inside Serve: waiting jobs wake a sleeping model, a crowd gets more replicas, later none is left."""
+"""The policy inside Serve: jobs wake a sleeping model, a crowd gets more replicas, later none is left."""
 
 from __future__ import annotations
 
