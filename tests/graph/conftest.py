@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from serve_app.embedded_redis import EmbeddedRedis
+from tests.graph.clusters import RayCluster
 from tests.graph.running import ROOT, Service, free_port
 
 
@@ -40,6 +41,9 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         "WEFT_LEASE_S": "3",
         "WEFT_HEARTBEAT_S": "0.5",
         "WEFT_CACHE": "false",  # the same request again shall run again
+        "WEFT_TRACE_DIR": str(data / "traces"),
+        "WEFT_MODEL_CACHE": str(data / "models"),
+        "RAY_metrics_report_interval_ms": "1000",  # ten seconds are long for a test
         "RAY_AUTH_MODE": "disabled",  # else a token file is written to the home directory
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "PYTHONPATH": str(ROOT),
@@ -47,6 +51,11 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     before = dict(os.environ)
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     config["http_options"]["port"] = port
+    config["tracing_config"] = {
+        "enabled": True,
+        "exporter_import_path": "serve_app.tracing:exporters",
+        "sampling_ratio": 1.0,
+    }
     config["applications"][0]["args"]["models"] = ["tiny-flux-schnell", "slow-flux", "tiny-wan"]
     config["applications"][0]["deployments"] = [{"name": "Ingress", "num_replicas": 2}]  # override by name
     os.environ.update(settings)
@@ -70,3 +79,13 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 def client(service: Service) -> Iterator[httpx.Client]:
     with service.client() as made:
         yield made
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    """A head and a worker with one logical GPU, where the tiny FLUX serves as slow-flux."""
+    with RayCluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        cluster.add_worker("worker")
+        model = cluster.card(serving={"min_replicas": 1})
+        cluster.serve(cluster.config(args={"models": [model]}))
+        yield cluster
