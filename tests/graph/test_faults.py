@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import socket
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from tests.graph.calls import ended, picture, submit, told
 from tests.graph.running import Service, kill, until
@@ -23,9 +29,17 @@ def victims(service: Service) -> dict[str, Callable[[], int]]:
     }
 
 
+@pytest.fixture(scope="module")
+def undisturbed(service: Service) -> Image.Image:
+    """What the wish gives when nobody dies."""
+    with service.client() as client:
+        return picture(client, ended(client, submit(client, **WISH)))
+
+
 @pytest.mark.parametrize("victim", ["the dispatcher", "the model replica", "Valkey"])
-def test_a_job_survives_kill_9_of(victim: str, service: Service, client: httpx.Client) -> None:
-    undisturbed = picture(client, ended(client, submit(client, **WISH)))
+def test_a_job_survives_kill_9_of(
+    victim: str, service: Service, client: httpx.Client, undisturbed: Image.Image
+) -> None:
     job_id = submit(client, **WISH)
     until(lambda: client.get(f"/api/generate/{job_id}").json()["step"] > 5, "the job runs")
 
@@ -50,15 +64,55 @@ def test_a_killed_ingress_replica_loses_no_job(service: Service, client: httpx.C
 
     kill(service.pid_of("Ingress"))
 
-    def look() -> bool:
-        with service.client() as fresh:
-            try:
-                answer = fresh.get(f"/api/generate/{job_id}")
-            except httpx.TransportError:
-                return False
-        return answer.status_code == 200 and answer.json()["status"] == "completed"
+    what = "the other replica tells that the job completed"
+    until(lambda: told_by_a_fresh_client(service, job_id, "completed"), what)
 
-    until(look, "the other replica tells that the job completed")
+
+@pytest.mark.parametrize("actor", ["ProxyActor", "ServeController"])
+def test_a_killed_part_of_serve_comes_back_and_no_job_notices(actor: str, service: Service) -> None:
+    with service.client() as before:
+        job_id = submit(before, **WISH)
+    (victim,) = service.pids_with(f"ray::{actor}")
+
+    kill(victim)
+
+    job = until(lambda: told_by_a_fresh_client(service, job_id, "completed"), "the job completes")
+    until(lambda: service.pids_with(f"ray::{actor}"), f"{actor} is back", every_s=0.5)
+    with service.client() as after:
+        assert ended(after, submit(after, prompt="a blue star"))["status"] == "completed"
+    assert len(job["artifacts"]) == 1
+
+
+def told_by_a_fresh_client(service: Service, job_id: str, status: str) -> dict[str, Any] | None:
+    """The job, once it is so; None as well while nobody answers."""
+    with service.client() as fresh:
+        try:
+            answer = fresh.get(f"/api/generate/{job_id}")
+        except httpx.TransportError:
+            return None
+    job: dict[str, Any] = answer.json() if answer.status_code == 200 else {}
+    return job if job.get("status") == status else None
+
+
+@pytest.mark.parametrize("header", [{}, {"x-request-disconnect-disabled": "?1"}])
+def test_a_client_that_leaves_a_synchronous_call_cancels_its_job(
+    header: dict[str, str], service: Service, client: httpx.Client
+) -> None:
+    body = json.dumps({"model": "slow-flux", "prompt": "left alone", "num_inference_steps": 1000})
+    url = httpx.URL(service.url)
+    head = {"host": url.netloc.decode(), "content-type": "application/json", "content-length": str(len(body))}
+    lines = ["POST /v1/images/generations HTTP/1.1", *(f"{n}: {v}" for n, v in (head | header).items())]
+
+    def mine(status: str) -> list[dict[str, Any]]:
+        jobs = client.get("/api/generate/", params={"status": status, "model": "slow-flux"}).json()["jobs"]
+        return [job for job in jobs if job["request"]["prompt"] == "left alone"]
+
+    before = len(mine("cancelled"))
+    with socket.create_connection((url.host, url.port or 80)) as caller:
+        caller.sendall(("\r\n".join(lines) + "\r\n\r\n" + body).encode())
+        until(lambda: mine("processing"), "its job runs")
+
+    until(lambda: len(mine("cancelled")) > before, "its job is cancelled")
 
 
 def test_a_replica_that_is_stopped_hands_its_job_on_where_it_stands(
@@ -79,3 +133,42 @@ def test_a_replica_that_is_stopped_hands_its_job_on_where_it_stands(
     assert picture(client, job).tobytes() == undisturbed.tobytes()
     assert len(steps) > 100
     assert len(set(steps)) == len(steps), "it went on from where the first replica stood"
+
+
+def test_a_rolling_update_under_load_loses_no_accepted_job(service: Service) -> None:
+    from serve_app import local  # Ray Serve reads its environment when it is imported
+
+    old = {name: service.pids_of(name) for name in ("Dispatcher", "slow-flux", "Ingress")}
+    new = copy.deepcopy(service.config)
+    new["applications"][0]["args"]["models"].reverse()  # other args: every replica is made anew
+    accepted: list[str] = []
+    updated = threading.Event()
+
+    def keep_submitting() -> None:
+        while not updated.is_set():
+            with service.client() as fresh:
+                try:
+                    answer = fresh.post("/api/generate/image", json=WISH | {"num_inference_steps": 100})
+                except httpx.TransportError:  # not accepted, as far as this client knows
+                    continue
+            if answer.status_code == 202:
+                accepted.append(answer.json()["id"])
+            updated.wait(1.0)
+
+    def is_new(name: str) -> bool:
+        return not set(old[name]) & set(service.pids_of(name))
+
+    crowd = threading.Thread(target=keep_submitting)
+    crowd.start()
+    try:
+        until(lambda: accepted, "the first job is accepted")
+        lines: list[str] = []
+        assert local.deploy(new, lines.append), "\n".join(lines)
+        until(lambda: all(map(is_new, old)), "every replica is a new one", every_s=0.5)
+    finally:
+        updated.set()
+        crowd.join()
+    with service.client() as after:
+        states = {ended(after, job_id)["status"] for job_id in accepted}
+
+    assert states == {"completed"}
