@@ -107,7 +107,7 @@ def test_two_picture_models_share_the_one_gpu() -> None:
 
     there = deployments(application)
 
-    assert there.keys() == {"Ingress", "Dispatcher", "Adapters", "VideoEncoder", "pictures", "tiny-wan"}
+    assert {"Ingress", "Dispatcher", "Adapters", "VideoEncoder", "pictures", "tiny-wan"} <= there.keys()
     assert sum(pool.ray_actor_options.get("num_gpus") or 0 for pool in there.values()) == 1
 
 
