@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import threading
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanImageToVideoPipeline, WanTransformer3DModel
+from PIL import Image
 
 from deployments.encoder import VideoEncoder
 from deployments.pipelines.video import reel, video_class
@@ -22,10 +25,11 @@ from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, S
 from deployments.protocol.request import Edit, GenerationRequest, Task, Video
 from deployments.video import VideoModel
 from tests.front.fakes import eventually
-from tests.workshop.films import ROOT, decibels, film, png
+from tests.workshop.films import ROOT, Frames, decibels, film, png
 from tests.workshop.recorder import Recorder
 
 CARD = load_card(ROOT / "configs/models/tiny-wan.yaml")
+PAINTER = load_card(ROOT / "configs/models/tiny-sd15.yaml")
 CODEC_DB = 30.0
 PATIENCE_S = 120.0
 
@@ -33,6 +37,15 @@ PATIENCE_S = 120.0
 @pytest.fixture(scope="module")
 def loaded() -> Iterator[VideoModel]:
     made = VideoModel([CARD], VideoEncoder())
+    yield made
+    made.__del__()
+
+
+@pytest.fixture(scope="module")
+def both() -> Iterator[VideoModel]:
+    """One replica with a model of videos and one of pictures."""
+    group = CARD.serving.model_copy(update={"group": "both", "models_loaded": 2})
+    made = VideoModel([card.model_copy(update={"serving": group}) for card in (CARD, PAINTER)], Recorder())
     yield made
     made.__del__()
 
@@ -151,6 +164,91 @@ async def test_four_different_videos_at_once_are_what_each_is_alone(
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
+@pytest.mark.parametrize("count", [1, 129])
+async def test_one_frame_is_a_video_and_so_are_129(count: int, model: VideoModel, recorder: Recorder) -> None:
+    events = await events_of(
+        model, video=Video(num_frames=count, fps=25), num_inference_steps=1, guidance_scale=1.0
+    )
+
+    shown = film(file(events).data)
+    assert len(shown.frames) == len(recorder.taken(25)) == count
+    pairs = zip(shown.frames, recorder.taken(25), strict=True)
+    assert min(decibels(a, b) for a, b in pairs) > CODEC_DB
+    assert shown.times_s == pytest.approx([k / 25 for k in range(count)], abs=1e-3)
+
+
+class _Held:
+    """An engine that stands still between two forwards, until it is released."""
+
+    def __init__(self, model: VideoModel) -> None:
+        self._worker = model._worker
+        self._standing, self._released = threading.Event(), threading.Event()
+
+    async def __aenter__(self) -> _Held:
+        self._call = asyncio.create_task(self._worker.call(self._stand))
+        await eventually(self._standing.is_set, PATIENCE_S)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.release()
+        await self._call
+
+    def release(self) -> None:
+        self._released.set()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have come since."""
+        return self._worker._inbox.qsize()
+
+    def _stand(self) -> None:
+        self._standing.set()
+        self._released.wait(PATIENCE_S)
+
+
+@pytest.mark.parametrize("long", ["video", "picture"])
+async def test_a_short_one_runs_between_the_steps_of_a_long_one_and_changes_nothing(
+    long: str, both: VideoModel, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both._encoder = recorder
+    steps = {kind: 12 if kind == long else 2 for kind in ("video", "picture")}
+    small = {"width": 64, "height": 64}
+    wishes = {
+        "video": wish(num_inference_steps=steps["video"], video=Video(num_frames=5, fps=26)),
+        "picture": wish(model=PAINTER.id, num_inference_steps=steps["picture"], video=None, **small),
+    }
+    alone = {kind: [event async for event in both.generate(wishes[kind])] for kind in wishes}
+    frames_alone = recorder.taken(26)
+    recorder.frames.clear()
+    made: list[bool] = []  # in the engine's own order: whether each step was one of the long one
+
+    def noted(step: int, all_steps: int) -> Step:
+        made.append(all_steps > 6)
+        return Step(step, all_steps)
+
+    monkeypatch.setattr("deployments.image.Step", noted)
+    told: dict[str, list[Event]] = {}
+
+    async def follow(kind: str) -> None:
+        told[kind] = [event async for event in both.generate(wishes[kind])]
+
+    async with _Held(both) as engine, asyncio.TaskGroup() as group:
+        for arrived, kind in enumerate((long, "picture" if long == "video" else "video"), 1):
+            group.create_task(follow(kind))
+            await eventually(lambda arrived=arrived: engine.waiting == arrived, PATIENCE_S)  # type: ignore[misc]
+        engine.release()
+
+    assert made.count(False) >= 2
+    assert made[-1] is True, "the long one came first, and the short one passed it at a step"
+    assert np.array_equal(recorder.taken(26), frames_alone)
+    together, lonely = (_pixels(file(run["picture"], "image").data) for run in (told, alone))
+    assert np.array_equal(together, lonely)
+
+
+def _pixels(data: bytes) -> Frames:
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
 async def test_the_container_says_how_it_was_made(model: VideoModel) -> None:
     artifact = file(await events_of(model, video=Video(num_frames=5, format="webm")))
 
@@ -169,7 +267,8 @@ async def test_closing_the_stream_ends_the_work_in_any_phase(
 ) -> None:
     recorder.gate.clear()
     one_segment = Video(num_frames=29)
-    async with aclosing(stream(model, video=one_segment, num_inference_steps=20)) as events:
+    steps = 20 if phase == "denoise" else 1
+    async with aclosing(stream(model, video=one_segment, num_inference_steps=steps)) as events:
         if phase == "denoise":
             await _until(events, Step)
         elif phase == "decode":
