@@ -195,7 +195,7 @@ def read(app_name: str, deployment: str) -> Told | None:
     """The latest word of the dispatchers, None without any. Blocks for one call to Ray's head."""
     from ray.experimental.internal_kv import internal_kv_get_gcs_client
 
-    gcs = internal_kv_get_gcs_client()
+    gcs = internal_kv_get_gcs_client()  # type: ignore[no-untyped-call]
     word = gcs.internal_kv_get(told_key(app_name, deployment), NAMESPACE, timeout=READ_TIMEOUT_S)
     return None if word is None else Told(**json.loads(word))
 
