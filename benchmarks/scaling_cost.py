@@ -23,7 +23,7 @@ from serve_app.jobs.store import JobStore
 from serve_app.settings import Settings
 from serve_app.transaction import connect
 
-STEPS = 28
+STEPS = 28  # of each job, one heartbeat each
 REPLICAS = 64
 
 
