@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save
 
 from tests.graph.calls import ended, picture, submit
 from tests.graph.running import ROOT, until
+from tests.workshop.films import film
 
 pytestmark = pytest.mark.ray
 
 PROMPT = "a red circle on a blue background"
+WAN_WIDTH = 160  # of the tiny video model's attention
 WEIGHTS = "models/tiny-flux-schnell/loras/lora_{}/pytorch_lora_weights.safetensors"
 
 
@@ -22,6 +28,18 @@ def painted(client: httpx.Client, **wish: Any) -> np.ndarray:
     job = ended(client, submit(client, **{"prompt": PROMPT, "seed": 7, **wish}))
     assert job["status"] == "completed", job["error"]
     return np.asarray(picture(client, job), dtype=float)
+
+
+def ready(client: httpx.Client) -> list[str]:
+    models = client.get("/api/models/").json()["models"]
+    return [model["id"] for model in models if model["state"] == "ready"]
+
+
+def frames_of(client: httpx.Client, job_id: str) -> np.ndarray:
+    """The video of a job, as floats of 0 to 255."""
+    job = ended(client, job_id)
+    assert job["status"] == "completed", job["error"]
+    return np.asarray(film(client.get(job["artifacts"][0]["url"]).content).frames, dtype=float)
 
 
 def test_an_adapter_by_name_changes_the_picture_as_it_was_trained_to(client: httpx.Client) -> None:
@@ -58,6 +76,61 @@ def test_an_uploaded_adapter_serves_until_it_is_deleted(client: httpx.Client) ->
     assert np.abs(own - shipped).mean() < 8
     assert deleted.json() == {"id": registered["id"], "deleted": True}
     assert gone.status_code == 404
+
+
+def test_a_deleted_adapter_leaves_every_replica(client: httpx.Client) -> None:
+    file = (ROOT / WEIGHTS.format("night")).read_bytes()
+    changed = file[:-2] + b"\x01\x3a"
+    registered = client.post("/api/loras", files={"file": changed}, data={"name": "dusk"}).json()
+    painted(client, loras="dusk:1.0")
+    kept = Path(os.environ["WEFT_DATA_DIR"]) / "adapter-cache" / f"{registered['sha256']}.safetensors"
+    assert kept.read_bytes() == changed
+
+    assert client.delete("/api/loras/dusk").status_code == 200
+
+    assert until(lambda: not kept.exists(), "the replica was told to forget it")
+
+
+def test_a_wrong_shape_is_refused_before_the_job_is_accepted(client: httpx.Client) -> None:
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    file = save(
+        {f"{layer}.lora_A.weight": torch.zeros(4, 3072), f"{layer}.lora_B.weight": torch.zeros(3072, 4)}
+    )
+    assert until(lambda: "tiny-flux-schnell" in ready(client), "the model can tell its layers")
+    before = len(client.get("/api/generate/").json()["jobs"])
+
+    answer = client.post(
+        "/api/generate/image",
+        data={"model": "tiny-flux-schnell", "prompt": PROMPT},
+        files={"lora_file": file},
+    )
+
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (422, "lora_file")
+    assert "(4, 3072), and its layer needs (rank, 160)" in error["message"]
+    assert len(client.get("/api/generate/").json()["jobs"]) == before
+
+
+def test_a_video_takes_an_adapter_in_both_dialects(client: httpx.Client) -> None:
+    """Random factors: what they must do is proven elsewhere; here they must arrive at the video model."""
+    draw = torch.Generator().manual_seed(0)
+    tensors = {}
+    for block in range(2):
+        for name in ("to_q", "to_k", "to_v"):
+            layer = f"transformer.blocks.{block}.attn1.{name}"
+            tensors[f"{layer}.lora_A.weight"] = torch.randn(4, WAN_WIDTH, generator=draw)
+            tensors[f"{layer}.lora_B.weight"] = torch.randn(WAN_WIDTH, 4, generator=draw)
+    client.post("/api/loras", files={"file": save(tensors)}, data={"name": "shiver"}).raise_for_status()
+    wish = {"model": "tiny-wan", "prompt": "a red circle moving left", "seed": 3}
+    small = {"num_frames": 5, "num_inference_steps": 1}
+
+    plain = client.post("/api/generate/video", json=wish | small).json()["id"]
+    native = client.post("/api/generate/video", json=wish | small | {"loras": "shiver:1.0"}).json()["id"]
+    omni = client.post("/v1/videos", json=wish | small | {"lora": {"name": "shiver"}}).json()["id"]
+
+    frames = [frames_of(client, job_id) for job_id in (plain, native, omni)]
+    assert np.abs(frames[1] - frames[0]).mean() > 2
+    assert np.abs(frames[2] - frames[1]).mean() < 0.5
 
 
 def test_the_graph_has_a_deployment_for_loras_beside_the_plain_one(client: httpx.Client) -> None:
