@@ -113,7 +113,7 @@ def test_lines_of_a_job_name_it_and_its_request_on_both_floors(work: dict[str, A
             by_deployment.setdefault(line["deployment"], set()).add(line["request_id"])
         return by_deployment
 
-    wanted = {"Ingress", "Dispatcher", "VideoEncoder"}
+    wanted = {"weft_Ingress", "weft_Dispatcher", "weft_VideoEncoder"}
     found = until(lambda: lines if wanted <= (lines := deployments()).keys() else None, f"{wanted} log")
 
     assert set().union(*found.values()) == {"metrics-test-0001"}
