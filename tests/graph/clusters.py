@@ -20,7 +20,7 @@ import yaml
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from serve_app.embedded_redis import EmbeddedRedis, find_server
-from tests.graph.running import ROOT, free_port, kill, until
+from tests.graph.running import PATIENCE_S, ROOT, free_port, kill, until
 
 SCRIPTS = Path(sys.executable).parent
 STORE_MIB = 100  # of one node's object store
@@ -55,7 +55,7 @@ class RayCluster:
             "PYTHONPATH": str(ROOT),
             **environment,
         }
-        self._http = httpx.Client(timeout=30)
+        self._http = httpx.Client(timeout=PATIENCE_S)
         self._valkey = EmbeddedRedis(folder)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.url = f"http://127.0.0.1:{self._ports['http']}"
@@ -180,6 +180,8 @@ class RayCluster:
         kill(gcs.pid)
         head.wait()
         _end_all(family)
+        # a new container would not have it; `ray start` would see the workers and think that a head runs
+        (Path(self._temp) / "ray_current_cluster").unlink(missing_ok=True)
 
     def log(self, name: str) -> Path:
         return self._folder / f"{name}.log"
