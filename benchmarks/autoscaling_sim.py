@@ -200,7 +200,7 @@ class Cluster:
             self._scale()
             self._serve(coming)
             self.now += TICK_S
-            if round(self.now) % 60 == 0:
+            if round(self.now) % 300 == 0:
                 curve.append((self.now, len(self._replicas), self._busy()))
         self._gpu_s += sum(self.now - replica.asked_at for replica in self._replicas)
         return Outcome(self._requests, self._gpu_s, curve)
