@@ -17,7 +17,10 @@ from pathlib import Path
 import ledger
 
 ROOT = Path(__file__).parent.parent
-NOTE = "float64, float32 and bfloat16, FLUX and SDXL; with deterministic rows not a bit may differ"
+NOTE = (
+    "float64, float32 and bfloat16, FLUX, SDXL and Stable Diffusion with ControlNets;"
+    " with deterministic rows not a bit may differ"
+)
 
 
 def main() -> None:

@@ -198,7 +198,7 @@ class ImageModel:
             yield Reading("weft_model_load_seconds", seconds, {"model": model})
 
     async def layers(self, model: str) -> dict[str, tuple[int, ...]]:
-        """Shapes of the layers that a LoRA may change, by part and path; none while the card is not loaded."""
+        """Shapes of the layers that a LoRA may change, by part and path; none before it is loaded."""
         for loaded in self._shelf.models:
             if loaded.card.id == model:
                 return loaded.adapters.layers

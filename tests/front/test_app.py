@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from deployments.protocol.card import load_cards
 from deployments.protocol.errors import BadRequest, NotFound
-from serve_app.app import NO_GPU, _models, build, build_gateway, build_model
-from serve_app.args import AppArgs, GatewayArgs, ModelArgs
+from serve_app.app import NO_GPU, _models, build
+from serve_app.args import AppArgs
 
 CARDS = Path(__file__).parents[2] / "configs/models"
 

@@ -20,12 +20,16 @@ from deployments.engine.row_counts import pad_small_linears
 from deployments.engine.step_scheduler import Job, StepScheduler, Waiting
 from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.model import Model
-from deployments.protocol.request import FittedEdit, FittedRequest, Task
+from deployments.protocol.request import Control, ControlType, FittedEdit, FittedRequest, Task
 
 PROMPTS = ("a cat", "two dogs on a red hill", "rain", "a house by the sea, at night, in the style of nobody")
 PICTURE = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 40).convert("RGB")
 MASK = Image.new("L", (64, 64)).point(lambda _: 0)
 MASK.paste(255, (0, 0, 32, 64))
+MAPS: dict[ControlType, Image.Image] = {
+    "canny": PICTURE.convert("L").point(lambda value: 255 if value > 60 else 0).convert("RGB"),
+    "depth": Image.linear_gradient("L").resize((64, 64)).convert("RGB"),
+}
 
 
 class AnyOrder(StepScheduler):
@@ -84,7 +88,9 @@ class Bench:
             pipeline = self.model.pipeline_for(request)
             image = PICTURE.resize((request.width, request.height)) if request.edit else None
             mask = MASK.resize((request.width, request.height)) if request.task is Task.inpaint else None
-            arguments: dict[str, Any] = call_arguments(type(pipeline), request, image, mask)
+            size = request.width, request.height
+            maps = [MAPS[control.type].resize(size) for control in request.controls]
+            arguments: dict[str, Any] = call_arguments(type(pipeline), request, image, mask, maps)
             kept: dict[str, torch.Tensor] = {}
 
             def keep(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -182,9 +188,14 @@ class Bench:
 
 
 def some_request(
-    rng: random.Random, *, guidance: tuple[float, ...], schedulers: tuple[str, ...], text_tokens: int | None
+    rng: random.Random,
+    *,
+    guidance: tuple[float, ...],
+    schedulers: tuple[str, ...],
+    text_tokens: int | None,
+    controls: tuple[tuple[ControlType, ...], ...] = ((),),
 ) -> FittedRequest:
-    """A wish of any task, size, length and seed."""
+    """A wish of any task, size, length and seed; controls: kinds of control pictures, one of these."""
     edit = rng.choice([None, None, b"", b"mask"])
     return FittedRequest(
         model="tiny",
@@ -198,6 +209,10 @@ def some_request(
         num_images=rng.choice([1, 1, 1, 2]),
         scheduler=rng.choice(schedulers),
         max_sequence_length=text_tokens,
+        controls=tuple(
+            Control(image=b"", type=kind, weight=rng.choice([0.4, 1.0]), end=rng.choice([0.5, 1.0]))
+            for kind in rng.choice(controls)
+        ),
         edit=None
         if edit is None
         else FittedEdit(image=b"", mask_image=edit or None, strength=rng.choice([0.5, 0.8, 1.0])),
