@@ -1,0 +1,136 @@
+"""Whatever node dies, and while a new version is deployed: accepted jobs finish, with the same pictures."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from PIL import Image
+
+from tests.graph.calls import ended, picture, submit
+from tests.graph.clusters import RayCluster
+from tests.graph.running import PATIENCE_S, until
+
+pytestmark = pytest.mark.ray
+
+MODEL = "slow-flux"
+WISH = {"model": MODEL, "prompt": "a red circle", "num_inference_steps": 300, "seed": 5}
+
+
+def patient_get(client: httpx.Client, path: str) -> dict[str, object]:
+    """The JSON there; empty while nobody answers."""
+    try:
+        answer = client.get(path)
+    except httpx.TransportError:
+        return {}
+    return dict(answer.json()) if answer.status_code == 200 else {}
+
+
+def running_job(client: httpx.Client, **changes: object) -> str:
+    job_id = submit(client, **(WISH | changes))
+    until(lambda: client.get(f"/api/generate/{job_id}").json()["step"] > 5, "the job runs")
+    return job_id
+
+
+def completed(client: httpx.Client, job_id: str) -> dict[str, object]:
+    def look() -> dict[str, object] | None:
+        job = patient_get(client, f"/api/generate/{job_id}")
+        assert job.get("status") not in ("failed", "cancelled"), job
+        return job if job.get("status") == "completed" else None
+
+    return dict(until(look, f"job {job_id} completes", every_s=0.2))
+
+
+@pytest.fixture
+def client(ray_cluster: RayCluster) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=ray_cluster.url, timeout=PATIENCE_S) as made:
+        yield made
+
+
+@pytest.fixture
+def undisturbed(client: httpx.Client) -> Image.Image:
+    return picture(client, ended(client, submit(client, **WISH)))
+
+
+def test_a_job_survives_kill_9_of_its_node(
+    ray_cluster: RayCluster, client: httpx.Client, undisturbed: Image.Image
+) -> None:
+    ray_cluster.add_worker("spare")
+    job_id = running_job(client)
+    (before,) = ray_cluster.replicas(MODEL)
+
+    ray_cluster.kill_worker_of(before["node_id"])
+    began = time.monotonic()
+    job = completed(client, job_id)
+    print(f"\nkill -9 of a node: its job is done {time.monotonic() - began:.1f} s later")
+
+    (after,) = ray_cluster.replicas(MODEL)
+    assert after["node_id"] != before["node_id"]
+    assert picture(client, job).tobytes() == undisturbed.tobytes()
+
+
+def test_a_job_survives_kill_9_of_the_gcs_and_the_head_with_it(
+    ray_cluster: RayCluster, client: httpx.Client, undisturbed: Image.Image
+) -> None:
+    job_id = running_job(client)
+    (before,) = ray_cluster.replicas(MODEL)
+
+    ray_cluster.kill_gcs()
+    began = time.monotonic()
+    ray_cluster.start_head()  # as Kubernetes does
+    head_s = time.monotonic() - began
+    job = completed(client, job_id)
+    print(f"\nkill -9 of GCS: the head is back after {head_s:.1f} s, ", end="")
+    print(f"its job is done {time.monotonic() - began:.1f} s after the kill")
+
+    def serves() -> bool:
+        return [replica["pid"] for replica in ray_cluster.replicas(MODEL)] == [before["pid"]]
+
+    until(serves, "the replica on the other node, which lived on, is Serve's again", every_s=0.5)
+    assert picture(client, job).tobytes() == undisturbed.tobytes()
+
+
+def test_a_new_version_deployed_under_load_loses_no_accepted_job(
+    ray_cluster: RayCluster, client: httpx.Client, undisturbed: Image.Image
+) -> None:
+    jobs = [running_job(client)]
+    before = {name: pids(ray_cluster, name) for name in ("Ingress", "Dispatcher", MODEL)}
+    updated = threading.Event()
+
+    def load() -> None:
+        with httpx.Client(base_url=ray_cluster.url, timeout=PATIENCE_S) as own:
+            while not updated.wait(0.5):
+                try:
+                    answer = own.post("/api/generate/image", json=WISH | {"num_inference_steps": 50})
+                except httpx.TransportError:
+                    continue  # not accepted
+                if answer.status_code == 202:
+                    jobs.append(answer.json()["id"])
+
+    callers = threading.Thread(target=load)
+    callers.start()
+    began = time.monotonic()
+    try:
+        ray_cluster.deploy(ray_cluster.config(args={"models": [MODEL], "settings": {"heartbeat_s": 0.4}}))
+
+        def replaced() -> bool:
+            now = {name: pids(ray_cluster, name) for name in before}
+            return all(now[name] and now[name].isdisjoint(before[name]) for name in before)
+
+        until(replaced, "every replica is a new one", every_s=0.5)
+        print(f"\nrolling update under load: {time.monotonic() - began:.1f} s", end=", ")
+    finally:
+        updated.set()
+        callers.join()
+    done = [completed(client, job_id) for job_id in jobs]
+    print(f"{len(jobs)} jobs accepted and finished")
+
+    assert len(jobs) > 2
+    assert picture(client, done[0]).tobytes() == undisturbed.tobytes()
+
+
+def pids(cluster: RayCluster, deployment: str) -> set[int]:
+    return {replica["pid"] for replica in cluster.replicas(deployment)}
