@@ -1,0 +1,148 @@
+"""A large batch of pictures as a Ray job: Ray Data over a file of prompts, into a folder or S3.
+
+    ray job submit --working-dir . -- python -m examples.offline_batch prompts.txt s3://my-bucket/pictures
+
+Needs `pip install 'weft[batch]'` (and `weft[s3]` for buckets) on the cluster. prompts.txt has one prompt a
+line, or one JSON object with the fields of a GenerationRequest: {"prompt": "a red circle", "seed": 7}.
+
+It may be killed at any time and started again: what is in the folder is not made again, and no file there is
+ever half a picture. A file is named by its line and by everything that decides its picture, so that a changed
+line is made anew. Requests whose replica dies are repeated; those that the model refuses are told at the end,
+with exit status 1, and do not stop the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import fsspec
+import ray
+from fsspec.implementations.local import LocalFileSystem
+from ray import serve
+
+from deployments.protocol.events import Artifact, Failed
+from deployments.protocol.request import GenerationRequest
+
+AT_ONCE = 16  # requests that one actor keeps in flight; the model weaves them into shared forwards
+TRIES = 3  # of a request whose replica dies
+
+
+def wishes(prompts: str, model: str) -> list[dict[str, str]]:
+    """Rows of {name, request}: one for each line that is not empty. Raises ValueError naming a bad line."""
+    with fsspec.open(prompts, "rt", encoding="utf-8") as file:
+        lines = [line.strip() for line in file]
+    rows = []
+    for number, line in enumerate(lines):
+        if not line:
+            continue
+        try:
+            fields = json.loads(line) if line.startswith("{") else {"prompt": line}
+            request = GenerationRequest.model_validate({"model": model, "seed": number} | fields)
+        except ValueError as error:
+            raise ValueError(f"line {number + 1} of {prompts}: {error}") from error
+        text = request.model_dump_json(exclude_defaults=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        rows.append({"name": f"{number:06}-{digest}", "request": text})
+    return rows
+
+
+def missing(rows: list[dict[str, str]], folder: str) -> list[dict[str, str]]:
+    """Those whose last picture is not in the folder yet."""
+    files, root = fsspec.core.url_to_fs(folder)
+    files.makedirs(root, exist_ok=True)
+    there = {path.rsplit("/", 1)[-1] for path in files.ls(root, detail=False)}
+    return [row for row in rows if f"{row['name']}.png" not in there]
+
+
+class Painter:
+    """An actor of Ray Data: rows of requests become rows of {name, error}; the pictures go to the folder."""
+
+    def __init__(self, folder: str, app: str) -> None:
+        self._files, self._root = fsspec.core.url_to_fs(folder)
+        self._app = app
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            errors = list(pool.map(self._paint, batch["name"], batch["request"]))
+        return {"name": list(batch["name"]), "error": errors}
+
+    def _paint(self, name: str, text: str) -> str:
+        """What was wrong with the request; empty when its pictures are in the folder."""
+        request = GenerationRequest.model_validate_json(text)
+        handle = serve.get_deployment_handle(request.model, self._app)
+        handle = handle.options(method_name="generate", stream=True)
+        for left in reversed(range(TRIES)):
+            try:
+                pictures = []
+                for event in handle.options(method_name="generate", stream=True).remote(
+                    request, patient=True
+                ):
+                    if isinstance(event, Failed):
+                        return event.message
+                    if isinstance(event, Artifact) and event.kind == "image":
+                        pictures.append(event)
+                # the first, whose name tells that the request is done, comes last
+                for picture in reversed(pictures):
+                    suffix = f"-{picture.index}" if picture.index else ""
+                    self._write(f"{name}{suffix}.png", picture.data)
+                return ""
+            except ray.exceptions.RayActorError as error:
+                if not left:
+                    return f"its replica died {TRIES} times: {error}"
+        raise AssertionError("not reached")
+
+    def _write(self, name: str, data: bytes) -> None:
+        """All of the file or nothing: an object of a bucket appears at its end, a local file is renamed."""
+        path = f"{self._root}/{name}"
+        if not isinstance(self._files, LocalFileSystem):
+            self._files.pipe_file(path, data)
+            return
+        part = f"{self._root}/.{uuid.uuid4().hex}"
+        self._files.pipe_file(part, data)
+        self._files.mv(part, path)
+
+
+def paint(rows: list[dict[str, str]], folder: str, app: str, actors: int) -> Iterator[dict[str, Any]]:
+    """Rows of {name, error} as they are done."""
+    pictures = ray.data.from_items(rows).map_batches(
+        Painter,
+        fn_constructor_args=(folder, app),
+        batch_size=AT_ONCE,
+        num_cpus=0.1,  # an actor only waits
+        compute=ray.data.ActorPoolStrategy(size=actors),
+    )
+    yield from pictures.iter_rows()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Pictures for a file of prompts.")
+    parser.add_argument("prompts", help="a file, by path or fsspec URL")
+    parser.add_argument("folder", help="where the pictures go, by path or fsspec URL")
+    parser.add_argument(
+        "--model", default="tiny-flux-schnell", help="a model card's id (default: %(default)s)"
+    )
+    parser.add_argument("--app", default="weft", help="the Serve application (default: %(default)s)")
+    parser.add_argument("--actors", type=int, default=2, help=f"each asks for {AT_ONCE} pictures at once")
+    options = parser.parse_args()
+    ray.init()
+    rows = wishes(options.prompts, options.model)
+    todo = missing(rows, options.folder)
+    print(f"{len(rows)} prompts, {len(rows) - len(todo)} of them done before", flush=True)
+    refused = 0
+    for row in paint(todo, options.folder, options.app, options.actors) if todo else ():
+        if row["error"]:
+            refused += 1
+            print(f"{row['name']}: {row['error']}", file=sys.stderr, flush=True)
+    print(f"{len(todo) - refused} pictures made, {refused} requests refused", flush=True)
+    return 1 if refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
