@@ -139,7 +139,7 @@ async def test_a_token_buys_no_further_token(client: httpx.AsyncClient, ann: Ann
 @pytest.mark.parametrize(
     "change",
     [
-        {"exp": int(time.time()) - 60},
+        {"exp": 1_000_000_000},
         {"exp": None},
         {"jti": None},
         {"iat": None},
