@@ -117,9 +117,7 @@ def main() -> None:
     for name, (value, unit) in found.items():
         print(f"{name} = {value:.4g} {unit}", flush=True)
         if not options.dry:
-            ledger.record(
-                name, value, unit, n=options.jobs, notes="processor time"
-            )
+            ledger.record(name, value, unit, n=options.jobs, notes="processor time")
 
 
 if __name__ == "__main__":
