@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import socket
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -133,42 +131,3 @@ def test_a_replica_that_is_stopped_hands_its_job_on_where_it_stands(
     assert picture(client, job).tobytes() == undisturbed.tobytes()
     assert len(steps) > 100
     assert len(set(steps)) == len(steps), "it went on from where the first replica stood"
-
-
-def test_a_rolling_update_under_load_loses_no_accepted_job(service: Service) -> None:
-    from serve_app import local  # Ray Serve reads its environment when it is imported
-
-    old = {name: service.pids_of(name) for name in ("Dispatcher", "slow-flux", "Ingress")}
-    new = copy.deepcopy(service.config)
-    new["applications"][0]["args"]["models"].reverse()  # other args: every replica is made anew
-    accepted: list[str] = []
-    updated = threading.Event()
-
-    def keep_submitting() -> None:
-        while not updated.is_set():
-            with service.client() as fresh:
-                try:
-                    answer = fresh.post("/api/generate/image", json=WISH | {"num_inference_steps": 100})
-                except httpx.TransportError:  # not accepted, as far as this client knows
-                    continue
-            if answer.status_code == 202:
-                accepted.append(answer.json()["id"])
-            updated.wait(1.0)
-
-    def is_new(name: str) -> bool:
-        return not set(old[name]) & set(service.pids_of(name))
-
-    crowd = threading.Thread(target=keep_submitting)
-    crowd.start()
-    try:
-        until(lambda: accepted, "the first job is accepted")
-        lines: list[str] = []
-        assert local.deploy(new, lines.append), "\n".join(lines)
-        until(lambda: all(map(is_new, old)), "every replica is a new one", every_s=0.5)
-    finally:
-        updated.set()
-        crowd.join()
-    with service.client() as after:
-        states = {ended(after, job_id)["status"] for job_id in accepted}
-
-    assert states == {"completed"}
