@@ -277,7 +277,7 @@ def _family(keys: Mapping[str, _Entry], metadata: Mapping[str, str]) -> Family:
     deep = r"attentions[._]\d+[._]transformer_blocks[._][1-9]"  # a UNet's, of which SD's have but one each
     if re.search(rf"lora_te2_|text_encoder_2\.|{deep}|lora_unet_(in|out)put_blocks", text):
         return "sdxl"
-    if re.search(r"unet[._]|down_blocks", text):
+    if re.search(r"unet[._]|(down|up)_blocks", text):
         return "sd"
     return "unknown"
 

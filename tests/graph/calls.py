@@ -21,10 +21,12 @@ def submit(client: httpx.Client, **wish: Any) -> str:
 
 def ended(client: httpx.Client, job_id: str) -> dict[str, Any]:
     def look() -> dict[str, Any] | None:
-        job: dict[str, Any] = client.get(f"/api/generate/{job_id}").json()
+        answer = client.get(f"/api/generate/{job_id}")
+        assert answer.status_code == 200, answer.text
+        job: dict[str, Any] = answer.json()
         return job if job["status"] in ("completed", "failed", "cancelled") else None
 
-    return until(look, f"job {job_id} ends")
+    return until(look, f"job {job_id} ends", every_s=0.2)  # an owner may ask 20 times a second
 
 
 def picture(client: httpx.Client, job: dict[str, Any], index: int = 0) -> Image.Image:

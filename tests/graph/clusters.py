@@ -48,6 +48,7 @@ class RayCluster:
             "WEFT_CARDS_DIR": str(folder / "cards"),
             "WEFT_LEASE_S": "3",
             "WEFT_HEARTBEAT_S": "0.5",
+            "WEFT_READS_PER_MINUTE": "100000",  # tests ask often
             "WEFT_CACHE": "false",  # the same request again shall run again
             "RAY_AUTH_MODE": "disabled",  # else a token file is written to the home directory
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",

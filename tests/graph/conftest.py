@@ -40,6 +40,7 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         "WEFT_CARDS_DIR": str(cards),
         "WEFT_LEASE_S": "3",
         "WEFT_HEARTBEAT_S": "0.5",
+        "WEFT_READS_PER_MINUTE": "100000",  # tests ask often
         "WEFT_CACHE": "false",  # the same request again shall run again
         "WEFT_TRACE_DIR": str(data / "traces"),
         "WEFT_MODEL_CACHE": str(data / "models"),

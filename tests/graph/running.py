@@ -43,8 +43,8 @@ class Service:
         return self.pids_with(f"ServeReplica:weft:{deployment}")
 
     def pids_with(self, title: str) -> list[int]:
-        """Process ids of all running actors with this in their title."""
-        return [pid for pid, line in _command_lines() if title in line]
+        """Process ids of all running actors of this service with this in their title."""
+        return [pid for pid, line in _command_lines(self.valkey.url) if title in line]
 
     def stop_gracefully(self, deployment: str) -> None:
         """What Serve's controller does to one replica when it scales down; returns when it has drained."""
@@ -55,10 +55,12 @@ class Service:
         ray.get(replica.perform_graceful_shutdown.remote(), timeout=PATIENCE_S)
 
 
-def _command_lines() -> Iterator[tuple[int, str]]:
+def _command_lines(redis_url: str) -> Iterator[tuple[int, str]]:
+    """Of our processes that use this store: another test's Ray may run beside."""
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            yield process.pid, " ".join(process.cmdline())
+            if process.environ().get("REDIS_URL") == redis_url:
+                yield process.pid, " ".join(process.cmdline())
 
 
 def free_port() -> int:

@@ -197,7 +197,7 @@ def some_request(
 ) -> FittedRequest:
     """A wish of any task, size, length and seed; controls: kinds of control pictures, one of these."""
     edit = rng.choice([None, None, b"", b"mask"])
-    return FittedRequest(
+    wish = FittedRequest(
         model="tiny",
         prompt=rng.choice(PROMPTS),
         negative_prompt=rng.choice(["", "blurry"]),
@@ -209,11 +209,16 @@ def some_request(
         num_images=rng.choice([1, 1, 1, 2]),
         scheduler=rng.choice(schedulers),
         max_sequence_length=text_tokens,
-        controls=tuple(
-            Control(image=b"", type=kind, weight=rng.choice([0.4, 1.0]), end=rng.choice([0.5, 1.0]))
-            for kind in rng.choice(controls)
-        ),
         edit=None
         if edit is None
         else FittedEdit(image=b"", mask_image=edit or None, strength=rng.choice([0.5, 0.8, 1.0])),
     )
+    if wish.edit and wish.num_inference_steps * wish.edit.strength < 1:  # no step would be left
+        wish = wish.model_copy(update={"edit": wish.edit.model_copy(update={"strength": 1.0})})
+    if controls == ((),):
+        return wish
+    chosen = [
+        Control(image=b"", type=kind, weight=rng.choice([0.4, 1.0]), end=rng.choice([0.5, 1.0]))
+        for kind in rng.choice(controls)
+    ]
+    return wish.model_copy(update={"controls": tuple(chosen)})
