@@ -34,7 +34,12 @@ from models.video_training import padding_logits
 ROOT = Path(__file__).parents[2]
 CARD = load_card(ROOT / "configs/models/tiny-wan.yaml")
 STEPS = CARD.steps.default
-BACKGROUND, COLOUR = 95.0, 45.0  # shapes and motions are not learned yet: see models/video-card.md
+BACKGROUND, COLOUR, MOTION, WHOLE = (
+    95.0,
+    90.0,
+    90.0,
+    70.0,
+)  # per cent, of 20 prompts; the card has those of 200
 PIXELS_DB = 24.0
 
 
@@ -182,13 +187,15 @@ def test_every_caption_is_read_in_whole_words(wan: Any) -> None:
 # --- prompts ----------------------------------------------------------------------------------------------
 
 
-def test_backgrounds_and_colours_of_held_out_prompts_are_followed(wan: Any) -> None:
+def test_held_out_prompts_are_followed(wan: Any) -> None:
     prompts, clips = zip(*islice(held_out_clips(), 20), strict=True)
 
     right = video_accuracy(filmed(wan, *prompts), list(clips))
 
     assert right["background"] >= BACKGROUND
     assert right["colour"] >= COLOUR
+    assert right["motion"] >= MOTION
+    assert right["whole"] >= WHOLE
 
 
 def test_capitals_do_not_matter(wan: Any) -> None:
