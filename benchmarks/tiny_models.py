@@ -1,7 +1,8 @@
-"""The tiny FLUX models: how many held-out prompts come out wholly right, and what a picture costs.
+"""The tiny models: how many held-out prompts come out wholly right, and what a picture costs.
 
 Rows `tiny_flux_4step_accuracy`, `tiny_flux_20step_accuracy`, `tiny_flux_two_objects_accuracy`,
-`tiny_flux_dev_accuracy`, `tiny_flux_dev_two_objects_accuracy` and `tiny_flux_seconds_per_picture`.
+`tiny_flux_dev_accuracy`, `tiny_flux_dev_two_objects_accuracy`, `tiny_flux_seconds_per_picture` and
+`tiny_wan_accuracy`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from typing import Any
 
 import ledger
 import torch
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, WanPipeline
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from models.score import accuracy, held_out, paint  # noqa: E402  the tiny models are no installed package
+from models.video_score import film, held_out_clips, video_accuracy  # noqa: E402
 
 NOTE = (
     "attribute combinations left out of the training of these and the last weights (the oldest held none out)"
@@ -38,10 +40,12 @@ ROWS = [  # model, kind of prompt, steps, guidance, row
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=500)
-    parser.add_argument("--models", nargs="+", default=["schnell", "dev"])
+    parser.add_argument("--models", nargs="+", default=["schnell", "dev", "wan"])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    for model in options.models:
+    if "wan" in options.models:
+        wan()
+    for model in (model for model in options.models if model != "wan"):
         pipeline = FluxPipeline.from_pretrained(ROOT / f"models/tiny-flux-{model}", torch_dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         for _, kind, steps, guidance, row in (row for row in ROWS if row[0] == model):
@@ -52,6 +56,16 @@ def main() -> None:
             ledger.record(row, right["whole"] / 100, "of 1", n=options.prompts, notes=notes)
         if model == "schnell":
             cost(pipeline)
+
+
+def wan(prompts: int = 200) -> None:
+    """What a prompt names, in the frames of a video."""
+    pipeline = WanPipeline.from_pretrained(ROOT / "models/tiny-wan", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    texts, clips = (list(part) for part in zip(*islice(held_out_clips(), prompts), strict=True))
+    right = video_accuracy(film(pipeline, texts, 20, guidance_scale=3.0), clips)
+    notes = f"tiny-wan, everything right that the prompt names, 20 steps, guidance 3; {right}"
+    ledger.record("tiny_wan_accuracy", right["whole"] / 100, "of 1", n=prompts, notes=notes)
 
 
 def cost(pipeline: Any, pictures: int = 20) -> None:
