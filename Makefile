@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: serve test exact chaos check format types lint audit bench clean
+.PHONY: serve test fleets exact chaos check format types lint audit bench clean
 
 serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+C
 	@$(BIN)/weft serve
@@ -13,8 +13,11 @@ serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+
 SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
   --dist loadfile --no-loadscope-reorder --durations 25
 
-test: $(VENV)/.test ## set up, then the whole suite
-	@$(SUITE)
+test: $(VENV)/.test ## set up, then the suite; `make fleets` runs what it leaves out
+	@$(SUITE) -m "not fleet"
+
+fleets: $(VENV)/.test ## the shipped fleet, clusters of several nodes, a batch as a Ray job (20 minutes on two cores)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fleet tests/graph
 
 exact: $(VENV)/.test ## 1,000 random schedules against each request alone (20 minutes)
 	@$(BIN)/python benchmarks/exact.py
@@ -23,7 +26,7 @@ chaos: $(VENV)/.test ## 2,000 random schedules of the job store, then processes 
 	@CHAOS_EXAMPLES=2000 CHAOS_SEEDS=1,2,3,4,5 CHAOS_JOBS=120 $(BIN)/python -m pytest \
 	  tests/front/jobs/test_job_store_properties.py tests/chaos
 
-check: lint types test ## what a change must pass
+check: lint types test fleets ## what a change must pass
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

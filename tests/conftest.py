@@ -1,5 +1,7 @@
 """How the suite shares out its tests among processes (`make test`): the tests of a file stay together, and
-all that start a Ray stay in one process, one after another. That one begins first, as it takes longest."""
+all that start a Ray stay in one process, one after another. That one begins first, as it takes longest.
+Those in FLEETS take longer than all others together: `make fleets` runs them, `make test` leaves them out.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,9 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 WITH_RAY = "tests/graph/"
+FLEETS = tuple(
+    WITH_RAY + name for name in ("test_examples", "test_fleet", "test_node_")
+)  # many nodes or models
 
 
 class OneRay(LoadFileScheduling):
@@ -22,4 +27,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid.startswith(FLEETS):
+            item.add_marker(pytest.mark.fleet)
     items.sort(key=lambda item: not item.nodeid.startswith(WITH_RAY))
