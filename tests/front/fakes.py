@@ -118,7 +118,7 @@ class FakeModels:
             self.running_of[model_id] -= 1
 
 
-async def eventually(true: Callable[[], bool | Awaitable[bool]], within_s: float = 10.0) -> None:
+async def eventually(true: Callable[[], bool | Awaitable[bool]], within_s: float = 60.0) -> None:
     """Return as soon as the condition holds."""
     deadline = time.monotonic() + within_s
     while True:
