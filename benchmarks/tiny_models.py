@@ -41,13 +41,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--models", nargs="+", default=["schnell", "dev", "wan"])
+    parser.add_argument(
+        "--only-cost", action="store_true", help="what a picture of schnell costs, no accuracy"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.only_cost:
+        cost(_flux("schnell"))
+        return
     if "wan" in options.models:
         wan()
     for model in (model for model in options.models if model != "wan"):
-        pipeline = FluxPipeline.from_pretrained(ROOT / f"models/tiny-flux-{model}", torch_dtype=torch.float32)
-        pipeline.set_progress_bar_config(disable=True)
+        pipeline = _flux(model)
         for _, kind, steps, guidance, row in (row for row in ROWS if row[0] == model):
             prompts, scenes = zip(*islice(held_out(KINDS[kind]), options.prompts), strict=True)
             right = accuracy(paint(pipeline, list(prompts), steps, guidance_scale=guidance), list(scenes))
@@ -56,6 +61,12 @@ def main() -> None:
             ledger.record(row, right["whole"] / 100, "of 1", n=options.prompts, notes=notes)
         if model == "schnell":
             cost(pipeline)
+
+
+def _flux(model: str) -> FluxPipeline:
+    pipeline = FluxPipeline.from_pretrained(ROOT / f"models/tiny-flux-{model}", torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def wan(prompts: int = 200) -> None:
