@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--models", nargs="+", default=["schnell", "dev", "wan"])
     parser.add_argument(
-        "--only-cost", action="store_true", help="what a picture of schnell costs, no accuracy"
+        "--only-cost", action="store_true", help="no accuracy"
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
