@@ -132,7 +132,8 @@ class JobStore:
                 pipe, job_id, owner, request, warnings, now_us, terms=terms, place=place, charge=charge
             )
 
-        watch = [keys.job(job_id), keys.pending, keys.active(owner)]
+        # not keys.pending, which moves all the time: other processes may pass max_pending by a job each
+        watch = [keys.job(job_id), keys.active(owner)]
         if terms.once is not None:
             watch.append(keys.once(owner, digest(terms.once.key)))
         if terms.same is not None:
@@ -163,7 +164,7 @@ class JobStore:
         known = await pipe.hmget(keys.turns(model), ["v", flow])
         now, used_up = (float(value or 0.0) for value in known)
         arrival = int(await pipe.get(keys.arrivals) or 0)
-        nobody = not await pipe.zcard(keys.pending_of(model))
+        nobody = await self._nobody_waits(pipe, model)
         turn = next_turn(now, 0.0 if nobody else used_up, arrival, request.priority)
         ahead = 0 if nobody else await pipe.zcount(keys.pending_of(model), "-inf", f"({turn.score!r}")
         place = Place(turn, now, ahead + 1, first=nobody)
@@ -173,6 +174,14 @@ class JobStore:
         if other.state is JobState.completed:
             return replace(place, position=1, twin=other.id)
         return place if other.state.ended else replace(place, leader=other.id)
+
+    async def _nobody_waits(self, pipe: Pipeline, model: str) -> bool:
+        """Whether this queue is empty; then it is watched, as the first to come begins its turns anew."""
+        queue = self._keys.pending_of(model)
+        if await pipe.zcard(queue):
+            return False
+        await pipe.watch(queue)
+        return not await pipe.zcard(queue)
 
     async def _identical(self, pipe: Pipeline, same: str | None) -> Job | None:
         """The job that answers this cache key; watched, so that it is so when we write."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -13,6 +14,7 @@ from serve_app.jobs import progress
 from serve_app.jobs.job import JobError, JobState, StoredArtifact, new_job_id
 from serve_app.jobs.record import Keys
 from serve_app.jobs.store import Claim, JobStore, Stale
+from serve_app.jobs.transitions import Place
 from serve_app.settings import Settings
 from tests.front.conftest import MakeSettings
 from tests.front.fakes import MODEL, OWNER, fitted, keys_without_ttl
@@ -96,6 +98,27 @@ async def test_an_owner_has_a_limit_that_concurrent_submits_cannot_pass(
     refused = [answer for answer in answers if isinstance(answer, RateLimited)]
     assert len(refused) == 24 - 5
     await accepted(stores[0], owner="somebody else")
+
+
+async def test_accepts_for_several_owners_in_several_processes_never_wait_for_each_other(
+    redis: Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = JobStore(redis, settings), JobStore(redis, settings)
+    await accepted(here, owner="one")  # somebody waits, as under load
+    place, looks = here._place, 0
+
+    async def slow(*of_the_job: Any) -> Place:
+        nonlocal looks
+        looks += 1
+        found = await place(*of_the_job)
+        await accepted(there, owner="two")
+        await claimed(there)
+        return found
+
+    monkeypatch.setattr(here, "_place", slow)
+    await accepted(here, owner="three")
+
+    assert looks == 1, "it was not disturbed"
 
 
 async def test_a_running_job_counts_for_its_owner_until_it_ends(
