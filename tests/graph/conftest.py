@@ -76,6 +76,13 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         os.environ.update(before)
 
 
+@pytest.fixture(autouse=True)
+def a_service_that_answers(request: pytest.FixtureRequest) -> None:
+    """One test that leaves the shared service broken shall not cost every later one its patience."""
+    if "service" in request.fixturenames:
+        request.getfixturevalue("service").require(request.node.nodeid)
+
+
 @pytest.fixture
 def client(service: Service) -> Iterator[httpx.Client]:
     with service.client() as made:

@@ -29,6 +29,23 @@ class Service:
     url: str
     valkey: EmbeddedRedis
     config: dict[str, Any]  # as it was deployed
+    lost: str = ""  # the test before which it had stopped answering for good
+
+    def require(self, test: str) -> None:
+        """Fails at once, or after PATIENCE_S the first time, when no test can use the service any more."""
+        if not self.lost:
+            deadline = time.monotonic() + PATIENCE_S
+            while time.monotonic() < deadline:
+                if self.ready():
+                    return
+                time.sleep(0.2)
+            self.lost = test
+        pytest.fail(f"the service was not ready before {self.lost}; see the test before that")
+
+    def ready(self) -> bool:
+        with self.client() as client, suppress(httpx.TransportError):
+            return client.get("/ready").status_code == 200
+        return False
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=PATIENCE_S)
