@@ -41,9 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--models", nargs="+", default=["schnell", "dev", "wan"])
-    parser.add_argument(
-        "--only-cost", action="store_true", help="no accuracy"
-    )
+    parser.add_argument("--only-cost", action="store_true", help="no accuracy")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only_cost:

@@ -26,6 +26,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay:
     return OneRay(config, log)
 
 
+class ToldAtOnce:
+    """A failure is printed when it happens, not half an hour later when all else has run."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._terminal.write_line(f"\nFAILED {report.when} of {report.nodeid}\n{report.longreprtext}")
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal reporter is there
+def pytest_configure(config: pytest.Config) -> None:
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(ToldAtOnce(terminal))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(FLEETS):

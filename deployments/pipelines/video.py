@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -101,7 +102,7 @@ class _WholeReel:
         return chunk if len(chunk) else None
 
 
-class _LatentReel:
+class _LatentReel(ABC):
     """Latents and how far they are decoded, on a stream of their own beside the steps of others."""
 
     def __init__(self, vae: Any, latents: Tensor, total: int) -> None:
@@ -127,10 +128,11 @@ class _LatentReel:
         self._forget()
         return None
 
+    @abstractmethod
     def _next(self) -> Tensor:
         """Decode from self._place, and move it. Returns (1, 3, frames, H, W), perhaps of no frame."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _forget(self) -> None:
         """Drop what was kept of the past."""
 

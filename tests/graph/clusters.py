@@ -20,7 +20,7 @@ import yaml
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from serve_app.embedded_redis import EmbeddedRedis, find_server
-from tests.graph.running import PATIENCE_S, ROOT, free_port, kill, until
+from tests.graph.running import PATIENCE_S, RAY, ROOT, free_port, kill, until
 
 SCRIPTS = Path(sys.executable).parent
 STORE_MIB = 100  # of one node's object store
@@ -50,10 +50,9 @@ class RayCluster:
             "WEFT_HEARTBEAT_S": "0.5",
             "WEFT_READS_PER_MINUTE": "100000",  # tests ask often
             "WEFT_CACHE": "false",  # the same request again shall run again
-            "RAY_AUTH_MODE": "disabled",  # else a token file is written to the home directory
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
-            "RAY_worker_niceness": "0",  # else other processes of the suite push replicas aside
             "PYTHONPATH": str(ROOT),
+            **RAY,
             **environment,
         }
         self._http = httpx.Client(timeout=PATIENCE_S)

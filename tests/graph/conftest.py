@@ -12,7 +12,7 @@ import yaml
 
 from serve_app.embedded_redis import EmbeddedRedis
 from tests.graph.clusters import RayCluster
-from tests.graph.running import ROOT, Service, free_port
+from tests.graph.running import RAY, ROOT, Service, free_port
 
 
 @pytest.fixture(scope="session")
@@ -45,9 +45,9 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         "WEFT_TRACE_DIR": str(data / "traces"),
         "WEFT_MODEL_CACHE": str(data / "models"),
         "RAY_metrics_report_interval_ms": "1000",  # ten seconds are long for a test
-        "RAY_AUTH_MODE": "disabled",  # else a token file is written to the home directory
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         "PYTHONPATH": str(ROOT),
+        **RAY,
     }
     before = dict(os.environ)
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())

@@ -20,6 +20,10 @@ from serve_app.embedded_redis import EmbeddedRedis
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE_S = 240.0  # for things that take a second on a quiet machine
+RAY = {
+    "RAY_AUTH_MODE": "disabled",  # else a token file is written to the home directory
+    "RAY_worker_niceness": "0",  # else other processes of the suite push replicas aside
+}
 
 
 @dataclass

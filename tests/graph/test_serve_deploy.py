@@ -18,7 +18,7 @@ import yaml
 
 from serve_app.embedded_redis import EmbeddedRedis
 from tests.graph.calls import ended, submit
-from tests.graph.running import ROOT, free_port, until
+from tests.graph.running import RAY, ROOT, free_port, until
 
 pytestmark = pytest.mark.ray
 
@@ -50,7 +50,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     command += [f"--dashboard-agent-listen-port={free_port()}", "--node-ip-address=127.0.0.1"]
     clean = {n: v for n, v in os.environ.items() if not n.startswith(("WEFT_", "REDIS_", "RAY_"))}
     with EmbeddedRedis(data) as url:
-        environment = clean | {"REDIS_URL": url, "WEFT_DATA_DIR": str(data), "RAY_AUTH_MODE": "disabled"}
+        environment = clean | {"REDIS_URL": url, "WEFT_DATA_DIR": str(data)} | RAY
         log = data / "ray_start.log"
         with log.open("w") as file:
             environment["PYTHONPATH"] = str(ROOT)
@@ -79,7 +79,7 @@ def test_serve_deploy_on_a_running_cluster_serves_pictures(cluster: Cluster, tmp
     def deployed() -> bool:
         command = [str(SCRIPTS / "serve"), "deploy", "-a", cluster.dashboard, str(file)]
         environment = {n: v for n, v in os.environ.items() if not n.startswith("RAY_")}
-        environment["RAY_AUTH_MODE"] = "disabled"
+        environment |= RAY
         return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
 
     def ready() -> bool:

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.graph.calls import ended, submit
-from tests.graph.running import PATIENCE_S, ROOT, free_port
+from tests.graph.running import PATIENCE_S, RAY, ROOT, free_port
 
 pytestmark = pytest.mark.ray
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.ray
 def environment(data: Path, **extra: str) -> dict[str, str]:
     """Ours, without what the shared service of this folder may have set."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("WEFT_", "REDIS_"))}
-    return ours | {"WEFT_DATA_DIR": str(data), "RAY_AUTH_MODE": "disabled"} | extra
+    return ours | {"WEFT_DATA_DIR": str(data)} | RAY | extra
 
 
 @contextmanager
