@@ -31,6 +31,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "tests/workshop/test_exactness.py", f"--junitxml={report}"]
+        command += ["--timeout=0", "--session-timeout=86400"]  # limits of the suite
         env = os.environ | {"WEFT_EXACT_SCHEDULES": str(options.schedules)}
         code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
         suite = next(ElementTree.parse(report).iter("testsuite"))

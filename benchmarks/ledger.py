@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import platform
@@ -9,10 +10,12 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).parent
 JSONL = FOLDER / "results.jsonl"
 MARKDOWN = FOLDER / "results.md"
+HEAD_LINE = 7 * "| --- " + "|"
 
 
 def record(name: str, value: float, unit: str, *, spread: str = "", n: int = 1, notes: str = "") -> None:
@@ -36,22 +39,44 @@ def record(name: str, value: float, unit: str, *, spread: str = "", n: int = 1, 
 
 
 def render() -> None:
-    """results.md: the newest row of each name, as a table."""
+    """results.md: the newest row of each name, a table and the plots for each script."""
     newest = {row["name"]: row for row in map(json.loads, JSONL.read_text(encoding="utf-8").splitlines())}
+    by_script: dict[Path, list[dict[str, Any]]] = {}
+    for row in sorted(newest.values(), key=lambda row: str(row["name"])):
+        by_script.setdefault(_script(row["command"]), []).append(row)
     lines = [
         "# Measured figures",
         "",
-        "The newest row of each name in `results.jsonl`; every script of this folder adds rows.",
-        "",
-        "| name | value | spread | n | machine | commit | command | date | notes |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "The newest row of each name in `results.jsonl`, by the script that adds it.",
     ]
-    lines += [
-        f"| `{row['name']}` | {row['value']:g} {row['unit']} | {row['spread']} | {row['n']} "
-        f"| {row['machine']} | {row['commit']} | `{row['command']}` | {row['date']} | {row['notes']} |"
-        for row in sorted(newest.values(), key=lambda row: str(row["name"]))
-    ]
+    for script, rows in sorted(by_script.items()):
+        lines += ["", f"## {script.name}", "", _purpose(script), ""]
+        lines += [
+            f"![{plot.stem}](plots/{plot.name})\n"
+            for plot in sorted((FOLDER / "plots").glob("*.svg"))
+            if script.stem.startswith(plot.stem)
+        ]
+        lines += ["| name | value | spread | n | notes | machine | commit, date, command |", HEAD_LINE]
+        lines += [
+            f"| `{row['name']}` | {row['value']:g} {row['unit']} | {row['spread']} | {row['n']} "
+            f"| {row['notes']} | {row['machine']} | {row['commit']}, {row['date']}, `{row['command']}` |"
+            for row in rows
+        ]
     MARKDOWN.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _script(command: str) -> Path:
+    """The file that `python benchmarks/x.py`, `python x.py` or `python -m a.x` runs."""
+    words = command.split()
+    if words[1] == "-m":
+        return FOLDER.parent / (words[2].replace(".", "/") + ".py")
+    return FOLDER / Path(words[1]).name
+
+
+def _purpose(script: Path) -> str:
+    """What its docstring says in the first paragraph."""
+    text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split())
 
 
 def machine() -> str:
