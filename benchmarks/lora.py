@@ -522,6 +522,18 @@ async def measure_memory(count: int, *, keep: bool) -> None:
     bank.close()
 
 
+def measure_forwards(options: argparse.Namespace, *, keep: bool) -> None:
+    """What adapters cost a forward, beside other ways to have them; then traffic of such forwards."""
+    bench = Bench.made()
+    measure_mixed(bench, options.rounds, keep=keep)
+    measure_peft(bench, options.rounds // 2, keep=keep)
+    measure_merged(bench, options.rounds, keep=keep)
+    measure_switching(bench, max(3, options.rounds // 6), keep=keep)
+    rows = {str(n): bench.forward(bench.owners[:n]) for n in range(1, ROWS + 1)}
+    forward_s = [cost.seconds for cost in medians(rows, options.rounds // 2).values()]
+    measure_traffic(forward_s, bench.load_s, options.requests, keep=keep)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=60, help="forwards of each kind, in turns")
@@ -529,18 +541,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250, help="measured beside cold loads, in each round")
     parser.add_argument("--registered", type=int, default=REGISTERED, help="adapters used in turn")
     parser.add_argument("--dry", action="store_true", help="print only")
+    parser.add_argument("--only-bank", action="store_true", help="cold loads and memory")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep = not options.dry
     with torch.inference_mode():
-        bench = Bench.made()
-        measure_mixed(bench, options.rounds, keep=keep)
-        measure_peft(bench, options.rounds // 2, keep=keep)
-        measure_merged(bench, options.rounds, keep=keep)
-        measure_switching(bench, max(3, options.rounds // 6), keep=keep)
-        rows = {str(n): bench.forward(bench.owners[:n]) for n in range(1, ROWS + 1)}
-        forward_s = [cost.seconds for cost in medians(rows, options.rounds // 2).values()]
-        measure_traffic(forward_s, bench.load_s, options.requests, keep=keep)
+        if not options.only_bank:
+            measure_forwards(options, keep=keep)
         asyncio.run(measure_cold_loads(options.steps, 6 if keep else 1, keep=keep))
         asyncio.run(measure_memory(options.registered, keep=keep))
 
