@@ -13,10 +13,11 @@ import asyncio
 import copy
 import hashlib
 import heapq
+import itertools
 import random
 import statistics
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +49,7 @@ PLOT = Path(__file__).parent / "plots" / "lora.svg"
 MODEL = ROOT / "models/tiny-flux-schnell"
 ROWS, RANK, STEPS = 8, 16, 4
 COLD_ROWS = 2  # of the steps that adapters are read beside
+COLD_A_SECOND = {"cold": 4.0, "cold_flood": float("inf")}  # adapters nobody has used before, by row
 SWAPS = 1000
 REGISTERED = 1000
 TARGETS = (
@@ -440,39 +442,40 @@ async def measure_cold_loads(steps: int, rounds: int, *, keep: bool) -> None:
     scheduler = StepScheduler(ROWS)
     worker = Worker(Engine(scheduler, deterministic=True), scheduler, slots=8)
     forward = forward_of(transformer, COLD_ROWS)
+    files = itertools.cycle(served.files)  # 32 in turns through 8 places: every one is cold
     quiet: list[float] = []
-    loading: list[float] = []
-    loads = 0
+    loading: dict[str, list[float]] = {row: [] for row in COLD_A_SECOND}
+    loads = Counter[str]()
 
-    async def load_on(stop: asyncio.Event) -> int:
-        count = 0
+    async def load_on(row: str, stop: asyncio.Event) -> None:
         while not stop.is_set():
-            for digest in served.files:  # 32 in turns through 8 places: every one is cold
-                async with bank.using([Lora(id=digest)], worker.call):
-                    count += 1
-                if stop.is_set():
-                    break
-        return count
+            async with bank.using([Lora(id=next(files))], worker.call):
+                loads[row] += 1
+            await asyncio.sleep(1 / COLD_A_SECOND[row])
 
     await step_times(worker, forward, steps)  # rows are proven, hooks are set
-    async with bank.using([Lora(id=next(iter(served.files)))], worker.call):
+    async with bank.using([Lora(id=next(files))], worker.call):
         pass
     for _ in range(rounds):
         quiet += await step_times(worker, forward, steps)
-        stop = asyncio.Event()
-        loader = asyncio.ensure_future(load_on(stop))
-        loading += await step_times(worker, forward, steps)
-        stop.set()
-        loads += await loader
+        for row, times in loading.items():
+            stop = asyncio.Event()
+            loader = asyncio.ensure_future(load_on(row, stop))
+            times += await step_times(worker, forward, steps)
+            stop.set()
+            await loader
     worker.stop()
     for restore in restores:
         restore()
-    for name, share in (("p50", 50), ("p99", 99)):
-        before, after = np.percentile(quiet, share), np.percentile(loading, share)
-        print(f"step {name}: {1000 * before:.2f} ms, while adapters load {1000 * after:.2f} ms", flush=True)
-        if keep:
-            note = f"{loads} cold adapters of rank {RANK} beside {len(loading)} steps; wall time"
-            ledger.record(f"lora_cold_step_{name}_ratio", after / before, "x", n=len(loading), notes=note)
+    for row, times in loading.items():
+        for name, share in (("p50", 50), ("p99", 99)):
+            before, after = np.percentile(quiet, share), np.percentile(times, share)
+            told = f"step {name}: {1000 * before:.2f} ms alone, {1000 * after:.2f} ms while adapters load"
+            note = f"{loads[row]} cold adapters of rank {RANK} beside {len(times)} steps; wall time; {told}"
+            if keep:
+                ledger.record(f"lora_{row}_step_{name}_ratio", after / before, "x", n=len(times), notes=note)
+            else:
+                print(f"lora_{row}_step_{name}_ratio = {after / before:.3f}; {note}", flush=True)
     bank.close()
 
 

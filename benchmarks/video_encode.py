@@ -1,10 +1,11 @@
 """Frames to a playable file: our encoder beside the ffmpeg command line and diffusers' export_to_video.
 
 Three questions. How many frames a second are encoded, by size and threads, with the very settings of the
-ffmpeg command line behind a pipe (`encode_vs_ffmpeg`: our time over its, in the worst case). How long
-a video takes from its last denoising step: decoded and encoded at once, over decoded and then encoded by us
-(`video_streamed_vs_waiting`), and over decoded and then exported (`video_end_to_end_vs_export`). And how much
-memory each way needs for long videos.
+ffmpeg command line behind a pipe (`encode_vs_ffmpeg`: our time over its, in the worst case). How long a video
+takes from its last denoising step: decoded and encoded at once, over decoded and then encoded by us
+(`video_streamed_vs_waiting`), and over decoded and then exported (`video_end_to_end_vs_export`). The frames come
+at the pace of a GPU's decoding, by waiting for them, and once more from the tiny VAE on this CPU (`_on_cpu`),
+whose decoding takes most of the time. And how much memory each way needs for long videos.
 
 Needs `pip install -e '.[bench]'` and about four minutes on two cores. Sides are interleaved; the medians are
 kept, the spread is min-max.
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -32,10 +34,11 @@ import numpy.typing as npt
 import torch
 from diffusers.utils import export_to_video
 
-from deployments.encoding import Encoding
+from deployments.encoder import VideoEncoder
+from deployments.encoding import Encoder, Encoding
 from deployments.media import movie
 from deployments.media.footage import SEGMENT_FRAMES, Footage, Segment, VideoFiles
-from deployments.pipelines.video import reel
+from deployments.pipelines.video import CHUNK_FRAMES, Reel, reel
 from deployments.protocol.card import Weights
 from deployments.weights.load import load_pipeline
 
@@ -60,15 +63,16 @@ def clip(count: int, width: int, height: int) -> Clip:
     return frames
 
 
-def ours(frames: Clip, threads: int) -> bytes:
-    """As a replica of VideoEncoder does it: segment by segment, then joined."""
+def ours(encoder: VideoEncoder, frames: Clip) -> bytes:
+    """As a replica does it: segments, then joined."""
     count, height, width, _ = frames.shape
-    footage = Footage(width, height, count, FPS, quality=QUALITY)
-    segments = [
-        movie.encode_segment(footage, i, [frames[i * SEGMENT_FRAMES : (i + 1) * SEGMENT_FRAMES]], threads)
-        for i in range(footage.segments)
-    ]
-    return movie.join(footage, segments).video
+
+    async def encoded() -> bytes:
+        async with Encoding(encoder, Footage(width, height, count, FPS, quality=QUALITY)) as encoding:
+            await encoding.add(frames)
+            return (await encoding.files()).video
+
+    return asyncio.run(encoded())
 
 
 def command_line(frames: Clip, threads: int) -> bytes:
@@ -109,7 +113,7 @@ def ratios(ours: list[float], theirs: list[float]) -> list[float]:
 def encode(frames: Clip, size: str, threads: int, rounds: int, keep: bool) -> list[float]:
     """Our time over the command line's, round by round."""
     sides: dict[str, Callable[[], object]] = {
-        "weft": partial(ours, frames, threads),
+        "weft": partial(ours, VideoEncoder(threads, at_once=threads), frames),
         "ffmpeg": partial(command_line, frames, threads),
     }
     seconds = in_turns(sides, rounds)
@@ -147,16 +151,15 @@ class Elsewhere:
         return await asyncio.get_running_loop().run_in_executor(self._process, work)
 
 
+@dataclass(frozen=True)
 class Film:
-    """A video that is denoised and not yet decoded, of the Wan that ships, at any length and size."""
+    """A video that is denoised and not yet decoded."""
 
-    def __init__(self, latents: int, side: int, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self.pipeline = load_pipeline(Weights(path="models/tiny-wan", dtype="float32"), torch.device("cpu"))
-        generator = torch.Generator().manual_seed(0)
-        self.latents = torch.randn(1, 16, latents, side // 8, side // 8, generator=generator)
-        self.side = side
-        self.encoder = Elsewhere()
+    width: int
+    height: int
+    reel: Callable[[], Reel]  # decodes it part by part
+    whole: Callable[[], list[npt.NDArray[np.float32]]]  # decodes it at once; frames as diffusers gives them
+    encoder: Encoder
 
     def ways(self) -> dict[str, Callable[[], object]]:
         """From latents to the bytes of a playable file."""
@@ -164,7 +167,7 @@ class Film:
 
     @torch.inference_mode()
     def streamed(self) -> bytes:
-        """Decoded latent by latent while the frames before are encoded."""
+        """Decoded part by part while the frames before are encoded."""
         return asyncio.run(self._encoded(wait=False))
 
     @torch.inference_mode()
@@ -173,8 +176,8 @@ class Film:
         return asyncio.run(self._encoded(wait=True))
 
     async def _encoded(self, *, wait: bool) -> bytes:
-        video = reel(self.pipeline, self.latents)
-        footage = Footage(self.side, self.side, video.total, FPS, quality=QUALITY)
+        video = self.reel()
+        footage = Footage(self.width, self.height, video.total, FPS, quality=QUALITY)
         held: list[Clip] = []
         async with Encoding(self.encoder, footage) as encoding:
             while (frames := await asyncio.to_thread(video.take)) is not None:
@@ -189,12 +192,51 @@ class Film:
     @torch.inference_mode()
     def exported(self) -> bytes:
         """Decoded as a whole, then diffusers' way."""
-        decoded = self.pipeline.vae.decode(self.latents).sample
-        frames = self.pipeline.video_processor.postprocess_video(decoded, output_type="np")[0]
+        frames = self.whole()
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/video.mp4"
-            export_to_video(list(frames), path, fps=FPS)
+            export_to_video(frames, path, fps=FPS)
             return Path(path).read_bytes()
+
+
+def tiny_wan(latents: int, side: int) -> Film:
+    """Of the Wan that ships, at any length and size; decoded by one thread of this machine."""
+    torch.set_num_threads(1)
+    pipeline = load_pipeline(Weights(path="models/tiny-wan", dtype="float32"), torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(1, 16, latents, side // 8, side // 8, generator=generator)
+
+    def whole() -> list[npt.NDArray[np.float32]]:
+        decoded = pipeline.vae.decode(given).sample
+        return list(pipeline.video_processor.postprocess_video(decoded, output_type="np")[0])
+
+    return Film(side, side, lambda: reel(pipeline, given), whole, Elsewhere())
+
+
+class PacedReel:
+    """Frames that are decoded elsewhere at a steady pace, as by a GPU; waiting takes no processor."""
+
+    def __init__(self, frames: Clip, pace: float) -> None:
+        """pace: frames a second."""
+        self.total = len(frames)
+        self._frames, self._pace, self._taken = frames, pace, 0
+
+    def take(self) -> Clip | None:
+        chunk = self._frames[self._taken : self._taken + CHUNK_FRAMES]
+        self._taken += len(chunk)
+        time.sleep(len(chunk) / self._pace)
+        return chunk if len(chunk) else None
+
+
+def paced(frames: Clip, pace: float) -> Film:
+    floats = list(frames.astype(np.float32) / 255)
+
+    def whole() -> list[npt.NDArray[np.float32]]:
+        time.sleep(len(frames) / pace)
+        return floats
+
+    _, height, width, _ = frames.shape
+    return Film(width, height, lambda: PacedReel(frames, pace), whole, VideoEncoder(2))
 
 
 def peak_mib(way: str, latents: int, side: int) -> float:
@@ -208,6 +250,16 @@ def memory_mib(field: str) -> float:
     """VmRSS (now) or VmHWM (the most since it was reset) of this process; Linux only."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def end_to_end(film: Film, rounds: int, keep: bool, notes: str, suffix: str = "") -> None:
+    """From the last denoising step to the file, each way."""
+    seconds = in_turns(film.ways(), rounds)
+    for way, taken in seconds.items():
+        tell(f"video_last_step_to_file_{way}_s{suffix}", taken, "s", keep, notes)
+    ours, waiting, exported = seconds.values()
+    tell(f"video_streamed_vs_waiting{suffix}", ratios(ours, waiting), "x", keep, notes)
+    tell(f"video_end_to_end_vs_export{suffix}", ratios(ours, exported), "x", keep, notes)
 
 
 def print_peak(film: Film, way: str) -> None:
@@ -229,11 +281,13 @@ def main() -> None:
         "--latents", type=int, default=17, help="of the film for overlap and memory; 4 frames each"
     )
     parser.add_argument("--side", type=int, default=256, help="of that film, pixels")
+    parser.add_argument("--pace", type=float, default=20.0, help="frames a second that a GPU decodes")
+    parser.add_argument("--no-film", action="store_true", help="encoding alone")
     parser.add_argument("--dry", action="store_true", help="keep no rows")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
-        print_peak(Film(args.latents, args.side, 1), args.memory_of)
+        print_peak(tiny_wan(args.latents, args.side), args.memory_of)
         return
     keep = not args.dry
     worst: list[float] = []
@@ -244,15 +298,13 @@ def main() -> None:
             worst = max(worst or against, against, key=statistics.median)
         del frames
     tell("encode_vs_ffmpeg", worst, "x", keep, f"the worst of {args.sizes} on {args.threads} threads")
-    film = Film(args.latents, args.side, 1)
-    seconds = in_turns(film.ways(), args.rounds)
+    if args.no_film:
+        return
+    pace = f"{args.frames} frames of 1280x720 that come at {args.pace:g} a second, as from a GPU; 2 threads"
+    end_to_end(paced(clip(args.frames, *SIZES["720p"]), args.pace), args.rounds, keep, pace)
     notes = f"{1 + 4 * (args.latents - 1)} frames of {args.side}x{args.side}, tiny-wan's VAE, 1 thread each"
-    for way, taken in seconds.items():
-        tell(f"video_last_step_to_file_{way}_s", taken, "s", keep, notes)
-    streamed = seconds["streamed"]
-    tell("video_streamed_vs_waiting", ratios(streamed, seconds["one_after_the_other"]), "x", keep, notes)
-    tell("video_end_to_end_vs_export", ratios(streamed, seconds["exported"]), "x", keep, notes)
-    for way in seconds:
+    end_to_end(film := tiny_wan(args.latents, args.side), args.rounds, keep, notes, "_on_cpu")
+    for way in film.ways():
         peak = peak_mib(way, args.latents, args.side)
         tell(f"video_memory_peak_{way}_mib", [peak], "MiB", keep, f"{notes}; above the loaded model")
 

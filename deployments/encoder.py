@@ -25,8 +25,10 @@ logger = logging.getLogger(__name__)
 class VideoEncoder:
     """Encodes segments and joins them. It keeps nothing between calls, so any replica may take any call."""
 
-    def __init__(self, threads: int = 1, at_once: int = 1) -> None:
-        """threads: of one segment's encoding. at_once: segments encoded at the same time."""
+    def __init__(self, threads: int = 1, at_once: int = 2) -> None:
+        """threads: of one segment's encoding.
+        at_once: segments encoded at the same time; where one ends, another fills the cores.
+        """
         from deployments.media import movie
 
         join_serve_log()

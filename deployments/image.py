@@ -6,9 +6,9 @@ import asyncio
 import logging
 import os
 import secrets
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from deployments import __version__, readings
 from deployments.protocol.adapters import AdapterFiles
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import NotFound, WeftError
+from deployments.protocol.errors import ModelUnavailable, NotFound, WeftError
 from deployments.protocol.events import Artifact, Done, Event, Failed, Handover, Preview, Step
 from deployments.protocol.limits import control_field, denoising_steps, fit
 from deployments.protocol.origin import Origin, attribute
@@ -114,9 +114,8 @@ class ImageModel:
         if on_stop is not None:
             on_stop(lambda: self.drain(STOP_GRACE_S))
         if serving.warm_up:  # in a thread: Serve calls the constructor inside a running event loop
-            thread = threading.Thread(target=lambda: asyncio.run(self._warm_up(first)), name="warm-up")
-            thread.start()
-            thread.join()
+            with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as thread:
+                thread.submit(asyncio.run, self._warm_up(first)).result()
         self.start_phases = {  # seconds
             "imports": imported - began,
             "load": loaded - imported,
@@ -248,10 +247,15 @@ class ImageModel:
         return loaded
 
     async def _warm_up(self, card: ModelCard) -> None:
-        """One small request of each size: kernels are chosen, rows proven and times learned meanwhile."""
+        """One small request of each size: kernels are chosen, rows proven and times learned meanwhile.
+
+        Where blocks are compiled then two at once, as several rows have a graph of their own.
+        Raises ModelUnavailable when that cannot be compiled.
+        """
         if "t2i" not in card.tasks:
             return
         steps = card.steps.min
+        crowds = (1, 2) if card.serving.compile else (1,)
         for width, height in card.serving.warm_up_sizes or [(card.sizes.width, card.sizes.height)]:
             wish = GenerationRequest(
                 model=card.id,
@@ -261,10 +265,21 @@ class ImageModel:
                 width=width,
                 height=height,
             )
-            async for event in self.generate(wish, patient=True):
-                if isinstance(event, Failed):
-                    about = {"model": card.id, "size": f"{width}x{height}", "error": event.message}
+            for crowd in crowds:
+                failures = await asyncio.gather(*(self._failure(wish) for _ in range(crowd)))
+                for failure in filter(None, failures):
+                    about = {"model": card.id, "size": f"{width}x{height}", "error": failure}
                     logger.warning("the warm-up failed", extra=about)
+                    if card.serving.compile:
+                        raise ModelUnavailable(f"{card.id} cannot run compiled: {failure}")
+
+    async def _failure(self, wish: GenerationRequest) -> str | None:
+        """Why it cannot be done; None: it can."""
+        async with aclosing(self.generate(wish, patient=True)) as events:
+            async for event in events:
+                if isinstance(event, Failed):
+                    return event.message
+        return None
 
     async def _run(
         self,

@@ -23,6 +23,7 @@ from deployments.pipelines.prompt_cache import PromptCache
 from deployments.protocol.adapters import AdapterFiles
 from deployments.protocol.card import ModelCard, Serving
 from deployments.protocol.request import ControlType, Task
+from deployments.weights.compiled import compile_blocks
 from deployments.weights.load import load_controlnet, load_pipeline
 from deployments.weights.preprocessors import finders
 
@@ -61,6 +62,8 @@ class LoadedModel:
         """
         started = time.monotonic()
         pipeline = load_pipeline(card.weights, device, while_serving=while_serving)
+        if card.serving.compile:
+            compile_blocks(pipeline)
         self.card = card
         self.model = Model(
             pipeline,

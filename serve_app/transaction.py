@@ -7,7 +7,7 @@ import logging
 import random
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import Pipeline
@@ -87,3 +87,14 @@ async def transact(redis: Redis, watch: list[str], decide: Callable[[Pipeline], 
 def begin(pipe: Pipeline) -> None:
     """From here on commands are queued for one MULTI/EXEC."""
     pipe.multi()  # type: ignore[no-untyped-call]  # redis-py has no annotation here
+
+
+async def hash_of(redis: Redis | Pipeline, key: str) -> dict[str, str]:
+    """The fields of a hash; none where there is no such key."""
+    return cast(dict[str, str], await redis.hgetall(key))
+
+
+async def clock_us(redis: Redis | Pipeline) -> int:
+    """The server's clock in microseconds: the workers' own may differ or jump."""
+    seconds, microseconds = await redis.time()
+    return int(seconds) * 1_000_000 + int(microseconds)

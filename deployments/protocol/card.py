@@ -156,11 +156,22 @@ class Serving(Strict):
     adapter_disk_mib: int = Field(10_240, ge=0)  # files kept near the replica
     warm_up: bool = True  # run one request before the replica is ready
     warm_up_sizes: list[tuple[int, int]] = []  # width and height of these; empty: the default size
+    compile: bool = False  # torch.compile of the denoiser's repeated blocks; the node keeps what it makes
     prefetch: bool = True  # have far weights on every GPU node before a replica of it starts there
     min_replicas: int = Field(0, ge=0)
     max_replicas: int = Field(1, ge=1)
     autoscaling: dict[str, float] = {}  # knobs of the policy that differ from its own: docs/scaling.md
     job_timeout_s: float = 600.0
+
+    @model_validator(mode="after")
+    def _compiled_before_it_serves(self) -> Self:
+        if self.compile and self.lora != "none":
+            raise ValueError(
+                "compile needs lora: none, as adapters change layers; give LoRAs a card without compile"
+            )
+        if self.compile and not self.warm_up:
+            raise ValueError("compile needs warm_up, or the first requests would wait for the compiler")
+        return self
 
 
 def _known_tasks(tasks: list[str]) -> list[str]:

@@ -47,7 +47,7 @@ def local_folder(url: str) -> Path:
     It is there whole or not at all; others on this node who want it at the same time wait for the first.
     Raises FileNotFoundError when there is nothing at the URL, OSError, ImportError without its driver.
     """
-    folder = _cache() / hashlib.sha256(url.encode()).hexdigest()[:24]
+    folder = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:24]
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,8 @@ def _from_hub(weights: Weights, *, pipeline: bool) -> None:
     snapshot_download(str(weights.repo), allow_patterns=FILES, **options)
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where this node keeps what was fetched or made for models."""
     return Path(os.environ.get(MODEL_CACHE) or Path.home() / ".cache" / "weft" / "models")
 
 

@@ -7,7 +7,6 @@ run on the server's clock. Values are JSON.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,23 +15,23 @@ from typing import cast
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
-from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overloaded, RateLimited
+from deployments.protocol.errors import BadRequest, Conflict, NotFound
 from deployments.protocol.limits import Correction
 from deployments.protocol.request import FittedRequest
-from serve_app.admission import quota
 from serve_app.jobs import progress
+from serve_app.jobs.acceptance import Acceptance
 from serve_app.jobs.cache import Cache
 from serve_app.jobs.forecast import Room
 from serve_app.jobs.hints import Hints
-from serve_app.jobs.job import NO_TERMS, Handover, Job, JobError, JobState, Once, StoredArtifact, Terms
+from serve_app.jobs.job import NO_TERMS, Handover, Job, JobError, JobState, StoredArtifact, Terms
 from serve_app.jobs.listing import OwnerIndex, Page
 from serve_app.jobs.outbox import Outbox
 from serve_app.jobs.pace import Demand, Paces
-from serve_app.jobs.record import FIRST_USE, Keys, job_from
-from serve_app.jobs.transitions import ALONE, Company, Place, Transitions, digest, flow_of
-from serve_app.jobs.turns import next_turn, turn_of
+from serve_app.jobs.record import Keys, job_from
+from serve_app.jobs.transitions import ALONE, Company, Transitions
+from serve_app.jobs.turns import turn_of
 from serve_app.settings import Settings
-from serve_app.transaction import begin, reachable, transact
+from serve_app.transaction import begin, clock_us, hash_of, reachable, transact
 
 NO_SUCH_JOB = "no such job; it may have been deleted or forgotten, or it is not yours"
 FROM_START = "0-0"  # before every event id
@@ -71,7 +70,7 @@ class JobStore:
         self._settings = settings
         self._transitions = Transitions(self._keys, settings)
         self._paces = Paces(redis, self._keys)
-        self._accepting = asyncio.Lock()  # own accepts would only make each other's WATCH fail
+        self._acceptance = Acceptance(redis, self._keys, settings, self._transitions, self._paces)
 
     def work_hints(self) -> Hints:
         """Tells NEW_WORK, and the id of a running job that shall be cancelled."""
@@ -102,117 +101,12 @@ class JobStore:
         Raises Overloaded past max_pending and terms.max_wait_s, RateLimited past max_active_per_owner,
         Conflict when the key came with another body before, QuotaExceeded past terms.images_per_day.
         """
-        keys = self._keys
-
-        async def decide(pipe: Pipeline) -> Job:
-            known = await _hash(pipe, keys.job(job_id))
-            if known:
-                return job_from(job_id, known)
-            if terms.once is not None and (first := await self._first_use(pipe, owner, terms.once)):
-                return first
-            place = await self._place(pipe, owner, request, terms)
-            if place.leader is None and place.twin is None:
-                await self._check_room(pipe, request.model, place.position, terms.max_wait_s)
-            if await pipe.scard(keys.active(owner)) >= self._settings.max_active_per_owner:
-                raise RateLimited(
-                    f"you have {self._settings.max_active_per_owner} jobs waiting or running, which is "
-                    "the limit; wait for one to end or cancel one",
-                    retry_after_s=5.0,
-                )
-            now_us = await _now_us(pipe)
-            charge, old = None, list[str]()
-            if terms.images_per_day is not None:
-                used = await _hash(pipe, keys.quota(owner))
-                charge = quota.reserve(terms.images_per_day, used, request.num_images, now_us)
-                old = quota.old_days(used, now_us)
-            begin(pipe)
-            if old:
-                pipe.hdel(keys.quota(owner), *old)
-            return self._transitions.accept(
-                pipe, job_id, owner, request, warnings, now_us, terms=terms, place=place, charge=charge
-            )
-
-        # not keys.pending, which moves all the time: other processes may pass max_pending by a job each
-        watch = [keys.job(job_id), keys.active(owner)]
-        if terms.once is not None:
-            watch.append(keys.once(owner, digest(terms.once.key)))
-        if terms.same is not None:
-            watch.append(keys.same(terms.same))
-        if terms.images_per_day is not None:
-            watch.append(keys.quota(owner))
-        async with self._accepting:
-            return await transact(self.redis, watch, decide)
-
-    async def _first_use(self, pipe: Pipeline, owner: str, once: Once) -> Job | None:
-        """The job that came with this key before, if it is still there. Raises Conflict."""
-        used = await pipe.get(self._keys.once(owner, digest(once.key)))
-        if used is None:
-            return None
-        first = FIRST_USE.validate_json(used)
-        if first.digest != once.digest:
-            raise Conflict(
-                "this Idempotency-Key came with another request before; a new request needs a new key",
-                param="Idempotency-Key",
-            )
-        fields = await _hash(pipe, self._keys.job(first.job))
-        return job_from(first.job, fields) if fields else None
-
-    async def _place(self, pipe: Pipeline, owner: str, request: FittedRequest, terms: Terms) -> Place:
-        """Where a job that comes now goes."""
-        keys, model = self._keys, request.model
-        flow = flow_of(owner, request.priority)
-        known = await pipe.hmget(keys.turns(model), ["v", flow])
-        now, used_up = (float(value or 0.0) for value in known)
-        arrival = int(await pipe.get(keys.arrivals) or 0)
-        nobody = await self._nobody_waits(pipe, model)
-        turn = next_turn(now, 0.0 if nobody else used_up, arrival, request.priority)
-        ahead = 0 if nobody else await pipe.zcount(keys.pending_of(model), "-inf", f"({turn.score!r}")
-        place = Place(turn, now, ahead + 1, first=nobody)
-        other = await self._identical(pipe, terms.same)
-        if other is None or other.cancel_requested or other.files_expired:
-            return place
-        if other.state is JobState.completed:
-            return replace(place, position=1, twin=other.id)
-        return place if other.state.ended else replace(place, leader=other.id)
-
-    async def _nobody_waits(self, pipe: Pipeline, model: str) -> bool:
-        """Whether this queue is empty; then it is watched, as the first to come begins its turns anew."""
-        queue = self._keys.pending_of(model)
-        if await pipe.zcard(queue):
-            return False
-        await pipe.watch(queue)
-        return not await pipe.zcard(queue)
-
-    async def _identical(self, pipe: Pipeline, same: str | None) -> Job | None:
-        """The job that answers this cache key; watched, so that it is so when we write."""
-        if same is None:
-            return None
-        other_id = cast(str | None, await pipe.get(self._keys.same(same)))
-        if other_id is None:
-            return None
-        await pipe.watch(self._keys.job(other_id))
-        fields = await _hash(pipe, self._keys.job(other_id))
-        return job_from(other_id, fields) if fields else None
-
-    async def _check_room(self, pipe: Pipeline, model: str, position: int, max_wait_s: float | None) -> None:
-        """Raises Overloaded when the queue is full, or too long for this model."""
-        if await pipe.zcard(self._keys.pending) >= self._settings.max_pending:
-            raise Overloaded(
-                f"{self._settings.max_pending} jobs are waiting, which is the limit; try again later",
-                retry_after_s=10.0,
-            )
-        wait_s = None if max_wait_s is None else (await self._paces.read(pipe, model)).starts_in_s(position)
-        if max_wait_s is not None and wait_s is not None and wait_s > max_wait_s:
-            raise Overloaded(
-                f"a new job of {model} would wait about {wait_s:.0f} s, and {max_wait_s:.0f} s is the limit; "
-                "try again later",
-                retry_after_s=max(1.0, wait_s - max_wait_s),
-            )
+        return await self._acceptance.accept(job_id, owner, request, warnings, terms)
 
     async def get(self, job_id: str) -> Job:
         """The job as it stands. Raises NotFound."""
         with reachable():
-            fields = await _hash(self.redis, self._keys.job(job_id))
+            fields = await hash_of(self.redis, self._keys.job(job_id))
         return _known(job_id, fields)
 
     async def position(self, job: Job) -> int | None:
@@ -278,7 +172,7 @@ class JobStore:
                 return job
             if job.state is JobState.queued:
                 company = await self._company(pipe, job)
-                now_us = await _now_us(pipe)
+                now_us = await clock_us(pipe)
                 begin(pipe)
                 return self._transitions.end(pipe, job, JobState.cancelled, now_us, company)
             begin(pipe)
@@ -329,7 +223,7 @@ class JobStore:
     async def files_due(self, at_most: int = 64) -> list[str]:
         """Ended jobs whose files shall go."""
         with reachable():
-            now_us = await _now_us(self.redis)
+            now_us = await clock_us(self.redis)
             due = await self.redis.zrangebyscore(self._keys.expiring, 0, now_us, start=0, num=at_most)
         return cast(list[str], due)
 
@@ -388,11 +282,11 @@ class JobStore:
         keys = self._keys
 
         async def decide(pipe: Pipeline) -> Claim | None:
-            fields = await _hash(pipe, keys.job(job_id))
+            fields = await hash_of(pipe, keys.job(job_id))
             job = job_from(job_id, fields) if fields.get("state") == JobState.queued else None
             now = 0.0 if job is None else float(await pipe.hget(keys.turns(job.request.model), "v") or 0.0)
             running = now if job is None else turn_of(job.turn, job.request.priority)
-            now_us = await _now_us(pipe)
+            now_us = await clock_us(pipe)
             begin(pipe)
             if job is None or job.queue != queue:
                 self._transitions.dequeue(pipe, job_id, queue)  # or it would be looked at for ever
@@ -412,7 +306,7 @@ class JobStore:
 
         async def decide(pipe: Pipeline) -> bool:
             job = await self._read_mine(pipe, claim)
-            now_us = await _now_us(pipe)
+            now_us = await clock_us(pipe)
             begin(pipe)
             self._transitions.renew(pipe, job, now_us, step=step, steps=steps, news=news)
             return job.cancel_requested
@@ -480,7 +374,7 @@ class JobStore:
     async def reap(self, at_most: int = 64) -> list[Job]:
         """Jobs whose lease ran out, as they stand now: waiting again, failed, or cancelled."""
         with reachable():
-            now_us = await _now_us(self.redis)
+            now_us = await clock_us(self.redis)
             expired = cast(
                 list[str],
                 await self.redis.zrangebyscore(self._keys.running, 0, now_us, start=0, num=at_most),
@@ -492,8 +386,8 @@ class JobStore:
         keys = self._keys
 
         async def decide(pipe: Pipeline) -> Job | None:
-            fields = await _hash(pipe, keys.job(job_id))
-            now_us = await _now_us(pipe)
+            fields = await hash_of(pipe, keys.job(job_id))
+            now_us = await clock_us(pipe)
             # the lease in the hash is the watched one: a heartbeat since makes us look again
             if fields.get("state") != JobState.processing or int(fields["lease_us"]) > now_us:
                 return None
@@ -520,7 +414,7 @@ class JobStore:
                 return job
             _check_fence(job, claim)
             company = await self._company(pipe, job)
-            now_us = await _now_us(pipe)
+            now_us = await clock_us(pipe)
             begin(pipe)
             return finish(pipe, job, now_us, company)
 
@@ -539,7 +433,7 @@ class JobStore:
         return Company(leads, tuple([await self._read(pipe, follower) for follower in ids]))
 
     async def _read(self, pipe: Pipeline, job_id: str) -> Job:
-        return _known(job_id, await _hash(pipe, self._keys.job(job_id)))
+        return _known(job_id, await hash_of(pipe, self._keys.job(job_id)))
 
     async def _read_mine(self, pipe: Pipeline, claim: Claim) -> Job:
         """The job under this claim's fence. Raises Stale."""
@@ -564,13 +458,3 @@ def _known(job_id: str, fields: Mapping[str, str]) -> Job:
     if not fields:
         raise NotFound(NO_SUCH_JOB)
     return job_from(job_id, fields)
-
-
-async def _hash(redis: Redis | Pipeline, key: str) -> dict[str, str]:
-    return cast(dict[str, str], await redis.hgetall(key))
-
-
-async def _now_us(redis: Redis | Pipeline) -> int:
-    """The server's clock: the workers' own may differ or jump."""
-    seconds, microseconds = await redis.time()
-    return int(seconds) * 1_000_000 + int(microseconds)

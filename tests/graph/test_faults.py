@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
 
-from tests.graph.calls import ended, picture, submit, told
+from tests.graph.calls import Undisturbed, ended, picture, submit, told
 from tests.graph.running import Service, kill, until
 
 pytestmark = pytest.mark.ray
@@ -28,16 +28,20 @@ def victims(service: Service) -> dict[str, Callable[[], int]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(service: Service) -> Image.Image:
-    """What the wish gives when nobody dies."""
+def undisturbed(service: Service) -> Undisturbed:
     with service.client() as client:
-        return picture(client, ended(client, submit(client, **WISH)))
+        return Undisturbed.of(client, **WISH)
 
 
 @pytest.mark.parametrize("victim", ["the dispatcher", "the model replica", "Valkey"])
 def test_a_job_survives_kill_9_of(
-    victim: str, service: Service, client: httpx.Client, undisturbed: Image.Image
+    victim: str,
+    service: Service,
+    client: httpx.Client,
+    undisturbed: Undisturbed,
+    record_property: Callable[[str, object], None],
 ) -> None:
+    began = time.monotonic()
     job_id = submit(client, **WISH)
     until(lambda: client.get(f"/api/generate/{job_id}").json()["step"] > 5, "the job runs")
 
@@ -48,9 +52,11 @@ def test_a_job_survives_kill_9_of(
         return answer.status_code == 200 and answer.json()["status"] == "completed"
 
     until(back, "the job completes")
+    late_s = time.monotonic() - began - undisturbed.seconds
+    record_property(f"recovery_{victim.removeprefix('the ').replace(' ', '_').lower()}_s", late_s)
     job = client.get(f"/api/generate/{job_id}").json()
     assert len(job["artifacts"]) == 1
-    assert picture(client, job).tobytes() == undisturbed.tobytes()
+    assert picture(client, job).tobytes() == undisturbed.image.tobytes()
 
 
 def test_a_new_job_is_served_after_all_of_that(client: httpx.Client) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -28,7 +29,9 @@ SOON = {  # instead of the minutes of an installation
 }
 
 
-def test_nodes_and_replicas_appear_with_jobs_and_go_back_to_none(tmp_path: Path) -> None:
+def test_nodes_and_replicas_appear_with_jobs_and_go_back_to_none(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     with RayCluster(tmp_path, autoscaled=NODES) as cluster:
         model = cluster.card(serving={"slots": SLOTS, "min_replicas": 0, "max_replicas": NODES})
         scaling = [{"name": model, "autoscaling_config": SOON}]
@@ -60,6 +63,7 @@ def test_nodes_and_replicas_appear_with_jobs_and_go_back_to_none(tmp_path: Path)
         until(lambda: cluster.replicas(model) == [], "no replica is left", every_s=0.5)
         until(lambda: len(cluster.nodes()) == 1, "no GPU node is left", every_s=0.5)
         gone_s = time.monotonic() - began
-        print(f"\n{NODES} nodes after {grown_s:.1f} s, {len(jobs)} jobs after {done_s:.1f} s", end=", ")
-        print(f"none left after {gone_s:.1f} s")
+        record_property("nodes_up_s", grown_s)
+        record_property("nodes_jobs_done_s", done_s)
+        record_property("nodes_gone_s", gone_s)
         assert cluster.ready(), "what answers HTTP stayed"

@@ -105,7 +105,8 @@ async def test_accepts_for_several_owners_in_several_processes_never_wait_for_ea
 ) -> None:
     here, there = JobStore(redis, settings), JobStore(redis, settings)
     await accepted(here, owner="one")  # somebody waits, as under load
-    place, looks = here._place, 0
+    door = here._acceptance
+    place, looks = door._place, 0
 
     async def slow(*of_the_job: Any) -> Place:
         nonlocal looks
@@ -115,7 +116,7 @@ async def test_accepts_for_several_owners_in_several_processes_never_wait_for_ea
         await claimed(there)
         return found
 
-    monkeypatch.setattr(here, "_place", slow)
+    monkeypatch.setattr(door, "_place", slow)
     await accepted(here, owner="three")
 
     assert looks == 1, "it was not disturbed"
