@@ -4,9 +4,10 @@ process: until Python runs our first line. imports: torch, diffusers and our own
 device, seams cut. warm_up: the card's sizes once, rows proven. first_picture: the first request, encoded.
 
 A replica is a process like these; Ray adds what it takes to place it. --graph measures that as well: the
-whole graph with the model scaled to zero, from the call of a caller who waits to its picture.
+whole graph with the model scaled to zero, from the call of a caller who waits to its picture. --compile also
+measures the card with `compile: true`, on a node that has no compiled code yet and on one that has.
 
-    python benchmarks/cold_start.py [--cards tiny-flux-schnell,tiny-sdxl-base] [--runs 5] [--graph] [--dry]
+    python benchmarks/cold_start.py [--cards tiny-flux-schnell,tiny-sdxl-base] [--graph] [--compile]
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 PHASES = ("process", "imports", "load", "warm_up", "first_picture")
 
 
-def replica(card_id: str, spawned: float) -> dict[str, float]:
+def replica(card_id: str, spawned: float, compiled: bool) -> dict[str, float]:
     """In the child: seconds of each phase. spawned: time.time() of the parent."""
     began = time.time()
     sys.path.insert(0, str(ROOT))
@@ -37,7 +38,11 @@ def replica(card_id: str, spawned: float) -> dict[str, float]:
     from deployments.protocol.events import Artifact
     from deployments.protocol.request import GenerationRequest
 
-    model = ImageModel([load_cards(ROOT / "configs/models")[card_id]])
+    card = load_cards(ROOT / "configs/models")[card_id]
+    if compiled:
+        serving = card.serving.model_copy(update={"compile": True, "lora": "none"})
+        card = card.model_copy(update={"serving": serving, "adapters": []})
+    model = ImageModel([card])
     ready = time.time()
 
     async def picture() -> None:
@@ -53,10 +58,11 @@ def replica(card_id: str, spawned: float) -> dict[str, float]:
     return {"process": began - spawned, **phases, "first_picture": done - ready}
 
 
-def one_run(card_id: str) -> dict[str, float]:
+def one_run(card_id: str, *more: str, **environment: str) -> dict[str, float]:
     """One fresh process."""
-    command = [sys.executable, __file__, "--replica", card_id, "--spawned", repr(time.time())]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    command = [sys.executable, __file__, "--replica", card_id, "--spawned", repr(time.time()), *more]
+    env = os.environ | environment
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=env)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -100,12 +106,13 @@ def main() -> None:
     parser.add_argument("--cards", default="tiny-flux-schnell,tiny-sdxl-base")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--graph", action="store_true")
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--dry", action="store_true", help="Print, and record nothing.")
     parser.add_argument("--replica", help=argparse.SUPPRESS)
     parser.add_argument("--spawned", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.replica:
-        print(json.dumps(replica(options.replica, options.spawned)))
+        print(json.dumps(replica(options.replica, options.spawned, options.compile)))
         return
 
     def told(name: str, values: list[float], notes: str = "") -> None:
@@ -120,6 +127,12 @@ def main() -> None:
         for phase in PHASES:
             told(f"cold_start_{phase}_s.{card_id}", [run[phase] for run in runs])
         told(f"cold_start_s.{card_id}", [sum(run.values()) for run in runs], "process to first picture")
+        if options.compile:
+            with tempfile.TemporaryDirectory() as cache:
+                for where in ("first", "again"):
+                    run = one_run(card_id, "--compile", WEFT_MODEL_CACHE=cache)
+                    name, notes = f"cold_start_compiled_{where}_s", "process to first picture, compile: true"
+                    told(f"{name}.{card_id}", [sum(run.values())], notes)
         if options.graph:
             cold, warm = through_the_graph(card_id)
             told(

@@ -3,7 +3,7 @@
 Three questions. How many frames a second are encoded, by size and threads, with the very settings of the
 ffmpeg command line behind a pipe (`encode_vs_ffmpeg`: our time over its, in the worst case). How long a video
 takes from its last denoising step: decoded and encoded at once, over decoded and then encoded by us
-(`video_streamed_vs_waiting`), and over decoded and then exported (`video_end_to_end_vs_export`). The frames come
+(`video_streamed_vs_waiting`), and over decoded and then exported (`video_end_to_end_vs_export`). Frames come
 at the pace of a GPU's decoding, by waiting for them, and once more from the tiny VAE on this CPU (`_on_cpu`),
 whose decoding takes most of the time. And how much memory each way needs for long videos.
 
