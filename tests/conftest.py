@@ -12,7 +12,8 @@ from xdist.scheduler import LoadFileScheduling
 
 WITH_RAY = "tests/graph/"
 FLEETS = tuple(
-    WITH_RAY + name for name in ("test_autoscaling", "test_examples", "test_fleet", "test_node_")
+    WITH_RAY + name
+    for name in ("test_autoscaling", "test_examples", "test_fleet", "test_node_", "test_one_gpu")
 )  # many nodes or models
 
 
