@@ -1,6 +1,7 @@
 """How the suite shares out its tests among processes (`make test`): the tests of a file stay together, and
 all that start a Ray stay in one process, one after another. That one begins first, as it takes longest.
 Those in FLEETS take longer than all others together: `make fleets` runs them, `make test` leaves them out.
+A test with a Ray, dozens of processes on perhaps a busy machine, has a second try; the summary counts them.
 """
 
 from __future__ import annotations
@@ -49,4 +50,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.startswith(FLEETS):
             item.add_marker(pytest.mark.fleet)
+        if item.nodeid.startswith(WITH_RAY):
+            item.add_marker(pytest.mark.flaky(reruns=1))
     items.sort(key=lambda item: not item.nodeid.startswith(WITH_RAY))
