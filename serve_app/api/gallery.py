@@ -1,6 +1,7 @@
 """Finished pictures and videos as files, whole or in parts."""
 
 import re
+from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Response
@@ -18,6 +19,19 @@ FILE_NAME = re.compile(r"([0-9]{1,3})\.(png|jpeg|jpg|webp|mp4|webm)")
 VIDEOS = ("mp4", "webm")
 STILLS = ("thumbnail", "poster", "spritesheet")
 FOREVER = "private, max-age=31536000, immutable"  # a finished picture never changes under its address
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which file of a job, and how much of it; the last ones are what the caller's headers say."""
+
+    index: int
+    kind: str
+    extension: str | None = None  # that the file must have
+    known_etags: str | None = None  # If-None-Match
+    byte_range: str | None = None
+    if_range: str | None = None
+    attachment: bool = False  # save it rather than show it
 
 
 @router.get("/api/results/{task_id}/{name}", response_class=Response)
@@ -39,17 +53,8 @@ async def download(
         raise NotFound("a picture's name is its index and format, such as 0.png", param="name")
     extension = match[2].replace("jpeg", "jpg")
     kind = "video" if extension in VIDEOS else "image"
-    return await result_file(
-        visit,
-        job_id,
-        int(match[1]),
-        kind,
-        extension,
-        if_none_match,
-        attachment=attachment,
-        byte_range=byte_range,
-        if_range=if_range,
-    )
+    wanted = Wanted(int(match[1]), kind, extension, if_none_match, byte_range, if_range, attachment)
+    return await result_file(visit, job_id, wanted)
 
 
 @router.get("/api/results/{task_id}/{index}/{still}", response_class=Response)
@@ -65,49 +70,17 @@ async def read_still(
     """
     if still not in STILLS:
         raise NotFound(f"there is no such picture; there is {', '.join(STILLS)}", param="name")
-    return await result_file(visit, job_id, index, still, None, if_none_match)
+    return await result_file(visit, job_id, Wanted(index, still, known_etags=if_none_match))
 
 
-async def result_file(
-    visit: Visit,
-    job_id: str,
-    index: int,
-    kind: str,
-    extension: str | None = None,
-    known_etag: str | None = None,
-    *,
-    attachment: bool = False,
-    byte_range: str | None = None,
-    if_range: str | None = None,
-) -> Response:
+async def result_file(visit: Visit, job_id: str, wanted: Wanted) -> Response:
     """One file of a caller's job, or what a conditional or partial request gets of it. Raises NotFound."""
-    job = (await visit.desk.get(job_id, visit.owner)).job
-    return await file_of(
-        visit.desk,
-        job,
-        index,
-        kind,
-        extension,
-        known_etag,
-        attachment=attachment,
-        byte_range=byte_range,
-        if_range=if_range,
-    )
+    return await file_of(visit.desk, (await visit.desk.get(job_id, visit.owner)).job, wanted)
 
 
-async def file_of(
-    desk: JobDesk,
-    job: Job,
-    index: int,
-    kind: str,
-    extension: str | None = None,
-    known_etag: str | None = None,
-    *,
-    attachment: bool = False,
-    byte_range: str | None = None,
-    if_range: str | None = None,
-) -> Response:
+async def file_of(desk: JobDesk, job: Job, wanted: Wanted) -> Response:
     """The same of a job that the caller may see."""
+    index, kind = wanted.index, wanted.kind
     artifact = next((a for a in job.artifacts if (a.index, a.kind) == (index, kind)), None)
     if artifact is None:
         raise NotFound(
@@ -115,13 +88,13 @@ async def file_of(
             f"and has {sum(a.kind == kind for a in job.artifacts)}",
             param="index",
         )
-    if extension is not None and EXTENSIONS[artifact.media_type] != extension:
+    if wanted.extension not in (None, EXTENSIONS[artifact.media_type]):
         raise NotFound(f"this {kind} is {index}.{EXTENSIONS[artifact.media_type]}", param="name")
-    headers = _headers(job.id, artifact, attachment)
-    if known_etag is not None and headers["ETag"] in (part.strip() for part in known_etag.split(",")):
+    headers = _headers(job.id, artifact, wanted.attachment)
+    if headers["ETag"] in (known.strip() for known in (wanted.known_etags or "").split(",")):
         return Response(status_code=304, headers=headers)
     try:
-        part = part_of(byte_range, artifact.size_bytes, headers["ETag"], if_range)
+        part = part_of(wanted.byte_range, artifact.size_bytes, headers["ETag"], wanted.if_range)
     except Unsatisfiable:
         headers["Content-Range"] = f"bytes */{artifact.size_bytes}"
         return Response(status_code=416, headers=headers)

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Header, Query, Response
 from pydantic import BaseModel, Field
 
 from serve_app.api.depends import Here, JobId, StateHere
-from serve_app.api.gallery import file_of
+from serve_app.api.gallery import Wanted, file_of
 
 router = APIRouter(tags=["results"])
 public = APIRouter(tags=["results"])
@@ -55,9 +55,8 @@ async def open_link(
 ) -> Response:
     """The file behind such a link, without a key. 401 once its time is up or when it was changed."""
     job = await state.desk.shared(job_id, index, kind, expires, signature)
-    response = await file_of(
-        state.desk, job, index, kind, known_etag=if_none_match, byte_range=byte_range, if_range=if_range
-    )
+    wanted = Wanted(index, kind, known_etags=if_none_match, byte_range=byte_range, if_range=if_range)
+    response = await file_of(state.desk, job, wanted)
     response.headers["Cache-Control"] = f"private, max-age={max(0, expires - int(time.time()))}"
     response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"  # whoever has it may show it
     return response

@@ -9,7 +9,7 @@ from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overload
 from serve_app.api.bodies import documented, read_json, read_json_or_form
 from serve_app.api.depends import Here, JobId, Visit
 from serve_app.api.depends import job_id as checked_id
-from serve_app.api.gallery import result_file
+from serve_app.api.gallery import Wanted, result_file
 from serve_app.api.schemas.job import Accepted, Warned
 from serve_app.api.schemas.video import (
     EditBody,
@@ -122,9 +122,8 @@ async def read_content(
         raise job.error.to_error()
     if job.state is not JobState.completed:
         raise Conflict(f"the video is {job.state.value}; ask for its content when it is completed")
-    return await result_file(
-        visit, job_id, 0, variant, None, if_none_match, byte_range=byte_range, if_range=if_range
-    )
+    wanted = Wanted(0, variant, known_etags=if_none_match, byte_range=byte_range, if_range=if_range)
+    return await result_file(visit, job_id, wanted)
 
 
 @router.post("/v1/videos/{task_id}/remix", openapi_extra=documented(RemixBody))

@@ -239,6 +239,14 @@ def test_what_does_not_fit_is_refused_by_its_first_bad_key(flux: Any, sd: Any, s
         assert refusal.value.param == "loras", number
 
 
+def test_values_whose_sum_runs_over_are_finite_all_the_same(flux: Any) -> None:
+    own = attention_only(flux, "transformer")
+
+    huge = read(file_of(changed(own, "lora_A.weight", lambda t: torch.full_like(t, 3e38))), flux)
+
+    assert any((factors.a == 3e38).all() for factors in huge.factors.values())
+
+
 def test_dora_in_the_metadata_is_refused(flux: Any) -> None:
     note = json.dumps({"transformer.use_dora": True})
 
