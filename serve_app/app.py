@@ -130,10 +130,18 @@ def _models(
         elif loras == name:
             model = deployment(LoraImageModel).bind(members, refiners, on_stop, **files)
         else:
-            pool = _deployment(loras, serving)(LoraImageModel).bind(members, refiners, on_stop, **files)
+            pool = _deployment(loras, _of_pool(serving))(LoraImageModel).bind(
+                members, refiners, on_stop, **files
+            )
             model = deployment(ImageModel).bind(members, refiners, on_stop, beside=pool)
         models |= dict.fromkeys([card.id for card in members], model)
     return models
+
+
+def _of_pool(serving: Serving) -> Serving:
+    """Of the deployment for requests with LoRAs."""
+    least = serving.lora_min_replicas
+    return serving if least is None else serving.model_copy(update={"min_replicas": least})
 
 
 def _fetchers(cards: Mapping[str, ModelCard], known: Mapping[str, ModelCard]) -> list[Application]:

@@ -150,6 +150,7 @@ class Serving(Strict):
     group: str | None = None  # cards of one group share their replicas; the first listed sets the resources
     models_loaded: int = Field(3, ge=1)  # of a group at once on one replica; the least recently used goes
     lora: Literal["shared", "dedicated", "none"] = "shared"  # dedicated: replicas of their own for adapters
+    lora_min_replicas: int | None = Field(None, ge=0)  # of the dedicated ones; None: as min_replicas
     adapters_on_device: int = Field(8, ge=1)  # slots; one in use is never evicted
     adapters_in_memory: int = Field(64, ge=1)  # converted, ready for the device
     adapter_memory_mib: int = Field(4096, ge=1)  # of them together, whichever limit is reached first

@@ -49,6 +49,19 @@ def test_models_that_make_videos_share_one_encoder() -> None:
     assert encoders[0]._bound_deployment.ray_actor_options["runtime_env"] == NO_GPU
 
 
+@pytest.mark.parametrize(("lora_min", "expected"), [(None, 1), (0, 0), (2, 2)])
+def test_replicas_for_loras_have_a_least_number_of_their_own(lora_min: int | None, expected: int) -> None:
+    card = load_cards(CARDS)["tiny-flux-schnell"]
+    serving = {"lora": "dedicated", "min_replicas": 1, "max_replicas": 3, "lora_min_replicas": lora_min}
+    card = card.model_copy(update={"serving": card.serving.model_copy(update=serving)})
+
+    model = _models({card.id: card}, {})[card.id]._bound_deployment
+    pool = model.init_kwargs["beside"]._bound_deployment
+
+    least = [each._deployment_config.autoscaling_config.min_replicas for each in (model, pool)]
+    assert (pool.name, least) == ("lora-tiny-flux-schnell", [1, expected])
+
+
 def test_a_model_may_be_served_without_its_refiner_being_a_model_of_its_own() -> None:
     assert build(AppArgs(models=["sdxl-base-1.0"])) is not None
 
