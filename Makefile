@@ -16,10 +16,10 @@ SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxproc
 test: $(VENV)/.test ## set up, then the suite; `make fleets` runs what it leaves out
 	@$(SUITE) -m "not fleet"
 
-fleets: $(VENV)/.test ## the shipped fleet, clusters of several nodes, a batch as a Ray job (20 minutes on two cores)
+fleets: $(VENV)/.test ## the shipped fleet, clusters of several nodes, a batch as a Ray job (15 minutes on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fleet tests/graph
 
-exact: $(VENV)/.test ## 1,000 random schedules against each request alone (20 minutes)
+exact: $(VENV)/.test ## 1,000 random schedules against each request alone (an hour)
 	@$(BIN)/python benchmarks/exact.py
 
 chaos: $(VENV)/.test ## 2,000 random schedules of the job store, then processes killed at random (5 minutes)

@@ -74,6 +74,10 @@ class ImageModel:
         """
         began = time.monotonic()
         os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # a model folder may hold code; never run it
+        if cards[0].serving.compile:
+            from deployments.weights.nearby import keep_compiled_code
+
+            keep_compiled_code()
         import torch
 
         from deployments.adapters.files import NearbyFiles

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 from typing import Any
 
 from torch import nn
 
 from deployments.protocol.errors import ModelUnavailable
-from deployments.weights.nearby import cache_folder
 
 logger = logging.getLogger(__name__)
 
 DENOISERS = ("transformer", "transformer_2", "unet")
-CACHE = "TORCHINDUCTOR_CACHE_DIR"  # inductor's own setting; a replica that starts later finds its code there
 
 
 def compile_blocks(pipeline: Any) -> None:
@@ -24,7 +21,6 @@ def compile_blocks(pipeline: Any) -> None:
 
     Raises ModelUnavailable where diffusers does not say what a denoiser repeats.
     """
-    os.environ.setdefault(CACHE, str(cache_folder() / "compiled"))
     parts = {name: getattr(pipeline, name, None) for name in DENOISERS}
     found: dict[str, Any] = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
     for name, part in found.items():
@@ -34,4 +30,4 @@ def compile_blocks(pipeline: Any) -> None:
                 "take compile out of the card"
             )
         part.compile_repeated_blocks(dynamic=True)
-        logger.info("blocks will be compiled", extra={"part": name, "cache": os.environ[CACHE]})
+        logger.info("blocks will be compiled", extra={"part": name})

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a hub repository that is no pipeline
 MODEL_CACHE = "WEFT_MODEL_CACHE"  # Settings.model_cache; Ray's processes inherit it
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # torch's own setting
 
 
 def fetch(weights: Weights, *, pipeline: bool) -> None:
@@ -47,7 +48,7 @@ def local_folder(url: str) -> Path:
     It is there whole or not at all; others on this node who want it at the same time wait for the first.
     Raises FileNotFoundError when there is nothing at the URL, OSError, ImportError without its driver.
     """
-    folder = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:24]
+    folder = _cache() / hashlib.sha256(url.encode()).hexdigest()[:24]
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -77,8 +78,15 @@ def _from_hub(weights: Weights, *, pipeline: bool) -> None:
     snapshot_download(str(weights.repo), allow_patterns=FILES, **options)
 
 
-def cache_folder() -> Path:
-    """Where this node keeps what was fetched or made for models."""
+def keep_compiled_code() -> None:
+    """Have torch's compiler keep its code on this node, for replicas that start later.
+
+    Call it before torch is imported, which else chooses a temporary folder for good.
+    """
+    os.environ.setdefault(COMPILED, str(_cache() / "compiled"))
+
+
+def _cache() -> Path:
     return Path(os.environ.get(MODEL_CACHE) or Path.home() / ".cache" / "weft" / "models")
 
 

@@ -18,6 +18,7 @@ from torch import nn
 from deployments.protocol.card import Serving
 from deployments.protocol.errors import ModelUnavailable
 from deployments.weights.compiled import compile_blocks
+from deployments.weights.nearby import COMPILED
 from tests.workshop import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,6 @@ import asyncio, io, json, sys
 from pathlib import Path
 
 from PIL import Image
-from torch._dynamo.utils import counters
 
 from deployments.image import ImageModel
 from deployments.protocol.card import load_card
@@ -48,7 +48,9 @@ async def pictures(model):
     return {"alone": alone, "together": together, "larger": await picture(model, 0, width=96, height=64)}
 
 
-model = ImageModel([load_card(Path(sys.argv[1]))])
+model = ImageModel([load_card(Path(sys.argv[1]))])  # imports torch
+from torch._dynamo.utils import counters
+
 graphs = counters["stats"].get("unique_graphs", 0)
 told = asyncio.run(pictures(model))
 told["graphs"] = graphs
@@ -67,10 +69,11 @@ def replica(folder: Path, *, compiled: bool) -> dict[str, Any]:
     card["serving"] |= {"lora": "none", "compile": compiled}
     path = folder / "card.yaml"
     path.write_text(yaml.safe_dump(card))
+    inherited = {name: value for name, value in os.environ.items() if name != COMPILED}  # torch here sets it
     done = subprocess.run(
         [sys.executable, "-c", REPLICA, str(path)],
         cwd=ROOT,
-        env=os.environ | {"WEFT_MODEL_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
+        env=inherited | {"WEFT_MODEL_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -97,6 +100,7 @@ def test_compiled_blocks_paint_the_same_in_any_batch_and_are_compiled_once_per_n
     assert first["later_graphs"] == second["later_graphs"] == 0, "another size needs no other"
     assert (first["compiled"], second["compiled"]) == (2, 0)
     assert {**first, "compiled": 0} == second
+    assert any((tmp_path / "cache" / "compiled").iterdir()), "where the node keeps it"
 
 
 def differ_at_most_by(levels: int, ours: list[str], theirs: list[str]) -> bool:
