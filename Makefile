@@ -19,7 +19,7 @@ test: $(VENV)/.test ## set up, then the suite; `make fleets` runs what it leaves
 fleets: $(VENV)/.test ## the shipped fleet, clusters of several nodes, a batch as a Ray job (15 minutes on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fleet tests/graph
 
-exact: $(VENV)/.test ## 1,000 random schedules against each request alone (an hour)
+exact: $(VENV)/.test ## 1,000 random schedules against each request alone (an hour of one core)
 	@$(BIN)/python benchmarks/exact.py
 
 chaos: $(VENV)/.test ## 2,000 random schedules of the job store, then processes killed at random (5 minutes)
