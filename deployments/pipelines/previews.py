@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 Look = npt.NDArray[np.uint8]  # (H, W, 3), one pixel per latent
 FIT_PICTURES, FIT_LATENTS = 8, 16  # pictures of 16 x 16 latents: 2,048 samples for 17 weights
+RIDGE = 1e-3  # of a channel's mean square
 # noise schedulers whose samples are clean + sigma * noise; the others keep the variance at 1
 SIGMA_SPACE = frozenset(
     """
@@ -54,13 +55,24 @@ class Previewer:
         samples = latents.permute(0, 2, 3, 1).flatten(0, 2)
         colours = functional.avg_pool2d(pictures, scale).permute(0, 2, 3, 1).flatten(0, 2)
         with_constant = torch.cat([samples, torch.ones(len(samples), 1)], 1)
-        return cls(torch.linalg.lstsq(with_constant, colours).solution)
+        return cls(_least_squares(with_constant.double(), colours.double()).float())
 
     def look(self, latents: Tensor) -> Look:
         """latents: (C, H, W) in the pipeline's scale, finite or not."""
         flat = latents.float().cpu().permute(1, 2, 0)  # (H, W, C)
         colours = flat @ self._weights[:-1] + self._weights[-1]
         return np.asarray(((colours.nan_to_num() + 1) * 127.5).clamp(0, 255).byte().numpy())
+
+
+def _least_squares(samples: Tensor, colours: Tensor) -> Tensor:
+    """Weights (channels, 3) of samples (n, channels) for colours (n, 3), with a small ridge.
+
+    Channels that our pictures never move would else get weights of any size, which real latents show.
+    """
+    gram = samples.T @ samples
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    weights: Tensor = torch.linalg.solve(gram + ridge, samples.T @ colours)
+    return weights
 
 
 def watch(

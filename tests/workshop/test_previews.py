@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
-from deployments.pipelines.previews import Previewer, predicted_clean
+from deployments.pipelines.previews import Previewer, _least_squares, predicted_clean
 from deployments.pipelines.schedulers import SCHEDULERS, noise_scheduler
 from tests.workshop import tiny
 
@@ -55,6 +55,18 @@ def test_so_it_does_with_flows(name: str) -> None:
 
     assert seen is not None
     assert torch.allclose(seen, clean, atol=1e-3)
+
+
+def test_channels_that_no_picture_of_ours_moves_have_no_say() -> None:
+    torch.manual_seed(0)
+    moved = torch.randn(200, 3, dtype=torch.float64)
+    still = 1e-9 * torch.randn(200, 2, dtype=torch.float64)
+    colours = moved @ torch.tensor([[0.5, 0, 0], [0, 0.2, 0], [0, 0, -0.3]], dtype=torch.float64)
+
+    weights = _least_squares(torch.cat([moved, still], 1), colours + 1e-3 * torch.randn(200, 3))
+
+    assert torch.allclose(weights[:3].diagonal(), torch.tensor([0.5, 0.2, -0.3]).double(), atol=0.01)
+    assert weights[3:].abs().max() < 1e-3
 
 
 def test_a_look_survives_numbers_that_are_not_finite() -> None:
