@@ -98,7 +98,8 @@ class JobStore:
         """The queued job, durable now. The same id, or the same Idempotency-Key, gives the job there is.
 
         A request like one that has completed copies its files; like one in progress, it waits for them.
-        Raises Overloaded past max_pending and terms.max_wait_s, RateLimited past max_active_per_owner,
+        Raises Overloaded past max_pending (which other processes may pass by a job each meanwhile) and
+        terms.max_wait_s, RateLimited past max_active_per_owner,
         Conflict when the key came with another body before, QuotaExceeded past terms.images_per_day.
         """
         return await self._acceptance.accept(job_id, owner, request, warnings, terms)
