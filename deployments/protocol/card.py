@@ -222,6 +222,12 @@ class ModelCard(Strict):
         return [weights for index, weights in enumerate(every) if weights not in every[:index]]
 
     @model_validator(mode="after")
+    def _what_is_compiled_is_warmed_up(self) -> Self:
+        if self.serving.compile and Task.t2i not in self.tasks:
+            raise ValueError("compile needs the task t2i, which warms it up; take compile out of serving")
+        return self
+
+    @model_validator(mode="after")
     def _videos_have_limits(self) -> Self:
         if {Task.t2v, Task.i2v} & set(self.tasks) and self.videos is None:
             raise ValueError("tasks t2v and i2v need the limits in videos")

@@ -15,7 +15,7 @@ import yaml
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from deployments.protocol.card import Serving
+from deployments.protocol.card import ModelCard, Serving
 from deployments.protocol.errors import ModelUnavailable
 from deployments.weights.compiled import compile_blocks
 from deployments.weights.nearby import COMPILED
@@ -130,3 +130,11 @@ def test_a_denoiser_that_says_nothing_of_its_blocks_is_refused_by_name() -> None
 def test_a_card_that_cannot_be_compiled_is_refused(serving: dict[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Serving.model_validate(serving | {"compile": True})
+
+
+def test_a_model_that_no_warm_up_runs_is_not_compiled() -> None:
+    card = yaml.safe_load((ROOT / "configs/models/tiny-wan.yaml").read_text())
+    card["serving"] |= {"lora": "none", "compile": True}
+
+    with pytest.raises(ValueError, match="compile needs the task t2i"):
+        ModelCard.model_validate(card)
