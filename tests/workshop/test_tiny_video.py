@@ -38,7 +38,7 @@ BACKGROUND, COLOUR, MOTION, WHOLE = (
     95.0,
     90.0,
     90.0,
-    70.0,
+    80.0,
 )  # per cent, of 20 prompts; the card has those of 200
 PIXELS_DB = 24.0
 
