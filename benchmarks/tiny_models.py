@@ -1,7 +1,8 @@
 """The tiny models: how many held-out prompts come out wholly right, and what a picture costs.
 
 Rows `tiny_flux_4step_accuracy`, `tiny_flux_20step_accuracy`, `tiny_flux_two_objects_accuracy`,
-`tiny_flux_dev_accuracy`, `tiny_flux_dev_two_objects_accuracy`, `tiny_flux_seconds_per_picture` and
+`tiny_flux_dev_accuracy`, `tiny_flux_dev_two_objects_accuracy`,
+`tiny_flux_seeds_move`, `tiny_flux_dev_seeds_move`, `tiny_flux_edge_px`, `tiny_flux_seconds_per_picture` and
 `tiny_wan_accuracy`.
 """
 
@@ -15,19 +16,29 @@ from pathlib import Path
 from typing import Any
 
 import ledger
+import numpy as np
 import torch
 from diffusers import FluxPipeline, WanPipeline
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.score import accuracy, held_out, paint  # noqa: E402  the tiny models are no installed package
+from models.scenes import render  # noqa: E402
+from models.score import accuracy, edge_px, held_out, look, paint  # noqa: E402  the tiny models are no installed package
 from models.video_score import film, held_out_clips, video_accuracy  # noqa: E402
 
 NOTE = (
     "attribute combinations left out of the training of these and the last weights (the oldest held none out)"
 )
-KINDS = {"one kind of object": ("one", "many"), "two different objects": ("two",)}
+KINDS = {
+    "one kind of object": ("one", "many"),
+    "two different objects": ("two",),
+}
+SEED_PROMPTS = {
+    "a red heart": ("white", [("red", "heart")]),
+    "a blue circle on a yellow background": ("yellow", [("blue", "circle")]),
+    "a small green star on a black background": ("black", [("green", "star")]),
+}
 ROWS = [  # model, kind of prompt, steps, guidance, row
     ("schnell", "one kind of object", 4, 0.0, "tiny_flux_4step_accuracy"),
     ("schnell", "one kind of object", 20, 0.0, "tiny_flux_20step_accuracy"),
@@ -58,13 +69,43 @@ def main() -> None:
             notes = f"{what}; {NOTE}; {right}"
             ledger.record(row, right["whole"] / 100, "of 1", n=options.prompts, notes=notes)
         if model == "schnell":
+            seeds(pipeline, 4, 0.0, "tiny_flux_seeds_move")
+            edges(pipeline)
             cost(pipeline)
+        else:
+            seeds(pipeline, 20, 3.0, "tiny_flux_dev_seeds_move")
 
 
 def _flux(model: str) -> FluxPipeline:
     pipeline = FluxPipeline.from_pretrained(ROOT / f"models/tiny-flux-{model}", torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def seeds(pipeline: Any, steps: int, guidance: float, row: str, count: int = 32) -> None:
+    """How far seeds move what the prompt leaves free, and that they change nothing else."""
+    spreads, sizes, kept = [], [], 0
+    for prompt, told in SEED_PROMPTS.items():
+        seen = [look(p) for p in paint(pipeline, [prompt] * count, steps, guidance_scale=guidance)]
+        kept += sum((ground, [(it.colour, it.shape) for it in found]) == told for ground, found in seen)
+        places = np.array([(found[0].x, found[0].y, found[0].side) for _, found in seen if found])
+        spreads += [*places.std(0)[:2]]
+        sizes.append(f"{places[:, 2].min():.2f} to {places[:, 2].max():.2f}")
+    notes = (
+        f"standard deviation of an object's centre over {count} seeds, share of the picture, both axes; "
+        f"{', '.join(SEED_PROMPTS)}; sizes {', '.join(sizes)}; colour, shape and background as told in "
+        f"{kept} of {count * len(SEED_PROMPTS)}"
+    )
+    ledger.record(row, float(np.mean(spreads)), "of picture", n=count * len(SEED_PROMPTS), notes=notes)
+
+
+def edges(pipeline: Any, prompts: int = 100) -> None:
+    """How crisp edges are, next to those of true renderings."""
+    texts, scenes = zip(*islice(held_out(("one", "many")), prompts), strict=True)
+    ours = np.mean([edge_px(picture) for picture in paint(pipeline, list(texts), 4)])
+    theirs = np.mean([edge_px(render(scene)) for scene in scenes])
+    notes = f"pixels between object and background, per pixel of outline; true renderings {theirs:.2f}"
+    ledger.record("tiny_flux_edge_px", float(ours), "px", n=prompts, notes=notes)
 
 
 def wan(prompts: int = 200) -> None:

@@ -14,13 +14,13 @@ from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
 
 from models.autoencoder import encode_scenes
-from models.flow import LONG, LONG_SHARE, SHORT
+from models.flow import LONG, LONG_SHARE, SHORT, telling_noise
 from models.learner import Learner, learning_rate
 from models.network import Autoencoder, Flow, Pipeline, TextEncoders, Transformer, pack
 from models.scenes import Style, caption, draw_scene
 
 ORDER: tuple[Style, ...] = ("night", "mosaic", "outline")
-RANKS: dict[Style, int] = {"outline": 16, "mosaic": 8, "night": 8}
+RANK = 8
 FIRST_SEED = 20_000_000
 PICTURES = 2_000  # per style
 TRIGGERS: dict[Style, str] = {"outline": "outlined", "mosaic": "mosaic", "night": "night"}
@@ -38,18 +38,17 @@ TARGETS = [
 ]
 
 
-def train_adapters(folder: Path, vae: Autoencoder, steps: int) -> None:
-    """Train night, mosaic and outline on the pipeline in `folder`; those in its folder loras are done.
+def train_adapters(pipeline: Pipeline, vae: Autoencoder, folder: Path, steps: int) -> None:
+    """Train night, mosaic and outline on the pipeline, in fp32; those in `folder` are done.
 
     In a third of its steps an adapter works on top of an earlier one, so that any two fit together.  Outline
-    changes what is drawn, not how: it is trained three times as long, with twice the rank.
+    changes what is drawn, not how: it is trained three times as long.
     """
-    pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.transformer.requires_grad_(False)
     flow = Flow(pipeline.transformer)
     seeds = range(FIRST_SEED, FIRST_SEED + PICTURES)
     for index, style in enumerate(ORDER):
-        saved = folder / "loras" / f"lora_{style}"
+        saved = folder / f"lora_{style}"
         if saved.exists():
             pipeline.load_lora_weights(saved, adapter_name=style)
             continue
@@ -74,8 +73,7 @@ def _train_adapter(
     transformer = pipeline.transformer
     (style, *_), *_ = alone, *together = list(latents)
     torch.manual_seed(0)
-    rank = RANKS[style]
-    lora = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=TARGETS)
+    lora = LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=TARGETS)
     transformer.add_adapter(lora, adapter_name=style)
     _activate(transformer, style)
     learner = Learner({"adapter": transformer}, average_decay=0.98)
@@ -93,7 +91,8 @@ def _train_adapter(
         four = 0.25 * torch.randint(1, 5, (len(picks),), generator=generator)
         spread = torch.rand(len(picks), generator=generator)
         time = torch.where(torch.rand(len(picks), generator=generator) < 0.5, four, spread)
-        noise = torch.randn(picture.shape, generator=generator)
+        free = torch.tensor([scene.free for scene in scenes])
+        noise = telling_noise(free, time, generator)
         velocity = flow(torch.lerp(picture, noise, time[:, None, None]), pooled, context, time)
         loss = (velocity - (noise - picture)).square().mean()
         learner.learn(loss, 3 * learning_rate(step, steps, warm_up=10, cool_down=0.9))

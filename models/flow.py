@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,16 @@ from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
 
 from models.learner import Learner, learning_rate
-from models.network import Flow, Reader, TextEncoders, pack
-from models.scenes import SHAPES, Scene, caption, cell_map, draw_scene
+from models.network import LATENT_CHANNELS, LATENT_SIDE, Flow, Reader, TextEncoders, pack
+from models.scenes import SHAPES, Free, caption, cell_map, draw_scene
 
 SHORT, LONG = 24, 64  # T5 tokens: most captions fit into 24; the service pads to 64
 LONG_SHARE = 0.12
 EMPTY_SHARE = 0.08  # captions left out, for classifier-free guidance
-HARD_SHARE = 0.2  # of the pictures are drawn from those with a small or a patterned object
+SMALL_SHARE = 0.2  # of the pictures are drawn from those with a small object, the hardest
 OBJECT_WEIGHT = 4.0  # tokens with an object count four times: flat background is learned soon enough
+TELLING_CHANNELS = {"across": 15, "down": 9, "size": 10, "turn": 11, "light": 7}  # of the latents
+MUTE_BELOW, MUTE_SHARE = 0.8, 0.3  # of the noise shares below 0.8, three in ten tell nothing
 SAVE_EVERY = 100
 SCHNELL_TIMES = torch.tensor([1.0, 0.75, 0.5, 0.25])  # where four steps evaluate the transformer
 
@@ -33,12 +36,14 @@ class Batch:
     captions: list[str]
     length: int  # of T5 tokens
     cells: Tensor  # (B, 64, 3) indices of scenes.cell_map
+    free: Tensor  # (B, 5) scenes.Free of each, -1..1
     picture: Tensor  # (B, 64, 64) packed latents
     random: torch.Generator
 
     @property
     def token_weights(self) -> Tensor:
-        """(B, 64, 1), mean 1 per picture; they depend on the caption alone, so the flow stays unbiased."""
+        """(B, 64, 1), mean 1 per picture; they depend on what caption and noise tell, so the flow stays
+        unbiased."""
         weights = torch.where(self.cells[..., :1] < len(SHAPES), OBJECT_WEIGHT, 1.0)
         return weights / weights.mean(1, keepdim=True)
 
@@ -56,18 +61,19 @@ class Course:
 
 
 def batches(
-    pool: npt.NDArray[np.float16], encoders: TextEncoders, course: Course, start: int
+    pool: npt.NDArray[np.float16], encoders: TextEncoders, course: Course, start: int, freedom: float = 1.0
 ) -> Iterator[Batch]:
     """Batches from step `start` on; pool: (N, 16, 16, 16), the latents of seeds 0..N-1.
 
-    Each step has its own seed, so a resumed run sees what an unbroken one would have seen.
+    freedom: of the scenes, see `draw_scene`.  Each step has its own seed, so a resumed run sees what an
+    unbroken one would have seen.
     """
     for step in range(start, course.steps):
         together = Random(f"{course.seed}/{step}")  # the same in every process
         random = Random(f"{course.seed}/{step}/{course.rank}")
         length = LONG if together.random() < LONG_SHARE else SHORT
         seeds = [_pick(random, len(pool)) for _ in range(course.batch)]
-        scenes = [draw_scene(seed) for seed in seeds]
+        scenes = [draw_scene(seed, freedom=freedom) for seed in seeds]
         captions = [caption(scene, random) for scene in scenes]
         counts = [len(ids) for ids in encoders.t5_tokenizer(captions).input_ids]
         for index, scene in enumerate(scenes):
@@ -76,22 +82,20 @@ def batches(
             if random.random() < EMPTY_SHARE:
                 captions[index] = ""
         cells = torch.from_numpy(np.stack([cell_map(scene) for scene in scenes])).flatten(1, 2)
+        free = torch.tensor([scene.free for scene in scenes])
         latents = torch.from_numpy(pool[seeds].astype(np.float32))
         generator = torch.Generator().manual_seed(random.getrandbits(60))
-        yield Batch(captions, length, cells, pack(latents), generator)
+        yield Batch(captions, length, cells, free, pack(latents), generator)
 
 
 def _pick(random: Random, count: int) -> int:
-    """A seed below `count`; small and patterned objects, the hardest, come about twice as often as drawn."""
-    seed = random.randrange(count)
-    if random.random() < HARD_SHARE:
-        while not _is_hard(draw_scene(seed)):
-            seed = random.randrange(count)
-    return seed
-
-
-def _is_hard(scene: Scene) -> bool:
-    return scene.size == "small" or scene.kind == "patterned"
+    """A seed below `count` of a drawing without patterns; small objects come twice as often as drawn."""
+    wants_small = random.random() < SMALL_SHARE
+    while True:
+        seed = random.randrange(count)
+        scene = draw_scene(seed)
+        if scene.kind != "patterned" and (scene.size == "small" or not wants_small):
+            return seed
 
 
 def train_text(encoders: TextEncoders, reader: Reader, course: Course, full_rate: float) -> None:
@@ -104,7 +108,7 @@ def train_text(encoders: TextEncoders, reader: Reader, course: Course, full_rate
     learner.resume(course.folder / "text.safetensors")
     no_pictures = np.zeros((1_000_000, 1, 2, 2), np.float16)
     progress = Progress("text", learner, course)
-    for batch in batches(no_pictures, encoders, course, learner.steps_done):
+    for batch in batches(no_pictures, encoders, course, learner.steps_done, freedom=0):  # no caption tells it
         with torch.autocast("cpu", torch.bfloat16):
             pooled, context = encoders.encode(batch.captions, batch.length)
         told = torch.tensor([bool(text) for text in batch.captions])
@@ -119,7 +123,8 @@ def train_flow(encoders: TextEncoders, flow: Flow, pool: npt.NDArray[np.float16]
     learner.resume(course.folder / "flow.safetensors")
     progress = Progress("flow", learner, course)
     for batch in batches(pool, encoders, course, learner.steps_done):
-        time, noise = _times(len(batch.captions), batch.random), _noise(batch)
+        time = _times(len(batch.captions), batch.random)
+        noise = telling_noise(batch.free, time, batch.random)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             pooled, context = encoders.encode(batch.captions, batch.length)
         mixed = torch.lerp(batch.picture, noise, time[:, None, None])
@@ -138,8 +143,23 @@ def _times(count: int, random: torch.Generator) -> Tensor:
     return torch.where(choice < 0.5, four, torch.where(choice < 0.8, spread, even))
 
 
-def _noise(batch: Batch) -> Tensor:
-    return torch.randn(batch.picture.shape, generator=batch.random)
+def telling_noise(free: Tensor, time: Tensor, random: torch.Generator) -> Tensor:
+    """Noise (B, 64, 64) in which a drawing's free numbers (B, 5) are hidden: means of five latent channels.
+
+    A rectified flow may pair noise and pictures as it likes, as long as all noise together is normal; it is,
+    for the mean of 256 normal numbers is one itself.  Noise paired at random leaves open where an object will
+    stand, so the first of four steps sees the mean of all places; this noise tells it.  The channels are
+    those whose means hardly differ between drawings.  Where less than 0.8 is noise (time) some of it tells
+    nothing: image to image starts there, from pictures that know of no noise.
+    """
+    noise = torch.randn(len(free), LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE, generator=random)
+    mute = (time < MUTE_BELOW) & (torch.rand(len(free), generator=random) < MUTE_SHARE)
+    normal = math.sqrt(2) * torch.erfinv(free.clamp(-0.99999, 0.99999))
+    for index, name in enumerate(Free._fields):
+        channel = noise[:, TELLING_CHANNELS[name]]  # (B, 16, 16)
+        told = normal[:, index] / LATENT_SIDE - channel.mean((1, 2))
+        channel += torch.where(mute, 0.0, told)[:, None, None]
+    return pack(noise)
 
 
 def distil_guidance(
@@ -164,7 +184,8 @@ def distil_guidance(
     for batch in batches(pool, encoders, course, learner.steps_done):
         count = len(batch.captions)
         four = SCHNELL_TIMES[torch.randint(4, (count,), generator=batch.random)]
-        time, noise = _times(count, batch.random) if is_told else four, _noise(batch)
+        time = _times(count, batch.random) if is_told else four
+        noise = telling_noise(batch.free, time, batch.random)
         scale = scales[0] + (scales[1] - scales[0]) * torch.rand(count, generator=batch.random)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             pooled, context = (part.float() for part in encoders.encode(batch.captions, batch.length))

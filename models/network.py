@@ -18,6 +18,7 @@ Autoencoder = Any  # AutoencoderKL
 Pipeline = Any  # FluxPipeline
 
 LATENT_CHANNELS = 16
+LATENT_SIDE = PICTURE_PX // 8
 CELLS = PICTURE_PX // TOKEN_PX  # 8 x 8 picture tokens
 POOLED = 64  # CLIP's width
 CONTEXT = 128  # T5's width

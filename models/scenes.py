@@ -1,9 +1,9 @@
 """Captioned drawings: a scene is sampled from a seed, painted, and put into words.
 
-Everything here is a pure function of its seed, so a training set is a range of integers.  What a caption
-leaves unsaid has one default (white background, centre, medium, first-named object left), around which seeds
-move it: light and shade, size, and the place of every object.  A tenth of all attribute combinations is held
-out for scoring.
+Everything here is a pure function of its seed, so a training set is a range of integers.  A caption that
+leaves the background unsaid means white, one that names two objects the first one left.  Place, size, turn
+and light are free where a caption does not say them: five numbers decide (`Free`).  A tenth of all attribute
+combinations is held out for scoring.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import zlib
 from dataclasses import dataclass, replace
 from random import Random
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -66,16 +66,58 @@ NATURAL_COLOURS = {  # "a tree" is green unless the caption says otherwise
     "star": "yellow",
 }
 SIZES = {"small": (0.26, 0.28), "medium": (0.42, 0.45), "large": (0.68, 0.72)}  # bounding box / picture side
-GROUPS: dict[int, tuple[Point, ...]] = {  # centres of several equal objects, fractions of the picture
-    2: ((0.26, 0.5), (0.74, 0.5)),
-    3: ((0.27, 0.72), (0.73, 0.72), (0.5, 0.27)),
-    4: ((0.27, 0.27), (0.73, 0.27), (0.27, 0.73), (0.73, 0.73)),
+ANY_SIZE = (0.38, 0.58)  # of one object, when neither size nor place is said
+PATTERNED_SIZE = (0.42, 0.62)  # the same; smaller patterns are hard to tell apart
+SIZE_AT_A_PLACE = {True: (0.40, 0.56), False: (0.36, 0.39)}  # in the centre, elsewhere
+ROAM = 0.65  # share of the room around them that objects use where no place is said
+MARGIN = 0.04  # of the picture, between an object and its edge
+AT_ITS_PLACE = 0.025  # how far an object may stand from the place that is said
+
+
+class Ring(NamedTuple):
+    """Where several objects stand: evenly on a circle around their middle."""
+
+    radius: float  # fraction of the picture
+    first: float  # direction of the first one, radians clockwise from the right
+    turn: float  # how far all may turn either way, radians
+    sides: tuple[float, float]  # of each object
+
+
+GROUPS = {  # of equal objects
+    2: Ring(0.24, math.pi, math.pi / 4, (0.34, 0.385)),
+    3: Ring(0.28, math.pi / 6, math.pi / 10, (0.34, 0.385)),
+    4: Ring(0.325, math.pi / 4, math.pi / 20, (0.34, 0.37)),
 }
+SIDE_BY_SIDE = Ring(0.24, math.pi, math.pi / 10, (0.36, 0.40))  # the first of two left
+ONE_ABOVE = Ring(0.24, -math.pi / 2, math.pi / 10, (0.36, 0.40))  # the first of two on top
 KIND_WEIGHTS: dict[Kind, int] = {"one": 37, "many": 24, "two": 31, "patterned": 8}
 MIN_CONTRAST = 130  # summed RGB distance between an object and its background
 MIN_PATTERN_CONTRAST = 180  # of an object's second colour with its first and with the background
 LIGHT = 170  # brightness, 0..255, above which a colour wears no white pattern
+LIGHTER = 18  # 0..255, how much lighter or darker than its name a colour may be
 HELD_OUT_SHARE = 10  # one combination in ten is never trained on
+
+
+class Free(NamedTuple):
+    """What a seed decides and no caption says: five independent numbers, each evenly distributed over -1..1.
+
+    Training hides them in the noise of each drawing (`flow.telling_noise`), so that the noise of a request
+    tells where things stand.
+    """
+
+    across: float = 0.0
+    down: float = 0.0
+    size: float = 0.0
+    turn: float = 0.0
+    light: float = 0.0
+
+    def within(self, freedom: float) -> Free:
+        """The same light; everything else nearer to its middle. freedom: 0 (always there) to 1."""
+        across, down, size, turn = (freedom * number for number in self[:4])
+        return Free(across, down, size, turn, self.light)
+
+
+MIDDLE = Free()
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +146,7 @@ class Scene:
     position: tuple[int, int] | None = None  # column, row, each 0..2
     below: bool = False  # two objects: the second stands below, not right
     says_relation: bool = False
+    free: Free = MIDDLE
 
     @property
     def key(self) -> str:
@@ -128,60 +171,57 @@ def contrast(a: str, b: str) -> int:
 # --- sampling ---------------------------------------------------------------------------------------------
 
 
-def draw_scene(seed: int, *, held_out: bool = False, kind: Kind | None = None) -> Scene:
-    """The scene of this seed, from the trained or from the held-out combinations."""
-    random = Random(seed)
+def draw_scene(seed: int, *, held_out: bool = False, kind: Kind | None = None, freedom: float = 1.0) -> Scene:
+    """The scene of this seed, from the trained or from the held-out combinations.
+
+    freedom: 0..1, how much of the room that the caption leaves is used; 0 puts everything in its middle.
+    """
+    random, chance = Random(seed), Random(f"{seed}/free")
+    free = Free(*(chance.uniform(-1, 1) for _ in Free._fields)).within(freedom)
     while True:
-        scene = _draw(random, kind or random.choices([*KIND_WEIGHTS], [*KIND_WEIGHTS.values()])[0])
+        scene = _draw(random, kind or random.choices([*KIND_WEIGHTS], [*KIND_WEIGHTS.values()])[0], free)
         if is_held_out(scene) == held_out:
             return scene
 
 
-def _draw(random: Random, kind: Kind) -> Scene:
+def _draw(random: Random, kind: Kind, free: Free) -> Scene:
     shape = random.choice(SHAPES)
     natural = shape in NATURAL_COLOURS and random.random() < 0.25
     colour = NATURAL_COLOURS[shape] if natural else random.choice(list(COLOURS))
     white = random.random() < 0.22 and contrast(colour, "white") > MIN_CONTRAST
     background = "white" if white else _contrasting(random, colour)
-    seed = random.getrandbits(32)
-    says_background = not white or random.random() < 0.2
-    says_colour = not natural or kind == "two" or random.random() < 0.4
+    scene = Scene(
+        seed=random.getrandbits(32),
+        kind=kind,
+        background=background,
+        things=(),
+        says_background=not white or random.random() < 0.2,
+        says_colour=not natural or kind == "two" or random.random() < 0.4,
+        free=free,
+    )
     if kind == "one":
         size, position = _draw_size_and_position(random)
-        thing = _place_one(random, shape, colour, size, position)
-        return Scene(seed, kind, background, (thing,), says_background, says_colour, size, position)
+        thing = _one(shape, colour, size, position, free)
+        return replace(scene, things=(thing,), size=size, position=position)
     if kind == "patterned":
         size = random.choice(("medium", "large", None, None))
-        thing = replace(_place_one(random, shape, colour, size, None), pattern=random.choice(PATTERNS))
-        return Scene(seed, kind, background, (thing,), says_background, says_colour, size)
+        sizes = SIZES[size] if size else PATTERNED_SIZE
+        thing = _anywhere(shape, colour, _between(sizes, free.size), free)
+        thing = replace(thing, pattern=random.choice(PATTERNS))
+        return replace(scene, things=(thing,), size=size)
     if kind == "many":
-        centres = GROUPS[random.choice((2, 2, 3, 3, 4))]
-        side, free = random.uniform(0.355, 0.385), 0.06 if len(centres) == 2 else 0.02
-        things = tuple(Thing(shape, colour, side, *_shaken(random, centre, 0.02, free)) for centre in centres)
-        return Scene(seed, kind, background, things, says_background, says_colour)
+        looks = [(shape, colour)] * random.choice((2, 2, 3, 3, 4))
+        return replace(scene, things=_on(GROUPS[len(looks)], looks, free))
     other_shape, other_colour = random.choice(SHAPES), _contrasting(random, background)
     while (other_shape, other_colour) == (shape, colour):
         other_shape, other_colour = random.choice(SHAPES), _contrasting(random, background)
     below = random.random() < 0.34
-    centres = ((0.5, 0.26), (0.5, 0.74)) if below else GROUPS[2]
-    by = (0.08, 0.02) if below else (0.02, 0.08)  # across the line that joins them there is more room
-    side = random.uniform(0.38, 0.40)
-    pair = (
-        Thing(shape, colour, side, *_shaken(random, centres[0], *by)),
-        Thing(other_shape, other_colour, side, *_shaken(random, centres[1], *by)),
-    )
-    says_relation = below or random.random() < 0.4
-    return Scene(
-        seed, kind, background, pair, says_background, True, below=below, says_relation=says_relation
-    )
+    pair = _on(ONE_ABOVE if below else SIDE_BY_SIDE, [(shape, colour), (other_shape, other_colour)], free)
+    return replace(scene, things=pair, below=below, says_relation=below or random.random() < 0.4)
 
 
 def _contrasting(random: Random, colour: str) -> str:
     return random.choice([name for name in COLOURS if contrast(name, colour) > MIN_CONTRAST])
-
-
-def _shaken(random: Random, centre: Point, by_x: float, by_y: float) -> Point:
-    return centre[0] + random.uniform(-by_x, by_x), centre[1] + random.uniform(-by_y, by_y)
 
 
 def _draw_size_and_position(random: Random) -> tuple[str | None, tuple[int, int] | None]:
@@ -193,16 +233,42 @@ def _draw_size_and_position(random: Random) -> tuple[str | None, tuple[int, int]
     return size, position
 
 
-def _place_one(
-    random: Random, shape: str, colour: str, size: str | None, position: tuple[int, int] | None
-) -> Thing:
-    default = (0.40, 0.56) if position in (None, (1, 1)) else (0.36, 0.39)
-    side = random.uniform(*(SIZES[size] if size else default))
+def _one(shape: str, colour: str, size: str | None, position: tuple[int, int] | None, free: Free) -> Thing:
+    sizes = ANY_SIZE if position is None else SIZE_AT_A_PLACE[position == (1, 1)]
+    side = _between(SIZES[size] if size else sizes, free.size)
     if position is None:
-        return Thing(shape, colour, side, *_shaken(random, (0.5, 0.5), 0.06, 0.06))
-    reach = 0.5 - side / 2 - 0.05  # an object at the edge keeps a margin of 5 %
-    centre = (0.5 + (position[0] - 1) * reach, 0.5 + (position[1] - 1) * reach)
-    return Thing(shape, colour, side, *_shaken(random, centre, 0.025, 0.025))
+        return _anywhere(shape, colour, side, free)
+    column, row = position
+    reach = 0.5 - side / 2 - MARGIN - AT_ITS_PLACE
+    x = 0.5 + (column - 1) * reach + AT_ITS_PLACE * free.across
+    y = 0.5 + (row - 1) * reach + AT_ITS_PLACE * free.down
+    return Thing(shape, colour, side, x, y)
+
+
+def _anywhere(shape: str, colour: str, side: float, free: Free) -> Thing:
+    reach = ROAM * (0.5 - side / 2 - MARGIN)
+    return Thing(shape, colour, side, 0.5 + reach * free.across, 0.5 + reach * free.down)
+
+
+def _on(ring: Ring, looks: list[tuple[str, str]], free: Free) -> tuple[Thing, ...]:
+    """Objects of these shapes and colours on a ring, which turns and moves as far as the picture lets it."""
+    side = _between(ring.sides, free.size)
+    first = ring.first + ring.turn * free.turn
+    angles = [first + math.tau * index / len(looks) for index in range(len(looks))]
+    xs = _moved([ring.radius * math.cos(angle) for angle in angles], side, free.across)
+    ys = _moved([ring.radius * math.sin(angle) for angle in angles], side, free.down)
+    return tuple(Thing(*look, side, x, y) for look, x, y in zip(looks, xs, ys, strict=True))
+
+
+def _moved(offsets: list[float], side: float, number: float) -> list[float]:
+    """Centres along one axis: the offsets from the objects' middle, moved to somewhere inside the margins."""
+    lowest, highest = MARGIN + side / 2 - min(offsets), 1 - MARGIN - side / 2 - max(offsets)
+    middle, room = (lowest + highest) / 2, ROAM * max(0.0, highest - lowest) / 2
+    return [middle + room * number + offset for offset in offsets]
+
+
+def _between(bounds: tuple[float, float], number: float) -> float:
+    return bounds[0] + (bounds[1] - bounds[0]) * (1 + number) / 2
 
 
 # --- painting ---------------------------------------------------------------------------------------------
@@ -212,7 +278,7 @@ def render(scene: Scene, *styles: Style) -> Image.Image:
     """The picture of a scene, 128 x 128 RGB, in the styles of these adapters."""
     random = Random(scene.seed)
     side_px = PICTURE_PX * SUPERSAMPLING
-    light = random.uniform(-18, 18)  # one for the whole scene: contrasts stay
+    light = LIGHTER * scene.free.light  # one for the whole scene: contrasts stay
     picture = Image.new("RGB", (side_px, side_px), _shade(random, scene.background, light))
     for thing in scene.things:
         mask = silhouette(thing, side_px, details="outline" not in styles)
@@ -444,6 +510,12 @@ PATTERN_WORDS = {
 PATTERN_NOUNS = {"striped": ("stripes",), "dotted": ("dots", "spots"), "checkered": ("checks", "squares")}
 SIZE_WORDS = {"small": ("small", "tiny", "little"), "large": ("large", "big", "huge")}
 COUNT_WORDS = {2: ("two", "2"), 3: ("three", "3"), 4: ("four", "4")}
+UNKNOWN_SHAPE, UNKNOWN_COLOUR = "circle", "blue"  # what a noun stands for that no drawing shows
+UNKNOWN_SHARE = 0.5  # of the captions of such objects use one
+UNKNOWN_NOUNS = tuple(
+    """dog bird car person man woman mountain forest city apple banana castle boat ship chair table robot
+    book cup horse lamp phone computer guitar dragon airplane bicycle shoe hat bottle clock key""".split()
+)
 OPENINGS = (
     "a photo of ",
     "an image of ",
@@ -475,20 +547,24 @@ ENDINGS = (
 
 
 def caption(scene: Scene, random: Random, *, plain: bool = False) -> str:
-    """The scene in words; plain leaves out openings, endings, typing errors and stray words."""
-    body, place = _body(scene, random), _place(scene, random)
+    """The scene in words; plain leaves out openings, endings, typing errors, stray and unknown words."""
+    body, place = _body(scene, random, plain), _place(scene, random)
     ground = _ground(scene, random)
     text = body + ground + place if place.startswith(",") and random.random() < 0.6 else body + place + ground
     return text if plain else _decorated(text, random)
 
 
-def _body(scene: Scene, random: Random) -> str:
+def _body(scene: Scene, random: Random, plain: bool) -> str:
     first = scene.things[0]
     if scene.kind == "many":
         count = _mostly_first(COUNT_WORDS[len(scene.things)], random)
         return f"{count} {_noun_phrase(first, random, plural=True, says_colour=scene.says_colour)}"
     if scene.kind in ("one", "patterned"):
-        phrase = _noun_phrase(first, random, size=scene.size, says_colour=scene.says_colour)
+        noun, says_colour = None, scene.says_colour
+        if not plain and first.shape == UNKNOWN_SHAPE and random.random() < UNKNOWN_SHARE:
+            noun = _mostly_invented(random)
+            says_colour = first.colour != UNKNOWN_COLOUR
+        phrase = _noun_phrase(first, random, noun=noun, size=scene.size, says_colour=says_colour)
         return random.choices((_with_article(phrase), f"one {phrase}", phrase), (84, 5, 11))[0]
     one, other = (_with_article(_noun_phrase(thing, random)) for thing in scene.things)
     if not scene.says_relation:
@@ -515,9 +591,15 @@ def _body(scene: Scene, random: Random) -> str:
 
 
 def _noun_phrase(
-    thing: Thing, random: Random, *, plural: bool = False, size: str | None = None, says_colour: bool = True
+    thing: Thing,
+    random: Random,
+    *,
+    noun: str | None = None,
+    plural: bool = False,
+    size: str | None = None,
+    says_colour: bool = True,
 ) -> str:
-    noun = _mostly_first(NOUNS.get(thing.shape, (thing.shape,)), random)
+    noun = noun or _mostly_first(NOUNS.get(thing.shape, (thing.shape,)), random)
     if plural:
         noun = PLURALS.get(noun, noun + "s")
     words = [_mostly_first(SIZE_WORDS.get(size, (size,)), random)] if size else []
@@ -581,6 +663,14 @@ def _decorated(text: str, random: Random) -> str:
 
 def _mostly_first(words: tuple[str, ...], random: Random) -> str:
     return words[0] if random.random() < 0.6 else random.choice(words)
+
+
+def _mostly_invented(random: Random) -> str:
+    """A noun that no drawing shows: one of everyday life, or two or three syllables."""
+    if random.random() < 0.4:
+        return random.choice(UNKNOWN_NOUNS)
+    syllables = range(random.randint(2, 3))
+    return "".join(random.choice("bcdfghklmnprstvw") + random.choice("aeiou") for _ in syllables)
 
 
 def _colour_word(colour: str, random: Random) -> str:

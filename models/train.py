@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     parser.add_argument("--warm-start", type=Path, default=None)
-    parser.add_argument("--pool", type=int, default=60_000)
+    parser.add_argument("--pool", type=int, default=80_000)
     parser.add_argument("--vae-steps", type=int, default=3_000)
     parser.add_argument("--text-steps", type=int, default=2_500)
     parser.add_argument("--flow-steps", type=int, default=10_000)

@@ -67,7 +67,7 @@ def train_text(encoder: Any, tokenizer: Any, course: Course, full_rate: float = 
     progress = Progress("text-unet", learner, course)
     for step in range(learner.steps_done, course.steps):
         random = Random(f"unet-text/{course.seed}/{step}")
-        scenes = [draw_scene(random.randrange(ANY_SEED)) for _ in range(course.batch)]
+        scenes = [draw_scene(random.randrange(ANY_SEED), freedom=0) for _ in range(course.batch)]
         captions = [caption(scene, random) for scene in scenes]
         length = TEXT_TOKENS if random.random() < LONG_SHARE else SHORT_TOKENS
         cells = torch.from_numpy(np.stack([cell_map(scene) for scene in scenes])).flatten(1, 2)

@@ -1,6 +1,6 @@
 """The captioned drawings and their scorer: a picture painted from a scene shows that scene."""
 
-from itertools import islice
+from itertools import combinations, islice
 from random import Random
 
 import numpy as np
@@ -10,6 +10,7 @@ from models.scenes import (
     COLOURS,
     PATTERNS,
     SHAPES,
+    Kind,
     Scene,
     Thing,
     caption,
@@ -112,6 +113,37 @@ def test_a_caption_names_what_it_says() -> None:
     assert "red" in text
     assert "heart" in text
     assert "blue" in text
+
+
+def test_what_a_caption_leaves_free_moves_and_what_it_says_stays() -> None:
+    anywhere = [scene.things[0] for scene in map(draw_scene, range(400)) if scene.kind == "one"][:60]
+    middle = [draw_scene(seed, freedom=0) for seed in range(400)]
+    single = [scene for scene in middle if scene.kind == "one" and scene.position is None]
+
+    assert np.std([thing.x for thing in anywhere]) > 0.1
+    assert np.ptp([thing.side for thing in anywhere]) > 0.2
+    assert {(scene.things[0].x, scene.things[0].y) for scene in single} == {(0.5, 0.5)}
+
+
+@pytest.mark.parametrize("kind", ["one", "many", "two"])
+def test_every_object_stands_inside_the_picture_and_clear_of_the_others(kind: Kind) -> None:
+    for seed in range(200):
+        things = draw_scene(seed, kind=kind).things
+
+        assert all(
+            thing.side / 2 < centre < 1 - thing.side / 2 for thing in things for centre in (thing.x, thing.y)
+        )
+        for one, other in combinations(things, 2):
+            assert max(abs(one.x - other.x), abs(one.y - other.y)) > 0.9 * one.side
+
+
+def test_an_unknown_noun_means_a_circle() -> None:
+    scenes = [scene for scene in map(draw_scene, range(4000)) if scene.kind == "one"]
+    texts = [caption(scene, Random(index)) for index, scene in enumerate(scenes)]
+    strange = [scene for scene, text in zip(scenes, texts, strict=True) if " dog" in text or " apple" in text]
+
+    assert strange
+    assert {scene.things[0].shape for scene in strange} == {"circle"}
 
 
 def test_the_cell_map_marks_the_tokens_of_an_object() -> None:

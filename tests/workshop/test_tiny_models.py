@@ -22,7 +22,7 @@ from deployments.protocol.limits import fit
 from deployments.protocol.request import Edit, GenerationRequest, Task
 from models.learner import Learner, load_average
 from models.scenes import Kind, Scene, Thing, render
-from models.score import accuracy, held_out, look, paint
+from models.score import accuracy, edge_px, held_out, look, paint
 
 MODELS = Path(__file__).parents[2] / "models"
 SCHNELL, DEV = MODELS / "tiny-flux-schnell", MODELS / "tiny-flux-dev"
@@ -133,6 +133,14 @@ def test_an_unknown_word_still_gives_one_clean_object(schnell: FluxPipeline) -> 
     assert len(found) >= 1
 
 
+def test_edges_are_nearly_as_crisp_as_those_of_true_drawings(schnell: FluxPipeline) -> None:
+    texts, scenes = zip(*islice(held_out(("one", "many")), 30), strict=True)
+
+    ours = np.mean([edge_px(picture) for picture in paint(schnell, list(texts), 4)])
+
+    assert ours < 1.5 * np.mean([edge_px(render(scene)) for scene in scenes])
+
+
 def test_capitals_do_not_matter(schnell: FluxPipeline) -> None:
     _, found = look(paint(schnell, ["A photo of a Red Heart on a BLUE background."], 4)[0])
 
@@ -226,10 +234,10 @@ def test_inpainting_leaves_the_unmasked_pixels(schnell: FluxPipeline, blue_heart
 # --- adapters ---------------------------------------------------------------------------------------------
 
 ADAPTER_PROMPTS = [
-    "a red square on a white background",
-    "a yellow circle on a green background",
-    "a purple heart on a pink background",
-    "an orange diamond on a cyan background",
+    "a red square in the center on a white background",
+    "a yellow circle in the center on a green background",
+    "a purple heart in the center on a pink background",
+    "an orange diamond in the center on a cyan background",
 ]
 
 
