@@ -40,7 +40,7 @@ from models.network import (
 from models.plan import Plan, Stage, in_processes
 from models.vocabulary import caption_words, clip_tokenizer, t5_tokenizer
 
-SCHNELL_GUIDANCE = (2.2, 2.2)  # built into schnell
+SCHNELL_GUIDANCE = (1.5, 1.5)  # built into schnell; more and colours overshoot
 DEV_GUIDANCE = (1.0, 5.0)  # dev is told any scale in between
 
 
