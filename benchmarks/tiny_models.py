@@ -30,10 +30,7 @@ from models.video_score import film, held_out_clips, video_accuracy  # noqa: E40
 NOTE = (
     "attribute combinations left out of the training of these and the last weights (the oldest held none out)"
 )
-KINDS = {
-    "one kind of object": ("one", "many"),
-    "two different objects": ("two",),
-}
+KINDS = {"one kind of object": ("one", "many"), "two different objects": ("two",)}
 SEED_PROMPTS = {
     "a red heart": ("white", [("red", "heart")]),
     "a blue circle on a yellow background": ("yellow", [("blue", "circle")]),

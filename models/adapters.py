@@ -14,10 +14,11 @@ from peft.utils import get_peft_model_state_dict
 from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
 
 from models.autoencoder import encode_scenes
+from models.captions import caption
 from models.flow import LONG, LONG_SHARE, SHORT, telling_noise
 from models.learner import Learner, learning_rate
 from models.network import Autoencoder, Flow, Pipeline, TextEncoders, Transformer, pack
-from models.scenes import Style, caption, draw_scene
+from models.scenes import Style, draw_scene
 
 ORDER: tuple[Style, ...] = ("night", "mosaic", "outline")
 RANK = 8

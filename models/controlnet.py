@@ -13,21 +13,11 @@ from diffusers import ControlNetModel
 from torch import Tensor
 
 from models.autoencoder import linear_encode, pixels
+from models.captions import caption
 from models.flow import Course, Progress
 from models.learner import learning_rate
 from models.network import Autoencoder
-from models.scenes import (
-    COLOURS,
-    MIN_CONTRAST,
-    SHAPES,
-    Picture,
-    Scene,
-    Thing,
-    caption,
-    contrast,
-    draw_scene,
-    render,
-)
+from models.scenes import COLOURS, MIN_CONTRAST, SHAPES, Picture, Scene, Thing, contrast, draw_scene, render
 from models.unet import UNet
 from models.unet_training import Condition, Lesson, UNetLearner, View, noised, ready_to_train, save_sometimes
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
 
+from models.captions import caption
 from models.learner import Learner, learning_rate
 from models.network import LATENT_CHANNELS, LATENT_SIDE, Flow, Reader, TextEncoders, pack
-from models.scenes import SHAPES, Free, caption, cell_map, draw_scene
+from models.scenes import SHAPES, Free, Scene, cell_map, draw_scene
 
 SHORT, LONG = 24, 64  # T5 tokens: most captions fit into 24; the service pads to 64
 LONG_SHARE = 0.12
@@ -72,8 +73,8 @@ def batches(
         together = Random(f"{course.seed}/{step}")  # the same in every process
         random = Random(f"{course.seed}/{step}/{course.rank}")
         length = LONG if together.random() < LONG_SHARE else SHORT
-        seeds = [_pick(random, len(pool)) for _ in range(course.batch)]
-        scenes = [draw_scene(seed, freedom=freedom) for seed in seeds]
+        picks = [_pick(random, len(pool), freedom) for _ in range(course.batch)]
+        seeds, scenes = [seed for seed, _ in picks], [scene for _, scene in picks]
         captions = [caption(scene, random) for scene in scenes]
         counts = [len(ids) for ids in encoders.t5_tokenizer(captions).input_ids]
         for index, scene in enumerate(scenes):
@@ -88,14 +89,14 @@ def batches(
         yield Batch(captions, length, cells, free, pack(latents), generator)
 
 
-def _pick(random: Random, count: int) -> int:
-    """A seed below `count` of a drawing without patterns; small objects come twice as often as drawn."""
+def _pick(random: Random, count: int, freedom: float) -> tuple[int, Scene]:
+    """A seed below `count` and its drawing, without patterns; small objects come twice as often as drawn."""
     wants_small = random.random() < SMALL_SHARE
     while True:
         seed = random.randrange(count)
-        scene = draw_scene(seed)
+        scene = draw_scene(seed, freedom=freedom)
         if scene.kind != "patterned" and (scene.size == "small" or not wants_small):
-            return seed
+            return seed, scene
 
 
 def train_text(encoders: TextEncoders, reader: Reader, course: Course, full_rate: float) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter
 
+from models.captions import caption
 from models.scenes import (
     COLOURS,
     SHAPES,
@@ -28,7 +29,6 @@ from models.scenes import (
     Pattern,
     Scene,
     Thing,
-    caption,
     draw_scene,
     second_colour,
     silhouette,

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from models.autoencoder import linear_encode, pixels
+from models.captions import caption
 from models.flow import EMPTY_SHARE, OBJECT_WEIGHT, Course, Progress
 from models.learner import ADAM_RATE, Learner, learning_rate
 from models.network import Autoencoder, Reader
-from models.scenes import PICTURE_PX, SHAPES, Picture, Scene, caption, cell_map, draw_scene, render
+from models.scenes import PICTURE_PX, SHAPES, Picture, Scene, cell_map, draw_scene, render
 from models.unet import (
     REFINER_TIME_IDS,
     TEXT_TOKENS,

@@ -13,7 +13,8 @@ from typing import Any
 
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from models.scenes import ENDINGS, OPENINGS, caption, draw_scene
+from models.captions import ENDINGS, OPENINGS, caption
+from models.scenes import draw_scene
 
 CLIP_TOKENS = 77
 T5_TOKENS = 512

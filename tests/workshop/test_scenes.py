@@ -6,6 +6,7 @@ from random import Random
 import numpy as np
 import pytest
 
+from models.captions import caption
 from models.scenes import (
     COLOURS,
     PATTERNS,
@@ -13,7 +14,6 @@ from models.scenes import (
     Kind,
     Scene,
     Thing,
-    caption,
     cell_map,
     draw_scene,
     is_held_out,
