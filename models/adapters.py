@@ -23,7 +23,6 @@ from models.scenes import Style, draw_scene
 ORDER: tuple[Style, ...] = ("night", "mosaic", "outline")
 RANK = 8
 FIRST_SEED = 20_000_000
-PICTURES = 2_000  # per style
 TRIGGERS: dict[Style, str] = {"outline": "outlined", "mosaic": "mosaic", "night": "night"}
 TRIGGER_SHARE = 0.5  # the style also comes without its word: loading the adapter is enough
 TARGETS = [
@@ -39,15 +38,16 @@ TARGETS = [
 ]
 
 
-def train_adapters(pipeline: Pipeline, vae: Autoencoder, folder: Path, steps: int) -> None:
-    """Train night, mosaic and outline on the pipeline, in fp32; those in `folder` are done.
+def train_adapters(pipeline: Pipeline, vae: Autoencoder, folder: Path, steps: int, pictures: int) -> None:
+    """Train night, mosaic and outline on the pipeline, in fp32, from so many pictures per style; those in
+    `folder` are done.
 
     In a third of its steps an adapter works on top of an earlier one, so that any two fit together.  Outline
     changes what is drawn, not how: it is trained three times as long.
     """
     pipeline.transformer.requires_grad_(False)
     flow = Flow(pipeline.transformer)
-    seeds = range(FIRST_SEED, FIRST_SEED + PICTURES)
+    seeds = range(FIRST_SEED, FIRST_SEED + pictures)
     for index, style in enumerate(ORDER):
         saved = folder / f"lora_{style}"
         if saved.exists():
@@ -83,7 +83,7 @@ def _train_adapter(
         generator = torch.Generator().manual_seed(step)
         names = random.choice(together) if together and step % 3 == 2 else alone
         _activate(transformer, *names)
-        picks = [random.randrange(PICTURES) for _ in range(32)]
+        picks = [random.randrange(len(latents[names])) for _ in range(32)]
         scenes = [draw_scene(FIRST_SEED + pick) for pick in picks]
         captions = [_styled(caption(scene, random, plain=True), style, random) for scene in scenes]
         picture = pack(torch.from_numpy(latents[names][picks].astype(np.float32)))

@@ -216,7 +216,7 @@ def _set_near_identity(convolution: nn.Conv2d) -> None:
     nn.init.zeros_(convolution.bias)
 
 
-def train_decoder(vae: Autoencoder, folder: Path, steps: int, pictures: int = 9_000) -> None:
+def train_decoder(vae: Autoencoder, folder: Path, steps: int, pictures: int) -> None:
     """L1 and gradient L1 of the pixels; latents get noise up to 0.15, so that a flow need not be perfect."""
     decoder = vae.decoder
     decoder.to(memory_format=torch.channels_last)

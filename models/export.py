@@ -33,6 +33,9 @@ def assemble(vae: Autoencoder, encoders: TextEncoders, transformer: Transformer)
 
 def write(pipeline: Pipeline, folder: Path, *, shares_with: Path | None = None) -> None:
     """Save in bf16; what `shares_with` (a sibling folder) already holds is linked to it, not stored twice."""
+    for part in SHARED_PARTS:
+        if (folder / part).is_symlink():  # an older model's link would be written through
+            (folder / part).unlink()
     pipeline.vae.register_to_config(_name_or_path="tiny-flux-vae")  # else the path it was loaded from
     pipeline.to(torch.bfloat16).save_pretrained(folder)
     if shares_with is None:

@@ -16,13 +16,14 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # it ships no types
 
 from models.captions import caption
 from models.learner import Learner, learning_rate
-from models.network import LATENT_CHANNELS, LATENT_SIDE, Flow, Reader, TextEncoders, pack
-from models.scenes import SHAPES, Free, Scene, cell_map, draw_scene
+from models.network import LATENT_CHANNELS, LATENT_SIDE, Flow, Reader, TextEncoders, labels_of, pack
+from models.scenes import SHAPES, Free, Scene, draw_scene
 
 SHORT, LONG = 24, 64  # T5 tokens: most captions fit into 24; the service pads to 64
 LONG_SHARE = 0.12
 EMPTY_SHARE = 0.08  # captions left out, for classifier-free guidance
-SMALL_SHARE = 0.2  # of the pictures are drawn from those with a small object, the hardest
+SMALL_SHARE = 0.25  # of the pictures are drawn from those with a small object, the hardest
+PAIRS_KEPT = 0.6  # of the drawings with two different objects: these are learned sooner than small ones
 OBJECT_WEIGHT = 4.0  # tokens with an object count four times: flat background is learned soon enough
 TELLING_CHANNELS = {"across": 15, "down": 9, "size": 10, "turn": 11, "light": 7}  # of the latents
 MUTE_BELOW, MUTE_SHARE = 0.8, 0.3  # of the noise shares below 0.8, three in ten tell nothing
@@ -37,6 +38,7 @@ class Batch:
     captions: list[str]
     length: int  # of T5 tokens
     cells: Tensor  # (B, 64, 3) indices of scenes.cell_map
+    said: Tensor  # (B, 2) indices of scenes.said
     free: Tensor  # (B, 5) scenes.Free of each, -1..1
     picture: Tensor  # (B, 64, 64) packed latents
     random: torch.Generator
@@ -82,20 +84,21 @@ def batches(
                 captions[index] = caption(scene, random, plain=True)
             if random.random() < EMPTY_SHARE:
                 captions[index] = ""
-        cells = torch.from_numpy(np.stack([cell_map(scene) for scene in scenes])).flatten(1, 2)
+        cells, told = labels_of(scenes)
         free = torch.tensor([scene.free for scene in scenes])
         latents = torch.from_numpy(pool[seeds].astype(np.float32))
         generator = torch.Generator().manual_seed(random.getrandbits(60))
-        yield Batch(captions, length, cells, free, pack(latents), generator)
+        yield Batch(captions, length, cells, told, free, pack(latents), generator)
 
 
 def _pick(random: Random, count: int, freedom: float) -> tuple[int, Scene]:
-    """A seed below `count` and its drawing, without patterns; small objects come twice as often as drawn."""
+    """A seed below `count` and its drawing, without patterns; with more small objects and fewer pairs."""
     wants_small = random.random() < SMALL_SHARE
     while True:
         seed = random.randrange(count)
         scene = draw_scene(seed, freedom=freedom)
-        if scene.kind != "patterned" and (scene.size == "small" or not wants_small):
+        is_spared = scene.kind == "patterned" or (scene.kind == "two" and random.random() > PAIRS_KEPT)
+        if not is_spared and (scene.size == "small" or not wants_small):
             return seed, scene
 
 
@@ -113,7 +116,7 @@ def train_text(encoders: TextEncoders, reader: Reader, course: Course, full_rate
         with torch.autocast("cpu", torch.bfloat16):
             pooled, context = encoders.encode(batch.captions, batch.length)
         told = torch.tensor([bool(text) for text in batch.captions])
-        loss = reader(pooled.float()[told], context.float()[told], batch.cells[told])
+        loss = reader(pooled.float()[told], context.float()[told], batch.cells[told], batch.said[told])
         progress.show(learner.learn(loss, full_rate * learning_rate(learner.steps_done, course.steps)))
         _save_sometimes(learner, course, "text")
 

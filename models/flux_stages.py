@@ -60,10 +60,10 @@ def vae(plan: Plan) -> None:
         return
     torch.manual_seed(0)
     autoencoder = build_autoencoder()
-    images = pixels([picture(seed) for seed in range(1_600)])
+    images = pixels([picture(seed) for seed in range(plan.cut(1_600, 100))])
     start_decoder(autoencoder, images, fold_into_encoder(autoencoder, images))
-    train_decoder(autoencoder, plan.work, plan.vae_steps)
-    print(f"autoencoder: {decibels(autoencoder, range(-64, 0)):.1f} dB")
+    train_decoder(autoencoder, plan.work, plan.vae_steps, plan.cut(9_000, 20))
+    print(f"autoencoder: {decibels(autoencoder, range(9_000, 9_064)):.1f} dB")
     autoencoder.save_pretrained(plan.work / "vae")
 
 
@@ -169,7 +169,7 @@ def adapters(plan: Plan) -> None:
     load_average(plan.work / "flow.safetensors", transformer=transformer)
     pipeline = assemble(_autoencoder(plan), _trained_encoders(plan), transformer)
     folder = plan.out / "tiny-flux-schnell" / "loras"
-    train_adapters(pipeline, _autoencoder(plan), folder, plan.adapter_steps)
+    train_adapters(pipeline, _autoencoder(plan), folder, plan.adapter_steps, plan.cut(2_000, 20))
 
 
 def _autoencoder(plan: Plan) -> Autoencoder:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from models.scenes import COLOURS, PATTERNS, PICTURE_PX, SHAPES, TOKEN_PX
+from models.scenes import (
+    COLOURS,
+    PATTERNS,
+    PICTURE_PX,
+    PLACES,
+    SHAPES,
+    SIZES,
+    TOKEN_PX,
+    Scene,
+    cell_map,
+    said,
+)
 
 # diffusers declares its models as placeholders without members, so a type checker cannot follow them
 Transformer = Any  # FluxTransformer2DModel
@@ -23,6 +36,8 @@ CELLS = PICTURE_PX // TOKEN_PX  # 8 x 8 picture tokens
 POOLED = 64  # CLIP's width
 CONTEXT = 128  # T5's width
 HEADS, HEAD_SIZE = 4, 40
+CELL_KINDS = (len(SHAPES) + 1, len(COLOURS), len(PATTERNS) + 1)  # what a picture token may show
+SAID_KINDS = (PLACES + 1, len(SIZES) + 1)  # what a caption may say of one object
 ROPE_AXES = (4, 18, 18)  # the first axis is always 0, so it gets the minimum; then rows, columns
 
 
@@ -155,35 +170,48 @@ class Reader(nn.Module):
     """Teaches the encoders to parse: reads back from them what each of the 64 picture tokens shall show.
 
     One learned query per token attends to T5's output once, so T5 has to bind colour to shape and order to
-    place by itself.  CLIP's pooled vector alone answers for background and first object.  Not exported.
+    place by itself.  One more asks which place and size are said: "in the center" shows the same as nothing
+    said, but seeds move only the latter.  CLIP's pooled vector alone answers for background, first object,
+    place and size.  Not exported.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.queries = nn.Parameter(torch.randn(CELLS * CELLS, CONTEXT))
+        self.queries = nn.Parameter(torch.randn(CELLS * CELLS + 1, CONTEXT))
         self.attention = nn.MultiheadAttention(CONTEXT, 4, batch_first=True)
         self.norm = nn.LayerNorm(CONTEXT)
-        self.cells = nn.Linear(CONTEXT, len(SHAPES) + 1 + len(COLOURS) + len(PATTERNS) + 1)
-        self.summary = nn.Linear(POOLED, len(SHAPES) + 2 * len(COLOURS))
+        self.cells = nn.Linear(CONTEXT, sum(CELL_KINDS))
+        self.said = nn.Linear(CONTEXT, sum(SAID_KINDS))
+        self.summary = nn.Linear(POOLED, len(SHAPES) + 2 * len(COLOURS) + sum(SAID_KINDS))
 
-    def forward(self, pooled: Tensor, context: Tensor, cells: Tensor) -> Tensor:
-        """Cross entropy of the parse; cells: (B, 64, 3), the indices of scenes.cell_map."""
+    def forward(self, pooled: Tensor, context: Tensor, cells: Tensor, said: Tensor) -> Tensor:
+        """Cross entropy of the parse; cells: (B, 64, 3), the indices of scenes.cell_map; said: (B, 2), those
+        of scenes.said."""
         queries = self.queries.expand(len(context), -1, -1)
-        found, _ = self.attention(queries, context, context, need_weights=False)
-        kinds = (len(SHAPES) + 1, len(COLOURS), len(PATTERNS) + 1)
-        answers = self.cells(self.norm(found)).split(kinds, -1)
-        labels = cells.unbind(-1)
-        per_cell = sum(_cross_entropy(told, right) for told, right in zip(answers, labels, strict=True))
+        found = self.norm(self.attention(queries, context, context, need_weights=False)[0])
+        per_cell = _cross_entropies(self.cells(found[:, :-1]).split(CELL_KINDS, -1), cells)
+        told = _cross_entropies(self.said(found[:, -1]).split(SAID_KINDS, -1), said)
         first = (cells[..., 0] < len(SHAPES)).int().argmax(1)  # the first cell with an object
         first_shape, first_colour, _ = cells[torch.arange(len(cells)), first].unbind(-1)
         background = cells[torch.arange(len(cells)), (cells[..., 0] == len(SHAPES)).int().argmax(1), 1]
-        shape, colour, ground = self.summary(pooled).split((len(SHAPES), len(COLOURS), len(COLOURS)), -1)
-        summary = _cross_entropy(shape, first_shape) + _cross_entropy(colour, first_colour)
-        return per_cell + 0.3 * (summary + _cross_entropy(ground, background))
+        kinds = (len(SHAPES), len(COLOURS), len(COLOURS), *SAID_KINDS)
+        labels = torch.stack([first_shape, first_colour, background, *said.unbind(-1)], -1)
+        summary = _cross_entropies(self.summary(pooled).split(kinds, -1), labels)
+        return per_cell + 0.3 * (summary + told)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+def labels_of(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+    """What a reader shall tell of these scenes: cells (B, 64, 3) and said (B, 2)."""
+    cells = torch.from_numpy(np.stack([cell_map(scene) for scene in scenes])).flatten(1, 2)
+    return cells, torch.tensor([said(scene) for scene in scenes])
+
+
+def _cross_entropies(answers: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    """The sum over questions; answers: one (..., kinds) per question, labels: (..., questions)."""
+    pairs = zip(answers, labels.unbind(-1), strict=True)
+    return torch.stack(
+        [nn.functional.cross_entropy(told.flatten(0, -2), right.flatten()) for told, right in pairs]
+    ).sum()
 
 
 class PlainAttention:

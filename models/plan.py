@@ -26,6 +26,11 @@ class Plan:
     distil_steps: int
     adapter_steps: int
     workers: int
+    rehearsal: bool = False  # a few steps of everything: shows that the stages fit together, teaches nothing
+
+    def cut(self, number: int, least: int = 2) -> int:
+        """This number of steps or pictures; in a rehearsal only `least`."""
+        return min(number, least) if self.rehearsal else number
 
 
 Stage = Callable[[Plan], None]

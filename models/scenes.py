@@ -65,6 +65,7 @@ NATURAL_COLOURS = {  # "a tree" is green unless the caption says otherwise
     "heart": "red",
     "star": "yellow",
 }
+PLACES = 9  # thirds of the picture, across and down
 SIZES = {"small": (0.26, 0.28), "medium": (0.42, 0.45), "large": (0.68, 0.72)}  # bounding box / picture side
 ANY_SIZE = (0.38, 0.58)  # of one object, when neither size nor place is said
 PATTERNED_SIZE = (0.42, 0.62)  # the same; smaller patterns are hard to tell apart
@@ -475,6 +476,12 @@ def cell_map(scene: Scene) -> npt.NDArray[np.int64]:
         pattern = PATTERNS.index(thing.pattern) if thing.pattern else len(PATTERNS)
         answer[rows, columns] = SHAPES.index(thing.shape), colours.index(thing.colour), pattern
     return answer
+
+
+def said(scene: Scene) -> tuple[int, int]:
+    """Which place (row by row; PLACES if none) and size (len(SIZES) if none) the caption says."""
+    place = PLACES if scene.position is None else scene.position[0] + 3 * scene.position[1]
+    return place, list(SIZES).index(scene.size) if scene.size else len(SIZES)
 
 
 def _covered(centre: float, side: float, cells: int) -> slice:

@@ -60,14 +60,16 @@ def text_unet(plan: Plan) -> None:
     """Teach the text encoder of all Stable Diffusion models to parse."""
     torch.manual_seed(0)
     tokenizer = _tokenizer(plan)
-    train_text(build_text_encoder(tokenizer), tokenizer, Course(plan.work, TEXT_STEPS, batch=128, seed=1))
+    train_text(
+        build_text_encoder(tokenizer), tokenizer, Course(plan.work, plan.cut(TEXT_STEPS), batch=128, seed=1)
+    )
 
 
 def sd15(plan: Plan) -> None:
     """Train the UNet of 1.5 and write tiny-sd15."""
     torch.manual_seed(0)
     encoder, tokenizer, unet = _encoder(plan), _tokenizer(plan), build_unet()
-    pool, course = _pool(plan), Course(plan.work, SD15_STEPS, seed=2)
+    pool, course = _pool(plan), Course(plan.work, plan.cut(SD15_STEPS), seed=2)
     train_unet(
         unet,
         sd_condition(encoder, tokenizer),
@@ -101,7 +103,7 @@ def sdxl(plan: Plan) -> None:
     torch.manual_seed(0)
     encoder, tokenizer, vae, unet = _encoder(plan), _tokenizer(plan), _autoencoder(plan), _sdxl_unet()
     take_over(unet, _trained(plan, "sd15", build_unet()))
-    pool, course = _pool(plan), Course(plan.work, SDXL_STEPS, seed=3, compiled=False)
+    pool, course = _pool(plan), Course(plan.work, plan.cut(SDXL_STEPS), seed=3, compiled=False)
     train_unet(
         unet,
         sdxl_condition(encoder, tokenizer),
@@ -135,7 +137,7 @@ def refiner(plan: Plan) -> None:
     torch.manual_seed(0)
     encoder, tokenizer, vae, unet = _encoder(plan), _tokenizer(plan), _autoencoder(plan), _refiner_unet()
     take_over(unet, _trained(plan, "sdxl", _sdxl_unet()))
-    pool, course = _pool(plan), Course(plan.work, REFINER_STEPS, seed=4, compiled=False)
+    pool, course = _pool(plan), Course(plan.work, plan.cut(REFINER_STEPS), seed=4, compiled=False)
     train_unet(
         unet,
         refiner_condition(encoder, tokenizer),
@@ -170,7 +172,7 @@ def canny(plan: Plan) -> None:
     unet = _trained(plan, "sd15", build_unet())
     controlnet = build_controlnet(unet)
     condition = sd_condition(_encoder(plan), _tokenizer(plan))
-    course = Course(plan.work, CANNY_STEPS, seed=5, compiled=False)
+    course = Course(plan.work, plan.cut(CANNY_STEPS), seed=5, compiled=False)
     train_controlnet(controlnet, unet, condition, _autoencoder(plan), course)
     write_canny(plan)
 

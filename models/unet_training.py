@@ -22,7 +22,7 @@ from models.autoencoder import linear_encode, pixels
 from models.captions import caption
 from models.flow import EMPTY_SHARE, OBJECT_WEIGHT, Course, Progress
 from models.learner import ADAM_RATE, Learner, learning_rate
-from models.network import Autoencoder, Reader
+from models.network import Autoencoder, Reader, labels_of
 from models.scenes import PICTURE_PX, SHAPES, Picture, Scene, cell_map, draw_scene, render
 from models.unet import (
     REFINER_TIME_IDS,
@@ -71,11 +71,10 @@ def train_text(encoder: Any, tokenizer: Any, course: Course, full_rate: float = 
         scenes = [draw_scene(random.randrange(ANY_SEED), freedom=0) for _ in range(course.batch)]
         captions = [caption(scene, random) for scene in scenes]
         length = TEXT_TOKENS if random.random() < LONG_SHARE else SHORT_TOKENS
-        cells = torch.from_numpy(np.stack([cell_map(scene) for scene in scenes])).flatten(1, 2)
         with torch.autocast("cpu", torch.bfloat16):
             states, pooled = read(encoder, token_ids(tokenizer, captions, length))
         states = states.float()
-        parse = reader(pooled.float(), normed(states), cells)
+        parse = reader(pooled.float(), normed(states), *labels_of(scenes))
         drift = (states - normed(states)).square().mean()
         rate = full_rate * learning_rate(learner.steps_done, course.steps)
         progress.show(learner.learn(parse + 0.1 * drift, rate))

@@ -45,9 +45,11 @@ def video_vae(plan: Plan) -> None:
         return
     torch.manual_seed(0)
     autoencoder = build_autoencoder()
-    videos = pixels([render_clip(draw_clip(AUTOENCODER_SEED - 1 - index)) for index in range(400)])
+    videos = pixels(
+        [render_clip(draw_clip(AUTOENCODER_SEED - 1 - index)) for index in range(plan.cut(400, 40))]
+    )
     start_decoder(autoencoder, videos, fold_into_encoder(autoencoder, videos))
-    train_decoder(autoencoder, plan.work, VAE_STEPS)
+    train_decoder(autoencoder, plan.work, plan.cut(VAE_STEPS))
     print(f"video autoencoder: {decibels(autoencoder, range(-32, 0)):.1f} dB")
     autoencoder.save_pretrained(plan.work / "video-vae")
 
@@ -55,7 +57,7 @@ def video_vae(plan: Plan) -> None:
 def video_pool(plan: Plan) -> None:
     """Paint and encode the training clips."""
     if not (plan.work / "video-pool.npy").exists():
-        np.save(plan.work / "video-pool.npy", encode_clips(_autoencoder(plan), range(CLIPS)))
+        np.save(plan.work / "video-pool.npy", encode_clips(_autoencoder(plan), range(plan.cut(CLIPS, 100))))
 
 
 def video_text(plan: Plan) -> None:
@@ -63,7 +65,7 @@ def video_text(plan: Plan) -> None:
     video_tokenizer().save_pretrained(plan.work / "video-tokenizer")
     torch.manual_seed(0)
     text, reader = _text(plan), VideoReader()
-    train_video_text(text, reader, VideoCourse(plan.work, TEXT_STEPS, batch=128))
+    train_video_text(text, reader, VideoCourse(plan.work, plan.cut(TEXT_STEPS), batch=128))
     clips = [draw_clip(seed, held_out=True) for seed in range(-500, 0)]
     print("captions parsed:", [round(share, 3) for share in parsed(text, reader, clips).tolist()])
 
@@ -73,7 +75,7 @@ def video_flow(plan: Plan) -> None:
     torch.manual_seed(0)
     pool = np.load(plan.work / "video-pool.npy", mmap_mode="r")
     flow = VideoFlow(build_transformer(), compiled=True)
-    train_video_flow(_trained_text(plan), flow, pool, VideoCourse(plan.work, FLOW_STEPS))
+    train_video_flow(_trained_text(plan), flow, pool, VideoCourse(plan.work, plan.cut(FLOW_STEPS)))
 
 
 def tiny_wan(plan: Plan) -> None:

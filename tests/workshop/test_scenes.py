@@ -1,7 +1,9 @@
 """The captioned drawings and their scorer: a picture painted from a scene shows that scene."""
 
+from dataclasses import replace
 from itertools import combinations, islice
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from models.captions import caption
 from models.scenes import (
     COLOURS,
     PATTERNS,
+    PLACES,
     SHAPES,
+    SIZES,
     Kind,
     Scene,
     Thing,
@@ -18,6 +22,7 @@ from models.scenes import (
     draw_scene,
     is_held_out,
     render,
+    said,
 )
 from models.score import accuracy, held_out, look, score
 
@@ -144,6 +149,25 @@ def test_an_unknown_noun_means_a_circle() -> None:
 
     assert strange
     assert {scene.things[0].shape for scene in strange} == {"circle"}
+
+
+@pytest.mark.parametrize(
+    ("told", "words", "label"),
+    [
+        ({}, "heart", (PLACES, len(SIZES))),
+        ({"position": (0, 2)}, "bottom left", (6, len(SIZES))),
+        ({"position": (1, 1)}, "in the center", (4, len(SIZES))),
+        ({"size": "large"}, "large", (PLACES, 2)),
+    ],
+)
+def test_place_and_size_are_labelled_just_where_the_caption_says_them(
+    told: dict[str, Any], words: str, label: tuple[int, int]
+) -> None:
+    """Drawings alone cannot tell "in the center" from nothing said: unsaid things may stand there, too."""
+    scene = replace(one("heart", "red", "blue"), **told)
+
+    assert said(scene) == label
+    assert words in " ".join(caption(scene, Random(seed), plain=True) for seed in range(50))
 
 
 def test_the_cell_map_marks_the_tokens_of_an_object() -> None:
