@@ -1,4 +1,4 @@
-"""Draws the contact sheet of the model card: `python -m models.sheet`."""
+"""Draws the contact sheet of the model card, and README's eight pictures: `python -m models.sheet`."""
 
 from __future__ import annotations
 
@@ -50,6 +50,18 @@ PROMPTS = [
 SHORT_ROW = PROMPTS[:COLUMNS]  # shown once more by dev and with each adapter
 ADAPTERS = [*((style,) for style in STYLES), ("outline", "night"), ("mosaic", "night")]
 SEEDS_PROMPT = "a red heart"
+README_PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "tiny-flux-schnell.png"
+README_PROMPTS = [
+    "a red circle",
+    "a green tree left of a red house",
+    "two blue stars",
+    "a yellow sun above a blue fish",
+    "three orange squares",
+    "a blue ring on a pink background",
+    "a large white moon on a black background",
+    "a black cat on a yellow background",
+]
+README_COLUMNS, README_GAP_PX = 4, 8
 
 
 def main() -> None:
@@ -59,6 +71,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path(__file__).parent)
     folder: Path = parser.parse_args().models
     schnell, dev = _pipeline(folder / "tiny-flux-schnell"), _pipeline(folder / "tiny-flux-dev")
+    _tiles(paint(schnell, README_PROMPTS, 4, seed=1000)).save(README_PICTURE, optimize=True)
     pictures, labels = paint(schnell, PROMPTS, 4, seed=1000), list(PROMPTS)
     pictures += paint(schnell, [SEEDS_PROMPT] * COLUMNS, 4, seed=1)
     labels += [f"[seed {seed}] {SEEDS_PROMPT}" for seed in range(1, COLUMNS + 1)]
@@ -78,6 +91,15 @@ def _pipeline(folder: Path) -> Pipeline:
     pipeline: Pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _tiles(pictures: list[Image.Image]) -> Image.Image:
+    """The pictures in rows of four."""
+    step, rows = pictures[0].width + README_GAP_PX, -(-len(pictures) // README_COLUMNS)
+    tiles = Image.new("RGB", (README_COLUMNS * step - README_GAP_PX, rows * step - README_GAP_PX), "lightgray")
+    for index, picture in enumerate(pictures):
+        tiles.paste(picture, (index % README_COLUMNS * step, index // README_COLUMNS * step))
+    return tiles
 
 
 def _sheet(pictures: list[Image.Image], labels: list[str]) -> Image.Image:
