@@ -40,8 +40,11 @@ def in_processes(work: Callable[[int, Plan], None], plan: Plan) -> None:
     """Run `work` in single-thread processes that average their gradients, each on a core of its own.
 
     On a busy machine that is much faster than one process with as many threads, or than processes that may
-    meet on one core and wait for each other there.
+    meet on one core and wait for each other there.  A single one is this process itself.
     """
+    if plan.workers == 1:
+        work(0, plan)
+        return
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     spawn(_process, (work, plan), nprocs=plan.workers)

@@ -96,7 +96,8 @@ def _pipeline(folder: Path) -> Pipeline:
 def _tiles(pictures: list[Image.Image]) -> Image.Image:
     """The pictures in rows of four."""
     step, rows = pictures[0].width + README_GAP_PX, -(-len(pictures) // README_COLUMNS)
-    tiles = Image.new("RGB", (README_COLUMNS * step - README_GAP_PX, rows * step - README_GAP_PX), "lightgray")
+    size = README_COLUMNS * step - README_GAP_PX, rows * step - README_GAP_PX
+    tiles = Image.new("RGB", size, "lightgray")
     for index, picture in enumerate(pictures):
         tiles.paste(picture, (index % README_COLUMNS * step, index // README_COLUMNS * step))
     return tiles
