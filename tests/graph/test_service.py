@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ray
 
 
 def test_a_prompt_becomes_a_picture_of_what_it_says(client: httpx.Client) -> None:
-    job = ended(client, submit(client, prompt="a red circle on a white background", seed=1))
+    job = ended(client, submit(client, prompt="a red circle in the center on white", seed=1))
 
     image = picture(client, job)
     red, green, blue = image.getpixel((64, 64))  # type: ignore[misc]

@@ -26,7 +26,7 @@ async def test_a_request_comes_up_as_events(model: ImageModel) -> None:
 
 
 async def test_the_picture_shows_what_the_prompt_says(model: ImageModel) -> None:
-    wish = GenerationRequest(model="tiny-flux-schnell", prompt="a red circle on a white background", seed=1)
+    wish = GenerationRequest(model="tiny-flux-schnell", prompt="a red circle in the center on white", seed=1)
 
     events = await events_of(model, wish)
 

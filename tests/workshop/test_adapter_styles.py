@@ -41,7 +41,7 @@ def model() -> Iterator[ImageModel]:
 
 def wish(*styles: str, weight: float = 1.0, **changes: Any) -> GenerationRequest:
     loras = tuple(Lora.of(FILES[style], weight, style) for style in styles)
-    words = {"model": CARD.id, "prompt": "a red circle on a white background", "seed": 5, "loras": loras}
+    words = {"model": CARD.id, "prompt": "a red circle in the center on white", "seed": 5, "loras": loras}
     return GenerationRequest(**(words | changes))
 
 
