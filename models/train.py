@@ -47,7 +47,7 @@ def main() -> None:
     options = vars(parser.parse_args())
     stages = options.pop("stages") or list(STAGES)
     if options["rehearsal"]:
-        if options["out"] == SHIPPED:
+        if options["out"].resolve() == SHIPPED.resolve():
             parser.error("a rehearsal would overwrite the shipped models with untaught ones: give --out")
         options |= REHEARSAL
     plan = Plan(**options)

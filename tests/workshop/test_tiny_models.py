@@ -169,7 +169,7 @@ def only_objects(
 
 
 def assert_moved(objects: list[Found]) -> None:
-    """They stand in different places, a tenth of the picture apart and more, and differ in size."""
+    """Their places deviate by more than 5 % of the picture both ways, and their sizes differ."""
     assert min(np.std([it.x for it in objects]), np.std([it.y for it in objects])) > 0.05
     assert np.ptp([it.side for it in objects]) > 0.06
 
@@ -186,7 +186,7 @@ def test_seeds_leave_an_object_where_the_prompt_places_it(schnell: FluxPipeline)
 
     objects = only_objects(schnell, told, 12, 4, 0.0)
 
-    assert max(abs(place - 0.5) for it in objects for place in (it.x, it.y)) < 0.06
+    assert max(abs(place - 0.5) for it in objects for place in (it.x, it.y)) < 0.04
 
 
 def test_seeds_turn_a_pair_whose_order_is_unsaid(schnell: FluxPipeline) -> None:
