@@ -24,7 +24,7 @@ exact: $(VENV)/.test ## 1,000 random schedules against each request alone (an ho
 
 chaos: $(VENV)/.test ## 2,000 random schedules of the job store, then processes killed at random (5 minutes)
 	@CHAOS_EXAMPLES=2000 CHAOS_SEEDS=1,2,3,4,5 CHAOS_JOBS=120 $(BIN)/python -m pytest --timeout 0 --session-timeout 86400 \
-	  tests/front/jobs/test_job_store_properties.py tests/chaos
+	  tests/serving/jobs/test_job_store_properties.py tests/chaos
 
 check: lint types test fleets ## what a change must pass
 

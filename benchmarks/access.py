@@ -21,13 +21,13 @@ from PIL import Image
 from pydantic import SecretStr
 
 from benchmarks import ledger
-from deployments.protocol.decoding import Decoders, Kind
-from serve_app.admission.gate import Books, Gate
-from serve_app.admission.principal import USER_SCOPES
-from serve_app.admission.ratelimit import CallClass
-from serve_app.embedded_redis import EmbeddedRedis
+from deployments.sandbox.decoder import DecodeMode, DecoderPool
+from serve_app.admission.authenticator import AccountStore, Authenticator
+from serve_app.admission.principals import USER_SCOPES
+from serve_app.admission.rate_limits import CallClass
+from serve_app.redis.embedded import EmbeddedRedis
+from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
-from serve_app.transaction import connect
 
 
 def main() -> None:
@@ -37,28 +37,28 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print, keep no rows")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(Path(folder)) as url:
-        asyncio.run(gate(url, options.calls, options.dry))
+        asyncio.run(access(url, options.calls, options.dry))
     pictures(options.pictures, options.dry)
 
 
-async def gate(url: str, calls: int, dry: bool) -> None:
+async def access(url: str, calls: int, dry: bool) -> None:
     """Milliseconds to name the caller of a key and of a token, and to count a call."""
     settings = Settings(api_key=SecretStr("k" * 43), jwt_secret=SecretStr("s" * 43), submits_per_minute=10**9)
     async with connect(url) as redis:
-        books = Books.of(redis, settings)
-        ours = Gate(settings, redis)
-        user = await books.users.add("Ann", "ann@example.org")
-        _, key = await books.keys.create(user.id, USER_SCOPES)
-        token, _ = await ours.log_in(key.encode(), None, session=False)
+        accounts = AccountStore.of(redis, settings)
+        authenticator = Authenticator(settings, redis)
+        user = await accounts.users.add("Ann", "ann@example.org")
+        _, key = await accounts.keys.create(user.id, USER_SCOPES)
+        token, _ = await authenticator.log_in(key.encode(), None, session=False)
 
         async def count() -> None:
-            await books.limits.take(CallClass.submit, user.id)
-            async with books.limits.slot():
+            await accounts.limits.take(CallClass.submit, user.id)
+            async with accounts.limits.slot():
                 pass
 
         for name, call in {
-            "access_by_key_ms": lambda: ours.identify(key.encode()),
-            "access_by_token_ms": lambda: ours.identify(token.encode()),
+            "access_by_key_ms": lambda: authenticator.identify(key.encode()),
+            "access_by_token_ms": lambda: authenticator.identify(token.encode()),
             "access_count_and_slot_ms": count,
         }.items():
             keep(name, await timed(call, calls), dry)
@@ -82,16 +82,16 @@ def pictures(count: int, dry: bool) -> None:
         buffer = io.BytesIO()
         picture.save(buffer, form)
         data = buffer.getvalue()
-        decoders = Decoders(processes=1)
-        decoders.decode(data, Kind.picture, "image")
+        decoder_pool = DecoderPool(processes=1)
+        decoder_pool.decode(data, DecodeMode.picture, "image")
         extra = []
         for _ in range(count):
             began = time.perf_counter()
             Image.open(io.BytesIO(data)).convert("RGB")
             between = time.perf_counter()
-            decoders.decode(data, Kind.picture, "image")
+            decoder_pool.decode(data, DecodeMode.picture, "image")
             extra.append(1000 * (time.perf_counter() - between - (between - began)))
-        decoders.close()
+        decoder_pool.close()
         keep(f"decode_elsewhere_extra_{form.lower()}_1mp_ms", extra, dry)
 
 

@@ -1,9 +1,9 @@
 """The autoscaling policy that Serve runs, and Ray's own, under production-shaped arrivals on a virtual clock.
 
 Simulated is what surrounds them: arrivals, one first-come-first-served queue, replicas that each do one
-second of work per second, cold starts, reports every 10 s as Serve's. The policies are real: WorkPolicy
-of serve_app/autoscaling.py and Ray's default function, both called through Ray's own wrapper with Ray's own
-AutoscalingContext and AutoscalingConfig; only the clock that Ray's module reads is ours.
+second of work per second, cold starts, reports every 10 s as Serve's. The policies are real: BacklogPolicy
+of serve_app/ray_serve/autoscaling.py and Ray's default function, both called through Ray's own wrapper with
+Ray's own AutoscalingContext and AutoscalingConfig; only the clock that Ray's module reads is ours.
 
 SLO: a request is ended within 60 s of its arrival, or within 3 times the work it needs where that is longer.
 Ideal GPU-hours: the work itself, as if a GPU existed only while it is busy. No policy can reach 1.0.
@@ -38,7 +38,14 @@ from ray.serve import autoscaling_policy as rays
 from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
-from serve_app.autoscaling import DONE_S, LEFT_S, OPEN, REQUEST_S, Told, WorkPolicy
+from serve_app.ray_serve.autoscaling import (
+    DONE_S,
+    OPEN_REQUESTS,
+    REMAINING_S,
+    REQUEST_S,
+    BacklogPolicy,
+    ReportedDemand,
+)
 
 PLOT = Path(__file__).parent / "plots" / "autoscaling.svg"
 DAY_S = 86_400.0
@@ -129,9 +136,9 @@ class Replica:
 
     def report(self, now: float) -> dict[str, float]:
         if self.request is None or self.free_at <= now:
-            return {DONE_S: self.done_s, LEFT_S: 0.0, OPEN: 0.0}
+            return {DONE_S: self.done_s, REMAINING_S: 0.0, OPEN_REQUESTS: 0.0}
         left_s = self.free_at - now
-        return {DONE_S: self.done_s - left_s, LEFT_S: left_s, OPEN: 1.0}
+        return {DONE_S: self.done_s - left_s, REMAINING_S: left_s, OPEN_REQUESTS: 1.0}
 
 
 @dataclass
@@ -184,8 +191,8 @@ class Cluster:
         self._gpu_s = 0.0
         self._recent: deque[float] = deque(maxlen=32)
 
-    def told(self) -> Told:
-        return Told(len(self._queue), self._busy(), self.now)
+    def demand(self) -> ReportedDemand:
+        return ReportedDemand(len(self._queue), self._busy(), self.now)
 
     def run(self) -> Outcome:
         """Until the last request has ended."""
@@ -253,7 +260,7 @@ class Cluster:
         while self._open[0][0] < self.now - LOOK_BACK_S:
             self._open.popleft()
         self._mean_open = statistics.fmean(count for _, count in self._open)
-        self._metrics = {name: {} for name in (DONE_S, LEFT_S, OPEN, REQUEST_S)}
+        self._metrics = {name: {} for name in (DONE_S, REMAINING_S, OPEN_REQUESTS, REQUEST_S)}
         mean_s = statistics.fmean(self._recent) if self._recent else 0.0
         for replica in self._ready():
             for name, value in (replica.report(self.now) | {REQUEST_S: mean_s}).items():
@@ -293,7 +300,7 @@ class Cluster:
         )
 
 
-def weft(requests: Sequence[Request], cold_start_s: float, **knobs: float) -> Outcome:
+def weft(requests: Sequence[Request], cold_start_s: float, **params: float) -> Outcome:
     """Our policy as serve_app/app.py deploys it."""
     config = AutoscalingConfig(
         min_replicas=0,
@@ -302,9 +309,9 @@ def weft(requests: Sequence[Request], cold_start_s: float, **knobs: float) -> Ou
         downscale_delay_s=0.0,
         downscale_to_zero_delay_s=0.0,
     )
-    policy = WorkPolicy(**knobs)
+    policy = BacklogPolicy(**params)
     cluster = Cluster(requests, config, rays._apply_autoscaling_config(policy), cold_start_s, store=True)
-    policy.listen = lambda *_: cluster.told()
+    policy.read_demand = lambda *_: cluster.demand()
     return _run(cluster)
 
 

@@ -28,7 +28,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
-from deployments.engine.step_scheduler import Job, StepScheduler, Waiting
+from deployments.engine.step_scheduler import ParkedCall, ScheduledJob, StepScheduler
 
 STEPS = {4: 0.3, 8: 0.2, 20: 0.25, 28: 0.15, 50: 0.1}
 GUIDANCES = (1.0, 2.5, 3.5, 5.0, 7.0)
@@ -50,7 +50,7 @@ MODELS = {"small": Model(64, (1, 2), 128), "large": Model(256, (4, 8), 256)}
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class Request(Job):
+class Request(ScheduledJob):
     """A job with what its pipeline call needs."""
 
     seed: int = 0
@@ -74,7 +74,7 @@ class CpuClock:
 class OneAdapter(StepScheduler):
     """The oldest leads; only steps of equal guidance and adapter join it (the rule of vLLM-Omni)."""
 
-    def pick(self, waiting: Sequence[Waiting], now: float = 0.0, *, look: bool = True) -> list[int]:
+    def pick(self, waiting: Sequence[ParkedCall], now: float = 0.0, *, observe: bool = True) -> list[int]:
         jobs: Any = [call.job for call in waiting]
         order = sorted(range(len(jobs)), key=lambda i: jobs[i].submitted_at)
         first = order[0]
@@ -84,7 +84,7 @@ class OneAdapter(StepScheduler):
             if waiting[i].key == waiting[first].key
             and (jobs[i].guidance, jobs[i].adapter) == (jobs[first].guidance, jobs[first].adapter)
         ]
-        return same[: self.max_rows]
+        return same[: self.max_batch_size]
 
 
 def template(model: Model) -> Any:
@@ -192,7 +192,7 @@ def step_level(scheduler: Callable[[int], StepScheduler]) -> Policy:
             for fiber in engine.step():
                 if fiber.failure is not None:
                     raise fiber.failure
-                if fiber.over:
+                if fiber.done:
                     ended[fiber.job] = clock.now()  # type: ignore[index]
         restore()
         return ended
@@ -319,13 +319,13 @@ def through_serve(name: str, load: float, count: int, alone: dict[int, float]) -
                 generate(self._pipeline, model, [Request(steps=4)])
 
         @serve.batch(max_batch_size=ROWS, batch_wait_timeout_s=0.0)
-        async def __call__(self, wishes: list[tuple[int, float, int]]) -> list[bool]:
-            await asyncio.to_thread(self._compute, wishes)
-            return [True] * len(wishes)
+        async def __call__(self, requests: list[tuple[int, float, int]]) -> list[bool]:
+            await asyncio.to_thread(self._compute, requests)
+            return [True] * len(requests)
 
-        def _compute(self, wishes: list[tuple[int, float, int]]) -> None:
+        def _compute(self, requests: list[tuple[int, float, int]]) -> None:
             groups: dict[tuple[int, float], list[Request]] = {}
-            for steps, guidance, seed in wishes:
+            for steps, guidance, seed in requests:
                 request = Request(steps=steps, guidance=guidance, seed=seed)
                 groups.setdefault((steps, guidance), []).append(request)
             with torch.inference_mode():

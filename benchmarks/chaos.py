@@ -40,11 +40,11 @@ def main() -> None:
             chaos = Chaos(Path(folder), seed, jobs=options.jobs, hang_s=options.outage)
             tallies.append(asyncio.run(chaos.run()))
         print(tallies[-1], flush=True)
-    _tell(tallies, options.keep)
+    _report(tallies, options.keep)
     sys.exit(any(tally.broken for tally in tallies))
 
 
-def _tell(tallies: list[Tally], keep: bool) -> None:
+def _report(tallies: list[Tally], keep: bool) -> None:
     """One row per figure: printed, and recorded where they shall be kept."""
     kills = {kind: sum(tally.kills[kind] for tally in tallies) for kind in tallies[0].kills}
     notes = ", ".join(f"{number} x {kind}" for kind, number in kills.items())

@@ -41,12 +41,12 @@ def first_picture_s(folder: Path) -> float:
     environment = os.environ | {"WEFT_PORT": str(port), "WEFT_DATA_DIR": str(folder / "data")}
     serve = subprocess.Popen(["make", "serve"], cwd=repository, env=environment, start_new_session=True)
     try:
-        wish = {"prompt": "a red circle", "response_format": "b64_json"}
+        body = {"prompt": "a red circle", "response_format": "b64_json"}
         url = f"http://127.0.0.1:{port}/v1/images/generations"
         while time.monotonic() - began < LIMIT_S and serve.poll() is None:
             try:
                 if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
-                    assert httpx.post(url, json=wish, timeout=60).json()["data"][0]["b64_json"]
+                    assert httpx.post(url, json=body, timeout=60).json()["data"][0]["b64_json"]
                     return time.monotonic() - began
             except httpx.TransportError:
                 pass

@@ -33,16 +33,16 @@ def replica(card_id: str, spawned: float, compiled: bool) -> dict[str, float]:
     """In the child: seconds of each phase. spawned: time.time() of the parent."""
     began = time.time()
     sys.path.insert(0, str(ROOT))
-    from deployments.image import ImageModel
     from deployments.protocol.card import load_cards
     from deployments.protocol.events import Artifact
     from deployments.protocol.request import GenerationRequest
+    from deployments.replica import ModelReplica
 
     card = load_cards(ROOT / "configs/models")[card_id]
     if compiled:
         serving = card.serving.model_copy(update={"compile": True, "lora": "none"})
         card = card.model_copy(update={"serving": serving, "adapters": []})
-    model = ImageModel([card])
+    model = ModelReplica([card])
     ready = time.time()
 
     async def picture() -> None:
@@ -73,8 +73,8 @@ def through_the_graph(card_id: str) -> tuple[float, float]:
     import yaml
 
     sys.path.insert(0, str(ROOT))
-    from serve_app import local
-    from serve_app.embedded_redis import EmbeddedRedis
+    from serve_app.ray_serve import local_cluster
+    from serve_app.redis.embedded import EmbeddedRedis
 
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     config["http_options"]["port"] = 18_123
@@ -85,8 +85,8 @@ def through_the_graph(card_id: str) -> tuple[float, float]:
         os.environ |= {"WEFT_DATA_DIR": data, "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"}
         os.environ["REDIS_URL"] = valkey.start()
         try:
-            with local.ray_on_this_machine(num_cpus=4):
-                assert local.deploy(config, print)
+            with local_cluster.local_ray(num_cpus=4):
+                assert local_cluster.deploy(config, print)
                 times = []
                 for seed in (1, 2):
                     body = {"model": card_id, "prompt": "a red circle", "seed": seed}
@@ -115,7 +115,7 @@ def main() -> None:
         print(json.dumps(replica(options.replica, options.spawned, options.compile)))
         return
 
-    def told(name: str, values: list[float], notes: str = "") -> None:
+    def report(name: str, values: list[float], notes: str = "") -> None:
         spread = f"{min(values):.2f}..{max(values):.2f}"
         if options.dry:
             print(f"{name} = {statistics.median(values):.3f} s  {spread}  {notes}")
@@ -125,17 +125,17 @@ def main() -> None:
     for card_id in options.cards.split(","):
         runs = [one_run(card_id) for _ in range(options.runs)]
         for phase in PHASES:
-            told(f"cold_start_{phase}_s.{card_id}", [run[phase] for run in runs])
-        told(f"cold_start_s.{card_id}", [sum(run.values()) for run in runs], "process to first picture")
+            report(f"cold_start_{phase}_s.{card_id}", [run[phase] for run in runs])
+        report(f"cold_start_s.{card_id}", [sum(run.values()) for run in runs], "process to first picture")
         if options.compile:
             with tempfile.TemporaryDirectory() as cache:
                 for where in ("first", "again"):
                     run = one_run(card_id, "--compile", WEFT_MODEL_CACHE=cache)
                     name, notes = f"cold_start_compiled_{where}_s", "process to first picture, compile: true"
-                    told(f"{name}.{card_id}", [sum(run.values())], notes)
+                    report(f"{name}.{card_id}", [sum(run.values())], notes)
         if options.graph:
             cold, warm = through_the_graph(card_id)
-            told(
+            report(
                 f"cold_start_graph_s.{card_id}", [cold], f"HTTP, from no replica; the next takes {warm:.2f} s"
             )
 

@@ -17,31 +17,31 @@ from typing import Any
 import ledger
 import torch
 
+from deployments.engine.batch_buckets import pad_small_linears
 from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
-from deployments.engine.row_counts import pad_small_linears
-from deployments.engine.step_scheduler import Job, StepScheduler
-from deployments.pipelines.model import Model
+from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
+from deployments.models.load import load_pipeline
+from deployments.pipelines.diffusers_model import Model
 from deployments.protocol.card import load_card
-from deployments.protocol.limits import fit
-from deployments.protocol.request import FittedRequest, GenerationRequest, Task
-from deployments.weights.load import load_pipeline
+from deployments.protocol.request import GenerationRequest, ResolvedRequest, Task
+from deployments.validation.resolve import resolve
 
 CARD = Path(__file__).parent.parent / "configs" / "models" / "tiny-flux-dev.yaml"
 LONG, SHORT = 50, 4  # steps
-COMPANY = 2  # short requests at once
+SHORT_AT_ONCE = 2  # short requests at once
 
 
-def wish(card: Any, steps: int, seed: int) -> FittedRequest:
+def resolved_request(card: Any, steps: int, seed: int) -> ResolvedRequest:
     request = GenerationRequest(
         model=card.id, prompt="a red circle", num_inference_steps=steps, guidance_scale=3.0, seed=seed
     )
-    return fit(request, card, fresh_seed=0).request
+    return resolve(request, card, fresh_seed=0).request
 
 
-def fiber(model: Model, request: FittedRequest, done_at: list[float]) -> Fiber:
-    job = Job(steps=request.num_inference_steps, shape="square", submitted_at=time.monotonic())
+def fiber(model: Model, request: ResolvedRequest, done_at: list[float]) -> Fiber:
+    job = ScheduledJob(steps=request.num_inference_steps, shape="square", submitted_at=time.monotonic())
 
     def on_step(step: int, _steps: int) -> None:
         job.steps_done = step
@@ -53,18 +53,18 @@ def fiber(model: Model, request: FittedRequest, done_at: list[float]) -> Fiber:
 def step_gaps_ms(model: Model, card: Any, *, aside: bool) -> tuple[list[float], int]:
     """Milliseconds between the steps of the long request, and how many short ones were finished."""
     scheduler = StepScheduler(4)
-    engine = Engine(scheduler, deterministic=True, aside=aside)
+    engine = Engine(scheduler, deterministic=True, auxiliary_lane=aside)
     done_at: list[float] = []
-    long = fiber(model, wish(card, LONG, 0), done_at)
+    long = fiber(model, resolved_request(card, LONG, 0), done_at)
     engine.start(long)
-    company: list[Fiber] = []
+    others: list[Fiber] = []
     finished = 0
-    while not long.over:
-        finished += sum(one.over for one in company)
-        company = [one for one in company if not one.over]
-        while len(company) < COMPANY:
-            company.append(fiber(model, wish(card, SHORT, 1 + finished + len(company)), []))
-            engine.start(company[-1])
+    while not long.done:
+        finished += sum(one.done for one in others)
+        others = [one for one in others if not one.done]
+        while len(others) < SHORT_AT_ONCE:
+            others.append(fiber(model, resolved_request(card, SHORT, 1 + finished + len(others)), []))
+            engine.start(others[-1])
         engine.step()
     while not engine.idle:
         engine.step()
@@ -86,17 +86,17 @@ def main() -> None:
     finished = {True: 0, False: 0}
     with torch.inference_mode():
         for aside in (True, False):
-            step_gaps_ms(model, card, aside=aside)  # warms up
+            step_gaps_ms(model, card, auxiliary_lane=aside)  # warms up
         for _ in range(options.rounds):
             for aside in (True, False):
-                found, ended = step_gaps_ms(model, card, aside=aside)
+                found, ended = step_gaps_ms(model, card, auxiliary_lane=aside)
                 gaps[aside] += found
                 finished[aside] += ended
     for aside, name in ((True, "aside"), (False, "in_turn")):
         p50, p99 = statistics.median(gaps[aside]), statistics.quantiles(gaps[aside], n=100)[98]
         note = (
-            f"tiny-flux-dev, a request of {LONG} steps with {COMPANY} of {SHORT} beside it, decoding {name}; "
-            f"{finished[aside]} pictures decoded meanwhile; longest {max(gaps[aside]):.0f} ms"
+            f"tiny-flux-dev, a request of {LONG} steps with {SHORT_AT_ONCE} of {SHORT} beside it, decoding"
+            f" {name}; {finished[aside]} pictures decoded meanwhile; longest {max(gaps[aside]):.0f} ms"
         )
         if options.dry:
             print(f"{name}: p50 {p50:.1f} ms, p99 {p99:.1f} ms; {note}")

@@ -22,18 +22,18 @@ from pathlib import Path
 import ledger
 
 from deployments.protocol import events
-from deployments.protocol.request import FittedRequest
-from serve_app.embedded_redis import EmbeddedRedis
-from serve_app.jobs.dispatch import Dispatcher
+from deployments.protocol.request import ResolvedRequest
 from serve_app.jobs.job import new_job_id
-from serve_app.jobs.store import JobStore
+from serve_app.jobs.store.store import JobStore
+from serve_app.jobs.worker.dispatch import Dispatcher
+from serve_app.redis.embedded import EmbeddedRedis
+from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
-from serve_app.transaction import connect
 
 MODEL = "null"
 CALLERS = 16  # of one submitter, each waits for its answer before it asks again
-REQUEST = FittedRequest(
+REQUEST = ResolvedRequest(
     model=MODEL,
     prompt="a red fox in the snow",
     width=1024,
@@ -56,7 +56,7 @@ class NullModel:
         return {MODEL: self._slots - self._active[MODEL]}
 
     async def generate(
-        self, model: str, request: FittedRequest, /, **_: object
+        self, model: str, request: ResolvedRequest, /, **_: object
     ) -> AsyncGenerator[events.Event]:
         self._active[model] += 1
         try:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
-from deployments.engine.step_scheduler import Job, StepScheduler, Waiting
+from deployments.engine.step_scheduler import ParkedCall, ScheduledJob, StepScheduler
 
 ACTIVE = (1, 2, 4, 8, 16, 32, 64)
 ROWS = 8  # of a forward, in measure_active
@@ -64,11 +64,16 @@ class ParkingDenoiser(nn.Module):
 class AlwaysTogether(StepScheduler):
     """All that wait, in one forward: what is left is the engine's cost, without the choice's."""
 
-    def pick(self, waiting: Sequence[Waiting], now: float = 0.0, *, look: bool = True) -> list[int]:
+    def pick(self, waiting: Sequence[ParkedCall], now: float = 0.0, *, observe: bool = True) -> list[int]:
         return list(range(len(waiting)))
 
-    def ran(
-        self, key: Hashable | None, rows: int, seconds: float, jobs: Sequence[Job] = (), now: float = 0.0
+    def record_forward(
+        self,
+        key: Hashable | None,
+        rows: int,
+        seconds: float,
+        jobs: Sequence[ScheduledJob] = (),
+        now: float = 0.0,
     ) -> None:
         """Learns nothing."""
 
@@ -76,10 +81,15 @@ class AlwaysTogether(StepScheduler):
 class LearnedToShare(StepScheduler):
     """The real one, told that every forward takes 10 ms: the more rows the better."""
 
-    def ran(
-        self, key: Hashable | None, rows: int, seconds: float, jobs: Sequence[Job] = (), now: float = 0.0
+    def record_forward(
+        self,
+        key: Hashable | None,
+        rows: int,
+        seconds: float,
+        jobs: Sequence[ScheduledJob] = (),
+        now: float = 0.0,
     ) -> None:
-        super().ran(key, rows, 0.01, jobs, now)
+        super().record_forward(key, rows, 0.01, jobs, now)
 
 
 def request(denoiser: nn.Module, steps: int) -> None:
@@ -115,7 +125,7 @@ def engine_us(make: Callable[[int], StepScheduler], deterministic: bool, active:
         began = time.thread_time()
         moved = engine.step()
         seconds.append(time.thread_time() - began)
-        full.append(len(moved) == active and not moved[0].over)
+        full.append(len(moved) == active and not moved[0].done)
     restore()
     counted = [cost for cost, all_in in zip(seconds, full, strict=True) if all_in][WARM_UP:]
     return 1e6 * statistics.median(counted)
@@ -129,7 +139,7 @@ def switching_us(active: int, steps: int) -> float:
         fiber.switch()
     answer = (torch.zeros(1, 4, 4),)
     seconds: list[float] = []
-    while not fibers[0].over:
+    while not fibers[0].done:
         began = time.thread_time()
         for fiber in fibers:
             fiber.switch(answer)
@@ -193,7 +203,7 @@ def measure_memory(requests: int, steps: int, *, record: bool) -> None:
             while active < 64 and done < until:
                 engine.start(Fiber(partial(request, denoiser, steps)))
                 active, done = active + 1, done + 1
-            active -= sum(fiber.over for fiber in engine.step())
+            active -= sum(fiber.done for fiber in engine.step())
 
     serve(requests // 10)  # allocators and the scheduler's memories fill up
     before = (*alive(), resident_bytes())

@@ -1,6 +1,6 @@
 """Random schedules of mixed requests, each held against itself alone: how many were played, how many failed.
 
-Runs tests/workshop/test_exactness.py, which asserts; rows `exact_schedules` and `exact_failures`.
+Runs tests/inference/engine/test_exactness.py, which asserts; rows `exact_schedules` and `exact_failures`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ def main() -> None:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "tests/workshop/test_exactness.py", f"--junitxml={report}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "tests/inference/engine/test_exactness.py",
+            f"--junitxml={report}",
+        ]
         command += ["--timeout=0", "--session-timeout=86400"]  # limits of the suite
         env = os.environ | {"WEFT_EXACT_SCHEDULES": str(options.schedules)}
         code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode

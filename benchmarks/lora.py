@@ -33,15 +33,15 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from deployments.adapters.bank import Bank, Room
-from deployments.adapters.mixed import Mix, Mixer, mix
-from deployments.adapters.source import read
+from deployments.engine.batch_buckets import pad_small_linears
 from deployments.engine.engine import Engine
 from deployments.engine.intercept import intercept
-from deployments.engine.owners import owned
-from deployments.engine.row_counts import pad_small_linears
-from deployments.engine.step_scheduler import Job, StepScheduler
+from deployments.engine.lora_rows import run_with_lora_rows
+from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
 from deployments.engine.worker import Emit, Worker
+from deployments.loras.batched_lora import BatchedLora, LoraSet, mix
+from deployments.loras.cache import LoraCache, LoraCacheLimits
+from deployments.loras.source import read
 from deployments.protocol.request import Lora
 
 ROOT = Path(__file__).parent.parent
@@ -161,7 +161,7 @@ class Bench:
 
     pipeline: Any
     loras: list[dict[str, Tensor]]
-    owners: list[Mix]
+    owners: list[LoraSet]
     load_s: float  # of reading one file and converting it
 
     @classmethod
@@ -169,29 +169,29 @@ class Bench:
         plain = pipeline()
         loras = [lora_tensors(plain.transformer, seed) for seed in range(ROWS)]
         files = [save(tensors) for tensors in loras]
-        mixer = Mixer({"transformer": plain.transformer}, deterministic=True)
+        batched_lora = BatchedLora({"transformer": plain.transformer}, deterministic=True)
         pad_small_linears([plain.transformer])
         owners, began = [], time.thread_time()
         for file in files:
             factors = read(file, plain).factors
-            mixer.hook(factors)
+            batched_lora.hook(factors)
             owners.append(mix([(factors, 1.0)]))
         return cls(plain, loras, owners, (time.thread_time() - began) / len(files))
 
-    def forward(self, owners: Sequence[Mix | None], tokens: int = 64) -> Callable[[], Any]:
+    def forward(self, owners: Sequence[LoraSet | None], tokens: int = 64) -> Callable[[], Any]:
         plain = forward_of(self.pipeline.transformer, len(owners), tokens)
-        return partial(owned, owners, [1] * len(owners), plain) if any(owners) else plain
+        return partial(run_with_lora_rows, owners, [1] * len(owners), plain) if any(owners) else plain
 
 
 def measure_mixed(bench: Bench, rounds: int, *, keep: bool) -> None:
     """Eight rows with their own adapters, with one adapter and half with none, over eight without any."""
-    nobody: list[Mix | None] = [None] * ROWS
+    no_adapters: list[LoraSet | None] = [None] * ROWS
     for tokens, times in ((64, rounds), (256, rounds // 2)):
         cases = {
-            "none": bench.forward(nobody, tokens),
+            "none": bench.forward(no_adapters, tokens),
             "8_distinct": bench.forward(bench.owners, tokens),
             "8_same": bench.forward([bench.owners[0]] * ROWS, tokens),
-            "4_of_8": bench.forward([*bench.owners[:4], *nobody[4:]], tokens),
+            "4_of_8": bench.forward([*bench.owners[:4], *no_adapters[4:]], tokens),
         }
         for name, case in medians(cases, times).items():
             print(f"{tokens} tokens, {ROWS} rows, {name:11} {case}", flush=True)
@@ -294,7 +294,7 @@ def switching(switched: Any, loras: Sequence[dict[str, Tensor]], rounds: int) ->
 
 
 @dataclass(slots=True, eq=False)
-class Visitor:
+class SimulatedRequest:
     """One request of the traffic: four steps with one adapter."""
 
     adapter: int
@@ -306,50 +306,50 @@ class Visitor:
 
 def traffic(
     adapters: int, load: float, requests: int, forward_s: Sequence[float], seed: int
-) -> list[Visitor]:
+) -> list[SimulatedRequest]:
     """load: of what forwards of eight rows could serve if everything could share."""
     rng = random.Random(seed)
     weights = [1 / rank for rank in range(1, adapters + 1)]
     between_s = STEPS * forward_s[-1] / ROWS / load
-    at, visitors = 0.0, []
+    at, arrivals = 0.0, []
     for adapter in rng.choices(range(adapters), weights, k=requests):
         at += rng.expovariate(1 / between_s)
-        visitors.append(Visitor(adapter, at))
-    return visitors
+        arrivals.append(SimulatedRequest(adapter, at))
+    return arrivals
 
 
 def play(
-    visitors: list[Visitor], rule: str, forward_s: Sequence[float], load_s: float, in_memory: int
+    arrivals: list[SimulatedRequest], rule: str, forward_s: Sequence[float], load_s: float, in_memory: int
 ) -> list[float]:
     """Seconds from arrival to end of each visitor; adapters are read one after another, beside the steps."""
     memory: OrderedDict[int, float] = OrderedDict()  # adapter -> when it is there
     reader_free_s = 0.0
-    for visitor in visitors:
-        known = memory.pop(visitor.adapter, None)
+    for request in arrivals:
+        known = memory.pop(request.adapter, None)
         if known is None:
-            reader_free_s = known = max(reader_free_s, visitor.arrives_s) + load_s
-        memory[visitor.adapter] = known
+            reader_free_s = known = max(reader_free_s, request.arrives_s) + load_s
+        memory[request.adapter] = known
         if len(memory) > in_memory:
             memory.popitem(last=False)
-        visitor.ready_s = max(visitor.arrives_s, known)
-    coming = [(visitor.ready_s, index, visitor) for index, visitor in enumerate(visitors)]
+        request.ready_s = max(request.arrives_s, known)
+    coming = [(request.ready_s, index, request) for index, request in enumerate(arrivals)]
     heapq.heapify(coming)
-    active: list[Visitor] = []
+    active: list[SimulatedRequest] = []
     now = 0.0
     while coming or active:
         if not active:
             now = max(now, coming[0][0])
         while coming and coming[0][0] <= now:
             active.append(heapq.heappop(coming)[2])
-        active.sort(key=lambda visitor: visitor.arrives_s)
-        mates = [one for one in active if rule == RULES[0] or one.adapter == active[0].adapter][:ROWS]
-        now += forward_s[len(mates) - 1]
-        for mate in mates:
-            mate.steps_left -= 1
-            if not mate.steps_left:
-                mate.ended_s = now
-                active.remove(mate)
-    return [visitor.ended_s - visitor.arrives_s for visitor in visitors]
+        active.sort(key=lambda request: request.arrives_s)
+        batch = [one for one in active if rule == RULES[0] or one.adapter == active[0].adapter][:ROWS]
+        now += forward_s[len(batch) - 1]
+        for member in batch:
+            member.steps_left -= 1
+            if not member.steps_left:
+                member.ended_s = now
+                active.remove(member)
+    return [request.ended_s - request.arrives_s for request in arrivals]
 
 
 def measure_traffic(forward_s: Sequence[float], load_s: float, requests: int, *, keep: bool) -> None:
@@ -417,12 +417,12 @@ async def step_times(worker: Worker, forward: Callable[[], Any], steps: int) -> 
             forward()
             ends.append(time.perf_counter())
 
-    async for _ in worker.submit(work, Job(steps=steps)):
+    async for _ in worker.submit(work, ScheduledJob(steps=steps)):
         pass
     return list(np.diff(ends))
 
 
-class Served:
+class FilesByDigest:
     """Files by digest, at hand."""
 
     def __init__(self, files: Sequence[bytes]) -> None:
@@ -435,9 +435,11 @@ class Served:
 async def measure_cold_loads(steps: int, rounds: int, *, keep: bool) -> None:
     plain = pipeline()
     transformer = plain.transformer
-    served = Served([save(lora_tensors(transformer, seed)) for seed in range(32)])
-    mixer = Mixer({"transformer": transformer}, deterministic=True)
-    bank = Bank(plain, mixer, torch.device("cpu"), served, Room(on_device=8, in_memory=8))
+    served = FilesByDigest([save(lora_tensors(transformer, seed)) for seed in range(32)])
+    batched_lora = BatchedLora({"transformer": transformer}, deterministic=True)
+    lora_cache = LoraCache(
+        plain, batched_lora, torch.device("cpu"), served, LoraCacheLimits(on_device=8, in_memory=8)
+    )
     restores = [intercept([transformer]), pad_small_linears([transformer])]
     scheduler = StepScheduler(ROWS)
     worker = Worker(Engine(scheduler, deterministic=True), scheduler, slots=8)
@@ -449,12 +451,12 @@ async def measure_cold_loads(steps: int, rounds: int, *, keep: bool) -> None:
 
     async def load_on(row: str, stop: asyncio.Event) -> None:
         while not stop.is_set():
-            async with bank.using([Lora(id=next(files))], worker.call):
+            async with lora_cache.using([Lora(id=next(files))], worker.call):
                 loads[row] += 1
             await asyncio.sleep(1 / COLD_A_SECOND[row])
 
     await step_times(worker, forward, steps)  # rows are proven, hooks are set
-    async with bank.using([Lora(id=next(files))], worker.call):
+    async with lora_cache.using([Lora(id=next(files))], worker.call):
         pass
     for _ in range(rounds):
         quiet += await step_times(worker, forward, steps)
@@ -470,16 +472,18 @@ async def measure_cold_loads(steps: int, rounds: int, *, keep: bool) -> None:
     for row, times in loading.items():
         for name, share in (("p50", 50), ("p99", 99)):
             before, after = np.percentile(quiet, share), np.percentile(times, share)
-            told = f"step {name}: {1000 * before:.2f} ms alone, {1000 * after:.2f} ms while adapters load"
-            note = f"{loads[row]} cold adapters of rank {RANK} beside {len(times)} steps; wall time; {told}"
+            summary = f"step {name}: {1000 * before:.2f} ms alone, {1000 * after:.2f} ms while adapters load"
+            note = (
+                f"{loads[row]} cold adapters of rank {RANK} beside {len(times)} steps; wall time; {summary}"
+            )
             if keep:
                 ledger.record(f"lora_{row}_step_{name}_ratio", after / before, "x", n=len(times), notes=note)
             else:
                 print(f"lora_{row}_step_{name}_ratio = {after / before:.3f}; {note}", flush=True)
-    bank.close()
+    lora_cache.close()
 
 
-class Registered:
+class GeneratedFiles:
     """Many files by digest, each made when it is read."""
 
     def __init__(self, tensors: dict[str, Tensor], count: int) -> None:
@@ -500,15 +504,17 @@ async def measure_memory(count: int, *, keep: bool) -> None:
         return function()
 
     plain, process = pipeline(), psutil.Process()
-    registered = Registered(lora_tensors(plain.transformer, 0), count)
-    mixer = Mixer({"transformer": plain.transformer}, deterministic=True)
-    bank = Bank(plain, mixer, torch.device("cpu"), registered, Room(on_device=8, in_memory=64))
+    registered = GeneratedFiles(lora_tensors(plain.transformer, 0), count)
+    batched_lora = BatchedLora({"transformer": plain.transformer}, deterministic=True)
+    lora_cache = LoraCache(
+        plain, batched_lora, torch.device("cpu"), registered, LoraCacheLimits(on_device=8, in_memory=64)
+    )
     full = 0
     for index, digest in enumerate(registered.digests):
-        async with bank.using([Lora(id=digest)], at_once):
+        async with lora_cache.using([Lora(id=digest)], at_once):
             if index == 127:  # both are full, and the allocator has what it needs
                 full = process.memory_info().rss
-    held, grown = bank.held, (process.memory_info().rss - full) / 2**20
+    held, grown = lora_cache.usage, (process.memory_info().rss - full) / 2**20
     one = held.memory_bytes / max(1, held.in_memory) / 2**20
     print(
         f"after {count} adapters of {one:.2f} MiB: {held}; resident memory +{grown:.1f} MiB since 128",
@@ -522,7 +528,7 @@ async def measure_memory(count: int, *, keep: bool) -> None:
         ledger.record(
             "lora_resident_growth_mib", grown, "MiB", n=count, notes=f"{note}; after all since after 128"
         )
-    bank.close()
+    lora_cache.close()
 
 
 def measure_forwards(options: argparse.Namespace, *, keep: bool) -> None:

@@ -15,10 +15,10 @@ import ledger
 import matplotlib
 from matplotlib import pyplot
 
-from deployments.engine.step_scheduler import Job, StepScheduler, Waiting
+from deployments.engine.step_scheduler import ParkedCall, ScheduledJob, StepScheduler
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "workshop"))
-from simulation import (
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.inference.engine.simulation import (
     MIXED,
     SATURATED,
     UNSATURATED,
@@ -45,13 +45,15 @@ class FirstCome:
     def __init__(self, rows: int) -> None:
         self._rows = rows
 
-    def pick(self, waiting: Sequence[Waiting], now: float) -> list[int]:
+    def pick(self, waiting: Sequence[ParkedCall], now: float) -> list[int]:
         return sorted(range(len(waiting)), key=lambda i: waiting[i].order)[: self._rows]
 
-    def ran(self, key: Hashable, rows: int, seconds: float, jobs: Sequence[Job], now: float) -> None:
+    def record_forward(
+        self, key: Hashable, rows: int, seconds: float, jobs: Sequence[ScheduledJob], now: float
+    ) -> None:
         """Learns nothing."""
 
-    def next_job(self, queued: Sequence[Job], active: Sequence[Job], now: float) -> int:
+    def next_job(self, queued: Sequence[ScheduledJob], active: Sequence[ScheduledJob], now: float) -> int:
         return 0
 
 
@@ -60,9 +62,9 @@ class RequestLevel(FirstCome):
 
     def __init__(self, rows: int) -> None:
         super().__init__(rows)
-        self._batch: set[Job] = set()
+        self._batch: set[ScheduledJob] = set()
 
-    def pick(self, waiting: Sequence[Waiting], now: float) -> list[int]:
+    def pick(self, waiting: Sequence[ParkedCall], now: float) -> list[int]:
         jobs = [call.job for call in waiting if call.job is not None]
         running = [i for i, job in enumerate(jobs) if job in self._batch]
         if not running:
@@ -101,7 +103,7 @@ def throughput_ratios() -> list[float]:
     """Rows per second of a full queue over those of the best static batch, both tables."""
     found = []
     for curve in TABLES.values():
-        jobs = [Job(user=str(n), steps=20, shape="square") for n in range(400)]
+        jobs = [ScheduledJob(user=str(n), steps=20, shape="square") for n in range(400)]
         ours = 400 * 20 / max(run(StepScheduler(8), jobs, curve).values())
         found.append(ours / max(rows / curve(rows) for rows in range(1, 9)))
     return found

@@ -45,10 +45,10 @@ def main() -> None:
         command = [sys.executable, "-m", "pytest", *TESTS, f"--junitxml={report}"]
         command += ["-o", "junit_family=xunit1"]  # the other has no properties of tests
         code = subprocess.run(command, cwd=ROOT, env=os.environ, check=False).returncode
-        told = {
+        figures = {
             each.get("name", ""): each.get("value", "") for each in ElementTree.parse(report).iter("property")
         }
-    for name, value in told.items():
+    for name, value in figures.items():
         unit = "s" if name.endswith("_s") else "jobs"
         if dry:
             print(name, value, unit)

@@ -17,11 +17,18 @@ from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from redis.asyncio import Redis
 from store import MODEL, accept
 
-from serve_app.autoscaling import DONE_S, LEFT_S, OPEN, REQUEST_S, Told, WorkPolicy
-from serve_app.embedded_redis import EmbeddedRedis
-from serve_app.jobs.store import JobStore
+from serve_app.jobs.store.store import JobStore
+from serve_app.ray_serve.autoscaling import (
+    DONE_S,
+    OPEN_REQUESTS,
+    REMAINING_S,
+    REQUEST_S,
+    BacklogPolicy,
+    ReportedDemand,
+)
+from serve_app.redis.embedded import EmbeddedRedis
+from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
-from serve_app.transaction import connect
 
 STEPS = 28  # of each job, one heartbeat each
 REPLICAS = 64
@@ -70,12 +77,12 @@ def policy_us(decisions: int) -> float:
     """CPU time of one decision about 64 replicas."""
     deployment = DeploymentID(name="Model", app_name="app")
     ids = [ReplicaID(f"r{number}", deployment) for number in range(REPLICAS)]
-    policy = WorkPolicy()
-    policy.listen = lambda *_: Told(1000, REPLICAS, 0.0)
+    policy = BacklogPolicy()
+    policy.read_demand = lambda *_: ReportedDemand(1000, REPLICAS, 0.0)
     config = AutoscalingConfig(min_replicas=0, max_replicas=2 * REPLICAS)
     contexts = []
     for number in range(decisions):
-        values = {DONE_S: 0.7 * number, LEFT_S: 3.0, OPEN: 2.0, REQUEST_S: 4.0}
+        values = {DONE_S: 0.7 * number, REMAINING_S: 3.0, OPEN_REQUESTS: 2.0, REQUEST_S: 4.0}
         contexts.append(
             AutoscalingContext(
                 deployment_id=deployment,

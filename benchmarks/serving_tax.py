@@ -22,9 +22,9 @@ import torch
 import yaml
 from PIL import Image
 
+from deployments.models.load import load_pipeline
 from deployments.protocol.card import Weights, load_card
-from deployments.weights.load import load_pipeline
-from serve_app.embedded_redis import EmbeddedRedis
+from serve_app.redis.embedded import EmbeddedRedis
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "tiny-flux-schnell"
@@ -82,10 +82,10 @@ def main() -> None:
         os.environ["WEFT_DATA_DIR"] = data
         with EmbeddedRedis(Path(data)) as url:
             os.environ["REDIS_URL"] = url
-            from serve_app import local
+            from serve_app.ray_serve import local_cluster
 
-            with local.ray_on_this_machine():
-                assert local.deploy(config, print)
+            with local_cluster.local_ray():
+                assert local_cluster.deploy(config, print)
                 taxes = measure(pipeline, options.port, options.pairs)
     report(taxes, options.suffix, options.dry)
 

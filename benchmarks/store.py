@@ -18,20 +18,21 @@ import ledger
 from redis.asyncio import Redis
 
 from deployments.protocol import events
-from deployments.protocol.request import FittedRequest
-from serve_app.embedded_redis import EmbeddedRedis
-from serve_app.jobs import follow, progress
-from serve_app.jobs.dispatch import Dispatcher
+from deployments.protocol.request import ResolvedRequest
+from serve_app.jobs import events as job_events
+from serve_app.jobs import follow
 from serve_app.jobs.job import new_job_id
-from serve_app.jobs.store import JobStore
+from serve_app.jobs.store.store import JobStore
+from serve_app.jobs.worker.dispatch import Dispatcher
+from serve_app.redis.embedded import EmbeddedRedis
+from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
-from serve_app.transaction import connect
 
 MODEL = "m"
 STEPS, STEP_S = 50, 0.02  # of a job whose progress is followed
 FOLLOWED = 8  # of them at once
-REQUEST = FittedRequest(
+REQUEST = ResolvedRequest(
     model=MODEL,
     prompt="a red fox in the snow, " * 8,
     width=1024,
@@ -49,7 +50,7 @@ class Figures:
     def __init__(self, keep: bool) -> None:
         self._keep = keep
 
-    def tell(self, name: str, values: list[float], unit: str, notes: str = "") -> None:
+    def report(self, name: str, values: list[float], unit: str, notes: str = "") -> None:
         ordered = sorted(values)
         p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
         spread = f"p99 {p99:.3g}" if len(values) > 1 else ""
@@ -69,7 +70,7 @@ async def submits(store: JobStore, figures: Figures, jobs: int) -> None:
         began = time.perf_counter()
         await accept(store)
         took_ms.append(1e3 * (time.perf_counter() - began))
-    figures.tell("store_submit_ms", took_ms, "ms", "one caller; durable when it returns")
+    figures.report("store_submit_ms", took_ms, "ms", "one caller; durable when it returns")
 
 
 async def finishes(store: JobStore, figures: Figures, jobs: int) -> None:
@@ -82,7 +83,7 @@ async def finishes(store: JobStore, figures: Figures, jobs: int) -> None:
 
     began = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(8)))
-    figures.tell(
+    figures.report(
         "store_claim_to_end_jobs_per_s", [jobs / (time.perf_counter() - began)], "jobs/s", "8 workers"
     )
 
@@ -92,7 +93,7 @@ async def both(store: JobStore, figures: Figures, jobs: int) -> None:
     for first in range(0, jobs, 8):
         await asyncio.gather(*(accept(store, f"owner {first + i}") for i in range(8)))
         await asyncio.gather(*(one(store) for _ in range(8)))
-    figures.tell(
+    figures.report(
         "store_submit_to_end_jobs_per_s",
         [jobs / (time.perf_counter() - began)],
         "jobs/s",
@@ -113,7 +114,7 @@ async def long_queue(store: JobStore, redis: Redis, figures: Figures, jobs: int)
         ids.append(await accept(store, f"owner {number % 100}"))
     after = (await redis.info("memory"))["used_memory"]
     queue = f"{jobs} jobs waiting"
-    figures.tell(
+    figures.report(
         "store_bytes_per_waiting_job",
         [(after - before) / jobs],
         "bytes",
@@ -125,14 +126,14 @@ async def long_queue(store: JobStore, redis: Redis, figures: Figures, jobs: int)
         began = time.perf_counter()
         await store.position(job)
         took_ms.append(1e3 * (time.perf_counter() - began))
-    figures.tell("store_position_ms", took_ms, "ms", queue)
+    figures.report("store_position_ms", took_ms, "ms", queue)
     took_ms = []
     for _ in range(min(200, jobs)):
         began = time.perf_counter()
         claim = await store.claim({MODEL: 1})
         assert claim is not None
         took_ms.append(1e3 * (time.perf_counter() - began))
-    figures.tell("store_claim_ms", took_ms, "ms", queue)
+    figures.report("store_claim_ms", took_ms, "ms", queue)
 
 
 class Stepping:
@@ -145,7 +146,7 @@ class Stepping:
         return {MODEL: self._free}
 
     async def generate(
-        self, model_id: str, request: FittedRequest, /, *, user: str = "", resume: bytes | None = None
+        self, model_id: str, request: ResolvedRequest, /, *, user: str = "", resume: bytes | None = None
     ) -> AsyncGenerator[events.Event]:
         self._free -= 1
         try:
@@ -171,13 +172,13 @@ async def progress_lag(url: str, settings: Settings, store: JobStore, figures: F
     command = [sys.executable, __file__, "--work", url, settings.model_dump_json()]
     worker = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     assert worker.stdout is not None
-    hints, seen = store.news_hints(), dict[tuple[int, int], float]()
+    wakeups, seen = store.event_wakeups(), dict[tuple[int, int], float]()
 
     async def watch(seed: int) -> None:
         request = REQUEST.model_copy(update={"seed": seed})
         job = await store.accept(new_job_id(), f"owner {seed}", request)
-        async for _, event in follow.follow(store, hints, job.id):
-            if isinstance(event, progress.Step) and event.step:
+        async for _, event in follow.follow(store, wakeups, job.id):
+            if isinstance(event, job_events.Step) and event.step:
                 seen.setdefault((seed, event.step), time.monotonic())
 
     async def read(stream: asyncio.StreamReader) -> dict[tuple[int, int], float]:
@@ -193,11 +194,11 @@ async def progress_lag(url: str, settings: Settings, store: JobStore, figures: F
     worker.terminate()
     taken = await reading
     await worker.wait()
-    await hints.aclose()
+    await wakeups.aclose()
     lags_ms = sorted(1e3 * (seen[key] - at) for key, at in taken.items())
     notes = f"{FOLLOWED} jobs at once, a step every {1e3 * STEP_S:.0f} ms each; two processes"
-    figures.tell("progress_lag_ms", lags_ms, "ms", notes)
-    figures.tell("progress_lag_p99_ms", [lags_ms[int(0.99 * len(lags_ms))]], "ms", notes)
+    figures.report("progress_lag_ms", lags_ms, "ms", notes)
+    figures.report("progress_lag_p99_ms", [lags_ms[int(0.99 * len(lags_ms))]], "ms", notes)
 
 
 async def measure(url: str, folder: Path, figures: Figures, options: argparse.Namespace) -> None:

@@ -23,9 +23,9 @@ from diffusers import FluxPipeline, WanPipeline
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models.scenes import render  # noqa: E402
-from models.score import accuracy, edge_px, held_out, look, paint  # noqa: E402  the tiny models are no installed package
-from models.video_score import film, held_out_clips, video_accuracy  # noqa: E402
+from tools.tiny_models.scenes import render  # noqa: E402
+from tools.tiny_models.score import accuracy, edge_px, find_objects, generate_pictures, held_out  # noqa: E402  the tiny models are no installed package
+from tools.tiny_models.video_score import generate_clips, held_out_clips, video_accuracy  # noqa: E402
 
 NOTE = (
     "attribute combinations left out of the training of these and the last weights (the oldest held none out)"
@@ -61,7 +61,9 @@ def main() -> None:
         pipeline = _flux(model)
         for _, kind, steps, guidance, row in (row for row in ROWS if row[0] == model):
             prompts, scenes = zip(*islice(held_out(KINDS[kind]), options.prompts), strict=True)
-            right = accuracy(paint(pipeline, list(prompts), steps, guidance_scale=guidance), list(scenes))
+            right = accuracy(
+                generate_pictures(pipeline, list(prompts), steps, guidance_scale=guidance), list(scenes)
+            )
             what = f"tiny-flux-{model}, {kind}, every attribute right, {steps} steps, guidance {guidance:g}"
             notes = f"{what}; {NOTE}; {right}"
             ledger.record(row, right["whole"] / 100, "of 1", n=options.prompts, notes=notes)
@@ -82,9 +84,12 @@ def _flux(model: str) -> FluxPipeline:
 def seeds(pipeline: Any, steps: int, guidance: float, row: str, count: int = 32) -> None:
     """How far seeds move what the prompt leaves free, and that they change nothing else."""
     spreads, sizes, kept = [], [], 0
-    for prompt, told in SEED_PROMPTS.items():
-        seen = [look(p) for p in paint(pipeline, [prompt] * count, steps, guidance_scale=guidance)]
-        kept += sum((ground, [(it.colour, it.shape) for it in found]) == told for ground, found in seen)
+    for prompt, expected in SEED_PROMPTS.items():
+        seen = [
+            find_objects(p)
+            for p in generate_pictures(pipeline, [prompt] * count, steps, guidance_scale=guidance)
+        ]
+        kept += sum((ground, [(it.colour, it.shape) for it in found]) == expected for ground, found in seen)
         places = np.array([(found[0].x, found[0].y, found[0].side) for _, found in seen if found])
         spreads += [*places.std(0)[:2]]
         sizes.append(f"{places[:, 2].min():.2f} to {places[:, 2].max():.2f}")
@@ -99,7 +104,7 @@ def seeds(pipeline: Any, steps: int, guidance: float, row: str, count: int = 32)
 def edges(pipeline: Any, prompts: int = 100) -> None:
     """How crisp edges are, next to those of true renderings."""
     texts, scenes = zip(*islice(held_out(("one", "many")), prompts), strict=True)
-    ours = np.mean([edge_px(picture) for picture in paint(pipeline, list(texts), 4)])
+    ours = np.mean([edge_px(picture) for picture in generate_pictures(pipeline, list(texts), 4)])
     theirs = np.mean([edge_px(render(scene)) for scene in scenes])
     notes = f"pixels between object and background, per pixel of outline; true renderings {theirs:.2f}"
     ledger.record("tiny_flux_edge_px", float(ours), "px", n=prompts, notes=notes)
@@ -110,7 +115,7 @@ def wan(prompts: int = 200) -> None:
     pipeline = WanPipeline.from_pretrained(ROOT / "models/tiny-wan", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     texts, clips = (list(part) for part in zip(*islice(held_out_clips(), prompts), strict=True))
-    right = video_accuracy(film(pipeline, texts, 20, guidance_scale=3.0), clips)
+    right = video_accuracy(generate_clips(pipeline, texts, 20, guidance_scale=3.0), clips)
     notes = f"tiny-wan, everything right that the prompt names, 20 steps, guidance 3; {right}"
     ledger.record("tiny_wan_accuracy", right["whole"] / 100, "of 1", n=prompts, notes=notes)
 

@@ -35,12 +35,12 @@ import torch
 from diffusers.utils import export_to_video
 
 from deployments.encoder import VideoEncoder
-from deployments.encoding import Encoder, Encoding
+from deployments.executors.video_encoding import Encoder, EncodingSession
 from deployments.media import movie
-from deployments.media.footage import SEGMENT_FRAMES, Footage, Segment, VideoFiles
-from deployments.pipelines.video import CHUNK_FRAMES, Reel, reel
+from deployments.media.video_spec import SEGMENT_FRAMES, Segment, VideoFiles, VideoSpec
+from deployments.models.load import load_pipeline
+from deployments.pipelines.latent_decoder import CHUNK_FRAMES, LatentDecoder, latent_decoder
 from deployments.protocol.card import Weights
-from deployments.weights.load import load_pipeline
 
 SIZES = {"480p": (832, 480), "720p": (1280, 720), "1080p": (1920, 1080)}
 FPS = 24
@@ -68,7 +68,9 @@ def ours(encoder: VideoEncoder, frames: Clip) -> bytes:
     count, height, width, _ = frames.shape
 
     async def encoded() -> bytes:
-        async with Encoding(encoder, Footage(width, height, count, FPS, quality=QUALITY)) as encoding:
+        async with EncodingSession(
+            encoder, VideoSpec(width, height, count, FPS, quality=QUALITY)
+        ) as encoding:
             await encoding.add(frames)
             return (await encoding.files()).video
 
@@ -120,13 +122,13 @@ def encode(frames: Clip, size: str, threads: int, rounds: int, keep: bool) -> li
     name, notes = f"{size}_{threads}_threads", f"{len(frames)} frames"
     for side, taken in seconds.items():
         rates = [len(frames) / one for one in taken]
-        tell(f"encode_{name}_{side}", rates, "frames/s", keep, notes)
+        report(f"encode_{name}_{side}", rates, "frames/s", keep, notes)
     against = ratios(seconds["weft"], seconds["ffmpeg"])
-    tell(f"encode_vs_ffmpeg_{name}", against, "x", keep, notes)
+    report(f"encode_vs_ffmpeg_{name}", against, "x", keep, notes)
     return against
 
 
-def tell(name: str, values: list[float], unit: str, keep: bool, notes: str) -> None:
+def report(name: str, values: list[float], unit: str, keep: bool, notes: str) -> None:
     median, spread = statistics.median(values), f"{min(values):.3g}-{max(values):.3g}"
     if keep:
         ledger.record(name, median, unit, spread=spread, n=len(values), notes=notes)
@@ -134,7 +136,7 @@ def tell(name: str, values: list[float], unit: str, keep: bool, notes: str) -> N
         print(f"{name} = {median:.4g} {unit}  {spread}  {notes}", flush=True)
 
 
-class Elsewhere:
+class OtherProcessEncoder:
     """A VideoEncoder's work in another process, as in the service: its memory is not the model's."""
 
     def __init__(self) -> None:
@@ -142,12 +144,12 @@ class Elsewhere:
         self._process = ProcessPoolExecutor(1, mp_context=context)
         self._process.submit(int).result()  # started before any clock runs
 
-    async def segment(self, footage: Footage, index: int, *chunks: Clip) -> Segment:
-        work = partial(movie.encode_segment, footage, index, chunks, 1)
+    async def segment(self, spec: VideoSpec, index: int, *chunks: Clip) -> Segment:
+        work = partial(movie.encode_segment, spec, index, chunks, 1)
         return await asyncio.get_running_loop().run_in_executor(self._process, work)
 
-    async def join(self, footage: Footage, segments: Sequence[Segment]) -> VideoFiles:
-        work = partial(movie.join, footage, segments)
+    async def join(self, spec: VideoSpec, segments: Sequence[Segment]) -> VideoFiles:
+        work = partial(movie.join, spec, segments)
         return await asyncio.get_running_loop().run_in_executor(self._process, work)
 
 
@@ -157,7 +159,7 @@ class Film:
 
     width: int
     height: int
-    reel: Callable[[], Reel]  # decodes it part by part
+    latent_decoder: Callable[[], LatentDecoder]  # decodes it part by part
     whole: Callable[[], list[npt.NDArray[np.float32]]]  # decodes it at once; frames as diffusers gives them
     encoder: Encoder
 
@@ -176,11 +178,11 @@ class Film:
         return asyncio.run(self._encoded(wait=True))
 
     async def _encoded(self, *, wait: bool) -> bytes:
-        video = self.reel()
-        footage = Footage(self.width, self.height, video.total, FPS, quality=QUALITY)
+        video = self.latent_decoder()
+        spec = VideoSpec(self.width, self.height, video.total, FPS, quality=QUALITY)
         held: list[Clip] = []
-        async with Encoding(self.encoder, footage) as encoding:
-            while (frames := await asyncio.to_thread(video.take)) is not None:
+        async with EncodingSession(self.encoder, spec) as encoding:
+            while (frames := await asyncio.to_thread(video.next_frames)) is not None:
                 if wait:
                     held.append(frames)
                 else:
@@ -210,7 +212,7 @@ def tiny_wan(latents: int, side: int) -> Film:
         decoded = pipeline.vae.decode(given).sample
         return list(pipeline.video_processor.postprocess_video(decoded, output_type="np")[0])
 
-    return Film(side, side, lambda: reel(pipeline, given), whole, Elsewhere())
+    return Film(side, side, lambda: latent_decoder(pipeline, given), whole, OtherProcessEncoder())
 
 
 class PacedReel:
@@ -221,7 +223,7 @@ class PacedReel:
         self.total = len(frames)
         self._frames, self._pace, self._taken = frames, pace, 0
 
-    def take(self) -> Clip | None:
+    def next_frames(self) -> Clip | None:
         chunk = self._frames[self._taken : self._taken + CHUNK_FRAMES]
         self._taken += len(chunk)
         time.sleep(len(chunk) / self._pace)
@@ -256,10 +258,10 @@ def end_to_end(film: Film, rounds: int, keep: bool, notes: str, suffix: str = ""
     """From the last denoising step to the file, each way."""
     seconds = in_turns(film.ways(), rounds)
     for way, taken in seconds.items():
-        tell(f"video_last_step_to_file_{way}_s{suffix}", taken, "s", keep, notes)
+        report(f"video_last_step_to_file_{way}_s{suffix}", taken, "s", keep, notes)
     ours, waiting, exported = seconds.values()
-    tell(f"video_streamed_vs_waiting{suffix}", ratios(ours, waiting), "x", keep, notes)
-    tell(f"video_end_to_end_vs_export{suffix}", ratios(ours, exported), "x", keep, notes)
+    report(f"video_streamed_vs_waiting{suffix}", ratios(ours, waiting), "x", keep, notes)
+    report(f"video_end_to_end_vs_export{suffix}", ratios(ours, exported), "x", keep, notes)
 
 
 def print_peak(film: Film, way: str) -> None:
@@ -297,7 +299,7 @@ def main() -> None:
             against = encode(frames, size, threads, args.rounds, keep)
             worst = max(worst or against, against, key=statistics.median)
         del frames
-    tell("encode_vs_ffmpeg", worst, "x", keep, f"the worst of {args.sizes} on {args.threads} threads")
+    report("encode_vs_ffmpeg", worst, "x", keep, f"the worst of {args.sizes} on {args.threads} threads")
     if args.no_film:
         return
     pace = f"{args.frames} frames of 1280x720 that come at {args.pace:g} a second, as from a GPU; 2 threads"
@@ -306,7 +308,7 @@ def main() -> None:
     end_to_end(film := tiny_wan(args.latents, args.side), args.rounds, keep, notes, "_on_cpu")
     for way in film.ways():
         peak = peak_mib(way, args.latents, args.side)
-        tell(f"video_memory_peak_{way}_mib", [peak], "MiB", keep, f"{notes}; above the loaded model")
+        report(f"video_memory_peak_{way}_mib", [peak], "MiB", keep, f"{notes}; above the loaded model")
 
 
 if __name__ == "__main__":

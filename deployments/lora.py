@@ -1,4 +1,4 @@
-"""LoraImageModel: an ImageModel whose requests are routed to replicas that hold their adapters already."""
+"""LoraReplica: a ModelReplica whose requests are routed to replicas that hold their adapters already."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import AsyncGenerator
 
 from ray import serve
 
-from deployments.image import ImageModel
 from deployments.protocol.events import Event
-from deployments.protocol.origin import Origin
+from deployments.protocol.log_context import LogContext
 from deployments.protocol.request import GenerationRequest
+from deployments.replica import ModelReplica
 
 IDS_PER_REPLICA = 64  # in Serve's routing table; about what a bank holds in memory
 
@@ -22,7 +22,7 @@ def routing_id(request: GenerationRequest) -> str:
     return request.loras[0].id if request.loras else ""
 
 
-class LoraImageModel(ImageModel):
+class LoraReplica(ModelReplica):
     """Serve's multiplexing is used as routing affinity, no more: an id in its table means that this replica
     has fetched the adapter or is about to.
 
@@ -37,14 +37,16 @@ class LoraImageModel(ImageModel):
         user: str = "",
         resume: bytes | None = None,
         *,
-        patient: bool = False,
-        origin: Origin | None = None,
+        unlimited_wait: bool = False,
+        log_context: LogContext | None = None,
     ) -> AsyncGenerator[Event]:
-        """As ImageModel.generate; tells Serve first which adapter this replica gets."""
+        """As ModelReplica.generate; tells Serve first which adapter this replica gets."""
         wanted = serve.get_multiplexed_model_id()
         if any(lora.id == wanted for lora in request.loras):
             await self._known_for(wanted)
-        events = super().generate(request, user, resume, patient=patient, origin=origin)
+        events = super().generate(
+            request, user, resume, unlimited_wait=unlimited_wait, log_context=log_context
+        )
         try:
             async for event in events:
                 yield event

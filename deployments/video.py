@@ -1,4 +1,4 @@
-"""VideoModel: what a Serve replica of video models does; app.py makes the deployment of it."""
+"""VideoReplica: what a Serve replica of video models does; app.py makes the deployment of it."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ import numpy as np
 from ray.serve.handle import DeploymentHandle
 
 from deployments import __version__
-from deployments.encoding import Encoder, Encoding, RemoteEncoder
-from deployments.image import ImageModel
-from deployments.media.footage import Footage, Frames, VideoFiles
-from deployments.painting import Painted, Painting
-from deployments.protocol.adapters import AdapterFiles
+from deployments.executors.frame_scheduler import FrameReady, FrameScheduler
+from deployments.executors.video_encoding import Encoder, EncodingSession, RemoteEncoder
+from deployments.loras.file_reader import LoraFileReader
+from deployments.media.video_spec import Frames, VideoFiles, VideoSpec
+from deployments.observability.metrics import Sample
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable, OutOfMemory
 from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Stage, Started, Step
-from deployments.protocol.limits import denoising_steps
-from deployments.protocol.request import FittedEdit, FittedRequest
-from deployments.telemetry import Reading
+from deployments.protocol.request import ResolvedEdit, ResolvedRequest
+from deployments.replica import ModelReplica
+from deployments.validation.resolve import denoising_steps
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from deployments.adapters.mixed import Mix
     from deployments.engine.worker import Finished
-    from deployments.loaded import LoadedModel
-    from deployments.pipelines.video import Reel
+    from deployments.loras.batched_lora import LoraSet
+    from deployments.models.model_instance import ModelInstance
+    from deployments.pipelines.latent_decoder import LatentDecoder
 
 
 FRAMES_AT_ONCE = 16  # of one frame-wise video in the engine
 
 
-class VideoModel(ImageModel):
-    """An ImageModel whose requests may be videos: they are denoised in the same engine, and then decoded on
+class VideoReplica(ModelReplica):
+    """An ModelReplica whose requests may be videos: they are denoised in the same engine, and then decoded on
     a thread of their own and encoded elsewhere, both at once, while their slot serves the next request.
     """
 
@@ -52,21 +52,21 @@ class VideoModel(ImageModel):
         refiners: Mapping[str, ModelCard] | None = None,
         on_stop: Callable[[Callable[[], None]], object] | None = None,
         *,
-        fetch_adapter: AdapterFiles | None = None,
+        fetch_adapter: LoraFileReader | None = None,
         adapter_folder: str | None = None,
     ) -> None:
-        """encoder: the VideoEncoder deployment, or one that is here. The others: see ImageModel."""
+        """encoder: the VideoEncoder deployment, or one that is here. The others: see ModelReplica."""
         self._encoder = RemoteEncoder(encoder) if isinstance(encoder, DeploymentHandle) else encoder
         self._decoder = ThreadPoolExecutor(1, thread_name_prefix="decode")
         self._decoding_since: float | None = None  # time.monotonic(); what the watchdog looks at
         self._frames_decoded, self._decode_s = 0, 0.0
         super().__init__(cards, refiners, on_stop, fetch_adapter=fetch_adapter, adapter_folder=adapter_folder)
 
-    def readings(self) -> Iterator[Reading]:
-        """See ImageModel."""
-        yield from super().readings()
-        yield Reading("weft_video_frames_decoded", self._frames_decoded)
-        yield Reading("weft_video_decode_seconds", self._decode_s)
+    def samples(self) -> Iterator[Sample]:
+        """See ModelReplica."""
+        yield from super().samples()
+        yield Sample("weft_video_frames_decoded", self._frames_decoded)
+        yield Sample("weft_video_decode_seconds", self._decode_s)
 
     def check_health(self) -> None:
         """Called by Serve; raising has the replica replaced."""
@@ -77,42 +77,42 @@ class VideoModel(ImageModel):
 
     async def _run(
         self,
-        loaded: LoadedModel,
-        request: FittedRequest,
+        loaded: ModelInstance,
+        request: ResolvedRequest,
         user: str,
         resume: bytes | None,
         max_wait_s: float | None,
-        owner: Mix | None = None,
+        owner: LoraSet | None = None,
     ) -> AsyncGenerator[Event]:
         """The request's events. A frame-wise video is many requests, one per frame, so that its frames share
         their forwards with each other and with whatever else runs here."""
         video = request.video
         if video is None or not video.framewise or video.is_one_frame:
-            async for told in super()._run(loaded, request, user, resume, max_wait_s, owner):
-                yield told
+            async for item in super()._run(loaded, request, user, resume, max_wait_s, owner):
+                yield item
             return
 
-        def paint(wish: FittedRequest, frame: int) -> AsyncGenerator[Event | Painted]:
+        def run_frame(wish: ResolvedRequest, frame: int) -> AsyncGenerator[Event | FrameReady]:
             one = wish.model_copy(
                 update={
                     "video": video.model_copy(update={"frame": frame}),
                     "output": wish.output.model_copy(update={"previews": 0}),
                 }
             )
-            return ImageModel._run(self, loaded, one, user, None, max_wait_s, owner)
+            return ModelReplica._run(self, loaded, one, user, None, max_wait_s, owner)
 
         total = _all_steps(request, loaded.card)
         started = time.monotonic()
         queued_s = 0.0
-        footage = _footage(request, video.num_frames)
+        spec = _spec_of(request, video.num_frames)
         async with (
-            Encoding(self._encoder, footage) as encoding,
-            aclosing(self._frames(request, loaded.card, paint)) as events,
+            EncodingSession(self._encoder, spec) as encoding,
+            aclosing(self._frames(request, loaded.card, run_frame)) as events,
         ):
             encoded = done = 0
             async for event in events:
                 match event:
-                    case Painted(image=image):
+                    case FrameReady(image=image):
                         await encoding.add(np.asarray(image, dtype=np.uint8)[None])
                         if encoding.encoded > encoded:
                             encoded = encoding.encoded
@@ -128,87 +128,87 @@ class VideoModel(ImageModel):
                         return
                     case _:
                         yield event
-            async for told in self._finish(request, footage, encoding, queued_s, 0.0, started):
-                yield told
+            async for item in self._finish(request, spec, encoding, queued_s, 0.0, started):
+                yield item
 
     async def _frames(
         self,
-        request: FittedRequest,
+        request: ResolvedRequest,
         card: ModelCard,
-        paint: Callable[[FittedRequest, int], AsyncGenerator[Event | Painted]],
-    ) -> AsyncGenerator[Event | Painted]:
+        run_frame: Callable[[ResolvedRequest, int], AsyncGenerator[Event | FrameReady]],
+    ) -> AsyncGenerator[Event | FrameReady]:
         """The frames in order, as Painting tells them. Where the view shall move over a picture and none was
         given, that one is painted first."""
         video, found = request.video, request
         assert video is not None, "a frame-wise video"
-        if _paints_first(request):
-            async with Painting(partial(paint, request), 1, 1) as events:
+        if _starts_from_own_picture(request):
+            async with FrameScheduler(partial(run_frame, request), 1, 1) as events:
                 async for event in events:
-                    if isinstance(event, Painted):
+                    if isinstance(event, FrameReady):
                         found = _over(request, card, await asyncio.to_thread(_png, event.image))
                         continue
                     yield event
                     if isinstance(event, Failed):
                         return
         window = min(self._serving.slots, FRAMES_AT_ONCE)
-        async with Painting(partial(paint, found), video.num_frames, window) as events:
+        async with FrameScheduler(partial(run_frame, found), video.num_frames, window) as events:
             async for event in events:
                 if found is request or not isinstance(event, Queued | Started):
                     yield event
 
-    async def _deliver(self, request: FittedRequest, finished: Finished) -> AsyncGenerator[Event]:
+    async def _deliver(self, request: ResolvedRequest, finished: Finished) -> AsyncGenerator[Event]:
         """Decode and encode at the same time; the files, then Done. Of a single frame: the picture."""
         if request.video is None:
             async for event in super()._deliver(request, finished):
                 yield event
             return
         if request.video.is_one_frame:
-            yield Painted(finished.value[0])  # type: ignore[misc]  # read by Painting, never told
+            yield FrameReady(finished.value[0])  # type: ignore[misc]  # read by Painting, never told
             return
         started = time.monotonic()
-        reel: Reel = finished.value[0]
-        footage = _footage(request, reel.total)
-        async with Encoding(self._encoder, footage) as encoding:
+        latent_decoder: LatentDecoder = finished.value[0]
+        spec = _spec_of(request, latent_decoder.total)
+        async with EncodingSession(self._encoder, spec) as encoding:
             decoded = encoded = 0
-            while (frames := await self._take(reel)) is not None:
+            while (frames := await self._next_frames(latent_decoder)) is not None:
                 decoded += len(frames)
-                yield Stage("decode", decoded, reel.total)
+                yield Stage("decode", decoded, latent_decoder.total)
                 await encoding.add(frames)
                 if encoding.encoded > encoded:
                     encoded = encoding.encoded
-                    yield Stage("encode", encoded, reel.total)
-            finish = self._finish(request, footage, encoding, finished.queued_s, finished.run_s, started)
+                    yield Stage("encode", encoded, latent_decoder.total)
+            finish = self._finish(request, spec, encoding, finished.queued_s, finished.run_s, started)
             async for event in finish:
                 yield event
 
     async def _finish(
         self,
-        request: FittedRequest,
-        footage: Footage,
-        encoding: Encoding,
+        request: ResolvedRequest,
+        spec: VideoSpec,
+        encoding: EncodingSession,
         queued_s: float,
         run_s: float,
         started: float,
     ) -> AsyncGenerator[Event]:
         """When all frames were added. run_s: of work before `started`, which is a time.monotonic()."""
-        while await encoding.rest():
-            yield Stage("encode", encoding.encoded, footage.num_frames)
+        while await encoding.wait_for_segment():
+            yield Stage("encode", encoding.encoded, spec.num_frames)
         facts, text = _facts(request, run_s + time.monotonic() - started)
         files = await encoding.files(text, json.dumps(facts, ensure_ascii=False))
-        for artifact in _artifacts(request, footage, files, facts):
+        for artifact in _artifacts(request, spec, files, facts):
             yield artifact
         yield Done(queued_s, run_s + time.monotonic() - started)
 
-    async def _take(self, reel: Reel) -> Frames | None:
-        return await asyncio.get_running_loop().run_in_executor(self._decoder, self._decode, reel)
+    async def _next_frames(self, latent_decoder: LatentDecoder) -> Frames | None:
+        return await asyncio.get_running_loop().run_in_executor(self._decoder, self._decode, latent_decoder)
 
-    def _decode(self, reel: Reel) -> Frames | None:
+    def _decode(self, latent_decoder: LatentDecoder) -> Frames | None:
         """On the decoder's thread: the next frames of this video; other videos come in between."""
         import torch
 
         began = self._decoding_since = time.monotonic()
         try:
-            frames = reel.take()
+            frames = latent_decoder.next_frames()
             self._frames_decoded += 0 if frames is None else len(frames)
             self._decode_s += time.monotonic() - began
             return frames
@@ -221,27 +221,27 @@ class VideoModel(ImageModel):
             self._decoding_since = None
 
 
-def _paints_first(request: FittedRequest) -> bool:
+def _starts_from_own_picture(request: ResolvedRequest) -> bool:
     return request.video is not None and request.video.moves and request.edit is None
 
 
-def _over(request: FittedRequest, card: ModelCard, picture: bytes) -> FittedRequest:
+def _over(request: ResolvedRequest, card: ModelCard, picture: bytes) -> ResolvedRequest:
     """The request whose frames start from this picture, by the card's strength if that leaves a step."""
     for strength in (card.strength, 1.0):
-        edit = FittedEdit(image=picture, strength=strength)
+        edit = ResolvedEdit(image=picture, strength=strength)
         found = request.model_copy(update={"edit": edit})
         if denoising_steps(found, card) > 0:
             break
     return found
 
 
-def _all_steps(request: FittedRequest, card: ModelCard) -> int:
+def _all_steps(request: ResolvedRequest, card: ModelCard) -> int:
     """Of all pictures of a frame-wise video."""
     assert request.video is not None, "a frame-wise video"
     steps, frames = denoising_steps(request, card), request.video.num_frames
     return (
         steps + frames * denoising_steps(_over(request, card, b""), card)
-        if _paints_first(request)
+        if _starts_from_own_picture(request)
         else frames * steps
     )
 
@@ -252,10 +252,10 @@ def _png(image: Image) -> bytes:
     return buffer.getvalue()
 
 
-def _footage(request: FittedRequest, num_frames: int) -> Footage:
+def _spec_of(request: ResolvedRequest, num_frames: int) -> VideoSpec:
     video = request.video
     assert video is not None, "only videos are encoded"
-    return Footage(
+    return VideoSpec(
         request.width,
         request.height,
         num_frames,
@@ -266,7 +266,7 @@ def _footage(request: FittedRequest, num_frames: int) -> Footage:
     )
 
 
-def _facts(request: FittedRequest, generation_s: float) -> tuple[dict[str, object], str]:
+def _facts(request: ResolvedRequest, generation_s: float) -> tuple[dict[str, object], str]:
     """How the video was made: as JSON, and in A1111's form."""
     from deployments.media import still
 
@@ -275,12 +275,12 @@ def _facts(request: FittedRequest, generation_s: float) -> tuple[dict[str, objec
 
 
 def _artifacts(
-    request: FittedRequest, footage: Footage, files: VideoFiles, facts: Mapping[str, object]
+    request: ResolvedRequest, spec: VideoSpec, files: VideoFiles, facts: Mapping[str, object]
 ) -> list[Artifact]:
     seed = request.seed
     stills = {"thumbnail": files.thumbnail, "poster": files.poster, "spritesheet": files.spritesheet}
     return [
-        Artifact(0, "video", footage.media_type, files.video, footage.width, footage.height, seed, facts),
+        Artifact(0, "video", spec.media_type, files.video, spec.width, spec.height, seed, facts),
         *(
             Artifact(0, kind, still.media_type, still.data, still.width, still.height, seed)
             for kind, still in stills.items()

@@ -30,11 +30,11 @@ from ray import serve
 from deployments.protocol.events import Artifact, Failed
 from deployments.protocol.request import GenerationRequest
 
-AT_ONCE = 16  # requests that one actor keeps in flight; the model weaves them into shared forwards
-TRIES = 3  # of a request whose replica dies
+MAX_IN_FLIGHT = 16  # requests that one actor keeps in flight; the model weaves them into shared forwards
+MAX_ATTEMPTS = 3  # of a request whose replica dies
 
 
-def wishes(prompts: str, model: str) -> list[dict[str, str]]:
+def read_requests(prompts: str, model: str) -> list[dict[str, str]]:
     """Rows of {name, request}: one for each line that is not empty. Raises ValueError naming a bad line."""
     with fsspec.open(prompts, "rt", encoding="utf-8") as file:
         lines = [line.strip() for line in file]
@@ -53,7 +53,7 @@ def wishes(prompts: str, model: str) -> list[dict[str, str]]:
     return rows
 
 
-def missing(rows: list[dict[str, str]], folder: str) -> list[dict[str, str]]:
+def without_image(rows: list[dict[str, str]], folder: str) -> list[dict[str, str]]:
     """Those whose last picture is not in the folder yet."""
     files, root = fsspec.core.url_to_fs(folder)
     files.makedirs(root, exist_ok=True)
@@ -61,7 +61,7 @@ def missing(rows: list[dict[str, str]], folder: str) -> list[dict[str, str]]:
     return [row for row in rows if f"{row['name']}.png" not in there]
 
 
-class Painter:
+class ImageWriter:
     """An actor of Ray Data: rows of requests become rows of {name, error}; the pictures go to the folder."""
 
     def __init__(self, folder: str, app: str) -> None:
@@ -69,20 +69,20 @@ class Painter:
         self._app = app
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            errors = list(pool.map(self._paint, batch["name"], batch["request"]))
+        with ThreadPoolExecutor(MAX_IN_FLIGHT) as pool:
+            errors = list(pool.map(self._generate, batch["name"], batch["request"]))
         return {"name": list(batch["name"]), "error": errors}
 
-    def _paint(self, name: str, text: str) -> str:
+    def _generate(self, name: str, text: str) -> str:
         """What was wrong with the request; empty when its pictures are in the folder."""
         request = GenerationRequest.model_validate_json(text)
         handle = serve.get_deployment_handle(request.model, self._app)
         handle = handle.options(method_name="generate", stream=True)
-        for left in reversed(range(TRIES)):
+        for left in reversed(range(MAX_ATTEMPTS)):
             try:
                 pictures = []
                 for event in handle.options(method_name="generate", stream=True).remote(
-                    request, patient=True
+                    request, unlimited_wait=True
                 ):
                     if isinstance(event, Failed):
                         return event.message
@@ -95,7 +95,7 @@ class Painter:
                 return ""
             except ray.exceptions.RayActorError as error:
                 if not left:
-                    return f"its replica died {TRIES} times: {error}"
+                    return f"its replica died {MAX_ATTEMPTS} times: {error}"
         raise AssertionError("not reached")
 
     def _write(self, name: str, data: bytes) -> None:
@@ -109,12 +109,14 @@ class Painter:
         self._files.mv(part, path)
 
 
-def paint(rows: list[dict[str, str]], folder: str, app: str, actors: int) -> Iterator[dict[str, Any]]:
+def generate_images(
+    rows: list[dict[str, str]], folder: str, app: str, actors: int
+) -> Iterator[dict[str, Any]]:
     """Rows of {name, error} as they are done."""
     pictures = ray.data.from_items(rows).map_batches(
-        Painter,
+        ImageWriter,
         fn_constructor_args=(folder, app),
-        batch_size=AT_ONCE,
+        batch_size=MAX_IN_FLIGHT,
         num_cpus=0.1,  # an actor only waits
         compute=ray.data.ActorPoolStrategy(size=actors),
     )
@@ -129,18 +131,20 @@ def main() -> int:
         "--model", default="tiny-flux-schnell", help="a model card's id (default: %(default)s)"
     )
     parser.add_argument("--app", default="weft", help="the Serve application (default: %(default)s)")
-    parser.add_argument("--actors", type=int, default=2, help=f"each asks for {AT_ONCE} pictures at once")
+    parser.add_argument(
+        "--actors", type=int, default=2, help=f"each asks for {MAX_IN_FLIGHT} pictures at once"
+    )
     options = parser.parse_args()
     ray.init()
-    rows = wishes(options.prompts, options.model)
-    todo = missing(rows, options.folder)
-    print(f"{len(rows)} prompts, {len(rows) - len(todo)} of them done before", flush=True)
+    rows = read_requests(options.prompts, options.model)
+    remaining = without_image(rows, options.folder)
+    print(f"{len(rows)} prompts, {len(rows) - len(remaining)} of them done before", flush=True)
     refused = 0
-    for row in paint(todo, options.folder, options.app, options.actors) if todo else ():
+    for row in generate_images(remaining, options.folder, options.app, options.actors) if remaining else ():
         if row["error"]:
             refused += 1
             print(f"{row['name']}: {row['error']}", file=sys.stderr, flush=True)
-    print(f"{len(todo) - refused} pictures made, {refused} requests refused", flush=True)
+    print(f"{len(remaining) - refused} pictures made, {refused} requests refused", flush=True)
     return 1 if refused else 0
 
 

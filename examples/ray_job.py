@@ -19,7 +19,7 @@ from ray import serve
 from deployments.protocol.events import Artifact, Failed
 from deployments.protocol.request import GenerationRequest
 
-AT_ONCE = 16  # requests in flight; the model weaves them into shared forwards
+MAX_IN_FLIGHT = 16  # requests in flight; the model weaves them into shared forwards
 
 
 def make_pictures(prompts: Sequence[str], folder: Path, model: str, app: str = "weft") -> list[Path]:
@@ -37,7 +37,7 @@ def make_pictures(prompts: Sequence[str], folder: Path, model: str, app: str = "
                 file.write_bytes(event.data)
         return file
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(MAX_IN_FLIGHT) as pool:
         return list(pool.map(one, enumerate(prompts)))
 
 

@@ -9,20 +9,28 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.encoder import VideoEncoder
-from deployments.fetcher import WeightsFetcher
-from deployments.image import ImageModel
-from deployments.lora import LoraImageModel
+from deployments.lora import LoraReplica
 from deployments.protocol.card import ModelCard, Serving, load_cards
 from deployments.protocol.errors import BadRequest, NotFound
-from deployments.video import VideoModel
-from serve_app.adapter_files import ADAPTERS, AdapterFilesByHandle, AdaptersReplica
-from serve_app.args import AppArgs, EncoderArgs, Fronts, GatewayArgs, ModelArgs, WeightsArgs, chosen_cards
-from serve_app.autoscaling import autoscaling_policy
-from serve_app.dispatcher import DispatcherReplica
-from serve_app.ingress import Ingress
-from serve_app.places import groups, makes_videos, places_of
+from deployments.replica import ModelReplica
+from deployments.video import VideoReplica
+from deployments.weights_prefetcher import WeightsPrefetcher
+from serve_app.ray_serve.args import (
+    AppArgs,
+    EncoderArgs,
+    GatewayArgs,
+    GatewayScaling,
+    ModelArgs,
+    WeightsArgs,
+    select_cards,
+)
+from serve_app.ray_serve.autoscaling import autoscaling_policy
+from serve_app.ray_serve.dispatcher import DispatcherReplica
+from serve_app.ray_serve.ingress import Ingress
+from serve_app.ray_serve.lora_files import LORA_FILES, LoraFileClient, LoraFilesReplica
+from serve_app.ray_serve.routing import deployment_groups, makes_videos, routes_of
+from serve_app.ray_serve.shutdown_hook import on_stop
 from serve_app.settings import Settings
-from serve_app.stopping import on_stop
 
 # what a CPU-only replica may see of the node's GPUs: nothing
 NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
@@ -32,15 +40,15 @@ def build(args: AppArgs) -> Application:
     """Everything in one application: a deployment per card or group, named as it."""
     settings = Settings.load(**args.settings)
     known = load_cards(settings.cards_dir)
-    cards = chosen_cards(args.models, known, settings.cards_dir)
-    models = _models(cards, known, args.encoder, _lora_files(settings))
+    cards = select_cards(args.models, known, settings.cards_dir)
+    models = _models(cards, known, args.encoder, _lora_source(settings))
     bound = list({id(model): model for model in models.values()}.values())
-    return _front(settings, args, cards, [*bound, *_fetchers(cards, known)])
+    return _gateway(settings, args, cards, [*bound, *_fetchers(cards, known)])
 
 
 def build_gateway(args: GatewayArgs) -> Application:
     """Ingress, dispatchers and LoRA files. Its models are the applications of `build_model` that name it."""
-    return _front(Settings.load(**args.settings), args, None, [])
+    return _gateway(Settings.load(**args.settings), args, None, [])
 
 
 def build_model(args: ModelArgs) -> Application:
@@ -50,13 +58,13 @@ def build_model(args: ModelArgs) -> Application:
     """
     settings = Settings.load(**args.settings)
     known = load_cards(settings.cards_dir)
-    cards = chosen_cards(args.models, known, settings.cards_dir)
-    if len(names := list(groups(cards))) > 1:
+    cards = select_cards(args.models, known, settings.cards_dir)
+    if len(names := list(deployment_groups(cards))) > 1:
         raise BadRequest(
             f"{', '.join(names)} do not share their replicas: give each an application of its own, "
             "or their cards one serving.group"
         )
-    models = _models(cards, known, args.encoder, _lora_files(settings, args.gateway))
+    models = _models(cards, known, args.encoder, _lora_source(settings, args.gateway))
     return next(iter(models.values()))
 
 
@@ -67,22 +75,25 @@ def build_weights(args: WeightsArgs) -> Application:
     """
     settings = Settings.load(**args.settings)
     known = load_cards(settings.cards_dir)
-    fetchers = _fetchers(chosen_cards(args.models, known, settings.cards_dir), known)
+    fetchers = _fetchers(select_cards(args.models, known, settings.cards_dir), known)
     if not fetchers:
         raise BadRequest("the weights of these models are all folders on the nodes: nothing is to be fetched")
     return fetchers[0]
 
 
-def _front(
-    settings: Settings, args: Fronts, cards: Mapping[str, ModelCard] | None, models: Sequence[Application]
+def _gateway(
+    settings: Settings,
+    args: GatewayScaling,
+    cards: Mapping[str, ModelCard] | None,
+    models: Sequence[Application],
 ) -> Application:
     """The front floor over `models`, which serve `cards`; None: over whatever applications there are."""
     adapters = serve.deployment(
-        name=ADAPTERS,  # one replica: it also clears away what nobody needs
+        name=LORA_FILES,  # one replica: it also clears away what nobody needs
         ray_actor_options={"num_cpus": 0, "runtime_env": NO_GPU},
         max_ongoing_requests=16,
         graceful_shutdown_wait_loop_s=0.1,
-    )(AdaptersReplica).bind(settings, cards)
+    )(LoraFilesReplica).bind(settings, cards)
     dispatcher = serve.deployment(
         name="Dispatcher",
         num_replicas=args.dispatchers,
@@ -99,10 +110,10 @@ def _front(
     )(Ingress).bind(settings, cards, [adapters, dispatcher, *models])
 
 
-def _lora_files(settings: Settings, gateway: str | None = None) -> dict[str, Any]:
-    """What tells an ImageModel where LoRAs come from. gateway: the application; None: the model's own."""
+def _lora_source(settings: Settings, gateway: str | None = None) -> dict[str, Any]:
+    """What tells a ModelReplica where LoRAs come from. gateway: the application; None: the model's own."""
     return {
-        "fetch_adapter": AdapterFilesByHandle(gateway),
+        "fetch_adapter": LoraFileClient(gateway),
         "adapter_folder": str(settings.adapter_cache),
     }
 
@@ -116,45 +127,45 @@ def _models(
     """One deployment per card, or per group of cards that share their replicas; by card id. Those that make
     videos share the encoder; one for requests with LoRAs may stand beside. lora_files: see _lora_files."""
     encoder = _encoder(encoder_args or EncoderArgs())
-    places = places_of(cards, "")
+    routes = routes_of(cards, "")
     files = lora_files or {}
     models: dict[str, Application] = {}
-    for name, members in groups(cards).items():
+    for name, members in deployment_groups(cards).items():
         refiners, serving = _refiners(members, known), members[0].serving
-        loras = places[members[0].id].loras
+        loras = routes[members[0].id].loras
         deployment = _deployment(name, serving)
         if makes_videos(members):
-            model = deployment(VideoModel).bind(members, encoder, refiners, on_stop, **files)
+            model = deployment(VideoReplica).bind(members, encoder, refiners, on_stop, **files)
         elif loras is None:
-            model = deployment(ImageModel).bind(members, refiners, on_stop)
+            model = deployment(ModelReplica).bind(members, refiners, on_stop)
         elif loras == name:
-            model = deployment(LoraImageModel).bind(members, refiners, on_stop, **files)
+            model = deployment(LoraReplica).bind(members, refiners, on_stop, **files)
         else:
-            pool = _deployment(loras, _of_pool(serving))(LoraImageModel).bind(
+            pool = _deployment(loras, _lora_pool_serving(serving))(LoraReplica).bind(
                 members, refiners, on_stop, **files
             )
-            model = deployment(ImageModel).bind(members, refiners, on_stop, beside=pool)
+            model = deployment(ModelReplica).bind(members, refiners, on_stop, lora_pool=pool)
         models |= dict.fromkeys([card.id for card in members], model)
     return models
 
 
-def _of_pool(serving: Serving) -> Serving:
+def _lora_pool_serving(serving: Serving) -> Serving:
     """Of the deployment for requests with LoRAs."""
-    least = serving.lora_min_replicas
-    return serving if least is None else serving.model_copy(update={"min_replicas": least})
+    minimum = serving.lora_min_replicas
+    return serving if minimum is None else serving.model_copy(update={"min_replicas": minimum})
 
 
 def _fetchers(cards: Mapping[str, ModelCard], known: Mapping[str, ModelCard]) -> list[Application]:
     """What has far weights brought to the nodes; none where all weights are near."""
     wanted = [card for card in cards.values() if card.serving.prefetch]
     wanted += _refiners(wanted, known).values()
-    if not any(weights.far for card in wanted for weights in card.all_weights):
+    if not any(weights.is_remote for card in wanted for weights in card.all_weights):
         return []
     fetcher = serve.deployment(
         name="WeightsFetcher",
         ray_actor_options={"num_cpus": 0, "runtime_env": NO_GPU},
         graceful_shutdown_wait_loop_s=0.1,
-    )(WeightsFetcher)
+    )(WeightsPrefetcher)
     return [fetcher.bind(wanted)]
 
 

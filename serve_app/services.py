@@ -9,21 +9,21 @@ from typing import Self
 
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable
-from serve_app.adapters.builtin import BuiltIns
-from serve_app.adapters.desk import AdapterDesk, Unload
-from serve_app.adapters.fitting import Fitting, TellLayers
-from serve_app.adapters.hub import HOSTS
-from serve_app.adapters.registry import Registry
-from serve_app.jobs.desk import JobDesk
-from serve_app.jobs.in_use import adapters_in_use
-from serve_app.jobs.store import JobStore
+from serve_app.jobs.service import JobService
+from serve_app.jobs.store.lora_references import referenced_loras
+from serve_app.jobs.store.store import JobStore
+from serve_app.loras.builtin import BuiltInLoras
+from serve_app.loras.compatibility import CompatibilityCheck, LayerLookup
+from serve_app.loras.hub import HOSTS
+from serve_app.loras.registry import LoraRegistry
+from serve_app.loras.service import LoraService, Unload
+from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
-from serve_app.storage.fetch import Fetcher
 from serve_app.storage.results import ResultStore
-from serve_app.transaction import connect
+from serve_app.storage.url_fetcher import UrlFetcher
 
 
-async def _unknown_layers(_model: str) -> None:
+async def _no_layer_shapes(_model: str) -> None:
     """Nobody here can tell."""
 
 
@@ -49,22 +49,22 @@ class Services:
         )
         return cls(settings, JobStore(redis, settings), results)
 
-    def adapters(
-        self, builtins: BuiltIns, unload: Unload, tell_layers: TellLayers = _unknown_layers
-    ) -> AdapterDesk:
+    def lora_service(
+        self, builtins: BuiltInLoras, unload: Unload, layer_lookup: LayerLookup = _no_layer_shapes
+    ) -> LoraService:
         """unload: tells every replica to forget a digest. tell_layers: what a model's layers are."""
         settings, redis = self.settings, self.store.redis
-        return AdapterDesk(
-            Registry(redis, settings.redis_prefix, settings.max_adapters_per_owner),
+        return LoraService(
+            LoraRegistry(redis, settings.redis_prefix, settings.max_adapters_per_owner),
             self.results,
             builtins,
             settings,
-            in_use=partial(adapters_in_use, redis, settings.redis_prefix),
+            in_use=partial(referenced_loras, redis, settings.redis_prefix),
             unload=unload,
-            fitting=Fitting(self.results, tell_layers),
-            fetcher=Fetcher(host for host in settings.fetch_hosts.split(",") if host.strip()),
-            hub=Fetcher(HOSTS if settings.hub_loras else ()),
+            compatibility=CompatibilityCheck(self.results, layer_lookup),
+            fetcher=UrlFetcher(host for host in settings.fetch_hosts.split(",") if host.strip()),
+            hub=UrlFetcher(HOSTS if settings.hub_loras else ()),
         )
 
-    def desk(self, cards: Mapping[str, ModelCard]) -> JobDesk:
-        return JobDesk(self.store, self.results, cards, self.settings)
+    def job_service(self, cards: Mapping[str, ModelCard]) -> JobService:
+        return JobService(self.store, self.results, cards, self.settings)

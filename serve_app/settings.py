@@ -197,6 +197,6 @@ class Settings(BaseSettings):
         return self.data_dir / "adapter-cache"
 
     @property
-    def open_to_all(self) -> bool:
+    def auth_disabled(self) -> bool:
         """Nobody needs a key: only on loopback, and only when none is set."""
         return self.api_key is None

@@ -1,6 +1,6 @@
 """How the suite shares out its tests among processes (`make test`): the tests of a file stay together, and
 all that start a Ray stay in one process, one after another. That one begins first, as it takes longest.
-Those in FLEETS take longer than all others together: `make fleets` runs them, `make test` leaves them out.
+Those in FLEET_TESTS take longer than all others together: `make fleets` runs them, `make test` does not.
 A test with a Ray, dozens of processes on perhaps a busy machine, has a second try; the summary counts them.
 """
 
@@ -11,24 +11,24 @@ from typing import Any
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-WITH_RAY = "tests/graph/"
-FLEETS = tuple(
-    WITH_RAY + name
+RAY_TESTS = "tests/graph/"
+FLEET_TESTS = tuple(
+    RAY_TESTS + name
     for name in ("test_autoscaling", "test_examples", "test_fleet", "test_node_", "test_one_gpu")
 )  # many nodes or models
 
 
-class OneRay(LoadFileScheduling):
+class RayTestsInOneProcess(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
-        return WITH_RAY if nodeid.startswith(WITH_RAY) else super()._split_scope(nodeid)
+        return RAY_TESTS if nodeid.startswith(RAY_TESTS) else super()._split_scope(nodeid)
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneRay:
-    return OneRay(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayTestsInOneProcess:
+    return RayTestsInOneProcess(config, log)
 
 
-class ToldAtOnce:
+class ImmediateFailureReport:
     """A failure is printed when it happens, not half an hour later when all else has run."""
 
     def __init__(self, terminal: pytest.TerminalReporter) -> None:
@@ -43,13 +43,13 @@ class ToldAtOnce:
 def pytest_configure(config: pytest.Config) -> None:
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(ToldAtOnce(terminal))
+        config.pluginmanager.register(ImmediateFailureReport(terminal))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.nodeid.startswith(FLEETS):
+        if item.nodeid.startswith(FLEET_TESTS):
             item.add_marker(pytest.mark.fleet)
-        if item.nodeid.startswith(WITH_RAY):
+        if item.nodeid.startswith(RAY_TESTS):
             item.add_marker(pytest.mark.flaky(reruns=1))
-    items.sort(key=lambda item: not item.nodeid.startswith(WITH_RAY))
+    items.sort(key=lambda item: not item.nodeid.startswith(RAY_TESTS))

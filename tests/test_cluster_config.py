@@ -14,7 +14,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 from deployments.protocol.card import load_cards
-from serve_app import app, args
+from serve_app import app
+from serve_app.ray_serve import args
 
 ROOT = Path(__file__).parent.parent
 CLUSTERS = {

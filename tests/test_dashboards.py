@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.telemetry import METRICS as WORKSHOP
-from serve_app.telemetry import METRICS as FRONT
+from deployments.observability.metrics import METRICS as WORKSHOP
+from serve_app.observability.metrics import METRICS as FRONT
 
 ROOT = Path(__file__).parent.parent
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}

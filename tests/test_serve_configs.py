@@ -17,8 +17,8 @@ from ray.util.accelerators import accelerators
 
 from deployments.protocol.errors import BadRequest, NotFound
 from serve_app import app
-from serve_app.args import ModelArgs
-from serve_app.places import MODEL_BUILDER
+from serve_app.ray_serve.args import ModelArgs
+from serve_app.ray_serve.routing import MODEL_BUILDER
 
 ROOT = Path(__file__).parent.parent
 FILES = [ROOT / "serve_config.yaml", *sorted((ROOT / "configs/serve").glob("*.yaml"))]

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from greenlet import getcurrent, greenlet
 
-from deployments.engine.step_scheduler import Job
+from deployments.engine.step_scheduler import ScheduledJob
 
 if TYPE_CHECKING:
     from deployments.engine.call import ModuleCall, Seam
-    from deployments.engine.look import Look
+    from deployments.engine.call_signature import CallSignature
 
 
 class FiberCancelled(BaseException):
@@ -25,29 +25,31 @@ class Fiber(greenlet):
     over, `over` is true and exactly one of `result` and `failure` says how it went.
     """
 
-    def __init__(self, work: Callable[[], Any], job: Job | None = None) -> None:
+    def __init__(self, work: Callable[[], Any], job: ScheduledJob | None = None) -> None:
         """job: what the step scheduler shall know of the request; updated as it goes."""
         super().__init__()
-        self._work = work
-        self.job = Job() if job is None else job
+        self._pipeline_call = work
+        self.job = ScheduledJob() if job is None else job
         self.call: ModuleCall | None = None
-        self.owner: Hashable | None = None  # of the rows of its calls; see owners.py
+        self.lora_set: Hashable | None = None  # of the rows of its calls; see lora_rows.py
         self.digests: dict[int, tuple[object, bytes]] = {}  # shared tensors hashed once; see call.py
-        self.looks: dict[Seam, tuple[Look, ...]] = {}  # of its last two calls of each seam; see call.py
-        self.over = False
+        self.signatures: dict[
+            Seam, tuple[CallSignature, ...]
+        ] = {}  # of its last two calls of each seam; see call.py
+        self.done = False
         self.result: Any = None
         self.failure: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self.result = self._work()
+            self.result = self._pipeline_call()
         except BaseException as error:  # one fiber's end, however ugly, must not reach the others
             self.failure = error
         finally:
-            self.over = True
+            self.done = True
             self.call = None
             self.digests.clear()
-            self.looks.clear()
+            self.signatures.clear()
 
     def begin(self) -> None:
         """Run to the first parking place or to the end."""
@@ -70,11 +72,11 @@ class Fiber(greenlet):
         return self.parent.switch()
 
 
-def own_rows(owner: Hashable | None) -> None:
+def use_lora_set(lora_set: Hashable | None) -> None:
     """Have the rows of all further calls of this fiber belong to `owner`."""
     fiber = current_fiber()
     if fiber is not None:
-        fiber.owner = owner
+        fiber.lora_set = lora_set
 
 
 def current_fiber() -> Fiber | None:

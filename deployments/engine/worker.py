@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from deployments.engine.engine import Engine
+from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber, FiberCancelled
-from deployments.engine.step_scheduler import Job, StepScheduler
-from deployments.engine.tally import Tally
+from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
 from deployments.protocol.errors import (
     BadRequest,
     Internal,
@@ -50,28 +50,28 @@ class Finished:
 
 
 @dataclass(frozen=True, slots=True)
-class Interrupted:
+class Checkpointed:
     """The worker drains or stops: what `snapshot` gave, or None. Failed follows."""
 
     state: Any
 
 
 @dataclass(slots=True, eq=False)
-class _Ticket:
+class _Submission:
     """One submitted piece of work. The worker's thread changes it; asyncio only reads `items`."""
 
     work: Work
-    job: Job
+    job: ScheduledJob
     loop: asyncio.AbstractEventLoop
     max_wait_s: float | None
     snapshot: Callable[[], Any] | None
-    tally: Tally
+    stats: EngineStats
     context: contextvars.Context  # of whoever submitted: what its log lines are told by
     items: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     started_at: float = 0.0
     fiber: Fiber | None = None
 
-    def tell(self, item: Any) -> None:
+    def publish(self, item: Any) -> None:
         with suppress(RuntimeError):  # the caller's loop may be closed by now
             self.loop.call_soon_threadsafe(self.items.put_nowait, item)
 
@@ -79,22 +79,22 @@ class _Ticket:
         """What the work itself tells; its steps are also progress for the scheduler."""
         if isinstance(item, Step):
             self.job.steps_done, self.job.steps = item.step, item.steps
-            self.tally.steps += 1
-        self.tell(item)
+            self.stats.steps += 1
+        self.publish(item)
 
 
 @dataclass(frozen=True, slots=True)
 class _Submit:
-    ticket: _Ticket
+    submission: _Submission
 
 
 @dataclass(frozen=True, slots=True)
 class _Cancel:
-    ticket: _Ticket
+    submission: _Submission
 
 
 @dataclass(frozen=True, slots=True)
-class _Call:
+class _RunFunction:
     """A function for the worker's thread, such as cutting the seams of a model loaded later."""
 
     function: Callable[[], Any]
@@ -112,7 +112,7 @@ class _Stop:
     pass
 
 
-_Order = _Submit | _Cancel | _Call | _Drain | _Stop
+_Command = _Submit | _Cancel | _RunFunction | _Drain | _Stop
 
 
 class Worker:
@@ -130,15 +130,15 @@ class Worker:
         self._scheduler = scheduler
         self._slots = slots
         self._watchdog_s = watchdog_s
-        self._inbox: queue.SimpleQueue[_Order] = queue.SimpleQueue()
-        self._waiting: list[_Ticket] = []
-        self._running: dict[Fiber, _Ticket] = {}
+        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._waiting: list[_Submission] = []
+        self._running: dict[Fiber, _Submission] = {}
         self._open = 0  # submitted and not yet ended; counted on the asyncio side
-        self._jobs: set[Job] = set()  # of those
+        self._jobs: set[ScheduledJob] = set()  # of those
         self._recent_s: deque[float] = deque(maxlen=32)  # work of the latest submitted
         self._stopping = False
         self._busy_since: float | None = None  # when the piece of work at hand began
-        self.tally = engine.tally
+        self.stats = engine.stats
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
@@ -156,7 +156,7 @@ class Worker:
         """Requests that run and requests that wait for a slot, as the engine's thread last left it."""
         return len(self._running), len(self._waiting)
 
-    def work(self) -> tuple[float, float, float]:
+    def work_seconds(self) -> tuple[float, float, float]:
         """Seconds of work: done ever, left of what is open, and the mean of a request; the last is 0 before
         the first. To be asked where requests are submitted."""
         mean_s = sum(self._recent_s) / len(self._recent_s) if self._recent_s else 0.0
@@ -166,7 +166,9 @@ class Worker:
         """Raises ModelUnavailable if the thread is dead or hangs."""
         if not self._thread.is_alive():
             raise ModelUnavailable("the engine's thread is dead; the replica must be replaced")
-        begun = [since for since in (self._busy_since, self._engine.aside_since) if since is not None]
+        begun = [
+            since for since in (self._busy_since, self._engine.auxiliary_busy_since) if since is not None
+        ]
         if begun and (busy_s := time.monotonic() - min(begun)) > self._watchdog_s:
             raise ModelUnavailable(
                 f"the engine has been stuck for {busy_s:.0f} s (watchdog: {self._watchdog_s:g} s); "
@@ -176,7 +178,7 @@ class Worker:
     async def submit(
         self,
         work: Work,
-        job: Job,
+        job: ScheduledJob,
         *,
         max_wait_s: float | None = None,
         snapshot: Callable[[], Any] | None = None,
@@ -193,13 +195,13 @@ class Worker:
             raise ModelUnavailable("this replica is shutting down; try again")
         job.submitted_at = time.monotonic()
         loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-        ticket = _Ticket(work, job, loop, max_wait_s, snapshot, self.tally, context)
+        submission = _Submission(work, job, loop, max_wait_s, snapshot, self.stats, context)
         self._open += 1
         self._jobs.add(job)
-        self._inbox.put(_Submit(ticket))
+        self._inbox.put(_Submit(submission))
         try:
             while True:
-                item = await ticket.items.get()
+                item = await submission.items.get()
                 yield item
                 if isinstance(item, Finished | Failed):
                     return
@@ -207,14 +209,14 @@ class Worker:
             self._open -= 1
             self._jobs.discard(job)
             self._recent_s.append(self._scheduler.work_left_s([replace(job, steps_done=0)]))
-            self._inbox.put(_Cancel(ticket))  # without effect on work that is over
+            self._inbox.put(_Cancel(submission))  # without effect on work that is over
 
-    async def call(self, function: Callable[[], Any]) -> Any:
+    async def run_on_thread(self, function: Callable[[], Any]) -> Any:
         """The function's result, run on the worker's thread between two forwards."""
         self.check()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Any] = loop.create_future()
-        self._inbox.put(_Call(function, done, loop))
+        self._inbox.put(_RunFunction(function, done, loop))
         return await done
 
     def drain(self, grace_s: float) -> None:
@@ -233,65 +235,67 @@ class Worker:
     def _main(self) -> None:
         try:
             with torch.inference_mode():
-                while self._take_orders():
+                while self._process_commands():
                     self._start_waiting()
                     if not self._engine.idle:
                         self._busy_since = time.monotonic()
                         moved = self._engine.step()
                         self._busy_since = None
-                        self._settle(moved)
+                        self._publish_finished(moved)
         except BaseException:  # the outermost loop: whatever broke the engine ends this replica
             logger.exception("the engine's thread died")
             failed = Failed.of(
                 ModelUnavailable("the engine failed; the replica is being replaced, try again")
             )
-            for ticket in itertools.chain(self._running.values(), self._waiting):
-                ticket.tell(failed)  # no handover: one of them may have broken it, which must count
+            for submission in itertools.chain(self._running.values(), self._waiting):
+                submission.publish(failed)  # no handover: one of them may have broken it, which must count
         else:
-            for ticket in itertools.chain(self._running.values(), self._waiting):
-                _hand_back(ticket)
+            for submission in itertools.chain(self._running.values(), self._waiting):
+                _preempt(submission)
         self._engine.close()
         self._stopping = True
 
-    def _take_orders(self) -> bool:
+    def _process_commands(self) -> bool:
         """Read the inbox empty, waiting for the first order if there is nothing to do. False: stop."""
         wait = self._engine.idle and not self._waiting
         while True:
             try:
-                order = self._inbox.get(block=wait)
+                command = self._inbox.get(block=wait)
             except queue.Empty:
                 return True
             wait = False
-            match order:
-                case _Submit(ticket):
-                    self._accept(ticket)
-                case _Cancel(ticket):
-                    self._cancel(ticket)
-                case _Call():
-                    _answer(order)
+            match command:
+                case _Submit(submission):
+                    self._accept(submission)
+                case _Cancel(submission):
+                    self._cancel(submission)
+                case _RunFunction():
+                    _run_function(command)
                 case _Drain(grace_s):
                     self._drain(grace_s)
                 case _Stop():
                     return False
 
-    def _accept(self, ticket: _Ticket) -> None:
+    def _accept(self, submission: _Submission) -> None:
         """Queue the work and tell its place, or refuse it if the wait would be too long."""
-        queued = [*(waiting.job for waiting in self._waiting), ticket.job]
+        queued = [*(waiting.job for waiting in self._waiting), submission.job]
         if len(self._running) + len(queued) <= self._slots:
-            ticket.tell(Queued(0, 0.0))
+            submission.publish(Queued(0, 0.0))
         else:
             active = [running.job for running in self._running.values()]
             forecast = self._scheduler.forecast(queued, active, time.monotonic(), slots=self._slots)[-1]
             wait_s = forecast.starts_in_s
-            if ticket.max_wait_s is not None and wait_s is not None and wait_s > ticket.max_wait_s:
+            if submission.max_wait_s is not None and wait_s is not None and wait_s > submission.max_wait_s:
                 message = (
                     f"the model is busy: about {wait_s:.0f} s until a slot is free, "
-                    f"at most {ticket.max_wait_s:g} s are allowed; try again later"
+                    f"at most {submission.max_wait_s:g} s are allowed; try again later"
                 )
-                ticket.tell(Failed.of(Overloaded(message, retry_after_s=wait_s - ticket.max_wait_s)))
+                submission.publish(
+                    Failed.of(Overloaded(message, retry_after_s=wait_s - submission.max_wait_s))
+                )
                 return
-            ticket.tell(Queued(forecast.ahead, wait_s, forecast.finishes_in_s))
-        self._waiting.append(ticket)
+            submission.publish(Queued(forecast.ahead, wait_s, forecast.finishes_in_s))
+        self._waiting.append(submission)
 
     def _start_waiting(self) -> None:
         while self._waiting and len(self._running) < self._slots:
@@ -299,94 +303,96 @@ class Worker:
             self._busy_since = now
             chosen = 0
             if len(self._waiting) > 1:
-                queued = [ticket.job for ticket in self._waiting]
-                active = [ticket.job for ticket in self._running.values()]
+                queued = [submission.job for submission in self._waiting]
+                active = [submission.job for submission in self._running.values()]
                 chosen = self._scheduler.next_job(queued, active, now)
-            ticket = self._waiting.pop(chosen)
-            ticket.started_at = now
-            ticket.tell(Started(ticket.job.steps))
-            work, emit = ticket.work, ticket.emit
-            fiber = Fiber(lambda work=work, emit=emit: work(emit), ticket.job)  # type: ignore[misc]
-            fiber.gr_context = ticket.context
-            ticket.fiber = fiber
-            self._running[fiber] = ticket
+            submission = self._waiting.pop(chosen)
+            submission.started_at = now
+            submission.publish(Started(submission.job.steps))
+            work, emit = submission.work, submission.emit
+            fiber = Fiber(lambda work=work, emit=emit: work(emit), submission.job)  # type: ignore[misc]
+            fiber.gr_context = submission.context
+            submission.fiber = fiber
+            self._running[fiber] = submission
             self._engine.start(fiber)
             self._busy_since = None
-            self._settle([fiber])
+            self._publish_finished([fiber])
 
-    def _settle(self, fibers: list[Fiber]) -> None:
+    def _publish_finished(self, fibers: list[Fiber]) -> None:
         """Tell the outcome of those that are over."""
         for fiber in fibers:
-            if not fiber.over:
+            if not fiber.done:
                 continue
-            ticket = self._running.pop(fiber, None)
-            if ticket is None:  # it was handed back while its call was computed aside
+            submission = self._running.pop(fiber, None)
+            if submission is None:  # it was handed back while its call was computed aside
                 continue
-            self.tally.requests += 1
+            self.stats.requests += 1
             if fiber.failure is not None:
-                failed = ticket.context.run(_explain, fiber.failure)
-                self.tally.failed("not_finite" if isinstance(fiber.failure, NotFinite) else failed.kind)
-                ticket.tell(Failed.of(failed))
+                failed = submission.context.run(_as_weft_error, fiber.failure)
+                self.stats.record_failure(
+                    "not_finite" if isinstance(fiber.failure, NotFinite) else failed.kind
+                )
+                submission.publish(Failed.of(failed))
                 continue
             now = time.monotonic()
-            queued_s = ticket.started_at - ticket.job.submitted_at
-            ticket.tell(Finished(fiber.result, queued_s, now - ticket.started_at))
+            queued_s = submission.started_at - submission.job.submitted_at
+            submission.publish(Finished(fiber.result, queued_s, now - submission.started_at))
 
-    def _cancel(self, ticket: _Ticket) -> None:
-        if ticket.fiber is None:
+    def _cancel(self, submission: _Submission) -> None:
+        if submission.fiber is None:
             with suppress(ValueError):  # it was refused or has been told already
-                self._waiting.remove(ticket)
-        elif ticket.fiber in self._running:
-            self._engine.cancel(ticket.fiber)
-            self._settle([ticket.fiber])
+                self._waiting.remove(submission)
+        elif submission.fiber in self._running:
+            self._engine.cancel(submission.fiber)
+            self._publish_finished([submission.fiber])
 
     def _drain(self, grace_s: float) -> None:
-        self.tally.handed_back += len(self._waiting)
-        for ticket in self._waiting:
-            _hand_back(ticket)
+        self.stats.preempted += len(self._waiting)
+        for submission in self._waiting:
+            _preempt(submission)
         self._waiting.clear()
-        for fiber, ticket in list(self._running.items()):
-            left_s = self._scheduler.remaining_s(ticket.job)
+        for fiber, submission in list(self._running.items()):
+            left_s = self._scheduler.remaining_s(submission.job)
             if left_s is not None and left_s * max(MIN_SLOWDOWN, len(self._running)) < grace_s:
                 continue  # ends in time even if nothing is shared
             del self._running[fiber]
-            self.tally.handed_back += 1
-            _hand_back(ticket)
+            self.stats.preempted += 1
+            _preempt(submission)
             self._engine.cancel(fiber)
 
 
-def _hand_back(ticket: _Ticket) -> None:
+def _preempt(submission: _Submission) -> None:
     """End a request here, through no fault of its own; its state goes along where the work can give one."""
     state = None
-    if ticket.snapshot is not None and ticket.fiber is not None:
+    if submission.snapshot is not None and submission.fiber is not None:
         try:
-            state = ticket.snapshot()
+            state = submission.snapshot()
         except Exception:
             logger.exception("a request's state could not be saved; it starts anew elsewhere")
-    ticket.tell(Interrupted(state))
+    submission.publish(Checkpointed(state))
     reason = ModelUnavailable("the replica is shutting down; the request goes on elsewhere")
-    ticket.tell(Failed.of(reason))
+    submission.publish(Failed.of(reason))
 
 
-def _answer(order: _Call) -> None:
+def _run_function(command: _RunFunction) -> None:
     def settle(result: Any, error: BaseException | None) -> None:
-        if order.done.done():
+        if command.done.done():
             return
         if error is None:
-            order.done.set_result(result)
+            command.done.set_result(result)
         else:
-            order.done.set_exception(error)
+            command.done.set_exception(error)
 
     result, failure = None, None
     try:
-        result = order.function()
+        result = command.function()
     except Exception as error:  # the caller's, not the worker's
         failure = error
     with suppress(RuntimeError):
-        order.loop.call_soon_threadsafe(settle, result, failure)
+        command.loop.call_soon_threadsafe(settle, result, failure)
 
 
-def _explain(error: BaseException) -> WeftError:
+def _as_weft_error(error: BaseException) -> WeftError:
     """A fiber's error in the words of the tree. Diffusers raises ValueError for arguments it refuses."""
     if isinstance(error, WeftError):
         return error

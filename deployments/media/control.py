@@ -17,7 +17,7 @@ from deployments.protocol.request import Control, ControlType
 Depth = npt.NDArray[np.floating[Any]]  # (height, width); more is nearer
 Person = npt.NDArray[np.floating[Any]]  # (17, 3): x and y in pixels and a score 0..1 per COCO key point
 Point = tuple[float, float]  # x and y in pixels
-Finder = Callable[[Image.Image], Any]  # gives a Depth, or a list of Person
+Preprocessor = Callable[[Image.Image], Any]  # gives a Depth, or a list of Person
 
 CANNY_LOW, CANNY_HIGH = 100, 200  # thresholds of the edges that public ControlNets were trained on
 BLACK, WHITE = 16, 239  # grey values up to and from which JPEG leaves black and white
@@ -41,7 +41,7 @@ COLOURS = (
 
 
 def control_map(
-    control: Control, width: int, height: int, field: str, finders: Mapping[ControlType, Finder]
+    control: Control, width: int, height: int, field: str, preprocessors: Mapping[ControlType, Preprocessor]
 ) -> Image.Image:
     """The control picture as a ControlNet wants it: RGB, width x height pixels.
 
@@ -55,13 +55,13 @@ def control_map(
         if control.is_map is None and is_edge_map(decode.own_size(control.image, field)):
             return picture
         return edge_map(picture)
-    if control.type not in finders:
+    if control.type not in preprocessors:
         raise BadRequest(
             f"the {control.type} of a plain picture cannot be found here; send a {control.type} map "
             "and say is_map: true",
             param=field,
         )
-    found = finders[control.type](picture)
+    found = preprocessors[control.type](picture)
     if control.type == "depth":
         return depth_map(found)
     if not found:

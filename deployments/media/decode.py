@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from PIL import Image
 
-from deployments.protocol import pictures
-from deployments.protocol.decoding import Kind, decoders
+from deployments.sandbox.decoder import DecodeMode, decoder_pool
+from deployments.validation import image_header
 
 
 def picture(data: bytes, width: int, height: int, field: str) -> Image.Image:
@@ -18,12 +18,14 @@ def picture(data: bytes, width: int, height: int, field: str) -> Image.Image:
 
 def own_size(data: bytes, field: str) -> Image.Image:
     """RGB as `picture` gives it, in the size it has in the file."""
-    pictures.inspect(data, field)
-    return decoders().decode(data, Kind.picture, field)
+    image_header.inspect(data, field)
+    return decoder_pool().decode(data, DecodeMode.picture, field)
 
 
 def mask(data: bytes, width: int, height: int, field: str) -> Image.Image:
     """L, width x height pixels, only 0 (keep) and 255 (paint anew)."""
-    pictures.inspect(data, field)
-    grey = decoders().decode(data, Kind.mask, field).resize((width, height), Image.Resampling.NEAREST)
+    image_header.inspect(data, field)
+    grey = (
+        decoder_pool().decode(data, DecodeMode.mask, field).resize((width, height), Image.Resampling.NEAREST)
+    )
     return grey.point(lambda value: 255 if value >= 128 else 0)

@@ -20,16 +20,16 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from PIL import Image
 
-from deployments.media.footage import (
+from deployments.media.still import THUMBNAIL_SIDE
+from deployments.media.video_spec import (
     SEGMENT_FRAMES,
     SHEET_COLUMNS,
-    Footage,
     Frames,
     Segment,
     Still,
     VideoFiles,
+    VideoSpec,
 )
-from deployments.media.still import THUMBNAIL_SIDE
 from deployments.protocol.errors import Internal
 
 TILE_SIDE = 160  # pixels
@@ -39,25 +39,25 @@ ENCODERS = {"h264": "libx264", "vp9": "libvpx-vp9", "av1": "libsvtav1"}
 USUAL_CODEC = {"mp4": "h264", "webm": "vp9"}
 
 
-def encode_segment(footage: Footage, index: int, chunks: Sequence[Frames], threads: int) -> Segment:
+def encode_segment(spec: VideoSpec, index: int, chunks: Sequence[Frames], threads: int) -> Segment:
     """Segment `index` of the video from its frames, given in one or several arrays (n, H, W, 3) of RGB.
 
     Raises Internal when the frames are not those of this segment.
     """
     first = index * SEGMENT_FRAMES
-    expected = min(SEGMENT_FRAMES, footage.num_frames - first)
+    expected = min(SEGMENT_FRAMES, spec.num_frames - first)
     given = sum(len(chunk) for chunk in chunks)
-    if given != expected or any(c.shape[1:] != (footage.height, footage.width, 3) for c in chunks):
+    if given != expected or any(c.shape[1:] != (spec.height, spec.width, 3) for c in chunks):
         raise Internal(
-            f"segment {index} needs {expected} frames of {footage.width}x{footage.height}; "
+            f"segment {index} needs {expected} frames of {spec.width}x{spec.height}; "
             f"there are {given}: {[chunk.shape for chunk in chunks]}"
         )
     frames = [frame for chunk in chunks for frame in chunk]
-    wanted = set(footage.tiles)
+    wanted = set(spec.tiles)
     buffer = io.BytesIO()
     # colours are converted beside the encoder, as the ffmpeg program does it
-    with av.open(buffer, "w", format=footage.format) as container, ThreadPoolExecutor(1) as beside:
-        stream = _stream(container, footage, threads)
+    with av.open(buffer, "w", format=spec.format) as container, ThreadPoolExecutor(1) as beside:
+        stream = _stream(container, spec, threads)
         for picture in beside.map(partial(_picture, VideoReformatter()), frames, range(given)):
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
@@ -70,14 +70,14 @@ def encode_segment(footage: Footage, index: int, chunks: Sequence[Frames], threa
     )
 
 
-def join(footage: Footage, segments: Sequence[Segment]) -> VideoFiles:
+def join(spec: VideoSpec, segments: Sequence[Segment]) -> VideoFiles:
     """The whole video of all its segments, in order, with poster, thumbnail and spritesheet.
 
     An MP4 has its index in front, so that it plays before it is loaded.
     Raises Internal when a segment is missing.
     """
-    if [segment.index for segment in segments] != list(range(footage.segments)):
-        raise Internal(f"segments {[s.index for s in segments]} are no whole video of {footage.segments}")
+    if [segment.index for segment in segments] != list(range(spec.segments)):
+        raise Internal(f"segments {[s.index for s in segments]} are no whole video of {spec.segments}")
     poster = segments[0].poster
     assert poster is not None, "the first segment brings the poster"
     tiles = [tile for segment in segments for _, tile in sorted(segment.tiles.items())]
@@ -85,24 +85,24 @@ def join(footage: Footage, segments: Sequence[Segment]) -> VideoFiles:
     first_frame = Image.open(io.BytesIO(poster)).convert("RGB")
     thumbnail = Image.fromarray(_small(np.asarray(first_frame), THUMBNAIL_SIDE))
     return VideoFiles(
-        _joined(footage, segments),
-        Still("image/jpeg", poster, footage.width, footage.height),
+        _joined(spec, segments),
+        Still("image/jpeg", poster, spec.width, spec.height),
         Still("image/webp", _webp(thumbnail, quality=80), thumbnail.width, thumbnail.height),
         Still("image/jpeg", _jpeg(sheet), sheet.width, sheet.height),
     )
 
 
-def _joined(footage: Footage, segments: Sequence[Segment]) -> bytes:
-    options = {"movflags": "faststart"} if footage.format == "mp4" else {}
+def _joined(spec: VideoSpec, segments: Sequence[Segment]) -> bytes:
+    options = {"movflags": "faststart"} if spec.format == "mp4" else {}
     with tempfile.TemporaryDirectory(prefix="weft-video-") as folder:  # faststart reads what it wrote
-        path = Path(folder) / f"video.{footage.format}"
-        with av.open(str(path), "w", format=footage.format, options=options) as container:
-            container.metadata["comment"] = footage.comment
-            container.metadata["description"] = footage.description
-            parts = [av.open(io.BytesIO(segment.data), format=footage.format) for segment in segments]
+        path = Path(folder) / f"video.{spec.format}"
+        with av.open(str(path), "w", format=spec.format, options=options) as container:
+            container.metadata["comment"] = spec.comment
+            container.metadata["description"] = spec.description
+            parts = [av.open(io.BytesIO(segment.data), format=spec.format) for segment in segments]
             # opaque: packets are copied, so no encoder is looked up by the name of the decoder
             stream: Any = container.add_stream_from_template(parts[0].streams.video[0], opaque=True)
-            for packet in _timed(footage, parts):
+            for packet in _timed(spec, parts):
                 packet.stream = stream
                 container.mux(packet)
             for part in parts:
@@ -110,7 +110,7 @@ def _joined(footage: Footage, segments: Sequence[Segment]) -> bytes:
         return path.read_bytes()
 
 
-def _timed(footage: Footage, parts: Sequence[Any]) -> list[Any]:
+def _timed(spec: VideoSpec, parts: Sequence[Any]) -> list[Any]:
     """The packets of all segments, to be decoded and shown at the pace of the whole video.
 
     Segments of different lengths delay their first frame differently, which would leave holes.
@@ -119,22 +119,22 @@ def _timed(footage: Footage, parts: Sequence[Any]) -> list[Any]:
     for index, part in enumerate(parts):
         for packet in part.demux(part.streams.video[0]):
             if packet.pts is not None:  # None: the demuxer's mark of the end
-                number = round(packet.pts * packet.time_base * footage.fps)
+                number = round(packet.pts * packet.time_base * spec.fps)
                 packets.append((packet, index * SEGMENT_FRAMES + number))
-    if len(packets) != footage.num_frames:
-        raise Internal(f"the segments hold {len(packets)} frames of {footage.num_frames}")
+    if len(packets) != spec.num_frames:
+        raise Internal(f"the segments hold {len(packets)} frames of {spec.num_frames}")
     delay = max(place - number for place, (_, number) in enumerate(packets))
     for place, (packet, number) in enumerate(packets):
-        ticks = 1 / (packet.time_base * footage.fps)
+        ticks = 1 / (packet.time_base * spec.fps)
         packet.pts, packet.dts = round(number * ticks), round((place - delay) * ticks)
         packet.duration = round(ticks)
     return [packet for packet, _ in packets]
 
 
-def _stream(container: Any, footage: Footage, threads: int) -> Any:
+def _stream(container: Any, spec: VideoSpec, threads: int) -> Any:
     """An encoder in the container: CRF by the wanted quality, BT.709 as every player expects of RGB video."""
-    name = footage.codec or USUAL_CODEC[footage.format]
-    crf = f"{WORST_CRF[name] + (BEST_CRF[name] - WORST_CRF[name]) * footage.quality / 100:.0f}"
+    name = spec.codec or USUAL_CODEC[spec.format]
+    crf = f"{WORST_CRF[name] + (BEST_CRF[name] - WORST_CRF[name]) * spec.quality / 100:.0f}"
     match name:
         case "h264":
             options = {"preset": "veryfast"}
@@ -144,8 +144,8 @@ def _stream(container: Any, footage: Footage, threads: int) -> Any:
             os.environ.setdefault("SVT_LOG", "1")  # only errors; it would print its settings for each segment
             options = {"preset": "8", "svtav1-params": f"lp={threads}"}
     options |= {"crf": crf, "g": str(SEGMENT_FRAMES)}
-    stream = container.add_stream(ENCODERS[name], rate=footage.fps, options=options)
-    stream.width, stream.height, stream.pix_fmt = footage.width, footage.height, "yuv420p"
+    stream = container.add_stream(ENCODERS[name], rate=spec.fps, options=options)
+    stream.width, stream.height, stream.pix_fmt = spec.width, spec.height, "yuv420p"
     codec = stream.codec_context
     codec.thread_count = threads
     codec.colorspace = Colorspace.ITU709

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from deployments.protocol.request import FittedRequest, Output
+from deployments.protocol.request import OutputOptions, ResolvedRequest
 
 THUMBNAIL_SIDE = 320  # pixels
 PREVIEW_SIDE = 256
@@ -20,7 +20,9 @@ _USER_COMMENT = 0x9286  # EXIF tags
 _EXIF_IFD = 0x8769
 
 
-def encode(image: Image.Image, output: Output, parameters: str, metadata: Mapping[str, object]) -> bytes:
+def encode(
+    image: Image.Image, output: OutputOptions, parameters: str, metadata: Mapping[str, object]
+) -> bytes:
     """The file's bytes. PNG holds text chunks `parameters` (A1111's form) and `weft` (JSON); JPEG and
     WebP hold the A1111 text as EXIF UserComment, as A1111 does.
     """
@@ -38,12 +40,12 @@ def encode(image: Image.Image, output: Output, parameters: str, metadata: Mappin
     return buffer.getvalue()
 
 
-def preview(look: npt.NDArray[np.uint8], width: int, height: int) -> bytes:
+def preview(pixels: npt.NDArray[np.uint8], width: int, height: int) -> bytes:
     """A rough look (H, W, 3), one pixel per latent, as a small WebP of the picture's shape."""
     scale = min(1.0, PREVIEW_SIDE / max(width, height))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     buffer = io.BytesIO()
-    Image.fromarray(look).resize(size, Image.Resampling.BICUBIC).save(buffer, "WEBP", quality=70)
+    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(buffer, "WEBP", quality=70)
     return buffer.getvalue()
 
 
@@ -56,7 +58,7 @@ def thumbnail(image: Image.Image) -> tuple[bytes, int, int]:
     return buffer.getvalue(), small.width, small.height
 
 
-def a1111_parameters(request: FittedRequest, seed: int, version: str) -> str:
+def a1111_parameters(request: ResolvedRequest, seed: int, version: str) -> str:
     """The generation settings in the text form that A1111 and its readers use."""
     settings: dict[str, object] = {
         "Steps": request.num_inference_steps,
@@ -93,7 +95,7 @@ def _quoted(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
 
 
-def metadata(request: FittedRequest, seed: int, version: str, generation_s: float) -> dict[str, object]:
+def metadata(request: ResolvedRequest, seed: int, version: str, generation_s: float) -> dict[str, object]:
     """Everything needed to make the same picture again, as JSON."""
     bulky: dict[str, Any] = {
         "edit": {"image", "mask_image"},

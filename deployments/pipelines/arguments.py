@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from deployments.protocol.request import FittedRequest
+from deployments.protocol.request import ResolvedRequest
 
 
 @cache
@@ -21,7 +21,7 @@ def parameters_of(pipeline_class: type) -> frozenset[str]:
 
 def call_arguments(
     pipeline_class: type,
-    request: FittedRequest,
+    request: ResolvedRequest,
     image: Image.Image | torch.Tensor | None,
     mask: Image.Image | None,
     maps: Sequence[Image.Image] = (),

@@ -11,15 +11,15 @@ from torch import nn
 
 from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.resume import Progress
-from deployments.pipelines.telling import teller
+from deployments.pipelines.step_callback import step_callback
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import FittedRequest
+from deployments.protocol.request import ResolvedRequest
 
 
 def run(
     base: Any,
     refiner: Any,
-    request: FittedRequest,
+    request: ResolvedRequest,
     arguments: dict[str, Any],
     on_step: Callable[[int, int], None],
     progress: Progress,
@@ -45,12 +45,12 @@ def run(
     latents = base(
         **arguments | {"output_type": "latent"},
         denoising_end=start,
-        callback_on_step_end=teller(on_step, progress, after=second),
+        callback_on_step_end=step_callback(on_step, progress, after=second),
     ).images
     refining = call_arguments(type(refiner), request, latents, None)
     # the same generators go on: fresh ones would give the noise of the first latents again
     refining |= {"generator": arguments["generator"], "output_type": arguments["output_type"]}
-    return refiner(**refining, denoising_start=start, callback_on_step_end=teller(on_step, progress))
+    return refiner(**refining, denoising_start=start, callback_on_step_end=step_callback(on_step, progress))
 
 
 def share_equal_parts(refiner: Any, base: Any) -> None:
@@ -71,13 +71,13 @@ def _equal(one: nn.Module, other: nn.Module) -> bool:
     )
 
 
-def _steps_before(scheduler: Any, request: FittedRequest, start: float) -> int:
+def _steps_before(scheduler: Any, request: ResolvedRequest, start: float) -> int:
     """Steps that a pipeline runs with denoising_end."""
     timesteps, cutoff = _timesteps(scheduler, request, start)
     return int((timesteps >= cutoff).sum())
 
 
-def _steps_after(scheduler: Any, request: FittedRequest, start: float) -> int:
+def _steps_after(scheduler: Any, request: ResolvedRequest, start: float) -> int:
     """Steps that a pipeline runs with denoising_start."""
     timesteps, cutoff = _timesteps(scheduler, request, start)
     count = int((timesteps < cutoff).sum())
@@ -85,7 +85,7 @@ def _steps_after(scheduler: Any, request: FittedRequest, start: float) -> int:
     return count + 1 if scheduler.order == 2 and count % 2 == 0 else count
 
 
-def _timesteps(scheduler: Any, request: FittedRequest, start: float) -> tuple[torch.Tensor, int]:
+def _timesteps(scheduler: Any, request: ResolvedRequest, start: float) -> tuple[torch.Tensor, int]:
     probe = copy.deepcopy(scheduler)
     probe.set_timesteps(request.num_inference_steps)
     noise_levels = probe.config.num_train_timesteps

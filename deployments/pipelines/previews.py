@@ -19,7 +19,7 @@ from torch.nn import functional
 
 logger = logging.getLogger(__name__)
 
-Look = npt.NDArray[np.uint8]  # (H, W, 3), one pixel per latent
+PreviewPixels = npt.NDArray[np.uint8]  # (H, W, 3), one pixel per latent
 FIT_PICTURES, FIT_LATENTS = 8, 16  # pictures of 16 x 16 latents: 2,048 samples for 17 weights
 RIDGE = 1e-3  # of a channel's mean square
 # noise schedulers whose samples are clean + sigma * noise; the others keep the variance at 1
@@ -57,7 +57,7 @@ class Previewer:
         with_constant = torch.cat([samples, torch.ones(len(samples), 1)], 1)
         return cls(_least_squares(with_constant.double(), colours.double()).float())
 
-    def look(self, latents: Tensor) -> Look:
+    def preview(self, latents: Tensor) -> PreviewPixels:
         """latents: (C, H, W) in the pipeline's scale, finite or not."""
         flat = latents.float().cpu().permute(1, 2, 0)  # (H, W, C)
         colours = flat @ self._weights[:-1] + self._weights[-1]

@@ -16,7 +16,7 @@ from safetensors.torch import load as tensors_of
 from safetensors.torch import save as bytes_of
 from torch import Tensor
 
-from deployments.protocol.request import FittedRequest
+from deployments.protocol.request import ResolvedRequest
 
 RESUMABLE = frozenset({"FluxPipeline"})
 
@@ -37,7 +37,7 @@ class Progress:
         return bytes_of({"latents": self.latents.detach().cpu().contiguous(), "step": step})
 
 
-def restore(state: bytes, request: FittedRequest) -> Progress | None:
+def restore(state: bytes, request: ResolvedRequest) -> Progress | None:
     """What `save` gave; None if it does not fit the request, which then starts anew."""
     try:
         tensors = tensors_of(state)
@@ -48,12 +48,12 @@ def restore(state: bytes, request: FittedRequest) -> Progress | None:
     return Progress(step, latents) if fits else None
 
 
-def can_resume(pipeline: Any, request: FittedRequest) -> bool:
+def can_resume(pipeline: Any, request: ResolvedRequest) -> bool:
     """Whether this pipeline object can go on from latents for this request."""
     return type(pipeline).__name__ in RESUMABLE and request.scheduler == "auto" and not request.controls
 
 
-def remaining(progress: Progress, request: FittedRequest, device: torch.device) -> dict[str, Any]:
+def remaining(progress: Progress, request: ResolvedRequest, device: torch.device) -> dict[str, Any]:
     """Call arguments that make the pipeline go on after `progress.step`."""
     assert progress.latents is not None, "restore gives latents"
     steps = request.num_inference_steps

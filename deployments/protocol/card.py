@@ -110,7 +110,7 @@ class Weights(Strict):
         return self
 
     @property
-    def far(self) -> bool:
+    def is_remote(self) -> bool:
         """Whether they have to be fetched before they can be loaded."""
         return self.repo is not None or "://" in (self.path or "")
 
@@ -125,7 +125,7 @@ class ControlNet(Strict):
     licence: Licence
 
 
-class CardAdapter(Strict):
+class CardLora(Strict):
     """A LoRA that comes with a model."""
 
     id: str = Field(pattern=MODEL_ID)
@@ -206,7 +206,7 @@ class ModelCard(Strict):
     trigger_words: list[str] = []
     controls: dict[ControlType, ControlNet] = {}  # control pictures it takes, by kind
     max_loras: int = Field(MAX_LORAS, ge=0, le=MAX_LORAS)  # of one request; 0: takes none
-    adapters: list[CardAdapter] = []  # LoRAs that come with it
+    adapters: list[CardLora] = []  # LoRAs that come with it
     refiner: str | None = None  # id of the card that refines this model's pictures
     refiner_start: float = Field(0.8, gt=0, lt=1)  # part of the steps at which the refiner takes over
     vram_gib: float = 0.0  # needed for weights and one picture at the default size; 0: runs on a CPU

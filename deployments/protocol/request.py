@@ -101,7 +101,7 @@ class Lora(Strict):
         return self
 
 
-class Output(Strict):
+class OutputOptions(Strict):
     """How the finished picture is written to a file, and what is shown of it before."""
 
     format: PictureFormat = "png"
@@ -157,7 +157,7 @@ class Video(Strict):
 class GenerationRequest(Strict):
     """A wish, as a caller writes it: whatever is None is the model card's default.
 
-    `fit` (limits.py) turns it into a FittedRequest or says why it cannot.
+    `fit` (limits.py) turns it into a ResolvedRequest or says why it cannot.
     """
 
     model: str = Field(min_length=1, max_length=200)
@@ -179,7 +179,7 @@ class GenerationRequest(Strict):
         None,
         description="Let the model's refiner take over at this part of the steps; true: at the default.",
     )
-    output: Output = Output()
+    output: OutputOptions = OutputOptions()
     video: Video | None = None
     priority: Priority = Field("normal", description="Of the request's steps on a busy replica.")
     deadline_s: float | None = Field(
@@ -203,11 +203,11 @@ class GenerationRequest(Strict):
         return Task.i2i if self.edit.mask_image is None else Task.inpaint
 
 
-class FittedEdit(Edit):
+class ResolvedEdit(Edit):
     strength: float
 
 
-class FittedVideo(Video):
+class ResolvedVideo(Video):
     """A video in which everything is decided; `seconds` has become num_frames."""
 
     num_frames: int
@@ -226,7 +226,7 @@ class FittedVideo(Video):
         return self.num_frames if self.framewise else 1 + (self.num_frames - 1) // 4
 
 
-class FittedRequest(GenerationRequest):
+class ResolvedRequest(GenerationRequest):
     """A request in which everything is decided; what was accepted is exactly what runs.
 
     It is a GenerationRequest, so it may be fitted again (a worker does, because a call by handle
@@ -239,8 +239,8 @@ class FittedRequest(GenerationRequest):
     guidance_scale: float
     seed: int
     max_sequence_length: int | None
-    edit: FittedEdit | None = None
-    video: FittedVideo | None = None
+    edit: ResolvedEdit | None = None
+    video: ResolvedVideo | None = None
     refiner: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
 
     @property

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from redis.asyncio import Redis
 
 from deployments.protocol.errors import Unauthorized
-from serve_app.transaction import reachable
+from serve_app.redis.transactions import redis_errors
 
 TTL_S = 30
 TICKET = re.compile(r"[A-Za-z0-9_-]{43}")
@@ -23,14 +23,14 @@ REFUSED = "this ticket is not valid, or was used before; get another one (POST /
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class TicketHolder:
     """Whom a ticket stands for."""
 
     owner: str
     key: str  # the key that vouched for them; the ticket ends with it
 
 
-HOLDER = TypeAdapter(Holder)
+TICKET_HOLDER = TypeAdapter(TicketHolder)
 
 
 class Tickets:
@@ -40,22 +40,22 @@ class Tickets:
         self._redis = redis  # made by transaction.connect
         self._prefix = prefix
 
-    async def issue(self, holder: Holder) -> str:
+    async def issue(self, holder: TicketHolder) -> str:
         """A new one: 43 characters, 256 random bits."""
         ticket = secrets.token_urlsafe(32)
-        with reachable():
-            await self._redis.set(self._key(ticket), HOLDER.dump_json(holder).decode(), ex=TTL_S)
+        with redis_errors():
+            await self._redis.set(self._key(ticket), TICKET_HOLDER.dump_json(holder).decode(), ex=TTL_S)
         return ticket
 
-    async def take(self, ticket: str) -> Holder:
+    async def take(self, ticket: str) -> TicketHolder:
         """Whose it was; nobody can show it again. Raises Unauthorized."""
         if not TICKET.fullmatch(ticket):
             raise Unauthorized(REFUSED)
-        with reachable():
+        with redis_errors():
             found = await self._redis.getdel(self._key(ticket))
         if found is None:
             raise Unauthorized(REFUSED)
-        return HOLDER.validate_json(found)
+        return TICKET_HOLDER.validate_json(found)
 
     def _key(self, ticket: str) -> str:
         """STRING: its holder; the ticket itself is not kept."""

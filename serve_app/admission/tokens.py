@@ -13,7 +13,7 @@ ALGORITHM = "HS256"
 ISSUER = AUDIENCE = "weft"
 TTL_S = 24 * 3600
 MIN_SECRET_BYTES = 32  # a shorter HMAC key can be guessed from one token
-CLOCKS_APART_S = 10
+CLOCK_SKEW_S = 10
 MAX_CHARS = 2048
 REFUSED = "this token is not valid, or no longer; log in anew (POST /auth/token)"
 
@@ -59,7 +59,7 @@ def verify(token: str, secret: bytes) -> Claims:
             algorithms=[ALGORITHM],
             audience=AUDIENCE,
             issuer=ISSUER,
-            leeway=CLOCKS_APART_S,
+            leeway=CLOCK_SKEW_S,
             # PyJWT by itself takes a token that never ends, and keys of three bytes
             options={
                 "require": ["exp", "iat", "sub", "jti", "aud", "iss"],

@@ -13,8 +13,8 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
 from deployments.protocol.errors import BadRequest, Conflict, NotFound
-from serve_app.admission.principal import Role
-from serve_app.transaction import begin, reachable, transact
+from serve_app.admission.principals import Role
+from serve_app.redis.transactions import begin, redis_errors, transact
 
 EMAIL = re.compile(r"[^@\s\x00-\x1f]{1,64}@[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*")
 NAME_MAX_CHARS = 100
@@ -82,7 +82,7 @@ class Users:
 
     async def get(self, user_id: str) -> User:
         """Raises NotFound."""
-        with reachable():
+        with redis_errors():
             fields = cast(dict[str, str], await self._redis.hgetall(self.key(user_id)))
         return _known(user_id, fields)
 
@@ -90,13 +90,13 @@ class Users:
         """Raises NotFound."""
         if "@" not in id_or_email:
             return await self.get(id_or_email)
-        with reachable():
+        with redis_errors():
             user_id = cast("str | None", await self._redis.get(self._email(id_or_email.strip().lower())))
         return await self.get(user_id or "")
 
     async def list(self) -> list[User]:
         """Everybody, the oldest first."""
-        with reachable():
+        with redis_errors():
             ids = cast(set[str], await self._redis.smembers(self._all))
             async with self._redis.pipeline(transaction=False) as pipe:
                 for user_id in ids:

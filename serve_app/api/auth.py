@@ -4,28 +4,28 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from serve_app.admission.principal import presented_key
-from serve_app.admission.ratelimit import CallClass
+from serve_app.admission.principals import presented_key
+from serve_app.admission.rate_limits import CallClass
 from serve_app.admission.tickets import TTL_S as TICKET_TTL_S
 from serve_app.admission.tokens import TTL_S, Claims
-from serve_app.api.bodies import documented, read_json
-from serve_app.api.depends import (
+from serve_app.api.request_body import documented, read_json
+from serve_app.api.schemas.access import CallerOut, LoggedOut, LoginBody, TicketOut, TokenOut
+from serve_app.api.state import (
     SESSION_COOKIE,
     ApiState,
-    Here,
-    StateHere,
+    CurrentCaller,
+    CurrentState,
     caller_address,
     credentials,
     mount_prefix,
 )
-from serve_app.api.schemas.access import LoggedOut, LoginBody, Me, TicketOut, TokenOut
 
 public = APIRouter(tags=["access"])
 router = APIRouter(tags=["access"])
 
 
 @public.post("/auth/token", openapi_extra=documented(LoginBody))
-async def issue_token(http_request: Request, state: StateHere) -> TokenOut:
+async def issue_token(http_request: Request, state: CurrentState) -> TokenOut:
     """A token for 24 hours, in exchange for an API key (and, if sent, its user's e-mail).
 
     Send it as `Authorization: Bearer <token>`. It ends early when the key is revoked or the user disabled.
@@ -35,7 +35,7 @@ async def issue_token(http_request: Request, state: StateHere) -> TokenOut:
 
 
 @public.post("/auth/session", openapi_extra=documented(LoginBody))
-async def open_session(http_request: Request, state: StateHere, response: Response) -> Me:
+async def open_session(http_request: Request, state: CurrentState, response: Response) -> CallerOut:
     """The page's log-in: as /auth/token, but the token comes as a cookie that scripts cannot read.
 
     Calls with the cookie that change something must carry the header `X-Weft-CSRF: 1`. It never has the
@@ -51,14 +51,14 @@ async def open_session(http_request: Request, state: StateHere, response: Respon
         httponly=True,
         samesite="strict",
     )
-    return Me(owner=claims.owner, scopes=claims.scopes.split(), images_per_day=None)
+    return CallerOut(owner=claims.owner, scopes=claims.scopes.split(), images_per_day=None)
 
 
 @router.get("/auth/me")
-async def who_am_i(visit: Here) -> Me:
+async def who_am_i(caller: CurrentCaller) -> CallerOut:
     """Who the service takes the caller for."""
-    principal = visit.principal
-    return Me(
+    principal = caller.principal
+    return CallerOut(
         owner=principal.owner,
         role=principal.role,
         scopes=sorted(principal.scopes),
@@ -67,20 +67,20 @@ async def who_am_i(visit: Here) -> Me:
 
 
 @router.post("/auth/ticket")
-async def issue_ticket(visit: Here) -> TicketOut:
+async def issue_ticket(caller: CurrentCaller) -> TicketOut:
     """What opens one WebSocket, once, within 30 seconds: `/ws/{task_id}?ticket=...`.
 
     A browser can set no header on a socket, and a key must not stand in an address.
     """
-    return TicketOut(ticket=await visit.state.gate.ticket(visit.principal), expires_in=TICKET_TTL_S)
+    return TicketOut(ticket=await caller.state.gate.ticket(caller.principal), expires_in=TICKET_TTL_S)
 
 
 @router.delete("/auth/session")
-async def log_out(http_request: Request, response: Response, visit: Here) -> LoggedOut:
+async def log_out(http_request: Request, response: Response, caller: CurrentCaller) -> LoggedOut:
     """End the token that this call was made with, cookie or bearer."""
     key, _ = credentials(http_request)
-    await visit.state.gate.log_out(key)
-    response.delete_cookie(SESSION_COOKIE, path=mount_prefix(http_request, visit.state) or "/")
+    await caller.state.gate.log_out(key)
+    response.delete_cookie(SESSION_COOKIE, path=mount_prefix(http_request, caller.state) or "/")
     return LoggedOut()
 
 

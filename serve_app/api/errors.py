@@ -16,7 +16,7 @@ from starlette.types import Scope
 from starlette.websockets import WebSocket
 
 from deployments.protocol.errors import BadRequest, Internal, NotFound, TooLarge, Unauthorized, WeftError
-from serve_app.api.schemas.error import Refusal
+from serve_app.api.schemas.error import ErrorBody
 
 STATUS: Mapping[str, int] = {
     "bad_request": 422,
@@ -56,7 +56,7 @@ def render(error: WeftError, scope: Scope, *, status: int | None = None) -> Resp
     return _native(error, status)
 
 
-def refusal_of(scope: Scope) -> str | None:
+def error_kind_of(scope: Scope) -> str | None:
     """The kind of the error that was rendered for this call, if one was."""
     kind: str | None = scope.get("state", {}).get(REFUSAL)
     return kind
@@ -64,7 +64,7 @@ def refusal_of(scope: Scope) -> str | None:
 
 def _native(error: WeftError, status: int | None) -> Response:
     code = STATUS[error.kind] if status is None else status
-    refusal = Refusal(kind=error.kind, message=error.message, param=error.param, retryable=error.retryable)
+    refusal = ErrorBody(kind=error.kind, message=error.message, param=error.param, retryable=error.retryable)
     return _answer({"error": refusal.model_dump()}, code, _retry_headers(error))
 
 

@@ -7,11 +7,11 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 
 from deployments.protocol.errors import NotFound
-from serve_app.api.depends import Here, JobId, Visit
-from serve_app.api.ranges import Unsatisfiable, part_of
+from serve_app.api.byte_ranges import RangeNotSatisfiable, requested_range
 from serve_app.api.schemas.job import EXTENSIONS, RESULTS
-from serve_app.jobs.desk import JobDesk
+from serve_app.api.state import CallerContext, CurrentCaller, JobId
 from serve_app.jobs.job import Job, StoredArtifact
+from serve_app.jobs.service import JobService
 
 router = APIRouter(tags=["results"])
 
@@ -22,7 +22,7 @@ FOREVER = "private, max-age=31536000, immutable"  # a finished picture never cha
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class FileSelection:
     """Which file of a job, and how much of it; the last ones are what the caller's headers say."""
 
     index: int
@@ -38,7 +38,7 @@ class Wanted:
 async def download(
     job_id: JobId,
     name: str,
-    visit: Here,
+    caller: CurrentCaller,
     if_none_match: Annotated[str | None, Header()] = None,
     byte_range: Annotated[str | None, Header(alias="Range")] = None,
     if_range: Annotated[str | None, Header()] = None,
@@ -53,8 +53,8 @@ async def download(
         raise NotFound("a picture's name is its index and format, such as 0.png", param="name")
     extension = match[2].replace("jpeg", "jpg")
     kind = "video" if extension in VIDEOS else "image"
-    wanted = Wanted(int(match[1]), kind, extension, if_none_match, byte_range, if_range, attachment)
-    return await result_file(visit, job_id, wanted)
+    selection = FileSelection(int(match[1]), kind, extension, if_none_match, byte_range, if_range, attachment)
+    return await result_file(caller, job_id, selection)
 
 
 @router.get("/api/results/{task_id}/{index}/{still}", response_class=Response)
@@ -62,7 +62,7 @@ async def read_still(
     job_id: JobId,
     index: int,
     still: str,
-    visit: Here,
+    caller: CurrentCaller,
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
     """The small look at one finished picture or video; of a video also its first frame, and up to 25 of its
@@ -70,17 +70,19 @@ async def read_still(
     """
     if still not in STILLS:
         raise NotFound(f"there is no such picture; there is {', '.join(STILLS)}", param="name")
-    return await result_file(visit, job_id, Wanted(index, still, known_etags=if_none_match))
+    return await result_file(caller, job_id, FileSelection(index, still, known_etags=if_none_match))
 
 
-async def result_file(visit: Visit, job_id: str, wanted: Wanted) -> Response:
+async def result_file(caller: CallerContext, job_id: str, selection: FileSelection) -> Response:
     """One file of a caller's job, or what a conditional or partial request gets of it. Raises NotFound."""
-    return await file_of(visit.desk, (await visit.desk.get(job_id, visit.owner)).job, wanted)
+    return await file_of(
+        caller.job_service, (await caller.job_service.get(job_id, caller.owner)).job, selection
+    )
 
 
-async def file_of(desk: JobDesk, job: Job, wanted: Wanted) -> Response:
+async def file_of(job_service: JobService, job: Job, selection: FileSelection) -> Response:
     """The same of a job that the caller may see."""
-    index, kind = wanted.index, wanted.kind
+    index, kind = selection.index, selection.kind
     artifact = next((a for a in job.artifacts if (a.index, a.kind) == (index, kind)), None)
     if artifact is None:
         raise NotFound(
@@ -88,21 +90,21 @@ async def file_of(desk: JobDesk, job: Job, wanted: Wanted) -> Response:
             f"and has {sum(a.kind == kind for a in job.artifacts)}",
             param="index",
         )
-    if wanted.extension not in (None, EXTENSIONS[artifact.media_type]):
+    if selection.extension not in (None, EXTENSIONS[artifact.media_type]):
         raise NotFound(f"this {kind} is {index}.{EXTENSIONS[artifact.media_type]}", param="name")
-    headers = _headers(job.id, artifact, wanted.attachment)
-    if headers["ETag"] in (known.strip() for known in (wanted.known_etags or "").split(",")):
+    headers = _headers(job.id, artifact, selection.attachment)
+    if headers["ETag"] in (known.strip() for known in (selection.known_etags or "").split(",")):
         return Response(status_code=304, headers=headers)
     try:
-        part = part_of(wanted.byte_range, artifact.size_bytes, headers["ETag"], wanted.if_range)
-    except Unsatisfiable:
+        part = requested_range(selection.byte_range, artifact.size_bytes, headers["ETag"], selection.if_range)
+    except RangeNotSatisfiable:
         headers["Content-Range"] = f"bytes */{artifact.size_bytes}"
         return Response(status_code=416, headers=headers)
     if part is not None:
-        data = await desk.artifact_part(artifact, part.start, part.end)
+        data = await job_service.artifact_part(artifact, part.start, part.end)
         headers["Content-Range"] = part.content_range
         return Response(data, 206, headers, artifact.media_type)
-    stored, data = await desk.artifact(job.id, job.owner, index, kind)
+    stored, data = await job_service.artifact(job.id, job.owner, index, kind)
     return Response(data, headers=headers, media_type=stored.media_type)
 
 

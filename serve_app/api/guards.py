@@ -11,10 +11,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from deployments.protocol import origin
+from deployments.protocol import log_context
 from deployments.protocol.errors import BadRequest, Forbidden, Internal, Overloaded, TooLarge, WeftError
-from deployments.protocol.origin import Origin
-from serve_app.api.errors import refusal_of, render, route_path
+from deployments.protocol.log_context import LogContext
+from serve_app.api.errors import error_kind_of, render, route_path
 from serve_app.api.metrics import ApiMetrics
 from serve_app.settings import Settings
 
@@ -42,7 +42,7 @@ DOCS_POLICY = (  # Swagger UI writes style attributes
 DATA_POLICY = "default-src 'none'; frame-ancestors 'none'; sandbox"
 
 
-class Envelope:
+class ResponseEnvelopeMiddleware:
     """Outermost: a request id, security headers and a count on every answer; a time limit until an answer
     begins, which no header of a client changes; the last catch for bugs."""
 
@@ -61,7 +61,7 @@ class Envelope:
         limit = asyncio.timeout(self.max_call_s if scope["type"] == "http" else None)
         answer = _Answer(send, request_id, _policy(route_path(scope)), limit)
         began = time.perf_counter()
-        mark = origin.attribute(Origin(request_id=request_id))
+        mark = log_context.bind(LogContext(request_id=request_id))
         try:
             async with limit:
                 await self.app(scope, receive, answer.send)
@@ -77,7 +77,7 @@ class Envelope:
             else:
                 await _deliver(_as_ours(error, request_id), scope, receive, answer.send)
         finally:
-            origin.restore(mark)
+            log_context.unbind(mark)
             if scope["type"] == "http":
                 self._count(scope, answer.status, time.perf_counter() - began)
 
@@ -86,7 +86,7 @@ class Envelope:
         method = scope["method"] if scope["method"] in METHODS else "OTHER"  # a client may make up any
         self.metrics.add("weft_http_requests", method=method, route=route, status=str(status or 499))
         self.metrics.observe("weft_http_request_seconds", seconds, route=route)
-        if (kind := refusal_of(scope)) is not None:
+        if (kind := error_kind_of(scope)) is not None:
             self.metrics.add("weft_refusals", kind=kind)
 
 
@@ -117,7 +117,7 @@ class _Answer:
         await self._send(message)
 
 
-class HeadLimit:
+class HeaderLimitMiddleware:
     """Refuses addresses and headers that are longer than anybody needs."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -134,7 +134,7 @@ class HeadLimit:
         await self.app(scope, receive, send)
 
 
-class LocalOnly:
+class LocalOnlyMiddleware:
     """While no key is set: only callers on this machine, and no web site through their browser.
 
     Without it any page could post to a loopback address, or rebind its own name to it and read all.
@@ -144,7 +144,7 @@ class LocalOnly:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
         self.public = _split(settings.public_url)
-        self.guarded = settings.open_to_all
+        self.guarded = settings.auth_disabled
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         fault = self._fault(scope) if scope["type"] in ("http", "websocket") else None
@@ -178,7 +178,7 @@ class LocalOnly:
         return None
 
 
-class BodyLimit:
+class BodyLimitMiddleware:
     """Reads a body up to the limit, counting what arrives, and looks how deep its JSON goes.
 
     The upload of an adapter has a limit of its own, and is not read before its caller is known.

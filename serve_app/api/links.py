@@ -6,8 +6,8 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 from pydantic import BaseModel, Field
 
-from serve_app.api.depends import Here, JobId, StateHere
-from serve_app.api.gallery import Wanted, file_of
+from serve_app.api.gallery import FileSelection, file_of
+from serve_app.api.state import CurrentCaller, CurrentState, JobId
 
 router = APIRouter(tags=["results"])
 public = APIRouter(tags=["results"])
@@ -27,16 +27,16 @@ class LinkOut(BaseModel):
 async def link(
     job_id: JobId,
     index: int,
-    visit: Here,
+    caller: CurrentCaller,
     kind: Kind = "image",
     for_s: Annotated[int, Query(ge=1, le=LONGEST_S, description="Seconds it shall open for.")] = 900,
 ) -> LinkOut:
     """A presigned address of one finished file: the bucket's own where results lie in one, else ours."""
     expires_at = int(time.time()) + for_s
-    url = await visit.desk.link(job_id, visit.owner, index, kind, for_s)
+    url = await caller.job_service.link(job_id, caller.owner, index, kind, for_s)
     if url is None:
-        signature = await visit.desk.sign(job_id, visit.owner, index, kind, expires_at)
-        place = f"{visit.address}/api/shared/{job_id}/{index}/{kind}"
+        signature = await caller.job_service.sign(job_id, caller.owner, index, kind, expires_at)
+        place = f"{caller.address}/api/shared/{job_id}/{index}/{kind}"
         url = f"{place}?expires={expires_at}&signature={signature}"
     return LinkOut(url=url, expires_at=expires_at)
 
@@ -46,7 +46,7 @@ async def open_link(
     job_id: JobId,
     index: int,
     kind: str,
-    state: StateHere,
+    state: CurrentState,
     expires: Annotated[int, Query(description="Unix seconds, as it came with the link.")] = 0,
     signature: Annotated[str, Query(max_length=200)] = "",
     if_none_match: Annotated[str | None, Header()] = None,
@@ -54,9 +54,11 @@ async def open_link(
     if_range: Annotated[str | None, Header()] = None,
 ) -> Response:
     """The file behind such a link, without a key. 401 once its time is up or when it was changed."""
-    job = await state.desk.shared(job_id, index, kind, expires, signature)
-    wanted = Wanted(index, kind, known_etags=if_none_match, byte_range=byte_range, if_range=if_range)
-    response = await file_of(state.desk, job, wanted)
+    job = await state.job_service.shared(job_id, index, kind, expires, signature)
+    selection = FileSelection(
+        index, kind, known_etags=if_none_match, byte_range=byte_range, if_range=if_range
+    )
+    response = await file_of(state.job_service, job, selection)
     response.headers["Cache-Control"] = f"private, max-age={max(0, expires - int(time.time()))}"
     response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"  # whoever has it may show it
     return response

@@ -6,42 +6,42 @@ from fastapi import APIRouter, Path, Response
 from starlette.requests import Request
 
 from deployments.protocol.errors import Forbidden
-from serve_app.adapters.record import Adapter
-from serve_app.admission.principal import Role
-from serve_app.api.bodies import documented, read_json_or_form
-from serve_app.api.depends import Here, Visit
-from serve_app.api.schemas.lora import LoraDeleted, LoraList, LoraOut, RegisterBody
+from serve_app.admission.principals import Role
+from serve_app.api.request_body import documented, read_json_or_form
+from serve_app.api.schemas.lora import LoraDeleted, LoraList, LoraOut, RegisterLoraBody
+from serve_app.api.state import CallerContext, CurrentCaller
+from serve_app.loras.record import LoraRecord
 
 router = APIRouter(tags=["loras"])
 FILES = ("file", "preview")
 LoraId = Annotated[str, Path(alias="id", max_length=200, description="Id or name.")]
 
 
-@router.post("/api/loras", status_code=201, openapi_extra=documented(RegisterBody, FILES))
-async def register(http_request: Request, visit: Here) -> LoraOut:
+@router.post("/api/loras", status_code=201, openapi_extra=documented(RegisterLoraBody, FILES))
+async def register(http_request: Request, caller: CurrentCaller) -> LoraOut:
     """Keep an adapter: a form with the safetensors file, or JSON with `url`, `base64` or `hub`.
 
     It is read and checked before it is kept. The same file again changes what is said of it.
     """
-    body = await read_json_or_form(http_request, RegisterBody, FILES)
-    if body.public and visit.principal.role is not Role.admin:
+    body = await read_json_or_form(http_request, RegisterLoraBody, FILES)
+    if body.public and caller.principal.role is not Role.admin:
         raise Forbidden("only an admin may register an adapter for everybody; leave public out")
-    wish = body.wish()
-    preview = None if body.preview is None else await visit.state.pictures.thumbnail(body.preview, "preview")
-    return told(await visit.adapters.register(wish, visit.owner, body.label(preview)), visit)
+    spec = body.to_spec()
+    preview = None if body.preview is None else await caller.state.pictures.thumbnail(body.preview, "preview")
+    return lora_out(await caller.adapters.register(spec, caller.owner, body.label(preview)), caller)
 
 
 @router.get("/api/loras")
 @router.get("/api/loras/", include_in_schema=False)
-async def list_adapters(visit: Here) -> LoraList:
+async def list_adapters(caller: CurrentCaller) -> LoraList:
     """The caller's own adapters, the public ones, and those that come with the models."""
-    return LoraList(loras=[told(adapter, visit) for adapter in await visit.adapters.list(visit.owner)])
+    return LoraList(loras=[lora_out(adapter, caller) for adapter in await caller.adapters.list(caller.owner)])
 
 
 @router.get("/api/loras/{id}")
-async def read_adapter(lora_id: LoraId, visit: Here) -> LoraOut:
+async def read_adapter(lora_id: LoraId, caller: CurrentCaller) -> LoraOut:
     """One adapter, by id or name."""
-    return told(await visit.adapters.get(lora_id, visit.owner), visit)
+    return lora_out(await caller.adapters.get(lora_id, caller.owner), caller)
 
 
 @router.get(
@@ -49,25 +49,25 @@ async def read_adapter(lora_id: LoraId, visit: Here) -> LoraOut:
     response_class=Response,
     responses={200: {"content": {"image/webp": {}}}},
 )
-async def read_preview(lora_id: LoraId, visit: Here) -> Response:
+async def read_preview(lora_id: LoraId, caller: CurrentCaller) -> Response:
     """Its picture, where it was registered with one."""
-    return Response(await visit.adapters.preview(lora_id, visit.owner), media_type="image/webp")
+    return Response(await caller.adapters.preview(lora_id, caller.owner), media_type="image/webp")
 
 
 @router.delete("/api/loras/{id}")
-async def delete_adapter(lora_id: LoraId, visit: Here) -> LoraDeleted:
+async def delete_adapter(lora_id: LoraId, caller: CurrentCaller) -> LoraDeleted:
     """Forget an adapter of one's own. Jobs that wait with it still run; then its file goes."""
-    return await forget(lora_id, visit)
+    return await delete_lora(lora_id, caller)
 
 
-async def forget(lora_id: str, visit: Visit) -> LoraDeleted:
+async def delete_lora(lora_id: str, caller: CallerContext) -> LoraDeleted:
     """Delete it, and say so."""
-    admin = visit.principal.role is Role.admin
-    adapter = await visit.adapters.delete(lora_id, visit.owner, admin=admin)
+    admin = caller.principal.role is Role.admin
+    adapter = await caller.adapters.delete(lora_id, caller.owner, admin=admin)
     return LoraDeleted(id=adapter.id)
 
 
-def told(adapter: Adapter, visit: Visit) -> LoraOut:
+def lora_out(adapter: LoraRecord, caller: CallerContext) -> LoraOut:
     """The adapter as this caller sees it."""
-    admin = visit.principal.role is Role.admin
-    return LoraOut.of(adapter, visit.owner, visit.prefix, admin=admin)
+    admin = caller.principal.role is Role.admin
+    return LoraOut.of(adapter, caller.owner, caller.prefix, admin=admin)

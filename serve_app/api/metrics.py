@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry
 
-from serve_app.telemetry import LocalMeter, Meter, Meters
+from serve_app.observability.metrics import LocalMeter, Meter, Meters
 
 
 class ApiMetrics(Meters):

@@ -8,17 +8,17 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from deployments.protocol.errors import WeftError
-from serve_app.api.depends import ApiState, Here, api_state
+from serve_app.api.state import ApiState, CurrentCaller, api_state
 
 public = APIRouter(tags=["operations"])
 router = APIRouter(tags=["operations"])
 
 
-class Alive(BaseModel):
+class HealthOut(BaseModel):
     status: str = "ok"
 
 
-class Ready(BaseModel):
+class ReadinessOut(BaseModel):
     """Whether a request sent now would be worked on."""
 
     ready: bool
@@ -27,23 +27,23 @@ class Ready(BaseModel):
 
 
 @public.get("/health")
-async def health() -> Alive:
+async def health() -> HealthOut:
     """This process answers. It says nothing about the store or the models: see /ready."""
-    return Alive()
+    return HealthOut()
 
 
-@public.get("/ready", response_model=Ready, responses={503: {"model": Ready}})
+@public.get("/ready", response_model=ReadinessOut, responses={503: {"model": ReadinessOut}})
 async def ready(state: Annotated[ApiState, Depends(api_state)]) -> Response:
     """200 when the store answers and at least one model is ready, or idle: the first job wakes it; else 503
     and why."""
     try:
-        await state.desk.health()
+        await state.job_service.health()
         store = "ok"
     except WeftError as error:
         store = error.message
     models = dict(await state.model_states())
     served = not {"ready", "idle"}.isdisjoint(models.values())
-    answer = Ready(ready=store == "ok" and served, store=store, models=models)
+    answer = ReadinessOut(ready=store == "ok" and served, store=store, models=models)
     return Response(
         json.dumps(answer.model_dump()),
         200 if answer.ready else 503,
@@ -53,6 +53,6 @@ async def ready(state: Annotated[ApiState, Depends(api_state)]) -> Response:
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(visit: Here) -> Response:
+async def metrics(caller: CurrentCaller) -> Response:
     """What this replica counted, in Prometheus' text format."""
-    return Response(visit.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    return Response(caller.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

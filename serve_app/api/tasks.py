@@ -7,11 +7,11 @@ from pydantic import BaseModel
 from starlette.requests import Request
 
 from deployments.protocol.errors import Cancelled, Conflict, NotFound
-from serve_app.api.bodies import documented, read_json_or_form
-from serve_app.api.depends import Here, JobId, Visit
 from serve_app.api.native import FILES
+from serve_app.api.request_body import documented, read_json_or_form
 from serve_app.api.schemas.image import ImageBody
-from serve_app.api.schemas.job import EXTENSIONS, Failure, JobOut, Picture, Warned
+from serve_app.api.schemas.job import EXTENSIONS, ArtifactOut, JobErrorOut, JobOut, WarningOut
+from serve_app.api.state import CallerContext, CurrentCaller, JobId
 from serve_app.jobs.job import Job, JobState
 
 router = APIRouter(tags=["tasks"])
@@ -20,7 +20,7 @@ router = APIRouter(tags=["tasks"])
 class TaskAccepted(BaseModel):
     task_id: str
     status: JobState
-    warnings: list[Warned]
+    warnings: list[WarningOut]
 
 
 class TaskStatus(BaseModel):
@@ -35,7 +35,7 @@ class TaskStatus(BaseModel):
     created_at: float
     started_at: float | None
     completed_at: float | None
-    error: Failure | None
+    error: JobErrorOut | None
 
 
 class TaskResult(BaseModel):
@@ -43,30 +43,30 @@ class TaskResult(BaseModel):
 
     task_id: str
     status: JobState
-    images: list[Picture]
+    images: list[ArtifactOut]
     generation_s: float | None
-    warnings: list[Warned]
+    warnings: list[WarningOut]
 
 
 @router.post("/generate-image", status_code=202, openapi_extra=documented(ImageBody, FILES))
-async def generate_image(http_request: Request, visit: Here) -> TaskAccepted:
+async def generate_image(http_request: Request, caller: CurrentCaller) -> TaskAccepted:
     """Accept a wish for pictures; the body is that of POST /api/generate/image."""
-    job = await visit.submit(await read_json_or_form(http_request, ImageBody, FILES))
-    return TaskAccepted(task_id=job.id, status=job.state, warnings=[Warned.of(c) for c in job.warnings])
+    job = await caller.submit(await read_json_or_form(http_request, ImageBody, FILES))
+    return TaskAccepted(task_id=job.id, status=job.state, warnings=[WarningOut.of(c) for c in job.warnings])
 
 
 @router.post("/refine", status_code=202, openapi_extra=documented(ImageBody, FILES))
-async def refine(http_request: Request, visit: Here) -> TaskAccepted:
+async def refine(http_request: Request, caller: CurrentCaller) -> TaskAccepted:
     """Redraw the details of the picture `image` with a refiner; the body is that of /generate-image."""
     body = await read_json_or_form(http_request, ImageBody, FILES)
-    job = await visit.submit(body.model_copy(update={"refine": True}))
-    return TaskAccepted(task_id=job.id, status=job.state, warnings=[Warned.of(c) for c in job.warnings])
+    job = await caller.submit(body.model_copy(update={"refine": True}))
+    return TaskAccepted(task_id=job.id, status=job.state, warnings=[WarningOut.of(c) for c in job.warnings])
 
 
 @router.get("/task/{task_id}/status")
-async def read_status(job_id: JobId, visit: Here) -> TaskStatus:
+async def read_status(job_id: JobId, caller: CurrentCaller) -> TaskStatus:
     """How far the task is."""
-    view = await visit.desk.get(job_id, visit.owner)
+    view = await caller.job_service.get(job_id, caller.owner)
     job = view.job
     return TaskStatus(
         task_id=job.id,
@@ -78,7 +78,7 @@ async def read_status(job_id: JobId, visit: Here) -> TaskStatus:
         created_at=job.created_at,
         started_at=job.started_at,
         completed_at=job.completed_at,
-        error=None if job.error is None else Failure.of(job.error),
+        error=None if job.error is None else JobErrorOut.of(job.error),
     )
 
 
@@ -89,7 +89,7 @@ async def read_status(job_id: JobId, visit: Here) -> TaskStatus:
 )
 async def read_result(
     job_id: JobId,
-    visit: Here,
+    caller: CurrentCaller,
     accept: Annotated[str, Header()] = "",
     index: Annotated[int, Query(ge=0, description="Which picture, when asking for the file.")] = 0,
 ) -> TaskResult | Response:
@@ -97,11 +97,11 @@ async def read_result(
 
     409 until the task has ended; a failed task answers with the error that ended it.
     """
-    job = (await visit.desk.get(job_id, visit.owner)).job
+    job = (await caller.job_service.get(job_id, caller.owner)).job
     _require_completed(job)
     if accept.strip().lower().startswith(("image/", "video/")):
-        return await _picture(visit, job, index)
-    out = JobOut.of(job, visit.prefix)
+        return await _picture(caller, job, index)
+    out = JobOut.of(job, caller.prefix)
     return TaskResult(
         task_id=job.id,
         status=job.state,
@@ -121,11 +121,11 @@ def _require_completed(job: Job) -> None:
         raise Conflict(f"this task is {job.state.value}; ask /task/{job.id}/status until it is completed")
 
 
-async def _picture(visit: Visit, job: Job, index: int) -> Response:
+async def _picture(caller: CallerContext, job: Job, index: int) -> Response:
     kind = "image" if job.request.video is None else "video"
     if not any(a.kind == kind and a.index == index for a in job.artifacts):
         raise NotFound(f"this task has {job.request.num_images} of them, counted from 0", param="index")
-    stored, data = await visit.desk.artifact(job.id, visit.owner, index, kind)
+    stored, data = await caller.job_service.artifact(job.id, caller.owner, index, kind)
     name = f"weft-{job.id}-{index}.{EXTENSIONS[stored.media_type]}"
     return Response(
         data,

@@ -6,63 +6,65 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 
-from serve_app.jobs import progress
-from serve_app.jobs.hints import Hints, stirred
+from serve_app.jobs import events
 from serve_app.jobs.job import Job, JobState
-from serve_app.jobs.store import FROM_START, JobStore
-from serve_app.transaction import StoreUnreachable
+from serve_app.jobs.store.store import FROM_START, JobStore
+from serve_app.jobs.store.wakeups import Wakeups, wait_for_wakeup
+from serve_app.redis.transactions import StoreUnreachable
 
-LOOK_AGAIN_S = 1.0  # hints may be lost, and queue positions change without any
+POLL_S = 1.0  # hints may be lost, and queue positions change without any
 OUTAGE_LIMIT_S = 15.0  # a restart of the store passes unnoticed; a longer outage is told
 
-Told = tuple[str, progress.Event]  # (event id, event); following again after the id misses nothing
+StreamEntry = tuple[str, events.Event]  # (event id, event); following again after the id misses nothing
 
 
-async def follow(store: JobStore, hints: Hints, job_id: str, after: str = FROM_START) -> AsyncGenerator[Told]:
+async def follow(
+    store: JobStore, wakeups: Wakeups, job_id: str, after: str = FROM_START
+) -> AsyncGenerator[StreamEntry]:
     """Events after the one with id `after`; the last is always the ending.
 
     While the job waits, Queued comes again whenever its position changed, under the id before it.
     Raises NotFound, BadRequest for a malformed id, StoreUnreachable after a long outage.
     """
     position: int | None = None
-    with hints.hear(job_id) as heard:
-        await hints.listening()
-        hinted = False
+    with wakeups.subscribe(job_id) as wakeup:
+        await wakeups.ensure_subscribed()
+        woken = False
         while True:
             # the job before its events: an ended job's stream is complete, or forgotten
-            job = None if hinted else await patiently(store, job_id)
+            job = None if woken else await get_with_retry(store, job_id)
             for event_id, event in await _events(store, job_id, after):
                 after = event_id
                 yield after, event
-                if isinstance(event, progress.ENDINGS):
+                if isinstance(event, events.ENDINGS):
                     return
-                if isinstance(event, progress.Queued):
+                if isinstance(event, events.JobQueued):
                     position = event.position
             if job is not None and job.state.ended:
-                yield after, progress.ending(job)
+                yield after, events.ending_event(job)
                 return
             if job is not None and job.state is JobState.queued:
                 now_at = await store.position(job)
                 if now_at not in (None, position):
                     position = now_at
-                    yield after, progress.Queued(now_at, job.step, job.steps)
-            hinted = await stirred(heard, LOOK_AGAIN_S)
+                    yield after, events.JobQueued(now_at, job.step, job.steps)
+            woken = await wait_for_wakeup(wakeup, POLL_S)
 
 
-async def wait(store: JobStore, hints: Hints, job_id: str, timeout_s: float) -> Job:
+async def wait(store: JobStore, wakeups: Wakeups, job_id: str, timeout_s: float) -> Job:
     """The job when it has ended, or as it stands after timeout_s."""
     deadline = time.monotonic() + timeout_s
-    with hints.hear(job_id) as heard:
-        await hints.listening()
+    with wakeups.subscribe(job_id) as wakeup:
+        await wakeups.ensure_subscribed()
         while True:
-            job = await patiently(store, job_id)
+            job = await get_with_retry(store, job_id)
             left_s = deadline - time.monotonic()
             if job.state.ended or left_s <= 0:
                 return job
-            await stirred(heard, min(LOOK_AGAIN_S, left_s))
+            await wait_for_wakeup(wakeup, min(POLL_S, left_s))
 
 
-async def patiently(store: JobStore, job_id: str) -> Job:
+async def get_with_retry(store: JobStore, job_id: str) -> Job:
     """The job, though the store may be away for a moment."""
     deadline = time.monotonic() + OUTAGE_LIMIT_S
     while True:
@@ -74,7 +76,7 @@ async def patiently(store: JobStore, job_id: str) -> Job:
         await asyncio.sleep(0.1)
 
 
-async def _events(store: JobStore, job_id: str, after: str) -> list[Told]:
+async def _events(store: JobStore, job_id: str, after: str) -> list[StreamEntry]:
     try:
         return await store.events(job_id, after)
     except StoreUnreachable:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from deployments.protocol.errors import KINDS, Internal, WeftError
-from deployments.protocol.limits import Correction
-from deployments.protocol.request import FittedRequest
+from deployments.protocol.request import ResolvedRequest
+from deployments.validation.resolve import Adjustment
 from serve_app.admission.quota import Charge
 
-COPIES = "=copies"  # the queue of jobs whose files are there already; no model id looks like that
+COPY_QUEUE = "=copies"  # the queue of jobs whose files are there already; no model id looks like that
 
 
 class JobState(StrEnum):
@@ -44,7 +44,7 @@ class StoredArtifact:
 
 
 @dataclass(frozen=True, slots=True)
-class Handover:
+class ResumePoint:
     """Where a replica that was being stopped left off, and the file another one goes on from."""
 
     path: str  # relative to the results root
@@ -54,7 +54,7 @@ class Handover:
 
 
 @dataclass(frozen=True, slots=True)
-class Once:
+class IdempotencyKey:
     """An Idempotency-Key: what came with it first is the answer to all that comes with it later."""
 
     key: str
@@ -62,11 +62,11 @@ class Once:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class SubmitOptions:
     """What a caller wants of a job beside its pictures."""
 
-    once: Once | None = None
-    same: str | None = None  # cache key; requests of one owner with equal keys make equal pictures
+    idempotency_key: IdempotencyKey | None = None
+    cache_key: str | None = None  # cache key; requests of one owner with equal keys make equal pictures
     webhook: str | None = None  # URL that is told of the ending
     max_wait_s: float | None = None  # refused when it would wait longer before it begins
     images_per_day: int | None = None  # the owner's quota; None: there is none
@@ -74,7 +74,7 @@ class Terms:
     trace: str = ""  # W3C traceparent of that request's span
 
 
-NO_TERMS = Terms()
+DEFAULT_OPTIONS = SubmitOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,24 +99,24 @@ class Job:
     id: str
     owner: str
     state: JobState
-    request: FittedRequest  # its pictures are detached: see pictures.py
+    request: ResolvedRequest  # its pictures are detached: see pictures.py
     created_at: float
-    warnings: tuple[Correction, ...] = ()
+    warnings: tuple[Adjustment, ...] = ()
     attempt: int = 0  # raised by every claim; the fence against late writers
     failures: int = 0  # attempts that were lost or failed for a passing reason; max_attempts ends the job
     cancel_requested: bool = False
     step: int = 0  # finished denoising steps of this attempt, with those it took over
     steps: int = 0  # of how many; 0 before the pipeline call begins
-    handover: Handover | None = None  # what the next attempt, or the running one, goes on from
+    resume_point: ResumePoint | None = None  # what the next attempt, or the running one, goes on from
     started_at: float | None = None  # of the latest attempt
     completed_at: float | None = None
     generation_s: float | None = None
     artifacts: tuple[StoredArtifact, ...] = ()
     error: JobError | None = None
-    turn: float = 0.0  # its score in the queue: see turns.py
-    same: str | None = None  # its cache key
+    queue_score: float = 0.0  # its score in the queue: see turns.py
+    cache_key: str | None = None  # its cache key
     leader: str | None = None  # an identical job in progress; this one waits for its files
-    twin: str | None = None  # an identical job that has completed; this one copies its files
+    cached_from: str | None = None  # an identical job that has completed; this one copies its files
     webhook: str | None = None
     files_expired: bool = False  # its files were removed when their time was up
     charge: Charge | None = None  # what it took from its owner's quota
@@ -126,12 +126,12 @@ class Job:
     @property
     def queue(self) -> str:
         """The queue it waits in, unless it waits for its leader."""
-        return self.request.model if self.twin is None else COPIES
+        return self.request.model if self.cached_from is None else COPY_QUEUE
 
     @property
     def cached(self) -> bool:
         """Whether its files are copies of those of an earlier job."""
-        return self.state is JobState.completed and self.twin is not None
+        return self.state is JobState.completed and self.cached_from is not None
 
     @property
     def percent(self) -> int:

@@ -99,7 +99,7 @@ class ResultStore:
         if self._local:
             await _in_thread(self._put_local, full, data)
         else:
-            await _in_thread(self._fs.pipe_file, full, data, **self._described(path))
+            await _in_thread(self._fs.pipe_file, full, data, **self._s3_headers(path))
         return StoredFile(path, len(data), hashlib.sha256(data).hexdigest())
 
     async def get(self, path: str, *, sha256: str | None = None) -> bytes:
@@ -121,7 +121,7 @@ class ResultStore:
         except FileNotFoundError:
             raise NotFound("the file is no longer stored") from None
 
-    async def part(self, path: str, start: int, end: int) -> bytes:
+    async def read_range(self, path: str, start: int, end: int) -> bytes:
         """Bytes start..end of a file, both included; no digest tells whether they are right.
 
         Raises NotFound.
@@ -164,7 +164,7 @@ class ResultStore:
 
     async def jobs_older_than(self, age_s: float) -> list[str]:
         """Ids of jobs all of whose files, half-written ones included, were last written so long ago."""
-        return await _in_thread(self._older, time.time() - age_s)
+        return await _in_thread(self._jobs_written_before, time.time() - age_s)
 
     async def free_space_ok(self) -> bool:
         """Whether there is room for new work; object stores are taken to have it."""
@@ -177,7 +177,7 @@ class ResultStore:
             raise NotFound("there is no such file")
         return f"{self._root}/{path}"
 
-    def _described(self, path: str) -> dict[str, str]:
+    def _s3_headers(self, path: str) -> dict[str, str]:
         """What S3 shall say of an object: a link opens it in a browser as what it is, and as nothing else."""
         if "s3" not in self._fs.protocol:
             return {}
@@ -253,16 +253,16 @@ class ResultStore:
         except FileNotFoundError:
             return []
 
-    def _older(self, before: float) -> list[str]:
+    def _jobs_written_before(self, before: float) -> list[str]:
         newest: dict[str, float] = {}
-        for place in ("outputs", "inputs"):
-            for full in self._files(f"{self._root}/{place}"):
+        for folder in ("outputs", "inputs"):
+            for full in self._files(f"{self._root}/{folder}"):
                 job_id = full.rstrip("/").rpartition("/")[2]
                 if JOB_ID.fullmatch(job_id):
-                    newest[job_id] = max(self._written(full), newest.get(job_id, 0.0))
+                    newest[job_id] = max(self._modified_at(full), newest.get(job_id, 0.0))
         return [job_id for job_id, written in newest.items() if written < before]
 
-    def _written(self, directory: str) -> float:
+    def _modified_at(self, directory: str) -> float:
         """When a job's folder last changed, in unix seconds."""
         if self._local:
             return Path(directory).stat().st_mtime
@@ -277,15 +277,15 @@ class ResultStore:
         return bool(self._fs.exists(full))
 
     def _free_bytes(self) -> int:
-        place = Path(self._root)
-        while not place.exists():
-            place = place.parent
-        return shutil.disk_usage(place).free
+        folder = Path(self._root)
+        while not folder.exists():
+            folder = folder.parent
+        return shutil.disk_usage(folder).free
 
 
 async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The function's result. A cancelled caller still waits for its end: no write outlives its task."""
-    running = asyncio.ensure_future(asyncio.to_thread(_told_plainly, partial(function, *args, **kwargs)))
+    running = asyncio.ensure_future(asyncio.to_thread(_as_os_error, partial(function, *args, **kwargs)))
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
@@ -293,7 +293,7 @@ async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
         raise
 
 
-def _told_plainly(work: Callable[[], T]) -> T:
+def _as_os_error(work: Callable[[], T]) -> T:
     """What the work gives. Object stores' clients have errors of their own; ours is OSError."""
     try:
         return work()

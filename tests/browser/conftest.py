@@ -57,7 +57,7 @@ def backend() -> Iterator[FakeBackend]:
 
 
 @pytest.fixture
-def visit(chromium: Any) -> Iterator[Callable[..., Any]]:
+def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
     """Opens the page of a backend: visit(backend, width=1360, ...), `ready=False` where it cannot
     come to Generate. Checks at the end that all was quiet."""
     contexts, faults = [], []

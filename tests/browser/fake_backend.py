@@ -22,15 +22,15 @@ from urllib.parse import parse_qs, urlsplit
 import numpy as np
 from PIL import Image
 
-from deployments.media.footage import SEGMENT_FRAMES, Footage, VideoFiles
 from deployments.media.movie import encode_segment, join
+from deployments.media.video_spec import SEGMENT_FRAMES, VideoFiles, VideoSpec
 from deployments.protocol.card import ControlNet, Guidance, Licence, ModelCard, Sizes, Steps, Videos, Weights
 from deployments.protocol.errors import BadRequest, WeftError
-from deployments.protocol.limits import fit
-from deployments.protocol.request import FittedRequest
+from deployments.protocol.request import ResolvedRequest
+from deployments.validation.resolve import resolve
 from serve_app.api.guards import DATA_POLICY, PAGE_POLICY
 from serve_app.api.schemas.image import ImageBody
-from serve_app.api.schemas.job import Accepted, JobOut, JobPage, Warned
+from serve_app.api.schemas.job import JobAccepted, JobList, JobOut, WarningOut
 from serve_app.api.schemas.lora import LoraList, LoraOut
 from serve_app.api.schemas.model import ModelList, ModelOut
 from serve_app.api.schemas.video import VideoBody
@@ -196,16 +196,16 @@ class FakeBackend:
     # ---- what the service does ----
     def submit(self, body: dict[str, Any], schema: type[ImageBody | VideoBody] = ImageBody) -> Job:
         """The job of a request, already being worked on. Raises WeftError."""
-        wish = schema.model_validate(body)
-        card = next(card for card in self.cards if card.id == wish.model)
-        fitted = fit(wish.to_request(card.id), card, fresh_seed=secrets.randbits(63) >> 1)
+        parsed = schema.model_validate(body)
+        card = next(card for card in self.cards if card.id == parsed.model)
+        resolved = resolve(parsed.to_request(card.id), card, fresh_seed=secrets.randbits(63) >> 1)
         job = Job(
             id=new_job_id(),
             owner="anyone",
             state=JobState.queued,
-            request=fitted.request,
+            request=resolved.request,
             created_at=time.time(),
-            warnings=fitted.corrections,
+            warnings=resolved.adjustments,
         )
         with self.changed:
             self.jobs[job.id] = Running(job)
@@ -240,25 +240,25 @@ class FakeBackend:
 
     def _work(self, job_id: str) -> None:
         request = self.jobs[job_id].job.request
-        self._tell(job_id, "queued", {"status": "queued", "position": self.ahead + 1}, {})
+        self._publish(job_id, "queued", {"status": "queued", "position": self.ahead + 1}, {})
         if not self._pause(job_id, self.queue_s):
             return
         began = time.time()
-        self._tell(job_id, "started", {"steps": None}, {"state": JobState.processing, "started_at": began})
+        self._publish(job_id, "started", {"steps": None}, {"state": JobState.processing, "started_at": began})
         steps = self.steps_shown or request.num_inference_steps
         painting = paint(request.seed, request.width, request.height)
         for step in range(steps + 1):
             if not self._pause(job_id, self.step_s if step else 0):
                 return
             told = {"step": step, "steps": steps, "percent": min(99, 100 * step // steps)}
-            self._tell(job_id, "step", told, {"step": step, "steps": steps})
+            self._publish(job_id, "step", told, {"step": step, "steps": steps})
             if self.fail is not None and step == 1:
                 failure = {"kind": self.fail.kind, "message": self.fail.message, "param": self.fail.param}
                 change = {"state": JobState.failed, "error": self.fail}
-                self._tell(job_id, "failed", {"status": "failed", "error": failure}, change)
+                self._publish(job_id, "failed", {"status": "failed", "error": failure}, change)
                 return
             if self.previews and request.video is None and 0 < step < steps:
-                self._tell(job_id, "preview", preview(painting, step, steps), {})
+                self._publish(job_id, "preview", preview(painting, step, steps), {})
         if request.video is not None:
             if self._stages(job_id, request.video.num_frames):
                 self._finish_video(job_id, painting, time.time() - began)
@@ -270,7 +270,7 @@ class FakeBackend:
         for stage in ("decode", "encode"):
             for done in (frames // 2, frames):
                 told = {"status": "processing", "percent": 99, "stage": stage, "done": done, "total": frames}
-                self._tell(job_id, "stage", told, {})
+                self._publish(job_id, "stage", told, {})
                 if not self._pause(job_id, 60, lambda stage=stage: self.hold != stage):
                     return False
         return True
@@ -296,7 +296,7 @@ class FakeBackend:
             "artifacts": tuple(artifacts),
             "generation_s": round(took_s, 2),
         }
-        self._tell(job_id, "completed", {"status": "completed", "percent": 100}, change)
+        self._publish(job_id, "completed", {"status": "completed", "percent": 100}, change)
 
     def _finish(self, job_id: str, painting: Image.Image, took_s: float) -> None:
         running = self.jobs[job_id]
@@ -329,7 +329,7 @@ class FakeBackend:
             "artifacts": tuple(artifacts),
             "generation_s": round(took_s, 2),
         }
-        self._tell(job_id, "completed", {"status": "completed", "percent": 100}, change)
+        self._publish(job_id, "completed", {"status": "completed", "percent": 100}, change)
 
     def _pause(self, job_id: str, seconds: float, free: Callable[[], bool] = lambda: False) -> bool:
         """False when the job was cancelled meanwhile. Ends when `free` says so."""
@@ -338,10 +338,10 @@ class FakeBackend:
             self.changed.wait_for(lambda: running.job.cancel_requested or free(), timeout=seconds)
             cancelled = running.job.cancel_requested
         if cancelled:
-            self._tell(job_id, "cancelled", {"status": "cancelled"}, {"state": JobState.cancelled})
+            self._publish(job_id, "cancelled", {"status": "cancelled"}, {"state": JobState.cancelled})
         return not cancelled
 
-    def _tell(self, job_id: str, name: str, data: dict[str, Any], change: dict[str, Any]) -> None:
+    def _publish(self, job_id: str, name: str, data: dict[str, Any], change: dict[str, Any]) -> None:
         with self.changed:
             running = self.jobs[job_id]
             running.job = replace(running.job, **change)
@@ -439,13 +439,15 @@ class Handler(BaseHTTPRequestHandler):
                     self._json(status, json.dumps({"error": error}), headers)
                     return
                 job = backend.submit(sent, VideoBody if kind == "video" else ImageBody)
-                told = Accepted(id=job.id, status=job.state, warnings=[Warned.of(w) for w in job.warnings])
+                told = JobAccepted(
+                    id=job.id, status=job.state, warnings=[WarningOut.of(w) for w in job.warnings]
+                )
                 self._json(202, told.model_dump_json())
             case "GET", ["generate", ""]:
                 jobs = [running.job for running in backend.jobs.values()][::-1]
                 limit = int(query.get("limit", ["20"])[0])
                 listed = [JobOut.of(job, "") for job in jobs[:limit]]
-                self._json(200, JobPage(jobs=listed, next_cursor=None).model_dump_json())
+                self._json(200, JobList(jobs=listed, next_cursor=None).model_dump_json())
             case "GET", ["generate", job_id, "events"]:
                 self._events(backend.jobs[job_id])
             case "GET", ["generate", job_id]:
@@ -555,15 +557,15 @@ def paint(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
 
 
-def film(painting: Image.Image, request: FittedRequest) -> VideoFiles:
+def film(painting: Image.Image, request: ResolvedRequest) -> VideoFiles:
     """The painting drifting by, encoded as the service does it."""
     video = request.video
     assert video is not None
     still = np.asarray(painting.convert("RGB"))
     frames = np.stack([np.roll(still, 2 * number, axis=1) for number in range(video.num_frames)])
-    footage = Footage(request.width, request.height, video.num_frames, video.fps, video.format)
+    spec = VideoSpec(request.width, request.height, video.num_frames, video.fps, video.format)
     chunks = [frames[first : first + SEGMENT_FRAMES] for first in range(0, len(frames), SEGMENT_FRAMES)]
-    return join(footage, [encode_segment(footage, at, [chunk], 1) for at, chunk in enumerate(chunks)])
+    return join(spec, [encode_segment(spec, at, [chunk], 1) for at, chunk in enumerate(chunks)])
 
 
 def preview(painting: Image.Image, step: int, steps: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from PIL import Image
 from serve_app.jobs.job import JobError, JobState
 from tests.browser.fake_backend import SCHNELL, SDXL, TINY, FakeBackend
 
-Visit = Callable[..., Any]
+OpenPage = Callable[..., Any]
 Keep = Callable[[Any, str], None]
 TIMES = "\N{MULTIPLICATION SIGN}"
 
@@ -36,10 +36,10 @@ def _finished(page: Any) -> Any:
 
 
 def test_first_visit_a_sample_prompt_becomes_a_picture(
-    backend: FakeBackend, visit: Visit, keep_picture: Keep
+    backend: FakeBackend, open_page: OpenPage, keep_picture: Keep
 ) -> None:
-    page = visit(backend)
-    _see(page, "What shall we weave?")
+    page = open_page(backend)
+    _see(page, "What should we create?")
     keep_picture(page, "first-1360-light")
 
     page.get_by_role("button", name="a red heart on a white background").click()
@@ -51,8 +51,10 @@ def test_first_visit_a_sample_prompt_becomes_a_picture(
     assert page.locator(".strip li").count() == 1
 
 
-def test_flux_is_noticed_before_sending_and_sent_with_four_steps(backend: FakeBackend, visit: Visit) -> None:
-    page = visit(backend)
+def test_flux_is_noticed_before_sending_and_sent_with_four_steps(
+    backend: FakeBackend, open_page: OpenPage
+) -> None:
+    page = open_page(backend)
     page.get_by_label("Model").select_option(SDXL.id)
     page.get_by_label("Steps").fill("50")
     assert not page.get_by_text("requires exactly").is_visible()
@@ -67,17 +69,17 @@ def test_flux_is_noticed_before_sending_and_sent_with_four_steps(backend: FakeBa
     assert "guidance_scale" not in backend.received[0]
 
 
-def test_a_correction_of_the_service_is_shown(backend: FakeBackend, visit: Visit) -> None:
+def test_a_correction_of_the_service_is_shown(backend: FakeBackend, open_page: OpenPage) -> None:
     asked = {"model": SCHNELL.id, "prompt": "sent by another program", "num_inference_steps": 30}
     backend.submit(asked)
 
-    page = visit(backend)
+    page = open_page(backend)
 
     _see(page, "FLUX requires exactly 4 steps. Overriding 30 -> 4")
 
 
-def test_everything_in_the_form_is_sent(backend: FakeBackend, visit: Visit) -> None:
-    page = visit(backend)
+def test_everything_in_the_form_is_sent(backend: FakeBackend, open_page: OpenPage) -> None:
+    page = open_page(backend)
     page.get_by_label("Model").select_option(SDXL.id)
     page.get_by_label("Leave out").fill("people")
     page.get_by_role("radio", name="3:2").check(force=True)
@@ -112,9 +114,11 @@ def test_everything_in_the_form_is_sent(backend: FakeBackend, visit: Visit) -> N
     _see(page, "Seed 9223372036854775801")
 
 
-def test_progress_is_live_and_escape_cancels(backend: FakeBackend, visit: Visit, keep_picture: Keep) -> None:
+def test_progress_is_live_and_escape_cancels(
+    backend: FakeBackend, open_page: OpenPage, keep_picture: Keep
+) -> None:
     backend.step_s, backend.steps_shown = 0.15, 40
-    page = visit(backend)
+    page = open_page(backend)
 
     _generate(page)
 
@@ -128,9 +132,9 @@ def test_progress_is_live_and_escape_cancels(backend: FakeBackend, visit: Visit,
     assert page.get_by_label("Prompt").input_value() == "a lighthouse on a basalt cliff"
 
 
-def test_a_waiting_job_says_how_many_are_ahead(backend: FakeBackend, visit: Visit) -> None:
+def test_a_waiting_job_says_how_many_are_ahead(backend: FakeBackend, open_page: OpenPage) -> None:
     backend.queue_s, backend.ahead = 0.8, 3
-    page = visit(backend)
+    page = open_page(backend)
 
     _generate(page)
 
@@ -138,9 +142,9 @@ def test_a_waiting_job_says_how_many_are_ahead(backend: FakeBackend, visit: Visi
     _finished(page)
 
 
-def test_a_reload_in_mid_run_picks_the_job_up(backend: FakeBackend, visit: Visit) -> None:
+def test_a_reload_in_mid_run_picks_the_job_up(backend: FakeBackend, open_page: OpenPage) -> None:
     backend.step_s, backend.steps_shown = 0.15, 14
-    page = visit(backend)
+    page = open_page(backend)
     _generate(page)
     _see(page, re.compile("Step [2-9] of 14"))
 
@@ -152,9 +156,9 @@ def test_a_reload_in_mid_run_picks_the_job_up(backend: FakeBackend, visit: Visit
     assert len(backend.received) == 1
 
 
-def test_a_broken_stream_is_taken_up_where_it_broke(backend: FakeBackend, visit: Visit) -> None:
+def test_a_broken_stream_is_taken_up_where_it_broke(backend: FakeBackend, open_page: OpenPage) -> None:
     backend.cut_streams = 2
-    page = visit(backend)
+    page = open_page(backend)
 
     _generate(page)
 
@@ -164,10 +168,10 @@ def test_a_broken_stream_is_taken_up_where_it_broke(backend: FakeBackend, visit:
 
 
 def test_a_lost_connection_is_told_and_found_again(
-    backend: FakeBackend, visit: Visit, keep_picture: Keep
+    backend: FakeBackend, open_page: OpenPage, keep_picture: Keep
 ) -> None:
     backend.step_s, backend.steps_shown = 0.2, 30
-    page = visit(backend)
+    page = open_page(backend)
     page.expected_errors = ["ERR_EMPTY_RESPONSE", "ERR_INCOMPLETE_CHUNKED", "ERR_CONNECTION"]
     _generate(page)
     _see(page, re.compile("Step [2-9] of"))
@@ -181,8 +185,8 @@ def test_a_lost_connection_is_told_and_found_again(
     _finished(page)
 
 
-def test_save_gives_a_file_named_after_its_job(backend: FakeBackend, visit: Visit) -> None:
-    page = visit(backend)
+def test_save_gives_a_file_named_after_its_job(backend: FakeBackend, open_page: OpenPage) -> None:
+    page = open_page(backend)
     _generate(page)
     _finished(page)
 
@@ -194,10 +198,12 @@ def test_save_gives_a_file_named_after_its_job(backend: FakeBackend, visit: Visi
     assert Path(download.value.path()).read_bytes() == backend.jobs[job_id].pictures[0]
 
 
-def test_use_again_fills_the_form_from_a_picture_of_the_past(backend: FakeBackend, visit: Visit) -> None:
+def test_use_again_fills_the_form_from_a_picture_of_the_past(
+    backend: FakeBackend, open_page: OpenPage
+) -> None:
     backend.add_finished("a valley at dusk", seed=42)
     backend.add_finished("a newer one", seed=43)
-    page = visit(backend)
+    page = open_page(backend)
 
     page.get_by_role("button", name="a valley at dusk").click()
     page.get_by_role("button", name="Use again").click()
@@ -206,9 +212,11 @@ def test_use_again_fills_the_form_from_a_picture_of_the_past(backend: FakeBacken
     assert page.get_by_label("Seed", exact=True).input_value() == "42"
 
 
-def test_out_of_memory_offers_a_smaller_size(backend: FakeBackend, visit: Visit, keep_picture: Keep) -> None:
+def test_out_of_memory_offers_a_smaller_size(
+    backend: FakeBackend, open_page: OpenPage, keep_picture: Keep
+) -> None:
     backend.fail = JobError("out_of_memory", "1024x1024 needs 30 GiB; the device has 24")
-    page = visit(backend)
+    page = open_page(backend)
     _generate(page)
     page.get_by_role("heading", name="This picture is too big for the machine").wait_for()
     keep_picture(page, "failed-1360-light")
@@ -221,8 +229,8 @@ def test_out_of_memory_offers_a_smaller_size(backend: FakeBackend, visit: Visit,
     assert page.get_by_role("button", name="Failed: a lighthouse").count() == 1
 
 
-def test_a_refusal_points_at_its_field(backend: FakeBackend, visit: Visit) -> None:
-    page = visit(backend)
+def test_a_refusal_points_at_its_field(backend: FakeBackend, open_page: OpenPage) -> None:
+    page = open_page(backend)
     page.expected_errors = ["422"]
     backend.refuse = 422, {"kind": "bad_request", "message": "seed is unlucky", "param": "seed"}, {}
 
@@ -234,8 +242,8 @@ def test_a_refusal_points_at_its_field(backend: FakeBackend, visit: Visit) -> No
     assert page.get_by_label("Prompt").input_value() == "a lighthouse on a basalt cliff"
 
 
-def test_too_many_requests_count_down_to_another_try(backend: FakeBackend, visit: Visit) -> None:
-    page = visit(backend)
+def test_too_many_requests_count_down_to_another_try(backend: FakeBackend, open_page: OpenPage) -> None:
+    page = open_page(backend)
     page.expected_errors = ["429"]
     backend.refuse = (
         429,
@@ -251,21 +259,21 @@ def test_too_many_requests_count_down_to_another_try(backend: FakeBackend, visit
     _finished(page)
 
 
-def test_a_service_that_does_not_answer_can_be_tried_again(backend: FakeBackend, visit: Visit) -> None:
+def test_a_service_that_does_not_answer_can_be_tried_again(backend: FakeBackend, open_page: OpenPage) -> None:
     backend.down = True
-    page = visit(backend, ready=False)
+    page = open_page(backend, ready=False)
     page.expected_errors = ["ERR_EMPTY_RESPONSE"]
     page.get_by_role("heading", name="The service does not answer").wait_for()
     backend.down = False
 
     page.get_by_role("button", name="Try again").click()
 
-    _see(page, "What shall we weave?")
+    _see(page, "What should we create?")
 
 
-def test_a_key_is_asked_for_and_traded_for_a_session(backend: FakeBackend, visit: Visit) -> None:
+def test_a_key_is_asked_for_and_traded_for_a_session(backend: FakeBackend, open_page: OpenPage) -> None:
     backend.key = "opensesame"
-    page = visit(backend, ready=False)
+    page = open_page(backend, ready=False)
     page.expected_errors = ["401"]
 
     page.get_by_label("Key", exact=True).fill("wrong")
@@ -273,7 +281,7 @@ def test_a_key_is_asked_for_and_traded_for_a_session(backend: FakeBackend, visit
     _see(page, "That key was not accepted.")
     page.get_by_label("Key", exact=True).fill("opensesame")
     page.keyboard.press("Enter")
-    _see(page, "What shall we weave?")
+    _see(page, "What should we create?")
     _generate(page)
 
     _finished(page)
@@ -287,8 +295,8 @@ def test_a_key_is_asked_for_and_traded_for_a_session(backend: FakeBackend, visit
     _see(page, "This service asks for a key")
 
 
-def test_a_size_off_the_grid_is_not_sent_but_mended(backend: FakeBackend, visit: Visit) -> None:
-    page = visit(backend)
+def test_a_size_off_the_grid_is_not_sent_but_mended(backend: FakeBackend, open_page: OpenPage) -> None:
+    page = open_page(backend)
     page.get_by_label("Width").fill("1000")
 
     _generate(page)
@@ -301,8 +309,8 @@ def test_a_size_off_the_grid_is_not_sent_but_mended(backend: FakeBackend, visit:
     assert backend.received[0]["width"] == 1008
 
 
-def test_an_empty_prompt_is_not_sent(backend: FakeBackend, visit: Visit) -> None:
-    page = visit(backend)
+def test_an_empty_prompt_is_not_sent(backend: FakeBackend, open_page: OpenPage) -> None:
+    page = open_page(backend)
 
     page.get_by_role("button", name="Generate").click()
 
@@ -310,17 +318,17 @@ def test_an_empty_prompt_is_not_sent(backend: FakeBackend, visit: Visit) -> None
     assert backend.received == []
 
 
-def test_no_model_is_said_in_words(backend: FakeBackend, visit: Visit) -> None:
+def test_no_model_is_said_in_words(backend: FakeBackend, open_page: OpenPage) -> None:
     backend.cards = []
 
-    page = visit(backend, ready=False)
+    page = open_page(backend, ready=False)
 
     _see(page, "No model is set up")
 
 
-def test_a_loading_model_becomes_ready_by_itself(backend: FakeBackend, visit: Visit) -> None:
+def test_a_loading_model_becomes_ready_by_itself(backend: FakeBackend, open_page: OpenPage) -> None:
     backend.states = {SCHNELL.id: "loading", SDXL.id: "loading"}
-    page = visit(backend)
+    page = open_page(backend)
     page.locator(".state", has_text="starting").wait_for()
 
     backend.states = {}
@@ -328,9 +336,9 @@ def test_a_loading_model_becomes_ready_by_itself(backend: FakeBackend, visit: Vi
     page.locator(".state", has_text="ready").wait_for()
 
 
-def test_a_tiny_picture_is_shown_large(backend: FakeBackend, visit: Visit) -> None:
+def test_a_tiny_picture_is_shown_large(backend: FakeBackend, open_page: OpenPage) -> None:
     backend.cards = [TINY]
-    page = visit(backend)
+    page = open_page(backend)
 
     _generate(page)
 
@@ -338,9 +346,9 @@ def test_a_tiny_picture_is_shown_large(backend: FakeBackend, visit: Visit) -> No
     assert page.locator(".stage .picture").bounding_box()["width"] == pytest.approx(512, abs=2)
 
 
-def test_a_prefix_in_front_of_everything_changes_nothing(visit: Visit) -> None:
+def test_a_prefix_in_front_of_everything_changes_nothing(open_page: OpenPage) -> None:
     backend = FakeBackend(prefix="/below/here")
-    page = visit(backend)
+    page = open_page(backend)
 
     _generate(page)
 
@@ -349,9 +357,9 @@ def test_a_prefix_in_front_of_everything_changes_nothing(visit: Visit) -> None:
     backend.close()
 
 
-def test_the_keyboard_alone_is_enough(backend: FakeBackend, visit: Visit) -> None:
-    page = visit(backend)
-    _see(page, "What shall we weave?")
+def test_the_keyboard_alone_is_enough(backend: FakeBackend, open_page: OpenPage) -> None:
+    page = open_page(backend)
+    _see(page, "What should we create?")
 
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the picture"
@@ -368,8 +376,8 @@ def test_the_keyboard_alone_is_enough(backend: FakeBackend, visit: Visit) -> Non
     assert page.get_by_role("radio", name="3:2").is_checked()
 
 
-def test_the_chosen_colours_outlive_a_reload(backend: FakeBackend, visit: Visit) -> None:
-    page = visit(backend, color_scheme="light")
+def test_the_chosen_colours_outlive_a_reload(backend: FakeBackend, open_page: OpenPage) -> None:
+    page = open_page(backend, color_scheme="light")
     background = "getComputedStyle(document.querySelector('.panel')).backgroundColor"
     light = page.evaluate(background)
 
@@ -384,12 +392,12 @@ def test_the_chosen_colours_outlive_a_reload(backend: FakeBackend, visit: Visit)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1360, 820, 390, 320])
 def test_every_width_fits_without_scrolling_sideways(
-    backend: FakeBackend, visit: Visit, keep_picture: Keep, width: int, scheme: str
+    backend: FakeBackend, open_page: OpenPage, keep_picture: Keep, width: int, scheme: str
 ) -> None:
     for seed in range(6):
         backend.add_finished(f"hills and a sun, number {seed}", seed)
     backend.add_finished("one that broke", 9, JobState.failed)
-    page = visit(backend, width=width, height=860 if width > 800 else 844, color_scheme=scheme)
+    page = open_page(backend, width=width, height=860 if width > 800 else 844, color_scheme=scheme)
     page.get_by_label("Model").select_option(SDXL.id)
 
     _generate(page)
@@ -411,9 +419,9 @@ def _picture_file(name: str) -> dict[str, Any]:
 
 
 def test_pictures_to_follow_and_the_refiner_are_sent_to_the_model_that_knows_them(
-    backend: FakeBackend, visit: Visit, keep_picture: Keep
+    backend: FakeBackend, open_page: OpenPage, keep_picture: Keep
 ) -> None:
-    page = visit(backend)
+    page = open_page(backend)
     section = page.get_by_role("group", name="Pictures to follow")
     refiner = page.get_by_label("Finish with the refiner")
     assert not section.is_visible()
@@ -440,9 +448,9 @@ def test_pictures_to_follow_and_the_refiner_are_sent_to_the_model_that_knows_the
 
 
 def test_styles_are_picked_weighed_and_uploaded(
-    backend: FakeBackend, visit: Visit, keep_picture: Keep
+    backend: FakeBackend, open_page: OpenPage, keep_picture: Keep
 ) -> None:
-    page = visit(backend)
+    page = open_page(backend)
     section = page.get_by_role("group", name="Styles (LoRA)")
     page.get_by_label("Model").select_option(SDXL.id)
     page.get_by_label("Prompt").fill("a fox")
@@ -467,8 +475,8 @@ def test_styles_are_picked_weighed_and_uploaded(
     assert sent["loras"] == [{"id": ink.sha256, "weight": -0.5}, {"id": uploaded.sha256, "weight": 1}]
 
 
-def test_a_style_can_be_taken_out_again(backend: FakeBackend, visit: Visit) -> None:
-    page = visit(backend)
+def test_a_style_can_be_taken_out_again(backend: FakeBackend, open_page: OpenPage) -> None:
+    page = open_page(backend)
     section = page.get_by_role("group", name="Styles (LoRA)")
     page.get_by_label("Model").select_option(SDXL.id)
     section.get_by_label("Add a style").select_option(label="ink")
@@ -481,8 +489,10 @@ def test_a_style_can_be_taken_out_again(backend: FakeBackend, visit: Visit) -> N
     assert "loras" not in backend.received[0]
 
 
-def test_a_picture_to_follow_can_be_dropped_in_and_taken_out(backend: FakeBackend, visit: Visit) -> None:
-    page = visit(backend)
+def test_a_picture_to_follow_can_be_dropped_in_and_taken_out(
+    backend: FakeBackend, open_page: OpenPage
+) -> None:
+    page = open_page(backend)
     page.get_by_label("Model").select_option(SDXL.id)
     section = page.get_by_role("group", name="Pictures to follow")
     dropped = page.evaluate_handle(
@@ -508,15 +518,15 @@ def test_a_picture_to_follow_can_be_dropped_in_and_taken_out(backend: FakeBacken
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(backend: FakeBackend, visit: Visit, scheme: str) -> None:
+def test_axe_finds_nothing(backend: FakeBackend, open_page: OpenPage, scheme: str) -> None:
     """With WEFT_AXE naming an axe.min.js (npm package axe-core, a development tool)."""
     axe = os.environ.get("WEFT_AXE")
     if not axe:
         pytest.skip("WEFT_AXE does not name an axe.min.js")
     script = Path(axe).read_text(encoding="utf-8")
     check = "async () => (await axe.run()).violations.map(v => `${v.id}: ${v.nodes.map(n => n.html)}`)"
-    page = visit(backend, color_scheme=scheme)
-    _see(page, "What shall we weave?")
+    page = open_page(backend, color_scheme=scheme)
+    _see(page, "What should we create?")
     found = {"first": _axe(page, script, check)}
 
     backend.fail = JobError("internal", "the engine died")

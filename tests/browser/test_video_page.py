@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.browser.fake_backend import FRAMEWISE, TINY_WAN, FakeBackend
 
-Visit = Callable[..., Any]
+OpenPage = Callable[..., Any]
 Keep = Callable[[Any, str], None]
 PROMPT = "a red circle moving left"
 
@@ -52,19 +52,21 @@ def _png() -> bytes:
     return buffer.getvalue()
 
 
-def test_only_models_that_make_videos_are_offered(backend: FakeBackend, visit: Visit) -> None:
-    page = _open(visit(backend))
+def test_only_models_that_make_videos_are_offered(backend: FakeBackend, open_page: OpenPage) -> None:
+    page = _open(open_page(backend))
 
     offered = page.get_by_label("Model", exact=True).locator("option").all_text_contents()
 
     assert offered == ["Tiny Wan", "Frame by frame"]
-    _see(page, "What shall we film?")
+    _see(page, "What should we film?")
     assert not page.get_by_text("Pictures to follow").is_visible()
     assert not page.locator("#start-picture").is_visible()
 
 
-def test_seconds_and_frames_say_the_same_and_everything_is_sent(backend: FakeBackend, visit: Visit) -> None:
-    page = _open(visit(backend))
+def test_seconds_and_frames_say_the_same_and_everything_is_sent(
+    backend: FakeBackend, open_page: OpenPage
+) -> None:
+    page = _open(open_page(backend))
     page.get_by_label("Seconds", exact=True).fill("4")
     page.get_by_label("Seconds", exact=True).press("Tab")
     assert page.get_by_label("Frames", exact=True).input_value() == "33"
@@ -97,10 +99,10 @@ def test_seconds_and_frames_say_the_same_and_everything_is_sent(backend: FakeBac
 
 
 def test_each_part_of_the_work_is_told_and_the_video_plays(
-    backend: FakeBackend, visit: Visit, keep_picture: Keep
+    backend: FakeBackend, open_page: OpenPage, keep_picture: Keep
 ) -> None:
     backend.hold = "decode"
-    page = _open(visit(backend))
+    page = _open(open_page(backend))
 
     _generate(page)
 
@@ -118,8 +120,8 @@ def test_each_part_of_the_work_is_told_and_the_video_plays(
     keep_picture(page, "video-done-1360-light")
 
 
-def test_save_gives_the_file_itself(backend: FakeBackend, visit: Visit) -> None:
-    page = _open(visit(backend))
+def test_save_gives_the_file_itself(backend: FakeBackend, open_page: OpenPage) -> None:
+    page = _open(open_page(backend))
     _generate(page)
     _finished(page)
 
@@ -131,9 +133,9 @@ def test_save_gives_the_file_itself(backend: FakeBackend, visit: Visit) -> None:
     assert Path(download.value.path()).read_bytes() == backend.jobs[job_id].pictures[0]
 
 
-def test_escape_cancels_while_frames_are_decoded(backend: FakeBackend, visit: Visit) -> None:
+def test_escape_cancels_while_frames_are_decoded(backend: FakeBackend, open_page: OpenPage) -> None:
     backend.hold = "decode"
-    page = _open(visit(backend))
+    page = _open(open_page(backend))
     _generate(page)
     _see(page, "Decoding frame")
 
@@ -144,9 +146,9 @@ def test_escape_cancels_while_frames_are_decoded(backend: FakeBackend, visit: Vi
 
 
 def test_a_frame_wise_video_begins_with_a_dropped_picture_and_has_an_end(
-    backend: FakeBackend, visit: Visit
+    backend: FakeBackend, open_page: OpenPage
 ) -> None:
-    page = _open(visit(backend))
+    page = _open(open_page(backend))
     page.get_by_label("Model", exact=True).select_option(FRAMEWISE.id)
     dropped = page.evaluate_handle(
         """(text) => {
@@ -171,8 +173,8 @@ def test_a_frame_wise_video_begins_with_a_dropped_picture_and_has_an_end(
     assert sent["num_frames"] == 16
 
 
-def test_a_larger_video_offers_fewer_frames(backend: FakeBackend, visit: Visit) -> None:
-    page = _open(visit(backend))
+def test_a_larger_video_offers_fewer_frames(backend: FakeBackend, open_page: OpenPage) -> None:
+    page = _open(open_page(backend))
     frames = page.get_by_label("Frames", exact=True)
     assert frames.get_attribute("max") == "129"
 
@@ -183,11 +185,11 @@ def test_a_larger_video_offers_fewer_frames(backend: FakeBackend, visit: Visit) 
 
 
 def test_the_strip_holds_videos_of_the_past_and_use_again_opens_their_page(
-    backend: FakeBackend, visit: Visit
+    backend: FakeBackend, open_page: OpenPage
 ) -> None:
     backend.add_finished_video("a valley from above", 42, TINY_WAN)
     backend.add_finished("a still valley", seed=43)
-    page = visit(backend)
+    page = open_page(backend)
 
     page.get_by_role("button", name="Video: a valley from above").click()
     page.locator(".stage video").wait_for()
@@ -200,8 +202,8 @@ def test_the_strip_holds_videos_of_the_past_and_use_again_opens_their_page(
     assert page.get_by_label("Model", exact=True).input_value() == TINY_WAN.id
 
 
-def test_a_key_that_stays_in_the_tab_plays_videos_too(backend: FakeBackend, visit: Visit) -> None:
-    page = visit(backend)
+def test_a_key_that_stays_in_the_tab_plays_videos_too(backend: FakeBackend, open_page: OpenPage) -> None:
+    page = open_page(backend)
     page.evaluate("() => sessionStorage.setItem('weft.key', 'a key')")
     page.reload()
     _open(page)

@@ -16,15 +16,15 @@ from pathlib import Path
 from redis.exceptions import RedisError
 
 from deployments.protocol.errors import Overloaded, WeftError
-from serve_app.embedded_redis import EmbeddedRedis
-from serve_app.jobs import progress
-from serve_app.jobs.job import JobState, Once, Terms, new_job_id
-from serve_app.jobs.record import Keys
-from serve_app.jobs.store import JobStore
+from serve_app.jobs import events
+from serve_app.jobs.job import IdempotencyKey, JobState, SubmitOptions, new_job_id
+from serve_app.jobs.store.record import Keys
+from serve_app.jobs.store.store import JobStore
+from serve_app.redis.embedded import EmbeddedRedis
+from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
-from serve_app.transaction import connect
-from tests.front.fakes import fitted
+from tests.serving.fakes import resolved
 
 ROOT = Path(__file__).resolve().parents[2]
 LEASE_S = 1.5
@@ -110,11 +110,15 @@ class Chaos:
     async def _submit(self, store: JobStore) -> None:
         """Each wish until it is accepted, under one Idempotency-Key, as a careful client does."""
         for number in range(self._jobs):
-            once = Once(f"wish {number}", "the same body")
+            idempotency_key = IdempotencyKey(f"wish {number}", "the same body")
             while True:
                 try:
                     job = await store.accept(
-                        new_job_id(), f"owner {number % 5}", fitted(f"wish {number}"), (), Terms(once=once)
+                        new_job_id(),
+                        f"owner {number % 5}",
+                        resolved(f"wish {number}"),
+                        (),
+                        SubmitOptions(idempotency_key=idempotency_key),
                     )
                     break
                 except Overloaded:
@@ -218,7 +222,7 @@ class Chaos:
                 continue
             tally.states[job.state] = tally.states.get(job.state, 0) + 1
             told = [event for _, event in await store.events(job_id)]
-            endings = sum(isinstance(event, progress.ENDINGS) for event in told)
+            endings = sum(isinstance(event, events.ENDINGS) for event in told)
             tally.lost += not job.state.ended
             tally.double += endings > 1
             if job.state is JobState.completed:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from deployments.image import ImageModel
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable
 from deployments.protocol.events import Done, Failed
-from tests.workshop.test_image_model import CARD, events_of
+from deployments.replica import ModelReplica
+from tests.inference.test_replica import CARD, events_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,12 +30,12 @@ def broken(tmp_path: Path) -> ModelCard:
 
 def test_a_replica_does_not_start_on_a_model_whose_file_was_cut(broken: ModelCard) -> None:
     with pytest.raises(ModelUnavailable, match="broken"):
-        ImageModel([broken])
+        ModelReplica([broken])
 
 
 async def test_a_model_that_cannot_be_read_fails_alone(broken: ModelCard) -> None:
     whole = CARD.model_copy(update={"id": "whole", "serving": broken.serving})
-    replica = ImageModel([whole, broken])
+    replica = ModelReplica([whole, broken])
     try:
         *_, refused = await events_of(replica, model="broken")
         *_, served = await events_of(replica, model="whole")

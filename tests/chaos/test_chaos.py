@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 
 from deployments.protocol.errors import Overloaded
-from serve_app.embedded_redis import EmbeddedRedis
 from serve_app.jobs.job import Job, JobState, new_job_id
-from serve_app.jobs.store import JobStore
+from serve_app.jobs.store.store import JobStore
+from serve_app.redis.embedded import EmbeddedRedis
+from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
-from serve_app.transaction import connect
 from tests.chaos.runner import ROOT, Chaos
 from tests.chaos.worker import POISON
-from tests.front.conftest import MakeSettings, make_settings  # noqa: F401  # a fixture
-from tests.front.fakes import OWNER, eventually, fitted
+from tests.serving.conftest import MakeSettings, make_settings  # noqa: F401  # a fixture
+from tests.serving.fakes import OWNER, eventually, resolved
 
 SEEDS = [int(seed) for seed in os.environ.get("CHAOS_SEEDS", "1").split(",")]
 JOBS = int(os.environ.get("CHAOS_JOBS", "25"))
@@ -42,12 +42,12 @@ async def test_a_job_that_kills_its_worker_three_times_is_failed_and_others_go_o
     with EmbeddedRedis(tmp_path / "store") as url:
         async with connect(url) as redis:
             store = JobStore(redis, settings)
-            poison = await store.accept(new_job_id(), OWNER, fitted(POISON))
+            poison = await store.accept(new_job_id(), OWNER, resolved(POISON))
             for _ in range(3):
                 done = await asyncio.to_thread(work, url, settings, 60.0)
                 assert done != 0
             worker = start_worker(url, settings)
-            other = await store.accept(new_job_id(), OWNER, fitted())
+            other = await store.accept(new_job_id(), OWNER, resolved())
 
             async def both_ended() -> bool:
                 return all([(await store.get(job.id)).state.ended for job in (poison, other)])
@@ -83,7 +83,7 @@ async def test_a_full_disk_under_the_store_refuses_jobs_and_loses_none(
     settings = make_settings(max_pending=10_000, max_active_per_owner=10_000)
     async with connect(server.start()) as redis:
         store = JobStore(redis, settings)
-        ids = [(await store.accept(new_job_id(), OWNER, fitted())).id for _ in range(5)]
+        ids = [(await store.accept(new_job_id(), OWNER, resolved())).id for _ in range(5)]
         files = (tmp_path / "store").rglob("*.aof")
         size = max(file.stat().st_size for file in files)
         resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (size + 8192, size + 8192))
@@ -91,7 +91,7 @@ async def test_a_full_disk_under_the_store_refuses_jobs_and_loses_none(
         refused = 0
         while not refused:
             try:
-                ids.append((await store.accept(new_job_id(), OWNER, fitted())).id)
+                ids.append((await store.accept(new_job_id(), OWNER, resolved())).id)
             except Overloaded:
                 refused += 1
 
@@ -120,7 +120,7 @@ async def test_a_full_disk_under_the_results_fails_the_job_leaves_no_part_of_a_f
             worker = start_worker(url, settings)
 
             async def job() -> Job:
-                job_id = (await store.accept(new_job_id(), OWNER, fitted())).id
+                job_id = (await store.accept(new_job_id(), OWNER, resolved())).id
 
                 async def has_ended() -> bool:
                     return (await store.get(job_id)).state.ended
@@ -158,7 +158,7 @@ async def test_a_store_whose_last_write_was_torn_starts_with_all_that_came_befor
     server = EmbeddedRedis(tmp_path / "store")
     async with connect(server.start()) as redis:
         store = JobStore(redis, settings)
-        ids = [(await store.accept(new_job_id(), OWNER, fitted())).id for _ in range(5)]
+        ids = [(await store.accept(new_job_id(), OWNER, resolved())).id for _ in range(5)]
     server.stop()
     log = next(file for file in (tmp_path / "store").rglob("*.incr.aof"))
     os.truncate(log, log.stat().st_size - 7)

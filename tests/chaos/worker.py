@@ -9,13 +9,13 @@ import sys
 from collections.abc import AsyncGenerator
 
 from deployments.protocol import events
-from deployments.protocol.request import FittedRequest
-from serve_app.jobs.dispatch import Dispatcher
-from serve_app.jobs.store import JobStore
+from deployments.protocol.request import ResolvedRequest
+from serve_app.jobs.store.store import JobStore
+from serve_app.jobs.worker.dispatch import Dispatcher
+from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
-from serve_app.transaction import connect
-from tests.front.fakes import FakeModels
+from tests.serving.fakes import FakeModels
 
 STEP_S = 0.02
 POISON = "poison"  # a prompt that kills whoever runs it
@@ -23,7 +23,7 @@ POISON = "poison"  # a prompt that kills whoever runs it
 
 class SlowModels(FakeModels):
     async def generate(
-        self, model_id: str, request: FittedRequest, /, *, user: str = "", resume: bytes | None = None
+        self, model_id: str, request: ResolvedRequest, /, *, user: str = "", resume: bytes | None = None
     ) -> AsyncGenerator[events.Event]:
         async for event in super().generate(model_id, request, user=user, resume=resume):
             if isinstance(event, events.Step):

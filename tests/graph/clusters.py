@@ -19,7 +19,7 @@ import psutil
 import yaml
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
-from serve_app.embedded_redis import EmbeddedRedis, find_server
+from serve_app.redis.embedded import EmbeddedRedis, find_server
 from tests.graph.running import PATIENCE_S, RAY, ROOT, free_port, kill, until
 
 SCRIPTS = Path(sys.executable).parent

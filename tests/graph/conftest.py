@@ -10,7 +10,7 @@ import httpx
 import pytest
 import yaml
 
-from serve_app.embedded_redis import EmbeddedRedis
+from serve_app.redis.embedded import EmbeddedRedis
 from tests.graph.clusters import RayCluster
 from tests.graph.running import RAY, ROOT, Service, free_port
 
@@ -54,7 +54,7 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     config["http_options"]["port"] = port
     config["tracing_config"] = {
         "enabled": True,
-        "exporter_import_path": "serve_app.tracing:exporters",
+        "exporter_import_path": "serve_app.observability.tracing:exporters",
         "sampling_ratio": 1.0,
     }
     config["applications"][0]["args"]["models"] = ["tiny-flux-schnell", "slow-flux", "tiny-wan"]
@@ -63,12 +63,12 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     valkey = EmbeddedRedis(data)
     try:
         os.environ["REDIS_URL"] = valkey.start()
-        from serve_app import local
+        from serve_app.ray_serve import local_cluster
 
         gpus = {f"accelerator_type:{name}": 1 for name in ("A10G", "A100", "H100")}  # as Ray counts them
-        with local.ray_on_this_machine(num_cpus=8, num_gpus=8, resources=gpus):
+        with local_cluster.local_ray(num_cpus=8, num_gpus=8, resources=gpus):
             lines: list[str] = []
-            assert local.deploy(config, lines.append), "\n".join(lines)
+            assert local_cluster.deploy(config, lines.append), "\n".join(lines)
             yield Service(f"http://127.0.0.1:{port}", valkey, config)
     finally:
         valkey.stop()

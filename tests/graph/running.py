@@ -16,7 +16,7 @@ import psutil
 import pytest
 import ray
 
-from serve_app.embedded_redis import EmbeddedRedis
+from serve_app.redis.embedded import EmbeddedRedis
 
 ROOT = Path(__file__).parent.parent.parent
 PATIENCE_S = 240.0  # for things that take a second on a quiet machine

@@ -10,7 +10,7 @@ import yaml
 from ray import serve
 
 from serve_app.app import build
-from serve_app.args import AppArgs
+from serve_app.ray_serve.args import AppArgs
 from tests.graph.running import PATIENCE_S, ROOT, Service, until
 
 pytestmark = pytest.mark.ray

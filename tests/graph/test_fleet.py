@@ -13,7 +13,7 @@ import yaml
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeInstanceDetails
 
-from serve_app import local
+from serve_app.ray_serve import local_cluster
 from tests.graph.calls import ended, picture, told
 from tests.graph.running import PATIENCE_S, ROOT, Service, kill, until
 
@@ -86,7 +86,7 @@ class Fleet:
         config = copy.deepcopy(self._service.config)
         config["applications"] += [*self.shipped, *added]
         lines: list[str] = []
-        assert local.deploy(config, lines.append), "\n".join(lines)
+        assert local_cluster.deploy(config, lines.append), "\n".join(lines)
         names = {application["name"] for application in [*self.shipped, *added]}
         until(lambda: {name for name, _ in self.pids()} <= names, "removed applications are gone")
         ids = {card["id"] for each in added for card in each["args"]["models"]}
@@ -147,7 +147,7 @@ def fleet(service: Service, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     made.deploy()
     yield made
     made.client.close()
-    assert local.deploy(service.config, lambda line: None)
+    assert local_cluster.deploy(service.config, lambda line: None)
 
 
 def others(pids: Pids, application: str) -> Pids:

@@ -13,8 +13,8 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
-from deployments.telemetry import METRICS as WORKSHOP
-from serve_app.telemetry import METRICS as FRONT
+from deployments.observability.metrics import METRICS as WORKSHOP
+from serve_app.observability.metrics import METRICS as FRONT
 from tests.graph.calls import ended
 from tests.graph.running import ROOT, Service, until
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.ray
 
 NEEDS_A_GPU = {"weft_device_bytes", "weft_batches_halved"}
 NEEDS_FAR_WEIGHTS = {"weft_nodes_with_weights", "weft_nodes_wanting_weights"}
-# held by tests/front/jobs/test_dispatch_numbers.py and tests/workshop/test_telemetry_workshop.py
+# held by tests/serving/jobs/test_dispatch_metrics.py and tests/inference/observability/test_collectors.py
 NEEDS_TROUBLE = {
     "weft_attempts_given_back",
     "weft_leases_lost",
@@ -147,14 +147,14 @@ def test_one_trace_leads_from_the_ingress_over_dispatcher_and_model_to_the_encod
 def test_weights_are_fetched_to_the_nodes_before_a_replica_starts(service: Service, tmp_path: Path) -> None:
     from ray import serve
 
-    from deployments.fetcher import WeightsFetcher
     from deployments.protocol.card import Weights, load_card
+    from deployments.weights_prefetcher import WeightsPrefetcher
 
     url = f"file://{ROOT}/models/tiny-flux-schnell"
     card = load_card(ROOT / "configs/models/tiny-flux-schnell.yaml")
     far = card.model_copy(update={"weights": Weights(path=url, dtype="float32"), "controls": {}})
     nowhere = card.model_copy(update={"weights": Weights(path=f"file://{tmp_path}/nothing")})
-    fetcher = serve.deployment(ray_actor_options={"num_cpus": 0})(WeightsFetcher)
+    fetcher = serve.deployment(ray_actor_options={"num_cpus": 0})(WeightsPrefetcher)
     try:
         handle = serve.run(fetcher.bind([far], 0.1), name="fetcher", route_prefix=None)
         (state,) = until(

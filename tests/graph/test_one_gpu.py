@@ -11,7 +11,7 @@ import httpx
 import pytest
 import yaml
 
-from serve_app import local
+from serve_app.ray_serve import local_cluster
 from tests.graph.calls import ended
 from tests.graph.running import PATIENCE_S, ROOT, Service, until
 from tests.graph.test_fleet import tiny_card
@@ -39,10 +39,10 @@ def client(service: Service, tmp_path: Path) -> Iterator[httpx.Client]:
     config = copy.deepcopy(service.config)
     config["applications"].append(application)
     lines: list[str] = []
-    assert local.deploy(config, lines.append), "\n".join(lines)
+    assert local_cluster.deploy(config, lines.append), "\n".join(lines)
     with httpx.Client(base_url=f"{service.url}/one", timeout=PATIENCE_S) as made:
         yield made
-    assert local.deploy(service.config, lines.append), "\n".join(lines)
+    assert local_cluster.deploy(service.config, lines.append), "\n".join(lines)
 
 
 def test_two_picture_models_share_one_replica_and_a_video_model_sleeps_beside_them(

@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 
-from serve_app.embedded_redis import EmbeddedRedis
+from serve_app.redis.embedded import EmbeddedRedis
 from tests.graph.calls import ended, submit
 from tests.graph.running import RAY, ROOT, free_port, until
 

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from tests.graph.calls import ended, picture, submit
 from tests.graph.running import ROOT, until
-from tests.workshop.films import film
+from tests.inference.films import film
 
 pytestmark = pytest.mark.ray
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.graph.calls import ended
 from tests.graph.running import PATIENCE_S, Service, kill
-from tests.workshop.films import Film, decibels, film
+from tests.inference.films import Film, decibels, film
 
 pytestmark = pytest.mark.ray
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from deployments.image import ImageModel
 from deployments.protocol.card import ModelCard, load_cards
 from deployments.protocol.events import Event
-from deployments.protocol.request import FittedRequest
-from serve_app.embedded_redis import EmbeddedRedis
-from serve_app.jobs.desk import JobDesk
-from serve_app.jobs.dispatch import Dispatcher
+from deployments.protocol.request import ResolvedRequest
+from deployments.replica import ModelReplica
+from serve_app.jobs.service import JobService
+from serve_app.jobs.worker.dispatch import Dispatcher
+from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.services import Services
 from serve_app.settings import ROOT, Settings
 
@@ -29,8 +29,8 @@ def card() -> ModelCard:
 
 
 @pytest.fixture(scope="session")
-def model(card: ModelCard) -> ImageModel:
-    return ImageModel([card])
+def model(card: ModelCard) -> ModelReplica:
+    return ModelReplica([card])
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +42,7 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 class OneModel:
     """The dispatcher's view of a single model in this very process."""
 
-    def __init__(self, model: ImageModel, model_id: str) -> None:
+    def __init__(self, model: ModelReplica, model_id: str) -> None:
         self._model = model
         self._model_id = model_id
 
@@ -50,7 +50,7 @@ class OneModel:
         return {self._model_id: 8}
 
     async def generate(
-        self, _model_id: str, request: FittedRequest, /, *, user: str = "", resume: bytes | None = None
+        self, _model_id: str, request: ResolvedRequest, /, *, user: str = "", resume: bytes | None = None
     ) -> AsyncGenerator[Event]:
         async with aclosing(self._model.generate(request, user, resume)) as events:
             async for event in events:
@@ -58,16 +58,18 @@ class OneModel:
 
 
 @pytest.fixture
-async def desk(card: ModelCard, model: ImageModel, valkey: str, tmp_path: Path) -> AsyncIterator[JobDesk]:
+async def job_service(
+    card: ModelCard, model: ModelReplica, valkey: str, tmp_path: Path
+) -> AsyncIterator[JobService]:
     """A desk behind which a dispatcher is at work."""
     prefix = f"weft:{tmp_path.name}:"
     settings = Settings.load(redis_url=valkey, data_dir=tmp_path, redis_prefix=prefix, min_free_bytes=0)
     services = Services.open(settings)
-    desk = services.desk({card.id: card})
+    job_service = services.job_service({card.id: card})
     dispatcher = Dispatcher(services.store, services.results, OneModel(model, card.id), settings)
     running = asyncio.create_task(dispatcher.run())
-    yield desk
-    await desk.aclose()
+    yield job_service
+    await job_service.aclose()
     await dispatcher.drain()
     await running
     await services.store.redis.aclose()

@@ -7,28 +7,32 @@ import io
 
 from PIL import Image
 
-from deployments.image import ImageModel
 from deployments.protocol.events import Artifact, Event
 from deployments.protocol.request import GenerationRequest
+from deployments.replica import ModelReplica
 
 
-async def events_of(model: ImageModel, request: GenerationRequest) -> list[Event]:
+async def events_of(model: ModelReplica, request: GenerationRequest) -> list[Event]:
     return [event async for event in model.generate(request)]
 
 
-async def test_a_request_comes_up_as_events(model: ImageModel) -> None:
-    wish = GenerationRequest(model="tiny-flux-schnell", prompt="a red circle on a white background", seed=1)
+async def test_a_request_comes_up_as_events(model: ModelReplica) -> None:
+    request = GenerationRequest(
+        model="tiny-flux-schnell", prompt="a red circle on a white background", seed=1
+    )
 
-    events = await events_of(model, wish)
+    events = await events_of(model, request)
 
     names = [type(event).__name__ for event in events]
     assert names == ["Queued", "Started", "Step", "Step", "Step", "Step", "Artifact", "Artifact", "Done"]
 
 
-async def test_the_picture_shows_what_the_prompt_says(model: ImageModel) -> None:
-    wish = GenerationRequest(model="tiny-flux-schnell", prompt="a red circle in the center on white", seed=1)
+async def test_the_picture_shows_what_the_prompt_says(model: ModelReplica) -> None:
+    request = GenerationRequest(
+        model="tiny-flux-schnell", prompt="a red circle in the center on white", seed=1
+    )
 
-    events = await events_of(model, wish)
+    events = await events_of(model, request)
 
     image = Image.open(io.BytesIO(next(e for e in events if isinstance(e, Artifact)).data)).convert("RGB")
     red, green, blue = image.getpixel((64, 64))  # type: ignore[misc]
@@ -37,11 +41,11 @@ async def test_the_picture_shows_what_the_prompt_says(model: ImageModel) -> None
     assert blue < 100
 
 
-async def test_requests_that_come_together_share_forwards(model: ImageModel) -> None:
+async def test_requests_that_come_together_share_forwards(model: ModelReplica) -> None:
     engine = model._worker._engine
     rows, forwards = engine.rows, engine.forwards
-    wishes = [GenerationRequest(model="tiny-flux-schnell", prompt="a blue star", seed=i) for i in range(6)]
+    requests = [GenerationRequest(model="tiny-flux-schnell", prompt="a blue star", seed=i) for i in range(6)]
 
-    await asyncio.gather(*(events_of(model, wish) for wish in wishes))
+    await asyncio.gather(*(events_of(model, request) for request in requests))
 
     assert engine.rows - rows > 1.1 * (engine.forwards - forwards)

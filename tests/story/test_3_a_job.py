@@ -6,55 +6,55 @@ import pytest
 
 from deployments.protocol.errors import NotFound
 from deployments.protocol.request import GenerationRequest
-from serve_app.jobs.desk import JobDesk
 from serve_app.jobs.job import JobState
+from serve_app.jobs.service import JobService
 
-WISH = GenerationRequest(model="tiny-flux-schnell", prompt="a green heart", seed=3, num_images=2)
+REQUEST = GenerationRequest(model="tiny-flux-schnell", prompt="a green heart", seed=3, num_images=2)
 
 
-async def test_submit_answers_at_once_and_the_job_ends_by_itself(desk: JobDesk) -> None:
-    job = await desk.submit(WISH, "ada")
+async def test_submit_answers_at_once_and_the_job_ends_by_itself(job_service: JobService) -> None:
+    job = await job_service.submit(REQUEST, "ada")
 
     assert job.state is JobState.queued
-    ended = await desk.wait(job.id, "ada", timeout_s=20)
+    ended = await job_service.wait(job.id, "ada", timeout_s=20)
     assert ended.state is JobState.completed
     assert ended.percent == 100
 
 
-async def test_the_pictures_are_files_named_after_the_job(desk: JobDesk) -> None:
-    job = await desk.submit(WISH, "ada")
-    await desk.wait(job.id, "ada", timeout_s=20)
+async def test_the_pictures_are_files_named_after_the_job(job_service: JobService) -> None:
+    job = await job_service.submit(REQUEST, "ada")
+    await job_service.wait(job.id, "ada", timeout_s=20)
 
-    first, data = await desk.artifact(job.id, "ada", 0)
+    first, data = await job_service.artifact(job.id, "ada", 0)
 
     assert job.id in first.path
     assert data.startswith(b"\x89PNG")
-    assert (await desk.artifact(job.id, "ada", 1))[0].seed == first.seed + 1
+    assert (await job_service.artifact(job.id, "ada", 1))[0].seed == first.seed + 1
 
 
-async def test_everything_that_happens_can_be_followed_and_replayed(desk: JobDesk) -> None:
-    job = await desk.submit(WISH, "ada")
-    told = [(event_id, type(event).__name__) async for event_id, event in desk.follow(job.id, "ada")]
+async def test_everything_that_happens_can_be_followed_and_replayed(job_service: JobService) -> None:
+    job = await job_service.submit(REQUEST, "ada")
+    seen = [(event_id, type(event).__name__) async for event_id, event in job_service.follow(job.id, "ada")]
 
-    again = [name async for name in _names(desk, job.id, after=told[2][0])]
+    again = [name async for name in _names(job_service, job.id, after=seen[2][0])]
 
-    assert told[0][1] == "Queued"
-    assert told[-1][1] == "Completed"
-    assert again == [name for _, name in told[3:]]
+    assert seen[0][1] == "JobQueued"
+    assert seen[-1][1] == "JobCompleted"
+    assert again == [name for _, name in seen[3:]]
 
 
-async def _names(desk: JobDesk, job_id: str, after: str):  # type: ignore[no-untyped-def]
-    async for _, event in desk.follow(job_id, "ada", after):
+async def _names(job_service: JobService, job_id: str, after: str):  # type: ignore[no-untyped-def]
+    async for _, event in job_service.follow(job_id, "ada", after):
         yield type(event).__name__
 
 
-async def test_somebody_elses_job_looks_like_one_that_never_was(desk: JobDesk) -> None:
-    job = await desk.submit(WISH, "ada")
+async def test_somebody_elses_job_looks_like_one_that_never_was(job_service: JobService) -> None:
+    job = await job_service.submit(REQUEST, "ada")
 
     with pytest.raises(NotFound) as foreign:
-        await desk.get(job.id, "bob")
+        await job_service.get(job.id, "bob")
     with pytest.raises(NotFound) as unknown:
-        await desk.get("0" * 32, "bob")
+        await job_service.get("0" * 32, "bob")
 
     assert foreign.value.message == unknown.value.message
-    await desk.wait(job.id, "ada", timeout_s=20)
+    await job_service.wait(job.id, "ada", timeout_s=20)

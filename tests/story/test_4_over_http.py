@@ -9,19 +9,21 @@ import httpx
 import pytest
 
 from deployments.protocol.card import ModelCard
-from serve_app.api.depends import ApiState
-from serve_app.api.http import create_app
-from serve_app.jobs.desk import JobDesk
+from serve_app.api.app import create_app
+from serve_app.api.state import ApiState
+from serve_app.jobs.service import JobService
 from serve_app.settings import Settings
 
 
 @pytest.fixture
-async def client(desk: JobDesk, card: ModelCard) -> AsyncIterator[httpx.AsyncClient]:
+async def client(job_service: JobService, card: ModelCard) -> AsyncIterator[httpx.AsyncClient]:
     async def states() -> dict[str, str]:
         return {card.id: "ready"}
 
     app = create_app(
-        ApiState(desk=desk, cards={card.id: card}, settings=Settings.load(), model_states=states)
+        ApiState(
+            job_service=job_service, cards={card.id: card}, settings=Settings.load(), model_states=states
+        )
     )
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=20) as client:
@@ -29,13 +31,13 @@ async def client(desk: JobDesk, card: ModelCard) -> AsyncIterator[httpx.AsyncCli
 
 
 async def test_the_native_dialect_answers_202_and_never_waits(
-    client: httpx.AsyncClient, desk: JobDesk
+    client: httpx.AsyncClient, job_service: JobService
 ) -> None:
     answer = await client.post("/api/generate/image", json={"prompt": "a red circle", "steps": 30})
 
     assert answer.status_code == 202
     assert "Overriding 30 -> 4" in answer.json()["warnings"][0]["message"]
-    await desk.wait(answer.json()["id"], "local", timeout_s=20)
+    await job_service.wait(answer.json()["id"], "local", timeout_s=20)
     job = (await client.get(f"/api/generate/{answer.json()['id']}")).json()
     picture = await client.get(job["artifacts"][0]["url"])
     assert picture.headers["content-type"] == "image/png"
@@ -49,10 +51,10 @@ async def test_openais_dialect_waits_and_gives_the_picture(client: httpx.AsyncCl
     assert base64.b64decode(answer.json()["data"][0]["b64_json"]).startswith(b"\x89PNG")
 
 
-async def test_the_task_dialect_speaks_of_tasks(client: httpx.AsyncClient, desk: JobDesk) -> None:
+async def test_the_task_dialect_speaks_of_tasks(client: httpx.AsyncClient, job_service: JobService) -> None:
     task = (await client.post("/generate-image", json={"prompt": "a red circle"})).json()
 
     task_id = task["task_id"]
-    await desk.wait(task_id, "local", timeout_s=20)
+    await job_service.wait(task_id, "local", timeout_s=20)
 
     assert (await client.get(f"/task/{task_id}/status")).json()["status"] == "completed"

@@ -4,8 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
-from serve_app.admission.keys import ApiKey
-from serve_app.admission.principal import USER_SCOPES, Role, Scope
+from serve_app.admission.api_keys import ApiKey
+from serve_app.admission.principals import USER_SCOPES, Role, Scope
 from serve_app.admission.users import User
 
 Seconds = Annotated[int, Field(ge=60, le=10 * 366 * 86_400)]
@@ -33,7 +33,7 @@ class TicketOut(BaseModel):
     expires_in: int  # seconds
 
 
-class Me(BaseModel):
+class CallerOut(BaseModel):
     """A caller."""
 
     owner: str

@@ -3,7 +3,7 @@
 from pydantic import BaseModel, Field
 
 
-class Refusal(BaseModel):
+class ErrorBody(BaseModel):
     """What was wrong, and what would be right."""
 
     kind: str = Field(examples=["bad_request"], description="Stable: for programs.")
@@ -12,11 +12,11 @@ class Refusal(BaseModel):
     retryable: bool = Field(description="The same request may succeed later.")
 
 
-class ErrorOut(BaseModel):
-    error: Refusal
+class ErrorResponse(BaseModel):
+    error: ErrorBody
 
 
-class OpenAIRefusal(BaseModel):
+class OpenAIErrorBody(BaseModel):
     """The same in OpenAI's words."""
 
     message: str

@@ -24,13 +24,13 @@ from deployments.protocol.request import (
     ControlType,
     Edit,
     GenerationRequest,
-    Output,
+    OutputOptions,
     PictureFormat,
     Priority,
     Strict,
     Task,
 )
-from serve_app.api.schemas.lora import WithLoras
+from serve_app.api.schemas.lora import LoraFields
 
 
 def _picture_bytes(value: Any) -> Any:
@@ -68,7 +68,7 @@ def _switch_or_part(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 
 
 Weight = Annotated[float, Field(ge=0, le=MAX_CONTROL_WEIGHT)]
-Part = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class ControlBody(Strict):
@@ -77,8 +77,8 @@ class ControlBody(Strict):
     image: PictureBytes = Field(repr=False)
     type: ControlType
     weight: Weight = Field(1.0, description="0 leaves it without effect.")
-    start: Part = Field(0.0, description="Part of the steps before control begins.")
-    end: Part = Field(1.0, description="Part of the steps after which it ends.")
+    start: Fraction = Field(0.0, description="Part of the steps before control begins.")
+    end: Fraction = Field(1.0, description="Part of the steps after which it ends.")
     is_map: bool | None = Field(
         None,
         description="true: a control map already; false: a plain picture. Left out, an edge map is "
@@ -102,7 +102,7 @@ class ControlBody(Strict):
         )
 
 
-class ImageBody(WithLoras):
+class ImageBody(LoraFields):
     """What shall be painted. Only `prompt` is needed; the model fills the rest.
 
     What a model allows stands in GET /api/models/; what it corrects comes back as a warning.
@@ -155,8 +155,8 @@ class ImageBody(WithLoras):
     )
     control_type: ControlType | None = None
     control_weight: Weight | None = Field(None, description="0 leaves it without effect; 1 by default.")
-    control_start: Part | None = Field(None, description="Part of the steps before control begins.")
-    control_end: Part | None = Field(None, description="Part of the steps after which it ends.")
+    control_start: Fraction | None = Field(None, description="Part of the steps before control begins.")
+    control_end: Fraction | None = Field(None, description="Part of the steps after which it ends.")
     control_is_map: bool | None = Field(None, description="As `is_map` of `controls`.")
     refine: bool = Field(False, description="Redraw the details of `image`; for refiner models.")
     refiner: Annotated[bool | Annotated[float, Field(gt=0, lt=1)] | None, WrapValidator(_switch_or_part)] = (
@@ -198,7 +198,9 @@ class ImageBody(WithLoras):
             controls=self._controls(),
             refine=self.refine,
             refiner=self.refiner,
-            output=Output(format=self.output_format, quality=self.output_quality, previews=self.previews),
+            output=OutputOptions(
+                format=self.output_format, quality=self.output_quality, previews=self.previews
+            ),
             priority=self.priority,
         )
 

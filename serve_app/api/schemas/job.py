@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field
 
-from deployments.protocol.limits import Correction
+from deployments.validation.resolve import Adjustment
 from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
 
 EXTENSIONS = {
@@ -17,7 +17,7 @@ EXTENSIONS = {
 RESULTS = ("image", "video")  # kinds of file that a job is for; the others are looks at these
 
 
-class Warned(BaseModel):
+class WarningOut(BaseModel):
     """One value the model's card replaced."""
 
     code: str = Field(examples=["steps_corrected"])
@@ -25,11 +25,11 @@ class Warned(BaseModel):
     message: str = Field(examples=["FLUX requires exactly 4 steps. Overriding 30 -> 4"])
 
     @classmethod
-    def of(cls, correction: Correction) -> Self:
-        return cls(code=correction.code, param=correction.param, message=correction.message)
+    def of(cls, adjustment: Adjustment) -> Self:
+        return cls(code=adjustment.code, param=adjustment.param, message=adjustment.message)
 
 
-class Failure(BaseModel):
+class JobErrorOut(BaseModel):
     """Why a job failed."""
 
     kind: str
@@ -41,7 +41,7 @@ class Failure(BaseModel):
         return cls(kind=error.kind, message=error.message, param=error.param)
 
 
-class ControlWish(BaseModel):
+class JobControlOut(BaseModel):
     """A control picture as it runs; the picture itself is not told."""
 
     type: str
@@ -51,7 +51,7 @@ class ControlWish(BaseModel):
     is_map: bool | None
 
 
-class VideoWish(BaseModel):
+class JobVideoOut(BaseModel):
     """The video as it runs."""
 
     num_frames: int
@@ -66,7 +66,7 @@ class VideoWish(BaseModel):
     pan_y: float | None = None
 
 
-class LoraUsed(BaseModel):
+class JobLoraOut(BaseModel):
     """An adapter as it runs."""
 
     sha256: str
@@ -74,7 +74,7 @@ class LoraUsed(BaseModel):
     weight: float
 
 
-class Wish(BaseModel):
+class JobRequestOut(BaseModel):
     """The request as it runs: every blank filled."""
 
     model: str
@@ -93,9 +93,9 @@ class Wish(BaseModel):
     output_quality: int
     previews: int
     strength: float | None
-    controls: list[ControlWish]
-    loras: list[LoraUsed]
-    video: VideoWish | None
+    controls: list[JobControlOut]
+    loras: list[JobLoraOut]
+    video: JobVideoOut | None
     refiner: float | None = Field(description="Part of the steps at which the refiner takes over.")
 
     @classmethod
@@ -119,7 +119,7 @@ class Wish(BaseModel):
             previews=request.output.previews,
             strength=None if request.edit is None else request.edit.strength,
             controls=[
-                ControlWish(
+                JobControlOut(
                     type=control.type,
                     weight=control.weight,
                     start=control.start,
@@ -130,7 +130,7 @@ class Wish(BaseModel):
             ],
             video=None
             if request.video is None
-            else VideoWish(
+            else JobVideoOut(
                 num_frames=request.video.num_frames,
                 fps=request.video.fps,
                 seconds=round(request.video.num_frames / request.video.fps, 3),
@@ -142,12 +142,12 @@ class Wish(BaseModel):
                 pan_x=request.video.pan_x,
                 pan_y=request.video.pan_y,
             ),
-            loras=[LoraUsed(sha256=lora.id, name=lora.name, weight=lora.weight) for lora in request.loras],
+            loras=[JobLoraOut(sha256=lora.id, name=lora.name, weight=lora.weight) for lora in request.loras],
             refiner=request.refiner,
         )
 
 
-class Picture(BaseModel):
+class ArtifactOut(BaseModel):
     """One finished picture or video and where it lies."""
 
     index: int
@@ -205,10 +205,10 @@ class JobOut(BaseModel):
     completed_at: float | None
     generation_s: float | None = Field(description="Seconds of work; waiting is not in it.")
     cancel_requested: bool
-    request: Wish
-    warnings: list[Warned]
-    artifacts: list[Picture]
-    error: Failure | None
+    request: JobRequestOut
+    warnings: list[WarningOut]
+    artifacts: list[ArtifactOut]
+    error: JobErrorOut | None
 
     @classmethod
     def of(cls, job: Job, prefix: str, position: int | None = None, starts_in_s: float | None = None) -> Self:
@@ -229,19 +229,19 @@ class JobOut(BaseModel):
             completed_at=job.completed_at,
             generation_s=job.generation_s,
             cancel_requested=job.cancel_requested,
-            request=Wish.of(job),
-            warnings=[Warned.of(correction) for correction in job.warnings],
-            artifacts=[Picture.of(a, job, prefix) for a in job.artifacts if a.kind in RESULTS],
-            error=None if job.error is None else Failure.of(job.error),
+            request=JobRequestOut.of(job),
+            warnings=[WarningOut.of(adjustment) for adjustment in job.warnings],
+            artifacts=[ArtifactOut.of(a, job, prefix) for a in job.artifacts if a.kind in RESULTS],
+            error=None if job.error is None else JobErrorOut.of(job.error),
         )
 
 
-class Accepted(BaseModel):
+class JobAccepted(BaseModel):
     """The answer to a wish: it is stored, and will be worked on whatever dies meanwhile."""
 
     id: str
     status: JobState
-    warnings: list[Warned]
+    warnings: list[WarningOut]
 
 
 class WebhookSecret(BaseModel):
@@ -250,14 +250,14 @@ class WebhookSecret(BaseModel):
     secret: str = Field(examples=["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"])
 
 
-class JobPage(BaseModel):
+class JobList(BaseModel):
     """Jobs, newest first."""
 
     jobs: list[JobOut]
     next_cursor: str | None = Field(description="Ask with it for the next page; null: there is none.")
 
 
-class Ended(BaseModel):
+class JobEnded(BaseModel):
     """What a DELETE did."""
 
     id: str

@@ -19,8 +19,8 @@ from pydantic.json_schema import SkipJsonSchema
 
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import MAX_LORA_WEIGHT, MAX_LORAS, Strict
-from serve_app.adapters.record import PUBLIC, Adapter, Label
-from serve_app.adapters.wish import LoraWish
+from serve_app.loras.record import PUBLIC, LoraLabel, LoraRecord
+from serve_app.loras.spec import LoraSpec
 
 MAX_FILE_CHARS = 32 * 2**20  # of base64: 24 MiB
 SOURCES = ("id", "url", "base64", "upload", "hub")
@@ -82,19 +82,19 @@ class LoraBody(Strict):
             )
         return self
 
-    def wish(self, files: dict[str, bytes], param: str) -> LoraWish:
+    def to_spec(self, files: dict[str, bytes], param: str) -> LoraSpec:
         """files: of the form, by part. Raises BadRequest when there is no such part."""
         if self.upload is not None:
             if self.upload not in files:
                 raise BadRequest(
                     f"there is no file {self.upload[:100]!r} in this form; send it along", param=param
                 )
-            return LoraWish("file", self.weight, file=files[self.upload], param=param)
+            return LoraSpec("file", self.weight, file=files[self.upload], param=param)
         if self.base64 is not None:
-            return LoraWish("file", self.weight, file=self.base64, param=param)
+            return LoraSpec("file", self.weight, file=self.base64, param=param)
         for kind, named in (("id", self.id), ("url", self.url), ("hub", self.hub)):
             if named is not None:
-                return LoraWish(kind, self.weight, named, param=param)  # type: ignore[arg-type]
+                return LoraSpec(kind, self.weight, named, param=param)  # type: ignore[arg-type]
         raise AssertionError("a body of one source")
 
 
@@ -132,7 +132,7 @@ def _named(text: str) -> LoraBody:
     return LoraBody(id=name.strip(), weight=number)
 
 
-class OmniLora(Strict):
+class VllmOmniLora(Strict):
     """One adapter as vLLM-Omni's clients write it."""
 
     name: str | None = Field(
@@ -150,11 +150,11 @@ class OmniLora(Strict):
             raise ValueError("needs a name or a path")
         return self
 
-    def wish(self) -> LoraWish:
+    def to_spec(self) -> LoraSpec:
         if self.path is not None:
-            return LoraWish("id", self.scale, self.path, param="lora.path")
+            return LoraSpec("id", self.scale, self.path, param="lora.path")
         assert self.name is not None, "validated"
-        return LoraWish("id", self.scale, self.name, param="lora.name")
+        return LoraSpec("id", self.scale, self.name, param="lora.name")
 
 
 def _object_or_text(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -165,10 +165,10 @@ def _object_or_text(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         entry = json.loads(value)
     except (ValueError, RecursionError):
         raise ValueError('cannot be read as JSON; send {"name": "night", "scale": 0.8}') from None
-    return OmniLora.model_validate(entry)
+    return VllmOmniLora.model_validate(entry)
 
 
-class WithLoras(Strict):
+class LoraFields(Strict):
     """The fields of every dialect that ask for LoRAs."""
 
     loras: Annotated[list[LoraBody], WrapValidator(_list_or_text)] = Field(
@@ -186,12 +186,12 @@ class WithLoras(Strict):
     lora_url: str | None = Field(None, max_length=2048, description="One adapter by URL.")
     lora_base64: FileBytes | None = Field(None, repr=False)
     lora_weight: Weight | None = Field(None, description="Of the single one; 1 by default.")
-    lora: Annotated[OmniLora | None, WrapValidator(_object_or_text)] = Field(
+    lora: Annotated[VllmOmniLora | None, WrapValidator(_object_or_text)] = Field(
         None, description="One adapter in vLLM-Omni's words; `loras` says the same and more."
     )
     lora_files: SkipJsonSchema[dict[str, bytes]] = Field({}, repr=False, max_length=0)  # set by the form
 
-    def lora_wishes(self) -> tuple[LoraWish, ...]:
+    def lora_specs(self) -> tuple[LoraSpec, ...]:
         """What they ask for. Raises BadRequest for a weight without an adapter, or a file without a use."""
         singles = self._singles()
         if not singles and "lora_file" not in self.lora_files and self.lora_weight is not None:
@@ -199,9 +199,9 @@ class WithLoras(Strict):
                 "lora_weight needs an adapter; send model_id or lora_url too", param="lora_weight"
             )
         if self.lora is not None:
-            singles.append(self.lora.wish())
+            singles.append(self.lora.to_spec())
         many = [
-            body.wish(self.lora_files, _param(index, len(self.loras)))
+            body.to_spec(self.lora_files, _param(index, len(self.loras)))
             for index, body in enumerate(self.loras)
         ]
         used = {body.upload for body in self.loras}
@@ -213,21 +213,21 @@ class WithLoras(Strict):
                 )
             if name not in used:
                 weight = 1.0 if self.lora_weight is None else self.lora_weight
-                singles.append(LoraWish("file", weight, file=file, param=name))
+                singles.append(LoraSpec("file", weight, file=file, param=name))
         return (*singles, *many)
 
-    def _singles(self) -> list[LoraWish]:
+    def _singles(self) -> list[LoraSpec]:
         weight = 1.0 if self.lora_weight is None else self.lora_weight
-        wishes = []
+        specs = []
         if self.model_id is not None:
-            wishes.append(LoraWish("id", weight, self.model_id, param="model_id"))
+            specs.append(LoraSpec("id", weight, self.model_id, param="model_id"))
         if self.lora_path is not None:
-            wishes.append(LoraWish("id", weight, self.lora_path, param="lora_path"))
+            specs.append(LoraSpec("id", weight, self.lora_path, param="lora_path"))
         if self.lora_url is not None:
-            wishes.append(LoraWish("url", weight, self.lora_url, param="lora_url"))
+            specs.append(LoraSpec("url", weight, self.lora_url, param="lora_url"))
         if self.lora_base64 is not None:
-            wishes.append(LoraWish("file", weight, file=self.lora_base64, param="lora_base64"))
-        return wishes
+            specs.append(LoraSpec("file", weight, file=self.lora_base64, param="lora_base64"))
+        return specs
 
 
 def _param(index: int, count: int) -> str:
@@ -238,7 +238,7 @@ def _words(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     return value.split(",") if isinstance(value, str) else handler(value)
 
 
-class RegisterBody(Strict):
+class RegisterLoraBody(Strict):
     """An adapter to keep: the form part `file`, or url, base64 or hub."""
 
     file: FileBytes | None = Field(None, repr=False)
@@ -254,24 +254,24 @@ class RegisterBody(Strict):
     public: bool = Field(False, description="For everybody; admins only.")
     preview: FileBytes | None = Field(None, repr=False, description="A picture to show.")
 
-    def wish(self) -> LoraWish:
+    def to_spec(self) -> LoraSpec:
         """Raises BadRequest unless there is exactly one source."""
         given = [
-            LoraWish("file", 1.0, file=file, param=name)
+            LoraSpec("file", 1.0, file=file, param=name)
             for name, file in (("file", self.file), ("base64", self.base64))
             if file is not None
         ]
         if self.url is not None:
-            given.append(LoraWish("url", 1.0, self.url, param="url"))
+            given.append(LoraSpec("url", 1.0, self.url, param="url"))
         if self.hub is not None:
-            given.append(LoraWish("hub", 1.0, self.hub, param="hub"))
+            given.append(LoraSpec("hub", 1.0, self.hub, param="hub"))
         if len(given) != 1:
             raise BadRequest("send exactly one of file (in a form), base64, url and hub", param="file")
         return given[0]
 
-    def label(self, preview: bytes | None) -> Label:
+    def label(self, preview: bytes | None) -> LoraLabel:
         words = None if self.trigger_words is None else tuple(self.trigger_words)
-        return Label(self.name, words, self.description, self.licence, self.public, preview)
+        return LoraLabel(self.name, words, self.description, self.licence, self.public, preview)
 
 
 class LoraOut(BaseModel):
@@ -295,7 +295,7 @@ class LoraOut(BaseModel):
     created_at: float | None = Field(description="Unix seconds; null for those that come with a model.")
 
     @classmethod
-    def of(cls, adapter: Adapter, owner: str, prefix: str, *, admin: bool) -> Self:
+    def of(cls, adapter: LoraRecord, owner: str, prefix: str, *, admin: bool) -> Self:
         public = adapter.owner == PUBLIC
         return cls(
             id=adapter.id,

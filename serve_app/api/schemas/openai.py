@@ -6,9 +6,9 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import GenerationRequest, Output, PictureFormat
-from serve_app.api.schemas.job import Warned
-from serve_app.api.schemas.lora import WithLoras
+from deployments.protocol.request import GenerationRequest, OutputOptions, PictureFormat
+from serve_app.api.schemas.job import WarningOut
+from serve_app.api.schemas.lora import LoraFields
 
 SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
@@ -26,7 +26,7 @@ def pixels(size: str | None, width: int | None, height: int | None) -> tuple[int
     return both
 
 
-class GenerationsBody(WithLoras):
+class OpenAIImageBody(LoraFields):
     """OpenAI's fields, and after them those that vLLM-Omni and SGLang added under these names."""
 
     prompt: str = Field(examples=["a red fox in the snow"])
@@ -81,7 +81,7 @@ class GenerationsBody(WithLoras):
             num_images=self.n or 1,
             scheduler=self.scheduler or "auto",
             max_sequence_length=self.max_sequence_length,
-            output=Output(
+            output=OutputOptions(
                 format=self.output_format or "png", quality=quality, previews=self.partial_images or 0
             ),
         )
@@ -106,7 +106,7 @@ class ImagesResponse(BaseModel):
     id: str = Field(description="The job, also under /api/generate/{id}.")
     model: str
     seed: int
-    warnings: list[Warned]
+    warnings: list[WarningOut]
     generation_s: float | None
 
 

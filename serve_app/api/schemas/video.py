@@ -8,9 +8,9 @@ from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import (
     MAX_PREVIEWS,
     Edit,
-    FittedRequest,
     GenerationRequest,
-    Output,
+    OutputOptions,
+    ResolvedRequest,
     Strict,
     Task,
     Video,
@@ -18,7 +18,7 @@ from deployments.protocol.request import (
     VideoFormat,
 )
 from serve_app.api.schemas.image import PictureBytes
-from serve_app.api.schemas.lora import WithLoras
+from serve_app.api.schemas.lora import LoraFields
 from serve_app.api.schemas.openai import pixels
 from serve_app.jobs.job import Job, JobState
 
@@ -36,7 +36,7 @@ def _number(value: Any) -> Any:
 Seconds = Annotated[float, BeforeValidator(_number)]
 
 
-class VideoBody(WithLoras):
+class VideoBody(LoraFields):
     """What shall be filmed. Only `prompt` is needed; the model fills the rest.
 
     What a model allows stands in GET /api/models/, under `videos`.
@@ -111,7 +111,7 @@ class VideoBody(WithLoras):
             scheduler=self.scheduler,
             max_sequence_length=self.max_sequence_length,
             edit=None if self.image is None else Edit(image=self.image, strength=self.strength),
-            output=Output(previews=self.previews),
+            output=OutputOptions(previews=self.previews),
             video=Video(
                 num_frames=self.num_frames,
                 seconds=self.seconds,
@@ -128,20 +128,20 @@ class VideoBody(WithLoras):
         )
 
 
-class Reference(Strict):
+class ImageReference(Strict):
     """A picture as OpenAI's JSON brings it."""
 
     image_url: PictureBytes = Field(repr=False)
 
 
-class VideosBody(WithLoras):
+class OpenAIVideoBody(LoraFields):
     """OpenAI's fields, and after them those that vLLM-Omni added under these names."""
 
     prompt: str = Field(examples=["a red circle moving left"])
     model: str | None = None
     seconds: Seconds | None = Field(None, gt=0, le=600, description="As text or number.")
     size: str | None = Field(None, description="Width x height, such as '1280x720'.")
-    input_reference: PictureBytes | Reference | None = Field(
+    input_reference: PictureBytes | ImageReference | None = Field(
         None, repr=False, description="The first frame: a file, base64, or {image_url: a data URL}."
     )
     reference_url: PictureBytes | None = Field(
@@ -187,21 +187,21 @@ class VideosBody(WithLoras):
     @property
     def _picture(self) -> bytes | None:
         given = self.input_reference
-        if isinstance(given, Reference):
+        if isinstance(given, ImageReference):
             return given.image_url
         return self.reference_url if given is None else given
 
 
-class RemixBody(Strict):
+class VideoRemixBody(Strict):
     """A finished video once more, by another prompt."""
 
     prompt: str
 
 
-class RemixWish(RemixBody):
+class RemixRequest(VideoRemixBody):
     """What a remix asks for: all as it was, but the prompt."""
 
-    original: FittedRequest
+    original: ResolvedRequest
 
     @property
     def model(self) -> str | None:
@@ -222,7 +222,7 @@ class VideoId(Strict):
     id: str
 
 
-class EditBody(Strict):
+class VideoEditBody(Strict):
     """A finished video once more, by another prompt, as OpenAI's `edits` has it."""
 
     prompt: str
@@ -242,16 +242,16 @@ class EditBody(Strict):
         return found
 
 
-class ExtendBody(EditBody):
+class VideoExtendBody(VideoEditBody):
     """A finished frame-wise video goes on from its last frame."""
 
     seconds: Seconds = Field(gt=0, le=600, description="Of the new part, which is all that is answered.")
 
 
-class ExtendWish(Strict):
+class ExtendRequest(Strict):
     """What begins with the last frame of the original, and goes to the new prompt."""
 
-    original: FittedRequest
+    original: ResolvedRequest
     prompt: str
     seconds: float
 

@@ -1,13 +1,13 @@
 // What this browser remembers. localStorage for taste, sessionStorage for the key and the draft.
 
-import { signal } from "./store.js";
+import { signal } from "./signal.js";
 
 /** @typedef {"system" | "light" | "dark"} Theme */
 
 const THEMES = /** @type {const} */ (["system", "light", "dark"]);
 
 export const theme = signal(storedTheme());
-theme.heed((chosen) => {
+theme.subscribe((chosen) => {
   if (chosen === "system") {
     delete document.documentElement.dataset.theme;
     localStorage.removeItem("weft.theme");
@@ -28,17 +28,17 @@ export function nextTheme() {
 }
 
 export const singleKeys = signal(localStorage.getItem("weft.single-keys") !== "off");
-singleKeys.heed((on) => localStorage.setItem("weft.single-keys", on ? "on" : "off"));
+singleKeys.subscribe((on) => localStorage.setItem("weft.single-keys", on ? "on" : "off"));
 
 export const key = signal(sessionStorage.getItem("weft.key"));
-key.heed((value) => {
+key.subscribe((value) => {
   if (value === null) sessionStorage.removeItem("weft.key");
   else sessionStorage.setItem("weft.key", value);
 });
 
 /** Whether a cookie speaks for this browser; scripts cannot see the cookie itself. */
 export const session = signal(localStorage.getItem("weft.session") === "on");
-session.heed((on) => {
+session.subscribe((on) => {
   if (on) localStorage.setItem("weft.session", "on");
   else localStorage.removeItem("weft.session");
 });

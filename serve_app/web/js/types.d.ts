@@ -259,6 +259,6 @@ export interface Api {
 export interface Signal<T> {
   get(): T;
   set(value: T): void;
-  /** Calls `heed` now and after every change, until the returned function is called. */
-  heed(heed: (value: T) => void): () => void;
+  /** Calls `subscribe` now and after every change, until the returned function is called. */
+  subscribe(subscribe: (value: T) => void): () => void;
 }

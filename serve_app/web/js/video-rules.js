@@ -10,7 +10,7 @@ import { requestBody } from "./form-rules.js";
 export const MAX_FPS = 60;
 
 /** @type {Readonly<VideoValues>} */
-export const NO_VIDEO_WISHES = {
+export const NO_VIDEO_VALUES = {
   frames: null,
   fps: null,
   image: null,
@@ -132,7 +132,7 @@ export function videoBody(form, model) {
   const { film } = model;
   if (film === null) throw new Error(`${model.id} makes no videos`);
   const { num_images: _images, previews: _previews, ...shared } = requestBody(form, model);
-  const wishes = form.video ?? NO_VIDEO_WISHES;
+  const wishes = form.video ?? NO_VIDEO_VALUES;
   const image = takesPicture(model) ? wishes.image : null;
   const endPrompt = wishes.endPrompt.trim();
   const asAv1 = { output_format: "webm", output_codec: "av1" };
@@ -169,7 +169,7 @@ function moved({ zoom, panX, panY }) {
 export function videoValuesOf(wish, held) {
   if (wish.video === null) return held;
   const { frames, fps, framewise, zoom, panX, panY } = wish.video;
-  const now = held ?? NO_VIDEO_WISHES;
+  const now = held ?? NO_VIDEO_VALUES;
   const withPicture = wish.task === "i2v";
   return {
     frames,

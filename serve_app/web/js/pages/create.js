@@ -1,9 +1,9 @@
 // The page "Create": pictures.
 
 import { asPictureModel, requestBody } from "../form-rules.js";
-import { createWorkbench } from "../workbench.js";
+import { createWorkspace } from "../workspace.js";
 
-export const mount = createWorkbench({
+export const mount = createWorkspace({
   kind: "image",
   modelFor: asPictureModel,
   body: requestBody,

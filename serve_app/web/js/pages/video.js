@@ -1,9 +1,9 @@
 // The page "Video": the same bench, with the fields of videos.
 
 import { asVideoModel, videoBody } from "../video-rules.js";
-import { createWorkbench } from "../workbench.js";
+import { createWorkspace } from "../workspace.js";
 
-export const mount = createWorkbench({
+export const mount = createWorkspace({
   kind: "video",
   modelFor: asVideoModel,
   body: videoBody,

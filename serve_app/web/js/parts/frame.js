@@ -18,7 +18,7 @@ export function createFrame(dialogs) {
     ]),
   );
   const themeButton = h("button", { type: "button", class: "quiet round", on: { click: nextTheme } });
-  theme.heed((chosen) => {
+  theme.subscribe((chosen) => {
     const words = t(THEME_WORDS[chosen]);
     fill(themeButton, icon(chosen));
     themeButton.setAttribute("aria-label", words);
@@ -26,8 +26,8 @@ export function createFrame(dialogs) {
   });
   const keyButton = roundButton("key", t("key.open"), () => void dialogs.changeKey());
   const showKey = () => (keyButton.hidden = key.get() === null && !session.get());
-  key.heed(showKey);
-  session.heed(showKey);
+  key.subscribe(showKey);
+  session.subscribe(showKey);
   const header = h(
     "header",
     { class: "bar" },

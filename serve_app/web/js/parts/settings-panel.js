@@ -13,7 +13,7 @@ import {
   withWord,
 } from "../form-rules.js";
 import { say, t } from "../i18n.js";
-import { NO_VIDEO_WISHES } from "../video-rules.js";
+import { NO_VIDEO_VALUES } from "../video-rules.js";
 import { createControlPictures } from "./control-pictures.js";
 import { chips, fault, select, slider } from "./fields.js";
 import { createLoraPicker } from "./lora-picker.js";
@@ -48,7 +48,7 @@ const FORMATS = {
 /**
  * @param {{
  *   kind: import("../types.js").Kind,
- *   words: import("../workbench.js").Words,
+ *   words: import("../workspace.js").Words,
  *   onSubmit: (form: FormValues, model: Model) => void,
  *   onChange: (form: FormValues) => void,
  *   addLora: (file: File) => Promise<import("../types.js").Lora>,
@@ -278,7 +278,7 @@ export function createSettingsPanel({ kind, words, onSubmit, onChange, addLora }
       side.step = String(chosen.sizes.multiple);
     }
     setSize(form.width, form.height);
-    video?.set(chosen, form.video ?? NO_VIDEO_WISHES);
+    video?.set(chosen, form.video ?? NO_VIDEO_VALUES);
     steps.element.hidden = isFixed(chosen.steps);
     steps.set(within(form.steps, chosen.steps), chosen.steps);
     guidance.element.hidden = isFixed(chosen.guidance);

@@ -43,7 +43,7 @@ import { createStages } from "./stages.js";
 
 /**
  * @param {ReturnType<typeof import("./pictures.js").createPictures>} pictures
- * @param {import("../workbench.js").Words} words  of the page
+ * @param {import("../workspace.js").Words} words  of the page
  * @param {Deeds} deeds
  */
 export function createStage(pictures, words, deeds) {
@@ -128,7 +128,7 @@ export function createStage(pictures, words, deeds) {
         prompt,
       );
     });
-    const weave = h("img", { class: "weave", src: "icons/weave.svg", alt: "", width: 180, height: 180 });
+    const weave = h("img", { class: "weave", src: "icons/welcome.svg", alt: "", width: 180, height: 180 });
     return {
       content: [
         h(

@@ -1,0 +1,60 @@
+"""What an engine has done so far, in plain numbers for whoever counts (pure: no torch, no clock, no Ray)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, log2, sqrt
+
+SIDE = 256  # sizes are told in multiples of it
+MAX_SIDE = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardLabels:
+    """What forwards are told apart by; few values each."""
+
+    module: str
+    model: str
+    size: str  # see size_class
+    batch_size: int  # that ran, with the padding
+
+
+class EngineStats:
+    """Only grows. The engine's thread writes it; others read it at any time."""
+
+    def __init__(self) -> None:
+        self._forwards: dict[tuple[str, tuple[str, str], int], list[float]] = {}  # number, seconds
+        self.steps = 0  # denoising steps finished, of all requests
+        self.requests = 0  # ended, of any kind
+        self.failures: dict[str, int] = {}  # by kind of error
+        self.halved_batches = 0  # joint forwards that ran out of memory and were run in halves
+        self.preempted = 0  # requests, because the replica stopped
+
+    def record_forward(self, module: str, labels: tuple[str, str], batch_size: int, seconds: float) -> None:
+        """One forward. labels: model and size of the first of its requests."""
+        key = (module, labels, batch_size)
+        known = self._forwards.get(key)
+        if known is None:
+            self._forwards[key] = [1, seconds]
+        else:
+            known[0] += 1
+            known[1] += seconds
+
+    def record_failure(self, kind: str) -> None:
+        self.failures[kind] = self.failures.get(kind, 0) + 1
+
+    @property
+    def forwards(self) -> dict[ForwardLabels, tuple[int, float]]:
+        """How many, and the seconds they took together."""
+        return {
+            ForwardLabels(module, model, size, batch_size): (int(number), seconds)
+            for (module, (model, size), batch_size), (number, seconds) in self._forwards.copy().items()
+        }
+
+
+def size_class(width: int, height: int, num_frames: int | None = None) -> str:
+    """The side of the square that holds as many pixels, rounded up to 256; of a video with the frames,
+    rounded up to a power of two: "512", "768x64"."""
+    side = SIDE * ceil(sqrt(width * height) / SIDE)
+    side_label = str(side) if side <= MAX_SIDE else "larger"
+    return side_label if num_frames is None else f"{side_label}x{2 ** ceil(log2(num_frames))}"

@@ -1,0 +1,1 @@
+"""How a resolved request becomes events: pictures, videos, frame-wise videos."""

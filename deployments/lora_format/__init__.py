@@ -1,0 +1,1 @@
+"""Reading and checking LoRA files; used by both layers."""

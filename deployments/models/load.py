@@ -1,0 +1,96 @@
+"""From a card to a diffusers pipeline, a ControlNet or a refiner on the device."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, DiffusionPipeline, FluxControlNetModel
+from torch import nn
+
+from deployments.models.weight_cache import local_folder
+from deployments.protocol.card import Family, Weights
+from deployments.protocol.errors import ModelUnavailable
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[2]  # relative weights paths stand under the repository
+CONTROLNETS: dict[str, Any] = {"sd": ControlNetModel, "sdxl": ControlNetModel, "flux": FluxControlNetModel}
+
+
+def folder_of(weights: Weights, index: str = "model_index.json") -> Path | None:
+    """The local folder, checked to hold the file `index`; None for weights of the hub.
+
+    Raises ModelUnavailable naming the folder and what should be there.
+    """
+    if weights.path is None:
+        return None
+    if "://" in weights.path:
+        folder = _fetched(weights.path)
+    else:
+        folder = Path(weights.path).expanduser()
+    folder = folder if folder.is_absolute() else ROOT / folder
+    if not (folder / index).is_file():
+        kind = "diffusers model" if index == "model_index.json" else "model"
+        raise ModelUnavailable(
+            f"no weights in {weights.path}: {index} is missing; "
+            f"put a {kind} folder there or correct the path in the card"
+        )
+    return folder
+
+
+def _fetched(url: str) -> Path:
+    try:
+        return local_folder(url)
+    except (OSError, ValueError, ImportError) as error:
+        raise ModelUnavailable(f"the weights {url} cannot be fetched: {error}") from error
+
+
+def load_pipeline(weights: Weights, device: torch.device, *, while_serving: bool = False) -> Any:
+    """The pipeline that the weights' own model_index.json names, on `device`; safetensors only.
+
+    while_serving: other threads are at work. Loading in another dtype than float32 would change torch's
+    default dtype for all threads meanwhile (diffusers 0.42, transformers 5), so it is loaded as float32
+    and cast, which takes twice the host memory.
+    Raises ModelUnavailable when a file is missing, a download fails or a licence is not accepted.
+    """
+    dtype: torch.dtype = getattr(torch, weights.dtype)
+    options: dict[str, Any] = {"dtype": torch.float32 if while_serving else dtype, "use_safetensors": True}
+    pipeline = _from_pretrained(DiffusionPipeline, weights, folder_of(weights), options)
+    if while_serving:
+        pipeline = pipeline.to(dtype)
+    vae = getattr(pipeline, "vae", None)
+    if vae is not None and "force_upcast" in vae.config:
+        # img2img pipelines would cast the shared VAE to float32 and back while others use it; it is
+        # there for float16's range, and bfloat16 has float32's
+        vae.register_to_config(force_upcast=False)
+    return pipeline if device.type == "cpu" else pipeline.to(device)
+
+
+def load_controlnet(weights: Weights, family: Family, device: torch.device) -> nn.Module:
+    """A ControlNet for models of `family`, on `device`. May be called while other threads are at work.
+
+    Raises ModelUnavailable as load_pipeline does, and for a family without ControlNets here.
+    """
+    if family not in CONTROLNETS:
+        raise ModelUnavailable(f"there are no ControlNets for {family} here; take controls out of the card")
+    options: dict[str, Any] = {"torch_dtype": torch.float32, "use_safetensors": True}  # as in load_pipeline
+    net: nn.Module = _from_pretrained(
+        CONTROLNETS[family], weights, folder_of(weights, "config.json"), options
+    )
+    logger.info("ControlNet loaded", extra={"weights": weights.path or weights.repo})
+    return net.to(device, getattr(torch, weights.dtype)).eval()
+
+
+def _from_pretrained(kind: Any, weights: Weights, folder: Path | None, options: dict[str, Any]) -> Any:
+    """What `kind` makes of the folder or of the hub's files."""
+    if weights.repo is not None:
+        options = options | {"revision": weights.revision, "variant": weights.variant}
+    try:
+        return kind.from_pretrained(folder or weights.repo, **options)
+    except (OSError, ValueError) as error:
+        raise ModelUnavailable(
+            f"the weights {weights.path or weights.repo} cannot be loaded: {error}"
+        ) from error

@@ -1,0 +1,183 @@
+"""Models that find depth and people in plain pictures, for control maps; loaded when first asked."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForDepthEstimation,
+    AutoModelForObjectDetection,
+    VitPoseForPoseEstimation,
+)
+
+from deployments.models.load import folder_of
+from deployments.protocol.card import ControlNet, Weights
+from deployments.protocol.errors import ModelUnavailable
+from deployments.protocol.request import ControlType
+
+logger = logging.getLogger(__name__)
+
+MAX_PEOPLE = 16  # in one picture; the surest ones
+MIN_PERSON_SCORE = 0.3
+BOX_MARGIN = 1.25  # ViTPose was trained on boxes a quarter larger than the person
+MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # ImageNet's
+
+Floats = npt.NDArray[np.floating[Any]]
+
+
+def lazy_preprocessors(
+    controls: Mapping[ControlType, ControlNet], device: torch.device
+) -> dict[ControlType, Callable[[Image.Image], Any]]:
+    """What finds the depth and the people of a plain picture, for the kinds that the card has a model for.
+
+    Each may be called from any thread, one call at a time runs. The model is loaded by the first call,
+    which raises ModelUnavailable if it cannot be.
+    """
+    made: dict[ControlType, Callable[[Image.Image], Any]] = {}
+    depth, pose = controls.get("depth"), controls.get("pose")
+    if depth is not None and depth.preprocessor is not None:
+        made["depth"] = _LazyPreprocessor(partial(load_depth_estimator, depth.preprocessor, device))
+    if pose is not None and pose.preprocessor is not None and pose.detector is not None:
+        made["pose"] = _LazyPreprocessor(
+            partial(load_pose_estimator, pose.preprocessor, pose.detector, device)
+        )
+    return made
+
+
+class _LazyPreprocessor:
+    """A finder that is loaded by its first call; one call at a time."""
+
+    def __init__(self, load: Callable[[], Callable[[Image.Image], Any]]) -> None:
+        self._load = load
+        self._find: Callable[[Image.Image], Any] | None = None
+        self._lock = threading.Lock()
+
+    def __call__(self, picture: Image.Image) -> Any:
+        with self._lock:
+            if self._find is None:
+                self._find = self._load()
+            with torch.inference_mode():
+                return self._find(picture)
+
+
+def load_depth_estimator(weights: Weights, device: torch.device) -> Callable[[Image.Image], Floats]:
+    """Depth of a picture: (height, width), more is nearer (such as Depth Anything gives)."""
+    model, processor = _load(AutoModelForDepthEstimation, weights, device), _processor(weights)
+
+    def find(picture: Image.Image) -> Floats:
+        inputs = processor(images=picture, return_tensors="pt").to(device, model.dtype)
+        outputs = model(**inputs)
+        (answer,) = processor.post_process_depth_estimation(
+            outputs, target_sizes=[(picture.height, picture.width)]
+        )
+        depth: Floats = answer["predicted_depth"].float().cpu().numpy()
+        return depth
+
+    return find
+
+
+def load_pose_estimator(
+    weights: Weights, detector_weights: Weights, device: torch.device
+) -> Callable[[Image.Image], list[Floats]]:
+    """Key points of the people in a picture: for each (17, 3), x and y in pixels and a score."""
+    detector = _load(AutoModelForObjectDetection, detector_weights, device)
+    processor = _processor(detector_weights)
+    model = _load(VitPoseForPoseEstimation, weights, device)
+    person_labels = {label for label, name in detector.config.id2label.items() if name == "person"}
+
+    def find(picture: Image.Image) -> list[Floats]:
+        inputs = processor(images=picture, return_tensors="pt").to(device, detector.dtype)
+        (found,) = processor.post_process_object_detection(
+            detector(**inputs),
+            target_sizes=torch.tensor([(picture.height, picture.width)]),
+            threshold=MIN_PERSON_SCORE,
+        )
+        people = [
+            (float(score), box.float().cpu().numpy())
+            for score, label, box in zip(found["scores"], found["labels"], found["boxes"], strict=True)
+            if int(label) in person_labels
+        ]
+        people.sort(key=lambda person: -person[0])
+        return [_key_points(model, picture, box, device) for _, box in people[:MAX_PEOPLE]]
+
+    return find
+
+
+def _key_points(model: Any, picture: Image.Image, box: Floats, device: torch.device) -> Floats:
+    """(17, 3) of the person in `box` (left, top, right, bottom in pixels).
+
+    Done here and not by transformers' image processor, which needs SciPy.
+    """
+    rows, columns = model.config.backbone_config.image_size
+    left, top, right, bottom = padded_box(box, columns / rows)
+    crop = picture.transform(
+        (columns, rows),
+        Image.Transform.EXTENT,
+        (left, top, right, bottom),
+        Image.Resampling.BILINEAR,
+    )
+    pixels = (np.asarray(crop, dtype=np.float32) / 255 - MEAN) / STD  # (rows, columns, 3)
+    batch = torch.from_numpy(pixels.transpose(2, 0, 1)[None]).to(device, model.dtype)
+    heatmaps = model(pixel_values=batch).heatmaps[0].float().cpu().numpy()  # (17, rows/4, columns/4)
+    points = peaks(heatmaps)
+    points[:, 0] = left + points[:, 0] * (right - left)
+    points[:, 1] = top + points[:, 1] * (bottom - top)
+    return points
+
+
+def padded_box(box: Floats, aspect: float) -> tuple[float, float, float, float]:
+    """The box with ViTPose's margin, widened or heightened to width / height = aspect."""
+    left, top, right, bottom = (float(side) for side in box)
+    width, height = max(right - left, 1.0), max(bottom - top, 1.0)
+    width, height = max(width, height * aspect), max(height, width / aspect)
+    middle_x, middle_y = (left + right) / 2, (top + bottom) / 2
+    half_width, half_height = width * BOX_MARGIN / 2, height * BOX_MARGIN / 2
+    return middle_x - half_width, middle_y - half_height, middle_x + half_width, middle_y + half_height
+
+
+def peaks(heatmaps: Floats) -> Floats:
+    """(n, 3): where each of (n, rows, columns) heatmaps is highest, as parts 0..1 of its sides, and how high.
+
+    A quarter cell is added towards the higher neighbour, as is usual.
+    """
+    count, rows, columns = heatmaps.shape
+    points = np.zeros((count, 3))
+    for index, heatmap in enumerate(heatmaps):
+        row, column = divmod(int(heatmap.argmax()), columns)
+        x, y = float(column), float(row)
+        if 0 < column < columns - 1:
+            x += 0.25 * float(np.sign(heatmap[row, column + 1] - heatmap[row, column - 1]))
+        if 0 < row < rows - 1:
+            y += 0.25 * float(np.sign(heatmap[row + 1, column] - heatmap[row - 1, column]))
+        points[index] = x / (columns - 1), y / (rows - 1), heatmap[row, column]
+    return points
+
+
+def _load(kind: Any, weights: Weights, device: torch.device) -> Any:
+    """The model on the device. Loaded as float32: another dtype would become all threads' default."""
+    model = _from_pretrained(kind, weights, {"dtype": torch.float32, "use_safetensors": True})
+    logger.info("preprocessor loaded", extra={"weights": weights.path or weights.repo})
+    return model.to(device, getattr(torch, weights.dtype)).eval()
+
+
+def _processor(weights: Weights) -> Any:
+    return _from_pretrained(AutoImageProcessor, weights, {"backend": "pil"})
+
+
+def _from_pretrained(kind: Any, weights: Weights, options: dict[str, Any]) -> Any:
+    source = folder_of(weights, "config.json") or weights.repo
+    if weights.repo is not None:
+        options = options | {"revision": weights.revision}
+    try:
+        return kind.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise ModelUnavailable(f"the weights {source} cannot be loaded: {error}") from error

@@ -1,0 +1,1 @@
+"""Metrics of a replica, and where its log lines go."""

@@ -1,0 +1,219 @@
+"""A loaded model: for every request a pipeline object of its own over shared weights."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from diffusers.pipelines.auto_pipeline import (
+    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    AUTO_INPAINT_PIPELINES_MAPPING,
+    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+    _get_task_class,
+)
+from PIL import Image
+from torch import nn
+
+from deployments.pipelines import ensemble, latent_decoder
+from deployments.pipelines.arguments import call_arguments
+from deployments.pipelines.controlnet import controlnets
+from deployments.pipelines.noise_schedulers import noise_scheduler
+from deployments.pipelines.resume import Progress, can_resume, remaining
+from deployments.pipelines.step_callback import step_callback
+from deployments.protocol.card import ControlNet, Weights
+from deployments.protocol.errors import BadRequest
+from deployments.protocol.request import ControlType, ResolvedRequest, Task
+
+_MAPPINGS = {
+    Task.t2i: AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+    Task.i2i: AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+    Task.inpaint: AUTO_INPAINT_PIPELINES_MAPPING,
+    Task.refine: AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+}
+
+OnStep = Callable[[int, int], None]  # (finished steps, all steps)
+
+
+class Model:
+    """Shared components of one model, and a template pipeline per task.
+
+    ControlNets and the refiner are loaded when a request first needs them.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        tasks: Iterable[Task],
+        *,
+        controls: Mapping[ControlType, ControlNet] | None = None,
+        load_controlnet: Callable[[Weights], nn.Module] | None = None,
+        load_refiner: Callable[[], Any] | None = None,
+    ) -> None:
+        """controls: the card's, loaded by load_controlnet. load_refiner gives an image-to-image pipeline."""
+        self._pipeline = pipeline
+        self._templates = {task: _template(pipeline, task) for task in tasks}
+        self._controls = dict(controls or {})
+        self._load_controlnet = load_controlnet
+        self._load_refiner = load_refiner
+        self._loading = threading.Lock()
+        self._nets: dict[Weights, nn.Module] = {}
+        self._control_templates: dict[Task, Any] = {}
+        self._refiner: Any = None
+        self.modules: list[nn.Module] = _modules(pipeline)
+        self.on_new_modules: Callable[[list[nn.Module]], object] = lambda _modules: None
+
+    def prepare(self, request: ResolvedRequest) -> None:
+        """Load the ControlNets and the refiner that the request needs; quick when they are there.
+
+        Meant for a thread that nobody waits for: `call` does it too, but all requests wait meanwhile.
+        Raises ModelUnavailable when they cannot be loaded, BadRequest for those that the card lacks.
+        """
+        if self._is_ready(request):
+            return
+        with self._loading:
+            for control in request.controls:
+                self._load_net(control.type)
+            if request.refiner is not None and self._refiner is None:
+                self._take_refiner(request)
+
+    def call(
+        self,
+        request: ResolvedRequest,
+        on_step: OnStep,
+        image: Image.Image | None = None,
+        mask: Image.Image | None = None,
+        maps: Sequence[Image.Image] = (),
+        *,
+        output_type: str = "pil",
+        progress: Progress | None = None,
+        attach: Callable[[Any], None] = lambda _pipeline: None,
+    ) -> list[Any]:
+        """Run the request's own, unmodified pipeline call; num_images pictures in order of seed.
+
+        image, mask, maps: RGB, L and RGB, of the request's size; a map for every control picture.
+        A video is one video.LatentDecoder, still to be decoded.
+        output_type: "latent" gives tensors without decoding. Strength 0 gives the picture back
+        untouched, which diffusers refuses to do ("number of steps is < 1").
+        progress: kept up to date; if it holds latents, the call goes on from there.
+        attach: given the request's pipeline object before it is called.
+        Raises Internal when the latents are not finite at the end: the picture would be black.
+        """
+        if image is not None and request.edit is not None and request.edit.strength == 0:
+            return [image.copy() for _ in range(request.num_images)]
+        pipeline = self.pipeline_for(request)
+        attach(pipeline)
+        arguments = call_arguments(type(pipeline), request, image, mask, maps)
+        films = request.task in (Task.t2v, Task.i2v)
+        arguments["output_type"] = latent_decoder.output_type(pipeline) if films else output_type
+        if films and request.video is not None:
+            arguments["num_frames"] = latent_decoder.frames_to_ask(pipeline, request.video.num_frames)
+        progress = progress or Progress()
+        if request.refiner is not None:
+            refiner = _own_copy(self._refiner, request.scheduler)
+            attach(refiner)
+            result = ensemble.run(pipeline, refiner, request, arguments, on_step, progress)
+        else:
+            progress.resumable = can_resume(pipeline, request)
+            if progress.latents is not None:
+                arguments |= remaining(progress, request, pipeline._execution_device)
+            result = pipeline(**arguments, callback_on_step_end=step_callback(on_step, progress))
+        if films:
+            return [latent_decoder.latent_decoder(pipeline, result.frames)]
+        if any(result.get("nsfw_content_detected") or ()):
+            raise BadRequest(
+                "the model's own safety checker blacked the picture out; change the prompt or the seed",
+                param="prompt",
+            )
+        return list(result.images)
+
+    def pipeline_for(self, request: ResolvedRequest) -> Any:
+        """A shallow copy: weights shared, run-time state, noise scheduler and ControlNets its own."""
+        self.prepare(request)
+        template = self._templates.get(request.task)
+        if template is None:
+            raise BadRequest(f"this model cannot do {request.task.value}", param="model")
+        if not request.controls:
+            return _own_copy(template, request.scheduler)
+        pipeline = _own_copy(self._control_template(request.task), request.scheduler)
+        nets = [self._nets[self._controls[control.type].weights] for control in request.controls]
+        modes = [self._controls[control.type].mode for control in request.controls]
+        vars(pipeline)["controlnet"] = controlnets(nets, modes)
+        return pipeline
+
+    def _is_ready(self, request: ResolvedRequest) -> bool:
+        if request.refiner is not None and self._refiner is None:
+            return False
+        known = (self._controls.get(control.type) for control in request.controls)
+        return all(entry is not None and entry.weights in self._nets for entry in known)
+
+    def _load_net(self, kind: ControlType) -> None:
+        entry = self._controls.get(kind)
+        if entry is None or self._load_controlnet is None:
+            raise BadRequest(f"this model takes no control picture of type {kind}", param="control_type")
+        if entry.weights not in self._nets:
+            net = self._load_controlnet(entry.weights)
+            self._adopt([net])
+            self._nets[entry.weights] = net  # last: others look for it without the lock
+
+    def _take_refiner(self, request: ResolvedRequest) -> None:
+        if self._load_refiner is None:
+            raise BadRequest(f"{request.model} has no refiner; leave refiner out", param="refiner")
+        refiner = self._load_refiner()
+        ensemble.share_equal_parts(refiner, self._pipeline)
+        template = _template(refiner, Task.i2i)
+        self._adopt([part for part in _modules(refiner) if not any(part is one for one in self.modules)])
+        self._refiner = template
+
+    def _adopt(self, modules: list[nn.Module]) -> None:
+        self.modules.extend(modules)
+        self.on_new_modules(modules)
+
+    def _control_template(self, task: Task) -> Any:
+        """The task's pipeline with ControlNets; the nets in it are replaced for every request."""
+        if task not in self._control_templates:
+            name = type(self._pipeline).__name__.replace("Pipeline", "ControlNetPipeline")
+            pipeline_class = _get_task_class(_MAPPINGS[task], name)
+            net = next(iter(self._nets.values()))
+            self._control_templates[task] = _built(pipeline_class, self._pipeline, {"controlnet": net})
+        return self._control_templates[task]
+
+
+def _modules(pipeline: Any) -> list[nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def _own_copy(template: Any, scheduler: str) -> Any:
+    """A copy with a noise scheduler of its own.
+
+    Set past DiffusionPipeline.__setattr__, which would rewrite the shared config.
+    """
+    pipeline = copy.copy(template)
+    vars(pipeline)["scheduler"] = noise_scheduler(scheduler, template.scheduler)
+    return pipeline
+
+
+def _template(pipeline: Any, task: Task) -> Any:
+    """The pipeline of diffusers that does `task`, over the very same components."""
+    pipeline_class: Any
+    if task in (Task.t2v, Task.i2v):
+        pipeline_class = latent_decoder.video_class(type(pipeline), task)
+    else:
+        pipeline_class = _get_task_class(_MAPPINGS[task], type(pipeline).__name__)
+    template = pipeline if pipeline_class is type(pipeline) else _built(pipeline_class, pipeline, {})
+    template.set_progress_bar_config(disable=True)
+    return template
+
+
+def _built(pipeline_class: Any, source: Any, additions: dict[str, nn.Module]) -> Any:
+    """A pipeline of this class over the components of `source`.
+
+    Built by its constructor: from_pipe would cast the shared modules to float32 (diffusers 0.42).
+    """
+    modules, options = pipeline_class._get_signature_keys(pipeline_class)
+    parts = {name: part for name, part in source.components.items() if name in modules} | additions
+    config = {name: source.config[name] for name in options if name in source.config}
+    built = pipeline_class(**parts, **{k: v for k, v in config.items() if k not in parts})
+    built.set_progress_bar_config(disable=True)
+    return built

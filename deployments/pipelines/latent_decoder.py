@@ -1,0 +1,214 @@
+"""Video pipelines: their class for a task, and their frames, decoded part by part where the VAE lets us."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import diffusers
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from deployments.protocol.errors import ModelUnavailable
+from deployments.protocol.request import Task
+
+Frames = npt.NDArray[np.uint8]  # (n, H, W, 3)
+CHUNK_FRAMES = 8  # of a video that its VAE gives as a whole
+
+
+class LatentDecoder(Protocol):
+    """A video that is denoised. `take` is called by one thread at a time, not the engine's."""
+
+    total: int  # frames
+
+    def next_frames(self) -> Frames | None:
+        """The next frames; None after the last."""
+
+
+def video_class(pipeline_class: type, task: Task) -> type:
+    """The pipeline of diffusers that does `task` with this one's components.
+
+    Raises ModelUnavailable when diffusers has none.
+    """
+    name = pipeline_class.__name__
+    is_i2v = "ImageToVideo" in name
+    if is_i2v is (task is Task.i2v):
+        return pipeline_class
+    sibling = name.replace("ImageToVideo", "") if is_i2v else name.replace("Pipeline", "ImageToVideoPipeline")
+    found = getattr(diffusers, sibling, None)
+    if not isinstance(found, type):
+        raise ModelUnavailable(f"diffusers has no {sibling}; take {task.value} out of the card's tasks")
+    return found
+
+
+def frames_to_ask(pipeline: Any, frames: int) -> int:
+    """The num_frames with which the pipeline gives so many.
+
+    HunyuanVideo's first image-to-video model puts the picture before its frames, and the pipeline cuts off
+    that latent.
+    """
+    return frames + pipeline.vae.temporal_compression_ratio if _cuts_first_latent(pipeline) else frames
+
+
+def output_type(pipeline: Any) -> str:
+    """What to ask the pipeline for, so that `reel` can make frames of it."""
+    return "pt" if _streaming_decoder(pipeline) is None else "latent"
+
+
+def latent_decoder(pipeline: Any, output: Tensor) -> LatentDecoder:
+    """The frames of what the pipeline gave; call it in the fiber, on the engine's thread and stream.
+
+    output: latents (1, C, F, h, w), or frames (1, F, 3, H, W) in 0..1.
+    """
+    streaming = _streaming_decoder(pipeline)
+    return _DecodedFrames(_pixels(output[0])) if streaming is None else streaming(pipeline.vae, output)
+
+
+def _streaming_decoder(pipeline: Any) -> Callable[[Any, Tensor], LatentDecoder] | None:
+    """What decodes its latents part by part to the bits of its own decoding; None: nothing does."""
+    vae = pipeline.vae
+    if vae.use_tiling or vae.use_slicing:
+        return None
+    match type(vae).__name__:
+        case "AutoencoderKLWan":
+            return _CausalDecoder
+        case "AutoencoderKLHunyuanVideo" if vae.use_framewise_decoding and not _cuts_first_latent(pipeline):
+            return _OverlappingDecoder
+        case _:
+            return None
+
+
+def _cuts_first_latent(pipeline: Any) -> bool:
+    return (
+        type(pipeline).__name__ == "HunyuanVideoImageToVideoPipeline"
+        and pipeline.transformer.config.image_condition_type == "latent_concat"
+    )
+
+
+class _DecodedFrames:
+    """Frames that were decoded all at once, as uint8."""
+
+    def __init__(self, frames: Frames) -> None:
+        self.total = len(frames)
+        self._frames = frames
+        self._taken = 0
+
+    def next_frames(self) -> Frames | None:
+        chunk = self._frames[self._taken : self._taken + CHUNK_FRAMES]
+        self._taken += len(chunk)
+        return chunk if len(chunk) else None
+
+
+class _StreamingDecoder(ABC):
+    """Latents and how far they are decoded, on a stream of their own beside the steps of others."""
+
+    def __init__(self, vae: Any, latents: Tensor, total: int) -> None:
+        """latents: (1, C, F, h, w), as the decoder takes them."""
+        self.total = total
+        self._vae = vae
+        self._latents = latents
+        self._place = 0
+        self._stream = None
+        if latents.is_cuda:
+            self._stream = torch.cuda.Stream(latents.device)
+            self._stream.wait_stream(torch.cuda.current_stream(latents.device))
+            latents.record_stream(self._stream)
+
+    @torch.inference_mode()
+    def next_frames(self) -> Frames | None:
+        with torch.cuda.stream(self._stream):
+            while self._place < self._latents.shape[2]:
+                decoded = self._next()
+                if decoded.shape[2]:
+                    video = decoded.clamp(-1.0, 1.0)[0].permute(1, 0, 2, 3)  # (F, 3, H, W)
+                    return _pixels((video * 0.5 + 0.5).clamp(0, 1))
+        self._forget()
+        return None
+
+    @abstractmethod
+    def _next(self) -> Tensor:
+        """Decode from self._place, and move it. Returns (1, 3, frames, H, W), perhaps of no frame."""
+
+    @abstractmethod
+    def _forget(self) -> None:
+        """Drop what was kept of the past."""
+
+
+class _CausalDecoder(_StreamingDecoder):
+    """Decodes latents of Wan's VAE one by one, with a feature cache of its own: the same bits as
+    `vae.decode` of all at once, which does the same and joins the frames.
+
+    The cache on the VAE itself is left to whoever encodes pictures meanwhile.
+    """
+
+    def __init__(self, vae: Any, latents: Tensor) -> None:
+        convolutions = sum(type(m).__name__ == "WanCausalConv3d" for m in vae.decoder.modules())
+        self._cache: list[Any] = [None] * convolutions
+        latents = latents.to(vae.dtype)
+        shape = (1, vae.config.z_dim, 1, 1, 1)
+        mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device, latents.dtype)
+        spread = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents.device, latents.dtype)
+        frames = 1 + vae.config.scale_factor_temporal * (latents.shape[2] - 1)
+        super().__init__(vae, vae.post_quant_conv(latents / spread + mean), frames)
+
+    def _next(self) -> Tensor:
+        latent = self._latents[:, :, self._place : self._place + 1]
+        decoded: Tensor = self._vae.decoder(
+            latent, feat_cache=self._cache, feat_idx=[0], first_chunk=self._place == 0
+        )
+        self._place += 1
+        patch = self._vae.config.patch_size
+        return decoded if patch is None else _unpatchify(decoded, patch)
+
+    def _forget(self) -> None:
+        self._cache.clear()
+
+
+class _OverlappingDecoder(_StreamingDecoder):
+    """Decodes HunyuanVideo's latents in parts that overlap and are blended, one by one: the same bits as
+    `vae.decode`, which decodes all parts so and then joins them.
+    """
+
+    def __init__(self, vae: Any, latents: Tensor) -> None:
+        frames = 1 + vae.temporal_compression_ratio * (latents.shape[2] - 1)
+        self._before: Tensor | None = None
+        super().__init__(vae, latents.to(vae.dtype) / vae.config.scaling_factor, frames)
+
+    def _next(self) -> Tensor:
+        vae, count = self._vae, self._latents.shape[2]
+        length = vae.tile_sample_min_num_frames // vae.temporal_compression_ratio
+        stride = vae.tile_sample_stride_num_frames // vae.temporal_compression_ratio
+        if count <= length:
+            self._place = count
+            return vae.decoder(vae.post_quant_conv(self._latents))  # type: ignore[no-any-return]
+        part = self._latents[:, :, self._place : self._place + length + 1]
+        decoded = vae.decoder(vae.post_quant_conv(part))
+        shown = vae.tile_sample_stride_num_frames
+        if self._before is None:
+            shown += 1
+        else:  # the first latent of a part only sets the scene
+            overlap = vae.tile_sample_min_num_frames - vae.tile_sample_stride_num_frames
+            decoded = vae.blend_t(self._before, decoded[:, :, 1:], overlap)
+        self._before = decoded
+        self._place += stride
+        return decoded[:, :, :shown]  # type: ignore[no-any-return]
+
+    def _forget(self) -> None:
+        self._before = None
+
+
+def _pixels(video: Tensor) -> Frames:
+    """(F, 3, H, W) in 0..1 as uint8 (F, H, W, 3), rounded as diffusers rounds."""
+    return np.asarray((video.float() * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy())
+
+
+def _unpatchify(decoded: Tensor, size: int) -> Tensor:
+    """(B, C x size x size, F, H, W) to (B, C, F, H x size, W x size), as Wan 2.2's VAE folds its pixels."""
+    batch, channels, frames, height, width = decoded.shape
+    colours = channels // size**2
+    folded = decoded.view(batch, colours, size, size, frames, height, width)
+    unfolded = folded.permute(0, 1, 4, 5, 3, 6, 2)  # (B, C, F, H, size, W, size)
+    return unfolded.reshape(batch, colours, frames, height * size, width * size)

@@ -1,0 +1,1 @@
+"""A request checked against a model card gives a resolved request; used by both layers."""

@@ -1,0 +1,201 @@
+"""The gate: whoever sends a key or a token becomes a principal, or is sent away."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import time
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from redis.asyncio import Redis
+
+from deployments.protocol.errors import BadRequest, Conflict, NotFound, Unauthorized
+from serve_app.admission import tokens
+from serve_app.admission.api_keys import UNKNOWN, ApiKeys, looks_like_key
+from serve_app.admission.principals import LOCAL, Principal, Role, Scope, identify
+from serve_app.admission.rate_limits import RateLimiter
+from serve_app.admission.tickets import REFUSED, TicketHolder, Tickets
+from serve_app.admission.users import User, Users
+from serve_app.redis.transactions import redis_errors
+from serve_app.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+StoreClient: TypeAlias = Redis  # made by transaction.connect
+
+
+@dataclass(frozen=True, slots=True)
+class AccountStore:
+    """Where accounts and counts are kept."""
+
+    users: Users
+    keys: ApiKeys
+    limits: RateLimiter
+    tickets: Tickets
+    redis: Redis
+
+    @classmethod
+    def of(cls, redis: Redis, settings: Settings) -> AccountStore:
+        prefix = settings.redis_prefix
+        return cls(
+            Users(redis, prefix),
+            ApiKeys(redis, prefix),
+            RateLimiter(redis, settings),
+            Tickets(redis, prefix),
+            redis,
+        )
+
+
+class Authenticator:
+    """Knows the installation's own key and, with books, its users' keys and tokens."""
+
+    def __init__(self, settings: Settings, redis: Redis | None) -> None:
+        self._settings = settings
+        self._accounts = None if redis is None else AccountStore.of(redis, settings)
+
+    @property
+    def accounts(self) -> AccountStore | None:
+        """None: the installation's own key is the only one there is."""
+        return self._accounts
+
+    @property
+    def limits(self) -> RateLimiter | None:
+        """None while nobody needs a key: one person on their own machine is not counted."""
+        return None if self._accounts is None or self._settings.auth_disabled else self._accounts.limits
+
+    async def identify(self, presented: bytes | None) -> Principal:
+        """The caller who sent this key or token. Raises Unauthorized."""
+        text = "" if presented is None else presented.decode("latin-1")
+        if self._settings.auth_disabled or self._accounts is None:
+            return self._own(presented)
+        if looks_like_key(text):
+            return await self._by_key(text, self._accounts)
+        if tokens.looks_like_token(text):
+            return await self._by_token(text, self._accounts)
+        return self._own(presented)
+
+    async def log_in(
+        self, presented: bytes | None, email: str | None, *, session: bool
+    ) -> tuple[str, tokens.Claims]:
+        """A token for a day for whoever holds this key. A token buys no other: a day stays a day.
+
+        session: for a browser's cookie, which never carries the admin scope.
+        Raises Unauthorized, Conflict where nobody needs one, BadRequest where none can be signed.
+        """
+        if self._settings.auth_disabled:
+            raise Conflict(
+                "this service has no key: everybody on this machine may call it, no token is needed"
+            )
+        secret = self._secret()
+        if presented is not None and tokens.looks_like_token(presented.decode("latin-1")):
+            raise Unauthorized("a token cannot be traded for another; send the API key")
+        principal = await self.identify(presented)
+        user = await self._user(principal)
+        if email is not None and (user is None or user.email != email.strip().lower()):
+            raise Unauthorized(UNKNOWN)
+        scopes = principal.scopes - {Scope.admin} if session else principal.scopes
+        token, claims = tokens.sign(
+            principal.owner,
+            principal.key,
+            " ".join(sorted(scopes)),
+            0 if user is None else user.epoch,
+            secret,
+            int(time.time()),
+        )
+        logger.info("logged in", extra={"owner": principal.owner, "session": session})
+        return token, claims
+
+    async def log_out(self, presented: bytes | None) -> None:
+        """The token, worth nothing from now on. Raises Conflict for a key."""
+        text = "" if presented is None else presented.decode("latin-1")
+        if self._accounts is None or not tokens.looks_like_token(text):
+            raise Conflict("only a token can be logged out; keys are revoked with `weft keys revoke`")
+        claims = tokens.verify(text, self._secret())
+        left_s = max(1, claims.expires_at - int(time.time()) + 2 * tokens.CLOCK_SKEW_S)
+        with redis_errors():
+            await self._accounts.redis.set(self._revoked(claims.jti), "1", ex=left_s)
+
+    async def ticket(self, principal: Principal) -> str:
+        """What opens one socket to this caller, once, within tickets.TTL_S. Raises Conflict, Forbidden."""
+        if self._accounts is None:
+            raise Conflict("this service gives no tickets; connect it to its store, or send the key")
+        principal.require(Scope.read)
+        return await self._accounts.tickets.issue(TicketHolder(principal.owner, principal.key))
+
+    async def redeem(self, ticket: str) -> Principal:
+        """Whoever was given this ticket, to look and no more. Raises Unauthorized."""
+        if self._settings.auth_disabled or self._accounts is None:
+            return self._own(None)
+        holder = await self._accounts.tickets.take(ticket)
+        allowed = frozenset({Scope.read})
+        if holder.owner == LOCAL:
+            if not hmac.compare_digest(holder.key, self._own_fingerprint()):
+                raise Unauthorized(REFUSED)
+            return Principal(LOCAL, Role.admin, allowed, key=holder.key)
+        key = await self._accounts.keys.still_valid(holder.key)
+        return _principal(await _enabled(self._accounts, holder.owner), allowed & key.scopes, key.prefix)
+
+    def _own(self, presented: bytes | None) -> Principal:
+        principal = identify(presented, self._settings)
+        return Principal(principal.owner, key=self._own_fingerprint())
+
+    async def _by_key(self, text: str, accounts: AccountStore) -> Principal:
+        key = await accounts.keys.check(text)
+        return _principal(await _enabled(accounts, key.user_id), key.scopes, key.prefix)
+
+    async def _by_token(self, text: str, accounts: AccountStore) -> Principal:
+        claims = tokens.verify(text, self._secret())
+        with redis_errors():
+            if await accounts.redis.exists(self._revoked(claims.jti)):
+                raise Unauthorized(tokens.REFUSED)
+        claimed = frozenset(Scope(scope) for scope in claims.scopes.split())
+        if claims.owner == LOCAL:
+            if not hmac.compare_digest(claims.key, self._own_fingerprint()):
+                raise Unauthorized(tokens.REFUSED)
+            return Principal(LOCAL, Role.admin, claimed, key=claims.key)
+        key = await accounts.keys.still_valid(claims.key)
+        user = await _enabled(accounts, claims.owner)
+        if key.user_id != user.id or claims.epoch != user.epoch:
+            raise Unauthorized(tokens.REFUSED)
+        return _principal(user, claimed & key.scopes, key.prefix)
+
+    async def _user(self, principal: Principal) -> User | None:
+        if self._accounts is None or principal.owner == LOCAL:
+            return None
+        return await self._accounts.users.get(principal.owner)
+
+    def _secret(self) -> bytes:
+        if self._settings.jwt_secret is None:
+            raise BadRequest(
+                "this service signs no tokens: set WEFT_JWT_SECRET to 32 random bytes or more on every node"
+            )
+        return self._settings.jwt_secret.get_secret_value().encode()
+
+    def _own_fingerprint(self) -> str:
+        """Ties tokens to the installation's own key: a new key ends them all."""
+        if self._settings.api_key is None or self._settings.jwt_secret is None:
+            return ""
+        own = self._settings.api_key.get_secret_value().encode()
+        return hmac.new(self._secret(), own, hashlib.sha256).hexdigest()[:32]
+
+    def _revoked(self, jti: str) -> str:
+        """STRING: a token that was logged out; lives as long as it would have."""
+        return f"{self._settings.redis_prefix}revoked:{jti}"
+
+
+async def _enabled(accounts: AccountStore, user_id: str) -> User:
+    try:
+        user = await accounts.users.get(user_id)
+    except NotFound:
+        raise Unauthorized(UNKNOWN) from None
+    if user.disabled:
+        raise Unauthorized(UNKNOWN)
+    return user
+
+
+def _principal(user: User, scopes: frozenset[Scope], key: str) -> Principal:
+    """The role decides in the end: who is no admin any more has keys that are none."""
+    allowed = scopes if user.role is Role.admin else scopes - {Scope.admin}
+    return Principal(user.id, user.role, allowed, user.images_per_day, key)

@@ -1,0 +1,79 @@
+"""What is admitted: a wish held against the model cards and this installation's limits (pure)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+
+from deployments.protocol.card import ModelCard
+from deployments.protocol.errors import BadRequest, ModelUnavailable, NotFound
+from deployments.protocol.request import GenerationRequest, Task
+from deployments.validation.resolve import Resolved, resolve
+from serve_app.settings import Settings
+
+MAX_COST_MPX_STEPS = 2_000.0  # of one request: 4 pictures of 4.2 megapixels at 100 steps cost 1,678
+
+
+def validate(
+    request: GenerationRequest, cards: Mapping[str, ModelCard], settings: Settings, fresh_seed: int
+) -> Resolved:
+    """The request as it will run, with the corrections its caller must be told of.
+
+    fresh_seed: used where the caller gave none, 0..2^63-1.
+    Raises NotFound for an unknown model, BadRequest or TooLarge for what the card does not allow.
+    """
+    card = find_card(request.model, cards)
+    resolved = resolve(request, card, fresh_seed=fresh_seed)
+    cost = resolved.request.cost_mpx_steps
+    if cost > MAX_COST_MPX_STEPS:
+        raise BadRequest(
+            f"this request costs {cost:.0f} megapixel-steps (pictures x megapixels x steps); "
+            f"at most {MAX_COST_MPX_STEPS:.0f}: ask for fewer pictures or steps, or a smaller size",
+            param="num_images",
+        )
+    return resolved
+
+
+def find_card(name: str, cards: Mapping[str, ModelCard]) -> ModelCard:
+    """The card with this id or alias, in whatever case. Raises NotFound naming what there is."""
+    if name in cards:
+        return cards[name]
+    by_name = {known.casefold(): card for card in cards.values() for known in (card.id, *card.aliases)}
+    card = by_name.get(name.casefold())
+    if card is not None:
+        return card
+    near = difflib.get_close_matches(name.casefold(), by_name, n=1)
+    guess = f" Did you mean {by_name[near[0]].id!r}?" if near else ""
+    raise NotFound(
+        f"there is no model {name[:200]!r} here; there is {', '.join(sorted(cards)) or 'none'}.{guess}",
+        param="model",
+    )
+
+
+def default_model(
+    task: Task,
+    cards: Mapping[str, ModelCard],
+    ready: Collection[str],
+    *,
+    controls: Collection[str] = (),
+    refiner: bool = False,
+) -> str:
+    """Id of the model that serves a request which names none: the first that can, ready ones first.
+
+    controls: kinds of control picture it must take. refiner: whether it must have one.
+    Raises ModelUnavailable when no card can do that.
+    """
+    able = [
+        card.id
+        for card in cards.values()
+        if task in card.tasks
+        and all(kind in card.controls for kind in controls)
+        and (card.refiner is not None or not refiner)
+    ]
+    if not able:
+        with_controls = f" with control pictures of type {', '.join(sorted(controls))}" if controls else ""
+        with_refiner = " and a refiner" if refiner else ""
+        raise ModelUnavailable(
+            f"no model here can do {task.value}{with_controls}{with_refiner}", param="model"
+        )
+    return next((model_id for model_id in able if model_id in ready), able[0])

@@ -1,0 +1,1 @@
+"""The durable job store in Redis: state transitions, fair queue, cache keys, outbox, wake-ups."""

@@ -1,0 +1,93 @@
+"""An owner's jobs, newest first, page by page."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import cast
+
+from redis.asyncio import Redis
+
+from deployments.protocol.errors import BadRequest
+from serve_app.jobs.job import Job, JobState
+from serve_app.jobs.store.record import Keys, job_from
+
+CHUNK = 100  # index entries read at once
+CHUNKS = 10  # at most, per page: a rare filter answers with a short page and a cursor
+
+Edge = tuple[int, str]  # (time of acceptance in us, job id): where a page ended
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    """Some jobs, newest first, and where to go on (None: there are no more)."""
+
+    jobs: tuple[Job, ...]
+    next_cursor: str | None
+
+
+class OwnerIndex:
+    """The sorted set of one owner's jobs. Reads leave no mark but the removal of forgotten jobs."""
+
+    def __init__(self, redis: Redis, keys: Keys, owner: str) -> None:
+        self._redis = redis
+        self._keys = keys
+        self._key = keys.owner(owner)
+
+    async def page(
+        self, *, cursor: str | None, limit: int, state: JobState | None, model: str | None
+    ) -> JobPage:
+        """At most `limit` jobs older than the cursor, in this state, of this model."""
+        edge = _parse(cursor)
+        found: list[Job] = []
+        for _ in range(CHUNKS):
+            entries = await self._older(edge)
+            for entry, job in await self._read(entries):
+                if state in (None, job.state) and model in (None, job.request.model):
+                    if len(found) == limit:
+                        assert edge is not None, "a full page has a last job"
+                        return JobPage(tuple(found), f"{edge[0]}-{edge[1]}")
+                    found.append(job)
+                    edge = entry
+            if len(entries) < CHUNK:
+                return JobPage(tuple(found), None)
+            if len(found) < limit:
+                edge = entries[-1]
+        assert edge is not None, "a full chunk has a last entry"
+        return JobPage(tuple(found), f"{edge[0]}-{edge[1]}")
+
+    async def _older(self, edge: Edge | None) -> list[Edge]:
+        """Up to CHUNK entries beyond the edge; entries of its very microsecond are told apart by id."""
+        newest = "+inf" if edge is None else str(edge[0])
+        raw = await self._redis.zrange(
+            self._key, newest, "-inf", desc=True, byscore=True, offset=0, num=CHUNK + 1, withscores=True
+        )
+        pairs = cast(list[tuple[str, float]], raw)
+        entries = [(int(score), job_id) for job_id, score in pairs]
+        return [entry for entry in entries if edge is None or entry < edge][:CHUNK]
+
+    async def _read(self, entries: list[Edge]) -> list[tuple[Edge, Job]]:
+        """The jobs of these entries. A hash that is gone was forgotten: ids never come back."""
+        if not entries:
+            return []
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for _, job_id in entries:
+                pipe.hgetall(self._keys.job(job_id))
+            hashes = await pipe.execute()
+        forgotten = [job_id for (_, job_id), fields in zip(entries, hashes, strict=True) if not fields]
+        if forgotten:
+            await self._redis.zrem(self._key, *forgotten)
+        return [
+            (entry, job_from(entry[1], fields))
+            for entry, fields in zip(entries, hashes, strict=True)
+            if fields
+        ]
+
+
+def _parse(cursor: str | None) -> Edge | None:
+    if cursor is None:
+        return None
+    match = re.fullmatch(r"(\d{1,17})-([0-9a-f]{32})", cursor)
+    if match is None:
+        raise BadRequest("cursor is not one that a list gave; leave it out to start", param="cursor")
+    return int(match[1]), match[2]

@@ -1,0 +1,93 @@
+"""Wake-ups between processes: one subscription per process, heard by any number of waiters.
+
+A hint may be lost or come twice; whoever waits looks at the store, and looks again after a while anyway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+RETRY_S = 0.2
+
+logger = logging.getLogger(__name__)
+
+
+class Wakeups:
+    """Sets the events of those who wait for a key when its name comes over the channel."""
+
+    def __init__(self, redis: Redis, channel: str) -> None:
+        self._redis = redis
+        self._channel = channel
+        self._waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._subscribed = asyncio.Event()
+        self._reader: asyncio.Task[None] | None = None
+
+    @contextmanager
+    def subscribe(self, key: str) -> Iterator[asyncio.Event]:
+        """An event that is set whenever `key` is hinted at, until the block ends."""
+        event = asyncio.Event()
+        self._waiting[key].add(event)
+        try:
+            yield event
+        finally:
+            self._waiting[key].discard(event)
+            if not self._waiting[key]:
+                del self._waiting[key]
+
+    async def ensure_subscribed(self, timeout_s: float = 1.0) -> None:
+        """Return once hints arrive, or after timeout_s: then polling has to do."""
+        if self._reader is None or self._reader.done():
+            # Serve cancels tasks that carry a request's context when its client leaves
+            self._reader = asyncio.create_task(self._read(), context=contextvars.Context())
+        if not self._subscribed.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._subscribed.wait()
+
+    async def aclose(self) -> None:
+        """End the subscription."""
+        while self._reader is not None and not self._reader.done():
+            self._reader.cancel()  # again, should the client have swallowed it while it connected
+            await asyncio.wait({self._reader}, timeout=1.0)
+
+    async def _read(self) -> None:
+        while True:
+            try:
+                await self._read_until_lost()
+            except (RedisError, OSError) as error:
+                logger.info("hints are interrupted", extra={"error": type(error).__name__})
+            self._subscribed.clear()
+            await asyncio.sleep(RETRY_S)
+
+    async def _read_until_lost(self) -> None:
+        async with self._redis.pubsub() as pubsub:
+            await pubsub.subscribe(self._channel)
+            async for message in pubsub.listen():
+                if message["type"] == "subscribe":
+                    self._subscribed.set()
+                    for key in list(self._waiting):  # hints sent before now are lost: everybody looks
+                        self._wake(key)
+                elif message["type"] == "message":
+                    self._wake(message["data"])
+
+    def _wake(self, key: str) -> None:
+        for event in self._waiting.get(key, ()):
+            event.set()
+
+
+async def wait_for_wakeup(event: asyncio.Event, timeout_s: float) -> bool:
+    """Whether the event was set within timeout_s; it is unset again."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):  # Python 3.11's wait_for may swallow a cancellation
+            await event.wait()
+    was_set = event.is_set()
+    event.clear()
+    return was_set

@@ -1,0 +1,81 @@
+"""LoRAs that come with the models: named in the cards, read where they lie."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from deployments.lora_format.header import inspect
+from deployments.protocol.card import CardLora, ModelCard
+from deployments.protocol.errors import BadRequest, Internal
+from serve_app.loras.record import PUBLIC, LoraRecord
+from serve_app.settings import ROOT
+
+
+class BuiltInLoras:
+    """The adapters of these cards, which may come and go. Files are read when first asked for, and once."""
+
+    def __init__(self, cards: Collection[ModelCard]) -> None:
+        self._cards = cards
+        self._known: dict[tuple[str, str, str], LoraRecord] = {}  # by card, id and path
+        self._paths: dict[str, Path] = {}
+        self._reading = asyncio.Lock()
+
+    async def list(self) -> list[LoraRecord]:
+        """All of them, in the order of the cards. Raises Internal when a card names what is no LoRA."""
+        return [adapter for _, adapter in await self._all()]
+
+    async def find(self, name: str, model: str | None = None) -> LoraRecord | None:
+        """The one with this id or digest, or path as a card writes it; of this model where it is told."""
+        folded = name.casefold()
+        for entry, adapter in await self._all():
+            if model in (None, adapter.model) and (
+                folded == adapter.id or name in (entry.path, adapter.digest)
+            ):
+                return adapter
+        return None
+
+    async def file(self, digest: str) -> bytes | None:
+        """The file with this digest, if a card names it."""
+        await self.list()
+        path = self._paths.get(digest)
+        return None if path is None else await asyncio.to_thread(path.read_bytes)
+
+    async def _all(self) -> Sequence[tuple[CardLora, LoraRecord]]:
+        found = []
+        async with self._reading:
+            listed = [(card, entry) for card in self._cards for entry in card.adapters]
+            for card, entry in listed:
+                key = card.id, entry.id, entry.path
+                if key not in self._known:
+                    self._known[key] = await asyncio.to_thread(self._read, card, entry)
+                found.append((entry, self._known[key]))
+        return found
+
+    def _read(self, card: ModelCard, entry: CardLora) -> LoraRecord:
+        path = ROOT / Path(entry.path).expanduser()
+        try:
+            file = path.read_bytes()
+            facts = inspect(file)
+        except (OSError, BadRequest) as error:
+            raise Internal(f"the card of {card.id} names the LoRA {entry.id}: {error}") from error
+        digest = hashlib.sha256(file).hexdigest()
+        self._paths[digest] = path
+        return LoraRecord(
+            id=entry.id,
+            digest=digest,
+            owner=PUBLIC,
+            name=entry.id,
+            family=card.family,
+            rank=facts.rank,
+            dtype=facts.dtype,
+            size_bytes=facts.size_bytes,
+            trigger_words=tuple(entry.trigger_words) or facts.trigger_words,
+            description=entry.description,
+            licence=entry.licence or card.licence.name,
+            source="built-in",
+            created_at=0.0,
+            model=card.id,
+        )

@@ -1,0 +1,1 @@
+"""Everything of the serving layer that knows Ray Serve."""

@@ -1,0 +1,1 @@
+"""Redis or Valkey: transactions, the embedded server, what a server says about itself."""

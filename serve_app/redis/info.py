@@ -1,0 +1,67 @@
+"""What a Valkey or Redis keeps and what it lets us do, found by asking it."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import redis
+
+TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class RedisInfo:
+    """None: the server does not let us know."""
+
+    version: str | None
+    aof: bool | None  # whether changes are written to disk at all
+    appendfsync: str | None  # always, everysec or no
+    eviction: str | None  # the policy; anything but noeviction loses jobs
+    scripts: bool  # whether our account may run them
+    foreign_keys: bool  # whether our account may read keys of others
+    admin: bool  # whether our account may reconfigure the server
+    clock_ahead_s: float  # of this machine's
+
+
+def query_info(url: str, prefix: str) -> RedisInfo:
+    """Raises RuntimeError saying why the server cannot be asked. Changes nothing."""
+    try:
+        with redis.Redis.from_url(
+            url, decode_responses=True, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S
+        ) as client:
+            client.ping()
+            before = time.time()
+            seconds, microseconds = client.time()
+            here = (before + time.time()) / 2
+            info: dict[str, Any] = {}
+            with contextlib.suppress(redis.exceptions.NoPermissionError):
+                for section in ("server", "persistence", "memory"):
+                    info |= client.info(section)
+            settings: dict[str, str] = {}
+            with contextlib.suppress(redis.exceptions.ResponseError):
+                settings = client.config_get("appendfsync")
+            return RedisInfo(
+                version=info.get("valkey_version") or info.get("redis_version"),
+                aof=None if "aof_enabled" not in info else bool(info["aof_enabled"]),
+                appendfsync=settings.get("appendfsync"),
+                eviction=info.get("maxmemory_policy"),
+                scripts=_allowed(client, "EVAL", "return 1", "0"),
+                foreign_keys=_allowed(client, "EXISTS", f"not-{prefix}"),
+                admin=_allowed(client, "CONFIG", "GET", "maxmemory"),
+                clock_ahead_s=int(seconds) + int(microseconds) / 1e6 - here,
+            )
+    except (redis.exceptions.RedisError, OSError, ValueError) as error:
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
+
+
+def _allowed(client: redis.Redis, *command: str) -> bool:
+    try:
+        client.execute_command(*command)  # type: ignore[no-untyped-call]
+    except redis.exceptions.NoPermissionError:
+        return False
+    except redis.exceptions.ResponseError:
+        return True  # it was let through and then disliked
+    return True

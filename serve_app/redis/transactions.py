@@ -1,0 +1,100 @@
+"""One change of the books: watch, read, decide, write; again when somebody was faster."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar, cast
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.client import Pipeline
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError, ResponseError, TimeoutError, WatchError
+
+from deployments.protocol.errors import Overloaded
+
+T = TypeVar("T")
+
+MAX_TRIES = 64  # optimistic retries; forty concurrent writers of one key need about ten
+POOL_SIZE = 32  # connections per process; callers beyond wait for one
+
+logger = logging.getLogger(__name__)
+
+
+class StoreUnreachable(Overloaded):
+    """Nobody knows whether the last write took effect; callers wait, workers try again."""
+
+
+def connect(url: str) -> Redis:
+    """A client for `url` as the job store needs it; connects when first used.
+
+    One immediate retry covers a pooled connection that died with a restarted server. Longer waits are
+    the callers' decision: an API call must answer, a worker must not give up.
+    """
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=POOL_SIZE,
+        timeout=5.0,
+        decode_responses=True,
+        socket_timeout=5.0,
+        socket_connect_timeout=2.0,
+        retry=Retry(NoBackoff(), 1),
+    )
+    return Redis.from_pool(pool)
+
+
+@contextmanager
+def redis_errors() -> Iterator[None]:
+    """Turn the client's errors into ours."""
+    try:
+        yield
+    except (ConnectionError, TimeoutError, OSError) as error:
+        logger.warning("the job store is not reachable: %s", error)
+        raise StoreUnreachable("the job store is not reachable; try again", retry_after_s=2.0) from error
+    except ResponseError as error:
+        # redis-py writes the whole command into a pipeline's error; a prompt must not reach the log
+        cause = str(error).rpartition("of pipeline caused error: ")[2]
+        logger.error("the job store refused a command", extra={"cause": cause})
+        raise Overloaded("the job store refuses to write; try again later", retry_after_s=10.0) from None
+
+
+async def transact(redis: Redis, watch: list[str], decide: Callable[[Pipeline], Awaitable[T]]) -> T:
+    """What `decide` returns, once what it queued was written with `watch` unchanged since.
+
+    decide: reads, then calls `begin` and queues writes, or queues nothing. It runs again after a conflict
+    and after a lost connection, so it must recognise its own write.
+    Raises StoreUnreachable, and Overloaded when the keys never stood still.
+    """
+    for tries in range(MAX_TRIES):
+        with redis_errors():
+            async with redis.pipeline(transaction=True) as pipe:
+                try:
+                    await pipe.watch(*watch)
+                    result = await decide(pipe)
+                    if len(pipe):
+                        await pipe.execute()
+                    return result
+                except WatchError:
+                    pass
+        await asyncio.sleep(random.uniform(0.0, 0.0005 * 2 ** min(tries, 6)))
+    raise Overloaded("the job store is busy; try again", retry_after_s=1.0)
+
+
+def begin(pipe: Pipeline) -> None:
+    """From here on commands are queued for one MULTI/EXEC."""
+    pipe.multi()  # type: ignore[no-untyped-call]  # redis-py has no annotation here
+
+
+async def get_hash(redis: Redis | Pipeline, key: str) -> dict[str, str]:
+    """The fields of a hash; none where there is no such key."""
+    return cast(dict[str, str], await redis.hgetall(key))
+
+
+async def clock_us(redis: Redis | Pipeline) -> int:
+    """The server's clock in microseconds: the workers' own may differ or jump."""
+    seconds, microseconds = await redis.time()
+    return int(seconds) * 1_000_000 + int(microseconds)

@@ -1,0 +1,326 @@
+"""The only file that opens addresses which others name: guarded against reaching our own network (SSRF).
+
+A name is resolved once, every answer is checked, and the checked address is dialled, while Host and TLS keep
+the name: what DNS says a moment later does not matter. Every redirect goes through the same gate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import ipaddress
+import re
+import socket
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+from urllib.parse import urljoin, urlsplit
+
+import httpcore
+import httpx
+
+from deployments.protocol.errors import BadRequest, Forbidden, Overloaded, TooLarge
+
+T = TypeVar("T")
+
+MAX_URL_CHARS = 2048
+MAX_REDIRECTS = 3
+CONNECT_TIMEOUT_S = 10.0
+REDIRECTS = (301, 302, 303, 307, 308)
+PORTS = {"https": 443, "http": 80}
+HOST = re.compile(r"(?=.{1,253}\Z)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]")
+PATTERN = re.compile(r"\*|(\*\.)?[a-z0-9_.-]+")
+
+# `is_global` calls several of these global; see RFC 6890 and the metadata services of the clouds
+_REFUSED_V4 = tuple(
+    ipaddress.IPv4Network(text)
+    for text in (
+        "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "168.63.129.16/32", "169.254.0.0/16",
+        "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15",
+        "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/3",
+    )
+)  # fmt: skip
+_PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
+_REFUSED_V6 = tuple(
+    ipaddress.IPv6Network(text)
+    for text in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")  # Teredo is in the first
+)
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # the one that leads to the public IPv4 network
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]  # (host, port) -> every address it has
+OnProgress = Callable[[int, int | None], object]  # (bytes received, bytes in all if they are known)
+
+
+class Unreachable(Overloaded):
+    """The other side does not answer, or not in time; it may later."""
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedFile:
+    """A file that came in whole."""
+
+    data: bytes
+    sha256: str
+    url: str  # where it was found, after redirects
+
+
+@dataclass(frozen=True, slots=True)
+class _Address:
+    """A checked URL."""
+
+    scheme: str
+    host: str
+    target: str  # path and query
+
+    @property
+    def port(self) -> int:
+        return PORTS[self.scheme]
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://{self.host}{self.target}"
+
+
+class UrlFetcher:
+    """Opens URLs of allowed hosts only.
+
+    hosts: `example.org`, `*.example.org` (below it), or `*` (every public host); none: nothing is opened.
+    plain_http: port 80 as well. resolve, network, tls: for tests, which have no public address.
+    """
+
+    def __init__(
+        self,
+        hosts: Iterable[str],
+        *,
+        plain_http: bool = False,
+        resolve: Resolve | None = None,
+        network: httpcore.AsyncNetworkBackend | None = None,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self._hosts = tuple(host.strip().lower().rstrip(".") for host in hosts)
+        for pattern in self._hosts:
+            if not PATTERN.fullmatch(pattern):
+                raise BadRequest(f"{pattern!r} names no host; write example.org, *.example.org or *")
+        self._plain_http = plain_http
+        self._resolve = resolve or _resolve
+        self._network = network or httpcore.AnyIOBackend()
+        self._tls = tls
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self._hosts)
+
+    def check(self, url: str) -> str:
+        """The URL as it will be opened. Raises BadRequest or Forbidden with the rule that it breaks."""
+        return self._address(url).url
+
+    async def get(
+        self,
+        url: str,
+        *,
+        max_bytes: int,
+        timeout_s: float,
+        headers: Mapping[str, str] | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> FetchedFile:
+        """The file behind the URL, at most 3 redirects away. `Authorization` goes to its own host only.
+
+        Raises BadRequest or Forbidden for an address that is not allowed or a file that is not there,
+        TooLarge past max_bytes, Unreachable past timeout_s (of everything) or when the line breaks.
+        """
+        first = self._address(url)
+        return await _in_time(self._get(first, max_bytes, dict(headers or {}), on_progress), timeout_s, first)
+
+    async def post(self, url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float = 5.0) -> int:
+        """The status the other side answers with; the rest of its answer is not read. Follows no redirect.
+
+        Raises BadRequest or Forbidden for an address that is not allowed, Unreachable.
+        """
+        address = self._address(url)
+        return await _in_time(self._post(address, body, dict(headers)), timeout_s, address)
+
+    async def _get(
+        self,
+        address: _Address,
+        max_bytes: int,
+        headers: dict[str, str],
+        on_progress: OnProgress | None,
+    ) -> FetchedFile:
+        first = address
+        for _ in range(MAX_REDIRECTS + 1):
+            private = {} if address.host == first.host else {"authorization", "cookie"}
+            sent = {name: value for name, value in headers.items() if name.lower() not in private}
+            async with self._call("GET", address, sent) as response:
+                if response.status not in REDIRECTS:
+                    data = await _read(response, address, max_bytes, on_progress)
+                    return FetchedFile(data, hashlib.sha256(data).hexdigest(), address.url)
+                where = _header(response, b"location")
+            address = self._address(urljoin(address.url, where))
+        raise BadRequest(f"{first.host} redirects more than {MAX_REDIRECTS} times; send the final address")
+
+    async def _post(self, address: _Address, body: bytes, headers: dict[str, str]) -> int:
+        async with self._call("POST", address, headers, body) as response:
+            return response.status
+
+    @asynccontextmanager
+    async def _call(
+        self, method: str, address: _Address, headers: Mapping[str, str], body: bytes | None = None
+    ) -> AsyncIterator[httpcore.Response]:
+        """One request over a connection of its own to an address that was checked for it."""
+        if self._tls is None:
+            self._tls = httpx.create_ssl_context()
+        guard = _CheckedNetwork(self._network, await self._checked(address))
+        sent = {"User-Agent": "weft", "Accept-Encoding": "identity", **headers}
+        async with httpcore.AsyncConnectionPool(self._tls, network_backend=guard) as pool:
+            url = httpcore.URL(
+                scheme=address.scheme.encode(),
+                host=address.host.encode(),
+                port=address.port,
+                target=address.target.encode(),
+            )
+            timeouts = {"connect": CONNECT_TIMEOUT_S}
+            async with pool.stream(
+                method, url, headers=list(sent.items()), content=body, extensions={"timeout": timeouts}
+            ) as response:
+                yield response
+
+    def _address(self, url: str) -> _Address:
+        if not self.enabled:
+            raise Forbidden("this service opens no addresses; its operator may allow hosts")
+        if len(url) > MAX_URL_CHARS or not url.isprintable() or re.search(r"[\s\\]", url):
+            raise BadRequest(
+                f"the address is no URL: at most {MAX_URL_CHARS} characters, no spaces or backslashes"
+            )
+        try:
+            parts = urlsplit(url)
+            name, port = parts.hostname or "", parts.port
+        except ValueError:
+            raise BadRequest("the address is no URL; send https://host/path") from None
+        if parts.scheme not in (PORTS if self._plain_http else ("https",)):
+            raise BadRequest("the address must begin with https://")
+        if parts.username is not None or parts.password is not None:
+            raise BadRequest("the address must not hold a user name or password")
+        host = _host(name)
+        if port not in (None, PORTS[parts.scheme]):
+            raise BadRequest(f"the address must use port {PORTS[parts.scheme]}")
+        if not any(_matches(host, pattern) for pattern in self._hosts):
+            raise Forbidden(f"{host} is not among the hosts that this service may open")
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        quoted = httpx.URL(target).raw_path.decode("ascii")  # percent-encodes what is not ASCII
+        return _Address(parts.scheme, host, quoted)
+
+    async def _checked(self, address: _Address) -> list[str]:
+        """All addresses of the host, if every one is public."""
+        try:
+            found = await self._resolve(address.host, address.port)
+        except OSError as error:
+            raise BadRequest(f"there is no host {address.host}") from error
+        if not found:
+            raise BadRequest(f"there is no host {address.host}")
+        if not all(is_public(ip) for ip in found):
+            raise Forbidden(f"{address.host} leads to an address that is not public; it is not opened")
+        return found
+
+
+class _CheckedNetwork(httpcore.AsyncNetworkBackend):
+    """Dials the checked addresses, whatever host is asked for."""
+
+    def __init__(self, network: httpcore.AsyncNetworkBackend, addresses: list[str]) -> None:
+        self._network = network
+        self._addresses = addresses
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109  # as the base class has it
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        *others, last = self._addresses
+        for address in others:
+            try:
+                return await self._network.connect_tcp(address, port, timeout=timeout)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout):
+                continue
+        return await self._network.connect_tcp(last, port, timeout=timeout)
+
+
+def is_public(address: str) -> bool:
+    """Whether this IP address is one of the public internet, and not a way into ours."""
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:  # also with a zone: fe80::1%eth0
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        if ip.ipv4_mapped is not None:
+            ip = ip.ipv4_mapped
+        elif ip in _NAT64:
+            ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        else:
+            refused = any(ip in network for network in _REFUSED_V6)
+            return ip in _PUBLIC_V6 and ip.is_global and not refused
+    return ip.is_global and not any(ip in network for network in _REFUSED_V4)
+
+
+def _host(name: str) -> str:
+    """The host in ASCII, if it is a name: no literal addresses, however they are written."""
+    try:
+        host = name.encode("idna").decode("ascii").lower().rstrip(".")
+    except UnicodeError:
+        raise BadRequest("the address has no valid host name") from None
+    if not HOST.fullmatch(host):  # the last label begins with a letter: 127.1, 0x7f.1 and [::1] do not
+        raise BadRequest("the address needs a full host name, such as example.org; numbers are not opened")
+    return host
+
+
+def _matches(host: str, pattern: str) -> bool:
+    if pattern == "*":
+        return True
+    return host.endswith(pattern[1:]) if pattern.startswith("*.") else host == pattern
+
+
+async def _resolve(host: str, port: int) -> list[str]:
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+async def _read(
+    response: httpcore.Response, address: _Address, max_bytes: int, on_progress: OnProgress | None
+) -> bytes:
+    """The body. Raises before it is read where the head says enough."""
+    if response.status != 200:
+        raise BadRequest(f"{address.host} answers {response.status}; check the address and who may read it")
+    if _header(response, b"content-encoding").lower() not in ("", "identity"):
+        raise BadRequest(f"{address.host} sends a compressed body, though asked for a plain one")
+    stated = _header(response, b"content-length")
+    total = int(stated) if stated.isdigit() else None
+    too_large = TooLarge(f"the file of {address.host} is over the limit of {max_bytes} bytes")
+    if total is not None and total > max_bytes:
+        raise too_large
+    data = bytearray()
+    async for chunk in response.aiter_stream():
+        data += chunk
+        if len(data) > max_bytes:
+            raise too_large
+        if on_progress is not None:
+            on_progress(len(data), total)
+    return bytes(data)
+
+
+def _header(response: httpcore.Response, name: bytes) -> str:
+    return next((v.decode("latin-1") for key, v in response.headers if key.lower() == name), "")
+
+
+async def _in_time(work: Awaitable[T], timeout_s: float, address: _Address) -> T:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await work
+    except TimeoutError:
+        raise Unreachable(f"{address.host} did not finish within {timeout_s:g} s; try again later") from None
+    except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException) as error:
+        reason = type(error).__name__
+        raise Unreachable(f"the connection to {address.host} failed ({reason}); try again later") from error

@@ -1,0 +1,293 @@
+// A page where something is made: the form on the left, the job on the stage, the recent ones below.
+
+import { ApiError } from "./api.js";
+import { createJobStore } from "./job-store.js";
+import { h } from "./dom.js";
+import { formOf } from "./form-rules.js";
+import { t } from "./i18n.js";
+import { hasEnded } from "./job-state.js";
+import { listen } from "./keys.js";
+import { createFilmstrip } from "./parts/filmstrip.js";
+import { titleOf } from "./parts/remedy.js";
+import { createSettingsPanel } from "./parts/settings-panel.js";
+import { createStage } from "./parts/stage.js";
+import { keepDraft, readDraft, singleKeys } from "./prefs.js";
+import { videoValuesOf } from "./video-rules.js";
+
+/** @typedef {import("./types.js").Job} Job */
+/** @typedef {import("./types.js").Kind} Kind */
+/** @typedef {import("./types.js").Model} Model */
+/** @typedef {import("./types.js").TextKey} TextKey */
+
+/**
+ * The page's own words.
+ * @typedef {object} Words
+ * @property {TextKey} title
+ * @property {TextKey} promptHint
+ * @property {TextKey} promptEmpty
+ * @property {TextKey} firstTitle
+ * @property {TextKey[]} samples
+ * @property {TextKey} noModels
+ */
+
+/**
+ * What one page makes.
+ * @typedef {object} Craft
+ * @property {Kind} kind
+ * @property {(model: Model) => Model | null} modelFor  as the form sees it; null: it cannot make this
+ * @property {(form: import("./types.js").FormValues, model: Model) => object} body  of the request
+ * @property {Words} words
+ */
+
+/** @type {Readonly<Record<Kind, string>>} */
+const HOMES = { image: "#/create", video: "#/video" };
+
+const MODELS_MS = 4_000; // while a model is loading
+
+/**
+ * @param {Craft} craft
+ * @returns {import("./router.js").Mount}
+ */
+export function createWorkspace(craft) {
+  return (root, services) => mount(craft, root, services);
+}
+
+/**
+ * @param {Craft} craft
+ * @param {HTMLElement} root
+ * @param {import("./app.js").Services} services
+ */
+function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, dialogs }) {
+  const left = new AbortController();
+  const jobStore = createJobStore(api, kind);
+  /** @type {Model[] | null} null until they were read */
+  let models = null;
+  /** @type {import("./types.js").Problem | null} why the start failed */
+  let startProblem = null;
+  let opened = false;
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  let modelsTimer;
+
+  const panel = createSettingsPanel({
+    kind,
+    words,
+    onSubmit: send,
+    onChange: (form) => keepDraft(form, kind),
+    addLora: api.addLora,
+  });
+  const stage = createStage(pictures, words, {
+    cancel: () => void jobStore.cancel(),
+    sample(prompt) {
+      panel.write({ ...panel.read(), prompt });
+      panel.submit();
+    },
+    again(job, seed) {
+      if (movedOn(job, seed)) return;
+      panel.write(again(job, seed));
+      toast.show(t(job.kind === "video" ? "video.filled" : "done.filled"));
+    },
+    retry(job) {
+      if (startProblem !== null) {
+        void open();
+        return;
+      }
+      if (job !== null && movedOn(job, job.wish.seed)) return;
+      if (job !== null) panel.write(again(job, job.wish.seed));
+      panel.submit();
+    },
+    smaller(job, { width, height }) {
+      const form = job === null ? panel.read() : again(job, job.wish.seed);
+      if (job !== null && movedOn(job, job.wish.seed, { width, height })) return;
+      panel.write({ ...form, width, height });
+      panel.submit();
+    },
+    key: () => void dialogs.changeKey(),
+    field: panel.focus,
+    hasField: panel.has,
+    saved: (count) => toast.show(t("done.saved", { count })),
+    sizes: (id) => models?.find((model) => model.id === id)?.sizes ?? null,
+  });
+  const strip = createFilmstrip(pictures, (id) => {
+    jobStore.select(id);
+    stage.comeIntoView();
+  });
+
+  root.replaceChildren(
+    h(
+      "div",
+      { class: "create" },
+      h("h1", { class: "visually-hidden" }, t(words.title)),
+      panel.element,
+      stage.element,
+      strip.element,
+    ),
+  );
+
+  /**
+   * The form that asks for a job again.
+   *
+   * @param {Job} job
+   * @param {string} seed
+   */
+  function again(job, seed) {
+    const { controls, video } = panel.read();
+    return { ...formOf(job.wish, seed, controls), video: videoValuesOf(job.wish, video) };
+  }
+
+  /**
+   * The strip holds jobs of the other page too: true when the job's own page was opened, its form filled.
+   *
+   * @param {Job} job
+   * @param {string} seed
+   * @param {{ width?: number, height?: number }} [size]
+   */
+  function movedOn(job, seed, size = {}) {
+    if (job.kind === kind) return false;
+    keepDraft({ ...again(job, seed), ...size }, job.kind);
+    location.hash = HOMES[job.kind];
+    return true;
+  }
+
+  /**
+   * @param {import("./types.js").FormValues} form
+   * @param {Model} model
+   */
+  function send(form, model) {
+    if (jobStore.sending.get()) return;
+    void jobStore.submit(body(form, model));
+    stage.comeIntoView();
+  }
+
+  /** @returns {import("./parts/stage.js").View} */
+  function view() {
+    if (startProblem !== null) return { kind: "refused", problem: startProblem, size: null, model: null };
+    if (models === null || !opened) return { kind: "loading" };
+    const form = panel.read();
+    if (jobStore.sending.get()) return { kind: "sending", width: form.width, height: form.height };
+    const refusal = jobStore.refusal.get();
+    if (refusal !== null) {
+      return { kind: "refused", problem: refusal.problem, size: form, model: form.model };
+    }
+    const job = jobStore.current();
+    if (job !== undefined) return { kind: "job", job };
+    return models.length === 0 ? { kind: "noModels" } : { kind: "first" };
+  }
+
+  function render() {
+    stage.show(view());
+    strip.show(jobStore.jobs.get(), jobStore.currentId.get());
+  }
+
+  /** @param {Job} job */
+  const ready = (job) =>
+    job.kind === "video" ? t("live.video") : t("live.ready", { count: job.pictures.length });
+
+  /** Words for those who do not see the stage: the turns of the job on it, not its every step. */
+  let told = "";
+  function announce() {
+    const job = jobStore.current();
+    if (job === undefined) return;
+    const half = job.status === "processing" && job.percent >= 50;
+    const turn = `${job.id} ${job.status} ${half}`;
+    if (turn === told) return;
+    const before = told;
+    told = turn;
+    if (hasEnded(job) && !before.startsWith(job.id)) return; // picked from the strip: seen, not news
+    if (job.status === "queued") toast.announce(t("live.queued"));
+    else if (half) toast.announce(t("live.half"));
+    else if (job.status === "completed") toast.announce(ready(job));
+    else if (job.status === "cancelled") toast.announce(t("live.cancelled"));
+    else if (job.status === "failed")
+      toast.announce(t("live.failed", { reason: t(titleOf(job.problem?.code ?? "")) }));
+  }
+
+  async function open() {
+    startProblem = null;
+    models = null;
+    opened = false;
+    render();
+    try {
+      models = await readModels();
+      panel.offer(models, readDraft(kind));
+      void offerLoras();
+      panel.element.inert = models.length === 0;
+      await jobStore.open();
+      opened = true;
+      render();
+      watchModels();
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+      startProblem = error.problem;
+      render();
+    }
+  }
+
+  /** The page works without them. */
+  async function offerLoras() {
+    try {
+      panel.offerLoras(await api.loras());
+    } catch (error) {
+      if (!(error instanceof ApiError)) throw error;
+    }
+  }
+
+  async function readModels() {
+    return (await api.models()).flatMap((model) => modelFor(model) ?? []);
+  }
+
+  /** Reads the states again while a model is on its way. */
+  function watchModels() {
+    clearTimeout(modelsTimer);
+    if (!models?.some((model) => model.state === "loading")) return;
+    modelsTimer = setTimeout(async () => {
+      try {
+        models = await readModels();
+        panel.refresh(models);
+      } catch {
+        // the next round tries again
+      }
+      watchModels();
+    }, MODELS_MS);
+  }
+
+  const stops = [
+    jobStore.jobs.subscribe(() => (render(), announce())),
+    jobStore.currentId.subscribe(() => (render(), announce())),
+    jobStore.refusal.subscribe((refusal) => {
+      render();
+      if (refusal !== null) toast.announce(t(titleOf(refusal.problem.code)));
+    }),
+    jobStore.sending.subscribe((sending) => {
+      panel.setSending(sending);
+      render();
+    }),
+    jobStore.connected.subscribe(stage.setConnected),
+  ];
+
+  listen(
+    [
+      { key: "Enter", command: true, run: () => (panel.submit(), true) },
+      { key: "s", command: true, run: () => stage.save() },
+      {
+        key: "Escape",
+        run() {
+          const job = jobStore.current();
+          if (job === undefined || hasEnded(job)) return false;
+          void jobStore.cancel();
+          return true;
+        },
+      },
+      { key: "?", run: () => (dialogs.showHelp(), true) },
+    ],
+    singleKeys.get,
+    left.signal,
+  );
+  void open();
+
+  return () => {
+    left.abort();
+    clearTimeout(modelsTimer);
+    for (const stop of stops) stop();
+    jobStore.close();
+  };
+}

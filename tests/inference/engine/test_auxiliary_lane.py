@@ -1,0 +1,211 @@
+"""A VAE works beside the steps of others: nobody waits for it but its own request."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deployments.engine.engine import Engine
+from deployments.engine.fiber import Fiber, FiberCancelled
+from deployments.engine.intercept import intercept
+from deployments.engine.step_scheduler import ScheduledJob
+from deployments.engine.worker import Emit, Finished, Worker
+from deployments.protocol.events import Failed, Step
+from tests.inference.engine.together import Together
+
+PATIENCE_S = 60.0
+
+
+class Denoiser(nn.Module):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + 1
+
+
+class Decoder(nn.Module):
+    """sample x 10, when it may; notes the rows and the thread of every forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may = threading.Event()
+        self.may.set()
+        self.rows: list[int] = []
+        self.threads: set[str] = set()
+        self.room = 10**6  # rows that fit "the device"
+
+    def forward(self, sample: Tensor) -> Tensor:
+        assert self.may.wait(PATIENCE_S)
+        self.rows.append(sample.shape[0])
+        self.threads.add(threading.current_thread().name)
+        if sample.shape[0] > self.room:
+            raise torch.OutOfMemoryError(f"{sample.shape[0]} rows")
+        return sample * 10
+
+
+class AutoencoderKL(nn.Module):
+    """Named as the VAE whose submodules are cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Identity(), Decoder()
+
+
+class TinyModel:
+    """A model in small: a denoiser and a VAE."""
+
+    def __init__(self) -> None:
+        self.denoiser, self.vae = Denoiser(), AutoencoderKL()
+
+    def generate(self, value: float, steps: int, on_step: Callable[[int], None] = lambda _step: None) -> Any:
+        def call() -> Tensor:
+            x = torch.full((1, 2), value)
+            for step in range(steps):
+                x = self.denoiser(x)
+                on_step(step + 1)
+            return self.vae.decoder(x)
+
+        return call
+
+
+@pytest.fixture
+def model() -> Iterator[TinyModel]:
+    made = TinyModel()
+    restore = intercept([made.denoiser, made.vae])
+    with torch.inference_mode():
+        yield made
+    made.vae.decoder.may.set()
+    restore()
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    made = Engine(Together(8), auxiliary_lane=True)
+    yield made
+    made.close()
+
+
+def run_out(engine: Engine) -> None:
+    while not engine.idle:
+        engine.step()
+
+
+def test_steps_go_on_while_a_picture_is_decoded(model: TinyModel, engine: Engine) -> None:
+    decoder = model.vae.decoder
+    decoder.may.clear()
+    short, long = Fiber(model.generate(0.0, steps=1)), Fiber(model.generate(5.0, steps=40))
+    for fiber in (short, long):
+        engine.start(fiber)
+
+    for _ in range(41):  # the 40 steps of the longer one, one of them shared, and then its decoding parks
+        engine.step() if long.call is None or long.call.seam.name != "Decoder.forward" else None
+    decoded_before = list(decoder.rows)
+    decoder.may.set()
+    run_out(engine)
+
+    assert decoded_before == [], "all steps of the longer one were done before the first picture was decoded"
+    assert torch.equal(short.result, torch.full((1, 2), 10.0))
+    assert torch.equal(long.result, torch.full((1, 2), 450.0))
+    assert threading.current_thread().name not in decoder.threads
+
+
+def test_pictures_that_wait_for_the_place_are_decoded_together(model: TinyModel, engine: Engine) -> None:
+    model.vae.decoder.may.clear()
+    fibers = [Fiber(model.generate(float(i), steps=1 if i == 0 else 2)) for i in range(4)]
+    for fiber in fibers:
+        engine.start(fiber)
+    engine.step()  # all take a step: the first picture goes aside when the next step looks there
+    engine.step()  # the other three take their second
+
+    model.vae.decoder.may.set()
+    run_out(engine)
+
+    assert model.vae.decoder.rows == [1, 3]
+    assert [float(fiber.result[0, 0]) for fiber in fibers] == [10.0, 30.0, 40.0, 50.0]
+
+
+def test_a_picture_cancelled_while_it_is_decoded_ends_and_harms_nobody(
+    model: TinyModel, engine: Engine
+) -> None:
+    model.vae.decoder.may.clear()
+    fibers = [Fiber(model.generate(float(i), steps=1)) for i in range(2)]
+    for fiber in fibers:
+        engine.start(fiber)
+    engine.step()
+    other = Fiber(model.generate(7.0, steps=3))
+    engine.start(other)
+    engine.step()  # both pictures are aside now
+
+    engine.cancel(fibers[0])
+    over_at_once = fibers[0].done
+    model.vae.decoder.may.set()
+    run_out(engine)
+
+    assert not over_at_once
+    assert isinstance(fibers[0].failure, FiberCancelled)
+    assert float(fibers[1].result[0, 0]) == 20.0
+    assert float(other.result[0, 0]) == 100.0
+
+
+def test_too_many_pictures_for_the_memory_are_decoded_in_halves(model: TinyModel, engine: Engine) -> None:
+    model.vae.decoder.room = 2
+    fibers = [Fiber(model.generate(float(i), steps=1)) for i in range(4)]
+    for fiber in fibers:
+        engine.start(fiber)
+
+    run_out(engine)
+
+    assert model.vae.decoder.rows == [4, 2, 2]
+    assert [float(fiber.result[0, 0]) for fiber in fibers] == [10.0, 20.0, 30.0, 40.0]
+
+
+def test_a_failure_aside_is_the_guilty_requests_own(model: TinyModel, engine: Engine) -> None:
+    model.vae.decoder.room = 0
+    fiber, other = Fiber(model.generate(1.0, steps=1)), Fiber(lambda: model.denoiser(torch.zeros(1, 2)))
+    for one in (fiber, other):
+        engine.start(one)
+
+    run_out(engine)
+
+    assert fiber.failure is not None
+    assert "fewer pictures" in str(fiber.failure)
+    assert float(other.result[0, 0]) == 1.0
+
+
+async def test_a_worker_hands_back_at_once_what_it_was_decoding(model: TinyModel) -> None:
+    scheduler = Together(8)
+    worker = Worker(Engine(scheduler, auxiliary_lane=True), scheduler, slots=2)
+    decoder = model.vae.decoder
+    decoder.may.clear()
+
+    def work(emit: Emit) -> Any:
+        return model.generate(0.0, 1, lambda step: emit(Step(step, 1)))()
+
+    def endless(emit: Emit) -> Any:
+        return model.generate(0.0, 10**9, lambda step: emit(Step(step, 10**9)))()
+
+    items = worker.submit(work, ScheduledJob(steps=10**9, shape="s"))
+    others = worker.submit(endless, ScheduledJob(steps=10**9, shape="s"))
+    async for item in items:
+        if isinstance(item, Step):
+            break
+    steps_seen = 0
+    async for item in others:  # by now the first one is aside
+        steps_seen += isinstance(item, Step)
+        if steps_seen == 3:
+            break
+
+    worker.drain(grace_s=0.0)
+    rest = [item async for item in items]
+    decoder.may.set()
+    ending = [item async for item in others]
+
+    assert isinstance(rest[-1], Failed)
+    assert rest[-1].retryable
+    assert not any(isinstance(item, Finished) for item in [*rest, *ending])
+    worker.stop()
+    worker_thread_died_well = worker.active == 0
+    assert worker_thread_died_well

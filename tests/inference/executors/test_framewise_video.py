@@ -1,0 +1,289 @@
+"""Videos of a picture model, frame by frame: where the path begins and ends, and what its frames share."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deployments.executors.frame_scheduler import FrameReady, FrameScheduler
+from deployments.pipelines.framewise import camera_view, slerp
+from deployments.protocol.card import Videos, load_card
+from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Started, Step
+from deployments.protocol.request import Edit, GenerationRequest, ResolvedVideo, Video
+from deployments.video import VideoReplica
+from tests.inference.films import ROOT, Frames, clip, film, png
+from tests.inference.recorder import Recorder
+from tests.serving.fakes import eventually
+
+VIDEOS = Videos(num_frames=9, fps=8, max_frames=64, max_frame_pixels=64 * 64 * 64, framewise=True)
+FLUX = load_card(ROOT / "configs/models/tiny-flux-schnell.yaml")
+CARD = FLUX.model_copy(update={"tasks": ["t2i", "i2i", "t2v", "i2v"], "videos": VIDEOS})
+PATIENCE_S = 120.0
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Iterator[VideoReplica]:
+    made = VideoReplica([CARD], Recorder())
+    yield made
+    made.__del__()
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture
+def model(loaded: VideoReplica, recorder: Recorder) -> VideoReplica:
+    loaded._encoder = recorder
+    return loaded
+
+
+def wish(**changes: Any) -> GenerationRequest:
+    known = {"model": CARD.id, "prompt": "a red circle", "seed": 5, "width": 64, "height": 64}
+    return GenerationRequest(**(known | changes))
+
+
+async def events_of(model: VideoReplica, **changes: Any) -> list[Event]:
+    return [event async for event in model.generate(wish(**changes))]
+
+
+async def picture_of(model: VideoReplica, **changes: Any) -> Frames:
+    events = await events_of(model, **changes)
+    (data,) = (e.data for e in events if isinstance(e, Artifact) and e.kind == "image")
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def furthest(one: Frames, other: Frames) -> int:
+    return int(np.abs(one.astype(np.int16) - other.astype(np.int16)).max())
+
+
+async def test_every_frame_is_told_and_the_file_holds_them_in_order(
+    model: VideoReplica, recorder: Recorder
+) -> None:
+    events = await events_of(model, video=Video(num_frames=40, fps=10))
+
+    assert [type(event) for event in events[:2]] == [Queued, Started]
+    steps = [event for event in events if isinstance(event, Step)]
+    assert steps == [Step(step, 160) for step in range(1, 161)]
+    (video,) = (e for e in events if isinstance(e, Artifact) and e.kind == "video")
+    assert len(film(video.data).frames) == 40
+    assert isinstance(events[-1], Done)
+    assert events[-1].generation_s > 0
+
+
+async def test_the_path_begins_and_ends_at_the_pictures_of_its_two_seeds(
+    model: VideoReplica, recorder: Recorder
+) -> None:
+    await events_of(model, video=Video(num_frames=5, fps=11, end_seed=77))
+
+    frames = recorder.taken(11)
+    assert furthest(frames[0], await picture_of(model)) <= 1
+    assert furthest(frames[-1], await picture_of(model, seed=77)) <= 1
+    assert all(furthest(a, b) > 1 for a, b in pairwise(frames))
+
+
+async def test_the_path_may_lead_from_one_prompt_to_another(model: VideoReplica, recorder: Recorder) -> None:
+    await events_of(model, video=Video(num_frames=5, fps=12, end_prompt="a blue star"))
+
+    frames = recorder.taken(12)
+    assert furthest(frames[0], await picture_of(model)) <= 1
+    assert furthest(frames[-1], await picture_of(model, prompt="a blue star")) <= 1
+    assert furthest(frames[1], frames[0]) > 1
+
+
+async def test_without_an_end_the_path_leads_to_the_next_seed(
+    model: VideoReplica, recorder: Recorder
+) -> None:
+    await events_of(model, video=Video(num_frames=3, fps=13))
+
+    assert furthest(recorder.taken(13)[-1], await picture_of(model, seed=6)) <= 1
+
+
+async def test_a_picture_to_start_from_is_kept_as_far_as_strength_says(
+    model: VideoReplica, recorder: Recorder
+) -> None:
+    edit = Edit(image=png(), strength=0.5)
+
+    await events_of(model, edit=edit, video=Video(num_frames=3, fps=14))
+
+    assert furthest(recorder.taken(14)[0], await picture_of(model, edit=edit)) <= 1
+
+
+async def test_every_frame_is_painted_from_what_the_moving_view_sees(
+    model: VideoReplica, recorder: Recorder
+) -> None:
+    start, way = Edit(image=png(96, 96), strength=0.5), {"zoom": 2.0, "pan_x": 0.25}
+
+    await events_of(model, edit=start, video=Video(num_frames=3, fps=15, **way))
+
+    seen = camera_view(
+        Image.open(io.BytesIO(start.image)).convert("RGB"),
+        ResolvedVideo(num_frames=3, fps=15, **way),
+        2,
+        64,
+        64,
+    )
+    last = Edit(image=_file(seen), strength=0.5)
+    frames = recorder.taken(15)
+    assert furthest(frames[0], await picture_of(model, edit=start)) <= 1
+    assert furthest(frames[2], await picture_of(model, edit=last)) <= 1
+    assert furthest(frames[1], frames[2]) > 1
+
+
+async def test_without_a_picture_the_view_moves_over_that_of_the_prompt(
+    model: VideoReplica, recorder: Recorder
+) -> None:
+    events = await events_of(model, video=Video(num_frames=3, fps=16, zoom=0.5))
+
+    first = Edit(image=_file(Image.fromarray(await picture_of(model))), strength=CARD.strength)
+    frames = recorder.taken(16)
+    assert furthest(frames[0], await picture_of(model, edit=first)) <= 1
+    assert furthest(frames[2], frames[0]) > 1
+    told = [event for event in events if isinstance(event, Queued | Started | Step)]
+    steps = 4 + 3 * 3
+    assert told == [Queued(0, 0.0), Started(steps), *(Step(step, steps) for step in range(1, steps + 1))]
+
+
+def _file(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+async def test_the_frames_of_one_request_are_woven_together(model: VideoReplica) -> None:
+    engine = model._worker._engine
+    before = engine.rows, engine.forwards
+
+    await events_of(model, video=Video(num_frames=16))
+
+    rows, forwards = engine.rows - before[0], engine.forwards - before[1]
+    assert rows / forwards > 1.5, "frames share forwards"
+
+
+async def test_closing_the_stream_cancels_all_frames(model: VideoReplica) -> None:
+    async with aclosing(model.generate(wish(video=Video(num_frames=64)))) as events:
+        async for event in events:
+            if isinstance(event, Step):
+                break
+
+    await eventually(lambda: model._worker.active == 0, PATIENCE_S)
+    assert isinstance((await events_of(model))[-1], Done)
+
+
+def test_between_two_noises_lies_noise() -> None:
+    one, other = (torch.randn(4, 16, 64, 64, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+
+    middle = slerp(one, other, 0.5)
+
+    assert torch.equal(slerp(one, other, 0.0), one)
+    assert torch.equal(slerp(one, other, 1.0), other)
+    assert middle.std() == pytest.approx(1.0, abs=0.01)
+    assert torch.lerp(one, other, 0.5).std() < 0.8
+
+
+def film_of(**way: float) -> ResolvedVideo:
+    return ResolvedVideo(num_frames=3, fps=8, **way)  # type: ignore[arg-type]
+
+
+def test_the_view_begins_with_the_whole_picture_and_zooms_by_equal_factors() -> None:
+    picture = Image.fromarray(clip(1, 64, 96)[0])
+
+    first, middle, last = (camera_view(picture, film_of(zoom=4.0), frame, 48, 32) for frame in range(3))
+
+    assert first == picture.resize((48, 32), Image.Resampling.LANCZOS)
+    assert middle == picture.resize((48, 32), Image.Resampling.LANCZOS, box=(24, 16, 72, 48))
+    assert last == picture.resize((48, 32), Image.Resampling.LANCZOS, box=(36, 24, 60, 40))
+
+
+def test_past_its_edges_a_picture_is_mirrored() -> None:
+    pixels = clip(1, 64, 64)[0]
+    picture = Image.fromarray(pixels)
+
+    auxiliary_lane = np.asarray(camera_view(picture, film_of(pan_x=0.5, pan_y=-0.5), 2, 64, 64))
+    further = camera_view(picture, film_of(zoom=0.5), 2, 128, 128)
+
+    assert np.array_equal(auxiliary_lane[32:, :32], pixels[:32, 32:]), "what lies to the right and above"
+    assert np.array_equal(auxiliary_lane[32:, 32:], pixels[:32, :31:-1])
+    assert np.array_equal(auxiliary_lane[:32, :32], pixels[31::-1, 32:])
+    assert np.array_equal(np.asarray(further)[32:96, 32:96], pixels)
+
+
+def test_the_widest_and_furthest_view_still_has_the_size_of_the_request() -> None:
+    picture = Image.fromarray(clip(1, 50, 70)[0])
+
+    for way in ({"zoom": 0.25, "pan_x": -1.0, "pan_y": 1.0}, {"zoom": 4.0, "pan_x": 1.0}):
+        assert camera_view(picture, film_of(**way), 2, 64, 48).size == (64, 48)
+
+
+# --- the order of frames -----------------------------------------------------------------------------------
+
+
+class Counted(list[int]):
+    """Knows how long it ever was."""
+
+    most = 0
+
+    def append(self, item: int) -> None:
+        super().append(item)
+        self.most = max(self.most, len(self))
+
+
+def painter(order: list[int], running: list[int], failing: int | None = None) -> Any:
+    """Frames that finish in this order, whatever the order they begin in."""
+    turn = asyncio.Condition()
+    finished: list[int] = []
+
+    async def run_frame(frame: int) -> AsyncGenerator[Any]:
+        running.append(frame)
+        try:
+            yield Started(1)
+            await asyncio.sleep(0)  # whoever else has begun comes this far
+            async with turn:
+                await turn.wait_for(lambda: finished == order[: order.index(frame)])
+                if frame == failing:
+                    yield Failed("internal", "this frame failed", retryable=False)
+                    return
+                yield FrameReady(Image.new("RGB", (2, 2), (frame, 0, 0)))
+                finished.append(frame)
+                turn.notify_all()
+        finally:
+            running.remove(frame)
+
+    return run_frame
+
+
+async def test_frames_come_in_their_order_however_they_finish() -> None:
+    async with FrameScheduler(painter([3, 1, 0, 2], []), 4, window=4) as events:
+        told = [event async for event in events]
+
+    assert told[0] == Started(1)
+    assert [e.image.getpixel((0, 0))[0] for e in told if isinstance(e, FrameReady)] == [0, 1, 2, 3]  # type: ignore[index]
+
+
+async def test_no_more_frames_are_under_way_than_the_window_lets() -> None:
+    running = Counted()
+    async with FrameScheduler(painter(list(range(20)), running), 20, window=3) as events:
+        painted = [event async for event in events if isinstance(event, FrameReady)]
+
+    assert len(painted) == 20
+    assert (running.most, list(running)) == (3, [])
+
+
+async def test_the_first_failure_ends_it_all() -> None:
+    running: list[int] = []
+    async with FrameScheduler(painter([0, 1, 2, 3], running, failing=1), 4, window=4) as events:
+        told = [event async for event in events]
+
+    assert isinstance(told[-1], Failed)
+    assert [type(event) for event in told].count(FrameReady) == 1
+    assert running == []

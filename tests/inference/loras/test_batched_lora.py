@@ -1,0 +1,362 @@
+"""Different LoRAs in one batch: each request equals diffusers' own answer with its adapters alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxControlNetPipeline, StableDiffusionControlNetPipeline
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from deployments.engine.batch_buckets import pad_small_linears
+from deployments.engine.engine import Engine
+from deployments.engine.fiber import Fiber
+from deployments.engine.intercept import intercept
+from deployments.engine.lora_rows import run_with_lora_rows
+from deployments.loras import batched_lora
+from deployments.loras.batched_lora import BatchedLora, LoraSet, mix
+from deployments.loras.source import PARTS, read
+from tests.inference import tiny
+from tests.inference.engine.together import Together
+from tests.inference.lora_files import file_of, random_lora, with_diffusers
+from tests.inference.tiny_controls import flux_controlnet, unet_controlnet
+
+ROOT = Path(__file__).parents[3]
+Loras = Sequence[tuple[bytes, float]]
+pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # two adapters are meant
+TOLERANCE = 1e-5  # of the largest latent, in float32
+SIZE = {"width": 64, "height": 64}
+
+
+@pytest.fixture(autouse=True)
+def _inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def call_of(pipeline: Any, seed: int, **arguments: Any) -> Callable[[], Tensor]:
+    """The pipeline's latents for a seed, as a request's own call would ask for them."""
+
+    def call() -> Tensor:
+        own = type(pipeline)(
+            **pipeline.components | {"scheduler": copy_of(pipeline.scheduler)}, **extra(pipeline)
+        )
+        own.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(seed)
+        given = {"prompt": f"picture {seed}", "generator": generator, "output_type": "latent", **arguments}
+        answer = own(**given)
+        return answer.frames if hasattr(answer, "frames") else answer.images
+
+    return call
+
+
+def copy_of(scheduler: Any) -> Any:
+    return type(scheduler).from_config(scheduler.config)
+
+
+def extra(pipeline: Any) -> dict[str, Any]:
+    return {"requires_safety_checker": False} if hasattr(pipeline, "safety_checker") else {}
+
+
+class Loom:
+    """A model whose requests bring their own adapters, through the engine."""
+
+    def __init__(self, pipeline: Any, *, deterministic: bool = False) -> None:
+        self.pipeline = pipeline
+        parts = {
+            name: getattr(pipeline, name)
+            for name in PARTS
+            if isinstance(getattr(pipeline, name, None), nn.Module)
+        }
+        self.batched_lora = BatchedLora(parts, deterministic=deterministic)
+        self._modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+        self._deterministic = deterministic
+        self.forwards = 0
+        self.rows = 0
+
+    def lora_set(self, loras: Loras) -> LoraSet | None:
+        adapters = [(read(file, self.pipeline).factors, weight) for file, weight in loras]
+        for factors, _ in adapters:
+            self.batched_lora.hook(factors)
+        return mix(adapters) if adapters else None
+
+    def together(
+        self, works: Sequence[tuple[Callable[[], Tensor], LoraSet | None]], rows: int = 16
+    ) -> list[Tensor]:
+        restores = [intercept(self._modules)]
+        if self._deterministic:
+            restores.append(pad_small_linears(self._modules))
+        scheduler = Together(rows)
+        engine = Engine(scheduler, deterministic=self._deterministic)
+        fibers = []
+        try:
+            for work, owner in works:
+                fiber = Fiber(work)
+                fiber.lora_set = owner
+                fibers.append(fiber)
+            for fiber in fibers:
+                engine.start(fiber)
+            while not engine.idle:
+                engine.step()
+        finally:
+            for restore in reversed(restores):
+                restore()
+        self.forwards, self.rows = engine.forwards, engine.rows
+        for fiber in fibers:
+            if fiber.failure is not None:
+                raise fiber.failure
+        return [fiber.result for fiber in fibers]
+
+
+def distance(got: Tensor, wanted: Tensor) -> float:
+    return float((got - wanted).abs().max() / wanted.abs().max())
+
+
+def flux_loras() -> list[Loras]:
+    pipeline = tiny.flux()
+    one = file_of(random_lora(pipeline, ["transformer"], rank=4, seed=1))
+    two = file_of(random_lora(pipeline, ["transformer", "text_encoder"], rank=16, seed=2, only=attention))
+    return [[(one, 1.0)], [(two, -0.7)], [], [(one, 0.4), (two, 1.5)]]
+
+
+def attention(path: str, _layer: nn.Module) -> bool:
+    return "attn" in path
+
+
+def sdxl_loras() -> list[Loras]:
+    pipeline = tiny.sdxl()
+    convolutions = file_of(random_lora(pipeline, ["unet"], rank=4, seed=1, size=0.3))
+    both = file_of(
+        random_lora(pipeline, ["unet", "text_encoder", "text_encoder_2"], rank=8, seed=2, only=attention)
+    )
+    return [[(convolutions, 0.8)], [(both, 1.0)], [], [(both, -1.0), (convolutions, 0.5)]]
+
+
+def sd_loras() -> list[Loras]:
+    pipeline = tiny.sd()
+    encoder = file_of(
+        random_lora(
+            pipeline, ["text_encoder"], rank=2, seed=3, only=lambda path, _: "proj" in path or "fc" in path
+        )
+    )
+    both = file_of(
+        random_lora(
+            pipeline,
+            ["unet", "text_encoder"],
+            rank=5,
+            seed=4,
+            size=0.3,
+            only=lambda path, _: "proj_in" in path or "attn" in path or "conv" in path,
+        )
+    )
+    return [[(encoder, 1.0)], [], [(both, 0.9)], [(both, 0.3), (encoder, 0.3)]]
+
+
+def wan() -> Any:
+    """The shipped video model; its transformer and text encoder are made in a second."""
+    pipeline = DiffusionPipeline.from_pretrained(ROOT / "models/tiny-wan", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def wan_loras() -> list[Loras]:
+    pipeline = wan()
+    one = file_of(random_lora(pipeline, ["transformer"], rank=4, seed=1, only=attention))
+    two = file_of(random_lora(pipeline, ["transformer"], rank=8, seed=2, size=0.5))
+    return [[(one, 1.0)], [], [(two, 0.6)], [(two, -0.5), (one, 0.5)]]
+
+
+MODELS: dict[str, tuple[Callable[[], Any], Callable[[], list[Loras]], dict[str, Any]]] = {
+    "flux": (tiny.flux, flux_loras, {**SIZE, "max_sequence_length": 48}),
+    "sdxl": (tiny.sdxl, sdxl_loras, {**SIZE, "guidance_scale": 5.0}),
+    "sd": (tiny.sd, sd_loras, {**SIZE, "guidance_scale": 5.0}),
+    "wan": (wan, wan_loras, {**SIZE, "num_frames": 5, "guidance_scale": 5.0}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_request_equals_diffusers_with_its_adapters_alone(name: str, tmp_path: Path) -> None:
+    make, make_loras, arguments = MODELS[name]
+    loras, steps = make_loras(), (1, 2, 3, 2)
+    loom = Loom(make())
+    works = [
+        (call_of(loom.pipeline, seed, num_inference_steps=steps[seed], **arguments), loom.lora_set(own))
+        for seed, own in enumerate(loras)
+    ]
+
+    answers = loom.together(works)
+
+    assert loom.rows > 1.5 * loom.forwards, "the requests must really share forwards"
+    for seed, own in enumerate(loras):
+        with torch.inference_mode(False), torch.no_grad():
+            alone = with_diffusers(make(), own, tmp_path)
+            wanted = call_of(alone, seed, num_inference_steps=steps[seed], **arguments)()
+        assert distance(answers[seed], wanted) <= TOLERANCE, f"request {seed}"
+
+
+def noise_picture() -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def controlled_sd() -> Any:
+    plain = tiny.sd()
+    net = unet_controlnet(plain.unet, 3).float()
+    return StableDiffusionControlNetPipeline(
+        **plain.components, controlnet=net, requires_safety_checker=False
+    )
+
+
+def controlled_flux() -> Any:
+    return FluxControlNetPipeline(**tiny.flux().components, controlnet=flux_controlnet(1).float())
+
+
+@pytest.mark.parametrize(
+    ("make", "make_loras", "arguments"),
+    [
+        (controlled_sd, sd_loras, {**SIZE, "guidance_scale": 5.0, "image": noise_picture()}),
+        (
+            controlled_flux,
+            flux_loras,
+            {**SIZE, "max_sequence_length": 48, "control_image": noise_picture()},
+        ),
+    ],
+    ids=["sd", "flux"],
+)
+def test_requests_with_a_controlnet_and_adapters_equal_diffusers_alone(
+    make: Callable[[], Any], make_loras: Callable[[], list[Loras]], arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    loras, steps = make_loras(), (2, 1, 2, 2)
+    loom = Loom(make())
+    works = [
+        (call_of(loom.pipeline, seed, num_inference_steps=steps[seed], **arguments), loom.lora_set(own))
+        for seed, own in enumerate(loras)
+    ]
+
+    answers = loom.together(works)
+
+    assert loom.rows > 1.5 * loom.forwards, "the requests must really share forwards"
+    for seed, own in enumerate(loras):
+        with torch.inference_mode(False), torch.no_grad():
+            alone = with_diffusers(make(), own, tmp_path)
+            wanted = call_of(alone, seed, num_inference_steps=steps[seed], **arguments)()
+        assert distance(answers[seed], wanted) <= TOLERANCE, f"request {seed}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_with_deterministic_rows_neighbours_and_their_adapters_change_no_bit(
+    name: str, dtype: torch.dtype
+) -> None:
+    make, make_loras, arguments = MODELS[name]
+    pipeline, steps = make().to(dtype=dtype), (1, 2, 2, 3, 1, 2)
+    untouched = Loom(make().to(dtype=dtype), deterministic=True)
+    loom = Loom(pipeline, deterministic=True)
+    every = [*make_loras(), make_loras()[0], []]
+    owners = [loom.lora_set(own) for own in every]
+
+    def work(seed: int, of: Any) -> Callable[[], Tensor]:
+        return call_of(of, seed, num_inference_steps=steps[seed], **arguments)
+
+    alone = [loom.together([(work(seed, pipeline), owner)])[0] for seed, owner in enumerate(owners)]
+    plain = [untouched.together([(work(seed, untouched.pipeline), None)])[0] for seed in (2, 5)]
+
+    for chosen in ((0, 1, 2, 3, 4, 5), (5, 3, 2, 1)):
+        answers = loom.together([(work(seed, pipeline), owners[seed]) for seed in chosen], rows=8)
+
+        assert loom.rows > loom.forwards
+        for seed, answer in zip(chosen, answers, strict=True):
+            assert torch.equal(answer, alone[seed]), f"request {seed} among {chosen}"
+    for seed, answer in zip((2, 5), plain, strict=True):
+        assert torch.equal(answer, alone[seed]), "a replica that never saw a LoRA gives other bits"
+
+
+def test_what_a_row_gets_does_not_depend_on_the_kernel_for_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here every trial of a batched product is taken as failed, so that rows run one by one."""
+    loom, loras = Loom(tiny.flux(), deterministic=True), flux_loras()
+    owners = [loom.lora_set(own) for own in loras]
+    works = [
+        (call_of(loom.pipeline, seed, num_inference_steps=2, max_sequence_length=48, **SIZE), owner)
+        for seed, owner in enumerate(owners)
+    ]
+    expected = loom.together(works)
+    loom.batched_lora.restore()
+    trials: list[bool] = []
+    monkeypatch.setattr(batched_lora, "_tried", lambda *_: bool(trials.append(False)))
+    fresh = Loom(loom.pipeline, deterministic=True)
+    for owner in owners:
+        fresh.batched_lora.hook(owner.pairs if owner is not None else ())
+
+    answers = fresh.together(works)
+
+    assert trials, "linear layers were tried"
+    assert all(map(torch.equal, answers, expected))
+
+
+def test_a_thousand_swaps_leave_the_weights_and_the_bits_as_they_were() -> None:
+    pipeline = tiny.flux()
+    transformer = pipeline.transformer
+    loom = Loom(pipeline, deterministic=True)
+    owners = [
+        loom.lora_set([(file_of(random_lora(pipeline, ["transformer"], seed=seed, only=attention)), 1.0)])
+        for seed in range(8)
+    ]
+    before = {name: value.clone() for name, value in transformer.state_dict().items()}
+    layer = transformer.transformer_blocks[0].attn.to_q
+    x = torch.randn(1, 16, layer.in_features, generator=torch.Generator().manual_seed(0))
+    plain, answers = layer(x), [run_with_lora_rows([owner], [1], lambda: layer(x)) for owner in owners]
+
+    for swap in range(1000):
+        answer = run_with_lora_rows([owners[swap % 8]], [1], lambda: layer(x))
+        assert torch.equal(answer, answers[swap % 8])
+
+    assert not any(torch.equal(one, plain) for one in answers)
+    assert torch.equal(layer(x), plain)
+    assert all(torch.equal(value, before[name]) for name, value in transformer.state_dict().items())
+
+
+def test_adding_factors_into_the_weights_would_change_bits() -> None:
+    """Why there is no merged mode: a request would look otherwise beside others than alone."""
+    pipeline = tiny.flux()
+    loom = Loom(pipeline, deterministic=True)
+    owner = loom.lora_set([(file_of(random_lora(pipeline, ["transformer"], only=attention)), 1.0)])
+    assert owner is not None
+    place = ("transformer", "transformer_blocks.0.attn.to_q")
+    layer, pair = pipeline.transformer.get_submodule(place[1]), owner.pairs[place]
+    x = torch.randn(1, 64, layer.in_features, generator=torch.Generator().manual_seed(0))
+
+    beside = run_with_lora_rows([owner], [1], lambda: layer(x))
+    merged = functional.linear(x, layer.weight + pair.b @ pair.a, layer.bias)
+
+    assert torch.allclose(beside, merged, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(beside, merged)
+
+
+def test_memory_of_stacks_is_bounded_and_freed() -> None:
+    loom, loras = Loom(tiny.flux()), flux_loras()
+    owners = [loom.lora_set(own) for own in loras]
+
+    def run(owner: LoraSet | None) -> Tensor:
+        return loom.together(
+            [(call_of(loom.pipeline, 1, num_inference_steps=1, max_sequence_length=48, **SIZE), owner)]
+        )[0]
+
+    for owner in owners * 2:
+        run(owner)
+
+    kept = loom.batched_lora.stacked_bytes
+    assert 0 < kept <= 4 * max(size_of(owner) for owner in owners if owner is not None)
+    for owner in owners:
+        if owner is not None:
+            loom.batched_lora.forget(owner)
+    assert loom.batched_lora.stacked_bytes == 0
+
+
+def size_of(owner: LoraSet) -> int:
+    return sum(t.numel() * t.element_size() for pair in owner.pairs.values() for t in (pair.a, pair.b))

@@ -1,0 +1,92 @@
+"""Several models in one replica: least recently used out, one in use stays, memory is counted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from deployments.models.model_cache import ModelCache
+
+SIZES = {"small": 1, "middle": 4, "large": 8}
+
+
+class Library:
+    def __init__(self) -> None:
+        self.log: list[str] = []
+
+    def load(self, name: str) -> str:
+        if name == "broken":
+            raise OSError("no such file")
+        self.log.append(f"+{name}")
+        return name
+
+    def unload(self, model: str) -> None:
+        self.log.append(f"-{model}")
+
+    def model_cache(
+        self, *, limit: int = 2, max_bytes: int | None = None, size_of: Callable[[str], int] = lambda _: 1
+    ) -> ModelCache[str]:
+        return ModelCache(
+            self.load, self.unload, size_of, limit=limit, max_bytes=max_bytes, expected_bytes=size_of
+        )
+
+
+async def use(model_cache: ModelCache[str], name: str) -> str:
+    async with model_cache.using(name) as model:
+        return model
+
+
+async def test_the_least_recently_used_makes_room() -> None:
+    library = Library()
+    model_cache = library.model_cache(limit=2)
+
+    for name in ("a", "b", "a", "c", "a"):
+        assert await use(model_cache, name) == name
+
+    assert library.log == ["+a", "+b", "-b", "+c"]
+    assert list(model_cache.loaded) == ["c", "a"]
+
+
+async def test_a_model_in_use_stays_and_the_next_one_waits_for_it() -> None:
+    library = Library()
+    model_cache = library.model_cache(limit=1)
+
+    async with model_cache.using("a"):
+        waiting = asyncio.create_task(use(model_cache, "b"))
+        await asyncio.sleep(0.05)
+        assert library.log == ["+a"]
+        assert not waiting.done()
+
+    assert await asyncio.wait_for(waiting, 5) == "b"
+    assert library.log == ["+a", "-a", "+b"]
+
+
+async def test_memory_is_counted_beside_the_number() -> None:
+    library = Library()
+    model_cache = library.model_cache(limit=3, max_bytes=9, size_of=SIZES.__getitem__)
+
+    for name in ("small", "middle", "large"):
+        await use(model_cache, name)
+
+    assert library.log == ["+small", "+middle", "-small", "-middle", "+large"]
+    assert model_cache.loaded == {"large": 8}
+
+
+async def test_many_who_ask_at_once_load_it_once() -> None:
+    library = Library()
+    model_cache = library.model_cache()
+
+    assert await asyncio.gather(*[use(model_cache, "a") for _ in range(5)]) == ["a"] * 5
+    assert library.log == ["+a"]
+
+
+async def test_a_model_that_cannot_be_loaded_takes_no_place() -> None:
+    library = Library()
+    model_cache = library.model_cache(limit=1)
+
+    with pytest.raises(OSError, match="no such file"):
+        await use(model_cache, "broken")
+
+    assert await use(model_cache, "a") == "a"

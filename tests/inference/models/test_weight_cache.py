@@ -1,0 +1,99 @@
+"""Weights that cards name by address come to the node once, whole or not at all."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+from deployments.models import weight_cache
+from deployments.models.load import load_pipeline
+from deployments.protocol.card import Weights, load_card
+from deployments.protocol.errors import ModelUnavailable
+from deployments.weights_prefetcher import target_nodes
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(weight_cache.MODEL_CACHE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_model_at_an_address_is_fetched_and_loaded(cache: Path) -> None:
+    weights = Weights(path=f"file://{ROOT}/models/tiny-flux-schnell", dtype="float32")
+
+    pipeline = load_pipeline(weights, torch.device("cpu"))
+
+    assert type(pipeline).__name__ == "FluxPipeline"
+    (folder,) = [path for path in cache.iterdir() if path.is_dir()]
+    assert (folder / "model_index.json").read_bytes() == (
+        ROOT / "models/tiny-flux-schnell/model_index.json"
+    ).read_bytes()
+
+
+def test_many_who_want_the_same_fetch_it_once(cache: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/model/model_index.json", b"{}")
+    memory.pipe("/bucket/model/unet/weights.safetensors", b"\0" * 1000)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            folders = set(pool.map(weight_cache.local_folder, ["memory://bucket/model"] * 16))
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+    (folder,) = folders
+    assert (folder / "unet/weights.safetensors").stat().st_size == 1000
+    assert weight_cache.local_folder("memory://bucket/model") == folder, "the bucket is not asked again"
+
+
+def test_what_a_killed_fetch_left_is_not_taken_for_a_model(cache: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/bucket/other/model_index.json", b"{}")
+    whole = weight_cache.local_folder("memory://bucket/other")
+    partial = whole.with_suffix(".partial")
+    whole.rename(partial)
+    (partial / "half.safetensors").write_bytes(b"half")
+
+    again = weight_cache.local_folder("memory://bucket/other")
+
+    memory.rm("/bucket", recursive=True)
+    assert [path.name for path in again.iterdir()] == ["model_index.json"]
+
+
+def test_an_address_without_weights_is_told_with_its_name(cache: Path) -> None:
+    with pytest.raises(ModelUnavailable, match="memory://bucket/nothing cannot be fetched"):
+        weight_cache.fetch(Weights(path="memory://bucket/nothing"), pipeline=True)
+
+    assert not any(path.is_dir() for path in cache.iterdir())
+
+
+def test_a_card_lists_all_its_weights_once() -> None:
+    flux = load_card(ROOT / "configs/models/flux.1-dev.yaml")
+
+    every = flux.all_weights
+
+    assert every[0] == flux.weights
+    assert len({weights.model_dump_json() for weights in every}) == len(every)
+    assert all(weights.is_remote for weights in every)
+    assert not load_card(ROOT / "configs/models/tiny-sd15.yaml").weights.is_remote
+
+
+@pytest.mark.parametrize(
+    ("nodes", "wanted"),
+    [
+        ({"head": 0, "laptop": 0}, ["head", "laptop"]),
+        ({"head": 0, "gpu-1": 1, "gpu-2": 8}, ["gpu-1", "gpu-2"]),
+    ],
+)
+def test_weights_go_to_gpu_nodes_or_to_all_where_there_are_none(
+    nodes: dict[str, int], wanted: list[str]
+) -> None:
+    told = [{"NodeID": name, "Alive": True, "Resources": {"GPU": gpus}} for name, gpus in nodes.items()]
+    dead = {"NodeID": "dead", "Alive": False, "Resources": {"GPU": 8}}
+
+    assert target_nodes([*told, dead]) == wanted

@@ -1,0 +1,220 @@
+"""Numbers of the workshop: what an engine counts, and how they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from deployments.engine.engine import Engine
+from deployments.engine.engine_stats import EngineStats, ForwardLabels, size_class
+from deployments.engine.intercept import intercept
+from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
+from deployments.engine.worker import Emit, Worker
+from deployments.observability import collectors
+from deployments.observability.metrics import METRICS, Reporter, Sample
+from deployments.protocol import log_context
+from deployments.protocol.errors import NotFinite
+from deployments.protocol.events import Step
+from deployments.protocol.log_context import LogContext
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "frames", "told"),
+    [
+        (128, 128, None, "256"),
+        (512, 512, None, "512"),
+        (512, 528, None, "768"),
+        (1024, 1024, None, "1024"),
+        (1536, 640, None, "1024"),
+        (4096, 4096, None, "larger"),
+        (832, 480, 81, "768x128"),
+        (832, 480, 1, "768x1"),
+    ],
+)
+def test_sizes_fall_into_few_classes(width: int, height: int, frames: int | None, told: str) -> None:
+    assert size_class(width, height, frames) == told
+
+
+def test_forwards_are_counted_by_module_size_and_rows() -> None:
+    stats = EngineStats()
+
+    for rows, seconds in ((1, 0.5), (4, 1.0), (4, 2.0)):
+        stats.record_forward("transformer", ("flux", "1024"), rows, seconds)
+
+    assert stats.forwards == {
+        ForwardLabels("transformer", "flux", "1024", 1): (1, 0.5),
+        ForwardLabels("transformer", "flux", "1024", 4): (2, 3.0),
+    }
+
+
+class Told:
+    """Stands in for Ray's metrics: Ray's own would need a cluster to be read."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, float, dict[str, str]]] = []
+
+    def Counter(self, name: str, _meaning: str, tag_keys: tuple[str, ...]) -> Any:
+        return self._metric(name)
+
+    def Gauge(self, name: str, _meaning: str, tag_keys: tuple[str, ...]) -> Any:
+        return self._metric(name)
+
+    def _metric(self, name: str) -> Any:
+        told = self
+
+        class One:
+            def inc(self, value: float, labels: dict[str, str]) -> None:
+                told.calls.append((name, value, labels))
+
+            set = inc
+
+        return One()
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Told:
+    made = Told()
+    monkeypatch.setattr("ray.serve.metrics.Counter", made.Counter)
+    monkeypatch.setattr("ray.serve.metrics.Gauge", made.Gauge)
+    return made
+
+
+def test_counters_are_told_what_came_since_and_gauges_as_they_are(told: Told) -> None:
+    reporter = Reporter()
+
+    for steps in (0, 3, 3, 10):
+        reporter.report([Sample("weft_steps", steps), Sample("weft_slots", 4)])
+
+    assert [call for call in told.calls if call[0] == "weft_steps"] == [
+        ("weft_steps", 3, {}),
+        ("weft_steps", 7, {}),
+    ]
+    assert [call for call in told.calls if call[0] == "weft_slots"] == [("weft_slots", 4, {})] * 4
+
+
+def test_a_reading_that_fails_once_does_not_end_the_reports(told: Told) -> None:
+    reporter, told_again, calls = Reporter(interval_s=0.001), threading.Event(), 0
+
+    def read() -> list[Sample]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise RuntimeError("a part was being replaced")
+        told_again.set()
+        return [Sample("weft_slots", 1)]
+
+    reporter.start(read)
+
+    assert told_again.wait(30)
+    reporter.stop()
+
+
+def test_rays_own_metrics_take_every_declared_one() -> None:
+    reporter = Reporter()
+
+    reporter.report(
+        Sample(metric.name, 1.0, dict.fromkeys(metric.labels, "x")) for metric in METRICS.values()
+    )
+
+
+class Doubling(nn.Module):
+    """Doubles; has no room for more than two rows."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if len(hidden_states) > 2:
+            raise torch.OutOfMemoryError("it is full")
+        return hidden_states * 2
+
+
+DOUBLING = Doubling()
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    restore = intercept([DOUBLING])
+    scheduler = StepScheduler(4)
+    made = Worker(Engine(scheduler), scheduler, slots=4)
+    yield made
+    made.stop()
+    restore()
+
+
+async def run(worker: Worker, rows: int = 1, error: Exception | None = None) -> list[Any]:
+    def work(emit: Emit) -> None:
+        DOUBLING(torch.ones(rows, 1))
+        emit(Step(1, 1))
+        if error is not None:
+            raise error
+
+    job = ScheduledJob(labels=("tiny", "256"), batch_size=rows)
+    return [item async for item in worker.submit(work, job)]
+
+
+def values(worker: Worker, name: str) -> dict[tuple[str, ...], float]:
+    """Values of one metric by its labels."""
+    found = [sample for sample in collectors.worker_samples(worker) if sample.name == name]
+    return {tuple(sample.labels.values()): sample.value for sample in found}
+
+
+async def test_a_worker_tells_requests_steps_forwards_and_failures(worker: Worker) -> None:
+    await run(worker, rows=2)
+    await run(worker, rows=3)  # never fits
+    await run(worker, error=NotFinite("NaN"))
+
+    assert values(worker, "weft_requests") == {(): 3}
+    assert values(worker, "weft_requests_failed") == {("out_of_memory",): 1, ("not_finite",): 1}
+    assert values(worker, "weft_steps") == {(): 2}
+    assert values(worker, "weft_forwards") == {
+        ("tiny", "Doubling.forward", "256", "2"): 1,
+        ("tiny", "Doubling.forward", "256", "1"): 1,
+    }
+    assert values(worker, "weft_requests_running") == values(worker, "weft_requests_waiting") == {(): 0}
+    assert values(worker, "weft_slots") == {(): 4}
+
+
+async def test_what_a_draining_worker_hands_back_is_counted(worker: Worker) -> None:
+    entered, go_on = threading.Event(), threading.Event()
+
+    def work(_emit: Emit) -> None:
+        entered.set()
+        assert go_on.wait(60)
+        for _ in range(3):  # orders are read between two forwards
+            DOUBLING(torch.ones(1, 1))
+
+    async def follow() -> list[Any]:
+        return [item async for item in worker.submit(work, ScheduledJob())]
+
+    task = asyncio.create_task(follow())
+    await asyncio.to_thread(entered.wait, 60)
+    worker.drain(0.0)
+    go_on.set()
+    await task
+
+    assert values(worker, "weft_requests_handed_back") == {(): 1}
+
+
+async def test_lines_from_within_a_pipeline_name_the_job_of_their_own_fiber(
+    worker: Worker,
+) -> None:
+    seen: dict[str, list[str]] = {}
+
+    async def one(name: str) -> None:
+        log_context.bind(LogContext(job_id=name))
+
+        def work(_emit: Emit) -> None:
+            for _ in range(3):
+                seen.setdefault(name, []).append(log_context.current().job_id)
+                DOUBLING(torch.ones(1, 1))
+
+        async for _ in worker.submit(work, ScheduledJob()):
+            pass
+
+    await asyncio.gather(*(asyncio.create_task(one(name)) for name in "abc"))
+
+    assert seen == {name: [name] * 3 for name in "abc"}

@@ -1,0 +1,86 @@
+"""Previews: the clean latents that a perfect model predicts, for every noise scheduler, and their colours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+
+from deployments.pipelines.noise_schedulers import SCHEDULERS, noise_scheduler
+from deployments.pipelines.previews import Previewer, _least_squares, predicted_clean
+from tests.inference import tiny
+
+NOISE_SCHEDULERS = sorted(name for name in SCHEDULERS if not name.startswith("flow"))
+FLOW_SCHEDULERS = sorted(name for name in SCHEDULERS if name.startswith("flow"))
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", NOISE_SCHEDULERS)
+def test_a_perfect_model_shows_the_clean_picture_at_every_step(name: str, kind: str) -> None:
+    own = EulerDiscreteScheduler(**BETAS, prediction_type=kind, timestep_spacing="leading", steps_offset=1)
+    scheduler = noise_scheduler(name, own)
+    scheduler.set_timesteps(10)
+    torch.manual_seed(0)
+    clean, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+
+    for timestep in scheduler.timesteps[[0, 4, 8]]:
+        whole = timestep.round().long().reshape(1)
+        mixed = DDIMScheduler(**BETAS).add_noise(clean, noise, whole)
+        alpha = scheduler.alphas_cumprod[int(whole)]
+        velocity = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+        sample = mixed / alpha.sqrt() if in_sigma_space(scheduler) else mixed
+        output = noise if kind == "epsilon" else velocity
+        seen = predicted_clean(scheduler, output, timestep, sample)
+        assert seen is not None
+        assert torch.allclose(seen, clean, atol=1e-3)
+
+
+def in_sigma_space(scheduler: Any) -> bool:
+    """Samples of these are clean + sigma * noise, so they start with much more than 1."""
+    return float(scheduler.init_noise_sigma) > 1.5
+
+
+@pytest.mark.parametrize("name", FLOW_SCHEDULERS)
+def test_so_it_does_with_flows(name: str) -> None:
+    scheduler = noise_scheduler(name, FlowMatchEulerDiscreteScheduler(shift=3.0))
+    scheduler.set_timesteps(10)
+    clean, noise = torch.randn(1, 16, 8, 8), torch.randn(1, 16, 8, 8)
+    sigma = float(scheduler.sigmas[0])
+
+    seen = predicted_clean(scheduler, noise - clean, scheduler.timesteps[0], torch.lerp(clean, noise, sigma))
+
+    assert seen is not None
+    assert torch.allclose(seen, clean, atol=1e-3)
+
+
+def test_channels_that_no_picture_of_ours_moves_have_no_say() -> None:
+    torch.manual_seed(0)
+    moved = torch.randn(200, 3, dtype=torch.float64)
+    still = 1e-9 * torch.randn(200, 2, dtype=torch.float64)
+    colours = moved @ torch.tensor([[0.5, 0, 0], [0, 0.2, 0], [0, 0, -0.3]], dtype=torch.float64)
+
+    weights = _least_squares(torch.cat([moved, still], 1), colours + 1e-3 * torch.randn(200, 3))
+
+    assert torch.allclose(weights[:3].diagonal(), torch.tensor([0.5, 0.2, -0.3]).double(), atol=0.01)
+    assert weights[3:].abs().max() < 1e-3
+
+
+def test_a_look_survives_numbers_that_are_not_finite() -> None:
+    previewer = Previewer.fitted_to(tiny.sd())
+    assert previewer is not None
+
+    look = previewer.preview(torch.full((4, 8, 6), float("nan")))
+
+    assert look.shape == (8, 6, 3)
+    assert look.dtype == np.uint8
+
+
+def test_a_pipeline_without_a_picture_vae_has_no_previews() -> None:
+    class Bare:
+        vae = None
+
+    assert Previewer.fitted_to(Bare()) is None

@@ -1,0 +1,250 @@
+"""The cards in configs/models: they load, they say what is true, and a mistake in one is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.models.load import CONTROLNETS
+from deployments.pipelines.noise_schedulers import SCHEDULERS
+from deployments.protocol.card import ModelCard, Weights, card_without_file, load_card, load_cards
+from deployments.protocol.errors import BadRequest
+from deployments.protocol.request import Task
+
+FOLDER = Path(__file__).parents[3] / "configs/models"
+CARDS = load_cards(FOLDER)
+NAMED_IN_THE_REQUIREMENTS = {
+    "flux.1-schnell",
+    "flux.1-dev",
+    "stable-diffusion-v1.5",
+    "dreamshaper-8",
+    "realistic-vision-v6",
+    "sdxl-base-1.0",
+    "sdxl-refiner-1.0",
+    "hunyuan-video",
+}
+every_card = pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+
+
+@pytest.fixture
+def facts() -> dict[str, Any]:
+    """A card that is right, as its YAML reads."""
+    return yaml.safe_load((FOLDER / "stable-diffusion-v1.5.yaml").read_text(encoding="utf-8"))
+
+
+def written(folder: Path, facts: dict[str, Any], name: str = "mine.yaml") -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(facts), encoding="utf-8")
+    return path
+
+
+# --- the shipped ones -------------------------------------------------------------------------------------
+
+
+def test_every_shipped_card_loads_and_is_called_as_its_file() -> None:
+    assert list(CARDS) == sorted(path.stem for path in FOLDER.glob("*.yaml"))
+    assert set(CARDS) >= NAMED_IN_THE_REQUIREMENTS
+
+
+def test_no_name_means_two_models() -> None:
+    names = [name.casefold() for card in CARDS.values() for name in (card.id, *card.aliases)]
+
+    assert len(names) == len(set(names))
+
+
+@every_card
+def test_a_model_from_the_hub_answers_to_its_hub_id(card: ModelCard) -> None:
+    assert card.weights.repo is None or card.weights.repo in card.aliases
+
+
+@every_card
+def test_a_card_lists_only_schedulers_that_exist(card: ModelCard) -> None:
+    assert card.schedulers[0] == "auto"
+    assert set(card.schedulers) <= {"auto", *SCHEDULERS}
+
+
+@every_card
+def test_a_card_keeps_the_services_hard_limits(card: ModelCard) -> None:
+    assert card.steps.max <= 50
+    assert card.guidance.max <= 20
+    assert card.sizes.max <= 2048
+    assert card.sizes.max_pixels <= 4_194_304
+    assert card.max_images <= 4
+
+
+@every_card
+def test_the_default_size_is_one_that_may_be_asked_for(card: ModelCard) -> None:
+    sides = sorted((card.sizes.width, card.sizes.height))
+
+    assert card.sizes.min <= sides[0]
+    assert sides[1] <= card.sizes.max
+    assert sides[1] <= card.sizes.max_aspect * sides[0]
+
+
+@every_card
+def test_a_card_says_under_which_licence_its_pictures_are_made(card: ModelCard) -> None:
+    assert card.licence.name
+    assert card.licence.url.startswith("https://")
+
+
+def test_a_gpu_model_starts_from_zero_replicas_and_says_how_much_memory_it_needs() -> None:
+    on_gpu = [card for card in CARDS.values() if card.serving.num_gpus]
+
+    assert {card.id for card in on_gpu} == NAMED_IN_THE_REQUIREMENTS
+    assert {card.serving.min_replicas for card in on_gpu} == {0}
+    assert all(card.vram_gib > 0 for card in on_gpu)
+
+
+def test_schnell_is_fixed_and_corrects_and_dev_is_neither() -> None:
+    schnell, dev = CARDS["flux.1-schnell"], CARDS["flux.1-dev"]
+
+    assert (schnell.steps.min, schnell.steps.default, schnell.steps.max) == (4, 4, 4)
+    assert (schnell.guidance.default, schnell.max_sequence_length) == (0.0, 256)
+    assert (schnell.corrects, schnell.schedulers) == (True, ["auto"])
+    assert (dev.steps.default, dev.guidance.default, dev.corrects) == (30, 3.5, False)
+    assert (dev.licence.gated, dev.licence.commercial) == (True, False)
+
+
+def test_dreamshaper_runs_15_to_30_steps() -> None:
+    steps = CARDS["dreamshaper-8"].steps
+
+    assert (steps.min, steps.max) == (15, 30)
+
+
+def test_the_refiner_of_sdxl_has_a_card_and_takes_pictures_only() -> None:
+    refiner = CARDS[CARDS["sdxl-base-1.0"].refiner or ""]
+
+    assert refiner.id == "sdxl-refiner-1.0"
+    assert refiner.tasks == [Task.i2i, Task.refine]
+    assert CARDS["sdxl-base-1.0"].refiner_start == 0.8
+
+
+def test_a_refiner_that_a_card_names_has_a_card() -> None:
+    named = [card.refiner for card in CARDS.values() if card.refiner]
+
+    assert set(named) <= set(CARDS)
+    assert all(Task.refine in CARDS[name].tasks for name in named)
+
+
+@every_card
+def test_a_controlnet_says_its_licence_and_is_of_a_family_that_has_them(card: ModelCard) -> None:
+    assert not card.controls or card.family in CONTROLNETS
+    for entry in card.controls.values():
+        assert entry.licence.name
+        assert entry.licence.url.startswith("https://")
+        assert entry.licence.commercial or not card.licence.commercial
+
+
+@pytest.mark.parametrize("card_id", ["stable-diffusion-v1.5", "sdxl-base-1.0", "flux.1-dev"])
+def test_every_kind_of_control_picture_may_be_a_plain_one(card_id: str) -> None:
+    controls = CARDS[card_id].controls
+
+    assert set(controls) == {"canny", "depth", "pose"}
+    assert controls["depth"].preprocessor is not None
+    assert controls["pose"].preprocessor is not None
+    assert controls["pose"].detector is not None
+
+
+@every_card
+def test_a_cards_schedulers_suit_what_its_family_predicts(card: ModelCard) -> None:
+    flows = {name.startswith("flow_") for name in card.schedulers if name != "auto"}
+
+    assert flows <= {card.family in ("flux", "hunyuan_video", "wan", "ltx", "sd3")}
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_key_stops_with_the_file_and_the_keys_name(tmp_path: Path, facts: dict[str, Any]) -> None:
+    path = written(tmp_path, facts | {"step": 4})
+
+    with pytest.raises(BadRequest) as caught:
+        load_card(path)
+
+    assert str(path) in caught.value.message
+    assert "step\n" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": {"min": 5, "default": 4, "max": 9}}, "min <= default <= max"),
+        ({"guidance": {"min": 0.0, "default": 9.0, "max": 5.0}}, "min <= default <= max"),
+        ({"sizes": {"width": 500, "height": 512}}, "500 is not a multiple of 16"),
+        ({"sizes": {"width": 2048, "height": 2048, "max_pixels": 65536}}, "over max_pixels"),
+        ({"weights": {}}, "exactly one of path and repo"),
+        ({"weights": {"path": "a", "repo": "b/c"}}, "exactly one of path and repo"),
+        ({"tasks": ["t2i", "dance"]}, "unknown task 'dance'"),
+        ({"id": "Not An Id"}, "id"),
+        ({"family": "cubism"}, "family"),
+        ({"controls": {"scribble": {}}}, "scribble"),
+        ({"controls": {"canny": {"weights": {"repo": "a/b"}}}}, "controls.canny.licence"),
+        (
+            {
+                "controls": {
+                    "pose": {
+                        "weights": {"repo": "a/b"},
+                        "preprocessor": {"repo": "c/d"},
+                        "licence": {"name": "MIT", "url": "https://example.org"},
+                    }
+                }
+            },
+            "both preprocessor and detector",
+        ),
+        ({"refiner_start": 1.0}, "refiner_start"),
+    ],
+    ids=str,
+)
+def test_a_value_that_cannot_be_is_named(
+    tmp_path: Path, facts: dict[str, Any], change: dict[str, Any], words: str
+) -> None:
+    path = written(tmp_path, facts | change)
+
+    with pytest.raises(BadRequest, match=words):
+        load_card(path)
+
+
+def test_a_file_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("id: [", encoding="utf-8")
+
+    with pytest.raises(BadRequest, match=r"mine\.yaml is not a valid model card"):
+        load_card(path)
+
+
+def test_two_cards_with_one_id_are_refused(tmp_path: Path, facts: dict[str, Any]) -> None:
+    written(tmp_path, facts, "a.yaml")
+    written(tmp_path, facts, "b.yaml")
+
+    with pytest.raises(BadRequest, match="ids are unique"):
+        load_cards(tmp_path)
+
+
+# --- models without a card --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_id", "repo"),
+    [
+        ("my-flux", "me/mine"),
+        ("mine", "someone/FLUX-tuned"),
+        ("mine", "black-forest-labs/something-new"),
+    ],
+)
+def test_a_flux_without_a_card_runs_as_schnell(model_id: str, repo: str) -> None:
+    card = card_without_file(model_id, Weights(repo=repo))
+
+    schnell = CARDS["flux.1-schnell"]
+    alike = {"family", "tasks", "steps", "guidance", "corrects", "negative_prompt", "schedulers"}
+    assert card.model_dump(include=alike) == schnell.model_dump(include=alike)
+    assert card.max_sequence_length == 256
+    assert (card.id, card.weights.repo) == (model_id, repo)
+    assert not card.licence.commercial
+
+
+def test_any_other_model_without_a_card_is_refused_with_the_file_to_write() -> None:
+    with pytest.raises(BadRequest, match=r"configs/models/mine\.yaml"):
+        card_without_file("mine", Weights(repo="someone/sdxl-tuned"))

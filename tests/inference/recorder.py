@@ -1,0 +1,42 @@
+"""A real video encoder that keeps the frames it was given."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import numpy as np
+
+from deployments.encoder import VideoEncoder
+from deployments.media.video_spec import Frames, Segment, VideoFiles, VideoSpec
+
+
+class Recorder:
+    """Can be told to wait (`gate`) or to fail (`failure`)."""
+
+    def __init__(self) -> None:
+        self._encoder = VideoEncoder()
+        self.frames: dict[float, list[Frames]] = {}
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.asked = self.cancelled = 0
+        self.failure: Exception | None = None
+
+    async def segment(self, spec: VideoSpec, index: int, *chunks: Frames) -> Segment:
+        self.asked += 1
+        if self.failure is not None:
+            raise self.failure
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        self.frames.setdefault(spec.fps, []).extend(chunks)
+        return await self._encoder.segment(spec, index, *chunks)
+
+    async def join(self, spec: VideoSpec, segments: Sequence[Segment]) -> VideoFiles:
+        return await self._encoder.join(spec, segments)
+
+    def taken(self, fps: int) -> Frames:
+        """The frames of the one video of this pace."""
+        return np.concatenate(self.frames[fps])

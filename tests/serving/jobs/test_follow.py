@@ -1,0 +1,177 @@
+"""Following a job from anywhere, from any point, to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from deployments.protocol.errors import BadRequest, NotFound
+from serve_app.jobs import events as job_events
+from serve_app.jobs import follow as follow_module
+from serve_app.jobs.follow import FROM_START, StreamEntry, follow, wait
+from serve_app.jobs.job import JobError, JobState, new_job_id
+from serve_app.jobs.store.record import Keys
+from serve_app.jobs.store.store import Claim, JobStore
+from serve_app.jobs.store.wakeups import Wakeups
+from serve_app.settings import Settings
+from tests.serving.fakes import MODEL, OWNER, eventually, resolved
+
+
+@pytest.fixture
+async def wakeups(store: JobStore) -> AsyncIterator[Wakeups]:
+    wakeups = store.event_wakeups()
+    yield wakeups
+    await wakeups.aclose()
+
+
+async def accepted(store: JobStore) -> str:
+    return (await store.accept(new_job_id(), OWNER, resolved())).id
+
+
+async def claimed(store: JobStore) -> Claim:
+    claim = await store.claim({MODEL: 1})
+    assert claim is not None
+    return claim
+
+
+async def collected(told: AsyncIterator[StreamEntry]) -> list[StreamEntry]:
+    return [event async for event in told]
+
+
+async def test_a_follower_sees_the_whole_story_live(store: JobStore, wakeups: Wakeups) -> None:
+    job_id = await accepted(store)
+    story = asyncio.create_task(collected(follow(store, wakeups, job_id)))
+
+    claim = await claimed(store)
+    await store.heartbeat(claim, step=1, steps=4, pending_events=[job_events.Step(1, 4, 25)])
+    await store.complete(claim, [], 1.0)
+
+    events = [event for _, event in await asyncio.wait_for(story, 5)]
+    assert events == [
+        job_events.JobQueued(1),
+        job_events.JobStarted(1),
+        job_events.Step(1, 4, 25),
+        job_events.JobCompleted(1.0),
+    ]
+
+
+async def test_following_again_after_an_id_misses_and_repeats_nothing(
+    store: JobStore, wakeups: Wakeups
+) -> None:
+    job_id = await accepted(store)
+    claim = await claimed(store)
+    await store.complete(claim, [], 1.0)
+    everything = await collected(follow(store, wakeups, job_id))
+
+    for number, (event_id, _) in enumerate(everything[:-1]):
+        assert await collected(follow(store, wakeups, job_id, event_id)) == everything[number + 1 :]
+
+
+async def test_the_ending_is_told_to_whoever_has_seen_it_already(store: JobStore, wakeups: Wakeups) -> None:
+    job_id = await accepted(store)
+    await store.cancel(job_id)
+    last_id, _ = (await store.events(job_id))[-1]
+
+    assert await collected(follow(store, wakeups, job_id, last_id)) == [(last_id, job_events.JobCancelled())]
+
+
+@pytest.mark.parametrize(
+    "ending", [job_events.JobCompleted(2.0), job_events.JobFailed("internal", "why", "seed")]
+)
+async def test_the_ending_is_told_though_the_events_are_forgotten(
+    store: JobStore, wakeups: Wakeups, settings: Settings, ending: job_events.Event
+) -> None:
+    job_id = await accepted(store)
+    claim = await claimed(store)
+    if isinstance(ending, job_events.JobCompleted):
+        await store.complete(claim, [], 2.0)
+    else:
+        await store.fail(claim, JobError("internal", "why", "seed"))
+    await store.redis.delete(Keys(settings.redis_prefix).events(job_id))
+
+    assert await collected(follow(store, wakeups, job_id)) == [(FROM_START, ending)]
+
+
+async def test_positions_are_told_again_when_they_change(
+    store: JobStore, wakeups: Wakeups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow_module, "POLL_S", 0.02)
+    await accepted(store)
+    job_id = await accepted(store)
+    story = follow(store, wakeups, job_id)
+    assert (await anext(story))[1] == job_events.JobQueued(2)
+
+    await claimed(store)
+
+    assert (await asyncio.wait_for(anext(story), 5))[1] == job_events.JobQueued(1)
+    await story.aclose()
+
+
+async def test_an_event_reaches_its_followers_within_milliseconds(store: JobStore, wakeups: Wakeups) -> None:
+    job_id = await accepted(store)
+    claim = await claimed(store)
+    story = follow(store, wakeups, job_id)
+    await anext(story)
+    await anext(story)
+    lags = []
+
+    for step in range(1, 21):
+        arrival = asyncio.create_task(anext(story))
+        await asyncio.sleep(0)
+        await store.heartbeat(claim, step=step, steps=20, pending_events=[job_events.Step(step, 20, step)])
+        published = time.perf_counter()
+        await arrival
+        lags.append(time.perf_counter() - published)
+
+    await story.aclose()
+    assert sorted(lags)[10] < 0.05  # without hints it would be a second
+
+
+async def test_two_hundred_followers_share_one_subscription(store: JobStore, wakeups: Wakeups) -> None:
+    job_id = await accepted(store)
+    stories = [asyncio.create_task(collected(follow(store, wakeups, job_id))) for _ in range(200)]
+    await wakeups.ensure_subscribed()
+
+    await store.complete(await claimed(store), [], 1.0)
+
+    for story in await asyncio.wait_for(asyncio.gather(*stories), 10):
+        assert isinstance(story[-1][1], job_events.JobCompleted)
+
+
+async def test_waiting_ends_with_the_job(store: JobStore, wakeups: Wakeups) -> None:
+    job_id = await accepted(store)
+    waiting = asyncio.create_task(wait(store, wakeups, job_id, 10.0))
+
+    await store.complete(await claimed(store), [], 1.0)
+
+    assert (await asyncio.wait_for(waiting, 5)).state is JobState.completed
+
+
+async def test_waiting_gives_up_in_time_with_the_job_as_it_is(store: JobStore, wakeups: Wakeups) -> None:
+    job_id = await accepted(store)
+
+    assert (await wait(store, wakeups, job_id, 0.05)).state is JobState.queued
+
+
+async def test_followers_of_nothing_and_from_nowhere_are_told_so(store: JobStore, wakeups: Wakeups) -> None:
+    job_id = await accepted(store)
+
+    with pytest.raises(NotFound):
+        await collected(follow(store, wakeups, new_job_id()))
+    with pytest.raises(BadRequest):
+        await collected(follow(store, wakeups, job_id, "yesterday"))
+
+
+async def test_a_hint_for_one_job_wakes_nobody_else(store: JobStore, wakeups: Wakeups) -> None:
+    await wakeups.ensure_subscribed()
+    with wakeups.subscribe("mine") as mine, wakeups.subscribe("other") as other:
+        mine.clear()
+        other.clear()
+        await store.redis.publish(wakeups._channel, "mine")
+
+        await eventually(mine.is_set)
+
+        assert not other.is_set()

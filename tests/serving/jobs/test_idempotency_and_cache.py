@@ -1,0 +1,374 @@
+"""The same call again, and the same picture again: one job, one piece of work, and nobody else's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from deployments.protocol import events
+from deployments.protocol.card import Weights
+from deployments.protocol.errors import Conflict, NotFound
+from deployments.protocol.request import Edit, GenerationRequest
+from serve_app.jobs import events as job_events
+from serve_app.jobs.job import IdempotencyKey, Job, JobState
+from serve_app.jobs.service import JobService
+from serve_app.jobs.store.store import JobStore
+from serve_app.jobs.worker import attempt as attempt_module
+from serve_app.jobs.worker.dispatch import Dispatcher
+from serve_app.redis.transactions import connect
+from serve_app.settings import Settings
+from serve_app.storage.results import ResultStore, StoredFile
+from tests.serving.conftest import MakeSettings
+from tests.serving.fakes import CARD, MODEL, OWNER, FakeModels, eventually, keys_without_ttl, picture
+from tests.serving.jobs.conftest import running
+from tests.serving.jobs.test_dispatch import at_the_gate, ended
+
+SEEDED = GenerationRequest(model=MODEL, prompt="a cat", seed=7)
+DRAWN = GenerationRequest(model=MODEL, prompt="a cat")
+ONCE = IdempotencyKey("order 1", "digest of the body")
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"0" * 1000)
+    return folder
+
+
+@pytest.fixture
+def make_desk(
+    store: JobStore, results: ResultStore, settings: Settings, weights: Path
+) -> Callable[[JobStore], JobService]:
+    card = CARD.model_copy(update={"weights": Weights(path=str(weights))})
+    return lambda over: JobService(over, results, {MODEL: card}, settings)
+
+
+@pytest.fixture
+def service(store: JobStore, make_desk: Callable[[JobStore], JobService]) -> JobService:
+    return make_desk(store)
+
+
+# ---- Idempotency-Key ------------------------------------------------------------------------------
+
+
+async def test_fifty_duplicate_submits_through_two_processes_give_one_job(
+    store: JobStore, settings: Settings, valkey_url: str, make_desk: Callable[[JobStore], JobService]
+) -> None:
+    async with connect(valkey_url) as other:
+        desks = [make_desk(store), make_desk(JobStore(other, settings))]
+
+        jobs = await asyncio.gather(
+            *(desks[i % 2].submit(DRAWN, OWNER, idempotency_key=ONCE) for i in range(50))
+        )
+
+    assert len({job.id for job in jobs}) == 1
+    assert [job.id for job in (await store.page(OWNER)).jobs] == [jobs[0].id]
+    assert await store.queued([MODEL]) == {MODEL: 1}
+
+
+async def test_a_duplicate_after_the_end_tells_the_job_as_it_ended(
+    service: JobService, store: JobStore, dispatcher: Dispatcher
+) -> None:
+    first = await ended(store, (await service.submit(DRAWN, OWNER, idempotency_key=ONCE)).id)
+
+    again = await service.submit(DRAWN, OWNER, idempotency_key=ONCE)
+
+    assert again == first
+    assert again.state is JobState.completed
+
+
+async def test_a_key_that_came_with_another_body_is_refused(service: JobService) -> None:
+    await service.submit(DRAWN, OWNER, idempotency_key=ONCE)
+
+    with pytest.raises(Conflict, match="another request") as refusal:
+        await service.submit(DRAWN, OWNER, idempotency_key=IdempotencyKey(ONCE.key, "another digest"))
+
+    assert refusal.value.param == "Idempotency-Key"
+
+
+async def test_keys_of_different_owners_have_nothing_to_do_with_each_other(service: JobService) -> None:
+    mine, theirs = [
+        await service.submit(DRAWN, owner, idempotency_key=ONCE) for owner in (OWNER, "somebody else")
+    ]
+
+    assert mine.id != theirs.id
+
+
+async def test_a_duplicate_leaves_no_pictures_of_its_own(service: JobService, tmp_path: Path) -> None:
+    wish = DRAWN.model_copy(update={"edit": Edit(image=picture())})
+    first = await service.submit(wish, OWNER, idempotency_key=ONCE)
+
+    await service.submit(wish, OWNER, idempotency_key=ONCE)
+
+    assert [folder.name for folder in (tmp_path / "results" / "inputs").iterdir()] == [first.id]
+
+
+async def test_a_duplicate_is_answered_though_the_queue_is_full(
+    results: ResultStore, store: JobStore, make_settings: MakeSettings
+) -> None:
+    settings = make_settings(max_pending=1)
+    service = JobService(JobStore(store.redis, settings), results, {MODEL: CARD}, settings)
+    first = await service.submit(DRAWN, OWNER, idempotency_key=ONCE)
+
+    assert (await service.submit(DRAWN, OWNER, idempotency_key=ONCE)).id == first.id
+
+
+# ---- result cache ---------------------------------------------------------------------------------
+
+
+async def test_a_repeated_request_is_answered_by_files_of_its_own_without_the_model(
+    service: JobService, store: JobStore, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    first = await ended(store, (await service.submit(SEEDED, OWNER)).id)
+
+    second = await ended(store, (await service.submit(SEEDED, OWNER)).id)
+    await service.delete(first.id, OWNER)
+
+    assert len(models.requests) == 1
+    assert (first.cached, second.cached) == (False, True)
+    assert second.artifacts[0].path.startswith(f"outputs/{second.id}/")
+    assert (await service.artifact(second.id, OWNER, 0))[1] == picture()
+
+
+async def test_a_cached_answer_needs_no_room_at_the_model(
+    service: JobService, store: JobStore, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    await ended(store, (await service.submit(SEEDED, OWNER)).id)
+    models.gate.clear()
+    for _ in range(models.slots[MODEL]):
+        await at_the_gate(store, models, (await service.submit(DRAWN, OWNER)).id)
+
+    again = await ended(store, (await service.submit(SEEDED, OWNER)).id)
+    models.gate.set()
+
+    assert again.cached
+
+
+async def test_a_drawn_seed_another_owner_and_other_words_are_misses(
+    service: JobService, store: JobStore, dispatcher: Dispatcher
+) -> None:
+    await ended(store, (await service.submit(SEEDED, OWNER)).id)
+
+    others = [
+        await service.submit(SEEDED, "somebody else"),
+        await service.submit(SEEDED.model_copy(update={"prompt": "a dog"}), OWNER),
+        await service.submit(SEEDED.model_copy(update={"seed": 8}), OWNER),
+        await service.submit(DRAWN, OWNER),
+    ]
+
+    assert [(await ended(store, job.id)).cached for job in others] == [False] * 4
+
+
+async def test_changed_weights_are_a_miss(
+    service: JobService, store: JobStore, dispatcher: Dispatcher, weights: Path
+) -> None:
+    await ended(store, (await service.submit(SEEDED, OWNER)).id)
+    (weights / "model.safetensors").write_bytes(b"0" * 999 + b"1")
+
+    again = await ended(store, (await service.submit(SEEDED, OWNER)).id)
+
+    assert not again.cached
+
+
+async def test_priority_and_previews_are_no_other_picture(
+    service: JobService, store: JobStore, dispatcher: Dispatcher
+) -> None:
+    await ended(store, (await service.submit(SEEDED, OWNER)).id)
+
+    again = await service.submit(SEEDED.model_copy(update={"priority": "high", "deadline_s": 5.0}), OWNER)
+
+    assert (await ended(store, again.id)).cached
+
+
+async def delete_job(service: JobService, first: Job) -> None:
+    await service.delete(first.id, OWNER)
+
+
+async def empty_cache(service: JobService, first: Job) -> None:
+    await service.empty_cache(OWNER)
+
+
+@pytest.mark.parametrize("forget", [delete_job, empty_cache])
+async def test_what_was_deleted_is_not_in_the_cache(
+    forget: Callable[[JobService, Job], Awaitable[None]],
+    service: JobService,
+    store: JobStore,
+    dispatcher: Dispatcher,
+    models: FakeModels,
+) -> None:
+    await forget(service, await ended(store, (await service.submit(SEEDED, OWNER)).id))
+
+    again = await ended(store, (await service.submit(SEEDED, OWNER)).id)
+
+    assert not again.cached
+    assert len(models.requests) == 2
+
+
+async def test_lost_files_of_a_twin_are_made_anew(
+    service: JobService, store: JobStore, results: ResultStore, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    first = await ended(store, (await service.submit(SEEDED, OWNER)).id)
+    await results.sweep(first.id)
+
+    second = await ended(store, (await service.submit(SEEDED, OWNER)).id)
+
+    assert (second.state, second.cached, second.failures) == (JobState.completed, False, 0)
+    assert len(models.requests) == 2
+
+
+# ---- single flight --------------------------------------------------------------------------------
+
+
+async def test_identical_requests_in_progress_are_run_once_and_end_together(
+    service: JobService, store: JobStore, dispatcher: Dispatcher, models: FakeModels, settings: Settings
+) -> None:
+    models.gate.clear()
+    leader = await service.submit(SEEDED, OWNER)
+    await at_the_gate(store, models, leader.id)
+    followers = [await service.submit(SEEDED, OWNER) for _ in range(5)]
+    states = {(await store.get(job.id)).state for job in followers}
+
+    models.gate.set()
+    jobs = [await ended(store, job.id) for job in (leader, *followers)]
+
+    assert states == {JobState.queued}
+    assert [job.state for job in jobs] == [JobState.completed] * 6
+    assert len(models.requests) == 1
+    assert [job.cached for job in jobs] == [False] + [True] * 5
+    assert len({job.artifacts[0].path for job in jobs}) == 6
+    assert await keys_without_ttl(store.redis, settings.redis_prefix) == [f"{settings.redis_prefix}secret"]
+
+
+async def test_a_follower_has_its_leaders_place_in_the_queue(service: JobService) -> None:
+    await service.submit(DRAWN, OWNER)
+    await service.submit(SEEDED, OWNER)
+
+    follower = await service.submit(SEEDED, OWNER)
+
+    assert (await service.get(follower.id, OWNER)).position == 2
+
+
+@pytest.mark.parametrize("running", [False, True])
+async def test_when_the_leader_is_cancelled_the_oldest_follower_takes_its_place(
+    running: bool,
+    service: JobService,
+    store: JobStore,
+    models: FakeModels,
+    results: ResultStore,
+    settings: Settings,
+) -> None:
+    models.gate.clear()
+    leader, heir, third = [await service.submit(SEEDED, OWNER) for _ in range(3)]
+    dispatcher = Dispatcher(store, results, models, settings)
+    task = asyncio.create_task(dispatcher.run())
+    if running:
+        await at_the_gate(store, models, leader.id)
+    await service.cancel(leader.id, OWNER)
+    await at_the_gate(store, models, heir.id)
+    assert (await store.get(third.id)).leader == heir.id
+
+    models.gate.set()
+    jobs = [await ended(store, job.id) for job in (leader, heir, third)]
+    await dispatcher.drain()
+    await task
+
+    assert [job.state.value for job in jobs] == ["cancelled", "completed", "completed"]
+    assert [job.cached for job in jobs] == [False, False, True]
+
+
+async def test_a_follower_may_be_cancelled_alone(
+    service: JobService, store: JobStore, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    models.gate.clear()
+    leader, follower = [await service.submit(SEEDED, OWNER) for _ in range(2)]
+
+    cancelled = await service.cancel(follower.id, OWNER)
+    models.gate.set()
+
+    assert cancelled.state is JobState.cancelled
+    assert (await ended(store, leader.id)).state is JobState.completed
+    assert (await store.get(follower.id)).state is JobState.cancelled
+
+
+async def test_when_the_leader_fails_for_good_so_do_its_followers(
+    service: JobService, store: JobStore, models: FakeModels, results: ResultStore, settings: Settings
+) -> None:
+    models.troubles = [events.Failed("out_of_memory", "too large", retryable=False)]
+    jobs = [await service.submit(SEEDED, OWNER) for _ in range(3)]
+    dispatcher = Dispatcher(store, results, models, settings)
+    task = asyncio.create_task(dispatcher.run())
+
+    failed = [await ended(store, job.id) for job in jobs]
+    again = await ended(store, (await service.submit(SEEDED, OWNER)).id)
+    await dispatcher.drain()
+    await task
+
+    assert {job.error and job.error.kind for job in failed} == {"out_of_memory"}
+    assert len(models.requests) == 2
+    assert (again.state, again.cached) == (JobState.completed, False)
+    for job in failed:
+        told = [event for _, event in await store.events(job.id)]
+        assert isinstance(told[-1], job_events.JobFailed)
+
+
+async def test_a_leader_that_ran_too_long_fails_alone(
+    service: JobService, store: JobStore, models: FakeModels, results: ResultStore, settings: Settings
+) -> None:
+    models.gate.clear()
+    leader, heir, third = [await service.submit(SEEDED, OWNER) for _ in range(3)]
+    limits = {MODEL: 0.2}
+    async with running(Dispatcher(store, results, models, settings, time_limits_s=limits)):
+        await eventually(lambda: bool(models.requests))
+        limits[MODEL] = 60.0  # of whoever comes next
+        late = await ended(store, leader.id)
+        models.gate.set()
+        jobs = [await ended(store, job.id) for job in (heir, third)]
+
+    assert (late.state, late.error and late.error.kind) == (JobState.failed, "internal")
+    assert [job.state for job in jobs] == [JobState.completed] * 2
+    assert [job.cached for job in jobs] == [False, True]
+    assert len(models.requests) == 2
+
+
+async def test_a_leader_whose_files_could_not_be_stored_fails_alone(
+    service: JobService,
+    store: JobStore,
+    models: FakeModels,
+    results: ResultStore,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attempt_module, "RETRY_FIRST_S", 0.001)
+    whole = results.put
+    refused: list[str] = []
+
+    async def full_at_first(path: str, data: bytes) -> StoredFile:
+        if leader.id in path:
+            refused.append(path)
+            raise OSError(28, "No space left on device")
+        return await whole(path, data)
+
+    monkeypatch.setattr(results, "put", full_at_first)
+    leader, follower = [await service.submit(SEEDED, OWNER) for _ in range(2)]
+    async with running(Dispatcher(store, results, models, settings)):
+        unlucky, lucky = [await ended(store, job.id) for job in (leader, follower)]
+
+    assert len(refused) == settings.max_attempts
+    assert (unlucky.state, lucky.state) == (JobState.failed, JobState.completed)
+    assert not lucky.cached
+
+
+async def test_a_follower_forgets_a_leader_that_was_deleted(
+    service: JobService, store: JobStore, dispatcher: Dispatcher
+) -> None:
+    first = await ended(store, (await service.submit(SEEDED, OWNER)).id)
+    await service.delete(first.id, OWNER)
+
+    with pytest.raises(NotFound):
+        await store.get(first.id)
+    await eventually(lambda: True)
+    assert (await service.submit(SEEDED, OWNER)).cached_from is None

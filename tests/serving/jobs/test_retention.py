@@ -1,0 +1,151 @@
+"""What is removed when its time is up, and what is not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from deployments.protocol.errors import NotFound
+from deployments.protocol.request import Edit, GenerationRequest
+from serve_app.jobs.job import Job, JobState, SubmitOptions, new_job_id
+from serve_app.jobs.service import JobService
+from serve_app.jobs.store.record import Keys
+from serve_app.jobs.store.store import JobStore
+from serve_app.jobs.worker.dispatch import Dispatcher
+from serve_app.jobs.worker.maintenance import Maintenance
+from serve_app.jobs.worker.retention import Retention
+from serve_app.settings import Settings
+from serve_app.storage.results import ResultStore
+from tests.serving.fakes import MODEL, OWNER, keys_without_ttl, picture, resolved
+from tests.serving.jobs.test_dispatch import ended, submitted
+from tests.serving.jobs.test_webhooks import URL, Receiver
+
+DAY_S = 86_400.0
+
+
+@pytest.fixture
+def keys(settings: Settings) -> Keys:
+    return Keys(settings.redis_prefix)
+
+
+@pytest.fixture
+def retention(store: JobStore, results: ResultStore) -> Retention:
+    return Retention(store, results, DAY_S)
+
+
+async def a_day_passes(redis: Redis, keys: Keys, job: Job) -> None:
+    """As if the server's clock had jumped; its own clock is the only one that is asked."""
+    assert await redis.zscore(keys.expiring, job.id) == pytest.approx((job.completed_at + DAY_S) * 1e6)
+    await redis.zadd(keys.expiring, {job.id: 1})
+
+
+def files(results: Path) -> list[Path]:
+    return [path for path in results.rglob("*") if path.is_file()]
+
+
+async def test_files_go_after_a_day_and_the_record_stays(
+    store: JobStore,
+    dispatcher: Dispatcher,
+    service: JobService,
+    retention: Retention,
+    redis: Redis,
+    keys: Keys,
+    tmp_path: Path,
+) -> None:
+    old = await ended(store, await submitted(store))
+    young = await ended(store, await submitted(store))
+    early = await retention.sweep()
+    await a_day_passes(redis, keys, old)
+
+    swept = [await retention.sweep(), await retention.sweep()]
+
+    kept = (await service.get(old.id, OWNER)).job
+    assert (early, swept) == (0, [1, 0])
+    assert (kept.state, kept.files_expired, kept.artifacts) == (JobState.completed, True, ())
+    assert {path.parent.name for path in files(tmp_path / "results")} == {young.id}
+    with pytest.raises(NotFound):
+        await service.artifact(old.id, OWNER, 0)
+
+
+async def test_a_sweep_that_was_interrupted_is_finished_by_the_next(
+    store: JobStore, dispatcher: Dispatcher, retention: Retention, redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    job = await ended(store, await submitted(store))
+    await a_day_passes(redis, keys, job)
+    await store.expire_files(job.id)
+
+    await retention.sweep()
+
+    assert files(tmp_path / "results") == []
+    assert await redis.zcard(keys.expiring) == 0
+
+
+async def test_files_whose_record_went_first_go_as_well(
+    store: JobStore, dispatcher: Dispatcher, retention: Retention, redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    job = await ended(store, await submitted(store))
+    await a_day_passes(redis, keys, job)
+    await redis.delete(keys.job(job.id))
+
+    await retention.sweep()
+
+    assert files(tmp_path / "results") == []
+
+
+async def test_orphans_go_when_no_job_could_still_need_them(
+    store: JobStore, results: ResultStore, dispatcher: Dispatcher, retention: Retention, tmp_path: Path
+) -> None:
+    job = await ended(store, await submitted(store))
+    old, young = new_job_id(), new_job_id()
+    for job_id in (old, young):
+        await results.put(f"inputs/{job_id}/image", picture())
+    for job_id in (old, job.id):
+        for place in ("inputs", "outputs"):
+            folder = tmp_path / "results" / place / job_id
+            if folder.exists():
+                os.utime(folder, (1, 1))
+
+    removed = await retention.sweep_orphans()
+
+    assert removed == 1
+    assert {path.parent.name for path in files(tmp_path / "results")} == {job.id, young}
+
+
+async def test_a_deleted_job_leaves_no_file_and_no_key_of_its_own(
+    store: JobStore,
+    dispatcher: Dispatcher,
+    service: JobService,
+    redis: Redis,
+    settings: Settings,
+    tmp_path: Path,
+) -> None:
+    wish = GenerationRequest(model=MODEL, prompt="x", edit=Edit(image=picture()))
+    job = await ended(store, (await service.submit(wish, OWNER)).id)
+
+    await service.delete(job.id, OWNER)
+
+    assert files(tmp_path / "results") == []
+    assert [key async for key in redis.scan_iter(f"*{job.id}*")] == []
+    assert await keys_without_ttl(redis, settings.redis_prefix) == []
+
+
+async def test_a_chore_is_one_dispatchers_at_a_time(store: JobStore) -> None:
+    assert [await store.try_acquire("sweep", 60.0) for _ in range(3)] == [True, False, False]
+    assert await store.try_acquire("orphans", 60.0)
+
+
+async def test_one_round_of_chores_delivers_and_sweeps(
+    store: JobStore, results: ResultStore, settings: Settings, redis: Redis, keys: Keys
+) -> None:
+    job = await store.accept(new_job_id(), OWNER, resolved(), options=SubmitOptions(webhook=URL))
+    await store.cancel(job.id)
+    await redis.zadd(keys.expiring, {job.id: 1})
+    receiver = Receiver()
+
+    await Maintenance(store, results, receiver, settings).run_once()
+
+    assert len(receiver.posted) == 1
+    assert (await store.get(job.id)).files_expired

@@ -1,0 +1,22 @@
+"""Signatures of links: nothing but the very link opens."""
+
+from __future__ import annotations
+
+from serve_app.jobs import signed_links
+
+JOB = "f" * 32
+
+
+def test_a_signature_is_of_one_file_one_time_and_one_installation():
+    ours = signed_links.signature(b"s" * 32, JOB, 0, "image", 1000)
+
+    def is_valid(
+        secret: bytes = b"s" * 32, index: int = 0, expires_at: int = 1000, now: float = 999.0
+    ) -> bool:
+        return signed_links.is_valid(secret, JOB, index, "image", expires_at, ours, now)
+
+    assert is_valid()
+    assert not is_valid(now=1000.0)
+    assert not is_valid(expires_at=2000)
+    assert not is_valid(index=1)
+    assert not is_valid(secret=b"t" * 32)

@@ -1,0 +1,104 @@
+"""Hub ids: which file they mean, asked of a server that stands in for the hub."""
+
+from __future__ import annotations
+
+import json
+import ssl
+from collections.abc import AsyncIterator
+
+import pytest
+
+from deployments.protocol.errors import BadRequest
+from serve_app.loras.hub import HOSTS, fetch_from_hub
+from serve_app.storage.url_fetcher import UrlFetcher
+from tests.serving.remote_server import RemoteServer, certificate, page, redirect
+
+LIMITS = {"max_bytes": 1000, "timeout_s": 30.0}
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    return certificate(tmp_path_factory.mktemp("far"))
+
+
+@pytest.fixture
+async def remote(certified: tuple[ssl.SSLContext, ssl.SSLContext]) -> AsyncIterator[RemoteServer]:
+    server = RemoteServer(certified)
+    await server.start()
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+def hub(remote: RemoteServer) -> UrlFetcher:
+    return UrlFetcher(HOSTS, resolve=remote.resolve, network=remote, tls=remote.trusted)
+
+
+def listing(*names: str) -> bytes:
+    return json.dumps({"siblings": [{"rfilename": name} for name in names]}).encode()
+
+
+async def test_a_file_of_a_repository_comes_through_the_hub_s_own_redirect(
+    remote: RemoteServer, hub: UrlFetcher
+) -> None:
+    remote.pages["/ada/ink/resolve/v2/sub/a.safetensors"] = redirect("https://cdn-lfs.hf.co/blob?sig=1")
+    remote.pages["/blob?sig=1"] = page(b"adapter")
+
+    got = await fetch_from_hub(hub, "ada/ink@v2/sub/a.safetensors", "hf_secret", **LIMITS)
+
+    assert got.data == b"adapter"
+    assert "Bearer hf_secret" in remote.heads[0]
+    assert "hf_secret" not in remote.heads[1]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("README.md", "ink.safetensors"),
+        ("ink.safetensors", "x.safetensors", "pytorch_lora_weights.safetensors"),
+    ],
+)
+async def test_without_a_file_the_usual_or_only_one_is_meant(
+    remote: RemoteServer, hub: UrlFetcher, names: tuple[str, ...]
+) -> None:
+    remote.pages["/api/models/ada/ink/revision/main"] = page(listing(*names))
+    remote.pages[f"/ada/ink/resolve/main/{names[-1]}"] = page(b"adapter")
+
+    got = await fetch_from_hub(hub, "ada/ink", None, **LIMITS)
+
+    assert got.data == b"adapter"
+    assert "authorization" not in remote.heads[0].lower()
+
+
+@pytest.mark.parametrize(
+    "body", [listing("a.safetensors", "b.safetensors"), listing("a.bin"), b"<html>", b"[]", b"{}"]
+)
+async def test_a_repository_that_does_not_tell_is_refused(
+    remote: RemoteServer, hub: UrlFetcher, body: bytes
+) -> None:
+    remote.pages["/api/models/ada/ink/revision/main"] = page(body)
+
+    with pytest.raises(BadRequest):
+        await fetch_from_hub(hub, "ada/ink", None, **LIMITS)
+
+
+@pytest.mark.parametrize(
+    "hub_id",
+    [
+        "ink",
+        "ada/../x",
+        "ada/ink/../../x",
+        "https://a/b",
+        "ada/ink/a.bin",
+        "ada/ink?x=1",
+        "ada/ink/a.safetensors#x",
+        "",
+    ],
+)
+async def test_an_id_that_is_none_is_refused_before_anything_is_asked(
+    remote: RemoteServer, hub: UrlFetcher, hub_id: str
+) -> None:
+    with pytest.raises(BadRequest):
+        await fetch_from_hub(hub, hub_id, None, **LIMITS)
+
+    assert remote.dialled == []

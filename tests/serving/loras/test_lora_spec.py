@@ -1,0 +1,43 @@
+"""`<lora:name:weight>` in prompts (pure)."""
+
+from __future__ import annotations
+
+import pytest
+
+from deployments.protocol.errors import BadRequest
+from serve_app.loras.spec import extract_lora_tags
+
+
+@pytest.mark.parametrize(
+    ("prompt", "bare", "asked"),
+    [
+        ("a fox <lora:ink:0.8>", "a fox", [("ink", 0.8)]),
+        ("<lora:ink:0.8> a fox", "a fox", [("ink", 0.8)]),
+        ("a fox <lora:ink:-1>, calm", "a fox, calm", [("ink", -1.0)]),
+        ("a <LoRA:My Ink v2:1.5> fox", "a fox", [("My Ink v2", 1.5)]),
+        ("a fox<lora:ink>", "a fox", [("ink", 1.0)]),
+        ("a fox <lora:ink:0.5:0.5>", "a fox", [("ink", 0.5)]),
+        ("<lora:a:1><lora:b:2>", "", [("a", 1.0), ("b", 2.0)]),
+        ("a fox  with <b>two</b>  spaces", "a fox  with <b>two</b>  spaces", []),
+        ("lora:ink:0.8", "lora:ink:0.8", []),
+    ],
+)
+def test_tags_leave_the_prompt_and_become_wishes(
+    prompt: str, bare: str, asked: list[tuple[str, float]]
+) -> None:
+    left, specs = extract_lora_tags(prompt)
+
+    assert left == bare
+    assert [(spec.reference, spec.weight) for spec in specs] == asked
+
+
+@pytest.mark.parametrize(
+    "tag",
+    ["<lora:>", "<lora:ink:>", "<lora:ink:x>", "<lora:ink:3>", "<lora:ink:nan>", "<lora:ink:1:0.5>",
+     "<lora:ink:inf>", "<lora:ink:1:1:1>"],
+)  # fmt: skip
+def test_a_tag_that_says_nothing_definite_is_refused(tag: str) -> None:
+    with pytest.raises(BadRequest) as refused:
+        extract_lora_tags(f"a fox {tag}")
+
+    assert refused.value.param == "prompt"

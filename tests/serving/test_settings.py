@@ -1,0 +1,105 @@
+"""Settings: environment over file over defaults; what is not known or not sane stops the start."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from deployments.protocol.errors import BadRequest
+from serve_app.cli.main import _demanded_key
+from serve_app.settings import ROOT, Settings
+
+
+def test_relative_folders_lie_under_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WEFT_DATA_DIR", "somewhere")
+
+    settings = Settings.load()
+
+    assert settings.data_dir == ROOT / "somewhere"
+    assert settings.results_root == str(ROOT / "somewhere" / "results")
+
+
+def test_redis_url_is_read_under_its_usual_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REDIS_URL", "redis://:sesame@host/0")
+
+    settings = Settings.load()
+
+    assert settings.redis_url is not None
+    assert settings.redis_url.get_secret_value() == "redis://:sesame@host/0"
+    assert "sesame" not in repr(settings)
+
+
+def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEFT_MAX_PENDIN", "3")
+
+    with pytest.raises(BadRequest, match="WEFT_MAX_PENDIN"):
+        Settings.load()
+
+
+def test_a_value_that_cannot_be_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WEFT_MAX_PENDING", "many")
+
+    with pytest.raises(BadRequest, match="max_pending"):
+        Settings.load()
+
+
+def test_a_heartbeat_slower_than_the_lease_is_refused() -> None:
+    with pytest.raises(BadRequest, match="heartbeat_s must be at most half of lease_s"):
+        Settings.load(lease_s=2.0, heartbeat_s=5.0)
+
+
+def test_on_loopback_no_key_is_demanded(tmp_path: Path) -> None:
+    settings = Settings.load(data_dir=tmp_path)
+
+    assert _demanded_key(settings, "127.0.0.1") is None
+    assert _demanded_key(settings, "localhost") is None
+    assert _demanded_key(settings, "::1") is None
+
+
+def test_elsewhere_a_key_is_made_kept_private_and_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEFT_API_KEY", "")  # restored afterwards: the key is handed on through it
+    settings = Settings.load(data_dir=tmp_path)
+
+    key = _demanded_key(settings, "0.0.0.0")
+
+    assert key is not None
+    assert len(key) >= 32
+    assert stat.S_IMODE((tmp_path / "api_key").stat().st_mode) == 0o600
+    assert _demanded_key(settings, "0.0.0.0") == key
+    assert Settings.load().api_key is not None
+
+
+def test_a_bucket_is_named_by_its_usual_variables_and_its_secrets_are_not_shown(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {
+        "S3_BUCKET_NAME": "pictures",
+        "S3_REGION": "auto",
+        "S3_ENDPOINT_URL": "https://account.r2.cloudflarestorage.com",
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "sesame",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    settings = Settings.load()
+
+    assert settings.results_root == "s3://pictures/results"
+    assert settings.results_options["secret"] == "sesame"
+    assert settings.results_options["client_kwargs"] == {"region_name": "auto"}
+    assert "sesame" not in repr(settings)
+
+
+def test_a_database_url_is_not_used_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://user:sesame@host/db")
+
+    Settings.load()
+
+    assert "DATABASE_URL is set and not used" in caplog.text
+    assert "sesame" not in caplog.text
