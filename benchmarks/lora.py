@@ -41,7 +41,7 @@ from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
 from deployments.engine.worker import Emit, Worker
 from deployments.loras.batched_lora import BatchedLora, LoraSet, mix
 from deployments.loras.cache import LoraCache, LoraCacheLimits
-from deployments.loras.source import read
+from deployments.loras.source import read_lora
 from deployments.protocol.request import Lora
 
 ROOT = Path(__file__).parent.parent
@@ -173,7 +173,7 @@ class Bench:
         pad_small_linears([plain.transformer])
         owners, began = [], time.thread_time()
         for file in files:
-            factors = read(file, plain).factors
+            factors = read_lora(file, plain).factors
             batched_lora.hook(factors)
             owners.append(mix([(factors, 1.0)]))
         return cls(plain, loras, owners, (time.thread_time() - began) / len(files))

@@ -1,7 +1,7 @@
-"""Whether a LoRA's factors fit a model's layers, told by shapes alone. Loads no torch.
+"""Whether the factors of a LoRA fit the layers of a model, by their shapes alone. Loads no torch.
 
-Keys are compared where they name a layer as diffusers, peft or kohya do; fused layers of other key styles are
-left to whoever converts them (loras/source.py), who refuses what does not fit in any case.
+Only keys that name a layer as diffusers, peft or kohya do are compared. Fused layers of other key styles are
+checked on conversion (deployments/loras/source.py), which refuses every factor that does not fit.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Mapping
 
 Shape = tuple[int, ...]
 
-_SIDES = re.compile(
+PARTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3")  # of a pipeline
+
+_FACTOR_KEY = re.compile(
     r"(?P<layer>.+?)(?:\.lora_linear_layer\.|\.lora\.|_lora\.|\.lora_)"
     r"(?P<side>A|B|down|up)(?:\.default)?\.weight"
 )
-_PREFIXES = {  # of kohya's keys -> the part of the pipeline; "": the denoiser, whatever it is called
+_PREFIXES = {  # kohya's prefix -> part of the pipeline; "": the denoiser, transformer or unet
     "lora_unet_": "",
     "lora_transformer_": "",
     "lora_te1_": "text_encoder",
@@ -24,20 +26,21 @@ _PREFIXES = {  # of kohya's keys -> the part of the pipeline; "": the denoiser, 
     "lora_te3_": "text_encoder_3",
     "lora_te_": "text_encoder",
 }
-_PARTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 def find_mismatch(factors: Mapping[str, Shape], layers: Mapping[str, Shape]) -> str | None:
-    """The first factor that does not fit its layer, with both shapes; None where all that can be told fits.
+    """A sentence about the first factor that does not fit its layer, with both shapes; None where none is
+    found.
 
-    factors: by key of the file. layers: the weights of a model's Linear and Conv2d layers, (out, in) or
-    (out, in, kh, kw), by part and path ("transformer.proj_out").
+    factors: shapes by tensor name of the file, (rank, in, ...) for A or down and (out, rank, ...) for B or
+    up. layers: weights of the model's Linear and Conv2d layers, (out, in) or (out, in, kh, kw), by part and
+    path ("transformer.proj_out").
     """
-    known = _by_name(layers)
+    known = _by_layer_key(layers)
     denoiser = "unet" if any(name.startswith("unet.") for name in layers) else "transformer"
     for key, shape in factors.items():
-        match = _SIDES.fullmatch(key)
-        weight = None if match is None else known.get(_name(match["layer"], denoiser))
+        match = _FACTOR_KEY.fullmatch(key)
+        weight = None if match is None else known.get(_layer_key(match["layer"], denoiser))
         if match is None or weight is None:
             continue
         down = match["side"] in ("A", "down")
@@ -48,17 +51,17 @@ def find_mismatch(factors: Mapping[str, Shape], layers: Mapping[str, Shape]) -> 
     return None
 
 
-def _by_name(layers: Mapping[str, Shape]) -> dict[str, Shape | None]:
-    """Layers by part and path without dots, as kohya writes it; None for two of one name."""
+def _by_layer_key(layers: Mapping[str, Shape]) -> dict[str, Shape | None]:
+    """Shapes by layer key; None where two layers share one key."""
     named: dict[str, Shape | None] = {}
     for layer, shape in layers.items():
-        name = _name(layer, "")
-        named[name] = None if name in named else shape
+        key = _layer_key(layer, "")
+        named[key] = None if key in named else shape
     return named
 
 
-def _name(layer: str, denoiser: str) -> str:
-    """A layer's name in any style as part.path_with_underscores."""
+def _layer_key(layer: str, denoiser: str) -> str:
+    """A layer's name in any style as part.path_with_underscores, which is how kohya writes paths."""
     path = layer.removeprefix("base_model.model.").removeprefix("diffusion_model.")
     path = re.sub(r"\.processor\.to_out$", ".to_out.0", path).replace(".processor.", ".")
     first, dot, rest = path.partition(".")
@@ -67,7 +70,7 @@ def _name(layer: str, denoiser: str) -> str:
             part, rest = part or denoiser, path.removeprefix(prefix)
             break
     else:
-        part, rest = (first, rest) if first in _PARTS and dot else (denoiser, path)
+        part, rest = (first, rest) if first in PARTS and dot else (denoiser, path)
     rest = rest.replace(".", "_")
     return f"{part}.{rest.removeprefix('text_model_') if part.startswith('text_encoder') else rest}"
 

@@ -1,1 +1,2 @@
-"""LoRAs: read from checked files, kept on disk, in memory and on the device, and mixed within one batch."""
+"""LoRAs on a replica: files, conversion to low-rank factors, cache on host and device, batched
+computation."""

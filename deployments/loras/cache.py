@@ -18,7 +18,7 @@ import torch
 
 from deployments.loras.batched_lora import BatchedLora, LoraSet, mix
 from deployments.loras.file_reader import LoraFileReader
-from deployments.loras.source import Adapter, LowRankFactors, layer_shapes, read
+from deployments.loras.source import Adapter, LowRankFactors, layer_shapes, read_lora
 from deployments.protocol.errors import BadRequest, Overloaded
 from deployments.protocol.request import Lora
 
@@ -347,7 +347,7 @@ def _read_checked(file: bytes, digest: str, pipeline: Any) -> Adapter:
     if hashlib.sha256(file).hexdigest() != digest:
         raise BadRequest(f"the LoRA's SHA-256 is not {digest}; upload it again", param="loras")
     with torch.inference_mode():
-        return read(file, pipeline)
+        return read_lora(file, pipeline)
 
 
 def _step_back() -> None:

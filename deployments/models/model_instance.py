@@ -13,11 +13,11 @@ from torch import nn
 
 from deployments.engine.batch_buckets import pad_small_linears
 from deployments.engine.intercept import intercept
+from deployments.lora_format.shape_check import PARTS
 from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.cache import LoraCache, LoraCacheLimits
 from deployments.loras.file_cache import LoraFileCache
 from deployments.loras.file_reader import LoraFileReader
-from deployments.loras.source import PARTS
 from deployments.models.compile import compile_blocks
 from deployments.models.load import load_controlnet, load_pipeline
 from deployments.models.preprocessors import lazy_preprocessors

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from deployments.lora_format.header import inspect
+from deployments.lora_format.file_info import inspect_lora
 from deployments.protocol.card import CardLora, ModelCard
 from deployments.protocol.errors import BadRequest, Internal
 from serve_app.loras.record import PUBLIC, LoraRecord
@@ -58,7 +58,7 @@ class BuiltInLoras:
         path = ROOT / Path(entry.path).expanduser()
         try:
             file = path.read_bytes()
-            facts = inspect(file)
+            info = inspect_lora(file)
         except (OSError, BadRequest) as error:
             raise Internal(f"the card of {card.id} names the LoRA {entry.id}: {error}") from error
         digest = hashlib.sha256(file).hexdigest()
@@ -69,10 +69,10 @@ class BuiltInLoras:
             owner=PUBLIC,
             name=entry.id,
             family=card.family,
-            rank=facts.rank,
-            dtype=facts.dtype,
-            size_bytes=facts.size_bytes,
-            trigger_words=tuple(entry.trigger_words) or facts.trigger_words,
+            rank=info.rank,
+            dtype=info.dtype,
+            size_bytes=info.size_bytes,
+            trigger_words=tuple(entry.trigger_words) or info.trigger_words,
             description=entry.description,
             licence=entry.licence or card.licence.name,
             source="built-in",

@@ -7,7 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 
-from deployments.lora_format.header import HEAD_BYTES, shapes
+from deployments.lora_format.header import HEAD_BYTES, tensor_shapes
 from deployments.lora_format.shape_check import Shape, find_mismatch
 from deployments.protocol.card import ModelCard, Weights
 from deployments.protocol.errors import BadRequest
@@ -41,7 +41,7 @@ class CompatibilityCheck:
             if not layers:
                 return
             head = await self._results.read_range(adapter_path(digest), 0, HEAD_BYTES - 1)
-            verdict = await asyncio.to_thread(lambda: find_mismatch(shapes(head), layers))
+            verdict = await asyncio.to_thread(lambda: find_mismatch(tensor_shapes(head), layers))
             self._verdicts[digest, model] = verdict
             if len(self._verdicts) > VERDICTS_KEPT:
                 self._verdicts.popitem(last=False)

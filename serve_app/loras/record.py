@@ -8,7 +8,8 @@ from typing import Literal
 
 from pydantic import TypeAdapter
 
-from deployments.lora_format.header import LoraFamily, LoraFileInfo
+from deployments.lora_format.classify import LoraFamily
+from deployments.lora_format.file_info import LoraFileInfo
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest
 
@@ -66,10 +67,10 @@ def lora_id(digest: str) -> str:
 
 
 def make_record(
-    digest: str, facts: LoraFileInfo, label: LoraLabel, owner: str, source: LoraSource
+    digest: str, info: LoraFileInfo, label: LoraLabel, owner: str, source: LoraSource
 ) -> LoraRecord:
     """The record of a file. Raises BadRequest for a label that cannot be kept."""
-    words = facts.trigger_words if label.trigger_words is None else label.trigger_words
+    words = info.trigger_words if label.trigger_words is None else label.trigger_words
     words = tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
     if len(words) > MAX_WORDS or any(len(w) > MAX_WORD_CHARS or not w.isprintable() for w in words):
         raise BadRequest(
@@ -83,11 +84,11 @@ def make_record(
         id=lora_id(digest),
         digest=digest,
         owner=PUBLIC if label.public else owner,
-        name=_name(label.name, facts.name, digest),
-        family=facts.family,
-        rank=facts.rank,
-        dtype=facts.dtype,
-        size_bytes=facts.size_bytes,
+        name=_name(label.name, info.name, digest),
+        family=info.family,
+        rank=info.rank,
+        dtype=info.dtype,
+        size_bytes=info.size_bytes,
         trigger_words=words,
         description=label.description,
         licence=label.licence,

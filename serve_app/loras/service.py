@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from deployments.lora_format.header import LoraFileInfo, inspect
+from deployments.lora_format.file_info import LoraFileInfo, inspect_lora
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest, Forbidden, NotFound, Overloaded, TooLarge
 from deployments.protocol.request import Lora
@@ -91,10 +91,8 @@ class LoraService:
             raise BadRequest("send a file, a url or a hub id to register", param="url")
         source: LoraSource = "upload" if spec.kind == "file" else spec.kind
         async with AsyncExitStack() as holds:
-            digest, facts = await self._taken_in(spec, holds)
-            adapter = await self._registry.add(
-                make_record(digest, facts, label, owner, source), label.preview
-            )
+            digest, info = await self._taken_in(spec, holds)
+            adapter = await self._registry.add(make_record(digest, info, label, owner, source), label.preview)
         logger.info("adapter registered", extra={"adapter": adapter.id, "size_bytes": adapter.size_bytes})
         return adapter
 
@@ -142,11 +140,11 @@ class LoraService:
     ) -> tuple[str, str]:
         """Digest and name of one wished adapter, its file here and held."""
         if spec.kind != "id":
-            digest, facts = await self._taken_in(spec, holds)
-            if facts.family not in ("unknown", card.family):
-                raise _misfit(facts.name or "this LoRA", facts.family, card, spec.param)
-            await self._compatibility.check(facts.name or "this LoRA", digest, card, spec.param)
-            return digest, (facts.name or f"lora-{digest[:8]}")[:200]
+            digest, info = await self._taken_in(spec, holds)
+            if info.family not in ("unknown", card.family):
+                raise _misfit(info.name or "this LoRA", info.family, card, spec.param)
+            await self._compatibility.check(info.name or "this LoRA", digest, card, spec.param)
+            return digest, (info.name or f"lora-{digest[:8]}")[:200]
         adapter = await self._known(spec.reference, owner, card, spec.param)
         if not adapter.fits(card):
             raise _misfit(adapter.name, adapter.model or adapter.family, card, spec.param)
@@ -180,7 +178,7 @@ class LoraService:
         return adapter
 
     async def _taken_in(self, spec: LoraSpec, holds: AsyncExitStack) -> tuple[str, LoraFileInfo]:
-        """Digest and facts of a file that came along, or from where it lies; stored here and held."""
+        """Digest and info of a file that came along, or from where it lies; stored here and held."""
         if not await self._results.free_space_ok():
             raise Overloaded(
                 "there is too little room for another adapter; try again later", retry_after_s=60
@@ -193,14 +191,14 @@ class LoraService:
                     param=spec.param,
                 )
             try:
-                facts = await asyncio.to_thread(inspect, file)
+                info = await asyncio.to_thread(inspect_lora, file)
             except BadRequest as error:
                 raise BadRequest(error.message, param=spec.param) from None
             digest = await asyncio.to_thread(lambda: hashlib.sha256(file).hexdigest())
             await holds.enter_async_context(self._registry.hold(digest))
             if not await self._results.has(adapter_path(digest)):
                 await self._results.put(adapter_path(digest), file)
-        return digest, facts
+        return digest, info
 
     async def _file(self, spec: LoraSpec) -> bytes:
         settings = self._settings

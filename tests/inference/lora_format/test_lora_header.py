@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
 
-from deployments.lora_format.header import MAX_HEADER_BYTES, MAX_TENSORS, inspect
+from deployments.lora_format.file_info import inspect_lora
+from deployments.lora_format.header import MAX_HEADER_BYTES, MAX_TENSORS
 from deployments.protocol.errors import BadRequest
 from tests.inference.lora_files import forged
 
@@ -41,10 +42,10 @@ def pair(**changes: Any) -> dict[str, Any]:
 
 
 def test_the_facts_of_a_shipped_lora() -> None:
-    facts = inspect(NIGHT)
+    info = inspect_lora(NIGHT)
 
-    assert (facts.network, facts.rank, facts.tensors, facts.dtype) == ("lora", 8, 68, "BF16")
-    assert (facts.style, facts.family, facts.size_bytes) == ("diffusers", "flux", len(NIGHT))
+    assert (info.network, info.rank, info.tensors, info.dtype) == ("lora", 8, 68, "BF16")
+    assert (info.style, info.family, info.size_bytes) == ("diffusers", "flux", len(NIGHT))
 
 
 def test_name_and_trigger_words_come_from_the_trainers_metadata() -> None:
@@ -56,10 +57,10 @@ def test_name_and_trigger_words_come_from_the_trainers_metadata() -> None:
     }
     spec = {"modelspec.title": "Cats", "modelspec.trigger_phrase": "ohwx, cat"}
 
-    facts = inspect(forged(pair(__metadata__=kohya), bytes(128)))
-    specified = inspect(forged(pair(__metadata__=spec), bytes(128)))
+    info = inspect_lora(forged(pair(__metadata__=kohya), bytes(128)))
+    specified = inspect_lora(forged(pair(__metadata__=spec), bytes(128)))
 
-    assert (facts.name, facts.trigger_words[0], facts.family) == ("cats", "ohwx cat", "sdxl")
+    assert (info.name, info.trigger_words[0], info.family) == ("cats", "ohwx cat", "sdxl")
     assert (specified.name, specified.trigger_words) == ("Cats", ("ohwx", "cat"))
 
 
@@ -87,9 +88,9 @@ def test_name_and_trigger_words_come_from_the_trainers_metadata() -> None:
     ],
 )
 def test_family_and_key_style_are_guessed_from_the_keys(key: str, family: str, style: str) -> None:
-    facts = inspect(forged({key: entry([4, 8], 0)}, bytes(64)))
+    info = inspect_lora(forged({key: entry([4, 8], 0)}, bytes(64)))
 
-    assert (facts.family, facts.style) == (family, style)
+    assert (info.family, info.style) == (family, style)
 
 
 @pytest.mark.parametrize(
@@ -108,13 +109,13 @@ def test_family_and_key_style_are_guessed_from_the_keys(key: str, family: str, s
         (forged({"__metadata__": {"a": 1}}), "metadata"),
         (forged({DOWN: 1}), "not dtype, shape"),
         (forged(pair() | {"x": entry([1], 128, "I64", 8)}, bytes(136)), "use F16, BF16 or F32"),
-        (forged(pair() | {DOWN: entry([4, 8], 0) | {"shape": [-4, -8]}}, bytes(128)), "proper shape"),
-        (forged(pair() | {DOWN: entry([4, 8], 0) | {"shape": [True, 8]}}, bytes(128)), "proper shape"),
+        (forged(pair() | {DOWN: entry([4, 8], 0) | {"shape": [-4, -8]}}, bytes(128)), "valid shape"),
+        (forged(pair() | {DOWN: entry([4, 8], 0) | {"shape": [True, 8]}}, bytes(128)), "valid shape"),
         (forged(pair() | {DOWN: entry([4, 9], 0) | {"data_offsets": [0, 64]}}, bytes(128)), "another size"),
         (forged(pair() | {UP: entry([8, 4], 32)}, bytes(128)), "overlaps"),
         (forged(pair() | {UP: entry([8, 4], 72)}, bytes(136)), "leaves a gap"),
         (forged(pair(), bytes(100)), "truncated"),
-        (forged(pair(), bytes(200)), "behind its last tensor"),
+        (forged(pair(), bytes(200)), "after its last tensor"),
         (forged({"model.weight": entry([4, 8], 0)}, bytes(64)), "not those of a LoRA"),
         (forged({DOWN: entry([129, 2], 0)}, bytes(516)), "rank is 129"),
         (forged({UP: entry([8, 4], 0)}, bytes(64)), "no layer with a rank"),
@@ -124,7 +125,7 @@ def test_family_and_key_style_are_guessed_from_the_keys(key: str, family: str, s
 )  # fmt: skip
 def test_bad_files_are_refused_with_the_reason(file: bytes, reason: str) -> None:
     with pytest.raises(BadRequest, match=reason) as refusal:
-        inspect(file)
+        inspect_lora(file)
 
     assert refusal.value.param == "loras"
 
@@ -167,7 +168,7 @@ def test_other_kinds_than_plain_loras_are_refused_by_their_name(key: str) -> Non
 
     for file in (alone, beside_a_plain_layer):
         with pytest.raises(BadRequest, match=UNSERVED[key]):
-            inspect(file)
+            inspect_lora(file)
 
 
 @pytest.mark.filterwarnings("ignore:.*invalid shape")  # peft's own of a bias
@@ -190,7 +191,7 @@ def test_what_peft_saves_of_other_kinds_is_refused_by_their_name(config: Any, re
     file = save({key: value.contiguous() for key, value in peft.get_peft_model_state_dict(model).items()})
 
     with pytest.raises(BadRequest, match=reason):
-        inspect(file)
+        inspect_lora(file)
 
 
 def test_a_million_empty_tensors_are_refused_at_once() -> None:
@@ -198,7 +199,7 @@ def test_a_million_empty_tensors_are_refused_at_once() -> None:
 
     started = time.process_time()
     with pytest.raises(BadRequest, match="header is over"):
-        inspect(file)
+        inspect_lora(file)
 
     assert time.process_time() - started < 0.5
 
@@ -207,7 +208,7 @@ def test_a_million_empty_tensors_are_refused_at_once() -> None:
 @given(st.binary(max_size=300))
 def test_any_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(BadRequest):
-        inspect(data)
+        inspect_lora(data)
 
 
 JSON = st.recursive(
@@ -221,7 +222,7 @@ JSON = st.recursive(
 @given(JSON, st.binary(max_size=40))
 def test_any_json_for_a_header_is_refused(header: Any, data: bytes) -> None:
     with pytest.raises(BadRequest):
-        inspect(forged(header, data))
+        inspect_lora(forged(header, data))
 
 
 ODD = st.integers(-2, 300) | st.sampled_from([2**31, 2**40, 2**63, -(2**70)]) | st.booleans() | st.floats()
@@ -244,7 +245,7 @@ ODD = st.integers(-2, 300) | st.sampled_from([2**31, 2**40, 2**63, -(2**70)]) | 
 )
 def test_any_table_of_tensors_is_accepted_or_refused(header: Any, data: bytes) -> None:
     with suppress(BadRequest):
-        assert 1 <= inspect(forged(header, data)).rank <= 128
+        assert 1 <= inspect_lora(forged(header, data)).rank <= 128
 
 
 @settings(max_examples=200, deadline=None)
@@ -254,12 +255,12 @@ def test_a_flipped_byte_is_accepted_or_refused(place: int, value: int) -> None:
     place = place % (header + 16)
 
     with suppress(BadRequest):
-        assert inspect(NIGHT[:place] + bytes([value]) + NIGHT[place + 1 :]).tensors == 68
+        assert inspect_lora(NIGHT[:place] + bytes([value]) + NIGHT[place + 1 :]).tensors == 68
 
 
 def test_reading_a_header_loads_no_torch() -> None:
     code = (
-        "import sys; from deployments.lora_format.header import inspect; "
+        "import sys; from deployments.lora_format.file_info import inspect_lora; "
         "sys.exit('torch is loaded' if {'torch', 'safetensors', 'diffusers'} & set(sys.modules) else 0)"
     )
 

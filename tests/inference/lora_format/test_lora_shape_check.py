@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from deployments.lora_format.header import HEAD_BYTES, shapes
+from deployments.lora_format.header import HEAD_BYTES, tensor_shapes
 from deployments.lora_format.shape_check import find_mismatch
-from deployments.loras.source import layer_shapes, read
+from deployments.loras.source import layer_shapes, read_lora
 from deployments.protocol.errors import BadRequest
 from tests.inference import tiny
 from tests.inference.lora_files import Tensors, file_of, random_lora
@@ -71,7 +71,7 @@ STYLES = [flux_lora, sd_lora, peft_names, kohya_names, old_diffusers_names]
 def test_factors_that_fit_are_left_alone_and_others_named(make: Any) -> None:
     pipeline, tensors = make()
     layers = layer_shapes(pipeline)
-    assert read(file_of(tensors), pipeline).factors
+    assert read_lora(file_of(tensors), pipeline).factors
     assert find_mismatch({key: tuple(tensor.shape) for key, tensor in tensors.items()}, layers) is None
 
     for key in (next(iter(tensors)), list(tensors)[-1]):
@@ -85,7 +85,7 @@ def test_factors_that_fit_are_left_alone_and_others_named(make: Any) -> None:
         assert repr(key) in reason
         assert str(tuple(wrong[key].shape)) in reason
         with pytest.raises(BadRequest):  # so would whoever converts it
-            read(file_of(wrong), pipeline)
+            read_lora(file_of(wrong), pipeline)
 
 
 def test_fused_layers_of_other_styles_are_left_to_the_converters() -> None:
@@ -105,7 +105,7 @@ def test_shapes_come_from_the_head_of_a_file() -> None:
     _, tensors = flux_lora()
     file = file_of(tensors, {"made": "here"})
 
-    assert shapes(file[:HEAD_BYTES]) == {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    assert tensor_shapes(file[:HEAD_BYTES]) == {key: tuple(tensor.shape) for key, tensor in tensors.items()}
 
 
 def test_comparing_shapes_loads_no_torch() -> None:

@@ -19,9 +19,10 @@ from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
 from deployments.engine.lora_rows import run_with_lora_rows
+from deployments.lora_format.shape_check import PARTS
 from deployments.loras import batched_lora
 from deployments.loras.batched_lora import BatchedLora, LoraSet, mix
-from deployments.loras.source import PARTS, read
+from deployments.loras.source import read_lora
 from tests.inference import tiny
 from tests.inference.engine.together import Together
 from tests.inference.lora_files import file_of, random_lora, with_diffusers
@@ -81,7 +82,7 @@ class Loom:
         self.rows = 0
 
     def lora_set(self, loras: Loras) -> LoraSet | None:
-        adapters = [(read(file, self.pipeline).factors, weight) for file, weight in loras]
+        adapters = [(read_lora(file, self.pipeline).factors, weight) for file, weight in loras]
         for factors, _ in adapters:
             self.batched_lora.hook(factors)
         return mix(adapters) if adapters else None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployments.loras.source import Adapter, read
+from deployments.loras.source import Adapter, read_lora
 from deployments.protocol.errors import BadRequest
 from tests.inference import tiny
 from tests.inference.lora_files import Tensors, file_of, random_lora
@@ -80,7 +80,7 @@ def test_peft_names_are_those_of_the_model_without_the_part(flux: Any, prefix: s
     own = attention_only(flux, "transformer")
     wrapped = {prefix + key.removeprefix("transformer."): tensor for key, tensor in own.items()}
 
-    assert same(read(file_of(wrapped), flux), read(file_of(own), flux))
+    assert same(read_lora(file_of(wrapped), flux), read_lora(file_of(own), flux))
 
 
 def test_the_first_names_of_diffusers_are_understood(sd: Any) -> None:
@@ -93,10 +93,10 @@ def test_the_first_names_of_diffusers_are_understood(sd: Any) -> None:
         for key, tensor in old.items()
     }
 
-    expected = read(file_of(own), sd)
+    expected = read_lora(file_of(own), sd)
 
-    assert same(read(file_of(old), sd), expected)
-    assert same(read(file_of(oldest), sd), expected)
+    assert same(read_lora(file_of(old), sd), expected)
+    assert same(read_lora(file_of(oldest), sd), expected)
 
 
 def test_kohya_names_and_alphas_are_understood_in_unet_and_text_encoder(sd: Any) -> None:
@@ -106,9 +106,9 @@ def test_kohya_names_and_alphas_are_understood_in_unet_and_text_encoder(sd: Any)
         only=lambda path, _: path.endswith((*ATTENTION, "_proj", "fc1", "ff.net.2")),
     )
 
-    converted = read(file_of(kohya(own, alpha=2.0)), sd)
+    converted = read_lora(file_of(kohya(own, alpha=2.0)), sd)
 
-    expected = read(file_of(own), sd)
+    expected = read_lora(file_of(own), sd)
     assert converted.factors.keys() == expected.factors.keys()
     assert any(part == "text_encoder" for part, _ in converted.factors)
     for place in expected.factors:
@@ -119,7 +119,7 @@ def test_each_layer_has_its_own_alpha(sd: Any) -> None:
     tensors = kohya(attention_only(sd, "unet", rank=4), alpha=4.0)
     odd = next(key for key in tensors if key.endswith("attn2_to_k.alpha"))
 
-    adapter = read(file_of({**tensors, odd: torch.tensor(1.0)}), sd)
+    adapter = read_lora(file_of({**tensors, odd: torch.tensor(1.0)}), sd)
 
     scales = {path: one.scale for (_, path), one in adapter.factors.items()}
     assert sorted(scales.values()) == [0.25] + [1.0] * (len(scales) - 1)
@@ -136,7 +136,7 @@ def test_sdxl_is_understood_in_the_names_of_its_first_unet(sdxl: Any) -> None:
         f"{sgm}.lora_up.weight": own[f"{key}.lora_B.weight"],
     }
 
-    assert same(read(file_of(other), sdxl), read(file_of(own), sdxl))
+    assert same(read_lora(file_of(other), sdxl), read_lora(file_of(own), sdxl))
 
 
 def flux_qkv(down: str, up: str) -> tuple[Tensors, Tensors]:
@@ -172,14 +172,14 @@ def flux_qkv(down: str, up: str) -> tuple[Tensors, Tensors]:
 def test_flux_names_with_fused_layers_are_split(flux: Any, down: str, up: str) -> None:
     fused, split = flux_qkv(down, up)
 
-    assert same(read(file_of(fused), flux), read(file_of(split), flux))
+    assert same(read_lora(file_of(fused), flux), read_lora(file_of(split), flux))
 
 
 def test_rank_and_alpha_that_diffusers_wrote_down_count(flux: Any) -> None:
     own = attention_only(flux, "transformer", rank=4)
     note = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"attn.to_k": 2}}
 
-    adapter = read(file_of(own, {"lora_adapter_metadata": json.dumps(note)}), flux)
+    adapter = read_lora(file_of(own, {"lora_adapter_metadata": json.dumps(note)}), flux)
 
     for (_, path), one in adapter.factors.items():
         assert one.scale == (0.5 if path.endswith("attn.to_k") else 2.0)
@@ -188,7 +188,7 @@ def test_rank_and_alpha_that_diffusers_wrote_down_count(flux: Any) -> None:
 def test_factors_have_the_type_of_their_layer() -> None:
     pipeline = tiny.flux().to(torch.bfloat16)
 
-    adapter = read(file_of(attention_only(pipeline, "transformer")), pipeline)
+    adapter = read_lora(file_of(attention_only(pipeline, "transformer")), pipeline)
 
     assert {one.a.dtype for one in adapter.factors.values()} == {torch.bfloat16}
 
@@ -235,14 +235,14 @@ def test_what_does_not_fit_is_refused_by_its_first_bad_key(flux: Any, sd: Any, s
 
     for number, (tensors, pipeline, reason) in enumerate(cases):
         with pytest.raises(BadRequest, match=reason) as refusal:
-            print(number, read(file_of(tensors), pipeline).factors.keys())
+            print(number, read_lora(file_of(tensors), pipeline).factors.keys())
         assert refusal.value.param == "loras", number
 
 
 def test_values_whose_sum_runs_over_are_finite_all_the_same(flux: Any) -> None:
     own = attention_only(flux, "transformer")
 
-    huge = read(file_of(changed(own, "lora_A.weight", lambda t: torch.full_like(t, 3e38))), flux)
+    huge = read_lora(file_of(changed(own, "lora_A.weight", lambda t: torch.full_like(t, 3e38))), flux)
 
     assert any((factors.a == 3e38).all() for factors in huge.factors.values())
 
@@ -251,4 +251,4 @@ def test_dora_in_the_metadata_is_refused(flux: Any) -> None:
     note = json.dumps({"transformer.use_dora": True})
 
     with pytest.raises(BadRequest, match="DoRA"):
-        read(file_of(attention_only(flux, "transformer"), {"lora_adapter_metadata": note}), flux)
+        read_lora(file_of(attention_only(flux, "transformer"), {"lora_adapter_metadata": note}), flux)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from redis.asyncio import Redis
 
-from deployments.lora_format.header import inspect
+from deployments.lora_format.file_info import inspect_lora
 from deployments.protocol.errors import Conflict, NotFound, Overloaded, QuotaExceeded
 from serve_app.loras.record import PUBLIC, LoraLabel, LoraRecord, make_record
 from serve_app.loras.registry import LoraRegistry
@@ -23,7 +23,7 @@ def registry(redis: Redis, settings: Settings) -> LoraRegistry:
 
 def an_adapter(seed: int, name: str = "ink", owner: str = "ada", *, public: bool = False) -> LoraRecord:
     file = lora_file(seed)
-    return make_record(digest(file), inspect(file), LoraLabel(name, public=public), owner, "upload")
+    return make_record(digest(file), inspect_lora(file), LoraLabel(name, public=public), owner, "upload")
 
 
 async def test_adapters_are_their_owners_unless_public(registry: LoraRegistry) -> None:

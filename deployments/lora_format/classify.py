@@ -1,0 +1,141 @@
+"""What the tensor names and the metadata of a LoRA file say: network type, key style, model family,
+trigger words."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+LoraNetwork = Literal[
+    "lora", "dora", "lokr", "loha", "glora", "oft", "ia3", "vera", "hra", "fourier", "tucker", "full", "norm",
+    "bias", "embedding", "control", "other",
+]  # fmt: skip
+KeyStyle = Literal["diffusers", "peft", "kohya", "xlabs", "bfl", "other"]
+LoraFamily = Literal["flux", "sdxl", "sd", "wan", "hunyuan_video", "ltx", "unknown"]
+
+# fragments of tensor names by network type ("$": end of the name); the first type with a match is the file's
+_NETWORKS: dict[LoraNetwork, tuple[str, ...]] = {
+    "dora": ("dora_scale", "lora_magnitude_vector"),
+    "lokr": (".lokr_", "lokr_w"),
+    "loha": (".hada_",),
+    "glora": (".a1.weight$", ".b1.weight$"),
+    "oft": (".oft_R", ".oft_blocks", ".oft_diag", ".boft_"),
+    "ia3": (".ia3_l", ".on_input$"),
+    "vera": (".vera_lambda_",),
+    "hra": (".hra_u",),
+    "fourier": (".fourierft_",),
+    "tucker": (".lora_mid.",),
+    "norm": (".w_norm$", ".b_norm$"),
+    "full": (".diff$",),
+    "bias": (".diff_b$", ".lora_B.bias$", ".lora_up.bias$"),
+    "embedding": ("bundle_emb.", "lora_embedding_"),
+    "control": ("query_norm.scale", "norm_added_q", "lora_controlnet"),
+    "lora": (".lora_A", ".lora_B", "lora_down", "lora_up", "_lora.down", ".lora.down", "_lora1.", "_lora2.",
+             "_lora.up", "lora_linear_layer", "_lora.weight"),
+}  # fmt: skip
+_REMEDY = "train or extract it as a plain LoRA"
+UNSUPPORTED: dict[LoraNetwork, str] = {  # reasons for header.refusal
+    "dora": f"it is a DoRA, which rescales whole layers; {_REMEDY}",
+    "lokr": f"it is a LoKr (Kronecker factors); {_REMEDY}",
+    "loha": f"it is a LoHa (Hadamard factors); {_REMEDY}",
+    "glora": f"it is a GLoRA, which multiplies the weights themselves; {_REMEDY}",
+    "oft": f"it is an OFT or BOFT, which rotates the weights themselves; {_REMEDY}",
+    "ia3": f"it is an IA3, which rescales activations; {_REMEDY}",
+    "vera": f"it is a VeRA, whose factors are not all in the file; {_REMEDY}",
+    "hra": f"it is an HRA, which reflects the weights themselves; {_REMEDY}",
+    "fourier": f"it is a FourierFT, whose change of a layer has no low rank; {_REMEDY}",
+    "tucker": f"its convolutions have a third factor (Tucker, lora_mid); {_REMEDY} without it",
+    "norm": f"it changes norms (w_norm, b_norm) too; {_REMEDY} without them",
+    "full": f"it holds whole differences of layers (.diff); {_REMEDY}",
+    "bias": f"it changes biases too; {_REMEDY} without them",
+    "embedding": f"it contains text embeddings; {_REMEDY} without them",
+    "control": "it is a Control LoRA, which changes the model's input and norms; use a ControlNet",
+}
+_ARCHITECTURES: tuple[tuple[str, LoraFamily], ...] = (  # fragments of what trainers write into the metadata
+    ("flux", "flux"),
+    ("hunyuan", "hunyuan_video"),
+    ("wan", "wan"),
+    ("ltx", "ltx"),
+    ("xl", "sdxl"),
+    ("stable-diffusion-v1", "sd"),
+    ("sd_v1", "sd"),
+)
+_UNET_SECOND_BLOCK = r"attentions[._]\d+[._]transformer_blocks[._][1-9]"  # SDXL's; SD has one block each
+_FAMILY_KEYS: tuple[tuple[str, LoraFamily], ...] = (  # patterns over all tensor names; the first match counts
+    (r"\.img_attn_qkv|token_refiner", "hunyuan_video"),
+    (r"single_transformer_blocks|double_blocks|single_blocks", "flux"),
+    (r"(^|[ .]|lora_unet_)blocks[._]\d+[._](self_attn|cross_attn|attn1|attn2|ffn)", "wan"),
+    (r"(^|[ ]|transformer\.|model\.)transformer_blocks\.\d+\.attn[12]\.", "ltx"),
+    (rf"lora_te2_|text_encoder_2\.|{_UNET_SECOND_BLOCK}|lora_unet_(in|out)put_blocks", "sdxl"),
+    (r"unet[._]|(down|up)_blocks", "sd"),
+)
+_MAX_TRIGGER_WORDS = 8  # of a phrase
+_MAX_FREQUENT_TAGS = 3
+_MAX_WORD_CHARS = 100
+_MAX_PHRASE_CHARS = 2_000
+
+
+def network_type(keys: Iterable[str]) -> LoraNetwork:
+    """The kind of network that these tensor names belong to; "other" where nothing says LoRA."""
+    names = [f"{key}$" for key in keys]
+    for network, fragments in _NETWORKS.items():
+        if any(fragment in name for name in names for fragment in fragments):
+            return network
+    return "other"
+
+
+def key_style(keys: Iterable[str]) -> KeyStyle:
+    """The tool whose naming scheme the tensor names follow."""
+    names = list(keys)
+
+    def any_contains(*fragments: str) -> bool:
+        return any(fragment in name for name in names for fragment in fragments)
+
+    if any_contains("processor.qkv_lora", "processor.proj_lora"):
+        return "xlabs"
+    if any(name.startswith(("lora_unet_", "lora_te")) for name in names):
+        return "kohya"
+    if any_contains("double_blocks.", "diffusion_model."):
+        return "bfl"
+    if any(name.startswith("base_model.model.") for name in names):
+        return "peft"
+    if any_contains(".lora_A", ".lora.down", "_lora.down", "lora_linear_layer"):
+        return "diffusers"
+    return "other"
+
+
+def model_family(keys: Iterable[str], metadata: Mapping[str, str]) -> LoraFamily:
+    """A guess of the model family: by what the trainer wrote into the metadata, else by the tensor names."""
+    written = " ".join(
+        metadata.get(name, "") for name in ("modelspec.architecture", "ss_base_model_version")
+    ).lower()
+    for fragment, family in _ARCHITECTURES:
+        if fragment in written:
+            return family
+    text = " ".join(keys)
+    for pattern, family in _FAMILY_KEYS:
+        if re.search(pattern, text):
+            return family
+    return "unknown"
+
+
+def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """The words that activate the LoRA: modelspec's phrase (at most eight words or phrases), else the
+    three most frequent tags of the training captions."""
+    phrase = metadata.get("modelspec.trigger_phrase") or metadata.get("ss_trigger_words")
+    if phrase:
+        words = [word.strip()[:_MAX_WORD_CHARS] for word in phrase[:_MAX_PHRASE_CHARS].split(",")]
+        return tuple([word for word in words if word][:_MAX_TRIGGER_WORDS])
+    try:
+        folders = json.loads(metadata.get("ss_tag_frequency") or "{}")
+    except (ValueError, RecursionError):
+        return ()
+    counts: dict[str, float] = {}
+    for tags in folders.values() if isinstance(folders, dict) else ():
+        for tag, count in tags.items() if isinstance(tags, dict) else ():
+            if isinstance(count, int):
+                word = tag.strip()[:_MAX_WORD_CHARS]
+                counts[word] = counts.get(word, 0) + count
+    return tuple(sorted(counts, key=lambda word: -counts[word])[:_MAX_FREQUENT_TAGS])
