@@ -162,15 +162,15 @@ def _error(got: Tensor, expected: Tensor) -> float:
 def page(outcomes: dict[str, Outcome]) -> str:
     """docs/families.md."""
     lines = [
-        "# Families tried",
+        "# Model families",
         "",
-        "Every row is a tiny pipeline with random weights whose requests (different steps, guidance, seeds,",
-        "prompts, numbers of pictures, two sizes where the family has them; some join while others run, one",
-        "is cancelled) went through one engine and were held against the same requests alone.",
-        "*merged*: calls of several requests shared forwards. *one at a time*: they were time-sliced.",
+        "Which diffusers families share forward passes, and how exactly; written by a test.",
+        "Each row is a tiny pipeline with random weights; its mixed batches equal each request alone.",
+        "*merged*: calls of several requests shared forwards. *one at a time*: they took turns.",
         "",
-        "Written by `python -m tests.inference.families_table`; `test_families.py` fails when",
-        "this page and the code disagree.",
+        "The requests of a row differ in steps, guidance, seeds, prompts, numbers of images and, where the",
+        "family allows it, size; some join while others run, and one is cancelled. `test_families.py` fails",
+        "when this page and the code disagree; `python -m tests.inference.families_table` writes it.",
         "",
         "| family | pipelines | denoiser | tasks | denoiser | text encoders | VAE | relative error |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
