@@ -23,7 +23,7 @@ import ledger
 
 from deployments.protocol import events
 from deployments.protocol.request import ResolvedRequest
-from serve_app.jobs.job import new_job_id
+from serve_app.job_ids import new_job_id
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.redis.embedded import EmbeddedRedis

@@ -32,6 +32,7 @@ FRONT = (
     ("serve_app.admission", "serve_app.storage", "serve_app.ray_serve.routing"),
     (
         "serve_app.settings",
+        "serve_app.job_ids",
         "serve_app.redis.transactions",
         "serve_app.ray_serve.args",
         "serve_app.ray_serve.autoscaling",

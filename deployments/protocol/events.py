@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic import ConfigDict
+
 from deployments.protocol.errors import KINDS, Internal, WeftError
 
 
@@ -45,6 +47,8 @@ class Stage:
 @dataclass(frozen=True, slots=True)
 class Preview:
     """A rough look at the unfinished picture."""
+
+    __pydantic_config__ = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
     step: int
     media_type: str

@@ -28,14 +28,15 @@ from serve_app.jobs.events import (
     ENDINGS,
     NAMES,
     Event,
+    Failed,
     JobCancelled,
     JobCompleted,
-    JobFailed,
     JobQueued,
     JobStarted,
     Preview,
     Stage,
     Step,
+    percent,
 )
 
 logger = logging.getLogger(__name__)
@@ -44,7 +45,6 @@ router = APIRouter(tags=["progress"])
 sockets = APIRouter()  # they name their caller themselves: a browser sends the key as a subprotocol
 
 KEEP_ALIVE_S = 15.0
-STAGE_PERCENT = 99  # all steps are done; what is left is told in frames
 EVENT_ID = re.compile(r"[0-9]{1,19}-[0-9]{1,19}")
 MAX_MESSAGE_CHARS = 4096  # of a client; it has nothing to tell us
 SUBPROTOCOL = "weft"
@@ -173,29 +173,32 @@ async def _event_body(event: Event, caller: CallerContext, job_id: str) -> dict[
         case Step():
             return {
                 "status": "processing",
-                "percent": event.percent,
+                "percent": percent(event),
                 "step": event.step,
                 "steps": event.steps,
             }
         case Stage():
-            told = {"status": "processing", "percent": STAGE_PERCENT, "stage": event.name}
+            told = {"status": "processing", "percent": percent(event), "stage": event.name}
             return {**told, "done": event.done, "total": event.total}
         case Preview():
             data = base64.b64encode(event.data).decode()
             return {"step": event.step, "media_type": event.media_type, "data": data}
         case JobCompleted():
             view = await caller.job_service.get(job_id, caller.owner)
-            return {"status": "completed", "percent": 100, **_job(JobOut.of(view.job, caller.prefix))}
-        case JobFailed():
+            return {
+                "status": "completed",
+                "percent": percent(event),
+                **_job(JobOut.of(view.job, caller.prefix)),
+            }
+        case Failed():
             error = {"kind": event.kind, "message": event.message, "param": event.param}
             return {"status": "failed", "error": error}
         case JobCancelled():
             return {"status": "cancelled"}
 
 
-def _taken_over(event: JobQueued | JobStarted) -> dict[str, int]:
-    percent = 100 * event.step // event.steps if event.steps else 0
-    return {"percent": percent, "step": event.step, "steps": event.steps}
+def _taken_over(event: JobQueued | JobStarted) -> dict[str, int | None]:
+    return {"percent": percent(event), "step": event.step, "steps": event.steps}
 
 
 def _job(job: JobOut) -> dict[str, Any]:

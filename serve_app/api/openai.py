@@ -163,7 +163,7 @@ async def _server_sent(caller: CallerContext, job: Job) -> AsyncGenerator[str]:
                 case (_, events.Preview() as look) if shown < job.request.output.previews:
                     yield _event(_partial(job, look, shown))
                     shown += 1
-                case (_, events.JobCompleted() | events.JobFailed() | events.JobCancelled()):
+                case (_, events.JobCompleted() | events.Failed() | events.JobCancelled()):
                     ended = True
         job = (await caller.job_service.get(job.id, caller.owner)).job
         caller.state.metrics.add("weft_jobs_finished_observed", state=job.state.value)

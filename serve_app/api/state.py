@@ -27,6 +27,7 @@ from serve_app.api.schemas.image import ImageBody
 from serve_app.api.schemas.lora import LoraFields
 from serve_app.api.schemas.openai import OpenAIImageBody
 from serve_app.api.schemas.video import ExtendRequest, OpenAIVideoBody, RemixRequest, VideoBody
+from serve_app.job_ids import is_job_id
 from serve_app.jobs.job import IdempotencyKey, Job
 from serve_app.jobs.service import JobService
 from serve_app.jobs.store.cache_keys import body_digest
@@ -34,7 +35,6 @@ from serve_app.loras.service import LoraService
 from serve_app.loras.spec import extract_lora_tags
 from serve_app.settings import Settings
 
-JOB_ID_DIGITS = 32
 SubmitBody = ImageBody | OpenAIImageBody | VideoBody | OpenAIVideoBody | RemixRequest | ExtendRequest
 READY = "ready"
 SESSION_COOKIE = "weft_session"
@@ -266,7 +266,7 @@ def _address(connection: HTTPConnection, state: ApiState) -> str:
 
 def job_id(task_id: str) -> str:
     """The id, if it can be one. Raises NotFound, as for any job the caller does not have."""
-    if len(task_id) == JOB_ID_DIGITS and set(task_id) <= set("0123456789abcdef"):
+    if is_job_id(task_id):
         return task_id
     raise NotFound("there is no such job; an id is the 32 hex digits that came with the job", param="id")
 

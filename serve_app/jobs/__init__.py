@@ -1,1 +1,1 @@
-"""Durable jobs: what was accepted, who runs it, how far it is, what came of it."""
+"""Jobs: accepted durably, run under a lease by any worker, ended exactly once, followed from any process."""

@@ -1,61 +1,55 @@
-"""What a job tells its followers: small facts, the last one Completed, Failed or Cancelled (pure)."""
+"""What happens to a job, in order: the events its followers receive, and how they are stored (pure).
+
+Step, Stage, Preview and Failed come from the replica unchanged; the other events are about the whole job.
+The last event of a job is JobCompleted, Failed or JobCancelled.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import TypeAdapter
 
-from serve_app.jobs.job import Job, JobState
+from deployments.protocol.events import Failed, Preview, Stage, Step
+from serve_app.jobs.job import MAX_RUNNING_PERCENT, Job, JobState, percent_done
+
+__all__ = [
+    "ENDINGS",
+    "NAMES",
+    "Event",
+    "Failed",
+    "JobCancelled",
+    "JobCompleted",
+    "JobQueued",
+    "JobStarted",
+    "Preview",
+    "Stage",
+    "Step",
+    "decode",
+    "encode",
+    "ending_event",
+    "percent",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class JobQueued:
-    """Waiting; also told again when the position changes or a lost job comes back."""
+    """The job waits; repeated when its position changes and when it returns to the queue."""
 
-    position: int  # 1: next to be claimed, among the jobs of the same model
-    step: int = 0  # what a stopped replica has done; the next one goes on from there
+    position: int  # 1: next to be claimed among the jobs of the same model
+    step: int = 0  # denoising steps that a stopped replica has done; the next attempt continues after them
     steps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class JobStarted:
-    """A dispatcher has claimed the job and hands it to the model."""
+    """A worker has claimed the job and sends it to the model."""
 
     attempt: int
-    step: int = 0  # as above
+    step: int = 0  # as in JobQueued
     steps: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One denoising step is done; step 0 says that the pipeline call began."""
-
-    step: int  # 0..steps
-    steps: int
-    percent: int  # 0..99
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """How far a video is after its last denoising step, in frames."""
-
-    name: Literal["decode", "encode"]
-    done: int
-    total: int
-
-
-@dataclass(frozen=True, slots=True)
-class Preview:
-    """A rough look at the unfinished picture."""
-
-    __pydantic_config__ = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
-
-    step: int
-    media_type: str
-    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,42 +60,25 @@ class JobCompleted:
 
 
 @dataclass(frozen=True, slots=True)
-class JobFailed:
-    """The job ended without pictures; the words of the error tree."""
-
-    kind: str
-    message: str
-    param: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class JobCancelled:
-    """Somebody asked for the job to end."""
+    """The job ended because its cancellation was requested."""
 
 
-Event = JobQueued | JobStarted | Step | Stage | Preview | JobCompleted | JobFailed | JobCancelled
-ENDINGS = (JobCompleted, JobFailed, JobCancelled)
+Event = JobQueued | JobStarted | Step | Stage | Preview | JobCompleted | Failed | JobCancelled
+ENDINGS = (JobCompleted, Failed, JobCancelled)
 
-_ADAPTERS: dict[str, TypeAdapter[Any]] = {
-    "queued": TypeAdapter(JobQueued),
-    "started": TypeAdapter(JobStarted),
-    "step": TypeAdapter(Step),
-    "stage": TypeAdapter(Stage),
-    "preview": TypeAdapter(Preview),
-    "completed": TypeAdapter(JobCompleted),
-    "failed": TypeAdapter(JobFailed),
-    "cancelled": TypeAdapter(JobCancelled),
+_TYPES: dict[str, type[Event]] = {
+    "queued": JobQueued,
+    "started": JobStarted,
+    "step": Step,
+    "stage": Stage,
+    "preview": Preview,
+    "completed": JobCompleted,
+    "failed": Failed,
+    "cancelled": JobCancelled,
 }
-NAMES: dict[type[Event], str] = {
-    JobQueued: "queued",
-    JobStarted: "started",
-    Step: "step",
-    Stage: "stage",
-    Preview: "preview",
-    JobCompleted: "completed",
-    JobFailed: "failed",
-    JobCancelled: "cancelled",
-}
+NAMES: dict[type[Event], str] = {kind: name for name, kind in _TYPES.items()}
+_ADAPTERS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(kind) for name, kind in _TYPES.items()}
 
 
 def encode(event: Event) -> dict[str, str]:
@@ -116,14 +93,27 @@ def decode(fields: Mapping[str, str]) -> Event:
     return event
 
 
+def percent(event: Event) -> int | None:
+    """How much of the job is done by this event, 0..100; None for events that do not say it."""
+    match event:
+        case JobQueued(step=step, steps=steps) | JobStarted(step=step, steps=steps) | Step(step, steps):
+            return percent_done(step, steps)
+        case Stage():
+            return MAX_RUNNING_PERCENT  # all steps are done; what is left is counted in frames
+        case JobCompleted():
+            return 100
+        case _:
+            return None
+
+
 def ending_event(job: Job) -> Event:
-    """The last event of an ended job, for followers whose stream was trimmed or forgotten."""
+    """The last event of an ended job, for followers whose stream was trimmed or deleted."""
     match job.state:
         case JobState.completed:
             return JobCompleted(job.generation_s or 0.0)
         case JobState.failed:
-            assert job.error is not None, "a failed job says why"
-            return JobFailed(job.error.kind, job.error.message, job.error.param)
+            assert job.error is not None, "a failed job has an error"
+            return Failed.of(job.error.to_error())
         case JobState.cancelled:
             return JobCancelled()
         case _:

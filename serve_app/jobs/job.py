@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -11,7 +10,15 @@ from deployments.protocol.request import ResolvedRequest
 from deployments.validation.resolve import Adjustment
 from serve_app.admission.quota import Charge
 
-COPY_QUEUE = "=copies"  # the queue of jobs whose files are there already; no model id looks like that
+COPY_QUEUE = "=copies"  # the queue of jobs whose files exist already; no model id looks like that
+MAX_RUNNING_PERCENT = 99  # 100 is shown once the files are stored
+
+
+def percent_done(step: int, steps: int) -> int:
+    """Share of denoising steps done by an unfinished job, 0..99; 0 while `steps` is unknown (0)."""
+    if steps <= 0:
+        return 0
+    return max(0, min(MAX_RUNNING_PERCENT, 100 * step // steps))
 
 
 class JobState(StrEnum):
@@ -32,9 +39,9 @@ class JobState(StrEnum):
 class StoredArtifact:
     """One finished file in results storage."""
 
-    index: int  # which picture of the job, 0..num_images-1
-    kind: str  # "image" or "thumbnail"
-    path: str  # relative to the results root; holds the job id
+    index: int  # which image or video of the job, 0..num_images-1
+    kind: str  # image, thumbnail, video, poster or spritesheet
+    path: str  # relative to the results root; contains the job id
     media_type: str
     size_bytes: int
     sha256: str
@@ -45,32 +52,32 @@ class StoredArtifact:
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """Where a replica that was being stopped left off, and the file another one goes on from."""
+    """Where a stopped replica left off, and the file with its state that the next attempt starts from."""
 
     path: str  # relative to the results root
     sha256: str
-    step: int  # steps done
+    step: int  # denoising steps done
     steps: int
 
 
 @dataclass(frozen=True, slots=True)
 class IdempotencyKey:
-    """An Idempotency-Key: what came with it first is the answer to all that comes with it later."""
+    """An Idempotency-Key header: the first job submitted with it answers every later submit with it."""
 
     key: str
-    digest: str  # of the call's body: the same key with another body is a mistake
+    digest: str  # of the call's body: the same key with another body is a conflict
 
 
 @dataclass(frozen=True, slots=True)
 class SubmitOptions:
-    """What a caller wants of a job beside its pictures."""
+    """What a submit asks for besides the generation itself."""
 
     idempotency_key: IdempotencyKey | None = None
-    cache_key: str | None = None  # cache key; requests of one owner with equal keys make equal pictures
-    webhook: str | None = None  # URL that is told of the ending
-    max_wait_s: float | None = None  # refused when it would wait longer before it begins
-    images_per_day: int | None = None  # the owner's quota; None: there is none
-    request_id: str = ""  # of the HTTP request that brought it, for logs
+    cache_key: str | None = None  # requests of one owner with equal keys have equal results
+    webhook: str | None = None  # URL that receives the ending
+    max_wait_s: float | None = None  # reject the job when it would wait longer before it starts
+    images_per_day: int | None = None  # the owner's quota; None: no quota
+    request_id: str = ""  # of the HTTP request that submitted it, for logs
     trace: str = ""  # W3C traceparent of that request's span
 
 
@@ -79,7 +86,7 @@ DEFAULT_OPTIONS = SubmitOptions()
 
 @dataclass(frozen=True, slots=True)
 class JobError:
-    """Why a job failed, in the words of the error tree."""
+    """Why a job failed: kind and fields of the error tree in deployments/protocol/errors.py."""
 
     kind: str
     message: str
@@ -94,33 +101,33 @@ class JobError:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One accepted request as the store last knew it. Times are unix seconds of the store's clock."""
+    """One accepted request as last read from the store. Times are unix seconds of the store's clock."""
 
     id: str
     owner: str
     state: JobState
-    request: ResolvedRequest  # its pictures are detached: see pictures.py
+    request: ResolvedRequest  # its input images are detached, see inputs.py
     created_at: float
     warnings: tuple[Adjustment, ...] = ()
-    attempt: int = 0  # raised by every claim; the fence against late writers
-    failures: int = 0  # attempts that were lost or failed for a passing reason; max_attempts ends the job
+    attempt: int = 0  # incremented by every claim; fences off writers of earlier attempts
+    failures: int = 0  # attempts that were lost or failed for a transient reason; max_attempts ends the job
     cancel_requested: bool = False
-    step: int = 0  # finished denoising steps of this attempt, with those it took over
-    steps: int = 0  # of how many; 0 before the pipeline call begins
-    resume_point: ResumePoint | None = None  # what the next attempt, or the running one, goes on from
+    step: int = 0  # denoising steps done, including those before a resume point
+    steps: int = 0  # of how many; 0 before the pipeline call starts
+    resume_point: ResumePoint | None = None  # where the next attempt, or the running one, starts
     started_at: float | None = None  # of the latest attempt
     completed_at: float | None = None
     generation_s: float | None = None
     artifacts: tuple[StoredArtifact, ...] = ()
     error: JobError | None = None
-    queue_score: float = 0.0  # its score in the queue: see turns.py
-    cache_key: str | None = None  # its cache key
-    leader: str | None = None  # an identical job in progress; this one waits for its files
-    cached_from: str | None = None  # an identical job that has completed; this one copies its files
+    queue_score: float = 0.0  # its score in its model's queue, see store/fair_queue.py
+    cache_key: str | None = None
+    leader: str | None = None  # id of an identical job in progress, whose files this one waits for
+    cached_from: str | None = None  # id of an identical completed job, whose files this one copies
     webhook: str | None = None
-    files_expired: bool = False  # its files were removed when their time was up
+    files_expired: bool = False  # its files were removed after their retention time
     charge: Charge | None = None  # what it took from its owner's quota
-    request_id: str = ""  # of the HTTP request that brought it
+    request_id: str = ""  # of the HTTP request that submitted it
     trace: str = ""  # W3C traceparent of that request's span
 
     @property
@@ -135,12 +142,7 @@ class Job:
 
     @property
     def percent(self) -> int:
-        """0..100; 99 at most until the files are stored."""
+        """0..100; at most 99 until the files are stored."""
         if self.state is JobState.completed:
             return 100
-        return min(99, 100 * self.step // self.steps) if self.steps else 0
-
-
-def new_job_id() -> str:
-    """128 random bits as 32 hex digits: not guessable, safe in file names."""
-    return secrets.token_hex(16)
+        return percent_done(self.step, self.steps)

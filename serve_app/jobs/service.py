@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Mapping
@@ -16,12 +15,13 @@ from deployments.protocol.errors import BadRequest, Conflict, Forbidden, NotFoun
 from deployments.protocol.request import GenerationRequest, ResolvedRequest
 from deployments.validation.resolve import Adjustment
 from serve_app.admission.validation import validate
+from serve_app.job_ids import is_job_id, new_job_id
 from serve_app.jobs import follow, inputs, signed_links
-from serve_app.jobs.job import IdempotencyKey, Job, JobState, StoredArtifact, SubmitOptions, new_job_id
+from serve_app.jobs.job import IdempotencyKey, Job, JobState, StoredArtifact, SubmitOptions
 from serve_app.jobs.store.cache_keys import compute_cache_key
 from serve_app.jobs.store.owner_index import JobPage
 from serve_app.jobs.store.store import FROM_START, NO_SUCH_JOB, JobStore
-from serve_app.jobs.worker.webhooks import owner_secret
+from serve_app.jobs.webhook_events import owner_secret
 from serve_app.observability.tracing import current_traceparent
 from serve_app.redis.transactions import StoreUnreachable
 from serve_app.settings import Settings
@@ -264,7 +264,7 @@ class JobService:
 
     async def _owned_job(self, job_id: str, owner: str, *, with_retry: bool = False) -> Job:
         """The job. Raises NotFound, in the same words whatever the cause."""
-        if not re.fullmatch(r"[0-9a-f]{32}", job_id):
+        if not is_job_id(job_id):
             raise NotFound(NO_SUCH_JOB)
         job = await (follow.get_with_retry(self._store, job_id) if with_retry else self._store.get(job_id))
         if job.owner != owner:

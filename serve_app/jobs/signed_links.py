@@ -1,6 +1,6 @@
-"""Signatures of links that open one finished file without a key, until their time is up (pure).
+"""Signatures of links that open one finished file without a key until they expire (pure).
 
-As presigned addresses of S3 are: who has the address has the file; changing any part of it spoils it.
+They work like presigned S3 URLs: the address alone grants access, and changing any part of it invalidates it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import hmac
 
 
 def signature(secret: bytes, job_id: str, index: int, kind: str, expires_at: int) -> str:
-    """43 characters that only this installation can compute. expires_at: unix seconds."""
+    """43 URL-safe characters: an HMAC-SHA256 under the installation's secret. expires_at: unix seconds."""
     signed_text = f"link:{job_id}:{index}:{kind}:{expires_at}".encode()
     mac = hmac.new(secret, signed_text, hashlib.sha256).digest()
     return base64.urlsafe_b64encode(mac).decode().rstrip("=")
@@ -20,6 +20,6 @@ def signature(secret: bytes, job_id: str, index: int, kind: str, expires_at: int
 def is_valid(
     secret: bytes, job_id: str, index: int, kind: str, expires_at: int, given: str, now: float
 ) -> bool:
-    """Whether this link is one of ours, and its time is not up."""
-    ours = signature(secret, job_id, index, kind, expires_at)
-    return hmac.compare_digest(ours.encode(), given.encode("utf-8", "replace")) and now < expires_at
+    """Whether the given signature is the one of this link and the link has not expired at `now`."""
+    expected = signature(secret, job_id, index, kind, expires_at)
+    return hmac.compare_digest(expected.encode(), given.encode("utf-8", "replace")) and now < expires_at

@@ -21,6 +21,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from deployments.protocol.errors import BadRequest, Internal, NotFound
+from serve_app.job_ids import JOB_ID_PATTERN, is_job_id
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -34,9 +35,8 @@ EXTENSIONS = {
     "video/webm": "webm",
 }
 MEDIA_TYPES = {extension: media_type for media_type, extension in EXTENSIONS.items()}
-JOB_ID = re.compile(r"[0-9a-f]{32}")
 ADAPTER = re.compile(r"adapters/([0-9a-f]{64})\.safetensors")
-PATH = re.compile(rf"(outputs|inputs)/[0-9a-f]{{32}}/[a-z0-9_]+([.-][a-z0-9_]+)*|{ADAPTER.pattern}")
+PATH = re.compile(rf"(outputs|inputs)/{JOB_ID_PATTERN}/[a-z0-9_]+([.-][a-z0-9_]+)*|{ADAPTER.pattern}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +185,7 @@ class ResultStore:
         return {"ContentType": media_type, "CacheControl": "private, max-age=86400, immutable"}
 
     def _job(self, job_id: str) -> str:
-        if not JOB_ID.fullmatch(job_id):
+        if not is_job_id(job_id):
             raise NotFound("there is no such job")
         return job_id
 
@@ -258,7 +258,7 @@ class ResultStore:
         for folder in ("outputs", "inputs"):
             for full in self._files(f"{self._root}/{folder}"):
                 job_id = full.rstrip("/").rpartition("/")[2]
-                if JOB_ID.fullmatch(job_id):
+                if is_job_id(job_id):
                     newest[job_id] = max(self._modified_at(full), newest.get(job_id, 0.0))
         return [job_id for job_id, written in newest.items() if written < before]
 

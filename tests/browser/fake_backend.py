@@ -34,7 +34,8 @@ from serve_app.api.schemas.job import JobAccepted, JobList, JobOut, WarningOut
 from serve_app.api.schemas.lora import LoraList, LoraOut
 from serve_app.api.schemas.model import ModelList, ModelOut
 from serve_app.api.schemas.video import VideoBody
-from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact, new_job_id
+from serve_app.job_ids import new_job_id
+from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
 
 WEB = Path(__file__).resolve().parents[2] / "serve_app" / "web"
 MEDIA_TYPES = {

@@ -16,8 +16,9 @@ from pathlib import Path
 from redis.exceptions import RedisError
 
 from deployments.protocol.errors import Overloaded, WeftError
+from serve_app.job_ids import new_job_id
 from serve_app.jobs import events
-from serve_app.jobs.job import IdempotencyKey, JobState, SubmitOptions, new_job_id
+from serve_app.jobs.job import IdempotencyKey, JobState, SubmitOptions
 from serve_app.jobs.store.record import Keys
 from serve_app.jobs.store.store import JobStore
 from serve_app.redis.embedded import EmbeddedRedis

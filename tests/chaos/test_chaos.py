@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from deployments.protocol.errors import Overloaded
-from serve_app.jobs.job import Job, JobState, new_job_id
+from serve_app.job_ids import new_job_id
+from serve_app.jobs.job import Job, JobState
 from serve_app.jobs.store.store import JobStore
 from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.redis.transactions import connect

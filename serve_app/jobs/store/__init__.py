@@ -1,1 +1,1 @@
-"""The durable job store in Redis: state transitions, fair queue, cache keys, outbox, wake-ups."""
+"""The durable job store on Valkey: records, queues, leases, result cache, webhook outbox and wake-ups."""

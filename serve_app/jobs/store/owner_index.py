@@ -9,6 +9,7 @@ from typing import cast
 from redis.asyncio import Redis
 
 from deployments.protocol.errors import BadRequest
+from serve_app.job_ids import JOB_ID_PATTERN
 from serve_app.jobs.job import Job, JobState
 from serve_app.jobs.store.record import Keys, job_from
 
@@ -87,7 +88,7 @@ class OwnerIndex:
 def _parse(cursor: str | None) -> Edge | None:
     if cursor is None:
         return None
-    match = re.fullmatch(r"(\d{1,17})-([0-9a-f]{32})", cursor)
+    match = re.fullmatch(rf"(\d{{1,17}})-({JOB_ID_PATTERN})", cursor)
     if match is None:
         raise BadRequest("cursor is not one that a list gave; leave it out to start", param="cursor")
     return int(match[1]), match[2]

@@ -1,1 +1,1 @@
-"""The dispatcher's side of jobs: claims, attempts, webhooks, removal of what is out of date."""
+"""What runs jobs: claims them, iterates over a model's events, stores artifacts, commits, cleans up."""

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from deployments.protocol import events
 from deployments.protocol.errors import Internal, ModelUnavailable, NotFound, WeftError
 from deployments.protocol.request import ResolvedRequest
-from serve_app.jobs import events as job_events
 from serve_app.jobs import inputs
+from serve_app.jobs.events import Event
 from serve_app.jobs.job import Job, JobError, JobState, ResumePoint, StoredArtifact
 from serve_app.jobs.store.store import Claim, JobStore, StaleClaim
 from serve_app.redis.transactions import StoreUnreachable
@@ -98,7 +98,7 @@ class Attempt:
         self._settings = settings
         self._time_limit_s = time_limit_s
         self._aborted: asyncio.Future[AbortReason] = asyncio.get_running_loop().create_future()
-        self._pending_events: deque[job_events.Event] = deque(maxlen=PENDING_EVENTS_KEPT)
+        self._pending_events: deque[Event] = deque(maxlen=PENDING_EVENTS_KEPT)
         self._step, self._steps = claim.job.step, claim.job.steps  # 0 unless it goes on from a handover
         self._replica_stopped = False
         self._cached_files_lost = False
@@ -216,10 +216,8 @@ class Attempt:
                         self._record_step(0, steps)
                 case events.Step(step=step, steps=steps):
                     self._record_step(step, steps)
-                case events.Stage(name=name, done=done, total=total):
-                    self._publish(job_events.Stage(name, done, total))
-                case events.Preview(step=step, media_type=media_type, data=data):
-                    self._publish(job_events.Preview(step, media_type, data))
+                case events.Stage() | events.Preview():
+                    self._publish(event)
                 case events.Handover(step=step, state=state):
                     self._replica_stopped = True
                     await self._store_resume_point(step, state)
@@ -263,10 +261,9 @@ class Attempt:
 
     def _record_step(self, step: int, steps: int) -> None:
         self._step, self._steps = max(step, self._step), steps
-        percent = min(99, 100 * self._step // steps) if steps else 0
-        self._publish(job_events.Step(self._step, steps, percent))
+        self._publish(events.Step(self._step, steps))
 
-    def _publish(self, event: job_events.Event) -> None:
+    def _publish(self, event: Event) -> None:
         """Without waiting: the store may be slow or away, the model shall not notice."""
         self._pending_events.append(event)
         self._wakeup.set()

@@ -6,10 +6,6 @@ At least once: a receiver tells repetitions by the header webhook-id, which name
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import hmac
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -18,6 +14,7 @@ from typing import Protocol
 from deployments.protocol.errors import WeftError
 from serve_app.jobs.job import Job
 from serve_app.jobs.store.outbox import Outbox, OutboxEntry
+from serve_app.jobs.webhook_events import event_body, owner_secret, signature_headers
 
 POST_TIMEOUT_S = 5.0
 RETRY_DELAYS_S = (
@@ -38,50 +35,6 @@ class HttpPoster(Protocol):
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float) -> int:
         """The status that came back. Raises WeftError when there is none, or the address is not allowed."""
-
-
-def owner_secret(secret: bytes, owner: str) -> str:
-    """What an owner's webhooks are signed with: whsec_ and base64, as receivers' libraries take it."""
-    key = hmac.new(secret, b"webhook:" + owner.encode(), hashlib.sha256).digest()
-    return "whsec_" + base64.b64encode(key).decode()
-
-
-def signature_headers(secret: str, event_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-    """The headers that prove who wrote this body, and when. secret: as owner_secret gives it."""
-    key = base64.b64decode(secret.removeprefix("whsec_"))
-    content = f"{event_id}.{timestamp}.".encode() + body
-    signature = base64.b64encode(hmac.new(key, content, hashlib.sha256).digest()).decode()
-    return {
-        "webhook-id": event_id,
-        "webhook-timestamp": str(timestamp),
-        "webhook-signature": f"v1,{signature}",
-        "content-type": "application/json",
-    }
-
-
-def event_body(job: Job, event_id: str) -> bytes:
-    """What a receiver is told: OpenAI's envelope, and the facts of the job. No prompt, no picture."""
-    kind = "image" if job.request.video is None else "video"
-    data: dict[str, object] = {
-        "id": job.id,
-        "status": job.state.value,
-        "model": job.request.model,
-        "created_at": job.created_at,
-        "completed_at": job.completed_at,
-        "artifacts": [
-            {"index": a.index, "kind": a.kind, "media_type": a.media_type, "sha256": a.sha256}
-            for a in job.artifacts
-        ],
-        "error": None if job.error is None else {"kind": job.error.kind, "message": job.error.message},
-    }
-    event = {
-        "id": event_id,
-        "object": "event",
-        "created_at": int(job.completed_at or 0),
-        "type": f"{kind}.{job.state.value}",
-        "data": data,
-    }
-    return json.dumps(event, separators=(",", ":")).encode()
 
 
 class WebhookDeliverer:

@@ -13,7 +13,8 @@ from redis.asyncio import Redis
 from deployments.protocol.errors import QuotaExceeded
 from deployments.protocol.request import ResolvedRequest
 from serve_app.admission.quota import DAY_S, Charge, day_of, old_days, refund, reserve
-from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact, SubmitOptions, new_job_id
+from serve_app.job_ids import new_job_id
+from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact, SubmitOptions
 from serve_app.jobs.store.record import Keys
 from serve_app.jobs.store.store import Claim, JobStore
 from serve_app.settings import Settings

@@ -11,7 +11,8 @@ import pytest
 from deployments.protocol import events, log_context
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.log_context import LogContext
-from serve_app.jobs.job import Job, new_job_id
+from serve_app.job_ids import new_job_id
+from serve_app.jobs.job import Job
 from serve_app.jobs.service import JobService
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker import attempt as attempt_module

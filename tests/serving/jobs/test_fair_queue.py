@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from deployments.protocol.errors import Overloaded
 from deployments.protocol.request import Priority
-from serve_app.jobs.job import JobError, SubmitOptions, new_job_id
+from serve_app.job_ids import new_job_id
+from serve_app.jobs.job import JobError, SubmitOptions
 from serve_app.jobs.store.fair_queue import assign_tag, virtual_time_at
 from serve_app.jobs.store.record import Keys
 from serve_app.jobs.store.start_estimate import Capacity, starts_in_s

@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator
 import pytest
 
 from deployments.protocol.errors import BadRequest, NotFound
+from serve_app.job_ids import new_job_id
 from serve_app.jobs import events as job_events
 from serve_app.jobs import follow as follow_module
 from serve_app.jobs.follow import FROM_START, StreamEntry, follow, wait
-from serve_app.jobs.job import JobError, JobState, new_job_id
+from serve_app.jobs.job import JobError, JobState
 from serve_app.jobs.store.record import Keys
 from serve_app.jobs.store.store import Claim, JobStore
 from serve_app.jobs.store.wakeups import Wakeups
@@ -46,14 +47,14 @@ async def test_a_follower_sees_the_whole_story_live(store: JobStore, wakeups: Wa
     story = asyncio.create_task(collected(follow(store, wakeups, job_id)))
 
     claim = await claimed(store)
-    await store.heartbeat(claim, step=1, steps=4, pending_events=[job_events.Step(1, 4, 25)])
+    await store.heartbeat(claim, step=1, steps=4, pending_events=[job_events.Step(1, 4)])
     await store.complete(claim, [], 1.0)
 
     events = [event for _, event in await asyncio.wait_for(story, 5)]
     assert events == [
         job_events.JobQueued(1),
         job_events.JobStarted(1),
-        job_events.Step(1, 4, 25),
+        job_events.Step(1, 4),
         job_events.JobCompleted(1.0),
     ]
 
@@ -79,7 +80,8 @@ async def test_the_ending_is_told_to_whoever_has_seen_it_already(store: JobStore
 
 
 @pytest.mark.parametrize(
-    "ending", [job_events.JobCompleted(2.0), job_events.JobFailed("internal", "why", "seed")]
+    "ending",
+    [job_events.JobCompleted(2.0), job_events.Failed("internal", "why", retryable=False, param="seed")],
 )
 async def test_the_ending_is_told_though_the_events_are_forgotten(
     store: JobStore, wakeups: Wakeups, settings: Settings, ending: job_events.Event
@@ -121,7 +123,7 @@ async def test_an_event_reaches_its_followers_within_milliseconds(store: JobStor
     for step in range(1, 21):
         arrival = asyncio.create_task(anext(story))
         await asyncio.sleep(0)
-        await store.heartbeat(claim, step=step, steps=20, pending_events=[job_events.Step(step, 20, step)])
+        await store.heartbeat(claim, step=step, steps=20, pending_events=[job_events.Step(step, 20)])
         published = time.perf_counter()
         await arrival
         lags.append(time.perf_counter() - published)

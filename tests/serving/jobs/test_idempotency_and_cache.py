@@ -312,7 +312,7 @@ async def test_when_the_leader_fails_for_good_so_do_its_followers(
     assert (again.state, again.cached) == (JobState.completed, False)
     for job in failed:
         told = [event for _, event in await store.events(job.id)]
-        assert isinstance(told[-1], job_events.JobFailed)
+        assert isinstance(told[-1], job_events.Failed)
 
 
 async def test_a_leader_that_ran_too_long_fails_alone(

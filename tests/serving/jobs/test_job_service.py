@@ -10,8 +10,9 @@ import pytest
 
 from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overloaded, RateLimited
 from deployments.protocol.request import Control, Edit, GenerationRequest, ResolvedEdit
+from serve_app.job_ids import new_job_id
 from serve_app.jobs import events, inputs
-from serve_app.jobs.job import JobState, new_job_id
+from serve_app.jobs.job import JobState
 from serve_app.jobs.service import JobService
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.dispatch import Dispatcher

@@ -17,8 +17,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, 
 
 from deployments.protocol.errors import Conflict
 from deployments.protocol.request import Priority, ResolvedRequest
+from serve_app.job_ids import new_job_id
 from serve_app.jobs import events as job_events
-from serve_app.jobs.job import COPY_QUEUE, IdempotencyKey, Job, JobError, JobState, SubmitOptions, new_job_id
+from serve_app.jobs.job import COPY_QUEUE, IdempotencyKey, Job, JobError, JobState, SubmitOptions
 from serve_app.jobs.store import cache_keys
 from serve_app.jobs.store import store as store_module
 from serve_app.jobs.store.record import Keys, job_from

@@ -10,7 +10,8 @@ from redis.asyncio import Redis
 
 from deployments.protocol.errors import NotFound
 from deployments.protocol.request import Edit, GenerationRequest
-from serve_app.jobs.job import Job, JobState, SubmitOptions, new_job_id
+from serve_app.job_ids import new_job_id
+from serve_app.jobs.job import Job, JobState, SubmitOptions
 from serve_app.jobs.service import JobService
 from serve_app.jobs.store.record import Keys
 from serve_app.jobs.store.store import JobStore

@@ -12,11 +12,13 @@ from redis.asyncio import Redis
 
 from deployments.protocol.errors import Forbidden
 from deployments.protocol.request import ResolvedVideo
-from serve_app.jobs.job import Job, JobError, SubmitOptions, new_job_id
+from serve_app.job_ids import new_job_id
+from serve_app.jobs.job import Job, JobError, SubmitOptions
 from serve_app.jobs.store.outbox import HOLD_S
 from serve_app.jobs.store.record import Keys
 from serve_app.jobs.store.store import JobStore
-from serve_app.jobs.worker.webhooks import POST_TIMEOUT_S, RETRY_DELAYS_S, WebhookDeliverer, owner_secret
+from serve_app.jobs.webhook_events import owner_secret
+from serve_app.jobs.worker.webhooks import POST_TIMEOUT_S, RETRY_DELAYS_S, WebhookDeliverer
 from serve_app.settings import Settings
 from tests.serving.fakes import MODEL, OWNER, keys_without_ttl, resolved
 

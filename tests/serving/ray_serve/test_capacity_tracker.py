@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deployments.protocol.card import ModelCard, Serving
-from serve_app.jobs.job import new_job_id
+from serve_app.job_ids import new_job_id
 from serve_app.jobs.store.start_estimate import Capacity
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.store.throughput import Demand
