@@ -24,7 +24,8 @@ from deployments.protocol.errors import ModelUnavailable, NotFound, WeftError
 from deployments.protocol.events import Artifact, Done, Event, Failed, Handover, Preview, Step
 from deployments.protocol.log_context import LogContext, bind
 from deployments.protocol.request import ControlType, GenerationRequest, ResolvedRequest
-from deployments.validation.resolve import control_field, denoising_steps, resolve
+from deployments.validation.inputs import control_field
+from deployments.validation.resolve import denoising_steps, resolve
 
 if TYPE_CHECKING:  # heavy imports stand in the constructor: building the graph loads no torch
     from PIL.Image import Image

@@ -39,11 +39,8 @@ FRONT = (
         "serve_app.observability.metrics",
         "serve_app.observability.tracing",
     ),
-    (
-        "deployments.validation",
-        "deployments.sandbox",
-        "deployments.lora_format",
-    ),
+    ("deployments.validation",),
+    ("deployments.sandbox", "deployments.lora_format"),
     ("deployments.protocol",),
 )
 WORKSHOP = (
@@ -54,11 +51,8 @@ WORKSHOP = (
     ("deployments.models", "deployments.pipelines", "deployments.observability.metrics"),
     ("deployments.loras", "deployments.media"),
     ("deployments.engine",),
-    (
-        "deployments.validation",
-        "deployments.sandbox",
-        "deployments.lora_format",
-    ),
+    ("deployments.validation",),
+    ("deployments.sandbox", "deployments.lora_format"),
     ("deployments.protocol",),
 )
 ALSO = {  # the roof binds both floors

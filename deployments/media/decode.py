@@ -5,26 +5,26 @@ from __future__ import annotations
 from PIL import Image
 
 from deployments.sandbox.decoder import DecodeMode, decoder_pool
-from deployments.validation import image_header
+from deployments.validation.image_header import read_image_size
 
 
 def picture(data: bytes, width: int, height: int, field: str) -> Image.Image:
     """RGB, width x height pixels; EXIF and ICC are dropped, transparency lies on white.
 
-    Raises BadRequest or TooLarge as `pictures.inspect` does, or when the body is broken.
+    Raises BadRequest or TooLarge as `read_image_size` does, or when the body is broken.
     """
     return own_size(data, field).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def own_size(data: bytes, field: str) -> Image.Image:
     """RGB as `picture` gives it, in the size it has in the file."""
-    image_header.inspect(data, field)
+    read_image_size(data, field)
     return decoder_pool().decode(data, DecodeMode.picture, field)
 
 
 def mask(data: bytes, width: int, height: int, field: str) -> Image.Image:
     """L, width x height pixels, only 0 (keep) and 255 (paint anew)."""
-    image_header.inspect(data, field)
+    read_image_size(data, field)
     grey = (
         decoder_pool().decode(data, DecodeMode.mask, field).resize((width, height), Image.Resampling.NEAREST)
     )

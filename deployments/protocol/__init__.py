@@ -1,4 +1,6 @@
-"""The order form: what a caller may ask, what comes back, what a model allows, what can go wrong.
+"""The wire types that both layers share: request, events, model card, errors and log context.
 
-The only door between the floors; it imports nothing of ours.
+serve_app and deployments meet in four packages only: protocol (these types), validation (request and card to
+resolved request), sandbox (decoding untrusted pictures) and lora_format (reading LoRA files). protocol
+imports nothing of ours; it validates single fields, never a request against a card.
 """

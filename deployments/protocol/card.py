@@ -221,6 +221,11 @@ class ModelCard(Strict):
         every = [self.weights, *(net.weights for net in nets), *helpers]
         return [weights for index, weights in enumerate(every) if weights not in every[:index]]
 
+    @property
+    def lora_limit(self) -> int:
+        """How many LoRAs one request may name; 0: none."""
+        return self.max_loras if self.serving.lora != "none" else 0
+
     @model_validator(mode="after")
     def _what_is_compiled_is_warmed_up(self) -> Self:
         if self.serving.compile and Task.t2i not in self.tasks:

@@ -1,7 +1,8 @@
-"""Untrusted pictures decoded in processes of their own, which may die without anybody else noticing.
+"""A pool of child processes that decode untrusted pictures.
 
-A file that Pillow or its libraries stumble over costs one small program (decoder_child.py) with a memory
-limit, a time limit and no way to open a file; the caller hears BadRequest. The programs stay warm.
+A file that crashes Pillow or one of its libraries ends one child process (decoder_child.py), which has a
+memory limit, a CPU time limit and no way to open a file; the caller gets BadRequest. Children stay alive
+between pictures.
 """
 
 from __future__ import annotations
@@ -26,44 +27,45 @@ from deployments.sandbox.decoder_child import ANSWER, MAX_PIXELS, REQUEST
 
 PROGRAM = Path(__file__).with_name("decoder_child.py")
 PROCESSES = 2  # pictures decoded at once in this process; each may take 400 MiB
-LIMIT_S = 60.0  # by the clock, on a machine however busy; the processor's time has its own limit
+TIMEOUT_S = 60.0  # wall-clock, for machines under load; CPU time has its own limit in the child
 CHUNK_BYTES = 2**20
 
 
 class DecodeMode(Enum):
-    """What is wanted of a file."""
+    """What a file is decoded to."""
 
     picture = b"P"  # RGB
     mask = b"M"  # L
-    check = b"C"  # nothing but that it can be decoded to its last pixel
+    check = b"C"  # no pixels: only whether all of them can be decoded
 
 
 class DecoderLost(Exception):
-    """The program died, or was too slow."""
+    """The child process died, or exceeded its time."""
 
 
 class DecoderPool:
-    """A few decoding programs, started when first needed and replaced when they die. For many threads."""
+    """A few child processes, started on first use and replaced when they die. Thread-safe."""
 
-    def __init__(self, processes: int = PROCESSES, limit_s: float = LIMIT_S) -> None:
-        self._limit_s = limit_s
-        self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()  # the warmest first
+    def __init__(self, processes: int = PROCESSES, timeout_s: float = TIMEOUT_S) -> None:
+        self._timeout_s = timeout_s
+        self._idle: queue.LifoQueue[_Child | None] = queue.LifoQueue()  # the last used first
         for _ in range(processes):
             self._idle.put(None)
 
-    def decode(self, data: bytes, kind: DecodeMode, field: str) -> Image.Image:
-        """The file's pixels, upright, in the size it has. Of a check: an empty picture.
+    def decode(self, data: bytes, mode: DecodeMode, field: str) -> Image.Image:
+        """The upright picture in the size of the file; for DecodeMode.check an empty picture.
 
-        data: judged by pictures.inspect before. Raises BadRequest for whatever cannot be decoded.
+        data: a file that passed validation.image_header. field: the request's field, for messages.
+        Raises BadRequest for a file that cannot be decoded. Waits for an idle child.
         """
         child = self._idle.get()
         try:
             if child is None or not child.alive:
                 child = _Child()
-            error, picture = child.ask(data, kind, time.monotonic() + self._limit_s)
+            error, picture = child.decode(data, mode, time.monotonic() + self._timeout_s)
         except DecoderLost:
             if child is not None:
-                child.end()
+                child.kill()
             child = None
             error, picture = "its decoding took too much memory or time", None
         finally:
@@ -77,29 +79,29 @@ class DecoderPool:
         return picture
 
     def close(self) -> None:
-        """End the programs that are idle."""
+        """End all idle children."""
         with contextlib.suppress(queue.Empty):
             while True:
                 child = self._idle.get_nowait()
                 if child is not None:
-                    child.end()
+                    child.kill()
 
     @property
     def pids(self) -> list[int]:
-        """Of the idle programs."""
+        """Process ids of the idle children."""
         return [child.pid for child in list(self._idle.queue) if child is not None]
 
 
 @functools.cache
 def decoder_pool() -> DecoderPool:
-    """This process's own."""
-    ours = DecoderPool()
-    atexit.register(ours.close)
-    return ours
+    """The pool of this process, closed at its exit."""
+    pool = DecoderPool()
+    atexit.register(pool.close)
+    return pool
 
 
 class _Child:
-    """One program. One thread at a time."""
+    """One child process. Used by one thread at a time."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
@@ -108,15 +110,15 @@ class _Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd="/",
-            env={"LC_ALL": "C"},  # no secrets of ours
+            env={"LC_ALL": "C"},  # none of this process's secrets
             bufsize=0,
-            start_new_session=True,  # the terminal's Ctrl+C is for us; it ends with its input
+            start_new_session=True,  # the terminal sends Ctrl+C to this process only
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._to, self._from = self._process.stdin.fileno(), self._process.stdout.fileno()
         for pipe in (self._to, self._from):
-            if sys.platform == "linux":  # fewer switches between the two; refused where pipes are rationed
+            if sys.platform == "linux":  # fewer context switches; refused past the limit of the user
                 with contextlib.suppress(OSError):
                     fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, CHUNK_BYTES)
         os.set_blocking(self._to, False)
@@ -130,24 +132,24 @@ class _Child:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, data: bytes, kind: DecodeMode, deadline: float) -> tuple[str, Image.Image | None]:
-        """(why not, None) or ("", the picture). Raises Lost."""
-        self._write(REQUEST.pack(kind.value, len(data)), deadline)
+    def decode(self, data: bytes, mode: DecodeMode, deadline: float) -> tuple[str, Image.Image | None]:
+        """("", the picture), or (name of the error, None). deadline: time.monotonic(). Raises DecoderLost."""
+        self._write(REQUEST.pack(mode.value, len(data)), deadline)
         self._write(data, deadline)
-        status, mode, width, height, length = ANSWER.unpack(self._read(ANSWER.size, deadline))
-        if length > 3 * MAX_PIXELS:  # a program that was taken over may say anything, here and below
+        status, pixel_mode, width, height, length = ANSWER.unpack(self._read(ANSWER.size, deadline))
+        if length > 3 * MAX_PIXELS:  # a compromised child may answer anything, here and below
             raise DecoderLost
         body = self._read(length, deadline)
         if status != b"K":
             return body.decode("ascii", "replace"), None
-        if kind is DecodeMode.check:
+        if mode is DecodeMode.check:
             return "", Image.new("1", (1, 1))
         try:
-            return "", Image.frombytes(mode.decode("ascii").strip(), (width, height), body)
+            return "", Image.frombytes(pixel_mode.decode("ascii").strip(), (width, height), body)
         except ValueError:
             raise DecoderLost from None
 
-    def end(self) -> None:
+    def kill(self) -> None:
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -157,7 +159,7 @@ class _Child:
     def _write(self, data: bytes, deadline: float) -> None:
         view = memoryview(data)
         while view:
-            _await(self._to, select.POLLOUT, deadline)
+            _wait_for_pipe(self._to, select.POLLOUT, deadline)
             try:
                 view = view[os.write(self._to, view[:CHUNK_BYTES]) :]
             except BlockingIOError:
@@ -168,7 +170,7 @@ class _Child:
     def _read(self, size: int, deadline: float) -> bytes:
         read = bytearray()
         while len(read) < size:
-            _await(self._from, select.POLLIN, deadline)
+            _wait_for_pipe(self._from, select.POLLIN, deadline)
             try:
                 part = os.read(self._from, min(CHUNK_BYTES, size - len(read)))
             except BlockingIOError:
@@ -179,10 +181,10 @@ class _Child:
         return bytes(read)
 
 
-def _await(file: int, what: int, deadline: float) -> None:
-    """Return when the pipe is ready or broken. Raises Lost at the deadline."""
+def _wait_for_pipe(file: int, event: int, deadline: float) -> None:
+    """Return when the pipe is ready or broken. Raises DecoderLost at the deadline."""
     waiting = select.poll()  # select() itself fails past a thousand open files
-    waiting.register(file, what)
+    waiting.register(file, event)
     left_ms = (deadline - time.monotonic()) * 1000
     if left_ms <= 0 or not waiting.poll(left_ms):
         raise DecoderLost

@@ -1,9 +1,9 @@
-"""The program that decodes untrusted pictures: alone, with little memory, little time and no files.
+"""The program of a child process that decodes untrusted pictures, with limits on memory, time and open files.
 
-It is started by decoding.py by its path, imports nothing of ours, and speaks in plain bytes:
-    in:  kind (1: P picture, M mask, C check), length (4), the file
-    out: K, mode (4), width (4), height (4), length (4), the pixels    or    E, 12 zeros.., length (4), why
-Numbers are big-endian. It ends when its input ends.
+decoder.py starts it by its path. It imports nothing of ours and exchanges binary messages, numbers
+big-endian: in:  mode (1: P picture, M mask, C check), length (4), the file out: K, pixel mode (4), width (4),
+height (4), length (4), the pixels or:  E, 12 bytes without meaning, length (4), the name of the error It ends
+when its input ends.
 """
 
 import io
@@ -12,7 +12,7 @@ import resource
 import struct
 import sys
 
-# all that opening these formats may import, while files can still be opened
+# everything that opening these formats imports, because no file can be opened after _set_limits
 from PIL import (
     Image,
     ImageOps,
@@ -24,22 +24,22 @@ from PIL import (
 )
 
 DECODERS = (JpegImagePlugin, MpoImagePlugin, PngImagePlugin, TiffImagePlugin, WebPImagePlugin)
-FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 16_000_000  # as pictures.py allows; looked at again here, before anything is decoded
-ROOM_BYTES = 640 * 2**20  # over what the program itself has; 16 megapixels need about 400 MiB at once
-CPU_S = 10  # of one picture; 16 megapixels need about one
+FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow opens 43 by default; every one is attack surface
+MAX_PIXELS = 16_000_000  # checked by validation/image_header.py, and again here before anything is decoded
+PICTURE_BYTES = 640 * 2**20  # memory beside the program's own; 16 megapixels need about 400 MiB
+CPU_S = 10  # for one picture; 16 megapixels need about one
 REQUEST = struct.Struct(">cI")
 ANSWER = struct.Struct(">c4sIII")
 
 
 def main() -> None:
-    """Answer until there is no more to read."""
-    _limit()
+    """Answer requests until the input ends."""
+    _set_limits()
     while True:
         header = _read(REQUEST.size)
         if header is None:
             return
-        kind, length = REQUEST.unpack(header)
+        mode, length = REQUEST.unpack(header)
         data = _read(length)
         if data is None:
             return
@@ -47,32 +47,32 @@ def main() -> None:
         cpu_s = int(used.ru_utime + used.ru_stime) + CPU_S
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, resource.RLIM_INFINITY))
         try:
-            picture = _decoded(data, kind)
-            pixels = b"" if kind == b"C" else picture.tobytes()
-            mode, (width, height) = picture.mode.ljust(4).encode(), picture.size
+            picture = _decoded(data, mode)
+            pixels = b"" if mode == b"C" else picture.tobytes()
+            pixel_mode, (width, height) = picture.mode.ljust(4).encode(), picture.size
         except MemoryError:
             _write(ANSWER.pack(b"E", b"    ", 0, 0, 11) + b"MemoryError")
-            return  # what is left of the heap may be no use for the next
-        except Exception as error:  # Pillow does not say which a forged file may raise
-            why = type(error).__name__.encode()
-            _write(ANSWER.pack(b"E", b"    ", 0, 0, len(why)) + why)
+            return  # the heap may be too fragmented for the next picture
+        except Exception as error:  # Pillow does not document which errors a forged file may raise
+            name = type(error).__name__.encode()
+            _write(ANSWER.pack(b"E", b"    ", 0, 0, len(name)) + name)
         else:
-            _write(ANSWER.pack(b"K", mode, width, height, len(pixels)))
+            _write(ANSWER.pack(b"K", pixel_mode, width, height, len(pixels)))
             _write(pixels)
 
 
-def _decoded(data: bytes, kind: bytes) -> Image.Image:
-    """P: RGB, transparency lies on white. M: L. Both upright; whatever else the file holds is dropped."""
+def _decoded(data: bytes, mode: bytes) -> Image.Image:
+    """The upright picture without metadata. P: RGB, transparency composed on white. M: L. C: as opened."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         opened.load()
-        if kind == b"C":
+        if mode == b"C":
             return opened
         upright = ImageOps.exif_transpose(opened)
     if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
         upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
-    if kind == b"M":
+    if mode == b"M":
         return upright.convert("L")
     if upright.has_transparency_data:
         upright = upright.convert("RGBA")
@@ -80,20 +80,20 @@ def _decoded(data: bytes, kind: bytes) -> Image.Image:
     return upright.convert("RGB")
 
 
-def _limit() -> None:
-    """From here on: no more memory than room for one picture, no files, no dumps."""
+def _set_limits() -> None:
+    """Allow memory for one picture, no further open files, no written files, no core dumps."""
     Image.preinit()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    if sys.platform == "linux":  # elsewhere the kernel does not keep this one
+    if sys.platform == "linux":  # other kernels do not enforce RLIMIT_AS
         with open("/proc/self/statm", encoding="ascii") as file:
             mapped = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (mapped + ROOM_BYTES, mapped + ROOM_BYTES))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))  # none beyond the three it has
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + PICTURE_BYTES, mapped + PICTURE_BYTES))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))  # stdin, stdout and stderr
 
 
 def _read(size: int) -> bytes | None:
-    """Exactly so many bytes; None at the end."""
+    """Exactly `size` bytes; None at the end of the input."""
     data = sys.stdin.buffer.read(size)
     return data if len(data) == size else None
 

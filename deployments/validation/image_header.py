@@ -1,4 +1,4 @@
-"""Picture files judged by their header alone: format and size before a single pixel is decoded."""
+"""Format and size of a picture file, read from its header before a single pixel is decoded."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import NamedTuple
 from PIL import Image, UnidentifiedImageError
 
 from deployments.protocol.errors import BadRequest, TooLarge
+from deployments.sandbox.decoder_child import FORMATS, MAX_PIXELS
 
-FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow opens 43 by default; every one is attack surface
 MAX_FILE_BYTES = 20 * 2**20
-MAX_PIXELS = 16_000_000
 MIN_SIDE = 16
-ORIENTATION = 0x0112  # EXIF tag of a camera held askew; values from 5 swap width and height
-QUARTER_TURNED = 5
+ORIENTATION = 0x0112  # EXIF tag of the camera's rotation; values from 5 swap width and height
+FIRST_QUARTER_TURN = 5
 
 
 class ImageSize(NamedTuple):
+    """Of an upright picture, in pixels."""
+
     width: int
     height: int
 
 
-def inspect(data: bytes, field: str) -> ImageSize:
-    """Width and height in pixels as seen upright, read from the header.
+def read_image_size(data: bytes, field: str) -> ImageSize:
+    """Width and height of the upright picture. field: the request's field, for messages.
 
-    Raises TooLarge over 20 MiB or 16 megapixels, BadRequest when it is no PNG, JPEG or WebP.
+    Raises TooLarge over 20 MiB or 16 megapixels, BadRequest when it is no PNG, JPEG or WebP file.
     A 9.9 kB PNG may claim 81 megapixels; Pillow warns only past 89 and allocates first.
     """
     if len(data) > MAX_FILE_BYTES:
@@ -34,7 +35,7 @@ def inspect(data: bytes, field: str) -> ImageSize:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
             width, height = picture.size
-            if picture.format != "PNG" and picture.getexif().get(ORIENTATION, 1) >= QUARTER_TURNED:
+            if picture.format != "PNG" and picture.getexif().get(ORIENTATION, 1) >= FIRST_QUARTER_TURN:
                 width, height = height, width
     except (
         UnidentifiedImageError,

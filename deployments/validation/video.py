@@ -1,4 +1,4 @@
-"""A wish for a video held against a model card: its frames and its pace (pure)."""
+"""The video of a request: frames, frame rate and encoding, checked against a model card (pure)."""
 
 from __future__ import annotations
 
@@ -16,45 +16,27 @@ from deployments.protocol.request import (
 
 CODECS: dict[VideoFormat, tuple[VideoCodec, ...]] = {"mp4": ("h264",), "webm": ("vp9", "av1")}
 FRAMEWISE_ONLY = ("end_prompt", "end_seed", "zoom", "pan_x", "pan_y")
+MOTION = ("zoom", "pan_x", "pan_y")
 
 
 def resolve_video(
     request: GenerationRequest, card: ModelCard, width: int, height: int, seed: int
 ) -> ResolvedVideo | None:
-    """The video with every blank filled from the card; None when pictures are wanted.
+    """The video with every blank filled from the card; None when pictures are requested.
 
-    A frame-wise video that neither says where it ends nor moves goes to the picture of the next seed.
-
-    Raises BadRequest naming the field, the cause and what would be right.
+    width, height: of a frame in pixels. A frame-wise video that names neither its end nor a motion ends with
+    the picture of the next seed. Raises BadRequest naming the field, the cause and what would be right.
     """
     video, limits = request.video, card.videos
     if video is None:
         return None
     assert limits is not None, "a card whose tasks make videos has their limits"
-    _check_company(request, video, limits)
-    if video.moves and Task.i2i not in card.tasks:
-        raise BadRequest(
-            f"{card.id} paints no picture from another, so the view cannot move; "
-            "leave zoom, pan_x and pan_y out",
-            param=next(name for name in ("zoom", "pan_x", "pan_y") if getattr(video, name) is not None),
-        )
-    if video.codec not in (None, *CODECS[video.format]):
-        raise BadRequest(
-            f"{video.format} with codec {video.codec} is not made here; "
-            f"{video.format} takes {' or '.join(CODECS[video.format])}",
-            param="codec",
-        )
+    _check_combination(request, video, limits)
+    _check_motion(video, card)
+    _check_codec(video)
     fps = limits.fps if video.fps is None else video.fps
-    num_frames = _frames(video, fps, limits, card.id)
-    if width % 2 or height % 2:
-        raise BadRequest(f"a video of {width}x{height} cannot be encoded; both must be even", param="width")
-    if width * height * num_frames > limits.max_frame_pixels:
-        most = (limits.max_frame_pixels // (width * height) - 1) // limits.every * limits.every + 1
-        cure = f"at most {most} frames" if most >= limits.min_frames else "a smaller size"
-        raise BadRequest(
-            f"{num_frames} frames of {width}x{height} are too much for {card.id}; ask for {cure}",
-            param="num_frames",
-        )
+    num_frames = _num_frames(video, fps, limits, card.id)
+    _check_pixels(width, height, num_frames, limits, card.id)
     return ResolvedVideo(
         num_frames=num_frames,
         fps=fps,
@@ -70,12 +52,12 @@ def resolve_video(
     )
 
 
-def _check_company(request: GenerationRequest, video: Video, limits: Videos) -> None:
-    """What cannot stand beside a video."""
+def _check_combination(request: GenerationRequest, video: Video, limits: Videos) -> None:
+    """Raises BadRequest for fields that cannot be combined with a video."""
     if request.num_images != 1:
         raise BadRequest(f"num_images is {request.num_images}; a request makes one video", param="num_images")
     if request.controls:
-        raise BadRequest("videos follow no control pictures here; leave controls out", param="controls")
+        raise BadRequest("videos take no control pictures; leave controls out", param="controls")
     if request.edit is not None:
         if request.edit.mask_image is not None:
             raise BadRequest("a video cannot be inpainted; leave mask_image out", param="mask_image")
@@ -91,36 +73,71 @@ def _check_company(request: GenerationRequest, video: Video, limits: Videos) -> 
                 )
 
 
+def _check_motion(video: Video, card: ModelCard) -> None:
+    if video.moves and Task.i2i not in card.tasks:
+        raise BadRequest(
+            f"{card.id} makes no picture from another, so the view cannot move; "
+            "leave zoom, pan_x and pan_y out",
+            param=next(name for name in MOTION if getattr(video, name) is not None),
+        )
+
+
+def _check_codec(video: Video) -> None:
+    codecs = CODECS[video.format]
+    if video.codec not in (None, *codecs):
+        raise BadRequest(
+            f"{video.format} with codec {video.codec} is not supported; "
+            f"{video.format} takes {' or '.join(codecs)}",
+            param="codec",
+        )
+
+
+def _check_pixels(width: int, height: int, num_frames: int, limits: Videos, card_id: str) -> None:
+    if width % 2 or height % 2:
+        raise BadRequest(f"a video of {width}x{height} cannot be encoded; both must be even", param="width")
+    if width * height * num_frames > limits.max_frame_pixels:
+        most = (limits.max_frame_pixels // (width * height) - 1) // limits.every * limits.every + 1
+        remedy = f"at most {most} frames" if most >= limits.min_frames else "a smaller size"
+        raise BadRequest(
+            f"{num_frames} frames of {width}x{height} are too much for {card_id}; ask for {remedy}",
+            param="num_frames",
+        )
+
+
 def _end_seed(video: Video, limits: Videos, seed: int) -> int | None:
     if video.end_seed is not None or video.end_prompt is not None or video.moves or not limits.framewise:
         return video.end_seed
     return seed + 1 if seed < MAX_SEED else 0
 
 
-def _frames(video: Video, fps: int, limits: Videos, card_id: str) -> int:
+def _num_frames(video: Video, fps: int, limits: Videos, card_id: str) -> int:
     if video.seconds is not None:
-        if video.num_frames is not None:
-            raise BadRequest("seconds and num_frames are both there; send one of them", param="seconds")
-        longest_s = limits.max_frames / fps
-        if video.seconds > longest_s:
-            raise BadRequest(
-                f"seconds is {video.seconds:g}; {card_id} makes at most {longest_s:.4g} "
-                f"at {fps} frames a second",
-                param="seconds",
-            )
-        return _allowed(video.seconds * fps, limits)
-    asked = limits.num_frames if video.num_frames is None else video.num_frames
-    if _allowed(asked, limits) != asked:
+        return _frames_of_seconds(video, video.seconds, fps, limits, card_id)
+    requested = limits.num_frames if video.num_frames is None else video.num_frames
+    nearest = _nearest_num_frames(requested, limits)
+    if nearest != requested:
         rule = "" if limits.every == 1 else f" and a multiple of {limits.every}, plus 1"
         raise BadRequest(
-            f"num_frames is {asked}; for {card_id} it must be {limits.min_frames}-{limits.max_frames}{rule} "
-            f"(nearest: {_allowed(asked, limits)})",
+            f"num_frames is {requested}; for {card_id} it must be "
+            f"{limits.min_frames}-{limits.max_frames}{rule} (nearest: {nearest})",
             param="num_frames",
         )
-    return asked
+    return requested
 
 
-def _allowed(frames: float, limits: Videos) -> int:
+def _frames_of_seconds(video: Video, seconds: float, fps: int, limits: Videos, card_id: str) -> int:
+    if video.num_frames is not None:
+        raise BadRequest("seconds and num_frames are both given; send one of them", param="seconds")
+    longest_s = limits.max_frames / fps
+    if seconds > longest_s:
+        raise BadRequest(
+            f"seconds is {seconds:g}; {card_id} makes at most {longest_s:.4g} at {fps} frames a second",
+            param="seconds",
+        )
+    return _nearest_num_frames(seconds * fps, limits)
+
+
+def _nearest_num_frames(frames: float, limits: Videos) -> int:
     """The nearest number of frames that the model can make."""
     nearest = round((frames - 1) / limits.every) * limits.every + 1
     return max(limits.min_frames, min(limits.max_frames, nearest))

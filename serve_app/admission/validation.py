@@ -1,4 +1,4 @@
-"""What is admitted: a wish held against the model cards and this installation's limits (pure)."""
+"""A request against the model cards and the limits of this installation (pure)."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest, ModelUnavailable, NotFound
 from deployments.protocol.request import GenerationRequest, Task
 from deployments.validation.resolve import Resolved, resolve
-from serve_app.settings import Settings
 
 MAX_COST_MPX_STEPS = 2_000.0  # of one request: 4 pictures of 4.2 megapixels at 100 steps cost 1,678
 
 
-def validate(
-    request: GenerationRequest, cards: Mapping[str, ModelCard], settings: Settings, fresh_seed: int
-) -> Resolved:
-    """The request as it will run, with the corrections its caller must be told of.
+def validate(request: GenerationRequest, cards: Mapping[str, ModelCard], fresh_seed: int) -> Resolved:
+    """The request as it will run, with the adjustments to report to its caller.
 
     fresh_seed: used where the caller gave none, 0..2^63-1.
     Raises NotFound for an unknown model, BadRequest or TooLarge for what the card does not allow.
@@ -35,7 +32,7 @@ def validate(
 
 
 def find_card(name: str, cards: Mapping[str, ModelCard]) -> ModelCard:
-    """The card with this id or alias, in whatever case. Raises NotFound naming what there is."""
+    """The card with this id or alias, ignoring case. Raises NotFound naming the models there are."""
     if name in cards:
         return cards[name]
     by_name = {known.casefold(): card for card in cards.values() for known in (card.id, *card.aliases)}
@@ -58,9 +55,9 @@ def default_model(
     controls: Collection[str] = (),
     refiner: bool = False,
 ) -> str:
-    """Id of the model that serves a request which names none: the first that can, ready ones first.
+    """Id of the model for a request that names none: the first that can serve it, loaded models first.
 
-    controls: kinds of control picture it must take. refiner: whether it must have one.
+    controls: types of its control pictures. refiner: whether the model must have one.
     Raises ModelUnavailable when no card can do that.
     """
     able = [

@@ -81,7 +81,7 @@ class JobService:
         """
         if webhook is not None:
             webhook = self._check_webhook(webhook)
-        resolved = validate(request, self._cards, self._settings, secrets.randbelow(FRESH_SEEDS))
+        resolved = validate(request, self._cards, secrets.randbelow(FRESH_SEEDS))
         card = self._cards[resolved.request.model]  # now: models may go while we wait
         if not await self._results.free_space_ok():
             raise Overloaded("there is too little room for new pictures; try again later", retry_after_s=60)

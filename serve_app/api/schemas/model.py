@@ -79,7 +79,7 @@ class ModelOut(BaseModel):
             refiner=card.refiner,
             refiner_start=card.refiner_start,
             trigger_words=card.trigger_words,
-            max_loras=card.max_loras if card.serving.lora != "none" else 0,
+            max_loras=card.lora_limit,
             vram_gib=card.vram_gib,
             licence=card.licence,
             state=state,

@@ -1,4 +1,4 @@
-"""Untrusted pictures are decoded in programs that may die; the process that asked lives."""
+"""Untrusted pictures are decoded in child processes that may die without harm to the caller."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _lossless_webp() -> bytes:
 @pytest.mark.parametrize(
     "size", [(16_000, 11_000), (20_000, 20_000)], ids=["a warning in Pillow", "an error"]
 )
-def test_a_bomb_costs_its_program_not_us(decoder_pool: DecoderPool, size: tuple[int, int]) -> None:
+def test_a_decompression_bomb_ends_its_child_only(decoder_pool: DecoderPool, size: tuple[int, int]) -> None:
     data = bomb(*size)
     before = psutil.Process().memory_info().rss
 
@@ -77,18 +77,18 @@ def test_a_bomb_costs_its_program_not_us(decoder_pool: DecoderPool, size: tuple[
     assert decoder_pool.decode(file(), DecodeMode.picture, "image").size == GRADIENT.size
 
 
-@pytest.mark.parametrize("kind", list(DecodeMode))
+@pytest.mark.parametrize("mode", list(DecodeMode))
 @pytest.mark.parametrize(
     "data", [b"", b"GIF89a" + b"\0" * 99, file()[:100], file(form="JPEG")[:300], b"%PDF-1.7"]
 )
-def test_what_is_no_whole_picture_is_refused_and_the_program_goes_on(
-    decoder_pool: DecoderPool, data: bytes, kind: DecodeMode
+def test_a_truncated_or_foreign_file_is_refused_and_the_child_goes_on(
+    decoder_pool: DecoderPool, data: bytes, mode: DecodeMode
 ) -> None:
-    decoder_pool.decode(file(), kind, "mask_image")
+    decoder_pool.decode(file(), mode, "mask_image")
     warm = decoder_pool.pids
 
     with pytest.raises(BadRequest) as refusal:
-        decoder_pool.decode(data, kind, "mask_image")
+        decoder_pool.decode(data, mode, "mask_image")
 
     assert refusal.value.param == "mask_image"
     assert decoder_pool.pids == warm
@@ -100,7 +100,7 @@ def test_of_pillows_many_formats_three_are_opened(decoder_pool: DecoderPool, for
         decoder_pool.decode(file(form=form), DecodeMode.picture, "image")
 
 
-def test_a_program_that_died_idle_is_replaced(decoder_pool: DecoderPool) -> None:
+def test_a_child_that_died_idle_is_replaced(decoder_pool: DecoderPool) -> None:
     decoder_pool.decode(file(), DecodeMode.check, "image")
     (first,) = decoder_pool.pids
     psutil.Process(first).kill()
@@ -110,7 +110,7 @@ def test_a_program_that_died_idle_is_replaced(decoder_pool: DecoderPool) -> None
 
 
 def _again(decoder_pool: DecoderPool) -> Image.Image:
-    """A picture from the next program; that the last one ended may show only when it is asked."""
+    """A picture from the next child; the end of the last one may show on its next use only."""
     try:
         return decoder_pool.decode(file(), DecodeMode.picture, "image")
     except BadRequest:
@@ -118,7 +118,7 @@ def _again(decoder_pool: DecoderPool) -> Image.Image:
 
 
 @pytest.mark.skipif(not hasattr(psutil.Process, "rlimit"), reason="this system limits no memory")
-def test_a_program_out_of_memory_fails_its_own_picture_alone(decoder_pool: DecoderPool) -> None:
+def test_a_child_out_of_memory_fails_its_own_picture_only(decoder_pool: DecoderPool) -> None:
     decoder_pool.decode(file(), DecodeMode.check, "image")
     (pid,) = decoder_pool.pids
     psutil.Process(pid).rlimit(psutil.RLIMIT_AS, (1, 1))  # as if the picture had taken it all
@@ -130,11 +130,11 @@ def test_a_program_out_of_memory_fails_its_own_picture_alone(decoder_pool: Decod
     assert decoder_pool.pids != [pid]
 
 
-def test_a_program_that_never_answers_is_ended_at_the_limit() -> None:
-    decoder_pool = DecoderPool(processes=1, limit_s=20.0)
+def test_a_child_that_never_answers_is_killed_at_the_timeout() -> None:
+    decoder_pool = DecoderPool(processes=1, timeout_s=20.0)
     decoder_pool.decode(file(), DecodeMode.check, "image")
     (pid,) = decoder_pool.pids
-    decoder_pool._limit_s = 0.3
+    decoder_pool._timeout_s = 0.3
     os.kill(pid, signal.SIGSTOP)
 
     with pytest.raises(BadRequest, match="too much memory or time"):
@@ -144,7 +144,7 @@ def test_a_program_that_never_answers_is_ended_at_the_limit() -> None:
     decoder_pool.close()
 
 
-def test_a_program_has_none_of_our_secrets_and_can_open_nothing(decoder_pool: DecoderPool) -> None:
+def test_a_child_has_no_secrets_and_can_open_no_file(decoder_pool: DecoderPool) -> None:
     decoder_pool.decode(file(), DecodeMode.check, "image")
     (pid,) = decoder_pool.pids
     child = psutil.Process(pid)
@@ -157,7 +157,7 @@ def test_a_program_has_none_of_our_secrets_and_can_open_nothing(decoder_pool: De
         assert 0 < child.rlimit(psutil.RLIMIT_AS)[1] < 4 * 2**30
 
 
-def test_many_threads_share_few_programs_and_everybody_gets_their_own_picture() -> None:
+def test_many_threads_share_few_children_and_each_gets_its_own_picture() -> None:
     decoder_pool = DecoderPool(processes=2)
     colours = [(n * 10, 255 - n * 10, n) for n in range(16)]
 

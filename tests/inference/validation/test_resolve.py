@@ -1,4 +1,4 @@
-"""A wish held against a card: blanks filled, corrections told, refusals that name cause and cure."""
+"""A request and a card: blanks filled, adjustments reported, refusals that name cause and remedy."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def png(width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-def wish(**changes: Any) -> GenerationRequest:
+def request_for(**changes: Any) -> GenerationRequest:
     return GenerationRequest(**({"model": "any", "prompt": "a red fox"} | changes))
 
 
@@ -54,16 +54,16 @@ def control(kind: Any = "canny", width: int = 512, height: int = 512, **changes:
 
 
 def resolved(card: ModelCard, **changes: Any) -> ResolvedRequest:
-    return resolve(wish(**changes), card, fresh_seed=SEED).request
+    return resolve(request_for(**changes), card, fresh_seed=SEED).request
 
 
 def adjustments(card: ModelCard, **changes: Any) -> tuple[Adjustment, ...]:
-    return resolve(wish(**changes), card, fresh_seed=SEED).adjustments
+    return resolve(request_for(**changes), card, fresh_seed=SEED).adjustments
 
 
 def refusal(card: ModelCard, **changes: Any) -> BadRequest | TooLarge:
     with pytest.raises((BadRequest, TooLarge)) as caught:
-        resolve(wish(**changes), card, fresh_seed=SEED)
+        resolve(request_for(**changes), card, fresh_seed=SEED)
     return caught.value
 
 
@@ -95,7 +95,7 @@ def test_what_the_caller_says_within_the_limits_is_kept() -> None:
         "num_images": 2,
     }
 
-    answer = resolve(wish(**said), SD, fresh_seed=SEED)
+    answer = resolve(request_for(**said), SD, fresh_seed=SEED)
 
     assert answer.request.model_dump(include=set(said)) == said
     assert answer.adjustments == ()
@@ -161,7 +161,7 @@ def test_refine_is_a_task_with_the_refiners_own_strength() -> None:
 
 def test_at_most_four_control_pictures_may_be_sent() -> None:
     with pytest.raises(ValueError, match="at most 4 items"):
-        wish(controls=[control()] * 5)
+        request_for(controls=[control()] * 5)
 
 
 def test_a_size_that_was_asked_for_wins_over_the_given_pictures() -> None:
@@ -174,7 +174,7 @@ def test_a_size_that_was_asked_for_wins_over_the_given_pictures() -> None:
 
 
 def test_schnell_is_corrected_to_four_steps_with_a_warning() -> None:
-    answer = resolve(wish(num_inference_steps=30), SCHNELL, fresh_seed=SEED)
+    answer = resolve(request_for(num_inference_steps=30), SCHNELL, fresh_seed=SEED)
 
     assert answer.request.num_inference_steps == 4
     assert answer.adjustments == (
@@ -188,7 +188,7 @@ def test_schnell_is_corrected_to_four_steps_with_a_warning() -> None:
 
 def test_schnell_runs_as_it_was_trained_whatever_was_asked() -> None:
     answer = resolve(
-        wish(
+        request_for(
             num_inference_steps=1,
             guidance_scale=7.5,
             negative_prompt="blurry",
@@ -227,10 +227,10 @@ def test_dev_is_free_within_its_own_card() -> None:
 
 
 def test_a_shorter_text_length_is_raised_to_the_models_one_so_that_requests_share_forwards() -> None:
-    told = adjustments(DEV, max_sequence_length=128)
+    reported = adjustments(DEV, max_sequence_length=128)
 
-    assert [adjustment.code for adjustment in told] == ["sequence_length_corrected"]
-    assert "128 -> 512" in told[0].message
+    assert [adjustment.code for adjustment in reported] == ["sequence_length_corrected"]
+    assert "128 -> 512" in reported[0].message
 
 
 # --- refusals ---------------------------------------------------------------------------------------------
@@ -244,9 +244,9 @@ CANNY_ONLY = SD.model_copy(
     }
 )
 REFUSALS: list[tuple[ModelCard, dict[str, Any], str, str, str]] = [
-    # card, what was asked, field at fault, cause, cure
+    # card, request, field at fault, cause, remedy
     (REFINER, {}, "model", "cannot do t2i", "can do i2i"),
-    (SD, {"prompt": " \n"}, "prompt", "prompt is empty", "say what"),
+    (SD, {"prompt": " \n"}, "prompt", "prompt is empty", "describe the picture"),
     (SD, {"prompt": "x" * 4001}, "prompt", "4001 characters", "at most 4000"),
     (SD, {"negative_prompt": "x" * 4001}, "negative_prompt", "4001 characters", "at most 4000"),
     (SD, {"num_images": 5}, "num_images", "num_images is 5", "at most 4"),
@@ -254,7 +254,7 @@ REFUSALS: list[tuple[ModelCard, dict[str, Any], str, str, str]] = [
     (SD, {"width": 512, "height": 128}, "height", "height is 128", "nearest: 256"),
     (SD, {"width": 4096, "height": 512}, "width", "width is 4096", "nearest: 1024"),
     (SDXL, {"width": 2048, "height": 2048}, "width", "4194304 pixels", "at most 2359296"),
-    (SD, {"width": 1024, "height": 256}, "width", "too long", "3 to 1"),
+    (SD, {"width": 1024, "height": 256}, "width", "too long a side", "3 to 1"),
     (SD, {"num_inference_steps": 51}, "num_inference_steps", "is 51", "runs 1-50"),
     (DREAMSHAPER, {"num_inference_steps": 10}, "num_inference_steps", "is 10", "runs 15-30"),
     (DREAMSHAPER, {"num_inference_steps": 31}, "num_inference_steps", "is 31", "runs 15-30"),
@@ -290,16 +290,18 @@ REFUSALS: list[tuple[ModelCard, dict[str, Any], str, str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("card", "asked", "param", "cause", "cure"), REFUSALS, ids=[f"{row[0].id}: {row[3]}" for row in REFUSALS]
+    ("card", "asked", "param", "cause", "remedy"),
+    REFUSALS,
+    ids=[f"{row[0].id}: {row[3]}" for row in REFUSALS],
 )
-def test_a_refusal_names_the_field_the_cause_and_the_cure(
-    card: ModelCard, asked: dict[str, Any], param: str, cause: str, cure: str
+def test_a_refusal_names_the_field_the_cause_and_the_remedy(
+    card: ModelCard, asked: dict[str, Any], param: str, cause: str, remedy: str
 ) -> None:
     error = refusal(card, **asked)
 
     assert error.param == param
     assert cause in error.message
-    assert cure in error.message
+    assert remedy in error.message
 
 
 def test_a_picture_of_too_many_pixels_is_too_large_and_not_decoded() -> None:
@@ -327,7 +329,7 @@ def test_the_strength_that_a_refusal_advises_is_accepted(steps: int) -> None:
     assert denoising_steps(request, SD) >= 1
 
 
-# --- for every card and every wish ------------------------------------------------------------------------
+# --- for every card and every request ---------------------------------------------------------------------
 
 PICTURES = st.sampled_from([(64, 64), (100, 2000), (1000, 500), (3000, 40), (640, 480), (17, 1999)])
 
@@ -336,8 +338,8 @@ CONTROLS = [control(), control("depth", 640, 480), control("pose", weight=0.5, e
 
 
 @st.composite
-def wishes(draw: st.DrawFn) -> tuple[GenerationRequest, ModelCard]:
-    """A wish near the limits of a card, mostly inside them, and the card."""
+def requests_and_cards(draw: st.DrawFn) -> tuple[GenerationRequest, ModelCard]:
+    """A request near the limits of a card, mostly inside them, and the card."""
     card = draw(st.sampled_from(IMAGE_CARDS))
     sizes, rarely = card.sizes, st.integers(0, 15).map(lambda n: n == 0)
     grid = st.integers(sizes.min // 16, sizes.max // 16).map(lambda n: 16 * n)
@@ -345,7 +347,7 @@ def wishes(draw: st.DrawFn) -> tuple[GenerationRequest, ModelCard]:
     strength = draw(st.none() | st.floats(0, 1))
     given_edit = PICTURES.map(lambda size: edit(*size, strength=strength))
     slack = 1 if draw(rarely) else 0
-    request = wish(
+    request = request_for(
         prompt=draw(st.text("ab ", min_size=1, max_size=4)) + draw(st.sampled_from(["x", "x", "x", ""])),
         negative_prompt=draw(st.text(max_size=4)),
         width=side,
@@ -372,7 +374,7 @@ def answer_to(request: GenerationRequest, card: ModelCard) -> Resolved | BadRequ
 
 
 @many
-@given(wishes())
+@given(requests_and_cards())
 def test_no_accepted_request_is_outside_its_card(pair: tuple[GenerationRequest, ModelCard]) -> None:
     answer, card = answer_to(*pair), pair[1]
     assume(isinstance(answer, Resolved))
@@ -395,8 +397,8 @@ def test_no_accepted_request_is_outside_its_card(pair: tuple[GenerationRequest, 
 
 
 @many
-@given(wishes())
-def test_fitting_a_fitted_request_changes_nothing_and_corrects_nothing(
+@given(requests_and_cards())
+def test_resolving_a_resolved_request_changes_nothing_and_adjusts_nothing(
     pair: tuple[GenerationRequest, ModelCard],
 ) -> None:
     answer, card = answer_to(*pair), pair[1]
@@ -408,7 +410,7 @@ def test_fitting_a_fitted_request_changes_nothing_and_corrects_nothing(
 
 
 @settings(many, suppress_health_check=[HealthCheck.filter_too_much])
-@given(wishes())
+@given(requests_and_cards())
 def test_every_refusal_names_a_field_of_the_request(pair: tuple[GenerationRequest, ModelCard]) -> None:
     answer = answer_to(*pair)
     assume(not isinstance(answer, Resolved))

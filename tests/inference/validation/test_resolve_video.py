@@ -1,4 +1,4 @@
-"""A wish for a video against a card: what is filled in, and what is refused with which words."""
+"""A request for a video against a card: what is filled in, and what is refused with which words."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ WAN = load_card(ROOT / "configs/models/tiny-wan.yaml").model_copy(
 
 
 def resolved(card: ModelCard = WAN, /, video: Video | None = None, **changes: Any) -> ResolvedRequest:
-    wish = GenerationRequest(model=card.id, prompt="a red circle", video=video or Video(), **changes)
-    return resolve(wish, card, fresh_seed=1).request
+    request = GenerationRequest(model=card.id, prompt="a red circle", video=video or Video(), **changes)
+    return resolve(request, card, fresh_seed=1).request
 
 
-def test_an_empty_wish_gets_the_cards_frames_and_pace() -> None:
+def test_an_empty_video_gets_the_cards_frames_and_frame_rate() -> None:
     video = resolved().video
 
     assert video is not None
@@ -38,7 +38,7 @@ def test_seconds_become_the_nearest_number_of_frames(seconds: float, fps: int | 
     assert video.num_frames == frames
 
 
-def test_fitting_again_changes_nothing() -> None:
+def test_resolving_again_changes_nothing() -> None:
     once = resolved(video=Video(seconds=3, format="webm"), edit=Edit(image=png()))
 
     assert resolve(once, WAN, fresh_seed=9).request == once
@@ -62,7 +62,7 @@ def test_a_picture_to_begin_with_leaves_no_step_out() -> None:
         (Video(num_frames=16), {}, "num_frames", r"multiple of 4, plus 1 \(nearest: 17\)"),
         (Video(num_frames=133), {}, "num_frames", "nearest: 129"),
         (Video(seconds=40), {}, "seconds", "at most 16.12"),
-        (Video(seconds=1, num_frames=17), {}, "seconds", "both there"),
+        (Video(seconds=1, num_frames=17), {}, "seconds", "both given"),
         (Video(), {"num_images": 2}, "num_images", "one video"),
         (Video(end_seed=4), {}, "end_seed", "frame-wise"),
         (Video(end_prompt="a blue star"), {}, "end_prompt", "frame-wise"),
@@ -88,7 +88,7 @@ def test_what_the_card_does_not_allow_is_refused_by_name(
     assert refused.value.param == param
 
 
-def test_many_frames_are_refused_at_sizes_that_few_are_taken_at() -> None:
+def test_many_frames_are_refused_at_sizes_where_few_are_accepted() -> None:
     assert WAN.videos is not None
     small = WAN.model_copy(
         update={"videos": WAN.videos.model_copy(update={"max_frame_pixels": 64 * 64 * 30})}
@@ -105,7 +105,7 @@ def test_odd_sizes_are_refused_where_a_card_would_let_them_through() -> None:
         resolved(odd, width=65, height=64)
 
 
-def test_a_view_moves_only_where_a_picture_can_be_painted_from_another() -> None:
+def test_a_view_moves_only_where_a_picture_can_be_made_from_another() -> None:
     assert WAN.videos is not None
     update = {"tasks": ["t2i", "t2v"], "videos": WAN.videos.model_copy(update={"framewise": True})}
     card = WAN.model_copy(update=update)

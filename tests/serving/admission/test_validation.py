@@ -1,4 +1,4 @@
-"""Admission: which model is meant, and what it allows."""
+"""Which model a request names, what it allows, and what it may cost."""
 
 import pytest
 from hypothesis import given
@@ -8,10 +8,7 @@ from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest, ModelUnavailable, NotFound, WeftError
 from deployments.protocol.request import GenerationRequest, Task
 from serve_app.admission.validation import MAX_COST_MPX_STEPS, default_model, find_card, validate
-from serve_app.settings import Settings
 from tests.serving.api.cards import CARDS, SCHNELL, SKETCH
-
-SETTINGS = Settings()
 
 
 def generation_request(**fields: object) -> GenerationRequest:
@@ -26,7 +23,7 @@ def test_a_model_is_found_by_its_id_by_an_alias_and_in_any_case():
 
 def test_an_unknown_model_is_answered_with_the_known_ones_and_the_nearest():
     with pytest.raises(NotFound) as refusal:
-        validate(generation_request(model="sketsh"), CARDS, SETTINGS, fresh_seed=1)
+        validate(generation_request(model="sketsh"), CARDS, fresh_seed=1)
 
     assert "sketch, tiny-flux-schnell" in refusal.value.message
     assert "Did you mean 'sketch'?" in refusal.value.message
@@ -41,7 +38,7 @@ def test_a_name_like_nothing_here_is_given_no_guess():
 
 
 def test_blanks_are_filled_from_the_card_and_the_fresh_seed():
-    resolved = validate(generation_request(), CARDS, SETTINGS, fresh_seed=11)
+    resolved = validate(generation_request(), CARDS, fresh_seed=11)
 
     assert (resolved.request.width, resolved.request.height) == (128, 128)
     assert resolved.request.num_inference_steps == 20
@@ -50,22 +47,19 @@ def test_blanks_are_filled_from_the_card_and_the_fresh_seed():
 
 
 def test_schnell_is_corrected_to_four_steps_with_a_warning():
-    resolved = validate(
-        generation_request(model=SCHNELL.id, num_inference_steps=30), CARDS, SETTINGS, fresh_seed=1
-    )
+    resolved = validate(generation_request(model=SCHNELL.id, num_inference_steps=30), CARDS, fresh_seed=1)
 
     assert resolved.request.num_inference_steps == 4
     assert "Overriding 30 -> 4" in resolved.adjustments[0].message
 
 
-def test_an_alias_is_admitted_under_the_models_own_id():
+def test_an_alias_is_accepted_under_the_models_own_id():
     assert (
-        validate(generation_request(model="someone/sketch"), CARDS, SETTINGS, fresh_seed=1).request.model
-        == SKETCH.id
+        validate(generation_request(model="someone/sketch"), CARDS, fresh_seed=1).request.model == SKETCH.id
     )
 
 
-def test_a_request_dearer_than_the_limit_is_told_its_price():
+def test_a_request_over_the_cost_limit_is_refused_with_its_cost():
     big = SKETCH.model_copy(
         update={
             "sizes": SKETCH.sizes.model_copy(update={"max": 2048, "max_pixels": 4_194_304}),
@@ -77,7 +71,6 @@ def test_a_request_dearer_than_the_limit_is_told_its_price():
         validate(
             generation_request(width=2048, height=2048, num_inference_steps=500, num_images=4),
             {big.id: big},
-            SETTINGS,
             fresh_seed=1,
         )
 
@@ -114,11 +107,11 @@ def test_a_task_that_no_model_can_do_says_so():
         num_images=st.integers(1, 16),
     )
 )
-def test_whatever_is_admitted_keeps_within_its_card_and_the_cost_limit(request: GenerationRequest):
+def test_every_accepted_request_is_within_its_card_and_the_cost_limit(request: GenerationRequest):
     card: ModelCard = CARDS[request.model]
 
     try:
-        resolved = validate(request, CARDS, SETTINGS, fresh_seed=5).request
+        resolved = validate(request, CARDS, fresh_seed=5).request
     except WeftError:
         return
 

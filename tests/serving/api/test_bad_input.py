@@ -46,7 +46,7 @@ async def assert_refused(
         ({"model": 7}, "valid string", "model"),
         ({"model": ""}, "at least 1 character", "model"),
         ({"prompt": None}, "valid string", "prompt"),
-        ({"prompt": "   "}, "say what the picture shall show", "prompt"),
+        ({"prompt": "   "}, "describe the picture", "prompt"),
         ({"prompt": "x" * 100_000}, "32000", "prompt"),
         ({"prompt": "x" * 5_000}, "sketch takes at most 4000", "prompt"),
         ({"width": 100}, "nearest: 96", "width"),

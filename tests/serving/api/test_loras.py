@@ -171,7 +171,7 @@ async def test_a_preview_is_shown_as_a_small_webp(client: httpx.AsyncClient) -> 
         (b"\x80\x02}q\x00.", "pickle"),
         (b"PK\x03\x04" + bytes(40), "pickle"),
         (INK[:-5], "truncated"),
-        (INK + b"x", "behind its last tensor"),
+        (INK + b"x", "after its last tensor"),
         ((2**40).to_bytes(8, "little") + bytes(100), "header is over"),
         (b"", "no safetensors"),
     ],
@@ -234,7 +234,7 @@ async def test_an_upload_may_be_larger_than_a_request_but_not_endless(
         endless = await client.post("/api/loras", files={"file": file + bytes(3 * 2**20)})
         elsewhere = await client.post("/api/generate/image", files={"lora_file": file})
 
-    assert "behind its last tensor" in larger.json()["error"]["message"]
+    assert "after its last tensor" in larger.json()["error"]["message"]
     assert endless.status_code == 413
     assert elsewhere.status_code == 413
 

@@ -234,7 +234,7 @@ async def test_a_form_may_bring_the_first_frame(
     ("changes", "param", "says"),
     [
         ({"num_frames": 16}, "num_frames", "nearest: 17"),
-        ({"num_frames": 17, "seconds": 2}, "seconds", "both there"),
+        ({"num_frames": 17, "seconds": 2}, "seconds", "both given"),
         ({"seconds": 100}, "seconds", "at most"),
         ({"seconds": "long"}, "seconds", "number of seconds"),
         ({"model": "sketch"}, "model", "cannot do t2v"),

@@ -1,0 +1,98 @@
+"""What a request brings along (prompts, pictures to refine, control pictures, LoRAs) against a card
+(pure)."""
+
+from __future__ import annotations
+
+from deployments.protocol.card import ModelCard
+from deployments.protocol.errors import BadRequest
+from deployments.protocol.request import MAX_CONTROLS, Control, GenerationRequest
+from deployments.validation.image_header import read_image_size
+
+
+def check_inputs(request: GenerationRequest, card: ModelCard) -> None:
+    """Raises BadRequest for the first input that this model cannot take, TooLarge for too large a control
+    picture.
+
+    Of control pictures only the headers are read.
+    """
+    _check_refine(request)
+    _check_prompts(request, card)
+    _check_controls(request, card)
+    if request.loras:
+        check_lora_count(len(request.loras), card)
+
+
+def check_lora_count(count: int, card: ModelCard, param: str = "loras") -> None:
+    """Raises BadRequest unless the model takes so many LoRAs (at least one) in one request."""
+    if not card.lora_limit:
+        raise BadRequest(f"{card.id} takes no LoRA; leave {param} out", param=param)
+    if count > card.lora_limit:
+        raise BadRequest(
+            f"there are {count} LoRAs; {card.id} takes at most {card.lora_limit} at once", param=param
+        )
+
+
+def control_field(request: GenerationRequest, index: int) -> str:
+    """The name of a control picture in messages, as the API dialects name it."""
+    return "control_image" if len(request.controls) == 1 else f"controls.{index}.image"
+
+
+def _check_refine(request: GenerationRequest) -> None:
+    if not request.refine:
+        return
+    if request.edit is None:
+        raise BadRequest("refine needs a picture; send image too", param="image")
+    if request.edit.mask_image is not None:
+        raise BadRequest("refine works on the whole picture; leave mask_image out", param="mask_image")
+    if request.controls:
+        raise BadRequest("refine follows the given picture; leave control pictures out", param="controls")
+
+
+def _check_prompts(request: GenerationRequest, card: ModelCard) -> None:
+    for field, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt)):
+        if len(text) > card.max_prompt_chars:
+            raise BadRequest(
+                f"{field} has {len(text)} characters; {card.id} takes at most {card.max_prompt_chars}",
+                param=field,
+            )
+    if not request.prompt.strip():
+        raise BadRequest("prompt is empty; describe the picture", param="prompt")
+    if request.num_images > card.max_images:
+        raise BadRequest(
+            f"num_images is {request.num_images}; {card.id} makes at most {card.max_images} at once",
+            param="num_images",
+        )
+
+
+def _check_controls(request: GenerationRequest, card: ModelCard) -> None:
+    if len(request.controls) > MAX_CONTROLS:
+        raise BadRequest(
+            f"there are {len(request.controls)} control pictures; at most {MAX_CONTROLS}", param="controls"
+        )
+    for index, control in enumerate(request.controls):
+        if control.type not in card.controls:
+            supported = f"it takes {', '.join(card.controls)}" if card.controls else "it takes none"
+            raise BadRequest(
+                f"{card.id} takes no control picture of type {control.type}; {supported}",
+                param="control_type",
+            )
+        if control.start >= control.end:
+            raise BadRequest(
+                f"control starts at {control.start:g} and ends at {control.end:g} of the steps; "
+                "start must be below end",
+                param="control_start",
+            )
+        _check_control_map(control, card)
+        if control.image:  # empty: detached, and inspected before
+            read_image_size(control.image, control_field(request, index))
+
+
+def _check_control_map(control: Control, card: ModelCard) -> None:
+    """Canny edges need no model; depth and pose of a plain picture need a preprocessor on the card."""
+    if control.type == "canny" or control.is_map or card.controls[control.type].preprocessor is not None:
+        return
+    raise BadRequest(
+        f"{card.id} cannot find the {control.type} in a plain picture; send a {control.type} map "
+        "and say is_map: true",
+        param="control_image",
+    )

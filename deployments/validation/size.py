@@ -1,0 +1,82 @@
+"""The width and height of a result: as requested, of an input picture, or the card's default (pure)."""
+
+from __future__ import annotations
+
+import math
+
+from deployments.protocol.card import Sizes
+from deployments.protocol.errors import BadRequest
+from deployments.protocol.request import GenerationRequest
+from deployments.validation.image_header import ImageSize, read_image_size
+from deployments.validation.inputs import control_field
+
+
+def resolve_size(request: GenerationRequest, sizes: Sizes) -> tuple[int, int]:
+    """Width and height in pixels.
+
+    Where the request names none: the allowed size nearest to the given picture, or to the first control
+    picture, else the card's default. Raises BadRequest for a size outside the card's limits, and as
+    read_image_size does.
+    """
+    source = _source_size(request)
+    if request.width is None and request.height is None:
+        return (sizes.width, sizes.height) if source is None else _nearest_size(source, sizes)
+    ratio = sizes.width / sizes.height if source is None else source.width / source.height
+    if request.width is not None:
+        width, height = request.width, request.height or _on_grid(request.width / ratio, sizes)
+    else:
+        assert request.height is not None, "one of both is given"
+        width, height = _on_grid(request.height * ratio, sizes), request.height
+    _check_size(width, height, sizes)
+    return width, height
+
+
+def _source_size(request: GenerationRequest) -> ImageSize | None:
+    """The size of the picture that the result follows; inspects the mask too."""
+    if request.edit is not None:
+        if not request.edit.image:  # empty: detached, and inspected before
+            return None
+        source = read_image_size(request.edit.image, "image")
+        if request.edit.mask_image is not None:
+            read_image_size(request.edit.mask_image, "mask_image")
+        return source
+    if request.controls and request.controls[0].image:
+        return read_image_size(request.controls[0].image, control_field(request, 0))
+    return None
+
+
+def _check_size(width: int, height: int, sizes: Sizes) -> None:
+    for field, side in (("width", width), ("height", height)):
+        if not sizes.min <= side <= sizes.max or side % sizes.multiple:
+            raise BadRequest(
+                f"{field} is {side}; it must be {sizes.min}-{sizes.max} and a multiple of "
+                f"{sizes.multiple} (nearest: {_on_grid(side, sizes)})",
+                param=field,
+            )
+    if width * height > sizes.max_pixels:
+        raise BadRequest(
+            f"{width}x{height} is {width * height} pixels; at most {sizes.max_pixels}", param="width"
+        )
+    if max(width, height) > sizes.max_aspect * min(width, height):
+        raise BadRequest(
+            f"{width}x{height} has too long a side; at most {sizes.max_aspect:g} to 1", param="width"
+        )
+
+
+def _nearest_size(source: ImageSize, sizes: Sizes) -> tuple[int, int]:
+    """The allowed size nearest to the picture's own, with its aspect ratio as far as the limits permit."""
+    limit = min(sizes.max / max(source), math.sqrt(sizes.max_pixels / (source.width * source.height)))
+    scale = min(max(1.0, sizes.min / min(source)), limit)
+    width, height = (_on_grid(side * scale, sizes) for side in source)
+    longest = math.floor(sizes.max_aspect * min(width, height) / sizes.multiple) * sizes.multiple
+    width, height = min(width, longest), min(height, longest)
+    while width * height > sizes.max_pixels:  # rounding up may pass the limit by one grid line
+        width, height = (
+            (width - sizes.multiple, height) if width >= height else (width, height - sizes.multiple)
+        )
+    return width, height
+
+
+def _on_grid(side: float, sizes: Sizes) -> int:
+    """The allowed side nearest to this one, in pixels."""
+    return max(sizes.min, min(sizes.max, round(side / sizes.multiple) * sizes.multiple))
