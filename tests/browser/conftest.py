@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.browser.fake_backend import FakeBackend
+from tests.patience import patience
 
 FLAGS = [
     "--headless",
@@ -70,7 +71,7 @@ def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(8_000)
+        page.set_default_timeout(1_000 * patience())
         page.expected_errors = []  # parts of console lines that a test causes on purpose
         page.on("pageerror", lambda error: faults.append(f"page error: {error}"))
         page.on(

@@ -36,6 +36,7 @@ from serve_app.api.schemas.model import ModelList, ModelOut
 from serve_app.api.schemas.video import VideoBody
 from serve_app.job_ids import new_job_id
 from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
+from tests.patience import patience
 
 WEB = Path(__file__).resolve().parents[2] / "serve_app" / "web"
 MEDIA_TYPES = {
@@ -223,7 +224,7 @@ class FakeBackend:
         """A video of the past."""
         job = self.submit({"model": card.id, "prompt": prompt, "seed": seed}, VideoBody)
         with self.changed:
-            assert self.changed.wait_for(lambda: self.jobs[job.id].job.state.ended, timeout=60)
+            assert self.changed.wait_for(lambda: self.jobs[job.id].job.state.ended, timeout=patience(2))
 
     def add_finished(self, prompt: str, seed: int, state: JobState = JobState.completed) -> None:
         """A job of the past."""
@@ -232,7 +233,7 @@ class FakeBackend:
             {"model": self.cards[0].id, "prompt": prompt, "seed": seed, "width": 256, "height": 256}
         )
         with self.changed:
-            self.changed.wait_for(lambda: self.jobs[job.id].job.state.ended, timeout=10)
+            assert self.changed.wait_for(lambda: self.jobs[job.id].job.state.ended, timeout=patience())
             running = self.jobs[job.id]
             failure = JobError("internal", "the engine died") if state is JobState.failed else None
             kept = running.job.artifacts if state is JobState.completed else ()

@@ -25,12 +25,13 @@ from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from tests.patience import patience, slowness
 from tests.serving.fakes import resolved
 
 ROOT = Path(__file__).resolve().parents[2]
-LEASE_S = 1.5
-ZOMBIE_S = 2.5  # past the lease: another worker has the job by then
-SETTLE_S = 120.0
+LEASE_S = 1.5 * slowness()
+ZOMBIE_S = 2.5 * slowness()  # past the lease: another worker has the job by then
+SETTLE_S = patience(4)
 
 
 @dataclass

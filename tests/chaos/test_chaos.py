@@ -20,6 +20,7 @@ from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
 from tests.chaos.runner import ROOT, Chaos
 from tests.chaos.worker import POISON
+from tests.patience import patience, slowness
 from tests.serving.conftest import MakeSettings, make_settings  # noqa: F401  # a fixture
 from tests.serving.fakes import OWNER, eventually, resolved
 
@@ -39,13 +40,13 @@ async def test_a_job_that_kills_its_worker_three_times_is_failed_and_others_go_o
     tmp_path: Path,
     make_settings: MakeSettings,  # noqa: F811
 ) -> None:
-    settings = make_settings(lease_s=1.0, heartbeat_s=0.2)
+    settings = make_settings(lease_s=1.0 * slowness(), heartbeat_s=0.2)
     with EmbeddedRedis(tmp_path / "store") as url:
         async with connect(url) as redis:
             store = JobStore(redis, settings)
             poison = await store.accept(new_job_id(), OWNER, resolved(POISON))
             for _ in range(3):
-                done = await asyncio.to_thread(work, url, settings, 60.0)
+                done = await asyncio.to_thread(work, url, settings, patience(2))
                 assert done != 0
             worker = start_worker(url, settings)
             other = await store.accept(new_job_id(), OWNER, resolved())
@@ -53,7 +54,7 @@ async def test_a_job_that_kills_its_worker_three_times_is_failed_and_others_go_o
             async def both_ended() -> bool:
                 return all([(await store.get(job.id)).state.ended for job in (poison, other)])
 
-            await eventually(both_ended, within_s=60.0)
+            await eventually(both_ended, quiet_s=2)
             states = [(await store.get(job.id)).state for job in (poison, other)]
             worker.kill()
             worker.wait()
@@ -103,7 +104,7 @@ async def test_a_full_disk_under_the_store_refuses_jobs_and_loses_none(
                 return False
             return True
 
-        await eventually(is_back, within_s=60.0)
+        await eventually(is_back, quiet_s=2)
         states = {(await store.get(job_id)).state for job_id in ids}
     server.stop()
 
@@ -126,7 +127,7 @@ async def test_a_full_disk_under_the_results_fails_the_job_leaves_no_part_of_a_f
                 async def has_ended() -> bool:
                     return (await store.get(job_id)).state.ended
 
-                await eventually(has_ended, within_s=60.0)
+                await eventually(has_ended, quiet_s=2)
                 return await store.get(job_id)
 
             before = await job()

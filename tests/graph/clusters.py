@@ -21,6 +21,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 
 from serve_app.redis.embedded import EmbeddedRedis, find_server
 from tests.graph.running import PATIENCE_S, RAY, ROOT, free_port, kill, until
+from tests.patience import patience, slowness
 
 SCRIPTS = Path(sys.executable).parent
 STORE_MIB = 100  # of one node's object store
@@ -46,7 +47,7 @@ class RayCluster:
         self._environment = clean | {
             "WEFT_DATA_DIR": str(folder),
             "WEFT_CARDS_DIR": str(folder / "cards"),
-            "WEFT_LEASE_S": "3",
+            "WEFT_LEASE_S": str(3 * slowness()),
             "WEFT_HEARTBEAT_S": "0.5",
             "WEFT_READS_PER_MINUTE": "100000",  # tests ask often
             "WEFT_CACHE": "false",  # the same request again shall run again
@@ -295,4 +296,4 @@ def _end_all(family: list[psutil.Process]) -> None:
     for process in family:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(family, timeout=10)
+    psutil.wait_procs(family, timeout=patience())

@@ -13,6 +13,7 @@ import yaml
 from serve_app.redis.embedded import EmbeddedRedis
 from tests.graph.clusters import RayCluster
 from tests.graph.running import RAY, ROOT, Service, free_port
+from tests.patience import slowness
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +39,7 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     settings = {
         "WEFT_DATA_DIR": str(data),
         "WEFT_CARDS_DIR": str(cards),
-        "WEFT_LEASE_S": "3",
+        "WEFT_LEASE_S": str(3 * slowness()),
         "WEFT_HEARTBEAT_S": "0.5",
         "WEFT_READS_PER_MINUTE": "100000",  # tests ask often
         "WEFT_CACHE": "false",  # the same request again shall run again

@@ -17,9 +17,10 @@ import pytest
 import ray
 
 from serve_app.redis.embedded import EmbeddedRedis
+from tests.patience import patience
 
 ROOT = Path(__file__).parent.parent.parent
-PATIENCE_S = 240.0  # for things that take a second on a quiet machine
+PATIENCE_S = patience(8)
 RAY = {
     "RAY_AUTH_MODE": "disabled",  # else a token file is written to the home directory
     "RAY_worker_niceness": "0",  # else other processes of the suite push replicas aside
@@ -105,4 +106,4 @@ def kill(pid: int) -> None:
     """kill -9, and wait until the process is gone."""
     process = psutil.Process(pid)
     process.kill()
-    psutil.wait_procs([process], timeout=10)
+    psutil.wait_procs([process], timeout=patience())

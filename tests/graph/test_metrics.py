@@ -17,6 +17,7 @@ from deployments.observability.metrics import METRICS as WORKSHOP
 from serve_app.observability.metrics import METRICS as FRONT
 from tests.graph.calls import ended
 from tests.graph.running import ROOT, Service, until
+from tests.patience import patience
 
 pytestmark = pytest.mark.ray
 
@@ -42,7 +43,7 @@ def scraped() -> Series:
     found: Series = {}
     for node in ray.nodes():
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        for family in text_string_to_metric_families(httpx.get(url, timeout=30).text):
+        for family in text_string_to_metric_families(httpx.get(url, timeout=patience()).text):
             for sample in family.samples:
                 if sample.name.startswith("ray_weft_") and not sample.name.endswith(("_bucket", "_sum")):
                     name = sample.name.removeprefix("ray_").removesuffix("_total").removesuffix("_count")

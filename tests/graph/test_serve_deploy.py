@@ -19,6 +19,7 @@ import yaml
 from serve_app.redis.embedded import EmbeddedRedis
 from tests.graph.calls import ended, submit
 from tests.graph.running import RAY, ROOT, free_port, until
+from tests.patience import patience
 
 pytestmark = pytest.mark.ray
 
@@ -60,7 +61,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         finally:
             family = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
             head.terminate()
-            psutil.wait_procs(family, timeout=5)
+            psutil.wait_procs(family, timeout=patience())
             for process in family:
                 if process.is_running():
                     process.kill()
@@ -90,5 +91,5 @@ def test_serve_deploy_on_a_running_cluster_serves_pictures(cluster: Cluster, tmp
 
     until(deployed, f"the cluster takes the config; see {cluster.log}")
     until(ready, "the graph is ready")
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=patience(2)) as client:
         assert ended(client, submit(client, prompt="a red circle"))["status"] == "completed"

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,16 +61,13 @@ def test_ctrl_c_ends_all_it_started_and_a_second_start_keeps_jobs_and_pictures(t
         image = client.get(job["artifacts"][0]["url"]).content
         family = psutil.Process(process.pid).children(recursive=True)
     assert process.returncode == 0
-    _, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
     assert alive == []
 
-    began = time.monotonic()
     with weft_serve(tmp_path, port), httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-        took_s = time.monotonic() - began
         again = client.get(f"/api/generate/{job['id']}").json()
         assert again["status"] == "completed"
         assert client.get(again["artifacts"][0]["url"]).content == image
-    assert took_s < PATIENCE_S
 
 
 def test_a_second_serve_on_the_same_data_is_refused_in_words(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from tests.patience import slowness
 
 _PREFIXES = (f"weft:test{number}:" for number in itertools.count())
 
@@ -31,7 +32,12 @@ def make_settings(tmp_path: Path) -> MakeSettings:
     prefix = next(_PREFIXES)
 
     def make(**changes: object) -> Settings:
-        quick = {"lease_s": 2.0, "heartbeat_s": 0.1, "data_dir": tmp_path, "redis_prefix": prefix}
+        quick = {
+            "lease_s": 2.0 * slowness(),
+            "heartbeat_s": 0.1,
+            "data_dir": tmp_path,
+            "redis_prefix": prefix,
+        }
         return Settings(_env_file=None, **{**quick, **changes})
 
     return make

@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from deployments.protocol import events
 from deployments.protocol.card import Guidance, Licence, ModelCard, Sizes, Steps, Weights
 from deployments.protocol.request import ResolvedEdit, ResolvedRequest
+from tests.patience import patience
 
 OWNER = "ada"
 MODEL = "fake"
@@ -120,9 +121,9 @@ class FakeModels:
             self.running_of[model_id] -= 1
 
 
-async def eventually(true: Callable[[], bool | Awaitable[bool]], within_s: float = 60.0) -> None:
-    """Return as soon as the condition holds."""
-    deadline = time.monotonic() + within_s
+async def eventually(true: Callable[[], bool | Awaitable[bool]], quiet_s: float = 1.0) -> None:
+    """Return as soon as the condition holds, which takes at most quiet_s on a quiet machine."""
+    deadline = time.monotonic() + patience(quiet_s)
     while True:
         held = true()
         if held is True or (not isinstance(held, bool) and await held):

@@ -8,6 +8,7 @@ from deployments.protocol.errors import NotFound
 from deployments.protocol.request import GenerationRequest
 from serve_app.jobs.job import JobState
 from serve_app.jobs.service import JobService
+from tests.patience import patience
 
 REQUEST = GenerationRequest(model="tiny-flux-schnell", prompt="a green heart", seed=3, num_images=2)
 
@@ -16,14 +17,14 @@ async def test_submit_answers_at_once_and_the_job_ends_by_itself(job_service: Jo
     job = await job_service.submit(REQUEST, "ada")
 
     assert job.state is JobState.queued
-    ended = await job_service.wait(job.id, "ada", timeout_s=20)
+    ended = await job_service.wait(job.id, "ada", timeout_s=patience())
     assert ended.state is JobState.completed
     assert ended.percent == 100
 
 
 async def test_the_pictures_are_files_named_after_the_job(job_service: JobService) -> None:
     job = await job_service.submit(REQUEST, "ada")
-    await job_service.wait(job.id, "ada", timeout_s=20)
+    await job_service.wait(job.id, "ada", timeout_s=patience())
 
     first, data = await job_service.artifact(job.id, "ada", 0)
 
@@ -57,4 +58,4 @@ async def test_somebody_elses_job_looks_like_one_that_never_was(job_service: Job
         await job_service.get("0" * 32, "bob")
 
     assert foreign.value.message == unknown.value.message
-    await job_service.wait(job.id, "ada", timeout_s=20)
+    await job_service.wait(job.id, "ada", timeout_s=patience())

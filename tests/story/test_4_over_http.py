@@ -13,6 +13,7 @@ from serve_app.api.app import create_app
 from serve_app.api.state import ApiState
 from serve_app.jobs.service import JobService
 from serve_app.settings import Settings
+from tests.patience import patience
 
 
 @pytest.fixture
@@ -26,7 +27,9 @@ async def client(job_service: JobService, card: ModelCard) -> AsyncIterator[http
         )
     )
     transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1", timeout=20) as client:
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://127.0.0.1", timeout=patience()
+    ) as client:
         yield client
 
 
@@ -37,7 +40,7 @@ async def test_the_native_dialect_answers_202_and_never_waits(
 
     assert answer.status_code == 202
     assert "Overriding 30 -> 4" in answer.json()["warnings"][0]["message"]
-    await job_service.wait(answer.json()["id"], "local", timeout_s=20)
+    await job_service.wait(answer.json()["id"], "local", timeout_s=patience())
     job = (await client.get(f"/api/generate/{answer.json()['id']}")).json()
     picture = await client.get(job["artifacts"][0]["url"])
     assert picture.headers["content-type"] == "image/png"
@@ -55,6 +58,6 @@ async def test_the_task_dialect_speaks_of_tasks(client: httpx.AsyncClient, job_s
     task = (await client.post("/generate-image", json={"prompt": "a red circle"})).json()
 
     task_id = task["task_id"]
-    await job_service.wait(task_id, "local", timeout_s=20)
+    await job_service.wait(task_id, "local", timeout_s=patience())
 
     assert (await client.get(f"/task/{task_id}/status")).json()["status"] == "completed"

@@ -17,8 +17,9 @@ from deployments.engine.step_scheduler import ScheduledJob
 from deployments.engine.worker import Emit, Finished, Worker
 from deployments.protocol.events import Failed, Step
 from tests.inference.engine.together import Together
+from tests.patience import patience
 
-PATIENCE_S = 60.0
+PATIENCE_S = patience(2)
 
 
 class Denoiser(nn.Module):

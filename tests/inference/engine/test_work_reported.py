@@ -10,6 +10,7 @@ import pytest
 from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
 from deployments.engine.worker import Finished, Worker
 from tests.inference.engine.test_worker import everything, steps, worker
+from tests.patience import patience
 
 __all__ = ["worker"]
 
@@ -49,7 +50,7 @@ async def test_a_worker_counts_what_is_open_and_remembers_what_was(worker: Worke
     assert left_s > 0
     assert mean_s == 0.0
 
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(patience(2)):
         assert isinstance((await everything(waiting))[-1], Finished)
     done_s, left_s, mean_s = worker.work_seconds()
     assert done_s > 0

@@ -17,6 +17,7 @@ from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
 from deployments.engine.worker import Checkpointed, Emit, Finished, Work, Worker
 from deployments.protocol.errors import BadRequest, ModelUnavailable, Overloaded
 from deployments.protocol.events import Failed, Queued, Started, Step
+from tests.patience import patience
 
 
 class Gate(nn.Module):
@@ -50,7 +51,7 @@ def steps(count: int, *, pause_after: int = 0, until: threading.Event | None = N
             x = GATE(x)
             emit(Step(i + 1, count))
             if until is not None and i + 1 == pause_after:
-                assert until.wait(60)
+                assert until.wait(patience(2))
         return float(x)
 
     return work
@@ -221,7 +222,7 @@ async def test_a_worker_that_hangs_in_a_forward_is_unhealthy() -> None:
 
     def hangs(_emit: Emit) -> None:
         loop.call_soon_threadsafe(in_it.set)
-        asyncio.run_coroutine_threadsafe(leave.wait(), loop).result(60)
+        asyncio.run_coroutine_threadsafe(leave.wait(), loop).result(patience(2))
 
     worker.check()
     items = worker.submit(hangs, ScheduledJob())

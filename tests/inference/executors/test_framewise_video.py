@@ -27,7 +27,6 @@ from tests.serving.fakes import eventually
 VIDEOS = Videos(num_frames=9, fps=8, max_frames=64, max_frame_pixels=64 * 64 * 64, framewise=True)
 FLUX = load_card(ROOT / "configs/models/tiny-flux-schnell.yaml")
 CARD = FLUX.model_copy(update={"tasks": ["t2i", "i2i", "t2v", "i2v"], "videos": VIDEOS})
-PATIENCE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +175,7 @@ async def test_closing_the_stream_cancels_all_frames(model: VideoReplica) -> Non
             if isinstance(event, Step):
                 break
 
-    await eventually(lambda: model._worker.active == 0, PATIENCE_S)
+    await eventually(lambda: model._worker.active == 0, quiet_s=4)
     assert isinstance((await events_of(model))[-1], Done)
 
 

@@ -26,12 +26,12 @@ from deployments.protocol.request import Edit, GenerationRequest, Task, Video
 from deployments.video import VideoReplica
 from tests.inference.films import ROOT, Frames, decibels, film, png
 from tests.inference.recorder import Recorder
+from tests.patience import patience
 from tests.serving.fakes import eventually
 
 CARD = load_card(ROOT / "configs/models/tiny-wan.yaml")
 PAINTER = load_card(ROOT / "configs/models/tiny-sd15.yaml")
 CODEC_DB = 30.0
-PATIENCE_S = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ class _Held:
 
     async def __aenter__(self) -> _Held:
         self._call = asyncio.create_task(self._worker.run_on_thread(self._stand))
-        await eventually(self._standing.is_set, PATIENCE_S)
+        await eventually(self._standing.is_set, quiet_s=4)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -205,7 +205,7 @@ class _Held:
 
     def _stand(self) -> None:
         self._standing.set()
-        self._released.wait(PATIENCE_S)
+        self._released.wait(patience(4))
 
 
 @pytest.mark.parametrize("long", ["video", "picture"])
@@ -237,7 +237,7 @@ async def test_a_short_one_runs_between_the_steps_of_a_long_one_and_changes_noth
     async with _Held(both) as engine, asyncio.TaskGroup() as group:
         for arrived, kind in enumerate((long, "picture" if long == "video" else "video"), 1):
             group.create_task(follow(kind))
-            await eventually(lambda arrived=arrived: engine.waiting == arrived, PATIENCE_S)  # type: ignore[misc]
+            await eventually(lambda arrived=arrived: engine.waiting == arrived, quiet_s=4)  # type: ignore[misc]
         engine.release()
 
     assert made.count(False) >= 2
@@ -277,11 +277,11 @@ async def test_closing_the_stream_ends_the_work_in_any_phase(
             await _until(events, Stage)
         else:
             rest = asyncio.create_task(_exhaust(events))
-            await eventually(lambda: recorder.asked == 1, PATIENCE_S)
+            await eventually(lambda: recorder.asked == 1, quiet_s=4)
             rest.cancel()
             await asyncio.wait({rest})
 
-    await eventually(lambda: model._worker.active == 0, PATIENCE_S)
+    await eventually(lambda: model._worker.active == 0, quiet_s=4)
     assert recorder.cancelled == recorder.asked == (phase == "encode")
     recorder.gate.set()
     assert isinstance((await events_of(model))[-1], Done)
@@ -303,7 +303,7 @@ async def test_a_slot_serves_the_next_while_a_video_is_encoded(
 ) -> None:
     recorder.gate.clear()
     first = asyncio.create_task(events_of(model))
-    await eventually(lambda: recorder.asked == 1, PATIENCE_S)
+    await eventually(lambda: recorder.asked == 1, quiet_s=4)
 
     assert not model._worker._running
     recorder.gate.set()

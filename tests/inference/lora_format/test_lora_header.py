@@ -6,7 +6,6 @@ import json
 import pickle
 import subprocess
 import sys
-import time
 from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
@@ -194,14 +193,12 @@ def test_what_peft_saves_of_other_kinds_is_refused_by_their_name(config: Any, re
         inspect_lora(file)
 
 
-def test_a_million_empty_tensors_are_refused_at_once() -> None:
+def test_a_hundred_thousand_empty_tensors_are_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
     file = forged({f"unet.{i:07}.lora_A.weight": entry([0], 0) for i in range(100_000)})
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("the header was parsed"))
 
-    started = time.process_time()
     with pytest.raises(BadRequest, match="header is over"):
         inspect_lora(file)
-
-    assert time.process_time() - started < 0.5
 
 
 @settings(max_examples=300, deadline=None)

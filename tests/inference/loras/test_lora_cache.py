@@ -22,8 +22,9 @@ from deployments.protocol.errors import BadRequest, NotFound, Overloaded
 from deployments.protocol.request import Lora
 from tests.inference import tiny
 from tests.inference.lora_files import file_of, random_lora
+from tests.patience import patience
 
-PATIENCE_S = 60.0
+PATIENCE_S = patience(2)
 
 
 class ModelCache:

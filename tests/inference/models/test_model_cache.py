@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from deployments.models.model_cache import ModelCache
+from tests.patience import patience
 
 SIZES = {"small": 1, "middle": 4, "large": 8}
 
@@ -59,7 +60,7 @@ async def test_a_model_in_use_stays_and_the_next_one_waits_for_it() -> None:
         assert library.log == ["+a"]
         assert not waiting.done()
 
-    assert await asyncio.wait_for(waiting, 5) == "b"
+    assert await asyncio.wait_for(waiting, patience()) == "b"
     assert library.log == ["+a", "-a", "+b"]
 
 

@@ -22,6 +22,7 @@ from deployments.protocol import log_context
 from deployments.protocol.errors import NotFinite
 from deployments.protocol.events import Step
 from deployments.protocol.log_context import LogContext
+from tests.patience import patience
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_a_reading_that_fails_once_does_not_end_the_reports(told: Told) -> None:
 
     reporter.start(read)
 
-    assert told_again.wait(30)
+    assert told_again.wait(patience())
     reporter.stop()
 
 
@@ -183,7 +184,7 @@ async def test_what_a_draining_worker_hands_back_is_counted(worker: Worker) -> N
 
     def work(_emit: Emit) -> None:
         entered.set()
-        assert go_on.wait(60)
+        assert go_on.wait(patience(2))
         for _ in range(3):  # orders are read between two forwards
             DOUBLING(torch.ones(1, 1))
 

@@ -20,6 +20,7 @@ from serve_app.loras.builtin import BuiltInLoras
 from serve_app.services import Services
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from tests.patience import patience
 from tests.serving.api.cards import CARDS
 from tests.serving.api.fake_model import FakeModel
 from tests.serving.conftest import MakeSettings
@@ -30,7 +31,7 @@ JWT_SECRET = "0123456789abcdef" * 4
 
 @pytest.fixture
 def settings(make_settings: MakeSettings) -> Settings:
-    return make_settings(ui=False, sync_wait_s=20.0)
+    return make_settings(ui=False, sync_wait_s=patience())
 
 
 async def _no_replicas(digest: str) -> None:
@@ -86,7 +87,9 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def client_of(app: FastAPI) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://127.0.0.1", timeout=20)
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://127.0.0.1", timeout=patience()
+    )
 
 
 @pytest.fixture

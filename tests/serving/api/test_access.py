@@ -17,6 +17,7 @@ from websockets.asyncio.client import connect
 from serve_app.admission.authenticator import AccountStore
 from serve_app.admission.principals import Role, Scope
 from serve_app.settings import Settings
+from tests.patience import patience
 from tests.serving.api.conftest import client_of
 from tests.serving.api.fake_model import FakeModel
 
@@ -177,7 +178,7 @@ async def test_a_socket_shows_nobody_anothers_job(app: FastAPI, address: str, ac
 
     async def refusal(path_id: str, headers: dict[str, str]) -> int:
         with pytest.raises(websockets.InvalidStatus) as refused:
-            await connect(f"ws://{address}/ws/{path_id}", additional_headers=headers, open_timeout=30)
+            await connect(f"ws://{address}/ws/{path_id}", additional_headers=headers, open_timeout=patience())
         return refused.value.response.status_code
 
     assert await refusal(job_id, bearer(bob)) == 404
@@ -300,7 +301,7 @@ async def test_a_ticket_opens_one_socket_once_and_nothing_else(
 
     async def refusal(ticket: str) -> int:
         with pytest.raises(websockets.InvalidStatus) as refused:
-            await connect(f"ws://{address}/ws/{job_id}?ticket={ticket}", open_timeout=30)
+            await connect(f"ws://{address}/ws/{job_id}?ticket={ticket}", open_timeout=patience())
         return refused.value.response.status_code
 
     async with connect(f"ws://{address}/ws/{job_id}?ticket={hers}") as socket:

@@ -22,6 +22,7 @@ from serve_app.jobs.job import Job, JobError, ResumePoint
 from serve_app.jobs.store.store import JobStore
 from serve_app.redis.transactions import StoreUnreachable
 from serve_app.settings import Settings
+from tests.patience import patience
 from tests.serving.api.conftest import KEY
 from tests.serving.api.fake_model import FakeModel, preview_file
 from tests.serving.api.native.test_native_images import submitted
@@ -189,7 +190,7 @@ async def test_a_socket_whose_client_leaves_is_let_go(address: str, fake_model: 
 
         senders = [task for task in asyncio.all_tasks() if "_send_until_ended" in repr(task.get_coro())]
     assert len(senders) == 1
-    await asyncio.wait(senders, timeout=5)
+    await asyncio.wait(senders, timeout=patience())
     assert senders[0].done()
 
 

@@ -23,6 +23,7 @@ from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from tests.patience import patience
 from tests.serving.api.cards import CARDS
 from tests.serving.fakes import picture
 
@@ -99,7 +100,7 @@ async def sdk(client: httpx.AsyncClient) -> openai.AsyncOpenAI:
 
 
 async def ended(client: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(patience(2)):
         text = (await client.get(f"/api/generate/{job_id}/events")).text  # ends with the job
     assert text
     job: dict[str, Any] = (await client.get(f"/api/generate/{job_id}")).json()
@@ -442,7 +443,7 @@ async def test_a_running_video_is_cancelled_and_deleted(
 ) -> None:
     fake_video_model.gate.clear()
     video = await sdk.videos.create(prompt="a red circle")
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(patience(2)):
         while not fake_video_model.requests:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 

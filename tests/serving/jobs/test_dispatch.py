@@ -20,9 +20,11 @@ from serve_app.jobs.job import Job, JobError, JobState, ResumePoint
 from serve_app.jobs.service import JobService
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker import attempt as attempt_module
+from serve_app.jobs.worker import dispatch as dispatch_module
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore, StoredFile, handover_path, input_path
+from tests.patience import slowness
 from tests.serving.conftest import MakeSettings
 from tests.serving.fakes import MODEL, OWNER, FakeModels, eventually, keys_without_ttl, picture, resolved
 from tests.serving.jobs.conftest import running
@@ -331,16 +333,14 @@ async def test_a_running_job_is_cancelled_at_once_and_frees_its_slot(
     store: JobStore, make_settings: MakeSettings, results: ResultStore, models: FakeModels
 ) -> None:
     models.gate.clear()
-    slow_heart = make_settings(heartbeat_s=30.0, lease_s=60.0)  # so the hint must do it
+    slow_heart = make_settings(heartbeat_s=3600.0, lease_s=7200.0)  # so only the wakeup can do it
     async with running(Dispatcher(store, results, models, slow_heart)):
         job_id = await submitted(store)
         await at_the_gate(store, models, job_id)
 
-        began = asyncio.get_running_loop().time()
         await store.cancel(job_id)
         job = await ended(store, job_id)
 
-        assert asyncio.get_running_loop().time() - began < 0.5
         assert job.state is JobState.cancelled
         assert (models.running, models.closed_early) == (0, 1)
 
@@ -348,13 +348,13 @@ async def test_a_running_job_is_cancelled_at_once_and_frees_its_slot(
 async def test_a_silent_model_keeps_its_lease(
     store: JobStore, make_settings: MakeSettings, results: ResultStore, models: FakeModels
 ) -> None:
-    short = make_settings(lease_s=0.3, heartbeat_s=0.05)
+    short = make_settings(lease_s=0.3 * slowness(), heartbeat_s=0.05)
     store = JobStore(store.redis, short)
     models.gate.clear()
     async with running(Dispatcher(store, results, models, short)):
         job_id = await submitted(store)
         await at_the_gate(store, models, job_id)
-        asyncio.get_running_loop().call_later(0.9, models.gate.set)  # three leases later
+        asyncio.get_running_loop().call_later(0.9 * slowness(), models.gate.set)  # three leases later
 
         job = await ended(store, job_id)
 
@@ -368,9 +368,11 @@ async def test_slow_storage_costs_no_lease(
     models: FakeModels,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    short = make_settings(lease_s=2.0, heartbeat_s=0.1)
+    short = make_settings(lease_s=2.0 * slowness(), heartbeat_s=0.1)
     store = JobStore(store.redis, short)
-    monkeypatch.setattr(os, "fsync", lambda file: time.sleep(1.5))  # of the file, and of its folder
+    monkeypatch.setattr(
+        os, "fsync", lambda file: time.sleep(1.5 * slowness())
+    )  # of the file, and of its folder
 
     async with running(Dispatcher(store, results, models, short)):
         job = await ended(store, await submitted(store))
@@ -482,18 +484,19 @@ async def test_a_full_disk_fails_the_job_and_says_so(
 
 
 async def test_a_claim_follows_a_submit_without_polling(
-    store: JobStore, make_settings: MakeSettings, results: ResultStore, models: FakeModels
+    store: JobStore,
+    make_settings: MakeSettings,
+    results: ResultStore,
+    models: FakeModels,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    slow = make_settings(heartbeat_s=30.0, lease_s=60.0)
+    monkeypatch.setattr(dispatch_module, "POLL_S", 3600.0)
+    slow = make_settings(heartbeat_s=3600.0, lease_s=7200.0)
     async with running(Dispatcher(store, results, models, slow)):
         await ended(store, await submitted(store))  # it listens by now
-        waits = []
         for _ in range(10):
             job = await ended(store, await submitted(store))
             assert job.started_at is not None
-            waits.append(job.started_at - job.created_at)
-
-    assert sorted(waits)[5] < 0.1  # a poll would take a second
 
 
 async def test_two_dispatchers_share_the_work_and_nothing_runs_twice(

@@ -20,6 +20,7 @@ from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.observability.metrics import LocalMeter
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from tests.patience import slowness
 from tests.serving.conftest import MakeSettings
 from tests.serving.fakes import MODEL, OWNER, FakeModels, eventually, resolved
 from tests.serving.jobs.conftest import running
@@ -76,7 +77,7 @@ async def test_what_a_stopped_replica_hands_over_counts_as_given_back(
 async def test_a_worker_that_fell_silent_is_counted_by_who_finds_it(
     make_settings: MakeSettings, store: JobStore, results: ResultStore
 ) -> None:
-    settings, meter = make_settings(lease_s=0.2, heartbeat_s=0.05), LocalMeter()
+    settings, meter = make_settings(lease_s=0.2 * slowness(), heartbeat_s=0.05), LocalMeter()
     silent = JobStore(store.redis, settings)
     job_id = await submitted(silent)
     assert await silent.claim({MODEL: 1}) is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -18,6 +17,7 @@ from serve_app.jobs.store.record import Keys
 from serve_app.jobs.store.store import Claim, JobStore
 from serve_app.jobs.store.wakeups import Wakeups
 from serve_app.settings import Settings
+from tests.patience import patience
 from tests.serving.fakes import MODEL, OWNER, eventually, resolved
 
 
@@ -50,7 +50,7 @@ async def test_a_follower_sees_the_whole_story_live(store: JobStore, wakeups: Wa
     await store.heartbeat(claim, step=1, steps=4, pending_events=[job_events.Step(1, 4)])
     await store.complete(claim, [], 1.0)
 
-    events = [event for _, event in await asyncio.wait_for(story, 5)]
+    events = [event for _, event in await asyncio.wait_for(story, patience())]
     assert events == [
         job_events.JobQueued(1),
         job_events.JobStarted(1),
@@ -108,28 +108,27 @@ async def test_positions_are_told_again_when_they_change(
 
     await claimed(store)
 
-    assert (await asyncio.wait_for(anext(story), 5))[1] == job_events.JobQueued(1)
+    assert (await asyncio.wait_for(anext(story), patience()))[1] == job_events.JobQueued(1)
     await story.aclose()
 
 
-async def test_an_event_reaches_its_followers_within_milliseconds(store: JobStore, wakeups: Wakeups) -> None:
+async def test_an_event_reaches_its_followers_without_polling(
+    store: JobStore, wakeups: Wakeups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow_module, "POLL_S", 3600.0)
     job_id = await accepted(store)
     claim = await claimed(store)
     story = follow(store, wakeups, job_id)
     await anext(story)
     await anext(story)
-    lags = []
 
     for step in range(1, 21):
         arrival = asyncio.create_task(anext(story))
         await asyncio.sleep(0)
         await store.heartbeat(claim, step=step, steps=20, pending_events=[job_events.Step(step, 20)])
-        published = time.perf_counter()
-        await arrival
-        lags.append(time.perf_counter() - published)
+        assert (await asyncio.wait_for(arrival, patience()))[1] == job_events.Step(step, 20)
 
     await story.aclose()
-    assert sorted(lags)[10] < 0.05  # without hints it would be a second
 
 
 async def test_two_hundred_followers_share_one_subscription(store: JobStore, wakeups: Wakeups) -> None:
@@ -139,17 +138,17 @@ async def test_two_hundred_followers_share_one_subscription(store: JobStore, wak
 
     await store.complete(await claimed(store), [], 1.0)
 
-    for story in await asyncio.wait_for(asyncio.gather(*stories), 10):
+    for story in await asyncio.wait_for(asyncio.gather(*stories), patience()):
         assert isinstance(story[-1][1], job_events.JobCompleted)
 
 
 async def test_waiting_ends_with_the_job(store: JobStore, wakeups: Wakeups) -> None:
     job_id = await accepted(store)
-    waiting = asyncio.create_task(wait(store, wakeups, job_id, 10.0))
+    waiting = asyncio.create_task(wait(store, wakeups, job_id, patience()))
 
     await store.complete(await claimed(store), [], 1.0)
 
-    assert (await asyncio.wait_for(waiting, 5)).state is JobState.completed
+    assert (await asyncio.wait_for(waiting, patience())).state is JobState.completed
 
 
 async def test_waiting_gives_up_in_time_with_the_job_as_it_is(store: JobStore, wakeups: Wakeups) -> None:

@@ -18,6 +18,7 @@ from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from tests.patience import patience
 from tests.serving.conftest import MakeSettings
 from tests.serving.fakes import CARD, MODEL, OWNER, FakeModels, picture, resolved
 
@@ -159,7 +160,7 @@ async def test_an_active_job_is_not_deleted(service: JobService) -> None:
 async def test_a_deleted_job_takes_its_files_along(
     service: JobService, dispatcher: Dispatcher, tmp_path: Path
 ) -> None:
-    job = await service.wait((await service.submit(WISH, OWNER)).id, OWNER, 10.0)
+    job = await service.wait((await service.submit(WISH, OWNER)).id, OWNER, patience())
     assert (tmp_path / "results" / job.artifacts[0].path).exists()
 
     await service.delete(job.id, OWNER)
@@ -172,7 +173,7 @@ async def test_a_deleted_job_takes_its_files_along(
 async def test_a_finished_picture_is_fetched_and_others_are_not_found(
     service: JobService, dispatcher: Dispatcher
 ) -> None:
-    job = await service.wait((await service.submit(WISH, OWNER)).id, OWNER, 10.0)
+    job = await service.wait((await service.submit(WISH, OWNER)).id, OWNER, patience())
 
     artifact, data = await service.artifact(job.id, OWNER, 0)
 

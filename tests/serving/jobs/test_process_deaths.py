@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from tests.patience import patience, slowness
 from tests.serving.conftest import MakeSettings
 from tests.serving.fakes import CARD, MODEL, OWNER, FakeModels, eventually, picture, resolved
 from tests.serving.jobs.conftest import running
@@ -87,12 +87,12 @@ async def test_a_job_survives_the_death_of_the_store(
 
     kill(own_valkey)
     models.gate.set()
-    job = await service.wait(job_id, OWNER, 20.0)
+    job = await service.wait(job_id, OWNER, patience())
 
     assert (job.state, job.attempt, len(models.requests)) == (JobState.completed, 1, 1)
     assert await endings(store, job_id) == 1
     assert (await service.artifact(job_id, OWNER, 0))[1] == picture()
-    assert isinstance((await asyncio.wait_for(story, 10))[-1], events.JobCompleted)
+    assert isinstance((await asyncio.wait_for(story, patience()))[-1], events.JobCompleted)
 
 
 async def collected(service: JobService, job_id: str) -> list[events.Event]:
@@ -139,17 +139,15 @@ async def test_a_store_that_is_away_refuses_politely(
     own_valkey.stop()
 
     for call in (service.submit(WISH, OWNER), service.list(OWNER), service.health()):
-        began = time.monotonic()
         with pytest.raises(Overloaded, match="not reachable") as refusal:
-            await call
+            await asyncio.wait_for(call, patience())
         assert refusal.value.retry_after_s
-        assert time.monotonic() - began < 2.0
 
 
 async def test_a_job_survives_the_death_of_its_dispatcher(
     own_valkey: EmbeddedRedis, redis: Redis, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
-    settings = make_settings(lease_s=0.6, heartbeat_s=0.1, results_url=str(tmp_path / "results"))
+    settings = make_settings(lease_s=0.6 * slowness(), heartbeat_s=0.1, results_url=str(tmp_path / "results"))
     store, results = JobStore(redis, settings), ResultStore(settings.results_root)
     job_id = (await store.accept("a" * 32, OWNER, resolved())).id
     arguments = (own_valkey.url, settings.model_dump_json())
@@ -170,7 +168,7 @@ async def test_a_job_survives_the_death_of_its_dispatcher(
 async def test_a_zombie_dispatcher_changes_nothing(
     own_valkey: EmbeddedRedis, redis: Redis, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
-    settings = make_settings(lease_s=0.6, heartbeat_s=0.1, results_url=str(tmp_path / "results"))
+    settings = make_settings(lease_s=0.6 * slowness(), heartbeat_s=0.1, results_url=str(tmp_path / "results"))
     store, results = JobStore(redis, settings), ResultStore(settings.results_root)
     job_id = (await store.accept("b" * 32, OWNER, resolved())).id
     arguments = (own_valkey.url, settings.model_dump_json())

@@ -11,9 +11,10 @@ import pytest
 from deployments.protocol.errors import BadRequest
 from serve_app.loras.hub import HOSTS, fetch_from_hub
 from serve_app.storage.url_fetcher import UrlFetcher
+from tests.patience import patience
 from tests.serving.remote_server import RemoteServer, certificate, page, redirect
 
-LIMITS = {"max_bytes": 1000, "timeout_s": 30.0}
+LIMITS = {"max_bytes": 1000, "timeout_s": patience()}
 
 
 @pytest.fixture(scope="module")

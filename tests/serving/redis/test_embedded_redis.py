@@ -15,6 +15,7 @@ import pytest
 import redis as redis_py
 
 from serve_app.redis.embedded import EmbeddedRedis
+from tests.patience import patience
 
 KILLED_PARENT = """
 import os, signal, sys
@@ -26,8 +27,8 @@ sys.stdin.read()
 """
 
 
-def eventually(true: Callable[[], bool], within_s: float = 10.0) -> None:
-    deadline = time.monotonic() + within_s
+def eventually(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + patience()
     while not true():
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.01)

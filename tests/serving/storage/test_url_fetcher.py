@@ -12,10 +12,11 @@ import pytest
 
 from deployments.protocol.errors import BadRequest, Forbidden, TooLarge
 from serve_app.storage.url_fetcher import Unreachable, UrlFetcher, is_public
+from tests.patience import patience
 from tests.serving.remote_server import PUBLIC, RemoteServer, certificate, page, redirect
 
 URL = "https://files.example.org/a.safetensors"
-LIMITS = {"max_bytes": 1000, "timeout_s": 30.0}
+LIMITS = {"max_bytes": 1000, "timeout_s": patience()}
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +337,9 @@ async def test_a_server_that_is_not_who_it_says_is_not_talked_to(remote: RemoteS
 async def test_a_post_tells_the_status_and_follows_nothing(remote: RemoteServer, fetcher: UrlFetcher) -> None:
     remote.pages["/hook"] = redirect("https://files.example.org/else", status="307 Temporary Redirect")
 
-    status = await fetcher.post("https://files.example.org/hook", b"{}", {"webhook-id": "1"}, timeout_s=30.0)
+    status = await fetcher.post(
+        "https://files.example.org/hook", b"{}", {"webhook-id": "1"}, timeout_s=patience()
+    )
 
     assert status == 307
     assert remote.bodies == [b"{}"]

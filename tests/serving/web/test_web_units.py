@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import patience
+
 HERE = Path(__file__).parent
 WEB = Path(__file__).parents[3] / "serve_app" / "web"
 OLDEST_NODE = 20
@@ -37,7 +39,7 @@ def node() -> str:
 def test_the_units_of_the_page(node: str) -> None:
     files = sorted(str(path) for path in (HERE / "js").glob("*.test.mjs"))
 
-    done = subprocess.run([node, "--test", *files], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([node, "--test", *files], capture_output=True, text=True, timeout=patience(4))
 
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -51,7 +53,7 @@ def test_the_types_of_the_page() -> None:
         pytest.skip("tsc is not on the PATH; see serve_app/web/package.json for its version")
 
     done = subprocess.run(
-        [path, "-p", str(WEB / "jsconfig.json")], capture_output=True, text=True, timeout=120
+        [path, "-p", str(WEB / "jsconfig.json")], capture_output=True, text=True, timeout=patience(4)
     )
 
     assert done.returncode == 0, done.stdout

@@ -18,13 +18,14 @@ from deployments.protocol.events import Failed
 from serve_app.api import openai as openai_api
 from serve_app.api.schemas.openai import OpenAIImageBody
 from serve_app.api.state import ApiState
+from tests.patience import patience
 from tests.serving.api.conftest import KEY
 from tests.serving.api.fake_model import FakeModel, preview_file
 
 
 @pytest.fixture
 async def sdk(address: str) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key=KEY, timeout=20) as client:
+    async with openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key=KEY, timeout=patience()) as client:
         yield client
 
 
