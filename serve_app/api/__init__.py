@@ -1,1 +1,1 @@
-"""The HTTP faces: each dialect translates its wire shape into one GenerationRequest and a job back."""
+"""HTTP API: one folder per dialect, each of which turns its request bodies into one GenerationRequest."""

@@ -1,4 +1,4 @@
-"""Users and their keys, for admins with a bearer key (never with the page's cookie)."""
+"""/admin: users and their keys, for admins with a bearer key (never with the page's cookie)."""
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -6,6 +6,8 @@ from starlette.requests import Request
 from deployments.protocol.errors import BadRequest, Conflict
 from serve_app.admission.authenticator import AccountStore
 from serve_app.admission.principals import Role, Scope
+from serve_app.api.auth import CurrentCaller
+from serve_app.api.caller import CallerContext
 from serve_app.api.request_body import documented, read_json
 from serve_app.api.schemas.access import (
     KeyBody,
@@ -17,36 +19,34 @@ from serve_app.api.schemas.access import (
     UserList,
     UserOut,
 )
-from serve_app.api.state import CallerContext, CurrentCaller
 
 router = APIRouter(tags=["admin"])
 
 
 @router.get("/admin/users")
 async def list_users(caller: CurrentCaller) -> UserList:
-    """Everybody, the oldest first."""
+    """All users, the oldest first."""
     return UserList(users=[UserOut.of(user) for user in await _accounts(caller).users.list()])
 
 
 @router.post("/admin/users", status_code=201, openapi_extra=documented(UserBody))
 async def add_user(http_request: Request, caller: CurrentCaller) -> UserOut:
-    """A new user; they need a key next."""
+    """A new user, who still needs a key."""
     body = await read_json(http_request, UserBody)
-    return UserOut.of(
-        await _accounts(caller).users.add(body.name, body.email, body.role, body.images_per_day)
-    )
+    user = await _accounts(caller).users.add(body.name, body.email, body.role, body.images_per_day)
+    return UserOut.of(user)
 
 
 @router.patch("/admin/users/{user_id}", openapi_extra=documented(UserChange))
 async def change_user(http_request: Request, user_id: str, caller: CurrentCaller) -> UserOut:
-    """Disable a user, whose keys and tokens then open nothing, or enable them again."""
+    """Disable a user, whose keys and tokens are then refused, or enable them again."""
     body = await read_json(http_request, UserChange)
     return UserOut.of(await _accounts(caller).users.set_disabled(user_id, body.disabled))
 
 
 @router.post("/admin/users/{user_id}/keys", status_code=201, openapi_extra=documented(KeyBody))
 async def create_key(http_request: Request, user_id: str, caller: CurrentCaller) -> KeyCreated:
-    """A new key of this user. Its text is in this answer and nowhere else."""
+    """A new key of this user. Its text is in this answer and is stored nowhere."""
     body = await read_json(http_request, KeyBody)
     accounts = _accounts(caller)
     user = await accounts.users.get(user_id)
@@ -66,12 +66,12 @@ async def list_keys(caller: CurrentCaller) -> KeyList:
 
 @router.delete("/admin/keys/{prefix}")
 async def revoke_key(prefix: str, caller: CurrentCaller) -> KeyOut:
-    """The key opens nothing from now on, nor do tokens made from it."""
+    """The key is refused from now on, and so are tokens made from it."""
     return KeyOut.of(await _accounts(caller).keys.revoke(prefix))
 
 
 def _accounts(caller: CallerContext) -> AccountStore:
-    accounts = caller.state.gate.accounts
+    accounts = caller.state.authenticator.accounts
     if accounts is None:
         raise Conflict("this service keeps no users; connect it to its store")
     return accounts

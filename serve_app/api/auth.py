@@ -1,99 +1,109 @@
-"""Logging in and out: a key is traded for a token, or for the page's session cookie."""
+"""Who calls, what they may do, and how often: the dependency of every route behind a key."""
 
-from fastapi import APIRouter
-from starlette.requests import Request
-from starlette.responses import Response
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
+from typing import Annotated
+from urllib.parse import urlsplit
 
-from serve_app.admission.principals import presented_key
+from fastapi import Depends
+from starlette.requests import HTTPConnection
+
+from deployments.protocol.errors import Forbidden, Unauthorized
+from serve_app.admission.principals import Scope, presented_key
 from serve_app.admission.rate_limits import CallClass
-from serve_app.admission.tickets import TTL_S as TICKET_TTL_S
-from serve_app.admission.tokens import TTL_S, Claims
-from serve_app.api.request_body import documented, read_json
-from serve_app.api.schemas.access import CallerOut, LoggedOut, LoginBody, TicketOut, TokenOut
-from serve_app.api.state import (
-    SESSION_COOKIE,
-    ApiState,
-    CurrentCaller,
-    CurrentState,
-    caller_address,
-    credentials,
-    mount_prefix,
-)
+from serve_app.api.caller import CallerContext, base_address, mount_prefix
+from serve_app.api.errors import route_path
+from serve_app.api.state import ApiState, CurrentState
 
-public = APIRouter(tags=["access"])
-router = APIRouter(tags=["access"])
+SESSION_COOKIE = "weft_session"
+CSRF_HEADER = "x-weft-csrf"  # a page of another site can send it only after a preflight, which is refused
+SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
-@public.post("/auth/token", openapi_extra=documented(LoginBody))
-async def issue_token(http_request: Request, state: CurrentState) -> TokenOut:
-    """A token for 24 hours, in exchange for an API key (and, if sent, its user's e-mail).
+async def authenticate(
+    connection: HTTPConnection, state: ApiState, key: bytes | None = None, *, ticket: str | None = None
+) -> CallerContext:
+    """The caller that holds this key or ticket, or the key in the headers or the cookie.
 
-    Send it as `Authorization: Bearer <token>`. It ends early when the key is revoked or the user disabled.
+    Raises Unauthorized; RateLimited after too many wrong keys from one address or too many calls; Forbidden
+    for a cookie that a page of another site may have sent, and for what the key may not do.
     """
-    token, claims = await _log_in(http_request, state, session=False)
-    return TokenOut(access_token=token, expires_in=TTL_S, expires_at=claims.expires_at, scope=claims.scopes)
-
-
-@public.post("/auth/session", openapi_extra=documented(LoginBody))
-async def open_session(http_request: Request, state: CurrentState, response: Response) -> CallerOut:
-    """The page's log-in: as /auth/token, but the token comes as a cookie that scripts cannot read.
-
-    Calls with the cookie that change something must carry the header `X-Weft-CSRF: 1`. It never has the
-    admin scope.
-    """
-    token, claims = await _log_in(http_request, state, session=True)
-    response.set_cookie(
-        SESSION_COOKIE,
-        token,
-        max_age=TTL_S,
-        path=mount_prefix(http_request, state) or "/",
-        secure=_is_https(http_request, state),
-        httponly=True,
-        samesite="strict",
-    )
-    return CallerOut(owner=claims.owner, scopes=claims.scopes.split(), images_per_day=None)
-
-
-@router.get("/auth/me")
-async def who_am_i(caller: CurrentCaller) -> CallerOut:
-    """Who the service takes the caller for."""
-    principal = caller.principal
-    return CallerOut(
-        owner=principal.owner,
-        role=principal.role,
-        scopes=sorted(principal.scopes),
-        images_per_day=principal.images_per_day,
+    presented, by_cookie = (key, False) if key or ticket else credentials(connection)
+    if by_cookie and not state.settings.auth_disabled:
+        _check_sender(connection, state)
+    authenticator = state.authenticator
+    try:
+        principal = await (authenticator.redeem(ticket) if ticket else authenticator.identify(presented))
+    except Unauthorized:
+        if (presented or ticket) is not None and authenticator.limits is not None:
+            await authenticator.limits.take(CallClass.auth, caller_address(connection))
+        raise
+    scope = needed_scope(connection)
+    if scope is not None:
+        principal.require(scope)
+    if authenticator.limits is not None:
+        call_class = CallClass.submit if _submits(connection) else CallClass.read
+        await authenticator.limits.take(call_class, principal.owner)
+    return CallerContext(
+        state,
+        principal,
+        prefix=mount_prefix(connection, state),
+        address=base_address(connection, state),
+        idempotency_key=connection.headers.get("idempotency-key"),
     )
 
 
-@router.post("/auth/ticket")
-async def issue_ticket(caller: CurrentCaller) -> TicketOut:
-    """What opens one WebSocket, once, within 30 seconds: `/ws/{task_id}?ticket=...`.
-
-    A browser can set no header on a socket, and a key must not stand in an address.
-    """
-    return TicketOut(ticket=await caller.state.gate.ticket(caller.principal), expires_in=TICKET_TTL_S)
-
-
-@router.delete("/auth/session")
-async def log_out(http_request: Request, response: Response, caller: CurrentCaller) -> LoggedOut:
-    """End the token that this call was made with, cookie or bearer."""
-    key, _ = credentials(http_request)
-    await caller.state.gate.log_out(key)
-    response.delete_cookie(SESSION_COOKIE, path=mount_prefix(http_request, caller.state) or "/")
-    return LoggedOut()
+async def get_caller(connection: HTTPConnection, state: CurrentState) -> AsyncGenerator[CallerContext]:
+    """The authenticated caller; a submitting call holds one of the service's slots until it is answered."""
+    caller = await authenticate(connection, state)
+    async with AsyncExitStack() as stack:
+        if state.authenticator.limits is not None and _submits(connection):
+            await stack.enter_async_context(state.authenticator.limits.slot())
+        if state.refresh_cards is not None:
+            await state.refresh_cards()
+        yield caller
 
 
-async def _log_in(http_request: Request, state: ApiState, *, session: bool) -> tuple[str, Claims]:
-    if state.gate.limits is not None:
-        await state.gate.limits.take(CallClass.auth, caller_address(http_request))
-    key, email = presented_key(http_request.headers), None
-    if await http_request.body():
-        body = await read_json(http_request, LoginBody)
-        key = key if body.api_key is None else body.api_key.get_secret_value().strip().encode()
-        email = body.email
-    return await state.gate.log_in(key, email, session=session)
+CurrentCaller = Annotated[CallerContext, Depends(get_caller)]
 
 
-def _is_https(http_request: Request, state: ApiState) -> bool:
-    return http_request.url.scheme == "https" or state.settings.public_url.startswith("https:")
+def credentials(connection: HTTPConnection) -> tuple[bytes | None, bool]:
+    """The key or token that was sent, and whether the browser added it by itself (a cookie)."""
+    presented = presented_key(connection.headers)
+    if presented is not None:
+        return presented, False
+    cookie = connection.cookies.get(SESSION_COOKIE)
+    return (None, False) if not cookie else (cookie.encode("latin-1", "replace"), True)
+
+
+def needed_scope(connection: HTTPConnection) -> Scope | None:
+    """The scope that the caller's key needs; None: any valid key will do."""
+    path = route_path(connection.scope)
+    if path.startswith("/admin/"):
+        return Scope.admin
+    if path.startswith("/auth/"):
+        return None
+    if path == "/metrics":
+        return Scope.metrics
+    return Scope.read if connection.scope.get("method", "GET") in SAFE_METHODS else Scope.generate
+
+
+def caller_address(connection: HTTPConnection) -> str:
+    """IP address of the peer itself: X-Forwarded-For can be forged by the peer."""
+    return "unknown" if connection.client is None else connection.client.host
+
+
+def _submits(connection: HTTPConnection) -> bool:
+    return connection.scope.get("method") == "POST" and needed_scope(connection) is Scope.generate
+
+
+def _check_sender(connection: HTTPConnection, state: ApiState) -> None:
+    """Raises Forbidden unless the service's own page sent this: browsers add cookies to any site's calls."""
+    unsafe = connection.scope.get("method", "GET") not in SAFE_METHODS
+    if unsafe and CSRF_HEADER not in connection.headers:
+        raise Forbidden(f"a call by cookie that changes something needs the header {CSRF_HEADER}: 1")
+    origin = connection.headers.get("origin")
+    is_socket = connection.scope["type"] == "websocket"
+    own_hosts = {connection.headers.get("host", ""), urlsplit(state.settings.public_url).netloc} - {""}
+    if (origin is None and is_socket) or (origin is not None and urlsplit(origin).netloc not in own_hosts):
+        raise Forbidden("another web site sent this call; open this service's own page")

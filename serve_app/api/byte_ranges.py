@@ -1,4 +1,4 @@
-"""Byte ranges of finished files: what a player asks for when somebody jumps in a video (pure)."""
+"""Byte ranges of finished files: what a player asks for when it seeks in a video (pure)."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def requested_range(
     """The part that a Range header asks for; None: the whole file.
 
     Several ranges at once, other units and ranges of another version of the file are answered with the
-    whole file, as RFC 9110 has it. Raises Unsatisfiable.
+    whole file, as RFC 9110 allows. Raises Unsatisfiable.
     """
     if header is None or (if_range is not None and if_range.strip() != etag):
         return None
     match = RANGE.fullmatch(header.strip().replace(" ", ""))
     if match is None or match[1] == match[2] == "":
         return None
-    if match[1] == "":  # the last so many bytes
+    if match[1] == "":  # the last bytes
         length = min(int(match[2]), size)
         start, end = size - length, size - 1
     else:

@@ -1,4 +1,4 @@
-"""The API's description as a page: Swagger UI from our own address, nothing from anybody else's."""
+"""The API's description as a page: Swagger UI, served from this service alone."""
 
 from importlib.resources import files
 
@@ -11,7 +11,7 @@ public = APIRouter(include_in_schema=False)
 
 ASSETS = {"swagger-ui-bundle.js": "text/javascript", "swagger-ui.css": "text/css"}  # of fastapi-offline
 START = "SwaggerUIBundle({url: 'openapi.json', dom_id: '#docs', deepLinking: true, validatorUrl: null});\n"
-# addresses are relative, so that any prefix in front of us works
+# addresses are relative, so that any path prefix works
 PAGE = """\
 <!doctype html>
 <html lang="en">
@@ -33,13 +33,13 @@ PAGE = """\
 
 @public.get("/docs")
 async def show() -> HTMLResponse:
-    """Every route, with its shapes, to try out."""
+    """Every route with its schemas, to try out."""
     return HTMLResponse(PAGE)
 
 
 @public.get("/docs/{name}")
 async def asset(name: str) -> Response:
-    """The page's parts."""
+    """The page's scripts and styles."""
     if name == "start.js":
         return Response(START, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
     if name not in ASSETS:

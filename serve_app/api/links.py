@@ -1,4 +1,4 @@
-"""Links to finished files that open without a key, for a while."""
+"""Links to finished files that open without a key until they expire."""
 
 import time
 from typing import Annotated
@@ -6,18 +6,20 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 from pydantic import BaseModel, Field
 
-from serve_app.api.gallery import FileSelection, file_of
-from serve_app.api.state import CurrentCaller, CurrentState, JobId
+from serve_app.api.auth import CurrentCaller
+from serve_app.api.caller import JobId
+from serve_app.api.results import FileSelection, file_of
+from serve_app.api.state import CurrentState
 
 router = APIRouter(tags=["results"])
 public = APIRouter(tags=["results"])
 
-LONGEST_S = 86_400
-Kind = Annotated[str, Query(pattern="^[a-z]{1,20}$", description="image, video, thumbnail, ...")]
+MAX_LINK_S = 86_400
+ArtifactKind = Annotated[str, Query(pattern="^[a-z]{1,20}$", description="image, video, thumbnail, ...")]
 
 
 class LinkOut(BaseModel):
-    """Whoever has the address can open the file."""
+    """The address opens the file for anyone who has it."""
 
     url: str
     expires_at: float = Field(description="Unix seconds.")
@@ -28,16 +30,16 @@ async def link(
     job_id: JobId,
     index: int,
     caller: CurrentCaller,
-    kind: Kind = "image",
-    for_s: Annotated[int, Query(ge=1, le=LONGEST_S, description="Seconds it shall open for.")] = 900,
+    kind: ArtifactKind = "image",
+    for_s: Annotated[int, Query(ge=1, le=MAX_LINK_S, description="Seconds until it expires.")] = 900,
 ) -> LinkOut:
-    """A presigned address of one finished file: the bucket's own where results lie in one, else ours."""
+    """A signed address of one finished file: the bucket's own where results are in one, else Weft's."""
     expires_at = int(time.time()) + for_s
     url = await caller.job_service.link(job_id, caller.owner, index, kind, for_s)
     if url is None:
         signature = await caller.job_service.sign(job_id, caller.owner, index, kind, expires_at)
-        place = f"{caller.address}/api/shared/{job_id}/{index}/{kind}"
-        url = f"{place}?expires={expires_at}&signature={signature}"
+        path = f"{caller.address}/api/shared/{job_id}/{index}/{kind}"
+        url = f"{path}?expires={expires_at}&signature={signature}"
     return LinkOut(url=url, expires_at=expires_at)
 
 
@@ -53,12 +55,12 @@ async def open_link(
     byte_range: Annotated[str | None, Header(alias="Range")] = None,
     if_range: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """The file behind such a link, without a key. 401 once its time is up or when it was changed."""
+    """The file behind such a link, without a key. 401 once it has expired or when it was altered."""
     job = await state.job_service.shared(job_id, index, kind, expires, signature)
     selection = FileSelection(
         index, kind, known_etags=if_none_match, byte_range=byte_range, if_range=if_range
     )
     response = await file_of(state.job_service, job, selection)
     response.headers["Cache-Control"] = f"private, max-age={max(0, expires - int(time.time()))}"
-    response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"  # whoever has it may show it
+    response.headers["Cross-Origin-Resource-Policy"] = "cross-origin"  # any site may embed it
     return response

@@ -1,4 +1,4 @@
-"""What this process counts about its HTTP face, for GET /metrics and, in a replica, for Ray."""
+"""The metrics of the HTTP API, for GET /metrics and, in a replica, for Ray."""
 
 from prometheus_client import CollectorRegistry
 
@@ -6,17 +6,17 @@ from serve_app.observability.metrics import LocalMeter, Meter, Meters
 
 
 class ApiMetrics(Meters):
-    """Of one app."""
+    """The metrics of one app."""
 
     def __init__(self, *others: Meter) -> None:
-        """others: who is told as well."""
-        self._here = LocalMeter()
-        super().__init__((self._here, *others))
+        """others: meters that count as well."""
+        self._local = LocalMeter()
+        super().__init__((self._local, *others))
 
     @property
     def registry(self) -> CollectorRegistry:
-        return self._here.registry
+        return self._local.registry
 
     def text(self) -> bytes:
-        """All that was counted here, in Prometheus' text format."""
-        return self._here.text()
+        """All metrics of this process, in Prometheus' text format."""
+        return self._local.text()

@@ -1,14 +1,14 @@
-"""For probes and gauges: is the process alive, can it serve, what did it count."""
+"""Probes and metrics: is the process alive, can it serve, what did it count."""
 
 import json
-from typing import Annotated
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.responses import Response
 
 from deployments.protocol.errors import WeftError
-from serve_app.api.state import ApiState, CurrentCaller, api_state
+from serve_app.api.auth import CurrentCaller
+from serve_app.api.state import CurrentState
 
 public = APIRouter(tags=["operations"])
 router = APIRouter(tags=["operations"])
@@ -19,7 +19,7 @@ class HealthOut(BaseModel):
 
 
 class ReadinessOut(BaseModel):
-    """Whether a request sent now would be worked on."""
+    """Whether a request sent now would be processed."""
 
     ready: bool
     store: str  # "ok", or what is wrong with it
@@ -33,9 +33,10 @@ async def health() -> HealthOut:
 
 
 @public.get("/ready", response_model=ReadinessOut, responses={503: {"model": ReadinessOut}})
-async def ready(state: Annotated[ApiState, Depends(api_state)]) -> Response:
-    """200 when the store answers and at least one model is ready, or idle: the first job wakes it; else 503
-    and why."""
+async def ready(state: CurrentState) -> Response:
+    """200 when the store answers and at least one model is ready, or idle (the first job starts it); else
+    503 and why.
+    """
     try:
         await state.job_service.health()
         store = "ok"
@@ -54,5 +55,5 @@ async def ready(state: Annotated[ApiState, Depends(api_state)]) -> Response:
 
 @router.get("/metrics", response_class=Response)
 async def metrics(caller: CurrentCaller) -> Response:
-    """What this replica counted, in Prometheus' text format."""
+    """The metrics of the replica that answers, in Prometheus' text format."""
     return Response(caller.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

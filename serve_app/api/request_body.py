@@ -1,4 +1,4 @@
-"""Bodies into wire models: JSON or multipart, every fault named, nothing guessed."""
+"""Request bodies as schemas, from JSON or from a form; every fault is named and nothing is guessed."""
 
 import json
 from typing import Any, TypeVar
@@ -10,8 +10,8 @@ from starlette.requests import Request
 
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import MAX_LORAS
-from serve_app.api.errors import from_validation
-from serve_app.api.schemas.lora import AS_TEXT
+from serve_app.api.schemas.lora_fields import AS_TEXT
+from serve_app.api.validation_messages import bad_request
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -26,13 +26,13 @@ async def read_json(http_request: Request, schema: type[Body]) -> Body:
         # Rust's parser: NaN, endless numbers, lone surrogates and deep nesting are faults, not crashes
         return schema.model_validate_json(await http_request.body())
     except ValidationError as error:
-        raise from_validation(error, schema) from None
+        raise bad_request(error, schema) from None
 
 
 async def read_json_or_form(http_request: Request, schema: type[Body], files: tuple[str, ...]) -> Body:
     """The body as `schema`, from JSON or from a form whose `files` fields may be uploads.
 
-    A schema with the field `lora_files` takes a few more, under whatever names.
+    A schema with the field `lora_files` takes up to MAX_LORAS further uploads, under any names.
     """
     content_type = _content_type(http_request)
     if content_type != "multipart/form-data":
@@ -41,20 +41,20 @@ async def read_json_or_form(http_request: Request, schema: type[Body], files: tu
                 415, "send JSON with Content-Type: application/json, or a multipart/form-data form"
             )
         return await read_json(http_request, schema)
-    others = MAX_LORAS if "lora_files" in schema.model_fields else 0
-    texts, uploads = await _read_form(http_request, files, others)
+    max_lora_files = MAX_LORAS if "lora_files" in schema.model_fields else 0
+    texts, uploads = await _read_form(http_request, files, max_lora_files)
     try:
         body = schema.model_validate_strings(texts)
     except ValidationError as error:
-        raise from_validation(error, schema) from None
-    loras = {name: uploads.pop(name) for name in list(uploads) if name not in files}
-    return body.model_copy(update={**uploads, "lora_files": loras} if others else uploads)
+        raise bad_request(error, schema) from None
+    lora_files = {name: uploads.pop(name) for name in list(uploads) if name not in files}
+    return body.model_copy(update={**uploads, "lora_files": lora_files} if max_lora_files else uploads)
 
 
 def documented(schema: type[BaseModel], files: tuple[str, ...] = ()) -> dict[str, Any]:
-    """openapi_extra of a route that reads its body by the functions above; files: of its form."""
+    """openapi_extra of a route that reads its body by the functions above. files: file fields of its form."""
     shape = schema.model_json_schema()
-    shape = _inlined(shape, shape.pop("$defs", {}))
+    shape = _inline(shape, shape.pop("$defs", {}))
     content: dict[str, Any] = {"application/json": {"schema": shape}}
     if files:
         content["multipart/form-data"] = {"schema": json.loads(json.dumps(shape))}
@@ -66,45 +66,46 @@ def documented(schema: type[BaseModel], files: tuple[str, ...] = ()) -> dict[str
     return {"requestBody": {"required": True, "content": content}}
 
 
-def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+def _inline(node: Any, definitions: dict[str, Any]) -> Any:
     """The schema with inner models in place of references, which would point outside of the route."""
     if isinstance(node, list):
-        return [_inlined(item, definitions) for item in node]
+        return [_inline(item, definitions) for item in node]
     if not isinstance(node, dict):
         return node
     if "$ref" in node:
-        return _inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
-    return {key: _inlined(value, definitions) for key, value in node.items()}
+        return _inline(definitions[node["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inline(value, definitions) for key, value in node.items()}
 
 
 async def _read_form(
-    http_request: Request, files: tuple[str, ...], others: int = 0
+    http_request: Request, files: tuple[str, ...], max_other_files: int = 0
 ) -> tuple[dict[str, str], dict[str, bytes]]:
-    """Text fields and uploads. An empty text field is a form's way to say nothing.
+    """Text fields and uploads. Empty text fields are left out: a form sends every field.
 
-    others: how many uploads may have names that are not in `files`.
+    max_other_files: how many uploads may have names that are not in `files`.
     """
     texts: dict[str, str] = {}
     uploads: dict[str, bytes] = {}
-    async with http_request.form(max_files=len(files) + others, max_fields=MAX_FORM_FIELDS) as form:
+    max_files = len(files) + max_other_files
+    async with http_request.form(max_files=max_files, max_fields=MAX_FORM_FIELDS) as form:
         for name, value in form.multi_items():
             if name.startswith("loras["):
                 raise BadRequest(
-                    f"{name[:100]} does not tell which weight is whose; {AS_TEXT}", param="loras"
+                    f"{name[:100]} does not say which weight belongs to which LoRA; {AS_TEXT}", param="loras"
                 )
             if name in texts or name in uploads:
                 raise BadRequest(f"{name[:100]} is there twice; send it once", param=name[:100])
             if isinstance(value, UploadFile):
-                if name not in files and not others:
+                if name not in files and not max_other_files:
                     raise BadRequest(f"{name[:100]} cannot be a file; files are {', '.join(files)}")
                 uploads[name] = await value.read()
             elif value:
-                texts[name] = _text(name, value)
+                texts[name] = _check_text(name, value)
     return texts, uploads
 
 
-def _text(name: str, value: str) -> str:
-    """The value, if it can be written down: a part's charset may conjure up lone surrogates."""
+def _check_text(name: str, value: str) -> str:
+    """The value. Raises BadRequest for lone surrogates, which a part's charset can produce."""
     try:
         value.encode()
     except UnicodeEncodeError:

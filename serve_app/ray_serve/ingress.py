@@ -47,10 +47,10 @@ class Ingress:
                 cards=models.cards,
                 settings=self._settings,
                 model_states=models.states,
-                adapters=services.lora_service(
+                lora_service=services.lora_service(
                     BuiltInLoras(models.cards.values()), models.unload, models.layer_shapes
                 ),
-                look=models.refresh if models.cards_are_dynamic else None,
+                refresh_cards=models.refresh if models.cards_are_dynamic else None,
                 accounts=services.store.redis,
                 metrics=ApiMetrics(RayMeter()),
             )

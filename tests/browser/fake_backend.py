@@ -28,12 +28,12 @@ from deployments.protocol.card import ControlNet, Guidance, Licence, ModelCard, 
 from deployments.protocol.errors import BadRequest, WeftError
 from deployments.protocol.request import ResolvedRequest
 from deployments.validation.resolve import resolve
-from serve_app.api.guards import DATA_POLICY, PAGE_POLICY
-from serve_app.api.schemas.image import ImageBody
+from serve_app.api.middleware.security_headers import DATA_POLICY, PAGE_POLICY
+from serve_app.api.native.image_body import ImageBody
+from serve_app.api.native.video_body import VideoBody
 from serve_app.api.schemas.job import JobAccepted, JobList, JobOut, WarningOut
 from serve_app.api.schemas.lora import LoraList, LoraOut
 from serve_app.api.schemas.model import ModelList, ModelOut
-from serve_app.api.schemas.video import VideoBody
 from serve_app.job_ids import new_job_id
 from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
 from tests.patience import patience

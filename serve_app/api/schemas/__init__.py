@@ -1,1 +1,1 @@
-"""The shapes on the wire: strict for what comes in, documented for what goes out."""
+"""Schemas that several dialects share."""

@@ -1,6 +1,6 @@
-"""Wire shapes of logging in, users and keys."""
+"""Schemas of /auth and /admin: log-in, users and keys."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
@@ -12,7 +12,7 @@ Seconds = Annotated[int, Field(ge=60, le=10 * 366 * 86_400)]
 
 
 class LoginBody(BaseModel):
-    """A key, here or in the header."""
+    """A key, in this body or in the header."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -25,7 +25,7 @@ class TokenOut(BaseModel):
     token_type: Literal["bearer"] = "bearer"
     expires_in: int  # seconds
     expires_at: int  # unix seconds
-    scope: str  # separated by blanks
+    scope: str  # separated by spaces
 
 
 class TicketOut(BaseModel):
@@ -34,7 +34,7 @@ class TicketOut(BaseModel):
 
 
 class CallerOut(BaseModel):
-    """A caller."""
+    """Owner, role, scopes and quota of a caller."""
 
     owner: str
     role: Role | None = None
@@ -47,7 +47,7 @@ class LoggedOut(BaseModel):
 
 
 class UserBody(BaseModel):
-    """A user to be."""
+    """A new user."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -58,7 +58,7 @@ class UserBody(BaseModel):
 
 
 class UserChange(BaseModel):
-    """Let out, or in again."""
+    """Disable a user, or enable them again."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -75,7 +75,7 @@ class UserOut(BaseModel):
     created_at: float  # unix seconds
 
     @classmethod
-    def of(cls, user: User) -> "UserOut":
+    def of(cls, user: User) -> Self:
         return cls(
             id=user.id,
             name=user.name,
@@ -92,7 +92,7 @@ class UserList(BaseModel):
 
 
 class KeyBody(BaseModel):
-    """A key to be."""
+    """A new key."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -108,12 +108,12 @@ class KeyOut(BaseModel):
     user_id: str
     name: str
     scopes: list[Scope]
-    created_at: float  # unix seconds, as the next two
+    created_at: float  # unix seconds, like the next two
     expires_at: float | None
     revoked_at: float | None
 
     @classmethod
-    def of(cls, key: ApiKey) -> "KeyOut":
+    def of(cls, key: ApiKey) -> Self:
         return cls(
             prefix=key.prefix,
             user_id=key.user_id,
@@ -127,7 +127,7 @@ class KeyOut(BaseModel):
 
 class KeyCreated(BaseModel):
     key: KeyOut
-    api_key: str  # shown this once
+    api_key: str  # not stored: shown only here
 
 
 class KeyList(BaseModel):

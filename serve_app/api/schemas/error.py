@@ -1,10 +1,10 @@
-"""The shapes of every refusal: ours, and OpenAI's under /v1/."""
+"""Error answers: Weft's own, and OpenAI's under /v1/."""
 
 from pydantic import BaseModel, Field
 
 
 class ErrorBody(BaseModel):
-    """What was wrong, and what would be right."""
+    """What was wrong, and what would be accepted."""
 
     kind: str = Field(examples=["bad_request"], description="Stable: for programs.")
     message: str = Field(description="For people; may change.")
@@ -17,9 +17,9 @@ class ErrorResponse(BaseModel):
 
 
 class OpenAIErrorBody(BaseModel):
-    """The same in OpenAI's words."""
+    """The same in OpenAI's fields."""
 
     message: str
     type: str = Field(examples=["invalid_request_error"])
     param: str | None
-    code: str = Field(examples=["bad_request"], description="Our `kind`, or model_not_found.")
+    code: str = Field(examples=["bad_request"], description="Weft's `kind`, or model_not_found.")

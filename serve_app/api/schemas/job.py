@@ -1,9 +1,10 @@
-"""What the native dialect tells about jobs."""
+"""Jobs as the native dialect shows them."""
 
 from typing import Literal, Self
 
 from pydantic import BaseModel, Field
 
+from deployments.protocol.request import Control, ResolvedVideo
 from deployments.validation.resolve import Adjustment
 from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
 
@@ -14,11 +15,11 @@ EXTENSIONS = {
     "video/mp4": "mp4",
     "video/webm": "webm",
 }
-RESULTS = ("image", "video")  # kinds of file that a job is for; the others are looks at these
+RESULT_KINDS = ("image", "video")  # kinds of file that a job is for; the others are made from these
 
 
 class WarningOut(BaseModel):
-    """One value the model's card replaced."""
+    """One value that the model's card replaced."""
 
     code: str = Field(examples=["steps_corrected"])
     param: str
@@ -27,6 +28,10 @@ class WarningOut(BaseModel):
     @classmethod
     def of(cls, adjustment: Adjustment) -> Self:
         return cls(code=adjustment.code, param=adjustment.param, message=adjustment.message)
+
+    @classmethod
+    def all_of(cls, job: Job) -> list[Self]:
+        return [cls.of(adjustment) for adjustment in job.warnings]
 
 
 class JobErrorOut(BaseModel):
@@ -42,7 +47,7 @@ class JobErrorOut(BaseModel):
 
 
 class JobControlOut(BaseModel):
-    """A control picture as it runs; the picture itself is not told."""
+    """A control image as it is used; the image itself is left out."""
 
     type: str
     weight: float
@@ -50,24 +55,49 @@ class JobControlOut(BaseModel):
     end: float
     is_map: bool | None
 
+    @classmethod
+    def of(cls, control: Control) -> Self:
+        return cls(
+            type=control.type,
+            weight=control.weight,
+            start=control.start,
+            end=control.end,
+            is_map=control.is_map,
+        )
+
 
 class JobVideoOut(BaseModel):
-    """The video as it runs."""
+    """The video as it is generated."""
 
     num_frames: int
     fps: int
     seconds: float
     format: str
     quality: int
-    framewise: bool = Field(description="A picture model paints every frame as a picture.")
-    codec: str | None = Field(None, description="null: the usual one of the format.")
+    framewise: bool = Field(description="An image model generates every frame as an image.")
+    codec: str | None = Field(None, description="null: the default one of the format.")
     zoom: float | None = None
     pan_x: float | None = None
     pan_y: float | None = None
 
+    @classmethod
+    def of(cls, video: ResolvedVideo) -> Self:
+        return cls(
+            num_frames=video.num_frames,
+            fps=video.fps,
+            seconds=round(video.num_frames / video.fps, 3),
+            format=video.format,
+            quality=video.quality,
+            framewise=video.framewise,
+            codec=video.codec,
+            zoom=video.zoom,
+            pan_x=video.pan_x,
+            pan_y=video.pan_y,
+        )
+
 
 class JobLoraOut(BaseModel):
-    """An adapter as it runs."""
+    """A LoRA as it is used."""
 
     sha256: str
     name: str
@@ -75,7 +105,7 @@ class JobLoraOut(BaseModel):
 
 
 class JobRequestOut(BaseModel):
-    """The request as it runs: every blank filled."""
+    """The request as it runs: with every default filled in."""
 
     model: str
     task: str
@@ -85,7 +115,7 @@ class JobRequestOut(BaseModel):
     height: int
     num_inference_steps: int
     guidance_scale: float
-    seed: int = Field(description="Of the first picture. Up to 63 bits: more than a JavaScript number keeps.")
+    seed: int = Field(description="Of the first image. Up to 63 bits: more than a JavaScript number holds.")
     num_images: int
     scheduler: str
     max_sequence_length: int | None
@@ -96,7 +126,7 @@ class JobRequestOut(BaseModel):
     controls: list[JobControlOut]
     loras: list[JobLoraOut]
     video: JobVideoOut | None
-    refiner: float | None = Field(description="Part of the steps at which the refiner takes over.")
+    refiner: float | None = Field(description="Fraction of the steps at which the refiner takes over.")
 
     @classmethod
     def of(cls, job: Job) -> Self:
@@ -118,37 +148,15 @@ class JobRequestOut(BaseModel):
             output_quality=request.output.quality,
             previews=request.output.previews,
             strength=None if request.edit is None else request.edit.strength,
-            controls=[
-                JobControlOut(
-                    type=control.type,
-                    weight=control.weight,
-                    start=control.start,
-                    end=control.end,
-                    is_map=control.is_map,
-                )
-                for control in request.controls
-            ],
-            video=None
-            if request.video is None
-            else JobVideoOut(
-                num_frames=request.video.num_frames,
-                fps=request.video.fps,
-                seconds=round(request.video.num_frames / request.video.fps, 3),
-                format=request.video.format,
-                quality=request.video.quality,
-                framewise=request.video.framewise,
-                codec=request.video.codec,
-                zoom=request.video.zoom,
-                pan_x=request.video.pan_x,
-                pan_y=request.video.pan_y,
-            ),
+            controls=[JobControlOut.of(control) for control in request.controls],
             loras=[JobLoraOut(sha256=lora.id, name=lora.name, weight=lora.weight) for lora in request.loras],
+            video=None if request.video is None else JobVideoOut.of(request.video),
             refiner=request.refiner,
         )
 
 
 class ArtifactOut(BaseModel):
-    """One finished picture or video and where it lies."""
+    """One finished image or video and its links."""
 
     index: int
     kind: Literal["image", "video"]
@@ -167,16 +175,16 @@ class ArtifactOut(BaseModel):
         folder = f"{prefix}/api/results/{job.id}"
         stills = {a.kind for a in job.artifacts if a.index == artifact.index}
 
-        def still(kind: str) -> str | None:
+        def still_url(kind: str) -> str | None:
             return f"{folder}/{artifact.index}/{kind}" if kind in stills else None
 
         return cls(
             index=artifact.index,
             kind="video" if artifact.kind == "video" else "image",
             url=f"{folder}/{artifact.index}.{EXTENSIONS[artifact.media_type]}",
-            thumbnail_url=still("thumbnail"),
-            poster_url=still("poster"),
-            spritesheet_url=still("spritesheet"),
+            thumbnail_url=still_url("thumbnail"),
+            poster_url=still_url("poster"),
+            spritesheet_url=still_url("spritesheet"),
             media_type=artifact.media_type,
             width=artifact.width,
             height=artifact.height,
@@ -186,24 +194,24 @@ class ArtifactOut(BaseModel):
 
 
 class JobOut(BaseModel):
-    """One job as it stands. Times are unix seconds."""
+    """The current state of one job. Times are unix seconds."""
 
     id: str
     kind: Literal["image", "video"]
     status: JobState
     position: int | None = Field(None, description="1: next to begin; null once it has.")
     starts_in_s: float | None = Field(
-        None, description="Estimated seconds until it begins; null: it has begun, or there is no telling."
+        None, description="Estimated seconds until it begins; null: it has begun, or no estimate exists."
     )
-    cached: bool = Field(description="Its pictures were there already, from an earlier equal request.")
-    files_expired: bool = Field(description="Its pictures were removed when their time was up.")
+    cached: bool = Field(description="Its files were copied from an earlier equal request.")
+    files_expired: bool = Field(description="Its files were deleted when their retention time was over.")
     percent: int
     step: int
     steps: int = Field(description="0 until the model has begun.")
     created_at: float
     started_at: float | None
     completed_at: float | None
-    generation_s: float | None = Field(description="Seconds of work; waiting is not in it.")
+    generation_s: float | None = Field(description="Seconds of work, without the time in the queue.")
     cancel_requested: bool
     request: JobRequestOut
     warnings: list[WarningOut]
@@ -212,7 +220,7 @@ class JobOut(BaseModel):
 
     @classmethod
     def of(cls, job: Job, prefix: str, position: int | None = None, starts_in_s: float | None = None) -> Self:
-        """prefix: what stands before /api in links."""
+        """prefix: what precedes /api in links."""
         return cls(
             id=job.id,
             kind="image" if job.request.video is None else "video",
@@ -230,22 +238,26 @@ class JobOut(BaseModel):
             generation_s=job.generation_s,
             cancel_requested=job.cancel_requested,
             request=JobRequestOut.of(job),
-            warnings=[WarningOut.of(adjustment) for adjustment in job.warnings],
-            artifacts=[ArtifactOut.of(a, job, prefix) for a in job.artifacts if a.kind in RESULTS],
+            warnings=WarningOut.all_of(job),
+            artifacts=[ArtifactOut.of(a, job, prefix) for a in job.artifacts if a.kind in RESULT_KINDS],
             error=None if job.error is None else JobErrorOut.of(job.error),
         )
 
 
 class JobAccepted(BaseModel):
-    """The answer to a wish: it is stored, and will be worked on whatever dies meanwhile."""
+    """The job is stored, and survives the loss of any process."""
 
     id: str
     status: JobState
     warnings: list[WarningOut]
 
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        return cls(id=job.id, status=job.state, warnings=WarningOut.all_of(job))
+
 
 class WebhookSecret(BaseModel):
-    """The caller's own; whoever has it can forge what we tell."""
+    """The caller's own secret; anyone who has it can forge webhooks to the caller."""
 
     secret: str = Field(examples=["whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"])
 
@@ -254,7 +266,7 @@ class JobList(BaseModel):
     """Jobs, newest first."""
 
     jobs: list[JobOut]
-    next_cursor: str | None = Field(description="Ask with it for the next page; null: there is none.")
+    next_cursor: str | None = Field(description="`cursor` of the next page; null: this is the last one.")
 
 
 class JobEnded(BaseModel):
@@ -262,5 +274,5 @@ class JobEnded(BaseModel):
 
     id: str
     status: Literal["cancelled", "cancelling", "deleted"] = Field(
-        description="cancelling: it runs, and stops at its next step."
+        description="cancelling: the job runs, and stops at its next step."
     )

@@ -1,4 +1,4 @@
-"""What a model can do, as the native dialect tells it: the page knows no model by name."""
+"""Models and their limits, from which a client can build a form without knowing any model."""
 
 from typing import Self
 
@@ -9,15 +9,15 @@ from serve_app.api.schemas.lora import LoraOut
 
 
 class ControlOut(BaseModel):
-    """One kind of control picture that a model takes."""
+    """One type of control image that a model takes."""
 
     type: str = Field(examples=["canny"])
-    plain_pictures: bool = Field(description="false: only control maps; they need is_map: true.")
+    plain_pictures: bool = Field(description="false: only control maps, sent with is_map: true.")
     licence: Licence
 
 
 class ModelOut(BaseModel):
-    """One model and all a client needs to fill its form."""
+    """One model with its limits and defaults."""
 
     id: str
     name: str
@@ -28,19 +28,19 @@ class ModelOut(BaseModel):
     steps: Steps
     guidance: Guidance
     sizes: Sizes
-    videos: Videos | None = Field(description="What tasks t2v and i2v allow; null: it makes no videos.")
+    videos: Videos | None = Field(description="Limits of the tasks t2v and i2v; null: it makes no videos.")
     corrects: bool = Field(description="Steps and guidance out of range are corrected with a warning.")
     negative_prompt: bool
     max_images: int
     max_prompt_chars: int
     max_sequence_length: int | None
     schedulers: list[str]
-    strength: float = Field(description="Default for a picture to start from.")
-    controls: list[ControlOut] = Field(description="Kinds of control picture it takes.")
-    refiner: str | None = Field(description="The model that a request's refiner hands over to.")
-    refiner_start: float = Field(description="Part of the steps at which the refiner takes over.")
+    strength: float = Field(description="Default for an image to start from.")
+    controls: list[ControlOut] = Field(description="Types of control image it takes.")
+    refiner: str | None = Field(description="The model that continues when a request sets `refiner`.")
+    refiner_start: float = Field(description="Fraction of the steps at which the refiner takes over.")
     trigger_words: list[str]
-    max_loras: int = Field(description="LoRAs that one request may name; 0: it takes none.")
+    max_loras: int = Field(description="LoRAs that one request may name; 0: none.")
     vram_gib: float
     licence: Licence
     state: str = Field(

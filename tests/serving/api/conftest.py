@@ -44,13 +44,13 @@ async def state(store: JobStore, results: ResultStore, settings: Settings) -> As
         return {"sketch": "ready", "tiny-flux-schnell": "loading"}
 
     job_service = JobService(store, results, CARDS, settings)
-    adapters = Services(settings, store, results).lora_service(BuiltInLoras(CARDS.values()), _no_replicas)
+    lora_service = Services(settings, store, results).lora_service(BuiltInLoras(CARDS.values()), _no_replicas)
     yield ApiState(
         job_service=job_service,
         cards=CARDS,
         settings=settings,
         model_states=model_states,
-        adapters=adapters,
+        lora_service=lora_service,
         accounts=store.redis,
     )
     await job_service.aclose()

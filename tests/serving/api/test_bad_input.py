@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from serve_app.api.schemas.image import ImageBody
-from serve_app.api.schemas.openai import OpenAIImageBody
+from serve_app.api.native.image_body import ImageBody
+from serve_app.api.openai.image_schemas import OpenAIImageBody
 from tests.serving.api import forged
 from tests.serving.api.fake_model import FakeModel
 

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from deployments.protocol.errors import BadRequest
-from serve_app.api.guards import check_json_shape
+from serve_app.api.middleware.json_shape import check_json_shape
 
 
 def test_an_ordinary_body_passes():

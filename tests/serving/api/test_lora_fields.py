@@ -78,8 +78,8 @@ async def state(store: JobStore, results: ResultStore, settings: Settings) -> As
 
     cards = CARDS | {WAN.id: WAN}
     job_service = JobService(store, results, cards, settings)
-    adapters = Services(settings, store, results).lora_service(BuiltInLoras(cards.values()), nobody)
-    yield ApiState(job_service, cards, settings, model_states, adapters=adapters)
+    lora_service = Services(settings, store, results).lora_service(BuiltInLoras(cards.values()), nobody)
+    yield ApiState(job_service, cards, settings, model_states, lora_service=lora_service)
     await job_service.aclose()
 
 
@@ -197,10 +197,10 @@ async def test_a_wrong_shape_is_refused_at_every_door_before_there_is_a_job(
     async def layers(_model: str) -> dict[str, tuple[int, ...]]:
         return {f"{part}.transformer_blocks.0.attn.to_q": (4, 640) for part in ("transformer", "unet")}
 
-    adapters = Services(state.settings, store, results).lora_service(
+    lora_service = Services(state.settings, store, results).lora_service(
         BuiltInLoras(state.cards.values()), nobody, layers
     )
-    async with client_of(create_app(replace(state, adapters=adapters))) as client:
+    async with client_of(create_app(replace(state, lora_service=lora_service))) as client:
         for path, model in DOORS.items():
             for way in ({"loras": "ink"}, {"lora_base64": AS_TEXT}):
                 answer = await client.post(path, json={"prompt": "a fox", "model": model, **way})
@@ -218,8 +218,8 @@ async def completed(client: httpx.AsyncClient, job_id: str) -> bool:
 
 async def collected(state: ApiState, results: ResultStore, content: bytes) -> bool:
     """Whether the file is gone: at its deletion already, where no job needed it then."""
-    assert state.adapters is not None
-    await state.adapters.collect_all()
+    assert state.lora_service is not None
+    await state.lora_service.collect_all()
     return digest(content) not in await results.adapters()
 
 

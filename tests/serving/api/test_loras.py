@@ -46,14 +46,14 @@ def unload() -> Broadcast:
 
 
 @pytest.fixture
-def adapters(state: ApiState, store: Any, results: ResultStore, unload: Broadcast) -> LoraService:
+def lora_service(state: ApiState, store: Any, results: ResultStore, unload: Broadcast) -> LoraService:
     services = Services(state.settings, store, results)
     return services.lora_service(BuiltInLoras(CARDS.values()), unload)
 
 
 @pytest.fixture
-def app(state: ApiState, adapters: LoraService) -> FastAPI:
-    return create_app(replace(state, adapters=adapters))
+def app(state: ApiState, lora_service: LoraService) -> FastAPI:
+    return create_app(replace(state, lora_service=lora_service))
 
 
 @pytest.fixture
@@ -225,11 +225,11 @@ async def test_a_deleted_adapter_is_gone_with_its_file_and_replicas_are_told(
 
 
 async def test_an_upload_may_be_larger_than_a_request_but_not_endless(
-    state: ApiState, adapters: LoraService
+    state: ApiState, lora_service: LoraService
 ) -> None:
     settings = state.settings.model_copy(update={"max_body_bytes": 4096, "max_adapter_bytes": 2**20})
     file = lora_file(1) + bytes(10_000)
-    async with client_of(create_app(replace(state, adapters=adapters, settings=settings))) as client:
+    async with client_of(create_app(replace(state, lora_service=lora_service, settings=settings))) as client:
         larger = await client.post("/api/loras", files={"file": file})
         endless = await client.post("/api/loras", files={"file": file + bytes(3 * 2**20)})
         elsewhere = await client.post("/api/generate/image", files={"lora_file": file})
@@ -379,7 +379,7 @@ async def test_the_bracket_form_is_refused_because_it_lost_the_pairing(client: h
     answer = await client.post("/api/generate/image", data=form, files={"lora_file": INK})
 
     assert answer.status_code == 422
-    assert "which weight is whose" in answer.json()["error"]["message"]
+    assert "which weight belongs to which LoRA" in answer.json()["error"]["message"]
 
 
 async def test_a_file_nobody_asked_for_is_refused(client: httpx.AsyncClient) -> None:
@@ -397,7 +397,7 @@ async def test_a_file_nobody_asked_for_is_refused(client: httpx.AsyncClient) -> 
 async def test_a_waiting_job_keeps_the_file_of_a_deleted_adapter(
     client: httpx.AsyncClient,
     fake_model: FakeModel,
-    adapters: LoraService,
+    lora_service: LoraService,
     results: ResultStore,
     unload: Broadcast,
 ) -> None:
@@ -411,32 +411,32 @@ async def test_a_waiting_job_keeps_the_file_of_a_deleted_adapter(
     assert unload.told == []
     fake_model.gate.set()
     assert (await ended(client, job_id))["status"] == "completed"
-    assert await adapters.collect_all() == 1
+    assert await lora_service.collect_all() == 1
     assert await results.adapters() == []
     assert unload.told == [digest(INK)]
 
 
 async def test_a_file_that_came_with_a_request_goes_after_its_job(
-    client: httpx.AsyncClient, fake_model: FakeModel, adapters: LoraService, results: ResultStore
+    client: httpx.AsyncClient, fake_model: FakeModel, lora_service: LoraService, results: ResultStore
 ) -> None:
     fake_model.gate.clear()
     job_id = (await paint(client, lora_base64=base64.b64encode(INK).decode())).json()["id"]
 
-    kept = await adapters.collect_all()
+    kept = await lora_service.collect_all()
     fake_model.gate.set()
     await ended(client, job_id)
-    removed = await adapters.collect_all()
+    removed = await lora_service.collect_all()
 
     assert (kept, removed) == (0, 1)
     assert await results.adapters() == []
 
 
 async def test_a_refused_request_leaves_no_file_behind_for_long(
-    client: httpx.AsyncClient, adapters: LoraService, results: ResultStore
+    client: httpx.AsyncClient, lora_service: LoraService, results: ResultStore
 ) -> None:
     await paint(client, lora_base64=base64.b64encode(INK).decode(), width=7)
 
-    removed = await adapters.collect_all()
+    removed = await lora_service.collect_all()
 
     assert removed == 1
     assert await results.adapters() == []

@@ -414,7 +414,7 @@ async def test_what_no_model_here_can_do_with_a_video_is_refused_once_and_in_wor
         ("only frame-wise", lambda: patient.videos.extend(prompt="x", seconds=seconds, **named(wan))),  # type: ignore[arg-type]
         ("only frame-wise", lambda: patient.videos.extend(prompt="x", seconds=seconds, **named(moving))),  # type: ignore[arg-type]
         ("train a LoRA", lambda: patient.videos.create_character(name="Ann", video=file)),
-        ("no characters", lambda: patient.videos.get_character("char_1")),
+        ("no character", lambda: patient.videos.get_character("char_1")),
         ("no such job", lambda: patient.videos.edit(prompt="x", **named("video_1"))),
         ("video is missing", lambda: patient.videos.edit(prompt="x", video=openai.omit)),  # type: ignore[arg-type]
     ]

@@ -15,8 +15,8 @@ from PIL import Image
 
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.events import Failed
-from serve_app.api import openai as openai_api
-from serve_app.api.schemas.openai import OpenAIImageBody
+from serve_app.api import sse
+from serve_app.api.openai.image_schemas import OpenAIImageBody
 from serve_app.api.state import ApiState
 from tests.patience import patience
 from tests.serving.api.conftest import KEY
@@ -212,7 +212,7 @@ async def test_a_wait_too_long_names_the_job_which_goes_on(
 ):
     fake_model.gate.clear()
 
-    with pytest.raises(openai.InternalServerError, match="it goes on") as late:
+    with pytest.raises(openai.InternalServerError, match="it continues") as late:
         await sdk.images.generate(prompt="a red fox", model="sketch")
 
     assert (late.value.status_code, calls(app, "504")) == (504, 1)
@@ -288,7 +288,7 @@ async def test_a_stream_without_partial_images_is_one_event_per_picture(
 async def test_a_partial_image_comes_before_the_picture_is_done_and_comments_fill_the_silence(
     address: str, fake_model: FakeModel, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(openai_api, "KEEP_ALIVE_S", 0.02)
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.02)
     fake_model.gate.clear()
     body = {"prompt": "a red fox", "model": "sketch", "stream": True, "partial_images": 1}
     async with (

@@ -1,49 +1,32 @@
-"""The native dialect: wishes in, jobs out."""
+"""Jobs of the caller: read, list, cancel, delete; the result cache and the webhook secret."""
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query, Response
-from starlette.requests import Request
+from fastapi import APIRouter, Query
 
-from serve_app.api.request_body import documented, read_json_or_form
-from serve_app.api.schemas.image import ImageBody
-from serve_app.api.schemas.job import JobAccepted, JobEnded, JobList, JobOut, WarningOut, WebhookSecret
-from serve_app.api.state import CurrentCaller, JobId
+from serve_app.api.auth import CurrentCaller
+from serve_app.api.caller import JobId
+from serve_app.api.schemas.job import JobEnded, JobList, JobOut, WebhookSecret
 from serve_app.jobs.job import JobState
 
 router = APIRouter(tags=["generate"])
-FILES = ("image", "mask_image", "control_image")
-
-
-@router.post("/api/generate/image", status_code=202, openapi_extra=documented(ImageBody, FILES))
-async def generate_image(http_request: Request, response: Response, caller: CurrentCaller) -> JobAccepted:
-    """Accept a wish for pictures and answer at once; the job is then followed by its id.
-
-    JSON, or a multipart form with the files `image`, `mask_image` and `control_image`. With the header
-    `Idempotency-Key` the same call again, within a day, is answered with the job there is.
-    """
-    body = await read_json_or_form(http_request, ImageBody, FILES)
-    # the header Idempotency-Key is read by visit.submit, for every dialect
-    job = await caller.submit(body)
-    response.headers["Location"] = f"{caller.prefix}/api/generate/{job.id}"
-    return JobAccepted(id=job.id, status=job.state, warnings=[WarningOut.of(c) for c in job.warnings])
 
 
 @router.delete("/api/cache", status_code=204)
 async def empty_cache(caller: CurrentCaller) -> None:
-    """Forget all results of the caller for the purpose of answering equal requests; the jobs stay."""
+    """Stop answering the caller's requests with results of earlier equal ones; the jobs stay."""
     await caller.job_service.empty_cache(caller.owner)
 
 
 @router.get("/api/webhooks/secret")
 async def webhook_secret(caller: CurrentCaller) -> WebhookSecret:
-    """What the caller's webhooks are signed with: give it to the receiver's Standard Webhooks library."""
+    """The secret that signs the caller's webhooks, for the receiver's Standard Webhooks library."""
     return WebhookSecret(secret=await caller.job_service.webhook_secret(caller.owner))
 
 
 @router.get("/api/generate/{task_id}")
 async def read_job(job_id: JobId, caller: CurrentCaller) -> JobOut:
-    """One job as it stands: progress, warnings, and its pictures when they are there."""
+    """The current state of one job: progress, warnings, and its images once they exist."""
     view = await caller.job_service.get(job_id, caller.owner)
     return JobOut.of(view.job, caller.prefix, view.position, view.starts_in_s)
 
@@ -66,7 +49,7 @@ async def list_jobs(
 
 @router.delete("/api/generate/{task_id}")
 async def cancel_or_delete(job_id: JobId, caller: CurrentCaller) -> JobEnded:
-    """Cancel a job that still waits or runs; delete one that has ended, with its pictures."""
+    """Cancel a job that waits or runs; delete one that has ended, with its files."""
     view = await caller.job_service.get(job_id, caller.owner)
     if view.job.state.ended:
         await caller.job_service.delete(job_id, caller.owner)

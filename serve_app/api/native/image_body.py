@@ -1,0 +1,174 @@
+"""The body of POST /api/generate/image, which the task dialect takes too."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
+
+from deployments.protocol.errors import BadRequest
+from deployments.protocol.request import (
+    MAX_CONTROL_WEIGHT,
+    MAX_CONTROLS,
+    Control,
+    ControlType,
+    Edit,
+    GenerationRequest,
+    OutputOptions,
+    PictureFormat,
+    Priority,
+    Strict,
+    Task,
+)
+from serve_app.api.schemas.files import ImageBytes
+from serve_app.api.schemas.generation import NativeFields
+
+IMAGE_FILES = ("image", "mask_image", "control_image")  # the file fields of a form
+
+Weight = Annotated[float, Field(ge=0, le=MAX_CONTROL_WEIGHT)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _bool_or_fraction(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    """One error message for a field of two types; pydantic would give one for each type."""
+    try:
+        return handler(value)
+    except ValidationError:
+        raise ValueError("must be true, false, or a number between 0 and 1, such as 0.8") from None
+
+
+BoolOrFraction = Annotated[bool | Annotated[float, Field(gt=0, lt=1)], WrapValidator(_bool_or_fraction)]
+
+
+class ControlBody(Strict):
+    """One image whose edges, depth or pose the result follows."""
+
+    image: ImageBytes = Field(repr=False)
+    type: ControlType
+    weight: Weight = Field(1.0, description="0 leaves it without effect.")
+    start: Fraction = Field(0.0, description="Fraction of the steps before control begins.")
+    end: Fraction = Field(1.0, description="Fraction of the steps after which control ends.")
+    is_map: bool | None = Field(
+        None,
+        description="true: already a control map; false: a plain image. Without it, an edge map is "
+        "recognized and everything else is a plain image.",
+    )
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.start >= self.end:
+            raise ValueError(f"start is {self.start:g} and end {self.end:g}; start must be below end")
+        return self
+
+    def to_control(self) -> Control:
+        return Control.model_validate(self.model_dump())
+
+
+class ImageBody(NativeFields):
+    """What to generate. Only `prompt` is required; the model's defaults fill the rest.
+
+    GET /api/models/ lists what each model allows; values that a model replaces come back as warnings.
+    """
+
+    num_images: int = Field(1, description="Images; their seeds count up from `seed`.")
+    output_format: PictureFormat = "png"
+    output_quality: int = Field(95, ge=1, le=100, description="JPEG and WebP only.")
+    priority: Priority = Field(
+        "normal",
+        description="Of this job: high before normal before low, within each owner's fair share.",
+    )
+    image: ImageBytes | None = Field(None, repr=False, description="An image to start from.")
+    mask_image: ImageBytes | None = Field(
+        None, repr=False, description="White is regenerated, black is kept; needs `image`."
+    )
+    strength: float | None = Field(
+        None, ge=0, le=1, description="0 keeps the image, 1 replaces it; needs `image`."
+    )
+    controls: list[ControlBody] = Field(
+        [], max_length=MAX_CONTROLS, description="Several control images; JSON only."
+    )
+    control_image: ImageBytes | None = Field(
+        None, repr=False, description="One control image; the other control_ fields describe it."
+    )
+    control_type: ControlType | None = None
+    control_weight: Weight | None = Field(None, description="0 leaves it without effect; 1 by default.")
+    control_start: Fraction | None = Field(None, description="Fraction of the steps before control begins.")
+    control_end: Fraction | None = Field(None, description="Fraction of the steps after which control ends.")
+    control_is_map: bool | None = Field(None, description="As `is_map` of `controls`.")
+    refine: bool = Field(False, description="Redraw the details of `image`; for refiner models.")
+    refiner: BoolOrFraction | None = Field(
+        None,
+        description="Let the model's refiner do the last steps: true, or the fraction of steps before it.",
+    )
+
+    @property
+    def task(self) -> Task:
+        if self.refine:
+            return Task.refine
+        if self.image is None:
+            return Task.t2i
+        return Task.i2i if self.mask_image is None else Task.inpaint
+
+    @property
+    def control_types(self) -> set[ControlType]:
+        types = {control.type for control in self.controls}
+        return types if self.control_type is None else types | {self.control_type}
+
+    @property
+    def uses_refiner(self) -> bool:
+        return bool(self.refiner)
+
+    def to_request(self, model: str) -> GenerationRequest:
+        """The same request without its dialect. Raises BadRequest, or pydantic's ValidationError."""
+        return GenerationRequest(
+            model=model,
+            **self.shared_arguments(),
+            num_images=self.num_images,
+            edit=self._edit(),
+            controls=self._controls(),
+            refine=self.refine,
+            refiner=self.refiner,
+            output=OutputOptions(
+                format=self.output_format, quality=self.output_quality, previews=self.previews
+            ),
+            priority=self.priority,
+        )
+
+    def _edit(self) -> Edit | None:
+        if self.image is not None:
+            return Edit(image=self.image, mask_image=self.mask_image, strength=self.strength)
+        for name, value in (("mask_image", self.mask_image), ("strength", self.strength)):
+            if value is not None:
+                raise BadRequest(f"{name} needs a picture to start from; send image too", param=name)
+        return None
+
+    def _controls(self) -> tuple[Control, ...]:
+        if self.control_image is not None:
+            return (self._single_control(self.control_image),)
+        for name in ("control_type", "control_weight", "control_start", "control_end", "control_is_map"):
+            if getattr(self, name) is not None:
+                raise BadRequest(f"{name} needs a control picture; send control_image too", param=name)
+        return tuple(control.to_control() for control in self.controls)
+
+    def _single_control(self, image: bytes) -> Control:
+        if self.controls:
+            raise BadRequest(
+                "control_image and controls are both there; send one of them", param="control_image"
+            )
+        if self.control_type is None:
+            raise BadRequest(
+                "control_image needs its control_type: canny, depth or pose", param="control_type"
+            )
+        start = 0.0 if self.control_start is None else self.control_start
+        end = 1.0 if self.control_end is None else self.control_end
+        if start >= end:
+            raise BadRequest(
+                f"control_start is {start:g} and control_end {end:g}; start must be below end",
+                param="control_start",
+            )
+        return Control(
+            image=image,
+            type=self.control_type,
+            weight=1.0 if self.control_weight is None else self.control_weight,
+            start=start,
+            end=end,
+            is_map=self.control_is_map,
+        )

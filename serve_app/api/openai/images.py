@@ -1,0 +1,193 @@
+"""POST /v1/images/generations: one call that waits for the images, or streams them."""
+
+import asyncio
+import base64
+import json
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from deployments.protocol.errors import Cancelled, Overloaded, WeftError
+from serve_app.api import sse
+from serve_app.api.auth import CurrentCaller
+from serve_app.api.caller import CallerContext
+from serve_app.api.errors import openai_body, render
+from serve_app.api.openai.image_schemas import (
+    CompletedImage,
+    ImageData,
+    ImagesResponse,
+    OpenAIImageBody,
+    PartialImage,
+)
+from serve_app.api.request_body import documented, read_json
+from serve_app.api.schemas.job import JobOut, WarningOut
+from serve_app.api.submit import submit
+from serve_app.jobs.events import ENDINGS, Preview
+from serve_app.jobs.job import Job, JobState
+
+logger = logging.getLogger(__name__)
+
+router = APIRouter(tags=["openai"])
+
+
+@router.post(
+    "/v1/images/generations",
+    response_model=ImagesResponse,
+    responses={200: {"content": {"text/event-stream": {}}}},
+    openapi_extra=documented(OpenAIImageBody),
+)
+async def generate_images(http_request: Request, caller: CurrentCaller) -> ImagesResponse | Response:
+    """Generate images and wait for them. A client that disconnects cancels the work.
+
+    With `stream`: events `image_generation.partial_image`, as many as `partial_images` asks for at
+    most, then `image_generation.completed` for every image, or an `error`.
+    """
+    body = await read_json(http_request, OpenAIImageBody)
+    job = await submit(caller, body)
+    if body.stream:
+        return sse.response(_stream(caller, job))
+    try:
+        job = await _wait(caller, job, http_request)
+    except TimeoutError:
+        late = Overloaded(
+            f"job {job.id} was not done within {caller.state.settings.sync_wait_s:g} s; it continues, "
+            f"and GET /api/generate/{job.id} reports its state"
+        )
+        return render(late, http_request.scope, status=504)
+    except ConnectionAbortedError:
+        return Response(status_code=499)  # the client is gone: this is for the log and the metrics
+    caller.state.metrics.add("weft_jobs_finished_observed", state=job.state.value)
+    _require_completed(job)
+    return ImagesResponse(
+        created=int(job.created_at),
+        data=await _images(caller, job, as_url=body.response_format == "url"),
+        output_format=job.request.output.format,
+        size=_size(job),
+        id=job.id,
+        model=job.request.model,
+        seed=job.request.seed,
+        warnings=WarningOut.all_of(job),
+        generation_s=job.generation_s,
+    )
+
+
+async def _wait(caller: CallerContext, job: Job, http_request: Request) -> Job:
+    """The job once it has ended. Cancels it when the client disconnects.
+
+    Raises TimeoutError after settings.sync_wait_s (the job continues), ConnectionAbortedError.
+    """
+    timeout_s = caller.state.settings.sync_wait_s
+    waiting = asyncio.create_task(caller.job_service.wait(job.id, caller.owner, timeout_s))
+    disconnecting = asyncio.create_task(_disconnected(http_request))
+    try:
+        await asyncio.wait({waiting, disconnecting}, return_when=asyncio.FIRST_COMPLETED)
+        if waiting.done():
+            ended = waiting.result()
+            if not ended.state.ended:
+                raise TimeoutError
+            return ended
+        await _cancel(caller, job)
+        raise ConnectionAbortedError
+    except asyncio.CancelledError:  # how Serve reports that the client disconnected
+        await asyncio.shield(_cancel(caller, job))
+        raise
+    finally:
+        for task in (waiting, disconnecting):
+            task.cancel()
+        await asyncio.gather(waiting, disconnecting, return_exceptions=True)
+
+
+async def _disconnected(http_request: Request) -> None:
+    while (await http_request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(caller: CallerContext, job: Job) -> None:
+    """Cancel a job whose client disconnected, unless an Idempotency-Key lets the client ask for it again."""
+    if caller.idempotency_key is not None:
+        return
+    with suppress(WeftError):  # it may have ended meanwhile, or the store is down: there is no one to answer
+        await caller.job_service.cancel(job.id, caller.owner)
+
+
+def _require_completed(job: Job) -> None:
+    if job.state is JobState.completed:
+        return
+    if job.error is not None:
+        raise job.error.to_error()
+    raise Cancelled(f"job {job.id} was cancelled")
+
+
+async def _images(caller: CallerContext, job: Job, *, as_url: bool) -> list[ImageData]:
+    if as_url:
+        artifacts = JobOut.of(job, caller.address).artifacts
+        return [ImageData(url=artifact.url, seed=artifact.seed) for artifact in artifacts]
+    images = []
+    for artifact in job.artifacts:
+        if artifact.kind == "image":
+            _, content = await caller.job_service.artifact(job.id, caller.owner, artifact.index, "image")
+            images.append(ImageData(b64_json=base64.b64encode(content).decode(), seed=artifact.seed))
+    return images
+
+
+async def _stream(caller: CallerContext, job: Job) -> AsyncGenerator[bytes]:
+    """The job's previews and its images. No other event: the SDK parses every event as an image."""
+    ended = False
+    shown = 0
+    try:
+        async for item in sse.with_keep_alives(caller.job_service.follow(job.id, caller.owner)):
+            if item is None:
+                yield sse.KEEP_ALIVE
+                continue
+            _, event = item
+            if isinstance(event, Preview) and shown < job.request.output.previews:
+                yield _event(_partial_image(job, event, shown))
+                shown += 1
+            ended = ended or isinstance(event, ENDINGS)
+        job = (await caller.job_service.get(job.id, caller.owner)).job
+        caller.state.metrics.add("weft_jobs_finished_observed", state=job.state.value)
+        _require_completed(job)
+        for image in await _images(caller, job, as_url=False):
+            yield _event(_completed_image(job, image))
+    except WeftError as error:
+        ended = True  # or the store is away, and the job continues
+        logger.info("a stream ended with an error", extra={"job_id": job.id, "error": error.kind})
+        yield sse.event("error", json.dumps(openai_body(error)))
+    finally:
+        if not ended:
+            await asyncio.shield(_cancel(caller, job))
+
+
+def _event(image: PartialImage | CompletedImage) -> bytes:
+    return sse.event(image.type, image.model_dump_json())
+
+
+def _partial_image(job: Job, preview: Preview, index: int) -> PartialImage:
+    return PartialImage(
+        b64_json=base64.b64encode(preview.data).decode(),
+        partial_image_index=index,
+        created_at=int(job.created_at),
+        output_format=preview.media_type.removeprefix("image/"),
+        size=_size(job),
+    )
+
+
+def _completed_image(job: Job, image: ImageData) -> CompletedImage:
+    assert image.b64_json is not None, "a stream has no links"
+    return CompletedImage(
+        b64_json=image.b64_json,
+        created_at=int(job.created_at),
+        output_format=job.request.output.format,
+        size=_size(job),
+        id=job.id,
+        model=job.request.model,
+        seed=image.seed,
+    )
+
+
+def _size(job: Job) -> str:
+    return f"{job.request.width}x{job.request.height}"

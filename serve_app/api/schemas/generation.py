@@ -1,0 +1,89 @@
+"""Field groups of the bodies that generate something: each field is declared once."""
+
+import re
+from typing import Any
+
+from pydantic import AliasChoices, Field
+
+from deployments.protocol.errors import BadRequest
+from deployments.protocol.request import MAX_PREVIEWS
+from serve_app.api.schemas.lora_fields import LoraFields
+
+SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
+
+
+class GenerationFields(LoraFields):
+    """The fields that all dialects take under the same names."""
+
+    prompt: str = Field(description="What to generate.", examples=["a red fox in the snow"])
+    model: str | None = Field(None, description="Id or alias; without it a model that is ready.")
+    width: int | None = Field(None, description="Pixels.", examples=[64])
+    height: int | None = Field(None, description="Pixels.", examples=[64])
+    num_inference_steps: int | None = Field(None, description="Denoising steps.", examples=[4])
+    guidance_scale: float | None = Field(None, description="How closely to follow the prompt.")
+    seed: int | None = Field(None, description="0 to 2^63-1; without it a random one.", examples=[7])
+
+    def shared_arguments(self) -> dict[str, Any]:
+        """The fields that GenerationRequest has under the same names."""
+        return self.model_dump(include={"prompt", "num_inference_steps", "guidance_scale", "seed"})
+
+
+class NativeFields(GenerationFields):
+    """The fields that the native bodies for images and for videos share."""
+
+    negative_prompt: str = Field("", description="What to avoid, for models that take it.")
+    num_inference_steps: int | None = Field(
+        None,
+        validation_alias=AliasChoices("num_inference_steps", "steps"),
+        description="Denoising steps; `steps` is another name for it.",
+        examples=[4],
+    )
+    scheduler: str = Field("auto", description="Noise scheduler, where the model offers a choice.")
+    max_sequence_length: int | None = Field(None, description="Text tokens.")
+    previews: int = Field(
+        0, ge=0, le=MAX_PREVIEWS, description="Preview images during denoising, sent as events."
+    )
+    webhook_url: str | None = Field(
+        None,
+        max_length=2048,
+        repr=False,
+        description="An https URL that is called when the job has ended, signed per Standard Webhooks.",
+    )
+
+    @property
+    def webhook(self) -> str | None:
+        return self.webhook_url
+
+    def shared_arguments(self) -> dict[str, Any]:
+        own = {"width", "height", "negative_prompt", "scheduler", "max_sequence_length"}
+        return super().shared_arguments() | self.model_dump(include=own)
+
+
+class OpenAIFields(GenerationFields):
+    """The fields that OpenAI's bodies for images and for videos share, with vLLM-Omni's additions."""
+
+    size: str | None = Field(None, description="'auto', or width x height such as '256x256'.")
+    negative_prompt: str | None = Field(None, description="What to avoid, for models that take it.")
+    user: str | None = Field(None, description="Accepted and ignored.")
+
+    def shared_arguments(self) -> dict[str, Any]:
+        """Raises BadRequest for a size that cannot be read or that contradicts width and height."""
+        width, height = resolve_size(self.size, self.width, self.height)
+        own = {"width": width, "height": height, "negative_prompt": self.negative_prompt or ""}
+        return super().shared_arguments() | own
+
+
+def resolve_size(size: str | None, width: int | None, height: int | None) -> tuple[int | None, int | None]:
+    """Width and height in pixels, from `size` or from the two fields; None: the model's default.
+
+    Raises BadRequest when `size` cannot be read, or contradicts width and height.
+    """
+    if size is None or size == "auto":
+        return width, height
+    match = SIZE.fullmatch(size)
+    if match is None:
+        raise BadRequest("size must be 'auto' or width x height, such as '256x256'", param="size")
+    both = int(match[1]), int(match[2])
+    if (width or both[0], height or both[1]) != both:
+        raise BadRequest("size says one thing, width and height another; send one of them", param="size")
+    return both

@@ -1,0 +1,87 @@
+"""From a request body to a stored job: what every dialect does after it has parsed its body."""
+
+import re
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from pydantic import ValidationError
+
+from deployments.protocol.errors import BadRequest
+from deployments.protocol.request import GenerationRequest
+from serve_app.admission.validation import default_model, find_card
+from serve_app.api.caller import CallerContext
+from serve_app.api.schemas.submit_body import SubmitBody
+from serve_app.api.validation_messages import bad_request
+from serve_app.jobs.job import IdempotencyKey, Job
+from serve_app.loras.spec import extract_lora_tags
+
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+async def submit(caller: CallerContext, body: SubmitBody) -> Job:
+    """The stored job. Raises what JobService.submit raises, and BadRequest for what the body cannot mean."""
+    began = time.perf_counter()
+    model = await _default_model(caller, body) if body.model is None else body.model
+    request = _to_request(body, model)
+    await caller.state.input_check.verify(request)
+    async with _with_loras(caller, body, request) as complete:
+        job = await caller.job_service.submit(
+            complete,
+            caller.owner,
+            idempotency_key=_idempotency_key(caller, body),
+            webhook=body.webhook,
+            images_per_day=caller.principal.images_per_day,
+        )
+    _count(caller, job, time.perf_counter() - began)
+    return job
+
+
+async def _default_model(caller: CallerContext, body: SubmitBody) -> str:
+    state = caller.state
+    ready = await state.ready_models()
+    return default_model(
+        body.task, state.cards, ready, controls=body.control_types, refiner=body.uses_refiner
+    )
+
+
+def _to_request(body: SubmitBody, model: str) -> GenerationRequest:
+    try:
+        return body.to_request(model)
+    except ValidationError as error:  # outside the limits that hold for every model
+        raise bad_request(error, GenerationRequest) from None
+
+
+@asynccontextmanager
+async def _with_loras(
+    caller: CallerContext, body: SubmitBody, request: GenerationRequest
+) -> AsyncIterator[GenerationRequest]:
+    """The request with the LoRAs of its fields and prompt tags; their files stay while this is open."""
+    prompt, tagged = extract_lora_tags(request.prompt)
+    specs = (*body.lora_specs(), *tagged)
+    if not specs and not request.loras:
+        yield request
+        return
+    card = find_card(request.model, caller.state.cards)
+    async with caller.lora_service.resolve(specs, caller.owner, card, again=request.loras) as loras:
+        yield request.model_copy(update={"prompt": prompt, "loras": loras})
+
+
+def _idempotency_key(caller: CallerContext, body: SubmitBody) -> IdempotencyKey | None:
+    """The caller's Idempotency-Key with the digest of the body. Raises BadRequest for a malformed one."""
+    if caller.idempotency_key is None:
+        return None
+    if not IDEMPOTENCY_KEY.fullmatch(caller.idempotency_key):
+        raise BadRequest(
+            "an Idempotency-Key is 1 to 255 visible ASCII characters, such as a UUID",
+            param="Idempotency-Key",
+        )
+    return IdempotencyKey(caller.idempotency_key, body.digest())
+
+
+def _count(caller: CallerContext, job: Job, seconds: float) -> None:
+    metrics, model = caller.state.metrics, job.request.model
+    metrics.add("weft_jobs_submitted", model=model, task=job.request.task.value)
+    metrics.observe("weft_job_submit_seconds", seconds)
+    if job.cached_from is not None or job.leader is not None:
+        metrics.add("weft_jobs_same", model=model, how="joined" if job.cached_from is None else "copied")

@@ -1,0 +1,27 @@
+"""POST /generate-image and /refine: the native image body, answered with a task id."""
+
+from fastapi import APIRouter
+from starlette.requests import Request
+
+from serve_app.api.auth import CurrentCaller
+from serve_app.api.native.image_body import IMAGE_FILES, ImageBody
+from serve_app.api.request_body import documented, read_json_or_form
+from serve_app.api.submit import submit
+from serve_app.api.tasks.schemas import TaskAccepted
+
+router = APIRouter(tags=["tasks"])
+
+
+@router.post("/generate-image", status_code=202, openapi_extra=documented(ImageBody, IMAGE_FILES))
+async def generate_image(http_request: Request, caller: CurrentCaller) -> TaskAccepted:
+    """Accept a request for images; the body is that of POST /api/generate/image."""
+    return TaskAccepted.of(
+        await submit(caller, await read_json_or_form(http_request, ImageBody, IMAGE_FILES))
+    )
+
+
+@router.post("/refine", status_code=202, openapi_extra=documented(ImageBody, IMAGE_FILES))
+async def refine(http_request: Request, caller: CurrentCaller) -> TaskAccepted:
+    """Redraw the details of the file `image` with a refiner; the body is that of /generate-image."""
+    body = await read_json_or_form(http_request, ImageBody, IMAGE_FILES)
+    return TaskAccepted.of(await submit(caller, body.model_copy(update={"refine": True})))
