@@ -39,8 +39,9 @@ from deployments.engine.intercept import intercept
 from deployments.engine.lora_rows import run_with_lora_rows
 from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
 from deployments.engine.worker import Emit, Worker
-from deployments.loras.batched_lora import BatchedLora, LoraSet, mix
+from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.cache import LoraCache, LoraCacheLimits
+from deployments.loras.lora_set import LoraSet, combine
 from deployments.loras.source import read_lora
 from deployments.protocol.request import Lora
 
@@ -175,7 +176,7 @@ class Bench:
         for file in files:
             factors = read_lora(file, plain).factors
             batched_lora.hook(factors)
-            owners.append(mix([(factors, 1.0)]))
+            owners.append(combine([(factors, 1.0)]))
         return cls(plain, loras, owners, (time.thread_time() - began) / len(files))
 
     def forward(self, owners: Sequence[LoraSet | None], tokens: int = 64) -> Callable[[], Any]:
@@ -266,7 +267,7 @@ def measure_switching(bench: Bench, rounds: int, *, keep: bool) -> None:
         if keep:
             note = "tiny FLUX, one adapter, diffusers alone; CPU time in which the model can do nothing else"
             ledger.record(f"lora_{name}_ms", 1000 * seconds, "ms", n=rounds, notes=note)
-    print(f"{'reading a file for the bank':30} {1000 * bench.load_s:8.2f} ms", flush=True)
+    print(f"{'reading a file for the cache':30} {1000 * bench.load_s:8.2f} ms", flush=True)
     if keep:
         ledger.record(
             "lora_read_ms", 1000 * bench.load_s, "ms", n=ROWS, notes="CPU time off the engine's thread"
@@ -444,7 +445,7 @@ async def measure_cold_loads(steps: int, rounds: int, *, keep: bool) -> None:
     scheduler = StepScheduler(ROWS)
     worker = Worker(Engine(scheduler, deterministic=True), scheduler, slots=8)
     forward = forward_of(transformer, COLD_ROWS)
-    files = itertools.cycle(served.files)  # 32 in turns through 8 places: every one is cold
+    files = itertools.cycle(served.files)  # 32 in turns through 8 slots: every one is cold
     quiet: list[float] = []
     loading: dict[str, list[float]] = {row: [] for row in COLD_A_SECOND}
     loads = Counter[str]()
@@ -498,7 +499,7 @@ class GeneratedFiles:
 
 
 async def measure_memory(count: int, *, keep: bool) -> None:
-    """A bank of 8 places and 64 in memory, after each of many adapters has been used once."""
+    """A cache of 8 slots and 64 LoRAs in memory, after each of many adapters has been used once."""
 
     async def at_once(function: Callable[[], Any]) -> Any:
         return function()
@@ -550,12 +551,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250, help="measured beside cold loads, in each round")
     parser.add_argument("--registered", type=int, default=REGISTERED, help="adapters used in turn")
     parser.add_argument("--dry", action="store_true", help="print only")
-    parser.add_argument("--only-bank", action="store_true", help="cold loads and memory")
+    parser.add_argument("--only-cache", action="store_true", help="cold loads and memory")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep = not options.dry
     with torch.inference_mode():
-        if not options.only_bank:
+        if not options.only_cache:
             measure_forwards(options, keep=keep)
         asyncio.run(measure_cold_loads(options.steps, 6 if keep else 1, keep=keep))
         asyncio.run(measure_memory(options.registered, keep=keep))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # heavy imports stand in the constructor: building the graph 
     from PIL.Image import Image
 
     from deployments.engine.worker import Emit, Finished
-    from deployments.loras.batched_lora import LoraSet
+    from deployments.loras.lora_set import LoraSet
     from deployments.media.control import Preprocessor
     from deployments.models.model_instance import ModelInstance
     from deployments.pipelines.previews import PreviewPixels
@@ -188,7 +188,7 @@ class ModelReplica:
 
     async def unload(self, digest: str) -> bool:
         """Forget a deleted adapter on this replica, for `handle.broadcast`; running requests keep it."""
-        await asyncio.to_thread(self._adapter_files.drop, digest)
+        await asyncio.to_thread(self._adapter_files.remove, digest)
         for loaded in self._model_cache.models:
             loaded.adapters.unload(digest)
         return True

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from deployments.engine.worker import Finished
-    from deployments.loras.batched_lora import LoraSet
+    from deployments.loras.lora_set import LoraSet
     from deployments.models.model_instance import ModelInstance
     from deployments.pipelines.latent_decoder import LatentDecoder
 

@@ -1,293 +1,167 @@
-"""Many LoRAs in one forward: every row gets the low-rank product of its own adapters added, others nothing.
+"""Many LoRAs in one forward pass: every row gets the low-rank product of its own LoRA set, other rows
+nothing.
 
-The layers stay as they are. A forward hook looks whose rows are being computed (engine/lora_rows.py) and
-adds B (A x) to the rows of those who own adapters for this layer, as two batched products over all of
-them. What a row gets depends on nothing but the row and its owner: ranks are padded to fixed sizes that
-the owner alone decides, and (where the engine keeps to proven numbers of rows) a batched product is used
-only for sizes in which a trial gave every row the bits that it has alone; else rows are computed one by
-one.
+The weights are not changed. A forward hook on each layer reads which LoRA set each row of the batch has
+(engine/lora_rows.py) and adds b @ (a @ x) to those rows, as two batched products over all rows of one rank
+(compare S-LoRA, arXiv 2311.03285, and Punica, arXiv 2310.18547). The result for a row depends on the row and
+its LoRA set only: ranks are padded to fixed sizes that the set alone decides, and, in deterministic mode, a
+batched product is used only for sizes in which a trial gave every row the bits that it gets alone; else rows
+are computed one by one.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor, nn
-from torch.nn import functional
 
 from deployments.engine.call import Unsplittable
 from deployments.engine.lora_rows import LoraRows, current_lora_rows
-from deployments.loras.source import LowRankFactors
+from deployments.loras.lora_set import LoraSet, LowRankPair
+from deployments.loras.low_rank_products import BatchInvariance, RowGroup, add_convolution, add_linear
+from deployments.loras.source import LayerKey
 
-LayerKey = tuple[str, str]  # part of the pipeline, path of the layer in it
+# batches whose stacks are kept: of transformer and text encoders, with and without one request
+MAX_COMPOSITIONS = 4
 
-RANKS = (8, 16, 32, 64, 128, 256, 512)  # what the ranks of a request's adapters together are padded to
-COMPOSITIONS_KEPT = 4  # of batches: transformer and text encoders, with and without one request
-TRIALS_KEPT = 4096
-TRIALS = 64  # at most, of one size
-VALUES_TO_BELIEVE = 2**20  # compared, before 16-bit products are taken for independent of their neighbours
-
-
-@dataclass(frozen=True, slots=True)
-class LowRankPair:
-    """What one request adds to one layer: b @ (a @ x). a: (R, in) or (R, in, kh, kw); b: (out, R)."""
-
-    a: Tensor
-    b: Tensor
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LoraSet:
-    """The adapters of a request with its weights: the owner of its rows."""
-
-    pairs: Mapping[LayerKey, LowRankPair]
-    label: Hashable = ()  # adapters and weights by name: equal ones change the same
-
-    @property
-    def touches_text(self) -> bool:
-        """Whether prompts mean something else with it."""
-        return any(part.startswith("text_encoder") for part, _ in self.pairs)
-
-
-def mix(adapters: Sequence[tuple[Mapping[LayerKey, LowRankFactors], float]], label: Hashable = ()) -> LoraSet:
-    """Adapters on the device and their weights as one: ranks side by side, weights and alphas in b."""
-    places: dict[LayerKey, list[tuple[LowRankFactors, float]]] = {}
-    for factors, weight in adapters:
-        for place, one in factors.items():
-            places.setdefault(place, []).append((one, weight * one.scale))
-    return LoraSet({place: _joined(parts) for place, parts in places.items()}, label)
-
-
-def _joined(parts: Sequence[tuple[LowRankFactors, float]]) -> LowRankPair:
-    bs = [one.b if scale == 1 else (one.b.float() * scale).to(one.b.dtype) for one, scale in parts]
-    a, b = parts[0][0].a, bs[0]
-    if len(parts) > 1:
-        a, b = torch.cat([one.a for one, _ in parts]), torch.cat(bs, dim=1)
-    missing = next(rank for rank in RANKS if rank >= a.shape[0]) - a.shape[0]
-    if missing:
-        a = torch.cat([a, a.new_zeros(missing, *a.shape[1:])])
-        b = functional.pad(b, (0, missing))
-    return LowRankPair(a, b)
+Composition = tuple[Hashable | None, ...]  # the LoRA set of every row of a batch; None for a row without one
 
 
 class BatchedLora:
-    """The hooks on one model's layers. `hook` and `restore` run on the engine's thread, as forwards do."""
+    """The forward hooks on one model's layers. `hook` and `unhook` run on the engine's thread, as forwards
+    do."""
 
     def __init__(self, parts: Mapping[str, nn.Module], *, deterministic: bool) -> None:
-        """parts: the pipeline's modules by name. deterministic: bits must not depend on neighbours."""
+        """parts: the pipeline's modules by name. deterministic: a row's bits do not depend on other rows."""
         self._parts = parts
-        self._alike = _Alike() if deterministic else None
+        self._invariance = BatchInvariance() if deterministic else None
         self._hooks: dict[LayerKey, Callable[[], None]] = {}
-        self._compositions: OrderedDict[tuple[Hashable | None, ...], _Composition] = OrderedDict()
-        self._lock = threading.Lock()  # of the compositions: `forget` comes from another thread
+        self._stacks: LRUCache[Composition, _StackedFactors] = LRUCache(MAX_COMPOSITIONS)
+        self._lock = threading.Lock()  # of the stacks: `forget` is called from another thread
 
-    def hook(self, places: Iterable[LayerKey]) -> None:
-        """Have these layers look for adapters; layers that no adapter changes stay untouched."""
-        for place in places:
-            if place not in self._hooks:
-                part, path = place
+    def hook(self, layers: Iterable[LayerKey]) -> None:
+        """Have these layers add low-rank products; layers that no LoRA changes have no hook and no cost."""
+        for key in layers:
+            if key not in self._hooks:
+                part, path = key
                 layer = self._parts[part].get_submodule(path)
-                look = partial(self._look, place)
-                self._hooks[place] = layer.register_forward_hook(look).remove
+                self._hooks[key] = layer.register_forward_hook(partial(self._after_forward, key)).remove
 
-    def has_hooks(self, places: Iterable[LayerKey]) -> bool:
-        return all(place in self._hooks for place in places)
+    def has_hooks(self, layers: Iterable[LayerKey]) -> bool:
+        """Whether all these layers have hooks."""
+        return all(key in self._hooks for key in layers)
 
-    def restore(self) -> None:
-        """Take all hooks off; the layers are as they were."""
+    def unhook(self) -> None:
+        """Remove all hooks and free all stacks."""
         for remove in self._hooks.values():
             remove()
         self._hooks.clear()
         with self._lock:
-            self._compositions.clear()
+            self._stacks.clear()
 
-    def forget(self, owner: LoraSet) -> None:
-        """Free what was stacked for batches with this owner."""
+    def forget(self, lora_set: LoraSet) -> None:
+        """Free the stacks of batches that contained this LoRA set."""
         with self._lock:
-            for owners in [owners for owners in self._compositions if owner in owners]:
-                del self._compositions[owners]
+            for composition in [composition for composition in self._stacks if lora_set in composition]:
+                del self._stacks[composition]
 
     @property
     def stacked_bytes(self) -> int:
-        """Memory of the stacks of the last batches."""
+        """Device memory of the stacks of the last batches."""
         with self._lock:
-            return sum(composition.size_bytes for composition in self._compositions.values())
+            return sum(stacks.size_bytes for stacks in self._stacks.values())
 
-    def _look(
-        self, place: LayerKey, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    def _after_forward(
+        self, key: LayerKey, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
     ) -> Tensor | None:
         rows = current_lora_rows()
         if rows is None:
             return None
         if rows.cache is None:
-            rows.cache = self._composition(rows)
-        groups = rows.cache.at(place)
+            rows.cache = self._stacks_for(rows)
+        groups = rows.cache.groups_of(key)
         if not groups:
             return None
-        return _added(groups, len(rows.lora_sets), layer, inputs[0], output, self._alike)
+        return _add_products(groups, len(rows.lora_sets), layer, inputs[0], output, self._invariance)
 
-    def _composition(self, rows: LoraRows) -> _Composition:
+    def _stacks_for(self, rows: LoraRows) -> _StackedFactors:
         with self._lock:
-            known = self._compositions.get(rows.lora_sets)
-            if known is None:
-                known = self._compositions[rows.lora_sets] = _Composition(rows.lora_sets)
-                if len(self._compositions) > COMPOSITIONS_KEPT:
-                    self._compositions.popitem(last=False)
-            self._compositions.move_to_end(rows.lora_sets)
-            return known
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """Rows of one rank: all that one batched product computes."""
-
-    rows: slice | Tensor  # a slice where they lie together, else indices (n,)
-    count: int
-    a: Tensor  # (n, R, in) or (n, R, in, kh, kw)
-    b: Tensor  # (n, out, R)
+            stacks = self._stacks.get(rows.lora_sets)
+            if stacks is None:
+                stacks = self._stacks[rows.lora_sets] = _StackedFactors(rows.lora_sets)
+            return stacks
 
 
 @dataclass(slots=True)
-class _Composition:
-    """Stacked factors of one batch, made layer by layer when first needed."""
+class _StackedFactors:
+    """The stacked factors of one batch, built layer by layer on first use."""
 
-    owners: tuple[Hashable | None, ...]
-    groups: dict[LayerKey, list[_Group]] = field(default_factory=dict)
+    composition: Composition
+    groups: dict[LayerKey, list[RowGroup]] = field(default_factory=dict)
 
-    def at(self, place: LayerKey) -> list[_Group]:
-        known = self.groups.get(place)
-        if known is None:
-            known = self.groups[place] = self._stack(place)
-        return known
+    def groups_of(self, key: LayerKey) -> list[RowGroup]:
+        """One group per rank that occurs in this layer; empty where no row changes it."""
+        groups = self.groups.get(key)
+        if groups is None:
+            groups = self.groups[key] = self._build(key)
+        return groups
 
     @property
     def size_bytes(self) -> int:
         tensors = [t for groups in list(self.groups.values()) for group in groups for t in (group.a, group.b)]
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    def _stack(self, place: LayerKey) -> list[_Group]:
+    def _build(self, key: LayerKey) -> list[RowGroup]:
         by_rank: dict[int, list[tuple[int, LowRankPair]]] = {}
-        for row, owner in enumerate(self.owners):
-            pair = owner.pairs.get(place) if isinstance(owner, LoraSet) else None
+        for row, lora_set in enumerate(self.composition):
+            pair = lora_set.pairs.get(key) if isinstance(lora_set, LoraSet) else None
             if pair is not None:
                 by_rank.setdefault(pair.a.shape[0], []).append((row, pair))
         return [_group(members) for members in by_rank.values()]
 
 
-def _group(members: Sequence[tuple[int, LowRankPair]]) -> _Group:
+def _group(members: Sequence[tuple[int, LowRankPair]]) -> RowGroup:
     rows = [row for row, _ in members]
     a, b = torch.stack([pair.a for _, pair in members]), torch.stack([pair.b for _, pair in members])
-    together = rows[-1] - rows[0] == len(rows) - 1
-    where = slice(rows[0], rows[-1] + 1) if together else torch.tensor(rows, device=a.device)
-    return _Group(where, len(rows), a, b)
+    adjacent = rows[-1] - rows[0] == len(rows) - 1
+    where = slice(rows[0], rows[-1] + 1) if adjacent else torch.tensor(rows, device=a.device)
+    return RowGroup(where, len(rows), a, b)
 
 
-def _added(
-    groups: Sequence[_Group], total: int, layer: nn.Module, x: Tensor, output: Tensor, alike: _Alike | None
+def _add_products(
+    groups: Sequence[RowGroup],
+    batch_size: int,
+    layer: nn.Module,
+    x: Tensor,
+    output: Tensor,
+    invariance: BatchInvariance | None,
 ) -> Tensor:
     """The layer's output with each group's products added to its rows; no other row is written.
 
-    x: (total * k, ...): video models fold k frames into each row, a row's frames side by side.
+    x: (batch_size * k, ...), output likewise: video models fold k frames into each row, the frames of a row
+    adjacent. Raises Unsplittable where the first dimension is no multiple of the batch size.
     """
-    if x.shape[0] % total or output.shape[0] != x.shape[0]:
-        raise Unsplittable(f"{x.shape[0]} rows inside for {total} outside; whose they are cannot be told")
+    if x.shape[0] % batch_size or output.shape[0] != x.shape[0]:
+        raise Unsplittable(
+            f"a layer got {x.shape[0]} rows of a batch of {batch_size}; they cannot be assigned to requests"
+        )
     output = output.contiguous()
-    out = output.view(total, output.shape[0] // total, *output.shape[1:])
-    x = x.reshape(total, x.shape[0] // total, *x.shape[1:])
-    add = _add_convolution if isinstance(layer, nn.Conv2d) else _add_linear
+    out = output.view(batch_size, output.shape[0] // batch_size, *output.shape[1:])
+    x = x.reshape(batch_size, x.shape[0] // batch_size, *x.shape[1:])
+    add = add_convolution if isinstance(layer, nn.Conv2d) else add_linear
     for group in groups:
-        together = alike is None or alike.holds(add, layer, out, x, group)
-        mine, own = out[group.rows], x[group.rows]  # views where rows lie together, else copies
-        if together:
-            add(layer, mine, own, group.a, group.b)
+        at_once = invariance is None or invariance.holds(add, layer, out, x, group)
+        own_out, own_x = out[group.rows], x[group.rows]  # views of adjacent rows, else copies
+        if at_once:
+            add(layer, own_out, own_x, group.a, group.b)
         else:
             for i in range(group.count):
-                add(layer, *(part[i : i + 1] for part in (mine, own, group.a, group.b)))
+                add(layer, *(part[i : i + 1] for part in (own_out, own_x, group.a, group.b)))
         if not isinstance(group.rows, slice):
-            out.index_copy_(0, group.rows, mine)
+            out.index_copy_(0, group.rows, own_out)
     return output
-
-
-_Add = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor], None]
-
-
-def _add_linear(_layer: nn.Module, out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
-    """out (n, k, ..., out) += b @ a @ x for x (n, k, ..., in), a (n, R, in), b (n, out, R).
-
-    Adding within the second product saves a pass over the output: a quarter of the cost. The first one with x
-    on the right is up to a tenth faster than with x on the left.
-    """
-    n = x.shape[0]
-    inner = torch.bmm(a, x.reshape(n, -1, x.shape[-1]).contiguous().transpose(1, 2))  # (n, R, k * ...)
-    out.view(n, -1, out.shape[-1]).baddbmm_(inner.transpose(1, 2), b.transpose(1, 2))
-
-
-def _add_convolution(layer: nn.Module, out: Tensor, x: Tensor, a: Tensor, b: Tensor) -> None:
-    """out (n, k, out, H', W') += b of the convolution of x (n, k, in, H, W) with a (n, R, in, kh, kw).
-
-    Rows are the groups of one convolution; b is (n, out, R).
-    """
-    assert isinstance(layer, nn.Conv2d), "chosen by the caller"
-    n, k, channels = x.shape[:3]
-    folded = x.transpose(0, 1).reshape(k, n * channels, *x.shape[3:]).contiguous()
-    inner = functional.conv2d(
-        folded, a.flatten(0, 1), None, layer.stride, layer.padding, layer.dilation, groups=n
-    )  # (k, n * R, H', W')
-    height, width = inner.shape[2:]
-    inner = inner.reshape(k, n, -1, height * width).transpose(0, 1).contiguous()  # (n, k, R, H' * W')
-    if k == 1:
-        out.view(n, -1, height * width).baddbmm_(b, inner[:, 0])
-    else:
-        out += torch.matmul(b[:, None], inner).view(out.shape)
-
-
-class _Alike:
-    """Which batched products give every row the bits that it has alone: tried with noise, once per size."""
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[Hashable, bool] = OrderedDict()
-
-    def holds(self, add: _Add, layer: nn.Module, out: Tensor, x: Tensor, group: _Group) -> bool:
-        if group.count == 1:
-            return True
-        if isinstance(layer, nn.Conv2d):  # one group and several take different ways through a convolution
-            return False
-        key = (out.shape[1:], x.shape[1:], x.dtype, x.device, group.a.shape, group.b.shape)
-        known = self._known.get(key)
-        if known is None:
-            known = self._known[key] = _tried(add, layer, out, x, group)
-            if len(self._known) > TRIALS_KEPT:
-                self._known.popitem(last=False)
-        return known
-
-
-def _tried(add: _Add, layer: nn.Module, out: Tensor, x: Tensor, group: _Group) -> bool:
-    """Whether rows together have the bits of each alone, in as much noise as it takes to be sure.
-
-    In float32 another order of summing shows at once. Rounding to 16 bits hides it in all but one value of
-    some 50,000: what is too small to show that many runs row by row.
-    """
-    n, generator = group.count, torch.Generator(x.device).manual_seed(0)
-
-    def noise(shape: Iterable[int]) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=x.device).to(x.dtype)
-
-    compared, enough = 0, 1 if x.dtype is torch.float32 else VALUES_TO_BELIEVE
-    for _ in range(TRIALS):
-        together = noise((n, *out.shape[1:]))
-        apart = together.clone()
-        rest = [noise((n, *x.shape[1:])), noise(group.a.shape), noise(group.b.shape)]
-        add(layer, together, *rest)
-        for i in range(n):
-            add(layer, *(part[i : i + 1] for part in (apart, *rest)))
-        if not torch.equal(together, apart):
-            return False
-        compared += together.numel()
-        if compared >= enough:
-            return True
-    return False

@@ -1,4 +1,4 @@
-"""Adapter files near the replica: content-addressed on disk, the least recently read out first."""
+"""LoRA files on the replica's disk: content-addressed, the least recently read removed first."""
 
 from __future__ import annotations
 
@@ -10,90 +10,90 @@ import tempfile
 import threading
 from pathlib import Path
 
-from deployments.loras.file_reader import LoraFileReader
-from deployments.protocol.errors import BadRequest, NotFound
+from deployments.loras.file_reader import LoraFileReader, check_digest
+from deployments.protocol.errors import NotFound
 
 logger = logging.getLogger(__name__)
 
-ENDING = ".safetensors"
+SUFFIX = ".safetensors"
 
 
 class LoraFileCache:
-    """An LoraFileReader that keeps what it has read. Replicas of one machine may share the folder."""
+    """A LoraFileReader that keeps on disk what it has read. Replicas of one machine may share the folder.
 
-    def __init__(self, folder: Path | None, max_bytes: int, far: LoraFileReader | None = None) -> None:
-        """folder: made if need be; None keeps nothing. far: where files come from that are not here."""
+    Not a cachetools map: the state is the folder itself, which several processes read and write.
+    """
+
+    def __init__(self, folder: Path | None, max_bytes: int, remote: LoraFileReader | None = None) -> None:
+        """folder: created if missing; None keeps nothing. remote: the source of files that are not in it."""
         self._folder = folder if max_bytes else None
         self._max_bytes = max_bytes
-        self._far = far
+        self._remote = remote
         self._lock = threading.Lock()
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
 
-    @property
-    def bytes_kept(self) -> int:
-        return 0 if self._folder is None else sum(size for _, size, _ in _listing(self._folder))
-
     async def read(self, digest: str) -> bytes:
-        """The file with this SHA-256. Raises NotFound, BadRequest when the far side gave another file."""
-        kept = await asyncio.to_thread(self._kept, digest)
-        if kept is not None:
-            return kept
-        if self._far is None:
+        """The file with this SHA-256 (hex). Raises NotFound, BadRequest when the remote gave another file."""
+        cached = await asyncio.to_thread(self._cached, digest)
+        if cached is not None:
+            return cached
+        if self._remote is None:
             raise NotFound(f"there is no LoRA {digest} here; send its file along", param="loras")
-        file = await self._far.read(digest)
-        await asyncio.to_thread(self.keep, digest, file)
+        file = await self._remote.read(digest)
+        await asyncio.to_thread(self.put, digest, file)
         return file
 
-    def keep(self, digest: str, file: bytes) -> None:
-        """Write the file, then make room; a full disk costs the next reading, not this request.
+    def put(self, digest: str, file: bytes) -> None:
+        """Write the file, then remove old ones until max_bytes hold. A write that fails is logged, not
+        raised.
 
-        Raises BadRequest if the digest is not the file's.
+        Raises BadRequest if digest is not the file's SHA-256.
         """
-        if hashlib.sha256(file).hexdigest() != digest:
-            raise BadRequest(f"the LoRA's SHA-256 is not {digest}; upload it again", param="loras")
+        check_digest(file, digest)
         if self._folder is None or len(file) > self._max_bytes:
             return
         try:
             with self._lock:
-                _write(self._folder / (digest + ENDING), file)
-                self._make_room(self._folder)
+                _write_atomically(self._folder / (digest + SUFFIX), file)
+                self._evict(self._folder)
         except OSError as error:
-            logger.warning("a LoRA could not be kept on disk", extra={"lora": digest, "error": repr(error)})
+            logger.warning(
+                "a LoRA file could not be written to disk", extra={"lora": digest, "error": repr(error)}
+            )
 
-    def drop(self, digest: str) -> None:
-        """Forget one file."""
+    def remove(self, digest: str) -> None:
+        """Delete one file; nothing happens where there is none."""
         if self._folder is not None:
-            (self._folder / (digest + ENDING)).unlink(missing_ok=True)
+            (self._folder / (digest + SUFFIX)).unlink(missing_ok=True)
 
-    def _kept(self, digest: str) -> bytes | None:
-        """The file if it is here and still what it was."""
+    def _cached(self, digest: str) -> bytes | None:
+        """The file if it is on disk and undamaged."""
         if self._folder is None:
             return None
-        path = self._folder / (digest + ENDING)
+        path = self._folder / (digest + SUFFIX)
         try:
             file = path.read_bytes()
             if hashlib.sha256(file).hexdigest() == digest:
                 os.utime(path)
                 return file
-            logger.warning("a kept LoRA is damaged and goes", extra={"lora": digest})
+            logger.warning("a damaged LoRA file was removed from disk", extra={"lora": digest})
             path.unlink(missing_ok=True)
         except OSError:
-            pass  # not here, or another replica made room
+            pass  # not here, or evicted by another replica
         return None
 
-    def _make_room(self, folder: Path) -> None:
-        listing = _listing(folder)
-        excess = sum(size for _, size, _ in listing) - self._max_bytes
-        for _, size, path in listing:
+    def _evict(self, folder: Path) -> None:
+        files = _least_recently_read_first(folder)
+        excess = sum(size for _, size, _ in files) - self._max_bytes
+        for _, size, path in files:
             if excess <= 0:
                 return
             path.unlink(missing_ok=True)
             excess -= size
 
 
-def _write(path: Path, file: bytes) -> None:
-    """Whole or not at all."""
+def _write_atomically(path: Path, file: bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".")
     try:
         with os.fdopen(handle, "wb") as partial:
@@ -106,10 +106,10 @@ def _write(path: Path, file: bytes) -> None:
         raise
 
 
-def _listing(folder: Path) -> list[tuple[float, int, Path]]:
-    """(last read, bytes, path), the longest unread first."""
+def _least_recently_read_first(folder: Path) -> list[tuple[float, int, Path]]:
+    """(unix seconds of the last read, bytes, path) of every file."""
     found = []
-    for path in folder.glob("*" + ENDING):
+    for path in folder.glob("*" + SUFFIX):
         try:
             status = path.stat()
         except FileNotFoundError:

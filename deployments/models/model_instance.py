@@ -89,7 +89,7 @@ class ModelInstance:
         self.adapters = LoraCache(
             pipeline, self.batched_lora, device, adapter_files or LoraFileCache(None, 0), _room(card.serving)
         )
-        self._restores: list[Callable[[], None]] = [self.adapters.close, self.batched_lora.restore]
+        self._restores: list[Callable[[], None]] = [self.adapters.close, self.batched_lora.unhook]
         self._intercept(self.model.modules)
         self.model.on_new_modules = self._intercept
         logger.info("model loaded", extra={"model": card.id, "seconds": time.monotonic() - started})

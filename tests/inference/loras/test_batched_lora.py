@@ -20,8 +20,9 @@ from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
 from deployments.engine.lora_rows import run_with_lora_rows
 from deployments.lora_format.shape_check import PARTS
-from deployments.loras import batched_lora
-from deployments.loras.batched_lora import BatchedLora, LoraSet, mix
+from deployments.loras import low_rank_products
+from deployments.loras.batched_lora import BatchedLora
+from deployments.loras.lora_set import LoraSet, combine
 from deployments.loras.source import read_lora
 from tests.inference import tiny
 from tests.inference.engine.together import Together
@@ -65,7 +66,7 @@ def extra(pipeline: Any) -> dict[str, Any]:
     return {"requires_safety_checker": False} if hasattr(pipeline, "safety_checker") else {}
 
 
-class Loom:
+class LoraEngine:
     """A model whose requests bring their own adapters, through the engine."""
 
     def __init__(self, pipeline: Any, *, deterministic: bool = False) -> None:
@@ -85,7 +86,7 @@ class Loom:
         adapters = [(read_lora(file, self.pipeline).factors, weight) for file, weight in loras]
         for factors, _ in adapters:
             self.batched_lora.hook(factors)
-        return mix(adapters) if adapters else None
+        return combine(adapters) if adapters else None
 
     def together(
         self, works: Sequence[tuple[Callable[[], Tensor], LoraSet | None]], rows: int = 16
@@ -94,21 +95,21 @@ class Loom:
         if self._deterministic:
             restores.append(pad_small_linears(self._modules))
         scheduler = Together(rows)
-        engine = Engine(scheduler, deterministic=self._deterministic)
+        inner = Engine(scheduler, deterministic=self._deterministic)
         fibers = []
         try:
-            for work, owner in works:
+            for work, lora_set in works:
                 fiber = Fiber(work)
-                fiber.lora_set = owner
+                fiber.lora_set = lora_set
                 fibers.append(fiber)
             for fiber in fibers:
-                engine.start(fiber)
-            while not engine.idle:
-                engine.step()
+                inner.start(fiber)
+            while not inner.idle:
+                inner.step()
         finally:
             for restore in reversed(restores):
                 restore()
-        self.forwards, self.rows = engine.forwards, engine.rows
+        self.forwards, self.rows = inner.forwards, inner.rows
         for fiber in fibers:
             if fiber.failure is not None:
                 raise fiber.failure
@@ -185,15 +186,15 @@ MODELS: dict[str, tuple[Callable[[], Any], Callable[[], list[Loras]], dict[str, 
 def test_each_request_equals_diffusers_with_its_adapters_alone(name: str, tmp_path: Path) -> None:
     make, make_loras, arguments = MODELS[name]
     loras, steps = make_loras(), (1, 2, 3, 2)
-    loom = Loom(make())
+    engine = LoraEngine(make())
     works = [
-        (call_of(loom.pipeline, seed, num_inference_steps=steps[seed], **arguments), loom.lora_set(own))
+        (call_of(engine.pipeline, seed, num_inference_steps=steps[seed], **arguments), engine.lora_set(own))
         for seed, own in enumerate(loras)
     ]
 
-    answers = loom.together(works)
+    answers = engine.together(works)
 
-    assert loom.rows > 1.5 * loom.forwards, "the requests must really share forwards"
+    assert engine.rows > 1.5 * engine.forwards, "the requests must really share forwards"
     for seed, own in enumerate(loras):
         with torch.inference_mode(False), torch.no_grad():
             alone = with_diffusers(make(), own, tmp_path)
@@ -234,15 +235,15 @@ def test_requests_with_a_controlnet_and_adapters_equal_diffusers_alone(
     make: Callable[[], Any], make_loras: Callable[[], list[Loras]], arguments: dict[str, Any], tmp_path: Path
 ) -> None:
     loras, steps = make_loras(), (2, 1, 2, 2)
-    loom = Loom(make())
+    engine = LoraEngine(make())
     works = [
-        (call_of(loom.pipeline, seed, num_inference_steps=steps[seed], **arguments), loom.lora_set(own))
+        (call_of(engine.pipeline, seed, num_inference_steps=steps[seed], **arguments), engine.lora_set(own))
         for seed, own in enumerate(loras)
     ]
 
-    answers = loom.together(works)
+    answers = engine.together(works)
 
-    assert loom.rows > 1.5 * loom.forwards, "the requests must really share forwards"
+    assert engine.rows > 1.5 * engine.forwards, "the requests must really share forwards"
     for seed, own in enumerate(loras):
         with torch.inference_mode(False), torch.no_grad():
             alone = with_diffusers(make(), own, tmp_path)
@@ -257,21 +258,23 @@ def test_with_deterministic_rows_neighbours_and_their_adapters_change_no_bit(
 ) -> None:
     make, make_loras, arguments = MODELS[name]
     pipeline, steps = make().to(dtype=dtype), (1, 2, 2, 3, 1, 2)
-    untouched = Loom(make().to(dtype=dtype), deterministic=True)
-    loom = Loom(pipeline, deterministic=True)
+    untouched = LoraEngine(make().to(dtype=dtype), deterministic=True)
+    engine = LoraEngine(pipeline, deterministic=True)
     every = [*make_loras(), make_loras()[0], []]
-    owners = [loom.lora_set(own) for own in every]
+    lora_sets = [engine.lora_set(own) for own in every]
 
     def work(seed: int, of: Any) -> Callable[[], Tensor]:
         return call_of(of, seed, num_inference_steps=steps[seed], **arguments)
 
-    alone = [loom.together([(work(seed, pipeline), owner)])[0] for seed, owner in enumerate(owners)]
+    alone = [
+        engine.together([(work(seed, pipeline), lora_set)])[0] for seed, lora_set in enumerate(lora_sets)
+    ]
     plain = [untouched.together([(work(seed, untouched.pipeline), None)])[0] for seed in (2, 5)]
 
     for chosen in ((0, 1, 2, 3, 4, 5), (5, 3, 2, 1)):
-        answers = loom.together([(work(seed, pipeline), owners[seed]) for seed in chosen], rows=8)
+        answers = engine.together([(work(seed, pipeline), lora_sets[seed]) for seed in chosen], rows=8)
 
-        assert loom.rows > loom.forwards
+        assert engine.rows > engine.forwards
         for seed, answer in zip(chosen, answers, strict=True):
             assert torch.equal(answer, alone[seed]), f"request {seed} among {chosen}"
     for seed, answer in zip((2, 5), plain, strict=True):
@@ -280,19 +283,19 @@ def test_with_deterministic_rows_neighbours_and_their_adapters_change_no_bit(
 
 def test_what_a_row_gets_does_not_depend_on_the_kernel_for_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here every trial of a batched product is taken as failed, so that rows run one by one."""
-    loom, loras = Loom(tiny.flux(), deterministic=True), flux_loras()
-    owners = [loom.lora_set(own) for own in loras]
+    engine, loras = LoraEngine(tiny.flux(), deterministic=True), flux_loras()
+    lora_sets = [engine.lora_set(own) for own in loras]
     works = [
-        (call_of(loom.pipeline, seed, num_inference_steps=2, max_sequence_length=48, **SIZE), owner)
-        for seed, owner in enumerate(owners)
+        (call_of(engine.pipeline, seed, num_inference_steps=2, max_sequence_length=48, **SIZE), lora_set)
+        for seed, lora_set in enumerate(lora_sets)
     ]
-    expected = loom.together(works)
-    loom.batched_lora.restore()
+    expected = engine.together(works)
+    engine.batched_lora.unhook()
     trials: list[bool] = []
-    monkeypatch.setattr(batched_lora, "_tried", lambda *_: bool(trials.append(False)))
-    fresh = Loom(loom.pipeline, deterministic=True)
-    for owner in owners:
-        fresh.batched_lora.hook(owner.pairs if owner is not None else ())
+    monkeypatch.setattr(low_rank_products, "is_batch_invariant", lambda *_: bool(trials.append(False)))
+    fresh = LoraEngine(engine.pipeline, deterministic=True)
+    for lora_set in lora_sets:
+        fresh.batched_lora.hook(lora_set.pairs if lora_set is not None else ())
 
     answers = fresh.together(works)
 
@@ -303,18 +306,21 @@ def test_what_a_row_gets_does_not_depend_on_the_kernel_for_its_batch(monkeypatch
 def test_a_thousand_swaps_leave_the_weights_and_the_bits_as_they_were() -> None:
     pipeline = tiny.flux()
     transformer = pipeline.transformer
-    loom = Loom(pipeline, deterministic=True)
-    owners = [
-        loom.lora_set([(file_of(random_lora(pipeline, ["transformer"], seed=seed, only=attention)), 1.0)])
+    engine = LoraEngine(pipeline, deterministic=True)
+    lora_sets = [
+        engine.lora_set([(file_of(random_lora(pipeline, ["transformer"], seed=seed, only=attention)), 1.0)])
         for seed in range(8)
     ]
     before = {name: value.clone() for name, value in transformer.state_dict().items()}
     layer = transformer.transformer_blocks[0].attn.to_q
     x = torch.randn(1, 16, layer.in_features, generator=torch.Generator().manual_seed(0))
-    plain, answers = layer(x), [run_with_lora_rows([owner], [1], lambda: layer(x)) for owner in owners]
+    plain, answers = (
+        layer(x),
+        [run_with_lora_rows([lora_set], [1], lambda: layer(x)) for lora_set in lora_sets],
+    )
 
     for swap in range(1000):
-        answer = run_with_lora_rows([owners[swap % 8]], [1], lambda: layer(x))
+        answer = run_with_lora_rows([lora_sets[swap % 8]], [1], lambda: layer(x))
         assert torch.equal(answer, answers[swap % 8])
 
     assert not any(torch.equal(one, plain) for one in answers)
@@ -325,14 +331,14 @@ def test_a_thousand_swaps_leave_the_weights_and_the_bits_as_they_were() -> None:
 def test_adding_factors_into_the_weights_would_change_bits() -> None:
     """Why there is no merged mode: a request would look otherwise beside others than alone."""
     pipeline = tiny.flux()
-    loom = Loom(pipeline, deterministic=True)
-    owner = loom.lora_set([(file_of(random_lora(pipeline, ["transformer"], only=attention)), 1.0)])
-    assert owner is not None
+    engine = LoraEngine(pipeline, deterministic=True)
+    lora_set = engine.lora_set([(file_of(random_lora(pipeline, ["transformer"], only=attention)), 1.0)])
+    assert lora_set is not None
     place = ("transformer", "transformer_blocks.0.attn.to_q")
-    layer, pair = pipeline.transformer.get_submodule(place[1]), owner.pairs[place]
+    layer, pair = pipeline.transformer.get_submodule(place[1]), lora_set.pairs[place]
     x = torch.randn(1, 64, layer.in_features, generator=torch.Generator().manual_seed(0))
 
-    beside = run_with_lora_rows([owner], [1], lambda: layer(x))
+    beside = run_with_lora_rows([lora_set], [1], lambda: layer(x))
     merged = functional.linear(x, layer.weight + pair.b @ pair.a, layer.bias)
 
     assert torch.allclose(beside, merged, rtol=1e-4, atol=1e-5)
@@ -340,24 +346,24 @@ def test_adding_factors_into_the_weights_would_change_bits() -> None:
 
 
 def test_memory_of_stacks_is_bounded_and_freed() -> None:
-    loom, loras = Loom(tiny.flux()), flux_loras()
-    owners = [loom.lora_set(own) for own in loras]
+    engine, loras = LoraEngine(tiny.flux()), flux_loras()
+    lora_sets = [engine.lora_set(own) for own in loras]
 
-    def run(owner: LoraSet | None) -> Tensor:
-        return loom.together(
-            [(call_of(loom.pipeline, 1, num_inference_steps=1, max_sequence_length=48, **SIZE), owner)]
+    def run(lora_set: LoraSet | None) -> Tensor:
+        return engine.together(
+            [(call_of(engine.pipeline, 1, num_inference_steps=1, max_sequence_length=48, **SIZE), lora_set)]
         )[0]
 
-    for owner in owners * 2:
-        run(owner)
+    for lora_set in lora_sets * 2:
+        run(lora_set)
 
-    kept = loom.batched_lora.stacked_bytes
-    assert 0 < kept <= 4 * max(size_of(owner) for owner in owners if owner is not None)
-    for owner in owners:
-        if owner is not None:
-            loom.batched_lora.forget(owner)
-    assert loom.batched_lora.stacked_bytes == 0
+    kept = engine.batched_lora.stacked_bytes
+    assert 0 < kept <= 4 * max(size_of(lora_set) for lora_set in lora_sets if lora_set is not None)
+    for lora_set in lora_sets:
+        if lora_set is not None:
+            engine.batched_lora.forget(lora_set)
+    assert engine.batched_lora.stacked_bytes == 0
 
 
-def size_of(owner: LoraSet) -> int:
-    return sum(t.numel() * t.element_size() for pair in owner.pairs.values() for t in (pair.a, pair.b))
+def size_of(lora_set: LoraSet) -> int:
+    return sum(t.numel() * t.element_size() for pair in lora_set.pairs.values() for t in (pair.a, pair.b))

@@ -1,4 +1,4 @@
-"""Disk, memory and device hold bounded numbers of adapters, and never lose one that is in use."""
+"""Disk, memory and device hold bounded numbers of LoRAs, and never evict one that is in use."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from tests.patience import patience
 PATIENCE_S = patience(2)
 
 
-class ModelCache:
-    """All registered files, counting who reads them; a gate may hold them back."""
+class StoredFiles:
+    """All registered files, counting their reads; a gate may hold them back."""
 
     def __init__(self, files: list[bytes]) -> None:
         self.files = {hashlib.sha256(file).hexdigest(): file for file in files}
@@ -60,24 +60,24 @@ def files(pipeline: Any) -> list[bytes]:
 
 
 @pytest.fixture
-def shelf(files: list[bytes]) -> ModelCache:
-    return ModelCache(files)
+def stored(files: list[bytes]) -> StoredFiles:
+    return StoredFiles(files)
 
 
 @pytest.fixture
-def make_cache(pipeline: Any, shelf: ModelCache) -> Iterator[Callable[..., LoraCache]]:
+def make_cache(pipeline: Any, stored: StoredFiles) -> Iterator[Callable[..., LoraCache]]:
     made: list[tuple[LoraCache, BatchedLora]] = []
 
-    def make(**room: Any) -> LoraCache:
+    def make(**limits: Any) -> LoraCache:
         batched_lora = BatchedLora({"transformer": pipeline.transformer}, deterministic=False)
-        lora_cache = LoraCache(pipeline, batched_lora, torch.device("cpu"), shelf, LoraCacheLimits(**room))
+        lora_cache = LoraCache(pipeline, batched_lora, torch.device("cpu"), stored, LoraCacheLimits(**limits))
         made.append((lora_cache, batched_lora))
         return lora_cache
 
     yield make
     for lora_cache, batched_lora in made:
         lora_cache.close()
-        batched_lora.restore()
+        batched_lora.unhook()
 
 
 async def on_engine(function: Callable[[], Any]) -> Any:
@@ -93,12 +93,12 @@ def contents(folder: Path) -> list[Path]:
 
 
 async def use(lora_cache: LoraCache, wanted: list[Lora]) -> Any:
-    async with lora_cache.using(wanted, on_engine) as owner:
-        return owner
+    async with lora_cache.using(wanted, on_engine) as lora_set:
+        return lora_set
 
 
-async def test_device_and_memory_hold_no_more_than_they_may(
-    make_cache: Callable[..., LoraCache], files: list[bytes], shelf: ModelCache
+async def test_device_and_memory_hold_no_more_than_their_limits(
+    make_cache: Callable[..., LoraCache], files: list[bytes], stored: StoredFiles
 ) -> None:
     lora_cache = make_cache(on_device=2, in_memory=4)
 
@@ -109,34 +109,34 @@ async def test_device_and_memory_hold_no_more_than_they_may(
 
     one = lora_cache.usage.memory_bytes // 4
     assert lora_cache.usage.device_bytes == 2 * one
-    assert set(shelf.read_counts.values()) == {1}
+    assert set(stored.read_counts.values()) == {1}
 
 
 async def test_of_a_thousand_adapters_memory_holds_64_and_the_device_8(
-    make_cache: Callable[..., LoraCache], pipeline: Any, shelf: ModelCache
+    make_cache: Callable[..., LoraCache], pipeline: Any, stored: StoredFiles
 ) -> None:
     def one_layer(path: str, _layer: nn.Module) -> bool:
         return path == "transformer_blocks.0.attn.to_q"
 
     tensors = random_lora(pipeline, ["transformer"], only=one_layer)
     thousand = [file_of(tensors, {"number": str(number)}) for number in range(1000)]
-    shelf.files |= {hashlib.sha256(file).hexdigest(): file for file in thousand}
+    stored.files |= {hashlib.sha256(file).hexdigest(): file for file in thousand}
     lora_cache = make_cache(on_device=8, in_memory=64)
     weights = [1 / rank for rank in range(1, 1001)]
     most = 0
 
     for number in random.Random(0).choices(range(1000), weights, k=400):  # Zipf's law
         async with lora_cache.using(loras(thousand, number), on_engine):
-            held = lora_cache.usage
-            assert held.on_device <= 8
-            assert held.in_memory <= 64
-            most = max(most, held.device_bytes + held.memory_bytes)
+            usage = lora_cache.usage
+            assert usage.on_device <= 8
+            assert usage.in_memory <= 64
+            most = max(most, usage.device_bytes + usage.memory_bytes)
 
     one = lora_cache.usage.memory_bytes // 64
     assert most <= (8 + 64) * one
     assert (lora_cache.usage.on_device, lora_cache.usage.in_memory) == (8, 64)
-    assert len(shelf.read_counts) > 128
-    assert shelf.read_counts[loras(thousand, 0)[0].id] == 1  # the most popular one stayed
+    assert len(stored.read_counts) > 128
+    assert stored.read_counts[loras(thousand, 0)[0].id] == 1  # the most popular one stayed
 
 
 async def test_memory_is_bounded_by_bytes_too(
@@ -154,31 +154,31 @@ async def test_memory_is_bounded_by_bytes_too(
 
 
 async def test_the_least_recently_used_leaves_first_and_one_in_use_never(
-    make_cache: Callable[..., LoraCache], files: list[bytes], shelf: ModelCache
+    make_cache: Callable[..., LoraCache], files: list[bytes], stored: StoredFiles
 ) -> None:
     lora_cache = make_cache(on_device=3, in_memory=1)
-    async with lora_cache.using(loras(files, 0), on_engine) as owner:
+    async with lora_cache.using(loras(files, 0), on_engine) as lora_set:
         for number in (1, 2, 1, 3):  # 3 takes the place of 2
             await use(lora_cache, loras(files, number))
         again = await use(lora_cache, loras(files, 0))
         await use(lora_cache, loras(files, 1))
 
-        assert again is owner
+        assert again is lora_set
         assert lora_cache.usage.on_device == 3
 
-    assert [shelf.read_counts[lora.id] for lora in loras(files, 0, 1, 2, 3)] == [1, 1, 1, 1]
+    assert [stored.read_counts[lora.id] for lora in loras(files, 0, 1, 2, 3)] == [1, 1, 1, 1]
     await use(lora_cache, loras(files, 2))
-    assert shelf.read_counts[loras(files, 2)[0].id] == 2
+    assert stored.read_counts[loras(files, 2)[0].id] == 2
 
 
-async def test_who_wants_a_place_waits_for_a_running_request_to_end(
+async def test_a_request_without_a_slot_waits_for_a_running_one_to_end(
     make_cache: Callable[..., LoraCache], files: list[bytes]
 ) -> None:
-    lora_cache = make_cache(on_device=2, patience_s=PATIENCE_S)
+    lora_cache = make_cache(on_device=2, max_overtaken_s=PATIENCE_S)
     async with AsyncExitStack() as running:
         await running.enter_async_context(lora_cache.using(loras(files, 0, 1), on_engine))
         waiting = asyncio.ensure_future(use(lora_cache, loras(files, 2)))
-        await use(lora_cache, loras(files, 1))  # whose adapter is there goes on meanwhile
+        await use(lora_cache, loras(files, 1))  # its adapter is on the device
 
         assert not waiting.done()
 
@@ -200,68 +200,70 @@ async def test_two_requests_of_several_adapters_do_not_wait_for_each_other(
     make_cache: Callable[..., LoraCache], files: list[bytes]
 ) -> None:
     lora_cache = make_cache(on_device=3)
-    wishes = [loras(files, *numbers) for numbers in ((0, 1), (2, 3), (1, 2), (3, 0), (4, 5, 6)) * 3]
+    requests = [loras(files, *numbers) for numbers in ((0, 1), (2, 3), (1, 2), (3, 0), (4, 5, 6)) * 3]
 
-    owners = await asyncio.wait_for(asyncio.gather(*(use(lora_cache, wish) for wish in wishes)), PATIENCE_S)
+    lora_sets = await asyncio.wait_for(
+        asyncio.gather(*(use(lora_cache, request) for request in requests)), PATIENCE_S
+    )
 
-    assert all(owners)
+    assert all(lora_sets)
 
 
-async def test_more_adapters_than_places_are_refused(
+async def test_more_adapters_than_slots_are_refused(
     make_cache: Callable[..., LoraCache], files: list[bytes]
 ) -> None:
     with pytest.raises(BadRequest, match="at most 1"):
         await use(make_cache(on_device=1), loras(files, 0, 1))
 
 
-async def test_many_who_want_a_cold_adapter_share_one_reading(
-    make_cache: Callable[..., LoraCache], files: list[bytes], shelf: ModelCache
+async def test_requests_for_one_cold_adapter_share_one_reading(
+    make_cache: Callable[..., LoraCache], files: list[bytes], stored: StoredFiles
 ) -> None:
     lora_cache = make_cache()
-    shelf.gate.clear()
+    stored.gate.clear()
     users = [asyncio.ensure_future(use(lora_cache, loras(files, 0))) for _ in range(5)]
-    await asyncio.wait_for(shelf.asked.wait(), PATIENCE_S)
-    users[0].cancel()  # the one who asked first gives up
-    shelf.gate.set()
+    await asyncio.wait_for(stored.asked.wait(), PATIENCE_S)
+    users[0].cancel()  # the request that started the reading
+    stored.gate.set()
 
-    owners = await asyncio.wait_for(asyncio.gather(*users[1:]), PATIENCE_S)
+    lora_sets = await asyncio.wait_for(asyncio.gather(*users[1:]), PATIENCE_S)
 
-    assert all(owners)
-    assert set(shelf.read_counts.values()) == {1}
+    assert all(lora_sets)
+    assert set(stored.read_counts.values()) == {1}
 
 
-async def test_a_slow_file_holds_up_nobody_else(
-    make_cache: Callable[..., LoraCache], files: list[bytes], shelf: ModelCache
+async def test_a_slow_file_delays_no_other_request(
+    make_cache: Callable[..., LoraCache], files: list[bytes], stored: StoredFiles
 ) -> None:
     lora_cache = make_cache()
     await use(lora_cache, loras(files, 1))
-    shelf.gate.clear()
-    shelf.asked.clear()
+    stored.gate.clear()
+    stored.asked.clear()
     slow = asyncio.ensure_future(use(lora_cache, loras(files, 0)))
-    await asyncio.wait_for(shelf.asked.wait(), PATIENCE_S)
+    await asyncio.wait_for(stored.asked.wait(), PATIENCE_S)
 
     assert await asyncio.wait_for(use(lora_cache, loras(files, 1)), PATIENCE_S)
 
-    shelf.gate.set()
+    stored.gate.set()
     assert await asyncio.wait_for(slow, PATIENCE_S)
 
 
 async def test_a_file_that_fails_leaves_no_trace_and_may_be_tried_again(
-    make_cache: Callable[..., LoraCache], files: list[bytes], shelf: ModelCache
+    make_cache: Callable[..., LoraCache], files: list[bytes], stored: StoredFiles
 ) -> None:
     lora_cache = make_cache()
     (lora,) = loras(files, 0)
-    file = shelf.files.pop(lora.id)
+    file = stored.files.pop(lora.id)
     with pytest.raises(NotFound):
         await use(lora_cache, [lora])
     assert lora_cache.usage.on_device == 0
 
-    shelf.files[lora.id] = file
+    stored.files[lora.id] = file
 
     assert await use(lora_cache, [lora])
 
 
-async def test_an_unloaded_adapter_stays_for_those_who_use_it_and_then_goes(
+async def test_an_unloaded_adapter_stays_until_its_last_user_ends(
     make_cache: Callable[..., LoraCache], files: list[bytes]
 ) -> None:
     lora_cache = make_cache()
@@ -284,7 +286,7 @@ async def test_layers_are_hooked_once_and_are_themselves_again_afterwards(
 
     assert (len(layer._forward_hooks), len(untouched._forward_hooks)) == (1, 0)
 
-    lora_cache._batched_lora.restore()
+    lora_cache._batched_lora.unhook()
     assert len(layer._forward_hooks) == 0
 
 
@@ -292,41 +294,41 @@ async def test_layers_are_hooked_once_and_are_themselves_again_afterwards(
 
 
 async def test_what_was_fetched_is_kept_within_the_bytes_allowed(
-    tmp_path: Path, files: list[bytes], shelf: ModelCache
+    tmp_path: Path, files: list[bytes], stored: StoredFiles
 ) -> None:
-    near = LoraFileCache(tmp_path / "adapters", 3 * len(files[0]) + 10, shelf)
+    cache = LoraFileCache(tmp_path / "adapters", 3 * len(files[0]) + 10, stored)
 
     for lora in loras(files, 0, 1, 2, 3):
-        assert await near.read(lora.id) == shelf.files[lora.id]
+        assert await cache.read(lora.id) == stored.files[lora.id]
 
-    assert near.bytes_kept <= 3 * len(files[0]) + 10
+    assert sum(path.stat().st_size for path in contents(tmp_path / "adapters")) <= 3 * len(files[0]) + 10
     assert len(contents(tmp_path / "adapters")) == 3
     another = LoraFileCache(tmp_path / "adapters", 10**9)
     assert await another.read(loras(files, 3)[0].id) == files[3]
 
 
 async def test_a_damaged_file_on_disk_is_fetched_again(
-    tmp_path: Path, files: list[bytes], shelf: ModelCache
+    tmp_path: Path, files: list[bytes], stored: StoredFiles
 ) -> None:
-    near = LoraFileCache(tmp_path, 10**9, shelf)
+    cache = LoraFileCache(tmp_path, 10**9, stored)
     (lora,) = loras(files, 0)
-    await near.read(lora.id)
+    await cache.read(lora.id)
     (kept,) = contents(tmp_path)
     kept.write_bytes(files[0][:-1] + b"!")
 
-    assert await near.read(lora.id) == files[0]
-    assert shelf.read_counts[lora.id] == 2
-    assert await near.read(lora.id) == files[0]
-    assert shelf.read_counts[lora.id] == 2
+    assert await cache.read(lora.id) == files[0]
+    assert stored.read_counts[lora.id] == 2
+    assert await cache.read(lora.id) == files[0]
+    assert stored.read_counts[lora.id] == 2
 
 
-async def test_a_far_side_that_gives_another_file_is_not_believed(tmp_path: Path, files: list[bytes]) -> None:
-    lying = ModelCache(files)
+async def test_a_remote_that_gives_another_file_is_refused(tmp_path: Path, files: list[bytes]) -> None:
+    wrong = StoredFiles(files)
     (lora,) = loras(files, 0)
-    lying.files[lora.id] = files[1]
+    wrong.files[lora.id] = files[1]
 
     with pytest.raises(BadRequest, match="SHA-256"):
-        await LoraFileCache(tmp_path, 10**9, lying).read(lora.id)
+        await LoraFileCache(tmp_path, 10**9, wrong).read(lora.id)
 
     assert contents(tmp_path) == []
 

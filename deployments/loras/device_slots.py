@@ -1,0 +1,151 @@
+"""The bounded number of LoRAs on the device: pinned while requests use them, the least recently used evicted.
+
+Not a cachetools map: an entry in use must not be evicted, several are pinned at once or none, and a request
+waits for a slot. cachetools has neither pins nor waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deployments.loras.source import Adapter
+from deployments.protocol.errors import BadRequest, Overloaded
+
+
+@dataclass(slots=True, eq=False)
+class DeviceSlot:
+    """One LoRA on the device, or on its way there. Changed by DeviceSlots and LoraCache only."""
+
+    loading: asyncio.Task[Adapter] | None = None
+    users: int = 0  # requests that pin it
+    stale: bool = False  # unloaded while pinned: removed with its last user
+
+    @property
+    def loaded(self) -> Adapter | None:
+        """The adapter on the device; None before it is there, and after a failure."""
+        task = self.loading
+        if task is None or not task.done() or task.cancelled() or task.exception() is not None:
+            return None
+        return task.result()
+
+    @property
+    def is_loading(self) -> bool:
+        return self.loading is not None and not self.loading.done()
+
+    @property
+    def is_useless(self) -> bool:
+        """Whether it may be removed as soon as it has no user."""
+        return not self.is_loading and (self.stale or self.loaded is None)
+
+
+class DeviceSlots:
+    """At most `limit` slots by LoRA id. Used from one event loop."""
+
+    def __init__(self, limit: int, *, wait_s: float, max_overtaken_s: float) -> None:
+        """wait_s: until a request without a slot is refused. max_overtaken_s: how long requests whose
+        LoRAs are all present may pass one that waits."""
+        self._limit = limit
+        self._wait_s = wait_s
+        self._max_overtaken_s = max_overtaken_s
+        self._slots: OrderedDict[str, DeviceSlot] = OrderedDict()  # the least recently used first
+        self._queue = asyncio.Lock()  # held by the request that waits for slots; others queue for it
+        self._waiting_since: float | None = None  # loop time
+        self._released = asyncio.Event()
+        self.evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __getitem__(self, lora_id: str) -> DeviceSlot:
+        return self._slots[lora_id]
+
+    def values(self) -> list[DeviceSlot]:
+        """A copy, so that another thread may iterate over it."""
+        return list(self._slots.values())
+
+    async def pin(self, ids: Sequence[str]) -> None:
+        """Reserve slots for all of them at once, so that two requests never wait for each other.
+
+        Raises BadRequest for more than `limit`, Overloaded when no slot is released within wait_s.
+        """
+        if len(ids) > self._limit:
+            raise BadRequest(
+                f"{len(ids)} LoRAs are requested; this model holds at most {self._limit} at once",
+                param="loras",
+            )
+        if self._may_overtake() and self._reserve(ids):
+            return
+        async with self._queue:
+            self._waiting_since = asyncio.get_running_loop().time()
+            try:
+                async with asyncio.timeout(self._wait_s):
+                    while not self._reserve(ids):
+                        self._released.clear()
+                        await self._released.wait()
+            except TimeoutError:
+                raise Overloaded(
+                    f"all {self._limit} LoRA slots are used by running requests; try again "
+                    "later, or use a LoRA that others use (operators: serving.adapters_on_device)",
+                    param="loras",
+                    retry_after_s=self._wait_s,
+                ) from None
+            finally:
+                self._waiting_since = None
+
+    def unpin(self, ids: Sequence[str]) -> None:
+        """Release what `pin` reserved."""
+        for lora_id in ids:
+            slot = self._slots[lora_id]
+            slot.users -= 1
+            self.remove_if_useless(lora_id, slot)
+        self.notify()
+
+    def remove_if_useless(self, lora_id: str, slot: DeviceSlot) -> None:
+        """Remove this slot if no request uses it and it holds no adapter that one could use."""
+        if not slot.users and slot.is_useless and self._slots.get(lora_id) is slot:
+            del self._slots[lora_id]
+
+    def notify(self) -> None:
+        """Have the waiting request look for free slots again."""
+        self._released.set()
+
+    def unload(self, lora_id: str) -> None:
+        """Remove a LoRA now, or after the last request that uses it."""
+        slot = self._slots.get(lora_id)
+        if slot is None:
+            return
+        if slot.users:
+            slot.stale = True
+        else:
+            del self._slots[lora_id]
+
+    def clear(self) -> None:
+        self._slots.clear()
+
+    def _may_overtake(self) -> bool:
+        since = self._waiting_since
+        return since is None or asyncio.get_running_loop().time() - since < self._max_overtaken_s
+
+    def _reserve(self, ids: Sequence[str]) -> bool:
+        """Pin these LoRAs, evicting idle ones for those that are new. Changes nothing where that is not
+        possible."""
+        missing = [lora_id for lora_id in ids if lora_id not in self._slots]
+        idle = [
+            lora_id
+            for lora_id, slot in self._slots.items()
+            if not slot.users and lora_id not in ids and not slot.is_loading
+        ]
+        excess = len(self._slots) + len(missing) - self._limit
+        if excess > len(idle):
+            return False
+        for lora_id in idle[: max(0, excess)]:
+            del self._slots[lora_id]
+            self.evicted += 1
+        for lora_id in ids:
+            slot = self._slots.setdefault(lora_id, DeviceSlot())
+            slot.users += 1
+            self._slots.move_to_end(lora_id)
+        return True
