@@ -46,6 +46,9 @@ COPY models models
 COPY examples examples
 COPY serve_app serve_app
 COPY deployments deployments
+COPY tools/bytecode.py tools/bytecode.py
+# written once, by root: the service's user may not, and every process would compile its imports again
+RUN python -m tools.bytecode
 ENV WEFT_DATA_DIR=/outputs \
     HF_HOME=/models/huggingface \
     RAY_USAGE_STATS_ENABLED=0

@@ -57,11 +57,13 @@ $(VENV)/bin/python:
 $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing Weft and what it stands on (a few minutes the first time)"
 	@$(PIP) --editable .
+	@$(BIN)/python -m tools.bytecode
 	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Installing Weft with its test tools (a few minutes the first time)"
 	@$(PIP) --editable '.[dev]'
+	@$(BIN)/python -m tools.bytecode
 	@touch $@ $(VENV)/.serve
 
 clean: ## remove the environment; jobs and pictures in data/ stay

@@ -53,6 +53,15 @@ def test_it_runs_as_an_ordinary_user_and_tells_its_health(instructions: list[tup
     assert last["CMD"].startswith('["weft", "serve"')
 
 
+def test_byte_code_is_written_while_root_builds_the_image(instructions: list[tuple[str, str]]) -> None:
+    names = [(name, value) for name, value in last_stage(instructions)]
+
+    compiled = names.index(("RUN", "python -m tools.bytecode"))
+
+    assert compiled > max(index for index, (name, _) in enumerate(names) if name == "COPY")
+    assert compiled < next(index for index, (name, _) in enumerate(names) if name == "USER")
+
+
 def test_every_file_it_copies_is_there_and_passes_the_ignore_file(
     instructions: list[tuple[str, str]],
 ) -> None:
@@ -66,7 +75,7 @@ def test_every_file_it_copies_is_there_and_passes_the_ignore_file(
     allowed = [rule.removeprefix("!") for rule in rules if rule.startswith("!")]
 
     assert [source for source in copied if not (ROOT / source).exists()] == []
-    assert [source for source in copied if Path(source).parts[0] not in allowed] == []
+    assert [source for source in copied if not any(Path(source).is_relative_to(a) for a in allowed)] == []
     assert {"**/secrets", "**/.env"} <= set(rules)
     assert not any(fnmatch.fnmatch("data/valkey", rule) for rule in allowed)
 
