@@ -25,7 +25,7 @@ def check_inputs(request: GenerationRequest, card: ModelCard) -> None:
 def check_lora_count(count: int, card: ModelCard, param: str = "loras") -> None:
     """Raises BadRequest unless the model takes so many LoRAs (at least one) in one request."""
     if not card.lora_limit:
-        raise BadRequest(f"{card.id} takes no LoRA; leave {param} out", param=param)
+        raise BadRequest(f"{card.id} takes no LoRA; leave it out", param=param)
     if count > card.lora_limit:
         raise BadRequest(
             f"there are {count} LoRAs; {card.id} takes at most {card.lora_limit} at once", param=param

@@ -1,1 +1,1 @@
-"""LoRAs that callers own or bring along: the register, where their files come from, and what goes when."""
+"""LoRAs that callers register or send along: registry, intake of files, lookup for a request, deletion."""

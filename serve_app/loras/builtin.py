@@ -1,4 +1,4 @@
-"""LoRAs that come with the models: named in the cards, read where they lie."""
+"""LoRAs that come with the models: named on the cards, read from their paths."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from serve_app.settings import ROOT
 
 
 class BuiltInLoras:
-    """The adapters of these cards, which may come and go. Files are read when first asked for, and once."""
+    """The LoRAs of these cards, a collection that may change. Each file is read once, on first use."""
 
     def __init__(self, cards: Collection[ModelCard]) -> None:
         self._cards = cards
-        self._known: dict[tuple[str, str, str], LoraRecord] = {}  # by card, id and path
-        self._paths: dict[str, Path] = {}
+        self._records: dict[tuple[str, str, str], LoraRecord] = {}  # by card, id and path
+        self._paths: dict[str, Path] = {}  # by digest
         self._reading = asyncio.Lock()
 
     async def list(self) -> list[LoraRecord]:
-        """All of them, in the order of the cards. Raises Internal when a card names what is no LoRA."""
-        return [adapter for _, adapter in await self._all()]
+        """All of them, in the order of the cards. Raises Internal when a card names a file that is no
+        LoRA."""
+        return [record for _, record in await self._all()]
 
     async def find(self, name: str, model: str | None = None) -> LoraRecord | None:
-        """The one with this id or digest, or path as a card writes it; of this model where it is told."""
+        """The one with this id or digest, or path as its card writes it. model: id of its model; None: of
+        any."""
         folded = name.casefold()
-        for entry, adapter in await self._all():
-            if model in (None, adapter.model) and (
-                folded == adapter.id or name in (entry.path, adapter.digest)
-            ):
-                return adapter
+        for entry, record in await self._all():
+            if model in (None, record.model) and (folded == record.id or name in (entry.path, record.digest)):
+                return record
         return None
 
     async def file(self, digest: str) -> bytes | None:
-        """The file with this digest, if a card names it."""
+        """The file with this SHA-256 (hex), if a card names it."""
         await self.list()
         path = self._paths.get(digest)
         return None if path is None else await asyncio.to_thread(path.read_bytes)
@@ -49,9 +49,9 @@ class BuiltInLoras:
             listed = [(card, entry) for card in self._cards for entry in card.adapters]
             for card, entry in listed:
                 key = card.id, entry.id, entry.path
-                if key not in self._known:
-                    self._known[key] = await asyncio.to_thread(self._read, card, entry)
-                found.append((entry, self._known[key]))
+                if key not in self._records:
+                    self._records[key] = await asyncio.to_thread(self._read, card, entry)
+                found.append((entry, self._records[key]))
         return found
 
     def _read(self, card: ModelCard, entry: CardLora) -> LoraRecord:

@@ -1,4 +1,4 @@
-"""Hub ids into addresses: which file of a Hugging Face repository is meant."""
+"""LoRA files of Hugging Face repositories, by hub id."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from deployments.protocol.errors import BadRequest
 from serve_app.storage.url_fetcher import FetchedFile, OnProgress, UrlFetcher
 
 HUB = "https://huggingface.co"
-HOSTS = ("huggingface.co", "*.huggingface.co", "*.hf.co")  # files live behind redirects to the latter
+HOSTS = ("huggingface.co", "*.huggingface.co", "*.hf.co")  # the hub redirects downloads to the latter
 LISTING_BYTES = 2**20
 LISTING_TIMEOUT_S = 20.0
 PART = r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}"
 HUB_ID = re.compile(rf"({PART}/{PART})(?:@({PART}))?((?:/{PART})*)")
-USUAL = "pytorch_lora_weights.safetensors"
+DEFAULT_FILE = "pytorch_lora_weights.safetensors"
 
 
 async def fetch_from_hub(
@@ -28,8 +28,9 @@ async def fetch_from_hub(
 ) -> FetchedFile:
     """The file of `owner/repo`, `owner/repo/file.safetensors` or `owner/repo@revision/...`.
 
-    Without a file it is the repository's usual LoRA file, else its only safetensors file.
-    Raises BadRequest when that does not lead to one file, and what Fetcher.get raises.
+    Without a file name: DEFAULT_FILE (the name that diffusers saves under), else the only safetensors file.
+    token: of a Hugging Face account; None: no login. max_bytes: of the file.
+    Raises BadRequest for an id that is not one file, and what UrlFetcher.get raises.
     """
     match = HUB_ID.fullmatch(hub_id)
     if match is None or ".." in hub_id:
@@ -43,7 +44,7 @@ async def fetch_from_hub(
             timeout_s=LISTING_TIMEOUT_S,
             headers=headers,
         )
-        file = _the_file(repo, listing.data)
+        file = _file_name(repo, listing.data)
     if not file.endswith(".safetensors"):
         raise BadRequest(f"{file} is no safetensors file; others are not opened", param="loras")
     return await fetcher.get(
@@ -55,15 +56,15 @@ async def fetch_from_hub(
     )
 
 
-def _the_file(repo: str, listing: bytes) -> str:
+def _file_name(repo: str, listing: bytes) -> str:
     try:
         names = [str(entry["rfilename"]) for entry in json.loads(listing)["siblings"]]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BadRequest(f"the hub's list of the files of {repo} cannot be read", param="loras") from None
     files = [name for name in names if name.endswith(".safetensors")]
-    if USUAL in files:
-        return USUAL
+    if DEFAULT_FILE in files:
+        return DEFAULT_FILE
     if len(files) != 1:
-        told = ", ".join(files[:5]) or "none"
-        raise BadRequest(f"{repo} has no one safetensors file ({told}); name the file", param="loras")
+        found = ", ".join(files[:5]) or "none"
+        raise BadRequest(f"{repo} has no one safetensors file ({found}); name the file", param="loras")
     return files[0]

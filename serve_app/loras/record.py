@@ -1,4 +1,4 @@
-"""An adapter as the register knows it (pure)."""
+"""A LoRA as the registry stores it (pure)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from deployments.lora_format.file_info import LoraFileInfo
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest
 
-ID_DIGITS = 16  # of the file's digest: the same file has the same id for everybody
-PUBLIC = "public"  # the owner of what everybody may use
-DIGEST = re.compile(r"[0-9a-f]{64}")
-NAME = re.compile(r"\w[\w .+-]{0,99}")  # no colon or bracket, so that <lora:name:0.8> can say it
+ID_DIGITS = 16  # of the file's digest: the same file has the same id for every owner
+PUBLIC = "public"  # the owner of LoRAs that every caller may use
+NAME = re.compile(r"\w[\w .+-]{0,99}")  # no colon or bracket, so that it can stand in <lora:name:0.8>
 MAX_WORDS, MAX_WORD_CHARS, MAX_TEXT_CHARS = 16, 100, 2000
 
 LoraSource = Literal["built-in", "upload", "url", "hub"]
@@ -24,11 +23,11 @@ LoraSource = Literal["built-in", "upload", "url", "hub"]
 
 @dataclass(frozen=True, slots=True)
 class LoraRecord:
-    """What is known of one LoRA. Its file lies under its digest."""
+    """What is known of one LoRA. Its file is stored under its digest."""
 
     id: str
-    digest: str  # SHA-256 of the file, hex
-    owner: str  # PUBLIC: everybody may use it
+    digest: str  # SHA-256 of the file, 64 hex digits
+    owner: str  # PUBLIC: every caller may use it
     name: str
     family: LoraFamily
     rank: int
@@ -39,12 +38,12 @@ class LoraRecord:
     licence: str
     source: LoraSource
     created_at: float  # unix seconds; 0 for built-in ones
-    model: str | None = None  # built-in: the only model it is for
-    preview: bool = False  # the register has a small WebP picture of it
+    model: str | None = None  # built-in: id of the only model it is for
+    preview: bool = False  # the registry has a small WebP picture of it
 
     def fits(self, card: ModelCard) -> bool:
-        """Whether it may be used with this model, as far as its header tells."""
-        return self.model in (None, card.id) and self.family in ("unknown", card.family)
+        """Whether it may be used with this model, as far as its header says."""
+        return self.model in (None, card.id) and fits_family(self.family, card)
 
 
 LORA_RECORD = TypeAdapter(LoraRecord)
@@ -52,7 +51,7 @@ LORA_RECORD = TypeAdapter(LoraRecord)
 
 @dataclass(frozen=True, slots=True)
 class LoraLabel:
-    """What the one who registers an adapter says of it; None: whatever its file says."""
+    """What a caller states on registration; None: the value in the file's metadata."""
 
     name: str | None = None
     trigger_words: tuple[str, ...] | None = None
@@ -62,14 +61,21 @@ class LoraLabel:
     preview: bytes | None = None  # a small WebP picture
 
 
+def fits_family(family: LoraFamily, card: ModelCard) -> bool:
+    """Whether a LoRA of this family may be used with the model; unknown: the shapes decide later."""
+    return family in ("unknown", card.family)
+
+
 def lora_id(digest: str) -> str:
+    """The id of the file with this SHA-256 (hex)."""
     return digest[:ID_DIGITS]
 
 
 def make_record(
     digest: str, info: LoraFileInfo, label: LoraLabel, owner: str, source: LoraSource
 ) -> LoraRecord:
-    """The record of a file. Raises BadRequest for a label that cannot be kept."""
+    """The record of a file; created_at is set by the registry. Raises BadRequest for a label that is too
+    long."""
     words = info.trigger_words if label.trigger_words is None else label.trigger_words
     words = tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
     if len(words) > MAX_WORDS or any(len(w) > MAX_WORD_CHARS or not w.isprintable() for w in words):
@@ -98,13 +104,17 @@ def make_record(
     )
 
 
-def _name(wanted: str | None, by_file: str, digest: str) -> str:
-    """What it is called: as wanted, else as its file says, else after its digest."""
-    if wanted is None:
-        return by_file if NAME.fullmatch(by_file) else f"lora-{digest[:8]}"
-    if not NAME.fullmatch(wanted):
+def default_name(digest: str) -> str:
+    """The name of a LoRA that has none."""
+    return f"lora-{digest[:8]}"
+
+
+def _name(stated: str | None, in_file: str, digest: str) -> str:
+    if stated is None:
+        return in_file if NAME.fullmatch(in_file) else default_name(digest)
+    if not NAME.fullmatch(stated):
         raise BadRequest(
             "a name has 1 to 100 letters, digits, spaces or . _ + -, and begins with a letter or digit",
             param="name",
         )
-    return wanted
+    return stated

@@ -1,4 +1,4 @@
-"""Which LoRAs a request asks for, before anybody has looked for them (pure)."""
+"""The LoRAs that a request asks for, before any of them is looked up (pure)."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ LoraSpecKind = Literal["id", "url", "file", "hub"]
 
 @dataclass(frozen=True, slots=True)
 class LoraSpec:
-    """One adapter as it was asked for."""
+    """One LoRA as a request asks for it."""
 
     kind: LoraSpecKind
     weight: float
-    reference: str = ""  # id or name, URL, or hub id
-    file: bytes | None = None  # kind file
-    param: str = "loras"  # the field that asks for it
+    reference: str = ""  # of kind id: id or name; url: the URL; hub: the hub id
+    file: bytes | None = None  # of kind file
+    param: str = "loras"  # the request's field that asks for it, for messages
 
 
 def extract_lora_tags(prompt: str) -> tuple[str, tuple[LoraSpec, ...]]:
-    """The prompt without its `<lora:name:weight>`, and what they ask for; weight is 1 where there is none.
+    """The prompt without its `<lora:name:weight>` tags, and their LoRAs; the weight is 1 where a tag has
+    none.
 
-    Raises BadRequest for a tag that says neither a name nor a proper weight.
+    Raises BadRequest for a tag without a name or with a weight that is no number or out of range.
     """
-    specs = tuple([_tagged(match[1]) for match in TAG.finditer(prompt)])
+    specs = tuple([_parse_tag(match[1]) for match in TAG.finditer(prompt)])
     if not specs:
         return prompt, ()
     bare = re.sub(rf"[ \t]*{TAG.pattern}", "", prompt, flags=re.IGNORECASE)
@@ -39,7 +40,7 @@ def extract_lora_tags(prompt: str) -> tuple[str, tuple[LoraSpec, ...]]:
 
 
 def check_weight(weight: float, param: str) -> float:
-    """The weight, -2 to 2."""
+    """The weight. Raises BadRequest unless it is -MAX_LORA_WEIGHT to MAX_LORA_WEIGHT."""
     if not math.isfinite(weight) or abs(weight) > MAX_LORA_WEIGHT:
         raise BadRequest(
             f"the weight of a LoRA is -{MAX_LORA_WEIGHT:g} to {MAX_LORA_WEIGHT:g}, not {weight:g}",
@@ -48,7 +49,8 @@ def check_weight(weight: float, param: str) -> float:
     return weight
 
 
-def _tagged(text: str) -> LoraSpec:
+def _parse_tag(text: str) -> LoraSpec:
+    """Of "name", "name:weight" or "name:weight:weight" with equal weights (denoiser and text encoder)."""
     name, *weights = [part.strip() for part in text.split(":")]
     try:
         numbers = [float(weight) for weight in weights]

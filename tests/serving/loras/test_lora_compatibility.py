@@ -1,4 +1,4 @@
-"""Adapters that cannot fit are refused as soon as a model has told its layers; until then nobody guesses."""
+"""LoRAs that cannot fit are refused as soon as the layers of a model are known, and not before."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ TOO_WIDE = {"unet.down_blocks.0.attn.to_q": (4, 640)}
 
 
 class Model:
-    """Tells its layers once it has any, and counts who asks."""
+    """A model that knows its layers once it has any, and counts lookups."""
 
     def __init__(self, layers: Mapping[str, tuple[int, ...]] | None) -> None:
         self.layers = layers
-        self.asked = 0
+        self.lookups = 0
 
     async def __call__(self, _model: str) -> Mapping[str, tuple[int, ...]] | None:
-        self.asked += 1
+        self.lookups += 1
         return self.layers
 
 
@@ -48,7 +48,7 @@ async def test_a_wrong_shape_is_refused_with_both_shapes(stored: ResultStore) ->
     )
 
 
-async def test_a_model_is_asked_once_and_a_file_read_once(stored: ResultStore) -> None:
+async def test_layers_are_looked_up_once_and_a_file_read_once(stored: ResultStore) -> None:
     model = Model(FITS)
     subject = CompatibilityCheck(stored, model)
 
@@ -56,10 +56,10 @@ async def test_a_model_is_asked_once_and_a_file_read_once(stored: ResultStore) -
     await stored.remove(adapter_path(digest(FILE)))
     await subject.check("ink", digest(FILE), SKETCH, "loras")
 
-    assert model.asked == 1
+    assert model.lookups == 1
 
 
-async def test_other_weights_under_the_same_name_are_asked_anew(stored: ResultStore) -> None:
+async def test_other_weights_under_the_same_name_are_looked_up_anew(stored: ResultStore) -> None:
     model = Model(FITS)
     subject = CompatibilityCheck(stored, model)
     await subject.check("ink", digest(FILE), SKETCH, "loras")
@@ -70,7 +70,7 @@ async def test_other_weights_under_the_same_name_are_asked_anew(stored: ResultSt
         await subject.check("ink", digest(FILE), SKETCH.model_copy(update={"weights": weights}), "loras")
 
 
-async def test_a_model_that_cannot_tell_refuses_nothing_and_is_asked_again_later(
+async def test_unknown_layers_refuse_nothing_and_are_looked_up_again_later(
     stored: ResultStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Model(None)
@@ -78,9 +78,9 @@ async def test_a_model_that_cannot_tell_refuses_nothing_and_is_asked_again_later
 
     await subject.check("ink", digest(FILE), SKETCH, "loras")
     await subject.check("ink", digest(FILE), SKETCH, "loras")
-    assert model.asked == 1
+    assert model.lookups == 1
 
-    monkeypatch.setattr(compatibility, "ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr(compatibility, "RETRY_LOOKUP_S", 0.0)
     later = CompatibilityCheck(stored, model)
     await later.check("ink", digest(FILE), SKETCH, "loras")
     model.layers = TOO_WIDE
@@ -89,7 +89,7 @@ async def test_a_model_that_cannot_tell_refuses_nothing_and_is_asked_again_later
 
 
 async def test_memory_of_verdicts_is_bounded(stored: ResultStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compatibility, "VERDICTS_KEPT", 2)
+    monkeypatch.setattr(compatibility, "MAX_VERDICTS", 2)
     subject = CompatibilityCheck(stored, Model(FITS))
 
     for seed in range(5):
