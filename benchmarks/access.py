@@ -1,4 +1,4 @@
-"""What access costs: naming a caller, counting a call, decoding a picture in its own program.
+"""Cost of access control: identifying a caller, counting a call, decoding an image in its own program.
 
 python benchmarks/access.py [--calls 500] [--pictures 50] [--dry]
 """
@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--calls", type=int, default=500)
     parser.add_argument("--pictures", type=int, default=50)
-    parser.add_argument("--dry", action="store_true", help="print, keep no rows")
+    parser.add_argument("--dry", action="store_true", help="print, record nothing")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, EmbeddedRedis(Path(folder)) as url:
         asyncio.run(access(url, options.calls, options.dry))
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 async def access(url: str, calls: int, dry: bool) -> None:
-    """Milliseconds to name the caller of a key and of a token, and to count a call."""
+    """Measure milliseconds to identify the caller of a key and of a token, and to count a call."""
     settings = Settings(api_key=SecretStr("k" * 43), jwt_secret=SecretStr("s" * 43), submits_per_minute=10**9)
     async with connect(url) as redis:
         accounts = AccountStore.of(redis, settings)
@@ -76,7 +76,7 @@ async def timed(call: Callable[[], Awaitable[object]], calls: int) -> list[float
 
 
 def pictures(count: int, dry: bool) -> None:
-    """Milliseconds that decoding one megapixel elsewhere takes over decoding it here."""
+    """Measure milliseconds that decoding one megapixel takes longer in the sandbox than in this process."""
     picture = Image.effect_noise((64, 64), 80).convert("RGB").resize((1024, 1024), Image.Resampling.BICUBIC)
     for form in ("PNG", "JPEG"):
         buffer = io.BytesIO()
@@ -88,9 +88,9 @@ def pictures(count: int, dry: bool) -> None:
         for _ in range(count):
             began = time.perf_counter()
             Image.open(io.BytesIO(data)).convert("RGB")
-            between = time.perf_counter()
+            decoded_here = time.perf_counter()
             decoder_pool.decode(data, DecodeMode.picture, "image")
-            extra.append(1000 * (time.perf_counter() - between - (between - began)))
+            extra.append(1000 * (time.perf_counter() - decoded_here - (decoded_here - began)))
         decoder_pool.close()
         keep(f"decode_elsewhere_extra_{form.lower()}_1mp_ms", extra, dry)
 

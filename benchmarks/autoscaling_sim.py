@@ -1,19 +1,19 @@
-"""The autoscaling policy that Serve runs, and Ray's own, under production-shaped arrivals on a virtual clock.
+"""Weft's autoscaling policy and Ray's own, under production-shaped arrivals on a virtual clock.
 
-Simulated is what surrounds them: arrivals, one first-come-first-served queue, replicas that each do one
-second of work per second, cold starts, reports every 10 s as Serve's. The policies are real: BacklogPolicy
-of serve_app/ray_serve/autoscaling.py and Ray's default function, both called through Ray's own wrapper with
-Ray's own AutoscalingContext and AutoscalingConfig; only the clock that Ray's module reads is ours.
+Simulated are arrivals, one first-come-first-served queue, replicas that each do one second of work per
+second, cold starts, and reports every 10 s as in Serve. The policies are real: BacklogPolicy of
+serve_app/ray_serve/autoscaling.py and Ray's default function, both called through Ray's own wrapper with
+Ray's own AutoscalingContext and AutoscalingConfig; only the clock that Ray's module reads is simulated.
 
 SLO: a request is ended within 60 s of its arrival, or within 3 times the work it needs where that is longer.
 Ideal GPU-hours: the work itself, as if a GPU existed only while it is busy. No policy can reach 1.0.
-GPU-hours: from the moment a replica is asked for (its cold start included) until it is gone.
+GPU-hours: from the moment a replica is requested (cold start included) until it is removed.
 A day is simulated per seed, until its last request has ended; every request counts.
 
 Arrivals are sessions of users, each at its own steady rate for a time of random length, and one quiet stretch
 a day. Their parameters were chosen so that the coefficient of variation of the gaps and the indices of
-dispersion come near those published for production, which are printed beside them. The policy's defaults were
-chosen on the days of seeds 1 to 3; others are reported.
+dispersion are close to those published for production, which are printed with them. The policy's defaults
+were chosen on the days of seeds 1 to 3; others are reported.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ SEEDS = (11, 12, 13, 14, 15)
 PER_MINUTE = 20.0  # requests, on average of a day
 SESSION_PER_MINUTE = 1.4  # requests of one session
 SESSION_S = 7_200.0  # its mean length
-QUIET_S = 6_000.0  # once a day nobody comes
+QUIET_S = 6_000.0  # once a day no request arrives for this long
 USERS, ZIPF = 1_000, 0.87  # sessions per user by rank
 IMAGES = {1: 0.58, 2: 0.08, 4: 0.19, 8: 0.15}
 STEPS = {20: 0.3, 28: 0.5, 50: 0.2}
@@ -92,7 +92,7 @@ def traffic(seed: int, length_s: float = DAY_S, per_minute: float = PER_MINUTE) 
     dice = random.Random(seed)
     weights = [rank**-ZIPF for rank in range(1, USERS + 1)]
     busy = length_s - QUIET_S * max(1, round(length_s / DAY_S))
-    rate = per_minute / 60 * length_s / busy  # while somebody comes
+    rate = per_minute / 60 * length_s / busy  # outside of the quiet stretch
     sessions_per_s = rate / (SESSION_PER_MINUTE / 60) / SESSION_S
     quiet = [day * DAY_S + dice.uniform(0.2, 0.8) * DAY_S for day in range(max(1, round(length_s / DAY_S)))]
     requests: list[Request] = []
@@ -109,7 +109,7 @@ def traffic(seed: int, length_s: float = DAY_S, per_minute: float = PER_MINUTE) 
 
 
 def shape(requests: Sequence[Request], length_s: float) -> dict[str, float]:
-    """What TARGETS names, of these arrivals."""
+    """The figures of TARGETS for these arrivals."""
     times = np.array([request.at for request in requests])
     gaps = np.diff(times)
     found = {"CV of gaps": float(gaps.std() / gaps.mean())}
@@ -172,7 +172,7 @@ class Cluster:
         *,
         store: bool,
     ) -> None:
-        """store: requests wait in Weft's store, whose dispatchers tell of them; else at Serve's handle."""
+        """store: requests wait in Weft's store, whose dispatchers report them; else at Serve's handle."""
         self.now = 0.0
         self._requests = [Request(request.at, request.work_s, request.user) for request in requests]
         self._config = config
@@ -186,7 +186,7 @@ class Cluster:
         self._queue: deque[Request] = deque()
         self._target = config.initial_replicas or config.min_replicas
         self._metrics: dict[str, dict[ReplicaID, list[TimeStampedValue]]] = {}
-        self._open: deque[tuple[float, float]] = deque()  # seen by handles
+        self._open: deque[tuple[float, float]] = deque()  # number of requests at handles, by time
         self._pushed = 0.0
         self._gpu_s = 0.0
         self._recent: deque[float] = deque(maxlen=32)
@@ -195,7 +195,7 @@ class Cluster:
         return ReportedDemand(len(self._queue), self._busy(), self.now)
 
     def run(self) -> Outcome:
-        """Until the last request has ended."""
+        """Simulate until the last request has ended."""
         coming = deque(self._requests)
         curve = []
         self._scale()
@@ -242,7 +242,7 @@ class Cluster:
             ready_at = self.now + self._cold_start_s
             self._replicas.append(Replica(ReplicaID(number, self._deployment), self.now, ready_at, ready_at))
         while len(self._replicas) > self._target:
-            # Serve stops those that are starting first; one with work ends it
+            # Serve stops starting replicas first; a replica with work finishes it
             gone = max(
                 self._replicas, key=lambda r: (r.ready_at > self.now, r.free_at <= self.now, r.asked_at)
             )
@@ -251,7 +251,7 @@ class Cluster:
             self._gpu_s += until - gone.asked_at
 
     def _report(self) -> None:
-        """What handles and replicas push to the controller, as old as Serve's intervals make it."""
+        """Update what handles and replicas have pushed to the controller, at Serve's intervals."""
         busy = self._busy()
         self._open.append((self.now, float(busy + len(self._queue))))
         if self.now - self._pushed < REPORT_S and self.now > 0:
@@ -268,11 +268,11 @@ class Cluster:
 
     def _context(self) -> AutoscalingContext:
         ready = self._ready()
-        if self._store:  # what dispatchers hold back while nothing runs is not at Serve
+        if self._store:  # jobs that dispatchers hold back while nothing runs are unknown to Serve
             total = 0.0 if not ready else self._mean_open
             queued = 0.0
         else:
-            # a handle with no replica tells of its first request at once
+            # a handle without replicas reports its first request at once
             total = self._open[-1][1] if not ready else self._mean_open
             queued = float(len(self._queue))
         alive = {replica.id for replica in ready}
@@ -301,7 +301,7 @@ class Cluster:
 
 
 def weft(requests: Sequence[Request], cold_start_s: float, **params: float) -> Outcome:
-    """Our policy as serve_app/app.py deploys it."""
+    """BacklogPolicy as serve_app/app.py deploys it."""
     config = AutoscalingConfig(
         min_replicas=0,
         max_replicas=MOST,
@@ -316,14 +316,14 @@ def weft(requests: Sequence[Request], cold_start_s: float, **params: float) -> O
 
 
 def rays_default(requests: Sequence[Request], cold_start_s: float) -> Outcome:
-    """Ray's function with Ray's values."""
+    """Ray's policy function with its default values."""
     config = AutoscalingConfig(min_replicas=0, max_replicas=MOST)
     policy = rays._apply_autoscaling_config(rays._core_replica_queue_length_policy)
     return _run(Cluster(requests, config, policy, cold_start_s, store=False))
 
 
 def rays_tuned(requests: Sequence[Request], cold_start_s: float) -> Outcome:
-    """Ray's function, 0.7 requests per replica and no delay before it scales up."""
+    """Ray's policy function with 0.7 requests per replica and no delay before it scales up."""
     config = AutoscalingConfig(
         min_replicas=0, max_replicas=MOST, target_ongoing_requests=0.7, upscale_delay_s=0.0
     )
@@ -332,7 +332,7 @@ def rays_tuned(requests: Sequence[Request], cold_start_s: float) -> Outcome:
 
 
 def _run(cluster: Cluster) -> Outcome:
-    """With Ray's delays on the cluster's clock."""
+    """Run with Ray's delays measured on the cluster's clock."""
     real = rays.time
     rays.time = types.SimpleNamespace(time=lambda: cluster.now, monotonic=lambda: cluster.now)
     try:
@@ -350,7 +350,7 @@ POLICIES: dict[str, Callable[[Sequence[Request], float], Outcome]] = {
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Of one policy on one day."""
+    """Results of one policy on one day."""
 
     slo: float
     versus_ideal: float

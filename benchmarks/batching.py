@@ -1,9 +1,9 @@
-"""Real FLUX pipeline calls on this CPU: the engine beside one call after another and request-level batches.
+"""Real FLUX pipeline calls on this CPU: the engine compared with sequential calls and request-level batches.
 
-Arrivals are Poisson on a clock that is the thread's CPU time, and jumps where nobody waits; so neighbours
-on the machine do not count. Two models: `small`, where eight rows cost about 3.5 times one (as 512 px on a
-large GPU), and `large`, where they cost eight times one (as 1024 px). One guidance of five and one
-adapter of fifty (Zipf) belong to a request; the adapters' own arithmetic is in none of the policies.
+Arrivals are Poisson on a clock that is the thread's CPU time and skips idle time, so other processes on the
+machine do not count. Two models: `small`, where eight rows cost about 3.5 times one (as 512 px on a large
+GPU), and `large`, where they cost eight times one (as 1024 px). Each request has one guidance of five and one
+adapter of fifty (Zipf); the adapters' own arithmetic is in none of the policies.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STEPS = {4: 0.3, 8: 0.2, 20: 0.25, 28: 0.15, 50: 0.1}
 GUIDANCES = (1.0, 2.5, 3.5, 5.0, 7.0)
 ADAPTERS = 50
 ROWS = 8
-SLO = 3.0  # times what the request takes alone
+SLO = 3.0  # times the seconds that the request takes alone
 PLOT = Path(__file__).parent / "plots" / "batching.svg"
 NOTE = "real FluxPipeline calls with random weights, one thread, clock = its CPU time, Poisson arrivals"
 
@@ -51,7 +51,7 @@ MODELS = {"small": Model(64, (1, 2), 128), "large": Model(256, (4, 8), 256)}
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Request(ScheduledJob):
-    """A job with what its pipeline call needs."""
+    """A scheduled job with the arguments of its pipeline call."""
 
     seed: int = 0
     guidance: float = 1.0
@@ -59,7 +59,7 @@ class Request(ScheduledJob):
 
 
 class CpuClock:
-    """CPU seconds of this thread, and the idle time that was skipped."""
+    """CPU seconds of this thread plus the idle time that was skipped."""
 
     def __init__(self) -> None:
         self._skipped_s = -time.thread_time()
@@ -88,7 +88,7 @@ class OneAdapter(StepScheduler):
 
 
 def template(model: Model) -> Any:
-    """FLUX.1-dev in small, without text encoders and VAE."""
+    """A small FLUX.1-dev pipeline without text encoders and VAE."""
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
         in_channels=16,
@@ -155,7 +155,7 @@ Policy = Callable[[Any, Model, Sequence[Request]], dict[Request, float]]  # when
 
 
 def request_level(rows: int) -> Policy:
-    """The oldest and those of equal steps and guidance in one pipeline call; 1: one after another."""
+    """A policy: the oldest request and those of equal steps and guidance, up to `rows`, in one call."""
 
     def run(pipeline: Any, model: Model, requests: Sequence[Request]) -> dict[Request, float]:
         clock, waiting = CpuClock(), list(requests)
@@ -177,7 +177,7 @@ def request_level(rows: int) -> Policy:
 
 
 def step_level(scheduler: Callable[[int], StepScheduler]) -> Policy:
-    """The engine with this step scheduler."""
+    """A policy: the engine with this step scheduler."""
 
     def run(pipeline: Any, model: Model, requests: Sequence[Request]) -> dict[Request, float]:
         restore = intercept([pipeline.transformer])
@@ -219,7 +219,7 @@ POLICIES: dict[str, Policy] = {
 
 
 def seconds_alone(pipeline: Any, model: Model) -> dict[int, float]:
-    """CPU seconds of a call that has the machine to itself, by steps: on the line through 4 and 20 steps."""
+    """CPU seconds of a single call, by steps: interpolated from calls of 4 and 20 steps."""
 
     def seconds(steps: int) -> float:
         began = time.thread_time()
@@ -232,7 +232,7 @@ def seconds_alone(pipeline: Any, model: Model) -> dict[int, float]:
 
 
 def per_second_alone(alone: dict[int, float]) -> float:
-    """Requests per second that one after another can do."""
+    """Requests per second that sequential calls can do."""
     return 1 / sum(alone[steps] * share for steps, share in STEPS.items())
 
 
@@ -245,13 +245,13 @@ def mean(ended: dict[Request, float]) -> float:
 
 
 def slo(ended: dict[Request, float], alone: dict[int, float]) -> float:
-    """Share of requests that ended within three times what they take alone."""
+    """Share of requests that ended within three times the seconds they take alone."""
     kept = [end - one.submitted_at <= SLO * alone[one.steps] for one, end in ended.items()]
     return sum(kept) / len(kept)
 
 
 def compare(name: str, load: float, count: int, seeds: int) -> tuple[dict[str, list[dict]], dict[int, float]]:
-    """What every policy did with the same arrivals, by seed, the policies taking turns."""
+    """Ends of all requests per policy and seed, with the same arrivals; the policies take turns."""
     model = MODELS[name]
     pipeline = template(model)
     alone = seconds_alone(pipeline, model)
@@ -357,7 +357,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=200, help="to the small model")
     parser.add_argument("--large-requests", type=int, default=40, help="to the large model")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--serve", action="store_true", help="also the real @serve.batch, in wall time")
+    parser.add_argument("--serve", action="store_true", help="also Ray Serve's @serve.batch, in wall time")
     parser.add_argument("--dry", action="store_true", help="neither record nor draw")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -382,7 +382,9 @@ def main() -> None:
         waits = through_serve("small", 1.5, options.requests, alone)
         real = statistics.quantiles(waits, n=20)[18]
         ratio = p95(small["request-level"][0]) / real
-        note = f"how fair the stand-in for request-level is: its p95 over that of @serve.batch ({real:.2f} s)"
+        note = (
+            f"check of the simulated request-level policy: its p95 over that of @serve.batch ({real:.2f} s)"
+        )
         record("batching_request_level_vs_serve_batch", [ratio], "ratio", note, options.dry)
     if not options.dry:
         draw({"small model, 1.5 load": small, "large model, 0.8 load": large})

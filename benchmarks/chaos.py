@@ -1,5 +1,5 @@
-"""Jobs while dispatchers and the store are killed and stopped at random: accepted, lost, ended twice, and how
-long each of them was missed.
+"""Jobs while dispatchers and the store are killed and paused at random: accepted, lost, ended twice, and the
+seconds until each of these recovered.
 
 Five runs of 200 jobs take about four minutes. Fails when a job was lost, ended twice or cannot be read.
 """
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _report(tallies: list[Tally], keep: bool) -> None:
-    """One row per figure: printed, and recorded where they shall be kept."""
+    """Print one row per figure; record it if `keep`."""
     kills = {kind: sum(tally.kills[kind] for tally in tallies) for kind in tallies[0].kills}
     notes = ", ".join(f"{number} x {kind}" for kind, number in kills.items())
     for name, total in {

@@ -1,4 +1,4 @@
-"""What a newcomer waits for: from `git clone` to the first picture, and the time of `make test`.
+"""Seconds from `git clone` to the first image, and the time of `make test`, on a clean machine.
 
 Both run in a fresh clone with a virtual environment of its own; package files may be cached by pip.
 """
@@ -34,7 +34,7 @@ def free_port() -> int:
 
 
 def first_picture_s(folder: Path) -> float:
-    """Seconds from before the clone to the bytes of a picture that `make serve` answered with."""
+    """Seconds from before the clone to the bytes of the first image of `make serve`."""
     began = time.monotonic()
     repository = clone(folder)
     port = free_port()
@@ -51,7 +51,7 @@ def first_picture_s(folder: Path) -> float:
             except httpx.TransportError:
                 pass
             time.sleep(0.1)
-        raise RuntimeError("make serve gave no picture")
+        raise RuntimeError("make serve returned no image")
     finally:
         os.killpg(serve.pid, signal.SIGINT)
         serve.wait(60)

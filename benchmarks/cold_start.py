@@ -1,11 +1,12 @@
-"""From the start of a replica's process to its first picture, phase by phase; weights in the page cache.
+"""Seconds from the start of a replica's process to its first image, by phase; weights in the page cache.
 
-process: until Python runs our first line. imports: torch, diffusers and our own. load: weights on the
-device, seams cut. warm_up: the card's sizes once, rows proven. first_picture: the first request, encoded.
+process: until Python runs our first line. imports: torch, diffusers and our modules. load: weights on the
+device, seams in place. warm_up: the card's sizes once, batch sizes proven. first_picture: the first request,
+encoded.
 
-A replica is a process like these; Ray adds what it takes to place it. --graph measures that as well: the
-whole graph with the model scaled to zero, from the call of a caller who waits to its picture. --compile also
-measures the card with `compile: true`, on a node that has no compiled code yet and on one that has.
+A replica is a process like these plus the time that Ray takes to place it. --graph measures that as well: the
+whole graph with the model scaled to zero, from a synchronous call to its image. --compile also measures the
+card with `compile: true`, on a node without compiled code and on one that has it.
 
     python benchmarks/cold_start.py [--cards tiny-flux-schnell,tiny-sdxl-base] [--graph] [--compile]
 """
@@ -68,7 +69,7 @@ def one_run(card_id: str, *more: str, **environment: str) -> dict[str, float]:
 
 
 def through_the_graph(card_id: str) -> tuple[float, float]:
-    """Seconds from the call of a caller who waits to the picture: with no replica, and with one."""
+    """Seconds from a synchronous call to the image: without a replica, and with one."""
     import httpx
     import yaml
 

@@ -1,7 +1,8 @@
-"""How long a request's step waits while the pictures of others are decoded: aside, and taking turns.
+"""Step intervals of a request while other requests' images are decoded: auxiliary lane against taking turns.
 
-Real calls of tiny-flux-dev: one request of 50 steps, and beside it short ones (4 steps) that come one after
-the other, so that a picture is decoded every few steps.  Aside and turns alternate.
+Real calls of tiny-flux-dev: one request of 50 steps, and beside it short ones (4 steps) one after the other,
+so that an image is decoded every few steps. The two variants alternate. Rows `..._aside` are the auxiliary
+lane.
 """
 
 from __future__ import annotations
@@ -50,10 +51,10 @@ def fiber(model: Model, request: ResolvedRequest, done_at: list[float]) -> Fiber
     return Fiber(partial(model.call, request, on_step, None, None, []), job)
 
 
-def step_gaps_ms(model: Model, card: Any, *, aside: bool) -> tuple[list[float], int]:
+def step_gaps_ms(model: Model, card: Any, *, auxiliary_lane: bool) -> tuple[list[float], int]:
     """Milliseconds between the steps of the long request, and how many short ones were finished."""
     scheduler = StepScheduler(4)
-    engine = Engine(scheduler, deterministic=True, auxiliary_lane=aside)
+    engine = Engine(scheduler, deterministic=True, auxiliary_lane=auxiliary_lane)
     done_at: list[float] = []
     long = fiber(model, resolved_request(card, LONG, 0), done_at)
     engine.start(long)
@@ -85,24 +86,24 @@ def main() -> None:
     gaps: dict[bool, list[float]] = {True: [], False: []}
     finished = {True: 0, False: 0}
     with torch.inference_mode():
-        for aside in (True, False):
-            step_gaps_ms(model, card, auxiliary_lane=aside)  # warms up
+        for auxiliary in (True, False):
+            step_gaps_ms(model, card, auxiliary_lane=auxiliary)  # warms up
         for _ in range(options.rounds):
-            for aside in (True, False):
-                found, ended = step_gaps_ms(model, card, auxiliary_lane=aside)
-                gaps[aside] += found
-                finished[aside] += ended
-    for aside, name in ((True, "aside"), (False, "in_turn")):
-        p50, p99 = statistics.median(gaps[aside]), statistics.quantiles(gaps[aside], n=100)[98]
+            for auxiliary in (True, False):
+                found, ended = step_gaps_ms(model, card, auxiliary_lane=auxiliary)
+                gaps[auxiliary] += found
+                finished[auxiliary] += ended
+    for auxiliary, name in ((True, "aside"), (False, "in_turn")):
+        p50, p99 = statistics.median(gaps[auxiliary]), statistics.quantiles(gaps[auxiliary], n=100)[98]
         note = (
             f"tiny-flux-dev, a request of {LONG} steps with {SHORT_AT_ONCE} of {SHORT} beside it, decoding"
-            f" {name}; {finished[aside]} pictures decoded meanwhile; longest {max(gaps[aside]):.0f} ms"
+            f" {name}; {finished[auxiliary]} pictures decoded; longest {max(gaps[auxiliary]):.0f} ms"
         )
         if options.dry:
             print(f"{name}: p50 {p50:.1f} ms, p99 {p99:.1f} ms; {note}")
         else:
-            ledger.record(f"decode_step_gap_p50_ms_{name}", p50, "ms", n=len(gaps[aside]), notes=note)
-            ledger.record(f"decode_step_gap_p99_ms_{name}", p99, "ms", n=len(gaps[aside]), notes=note)
+            ledger.record(f"decode_step_gap_p50_ms_{name}", p50, "ms", n=len(gaps[auxiliary]), notes=note)
+            ledger.record(f"decode_step_gap_p99_ms_{name}", p99, "ms", n=len(gaps[auxiliary]), notes=note)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Jobs a second from submit to finish with a null model, against the number of dispatchers on one Valkey.
+"""Jobs a second from submit to finish with a null model, by the number of dispatchers on one Valkey.
 
-Every dispatcher is a process of its own, as is every submitter; the embedded Valkey has every write on disk
-before it answers (appendfsync always). The model answers at once and makes no files: what is measured is
-accepting, claiming, telling progress and committing.
+Every dispatcher and every submitter is a process of its own; the embedded Valkey has every write on disk
+before it answers (appendfsync always). The model answers at once and makes no files, so the figure is the
+cost of accepting, claiming, reporting progress and committing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
 
 MODEL = "null"
-CALLERS = 16  # of one submitter, each waits for its answer before it asks again
+CALLERS = 16  # per submitter; each waits for its answer before the next call
 REQUEST = ResolvedRequest(
     model=MODEL,
     prompt="a red fox in the snow",
@@ -46,7 +46,7 @@ REQUEST = ResolvedRequest(
 
 
 class NullModel:
-    """Answers at once. `slots` requests at a time, of this dispatcher."""
+    """Answers at once; takes `slots` requests of this dispatcher at a time."""
 
     def __init__(self, slots: int) -> None:
         self._slots = slots
@@ -89,7 +89,7 @@ def dispatch(given: Settings, slots: int, stop: Event) -> None:
 
 
 def submit(given: Settings, jobs: int, go: Event, submitter: int) -> None:
-    """One submitter's process: so many jobs, of one owner for each of its callers."""
+    """One submitter's process: submits `jobs` jobs, one owner per caller."""
 
     async def caller(store: JobStore, number: int) -> None:
         for _ in range(number, jobs, CALLERS):
@@ -124,7 +124,7 @@ async def ended(given: Settings, jobs: int) -> tuple[float, float]:
                 continue
             done = [job for each in ids if (job := await store.get(each)).state.ended]
         assert {str(job.state) for job in done} == {"completed"}
-        assert {job.attempt for job in done} == {1}, "a job was worked on twice"
+        assert {job.attempt for job in done} == {1}, "a job was run twice"
     last = max(job.completed_at or 0.0 for job in done)
     first = min(job.created_at for job in done)
     return jobs / (last - first), statistics.median(
@@ -144,7 +144,7 @@ def measure(url: str, folder: str, dispatchers: int, options: argparse.Namespace
     ]
     for child in children:
         child.start()
-    time.sleep(options.settle)  # imports and connections are not what is measured
+    time.sleep(options.settle)  # imports and connections are not measured
     go.set()
     try:
         return asyncio.run(ended(given, share * options.submitters))

@@ -1,11 +1,11 @@
-"""What the engine itself costs per step boundary: a null denoiser with FLUX's arguments, 1 to 64 requests.
+"""CPU cost of the engine per step boundary: a null denoiser with FLUX's arguments, 1 to 64 requests.
 
 CPU seconds of the engine's thread, not wall time. The line through the medians gives a fixed cost per
 forward and a cost per active request; the tensors are tiny, so that copying them hardly counts.
 
-Two things that are no engine are measured by themselves and not subtracted: the request's own code with
-the switch of its fiber there and back, and the tensor operations that join and deal out the rows.
-With --memory it is memory instead: live tensors, live fibers and resident memory after many requests.
+Two costs outside the engine are measured separately and not subtracted: the request's own code with its two
+fiber switches, and the tensor operations that stack and split the rows.
+With --memory it measures memory: live tensors, live fibers and resident memory after many requests.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from deployments.engine.step_scheduler import ParkedCall, ScheduledJob, StepSche
 
 ACTIVE = (1, 2, 4, 8, 16, 32, 64)
 ROWS = 8  # of a forward, in measure_active
-WARM_UP = 20  # step boundaries at the start that do not count: the scheduler still learns
+WARM_UP = 20  # first step boundaries, not counted: the scheduler still learns
 
 
 class NullDenoiser(nn.Module):
-    """Takes what FluxTransformer2DModel takes and gives its input back."""
+    """Takes the arguments of FluxTransformer2DModel and returns its input."""
 
     def forward(
         self,
@@ -55,14 +55,14 @@ class NullDenoiser(nn.Module):
 
 
 class ParkingDenoiser(nn.Module):
-    """Parks its caller and answers with what it is resumed with: a seam without an engine."""
+    """Parks the fiber and returns the value it is resumed with: a seam without an engine."""
 
     def forward(self, hidden_states: Tensor, **others: object) -> tuple[Tensor]:
         return cast(tuple[Tensor], cast(Any, getcurrent()).parent.switch())
 
 
 class AlwaysTogether(StepScheduler):
-    """All that wait, in one forward: what is left is the engine's cost, without the choice's."""
+    """Puts all waiting calls into one forward, so that choosing costs nothing."""
 
     def pick(self, waiting: Sequence[ParkedCall], now: float = 0.0, *, observe: bool = True) -> list[int]:
         return list(range(len(waiting)))
@@ -79,7 +79,7 @@ class AlwaysTogether(StepScheduler):
 
 
 class LearnedToShare(StepScheduler):
-    """The real one, told that every forward takes 10 ms: the more rows the better."""
+    """The real scheduler, with 10 ms as the time of every forward, so that larger batches always pay."""
 
     def record_forward(
         self,
@@ -93,7 +93,7 @@ class LearnedToShare(StepScheduler):
 
 
 def request(denoiser: nn.Module, steps: int) -> None:
-    """The denoising loop of one request, with nothing in it but the calls."""
+    """The denoising loop of one request, with nothing but the module calls."""
     latents = torch.zeros(1, 4, 4)
     text, pooled = torch.zeros(1, 4, 4), torch.zeros(1, 4)
     img_ids, txt_ids = torch.zeros(4, 3), torch.zeros(4, 3)
@@ -132,7 +132,7 @@ def engine_us(make: Callable[[int], StepScheduler], deterministic: bool, active:
 
 
 def switching_us(active: int, steps: int) -> float:
-    """The same requests parked and resumed by a bare loop: their own code and the switches."""
+    """Median CPU microseconds of the same requests parked and resumed by a plain loop."""
     denoiser = ParkingDenoiser()
     fibers = [Fiber(partial(request, denoiser, steps)) for _ in range(active)]
     for fiber in fibers:
@@ -148,7 +148,7 @@ def switching_us(active: int, steps: int) -> float:
 
 
 def tensors_us(active: int, steps: int) -> float:
-    """Two joins of one small tensor per request and one deal: the least that a shared forward needs."""
+    """Median CPU microseconds of stacking two small tensors per request and splitting one."""
     latents = [torch.zeros(1, 4, 4) for _ in range(active)]
     times = [torch.zeros(1) for _ in range(active)]
     sizes = [1] * active
@@ -163,7 +163,7 @@ def tensors_us(active: int, steps: int) -> float:
 
 
 def line(measure: Callable[[int, int], float], steps: int, rounds: int) -> tuple[float, float, str]:
-    """Fixed microseconds, microseconds per active request, and the medians over all rounds as words."""
+    """Fixed microseconds, microseconds per active request, and the medians over all rounds as text."""
     costs = [statistics.median(measure(active, steps) for _ in range(rounds)) for active in ACTIVE]
     slope, fixed = np.polyfit(ACTIVE, costs, 1)
     words = ", ".join(f"{n}: {cost:.0f}" for n, cost in zip(ACTIVE, costs, strict=True))
@@ -190,7 +190,7 @@ def measure_speed(steps: int, rounds: int, *, record: bool) -> None:
 
 
 def measure_memory(requests: int, steps: int, *, record: bool) -> None:
-    """Short requests, 64 at a time, one engine: what is left of them when all are over."""
+    """Run short requests, 64 at a time, through one engine and measure what remains allocated."""
     denoiser = NullDenoiser()
     restore = intercept([denoiser])
     engine = Engine(LearnedToShare(64), deterministic=True)
@@ -205,7 +205,7 @@ def measure_memory(requests: int, steps: int, *, record: bool) -> None:
                 active, done = active + 1, done + 1
             active -= sum(fiber.done for fiber in engine.step())
 
-    serve(requests // 10)  # allocators and the scheduler's memories fill up
+    serve(requests // 10)  # allocators and the scheduler's tables fill up
     before = (*alive(), resident_bytes())
     serve(done + requests)
     after = (*alive(), resident_bytes())
@@ -221,9 +221,9 @@ def measure_memory(requests: int, steps: int, *, record: bool) -> None:
 
 
 def measure_active(active: int, *, record: bool) -> None:
-    """What `active` requests of FLUX's size at 1024 px hold between two steps, against their own tensors.
+    """Measure tensors alive between two steps of `active` requests of FLUX's size at 1024 px.
 
-    Beside these there is one stack of the embeddings of the last batch, so it has the rows of a big one.
+    The ratio is to the requests' own tensors. It includes one stack of the embeddings of the last batch.
     """
     denoiser = NullDenoiser()
     restore = intercept([denoiser])
@@ -264,7 +264,7 @@ def measure_active(active: int, *, record: bool) -> None:
 
 
 def tensor_bytes() -> int:
-    """Of all tensors alive, shared memory counted once."""
+    """Bytes of all tensors alive; shared memory counts once."""
     gc.collect()
     storages = {
         thing.untyped_storage().data_ptr(): thing.untyped_storage().nbytes()
@@ -275,7 +275,7 @@ def tensor_bytes() -> int:
 
 
 def alive() -> tuple[int, int]:
-    """Tensors and fibers that exist after a collection."""
+    """Numbers of tensors and fibers that exist after a garbage collection."""
     gc.collect()
     kinds = [type(thing) for thing in gc.get_objects()]
     return sum(issubclass(kind, Tensor) for kind in kinds), sum(issubclass(kind, Fiber) for kind in kinds)
@@ -289,8 +289,10 @@ def resident_bytes() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--steps", type=int, default=None, help="of each request: 200, or 4 for --memory")
-    parser.add_argument("--rounds", type=int, default=5, help="of each figure, the median counts")
-    parser.add_argument("--memory", action="store_true", help="what many short requests leave behind")
+    parser.add_argument("--rounds", type=int, default=5, help="per figure; the median is kept")
+    parser.add_argument(
+        "--memory", action="store_true", help="measure memory that many short requests leave allocated"
+    )
     parser.add_argument("--requests", type=int, default=10_000, help="for --memory")
     parser.add_argument("--dry", action="store_true", help="print only")
     options = parser.parse_args()

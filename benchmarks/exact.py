@@ -1,4 +1,4 @@
-"""Random schedules of mixed requests, each held against itself alone: how many were played, how many failed.
+"""Random schedules of mixed requests, each compared with the requests alone: number run, number failed.
 
 Runs tests/inference/engine/test_exactness.py, which asserts; rows `exact_schedules` and `exact_failures`.
 """

@@ -1,4 +1,4 @@
-"""Where measured figures are kept: benchmarks/results.jsonl, and results.md rendered from its newest rows."""
+"""Keeps measured figures: appends to benchmarks/results.jsonl and renders results.md from its newest rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEAD_LINE = 7 * "| --- " + "|"
 
 
 def record(name: str, value: float, unit: str, *, spread: str = "", n: int = 1, notes: str = "") -> None:
-    """Append one figure, with machine, commit, command and date, and render results.md anew."""
+    """Append one figure with machine, commit, command and date, and render results.md again."""
     row = {
         "name": name,
         "value": round(value, 4),
@@ -39,7 +39,7 @@ def record(name: str, value: float, unit: str, *, spread: str = "", n: int = 1, 
 
 
 def render() -> None:
-    """results.md: the newest row of each name, a table and the plots for each script."""
+    """Write results.md: the newest row of each name, a table and the plots of each script."""
     newest = {row["name"]: row for row in map(json.loads, JSONL.read_text(encoding="utf-8").splitlines())}
     by_script: dict[Path, list[dict[str, Any]]] = {}
     for row in sorted(newest.values(), key=lambda row: str(row["name"])):
@@ -74,13 +74,13 @@ def _script(command: str) -> Path:
 
 
 def _purpose(script: Path) -> str:
-    """What its docstring says in the first paragraph."""
+    """The first paragraph of the script's docstring."""
     text = ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) or ""
     return " ".join(text.split("\n\n")[0].split())
 
 
 def machine() -> str:
-    """CPU cores, architecture and GPU of this machine, in a few words."""
+    """CPU cores, architecture and GPU of this machine."""
     import torch
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"

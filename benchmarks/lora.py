@@ -1,9 +1,9 @@
-"""What LoRAs cost: eight different ones in a forward against none, against peft, and against switching.
+"""Cost of LoRAs: eight different ones in a forward compared with none, with peft, and with switching.
 
-The forwards are real, of the shipped tiny FLUX at 128 px with rank-16 adapters on all linear layers of its
-blocks; what they cost is CPU time. The traffic is played on a virtual clock with the times measured before:
-Poisson arrivals, adapters drawn by Zipf's law, the same oldest-first order for both rules; only who may share
-a forward differs. The plot needs the extra `bench` (matplotlib).
+The forwards are real: the shipped tiny FLUX at 128 px with rank-16 adapters on all linear layers of its
+blocks, measured in CPU time. The traffic is simulated on a virtual clock with these times: Poisson arrivals,
+adapters drawn by Zipf's law, oldest first under both rules; only the calls that may share a forward differ.
+The plot needs the extra `bench` (matplotlib).
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ ROOT = Path(__file__).parent.parent
 PLOT = Path(__file__).parent / "plots" / "lora.svg"
 MODEL = ROOT / "models/tiny-flux-schnell"
 ROWS, RANK, STEPS = 8, 16, 4
-COLD_ROWS = 2  # of the steps that adapters are read beside
-COLD_A_SECOND = {"cold": 4.0, "cold_flood": float("inf")}  # adapters nobody has used before, by row
+COLD_ROWS = 2  # batch size of the steps during which adapters are read
+COLD_A_SECOND = {"cold": 4.0, "cold_flood": float("inf")}  # adapters not used before, by row
 SWAPS = 1000
 REGISTERED = 1000
 TARGETS = (
@@ -123,14 +123,14 @@ def record(name: str, cost: Cost, notes: str) -> None:
 
 
 def medians(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Cost]:
-    """What each case costs; all are taken in turns."""
+    """Cost of each case; the cases take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for case in cases.values():
         for _ in range(3):
             case()
     for _ in range(rounds):
         for name, case in cases.items():
-            began = time.thread_time()  # one thread computes; wall time would tell of the neighbours
+            began = time.thread_time()  # one thread computes; wall time would include other processes
             case()
             seconds[name].append(time.thread_time() - began)
     first = seconds[next(iter(cases))]
@@ -143,7 +143,7 @@ def medians(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Cost]
 
 
 def with_peft(transformer: Any, loras: Sequence[dict[str, Tensor]]) -> Any:
-    """A copy in which peft mixes adapters by row: its adapter_names argument, given to every layer."""
+    """A copy in which peft applies an adapter per row: adapter_names is passed to every layer."""
     copied = copy.deepcopy(transformer)
     for index, tensors in enumerate(loras):
         copied.load_lora_adapter(dict(tensors), adapter_name=f"a{index}")
@@ -158,7 +158,7 @@ def with_peft(transformer: Any, loras: Sequence[dict[str, Tensor]]) -> Any:
 
 @dataclass(slots=True)
 class Bench:
-    """The tiny FLUX as the engine serves it, eight adapters with it, and what peft makes of both."""
+    """The tiny FLUX as the engine serves it, with eight adapters."""
 
     pipeline: Any
     loras: list[dict[str, Tensor]]
@@ -185,7 +185,7 @@ class Bench:
 
 
 def measure_mixed(bench: Bench, rounds: int, *, keep: bool) -> None:
-    """Eight rows with their own adapters, with one adapter and half with none, over eight without any."""
+    """Measure eight rows with different adapters, with one adapter, and half without, over eight without."""
     no_adapters: list[LoraSet | None] = [None] * ROWS
     for tokens, times in ((64, rounds), (256, rounds // 2)):
         cases = {
@@ -202,7 +202,7 @@ def measure_mixed(bench: Bench, rounds: int, *, keep: bool) -> None:
 
 
 def measure_peft(bench: Bench, rounds: int, *, keep: bool) -> None:
-    """Both mixes over a forward without adapters, in turns; peft's on a copy of its own."""
+    """Measure Weft's and peft's forwards with adapters over one without; peft runs on its own copy."""
     cases = {
         "none": forward_of(untouched(), ROWS),
         "ours": bench.forward(bench.owners),
@@ -233,7 +233,7 @@ def untouched() -> Any:
 
 
 def measure_merged(bench: Bench, rounds: int, *, keep: bool) -> None:
-    """What a merged mode could save and what it would cost, in time and in bits; see docs/lora.md."""
+    """Measure what merging adapters would save and cost; see docs/decisions/0011-no-merged-adapters.md."""
     transformer, owner = bench.pipeline.transformer, bench.owners[0]
     for tokens, rows in ((64, 1), (64, ROWS), (256, ROWS)):
         plain = bench.forward([None] * rows, tokens)  # a merged forward is a plain one with other weights
@@ -275,7 +275,7 @@ def measure_switching(bench: Bench, rounds: int, *, keep: bool) -> None:
 
 
 def switching(switched: Any, loras: Sequence[dict[str, Tensor]], rounds: int) -> dict[str, float]:
-    """Median CPU seconds in which diffusers' own ways change the adapter of the whole pipeline."""
+    """Median CPU seconds that diffusers' own methods take to change the adapter of a pipeline."""
     loads, sets = [], []
     for index in range(rounds):
         began = time.thread_time()
@@ -300,7 +300,7 @@ class SimulatedRequest:
 
     adapter: int
     arrives_s: float
-    ready_s: float = 0.0  # when its adapter is there
+    ready_s: float = 0.0  # when its adapter is loaded
     steps_left: int = STEPS
     ended_s: float = 0.0
 
@@ -308,7 +308,7 @@ class SimulatedRequest:
 def traffic(
     adapters: int, load: float, requests: int, forward_s: Sequence[float], seed: int
 ) -> list[SimulatedRequest]:
-    """load: of what forwards of eight rows could serve if everything could share."""
+    """load: fraction of the throughput of full forwards of eight rows."""
     rng = random.Random(seed)
     weights = [1 / rank for rank in range(1, adapters + 1)]
     between_s = STEPS * forward_s[-1] / ROWS / load
@@ -322,8 +322,8 @@ def traffic(
 def play(
     arrivals: list[SimulatedRequest], rule: str, forward_s: Sequence[float], load_s: float, in_memory: int
 ) -> list[float]:
-    """Seconds from arrival to end of each visitor; adapters are read one after another, beside the steps."""
-    memory: OrderedDict[int, float] = OrderedDict()  # adapter -> when it is there
+    """Seconds from arrival to end of each request; adapters are read one after another during the steps."""
+    memory: OrderedDict[int, float] = OrderedDict()  # adapter -> when it is loaded
     reader_free_s = 0.0
     for request in arrivals:
         known = memory.pop(request.adapter, None)
@@ -424,7 +424,7 @@ async def step_times(worker: Worker, forward: Callable[[], Any], steps: int) -> 
 
 
 class FilesByDigest:
-    """Files by digest, at hand."""
+    """Files by digest, in memory."""
 
     def __init__(self, files: Sequence[bytes]) -> None:
         self.files = {hashlib.sha256(file).hexdigest(): file for file in files}
@@ -445,19 +445,19 @@ async def measure_cold_loads(steps: int, rounds: int, *, keep: bool) -> None:
     scheduler = StepScheduler(ROWS)
     worker = Worker(Engine(scheduler, deterministic=True), scheduler, slots=8)
     forward = forward_of(transformer, COLD_ROWS)
-    files = itertools.cycle(served.files)  # 32 in turns through 8 slots: every one is cold
+    files = itertools.cycle(served.files)  # 32 in turn through 8 slots: each one is cold
     quiet: list[float] = []
     loading: dict[str, list[float]] = {row: [] for row in COLD_A_SECOND}
     loads = Counter[str]()
 
     async def load_on(row: str, stop: asyncio.Event) -> None:
         while not stop.is_set():
-            async with lora_cache.using([Lora(id=next(files))], worker.call):
+            async with lora_cache.using([Lora(id=next(files))], worker.run_on_thread):
                 loads[row] += 1
             await asyncio.sleep(1 / COLD_A_SECOND[row])
 
-    await step_times(worker, forward, steps)  # rows are proven, hooks are set
-    async with lora_cache.using([Lora(id=next(files))], worker.call):
+    await step_times(worker, forward, steps)  # batch sizes are proven, hooks are set
+    async with lora_cache.using([Lora(id=next(files))], worker.run_on_thread):
         pass
     for _ in range(rounds):
         quiet += await step_times(worker, forward, steps)
@@ -499,7 +499,7 @@ class GeneratedFiles:
 
 
 async def measure_memory(count: int, *, keep: bool) -> None:
-    """A cache of 8 slots and 64 LoRAs in memory, after each of many adapters has been used once."""
+    """Measure memory of a cache of 8 slots and 64 in memory after each of many adapters was used once."""
 
     async def at_once(function: Callable[[], Any]) -> Any:
         return function()
@@ -513,7 +513,7 @@ async def measure_memory(count: int, *, keep: bool) -> None:
     full = 0
     for index, digest in enumerate(registered.digests):
         async with lora_cache.using([Lora(id=digest)], at_once):
-            if index == 127:  # both are full, and the allocator has what it needs
+            if index == 127:  # both levels are full, and the allocator has grown
                 full = process.memory_info().rss
     held, grown = lora_cache.usage, (process.memory_info().rss - full) / 2**20
     one = held.memory_bytes / max(1, held.in_memory) / 2**20
@@ -533,7 +533,7 @@ async def measure_memory(count: int, *, keep: bool) -> None:
 
 
 def measure_forwards(options: argparse.Namespace, *, keep: bool) -> None:
-    """What adapters cost a forward, beside other ways to have them; then traffic of such forwards."""
+    """Measure the cost of adapters in a forward, alternatives to it, and simulated traffic."""
     bench = Bench.made()
     measure_mixed(bench, options.rounds, keep=keep)
     measure_peft(bench, options.rounds // 2, keep=keep)

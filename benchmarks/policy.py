@@ -1,4 +1,4 @@
-"""The policy beside others on a virtual clock over published tables of seconds by rows (no computation).
+"""The step scheduler compared with other policies on a virtual clock, by published step times.
 
 The plot needs the extra `bench` (matplotlib).
 """
@@ -12,8 +12,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 
 import ledger
-import matplotlib
-from matplotlib import pyplot
 
 from deployments.engine.step_scheduler import ParkedCall, ScheduledJob, StepScheduler
 
@@ -40,7 +38,7 @@ NOTE = "virtual clock over a published table of H200 step times, not a run on a 
 
 
 class FirstCome:
-    """Step-level: all that wait, the longest waiting first, up to so many rows."""
+    """Step-level: waiting calls, oldest first, up to `rows`."""
 
     def __init__(self, rows: int) -> None:
         self._rows = rows
@@ -91,7 +89,7 @@ def finished(policy: str, curve: Curve, load: float, steps: dict[int, float], co
 def ratios(
     figure: Callable[[dict], float], policy: str, steps: dict[int, float], count: int, seeds: int
 ) -> list[float]:
-    """Our figure over that of `policy`, saturated at 0.8 load, by seed."""
+    """Weft's figure over that of `policy`, with the 1024 px table at 0.8 load, by seed."""
     return [
         figure(finished("Weft", SATURATED, 0.8, steps, count, seed))
         / figure(finished(policy, SATURATED, 0.8, steps, count, seed))
@@ -100,7 +98,7 @@ def ratios(
 
 
 def throughput_ratios() -> list[float]:
-    """Rows per second of a full queue over those of the best static batch, both tables."""
+    """Rows per second of a full queue over those of the best fixed batch, both tables."""
     found = []
     for curve in TABLES.values():
         jobs = [ScheduledJob(user=str(n), steps=20, shape="square") for n in range(400)]
@@ -124,7 +122,10 @@ def rows_of_the_table(count: int, seeds: int) -> Iterator[tuple[str, float, str,
 
 
 def draw(rows: Sequence[tuple[str, float, str, float, float, float]]) -> None:
-    """Mean and 95th percentile over the load, one picture per table."""
+    """Plot mean and 95th percentile over the load, one column per table."""
+    import matplotlib
+    from matplotlib import pyplot
+
     matplotlib.rcParams["svg.hashsalt"] = "policy"  # equal figures, equal file
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), sharex=True)
     for column, table in enumerate(TABLES):

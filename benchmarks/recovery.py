@@ -1,7 +1,7 @@
-"""How much later a job ends when a process or a node dies in its middle, and how fast nodes come and go.
+"""Delay of a job whose process or node dies while it runs, and seconds until nodes are added and removed.
 
 Runs the tests that kill (tests/graph/test_faults.py, test_node_faults.py, test_node_autoscaling.py), which
-assert that nothing is lost and no picture differs, and keeps the seconds that they tell. About ten minutes.
+assert that nothing is lost and no image differs, and keeps the seconds that they report. About ten minutes.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dry", action="store_true", help="keep no rows")
+    parser.add_argument("--dry", action="store_true", help="record nothing")
     dry = parser.parse_args().dry
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", *TESTS, f"--junitxml={report}"]
-        command += ["-o", "junit_family=xunit1"]  # the other has no properties of tests
+        command += ["-o", "junit_family=xunit1"]  # the default format has no properties of tests
         code = subprocess.run(command, cwd=ROOT, env=os.environ, check=False).returncode
         figures = {
             each.get("name", ""): each.get("value", "") for each in ElementTree.parse(report).iter("property")

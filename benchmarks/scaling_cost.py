@@ -1,6 +1,6 @@
-"""CPU time per job of what a fleet shares: Valkey, whoever writes to it, and the autoscaling policy.
+"""CPU time per job of what a fleet shares: Valkey, its writers, and the autoscaling policy.
 
-Processor time and not wall time, so that a busy machine changes little; docs/scaling.md reckons with it.
+Processor time, not wall time, so that a busy machine changes little; docs/scaling.md calculates with it.
 """
 
 from __future__ import annotations

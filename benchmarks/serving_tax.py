@@ -1,7 +1,7 @@
-"""What HTTP, the durable job, Ray and the engine add to one picture: POST to PNG against the bare pipeline.
+"""Time that HTTP, the durable job, Ray and the engine add to one image: POST to PNG minus the plain pipeline.
 
 Both sides use the same weights and seeds, one thread each, concurrency 1, interleaved A B A B; the tax is
-the paired difference. Every picture is compared: a speed without its exactness does not count.
+the paired difference. Every image is compared with the plain pipeline's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROMPT = "a red circle on a white background"
 
 
 def bare(pipeline: Any, seed: int) -> tuple[float, Image.Image]:
-    """Seconds of a plain pipeline call and its PNG, and the picture."""
+    """Seconds of a plain pipeline call with its PNG, and the image."""
     began = time.perf_counter()
     image: Image.Image = pipeline(
         PROMPT,
@@ -48,7 +48,7 @@ def bare(pipeline: Any, seed: int) -> tuple[float, Image.Image]:
 
 
 def served(client: httpx.Client, seed: int) -> tuple[float, Image.Image]:
-    """Seconds from POST to the PNG's bytes in hand, and the picture."""
+    """Seconds from POST to the PNG's bytes, and the image."""
     began = time.perf_counter()
     answer = client.post(
         "/v1/images/generations",
@@ -97,7 +97,7 @@ def measure(pipeline: Any, port: int, pairs: int) -> list[float]:
         for seed in range(pairs + 10):
             alone_s, expected = bare(pipeline, seed)
             served_s, got = served(client, seed)
-            assert difference(expected, got) <= 1, "the service must give the bare pipeline's picture"
+            assert difference(expected, got) <= 1, "the service must return the plain pipeline's image"
             if seed >= 10:
                 taxes.append(1000 * (served_s - alone_s))
     return taxes

@@ -1,6 +1,6 @@
-"""What the job store costs without a model: submit, finish, progress, a queue of 10,000, and bytes per job.
+"""Cost of the job store without a model: submit, finish, progress, a queue of 10,000, bytes per job.
 
-On the embedded Valkey, which has every write on disk before it answers (appendfsync always).
+Uses the embedded Valkey, which has every write on disk before it answers (appendfsync always).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ REQUEST = ResolvedRequest(
 
 
 class Figures:
-    """Printed as they come; recorded when they shall be kept."""
+    """Prints each figure, or records it if `keep`."""
 
     def __init__(self, keep: bool) -> None:
         self._keep = keep
@@ -136,8 +136,8 @@ async def long_queue(store: JobStore, redis: Redis, figures: Figures, jobs: int)
     figures.report("store_claim_ms", took_ms, "ms", queue)
 
 
-class Stepping:
-    """A model that takes steps and says when; the clock is the machine's own, one for all processes."""
+class SteppingModel:
+    """A model that prints the time of each step, by the machine's clock that all processes share."""
 
     def __init__(self) -> None:
         self._free = FOLLOWED
@@ -161,14 +161,14 @@ class Stepping:
 
 
 async def work(url: str, settings_json: str) -> None:
-    """A dispatcher with that model, until it is terminated."""
+    """Run a dispatcher with SteppingModelModel until the process is terminated."""
     settings = Settings.model_validate_json(settings_json)
     store = JobStore(connect(url), settings)
-    await Dispatcher(store, ResultStore(settings.results_root), Stepping(), settings).run()
+    await Dispatcher(store, ResultStore(settings.results_root), SteppingModel(), settings).run()
 
 
 async def progress_lag(url: str, settings: Settings, store: JobStore, figures: Figures, jobs: int) -> None:
-    """From a step in the dispatcher's process to a follower in this one, through Valkey."""
+    """Measure milliseconds from a step in a dispatcher's process to a follower here, through Valkey."""
     command = [sys.executable, __file__, "--work", url, settings.model_dump_json()]
     worker = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     assert worker.stdout is not None

@@ -1,4 +1,4 @@
-"""The tiny models: how many held-out prompts come out wholly right, and what a picture costs.
+"""The tiny models: share of held-out prompts that come out entirely right, and CPU seconds of an image.
 
 Rows `tiny_flux_4step_accuracy`, `tiny_flux_20step_accuracy`, `tiny_flux_two_objects_accuracy`,
 `tiny_flux_dev_accuracy`, `tiny_flux_dev_two_objects_accuracy`,
@@ -82,7 +82,7 @@ def _flux(model: str) -> FluxPipeline:
 
 
 def seeds(pipeline: Any, steps: int, guidance: float, row: str, count: int = 32) -> None:
-    """How far seeds move what the prompt leaves free, and that they change nothing else."""
+    """Measure how far seeds move an object that the prompt does not position, and what else they change."""
     spreads, sizes, kept = [], [], 0
     for prompt, expected in SEED_PROMPTS.items():
         seen = [
@@ -95,14 +95,14 @@ def seeds(pipeline: Any, steps: int, guidance: float, row: str, count: int = 32)
         sizes.append(f"{places[:, 2].min():.2f} to {places[:, 2].max():.2f}")
     notes = (
         f"standard deviation of an object's centre over {count} seeds, share of the picture, both axes; "
-        f"{', '.join(SEED_PROMPTS)}; sizes {', '.join(sizes)}; colour, shape and background as told in "
+        f"{', '.join(SEED_PROMPTS)}; sizes {', '.join(sizes)}; colour, shape and background as named in "
         f"{kept} of {count * len(SEED_PROMPTS)}"
     )
     ledger.record(row, float(np.mean(spreads)), "of picture", n=count * len(SEED_PROMPTS), notes=notes)
 
 
 def edges(pipeline: Any, prompts: int = 100) -> None:
-    """How crisp edges are, next to those of true renderings."""
+    """Measure how sharp edges are, compared with true renderings."""
     texts, scenes = zip(*islice(held_out(("one", "many")), prompts), strict=True)
     ours = np.mean([edge_px(picture) for picture in generate_pictures(pipeline, list(texts), 4)])
     theirs = np.mean([edge_px(render(scene)) for scene in scenes])
@@ -111,7 +111,7 @@ def edges(pipeline: Any, prompts: int = 100) -> None:
 
 
 def wan(prompts: int = 200) -> None:
-    """What a prompt names, in the frames of a video."""
+    """Measure the share of videos that show everything their prompt names."""
     pipeline = WanPipeline.from_pretrained(ROOT / "models/tiny-wan", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     texts, clips = (list(part) for part in zip(*islice(held_out_clips(), prompts), strict=True))
@@ -121,7 +121,7 @@ def wan(prompts: int = 200) -> None:
 
 
 def cost(pipeline: Any, pictures: int = 20) -> None:
-    """CPU time of one picture by itself, four steps, as the card runs it."""
+    """Measure CPU seconds of one image, four steps, with the card's settings."""
     settings = {"height": 128, "width": 128, "max_sequence_length": 64, "guidance_scale": 0.0}
     pipeline("a red circle", num_inference_steps=4, **settings)
     began = time.process_time()

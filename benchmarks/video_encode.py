@@ -1,14 +1,14 @@
-"""Frames to a playable file: our encoder beside the ffmpeg command line and diffusers' export_to_video.
+"""Frames to a playable file: Weft's encoder compared with the ffmpeg program and diffusers' export_to_video.
 
-Three questions. How many frames a second are encoded, by size and threads, with the very settings of the
-ffmpeg command line behind a pipe (`encode_vs_ffmpeg`: our time over its, in the worst case). How long a video
-takes from its last denoising step: decoded and encoded at once, over decoded and then encoded by us
-(`video_streamed_vs_waiting`), and over decoded and then exported (`video_end_to_end_vs_export`). Frames come
-at the pace of a GPU's decoding, by waiting for them, and once more from the tiny VAE on this CPU (`_on_cpu`),
-whose decoding takes most of the time. And how much memory each way needs for long videos.
+Three figures. Frames encoded per second, by size and threads, with the settings of the ffmpeg command line
+behind a pipe (`encode_vs_ffmpeg`: our time over ffmpeg's, worst case). Seconds from the last denoising step
+to the file: encoding while decoding, over encoding afterwards (`video_streamed_vs_waiting`) and over
+exporting afterwards (`video_end_to_end_vs_export`); frames arrive at the pace of a GPU's decoder, and once
+more from the tiny VAE on this CPU (`_on_cpu`), whose decoding takes most of the time. Peak memory of each
+variant for long videos.
 
-Needs `pip install -e '.[bench]'` and about four minutes on two cores. Sides are interleaved; the medians are
-kept, the spread is min-max.
+Needs `pip install -e '.[bench]'` and about four minutes on two cores. Variants are interleaved; the medians
+are kept, the spread is min-max.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Clip = npt.NDArray[np.uint8]
 
 
 def clip(count: int, width: int, height: int) -> Clip:
-    """Moving waves over still grain: neither flat nor noise, as films are."""
+    """Frames of moving waves over fixed grain, about as compressible as film."""
     generator = np.random.default_rng(0)
     grain = generator.normal(0, 6, (height, width, 3)).astype(np.float32)
     rows, columns = np.mgrid[0:height, 0:width].astype(np.float32)
@@ -64,7 +64,7 @@ def clip(count: int, width: int, height: int) -> Clip:
 
 
 def ours(encoder: VideoEncoder, frames: Clip) -> bytes:
-    """As a replica does it: segments, then joined."""
+    """Encode as a replica does: segments, then joined."""
     count, height, width, _ = frames.shape
 
     async def encoded() -> bytes:
@@ -78,7 +78,7 @@ def ours(encoder: VideoEncoder, frames: Clip) -> bytes:
 
 
 def command_line(frames: Clip, threads: int) -> bytes:
-    """The same settings by the ffmpeg program, frames through its standard input."""
+    """Encode with the ffmpeg program and the same settings, frames through its standard input."""
     _, height, width, _ = frames.shape
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "video.mp4"
@@ -115,7 +115,7 @@ def ratios(ours: list[float], theirs: list[float]) -> list[float]:
 def encode(frames: Clip, size: str, threads: int, rounds: int, keep: bool) -> list[float]:
     """Our time over the command line's, round by round."""
     sides: dict[str, Callable[[], object]] = {
-        "weft": partial(ours, VideoEncoder(threads, at_once=threads), frames),
+        "weft": partial(ours, VideoEncoder(threads, concurrency=threads), frames),
         "ffmpeg": partial(command_line, frames, threads),
     }
     seconds = in_turns(sides, rounds)
@@ -137,7 +137,7 @@ def report(name: str, values: list[float], unit: str, keep: bool, notes: str) ->
 
 
 class OtherProcessEncoder:
-    """A VideoEncoder's work in another process, as in the service: its memory is not the model's."""
+    """Runs the work of a VideoEncoder in another process, so that its memory is not counted."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -155,7 +155,7 @@ class OtherProcessEncoder:
 
 @dataclass(frozen=True)
 class Film:
-    """A video that is denoised and not yet decoded."""
+    """A denoised video and the ways to decode it."""
 
     width: int
     height: int
@@ -164,17 +164,17 @@ class Film:
     encoder: Encoder
 
     def ways(self) -> dict[str, Callable[[], object]]:
-        """From latents to the bytes of a playable file."""
+        """Functions from latents to the bytes of a playable file, by name."""
         return {"streamed": self.streamed, "one_after_the_other": self.waiting, "exported": self.exported}
 
     @torch.inference_mode()
     def streamed(self) -> bytes:
-        """Decoded part by part while the frames before are encoded."""
+        """Decode part by part while earlier frames are encoded."""
         return asyncio.run(self._encoded(wait=False))
 
     @torch.inference_mode()
     def waiting(self) -> bytes:
-        """The same, but encoding waits for the last frame."""
+        """Decode part by part; encode after the last frame."""
         return asyncio.run(self._encoded(wait=True))
 
     async def _encoded(self, *, wait: bool) -> bytes:
@@ -193,7 +193,7 @@ class Film:
 
     @torch.inference_mode()
     def exported(self) -> bytes:
-        """Decoded as a whole, then diffusers' way."""
+        """Decode as a whole, then export with diffusers."""
         frames = self.whole()
         with tempfile.TemporaryDirectory() as folder:
             path = f"{folder}/video.mp4"
@@ -202,7 +202,7 @@ class Film:
 
 
 def tiny_wan(latents: int, side: int) -> Film:
-    """Of the Wan that ships, at any length and size; decoded by one thread of this machine."""
+    """A video of the Wan that ships, of any length and size, decoded by one thread."""
     torch.set_num_threads(1)
     pipeline = load_pipeline(Weights(path="models/tiny-wan", dtype="float32"), torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
@@ -215,8 +215,8 @@ def tiny_wan(latents: int, side: int) -> Film:
     return Film(side, side, lambda: latent_decoder(pipeline, given), whole, OtherProcessEncoder())
 
 
-class PacedReel:
-    """Frames that are decoded elsewhere at a steady pace, as by a GPU; waiting takes no processor."""
+class PacedDecoder:
+    """A LatentDecoder that returns given frames at a steady pace, as a GPU would, without using the CPU."""
 
     def __init__(self, frames: Clip, pace: float) -> None:
         """pace: frames a second."""
@@ -238,11 +238,11 @@ def paced(frames: Clip, pace: float) -> Film:
         return floats
 
     _, height, width, _ = frames.shape
-    return Film(width, height, lambda: PacedReel(frames, pace), whole, VideoEncoder(2))
+    return Film(width, height, lambda: PacedDecoder(frames, pace), whole, VideoEncoder(2))
 
 
 def peak_mib(way: str, latents: int, side: int) -> float:
-    """Peak memory of a process that does nothing else, above what it has when the model is loaded."""
+    """Peak memory of a separate process, above its memory with the model loaded."""
     words = ["--memory-of", way, "--side", str(side), "--latents", str(latents)]
     done = subprocess.run([sys.executable, __file__, *words], check=True, capture_output=True, text=True)
     return float(done.stdout.split()[-1])
@@ -255,7 +255,7 @@ def memory_mib(field: str) -> float:
 
 
 def end_to_end(film: Film, rounds: int, keep: bool, notes: str, suffix: str = "") -> None:
-    """From the last denoising step to the file, each way."""
+    """Measure seconds from the last denoising step to the file, for each variant."""
     seconds = in_turns(film.ways(), rounds)
     for way, taken in seconds.items():
         report(f"video_last_step_to_file_{way}_s{suffix}", taken, "s", keep, notes)
@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=256, help="of that film, pixels")
     parser.add_argument("--pace", type=float, default=20.0, help="frames a second that a GPU decodes")
     parser.add_argument("--no-film", action="store_true", help="encoding alone")
-    parser.add_argument("--dry", action="store_true", help="keep no rows")
+    parser.add_argument("--dry", action="store_true", help="record nothing")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:

@@ -1,14 +1,14 @@
-"""A large batch of pictures as a Ray job: Ray Data over a file of prompts, into a folder or S3.
+"""A large batch of images as a Ray job: Ray Data over a file of prompts, into a folder or S3.
 
-    ray job submit --working-dir . -- python -m examples.offline_batch prompts.txt s3://my-bucket/pictures
+    ray job submit --working-dir . -- python -m examples.offline_batch prompts.txt s3://my-bucket/images
 
 Needs `pip install 'weft[batch]'` (and `weft[s3]` for buckets) on the cluster. prompts.txt has one prompt a
 line, or one JSON object with the fields of a GenerationRequest: {"prompt": "a red circle", "seed": 7}.
 
-It may be killed at any time and started again: what is in the folder is not made again, and no file there is
-ever half a picture. A file is named by its line and by everything that decides its picture, so that a changed
-line is made anew. Requests whose replica dies are repeated; those that the model refuses are told at the end,
-with exit status 1, and do not stop the others.
+It may be killed at any time and started again: images in the folder are not generated again, and every file
+there is complete. A file is named by its line and by a digest of its request, so a changed line gives a new
+file. Requests whose replica dies are repeated. Requests that the model refuses are printed at the end, with
+exit status 1; they do not stop the others.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from ray import serve
 from deployments.protocol.events import Artifact, Failed
 from deployments.protocol.request import GenerationRequest
 
-MAX_IN_FLIGHT = 16  # requests that one actor keeps in flight; the model weaves them into shared forwards
+MAX_IN_FLIGHT = 16  # requests per actor; the replica runs them in shared forwards
 MAX_ATTEMPTS = 3  # of a request whose replica dies
 
 
 def read_requests(prompts: str, model: str) -> list[dict[str, str]]:
-    """Rows of {name, request}: one for each line that is not empty. Raises ValueError naming a bad line."""
+    """Rows of {name, request}, one per line that is not empty. Raises ValueError with the line at fault."""
     with fsspec.open(prompts, "rt", encoding="utf-8") as file:
         lines = [line.strip() for line in file]
     rows = []
@@ -54,7 +54,7 @@ def read_requests(prompts: str, model: str) -> list[dict[str, str]]:
 
 
 def without_image(rows: list[dict[str, str]], folder: str) -> list[dict[str, str]]:
-    """Those whose last picture is not in the folder yet."""
+    """The rows whose first image, which is written last, is not in the folder."""
     files, root = fsspec.core.url_to_fs(folder)
     files.makedirs(root, exist_ok=True)
     there = {path.rsplit("/", 1)[-1] for path in files.ls(root, detail=False)}
@@ -62,7 +62,7 @@ def without_image(rows: list[dict[str, str]], folder: str) -> list[dict[str, str
 
 
 class ImageWriter:
-    """An actor of Ray Data: rows of requests become rows of {name, error}; the pictures go to the folder."""
+    """An actor of Ray Data: takes rows of requests, writes images, returns rows of {name, error}."""
 
     def __init__(self, folder: str, app: str) -> None:
         self._files, self._root = fsspec.core.url_to_fs(folder)
@@ -74,24 +74,23 @@ class ImageWriter:
         return {"name": list(batch["name"]), "error": errors}
 
     def _generate(self, name: str, text: str) -> str:
-        """What was wrong with the request; empty when its pictures are in the folder."""
+        """Write the images of one request. Returns the error, empty on success."""
         request = GenerationRequest.model_validate_json(text)
         handle = serve.get_deployment_handle(request.model, self._app)
-        handle = handle.options(method_name="generate", stream=True)
         for left in reversed(range(MAX_ATTEMPTS)):
             try:
-                pictures = []
+                images = []
                 for event in handle.options(method_name="generate", stream=True).remote(
                     request, unlimited_wait=True
                 ):
                     if isinstance(event, Failed):
                         return event.message
                     if isinstance(event, Artifact) and event.kind == "image":
-                        pictures.append(event)
-                # the first, whose name tells that the request is done, comes last
-                for picture in reversed(pictures):
-                    suffix = f"-{picture.index}" if picture.index else ""
-                    self._write(f"{name}{suffix}.png", picture.data)
+                        images.append(event)
+                # the first image marks the request as done, so it is written last
+                for image in reversed(images):
+                    suffix = f"-{image.index}" if image.index else ""
+                    self._write(f"{name}{suffix}.png", image.data)
                 return ""
             except ray.exceptions.RayActorError as error:
                 if not left:
@@ -99,7 +98,7 @@ class ImageWriter:
         raise AssertionError("not reached")
 
     def _write(self, name: str, data: bytes) -> None:
-        """All of the file or nothing: an object of a bucket appears at its end, a local file is renamed."""
+        """Write the file atomically: a bucket shows complete objects, a local file is renamed."""
         path = f"{self._root}/{name}"
         if not isinstance(self._files, LocalFileSystem):
             self._files.pipe_file(path, data)
@@ -112,28 +111,26 @@ class ImageWriter:
 def generate_images(
     rows: list[dict[str, str]], folder: str, app: str, actors: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows of {name, error} as they are done."""
-    pictures = ray.data.from_items(rows).map_batches(
+    """Yields a row of {name, error} per request as it ends."""
+    results = ray.data.from_items(rows).map_batches(
         ImageWriter,
         fn_constructor_args=(folder, app),
         batch_size=MAX_IN_FLIGHT,
         num_cpus=0.1,  # an actor only waits
         compute=ray.data.ActorPoolStrategy(size=actors),
     )
-    yield from pictures.iter_rows()
+    yield from results.iter_rows()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Pictures for a file of prompts.")
+    parser = argparse.ArgumentParser(description="Images for a file of prompts.")
     parser.add_argument("prompts", help="a file, by path or fsspec URL")
-    parser.add_argument("folder", help="where the pictures go, by path or fsspec URL")
+    parser.add_argument("folder", help="folder for the images, by path or fsspec URL")
     parser.add_argument(
         "--model", default="tiny-flux-schnell", help="a model card's id (default: %(default)s)"
     )
     parser.add_argument("--app", default="weft", help="the Serve application (default: %(default)s)")
-    parser.add_argument(
-        "--actors", type=int, default=2, help=f"each asks for {MAX_IN_FLIGHT} pictures at once"
-    )
+    parser.add_argument("--actors", type=int, default=2, help=f"each sends {MAX_IN_FLIGHT} requests at once")
     options = parser.parse_args()
     ray.init()
     rows = read_requests(options.prompts, options.model)
@@ -144,7 +141,7 @@ def main() -> int:
         if row["error"]:
             refused += 1
             print(f"{row['name']}: {row['error']}", file=sys.stderr, flush=True)
-    print(f"{len(remaining) - refused} pictures made, {refused} requests refused", flush=True)
+    print(f"{len(remaining) - refused} images made, {refused} requests refused", flush=True)
     return 1 if refused else 0
 
 

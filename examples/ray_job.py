@@ -1,9 +1,9 @@
-"""A batch of pictures from inside a Ray job, by Python handle: no HTTP, no job store.
+"""A batch of images from inside a Ray job, by Python handle: no HTTP, no job store.
 
-    ray job submit --working-dir . -- python -m examples.ray_job prompts.txt pictures/
+    ray job submit --working-dir . -- python -m examples.ray_job prompts.txt images/
 
 or, next to `weft serve` on the same machine, `RAY_ADDRESS=auto python -m examples.ray_job ...`.
-Nothing is durable on this path: the caller keeps what comes back, and asks again if a replica dies.
+Nothing is durable on this path: the caller keeps the results, and repeats requests whose replica dies.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ray import serve
 from deployments.protocol.events import Artifact, Failed
 from deployments.protocol.request import GenerationRequest
 
-MAX_IN_FLIGHT = 16  # requests in flight; the model weaves them into shared forwards
+MAX_IN_FLIGHT = 16  # requests; the replica runs them in shared forwards
 
 
-def make_pictures(prompts: Sequence[str], folder: Path, model: str, app: str = "weft") -> list[Path]:
+def generate_images(prompts: Sequence[str], folder: Path, model: str, app: str = "weft") -> list[Path]:
     """One PNG per prompt, in order. Raises the WeftError of the first request that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     handle = serve.get_deployment_handle(model, app).options(method_name="generate", stream=True)
@@ -44,13 +44,13 @@ def make_pictures(prompts: Sequence[str], folder: Path, model: str, app: str = "
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("prompts", type=Path, help="a text file, one prompt a line")
-    parser.add_argument("folder", type=Path, help="where the pictures go")
+    parser.add_argument("folder", type=Path, help="folder for the images")
     parser.add_argument("--model", default="tiny-flux-schnell", help="a model card's id")
     options = parser.parse_args()
     ray.init()
     lines = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    files = make_pictures(lines, options.folder, options.model)
-    print(f"{len(files)} pictures in {options.folder}")
+    files = generate_images(lines, options.folder, options.model)
+    print(f"{len(files)} images in {options.folder}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 #!/bin/sh
 # Writes secrets/ beside this file: new random secrets for an installation on Kubernetes.
-# Refuses to replace those there are. Add HF_TOKEN, S3 keys and the like to secrets/weft.env afterwards.
+# Refuses to replace existing ones. Add HF_TOKEN, S3 keys and the like to secrets/weft.env afterwards.
 set -eu
 umask 077
 cd "$(dirname "$0")"
 if ! mkdir secrets; then
-  echo "secrets/ exists: move it away first, if everybody shall need new keys" >&2
+  echo "secrets/ exists: move it away first to create new keys for all callers" >&2
   exit 1
 fi
 random() { od -An -N32 -tx1 /dev/urandom | tr -d ' \n'; }
@@ -26,4 +26,4 @@ user default off
 user app on >$app resetchannels ~weft:* &weft:* -@all +@connection +@transaction +@read +@write +@pubsub +time +ping -@scripting -@dangerous -@admin -keys -sort -restore -migrate -flushall -flushdb +info
 user ray on >$ray resetchannels ~RAY* -@all +@connection +@read +@write +@transaction +@scripting +info -flushall -flushdb
 END
-echo "secrets/ is written; WEFT_API_KEY in secrets/weft.env is what callers send"
+echo "secrets/ is written; WEFT_API_KEY in secrets/weft.env is the key that callers send"

@@ -202,9 +202,9 @@ def test_a_ray_job_calls_the_model_by_handle_and_limits_hold_there_too(service: 
 
 
 def test_the_example_ray_job_makes_a_folder_of_pictures(service: Service, tmp_path: Path) -> None:
-    from examples.ray_job import make_pictures
+    from examples.ray_job import generate_images
 
     prompts = ["a red circle", "two blue stars", "a green heart"]
-    files = make_pictures(prompts, tmp_path, "tiny-flux-schnell")
+    files = generate_images(prompts, tmp_path, "tiny-flux-schnell")
 
     assert [Image.open(io.BytesIO(file.read_bytes())).size for file in files] == [(128, 128)] * 3

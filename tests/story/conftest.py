@@ -1,4 +1,4 @@
-"""The cast of the story: the shipped model, a real Valkey, a desk. No Ray: the story is what Ray carries."""
+"""Fixtures of the tutorial: the shipped model, a real Valkey, a job service with a dispatcher. No Ray."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 class OneModel:
-    """The dispatcher's view of a single model in this very process."""
+    """What a dispatcher calls: here a single model replica in the same process."""
 
     def __init__(self, model: ModelReplica, model_id: str) -> None:
         self._model = model
@@ -61,7 +61,7 @@ class OneModel:
 async def job_service(
     card: ModelCard, model: ModelReplica, valkey: str, tmp_path: Path
 ) -> AsyncIterator[JobService]:
-    """A desk behind which a dispatcher is at work."""
+    """A job service whose jobs a dispatcher runs."""
     prefix = f"weft:{tmp_path.name}:"
     settings = Settings.load(redis_url=valkey, data_dir=tmp_path, redis_prefix=prefix, min_free_bytes=0)
     services = Services.open(settings)

@@ -1,4 +1,4 @@
-"""Chapter 3: a job is a request with an owner and an id, kept in a durable store until it has ended."""
+"""Chapter 3: a job is a request with an owner and an id, in a durable store until its record expires."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from tests.patience import patience
 REQUEST = GenerationRequest(model="tiny-flux-schnell", prompt="a green heart", seed=3, num_images=2)
 
 
-async def test_submit_answers_at_once_and_the_job_ends_by_itself(job_service: JobService) -> None:
+async def test_submit_returns_at_once_and_the_job_completes_in_the_background(
+    job_service: JobService,
+) -> None:
     job = await job_service.submit(REQUEST, "ada")
 
     assert job.state is JobState.queued
@@ -22,7 +24,7 @@ async def test_submit_answers_at_once_and_the_job_ends_by_itself(job_service: Jo
     assert ended.percent == 100
 
 
-async def test_the_pictures_are_files_named_after_the_job(job_service: JobService) -> None:
+async def test_the_images_are_files_named_after_the_job(job_service: JobService) -> None:
     job = await job_service.submit(REQUEST, "ada")
     await job_service.wait(job.id, "ada", timeout_s=patience())
 
@@ -33,7 +35,7 @@ async def test_the_pictures_are_files_named_after_the_job(job_service: JobServic
     assert (await job_service.artifact(job.id, "ada", 1))[0].seed == first.seed + 1
 
 
-async def test_everything_that_happens_can_be_followed_and_replayed(job_service: JobService) -> None:
+async def test_events_can_be_followed_and_replayed_from_any_id(job_service: JobService) -> None:
     job = await job_service.submit(REQUEST, "ada")
     seen = [(event_id, type(event).__name__) async for event_id, event in job_service.follow(job.id, "ada")]
 
@@ -49,7 +51,7 @@ async def _names(job_service: JobService, job_id: str, after: str):  # type: ign
         yield type(event).__name__
 
 
-async def test_somebody_elses_job_looks_like_one_that_never_was(job_service: JobService) -> None:
+async def test_a_job_of_another_owner_answers_like_an_unknown_one(job_service: JobService) -> None:
     job = await job_service.submit(REQUEST, "ada")
 
     with pytest.raises(NotFound) as foreign:

@@ -1,4 +1,4 @@
-"""Chapter 4: three dialects are three translators in front of the same desk."""
+"""Chapter 4: three HTTP dialects translate to the same requests and use the same job service."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def client(job_service: JobService, card: ModelCard) -> AsyncIterator[http
         yield client
 
 
-async def test_the_native_dialect_answers_202_and_never_waits(
+async def test_the_native_dialect_answers_202_without_waiting(
     client: httpx.AsyncClient, job_service: JobService
 ) -> None:
     answer = await client.post("/api/generate/image", json={"prompt": "a red circle", "steps": 30})
@@ -42,11 +42,11 @@ async def test_the_native_dialect_answers_202_and_never_waits(
     assert "Overriding 30 -> 4" in answer.json()["warnings"][0]["message"]
     await job_service.wait(answer.json()["id"], "local", timeout_s=patience())
     job = (await client.get(f"/api/generate/{answer.json()['id']}")).json()
-    picture = await client.get(job["artifacts"][0]["url"])
-    assert picture.headers["content-type"] == "image/png"
+    image = await client.get(job["artifacts"][0]["url"])
+    assert image.headers["content-type"] == "image/png"
 
 
-async def test_openais_dialect_waits_and_gives_the_picture(client: httpx.AsyncClient) -> None:
+async def test_the_openai_dialect_waits_and_returns_the_image(client: httpx.AsyncClient) -> None:
     answer = await client.post(
         "/v1/images/generations", json={"prompt": "a red circle", "response_format": "b64_json"}
     )
@@ -54,7 +54,9 @@ async def test_openais_dialect_waits_and_gives_the_picture(client: httpx.AsyncCl
     assert base64.b64decode(answer.json()["data"][0]["b64_json"]).startswith(b"\x89PNG")
 
 
-async def test_the_task_dialect_speaks_of_tasks(client: httpx.AsyncClient, job_service: JobService) -> None:
+async def test_the_task_dialect_answers_with_a_task_id(
+    client: httpx.AsyncClient, job_service: JobService
+) -> None:
     task = (await client.post("/generate-image", json={"prompt": "a red circle"})).json()
 
     task_id = task["task_id"]

@@ -1,4 +1,4 @@
-"""Chapter 2: a model turns a request into events; the last ones carry the picture."""
+"""Chapter 2: a model replica turns a request into events; the last ones carry the image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ async def events_of(model: ModelReplica, request: GenerationRequest) -> list[Eve
     return [event async for event in model.generate(request)]
 
 
-async def test_a_request_comes_up_as_events(model: ModelReplica) -> None:
+async def test_a_request_becomes_events(model: ModelReplica) -> None:
     request = GenerationRequest(
         model="tiny-flux-schnell", prompt="a red circle on a white background", seed=1
     )
@@ -27,7 +27,7 @@ async def test_a_request_comes_up_as_events(model: ModelReplica) -> None:
     assert names == ["Queued", "Started", "Step", "Step", "Step", "Step", "Artifact", "Artifact", "Done"]
 
 
-async def test_the_picture_shows_what_the_prompt_says(model: ModelReplica) -> None:
+async def test_the_image_shows_what_the_prompt_says(model: ModelReplica) -> None:
     request = GenerationRequest(
         model="tiny-flux-schnell", prompt="a red circle in the center on white", seed=1
     )
@@ -41,7 +41,7 @@ async def test_the_picture_shows_what_the_prompt_says(model: ModelReplica) -> No
     assert blue < 100
 
 
-async def test_requests_that_come_together_share_forwards(model: ModelReplica) -> None:
+async def test_concurrent_requests_share_forwards(model: ModelReplica) -> None:
     engine = model._worker._engine
     rows, forwards = engine.rows, engine.forwards
     requests = [GenerationRequest(model="tiny-flux-schnell", prompt="a blue star", seed=i) for i in range(6)]
