@@ -24,6 +24,7 @@ import ledger
 from deployments.protocol import events
 from deployments.protocol.request import ResolvedRequest
 from serve_app.job_ids import new_job_id
+from serve_app.jobs.job import NewJob
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.redis.embedded import EmbeddedRedis
@@ -93,7 +94,7 @@ def submit(given: Settings, jobs: int, go: Event, submitter: int) -> None:
 
     async def caller(store: JobStore, number: int) -> None:
         for _ in range(number, jobs, CALLERS):
-            await store.accept(new_job_id(), f"owner {submitter}-{number}", REQUEST)
+            await store.accept(NewJob(new_job_id(), f"owner {submitter}-{number}", REQUEST))
 
     async def serve() -> None:
         assert given.redis_url is not None
@@ -120,7 +121,7 @@ async def ended(given: Settings, jobs: int) -> tuple[float, float]:
                 async for key in redis.scan_iter(f"{given.redis_prefix}job:*", count=5000)
             ]
             ids = [each for each in ids if len(each) == 32]
-            if len(ids) < jobs or sum((await store.queued([MODEL])).values()):
+            if len(ids) < jobs or sum((await store.throughput.queued([MODEL])).values()):
                 continue
             done = [job for each in ids if (job := await store.get(each)).state.ended]
         assert {str(job.state) for job in done} == {"completed"}

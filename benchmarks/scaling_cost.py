@@ -45,7 +45,7 @@ async def jobs(url: str, folder: Path, number: int) -> dict[str, tuple[float, st
     server, client = await _cpu_s(redis), time.process_time()
     for owner in range(number):
         await accept(store, f"owner {owner % 100}")
-    claims = [await store.claim({MODEL: 1}) for _ in range(number)]
+    claims = [await store.leases.claim({MODEL: 1}) for _ in range(number)]
     taken = [claim for claim in claims if claim is not None]
     found["scaling_valkey_bytes_per_job"] = (
         ((await redis.info("memory"))["used_memory"] - memory) / number,
@@ -54,10 +54,10 @@ async def jobs(url: str, folder: Path, number: int) -> dict[str, tuple[float, st
     middle = await _cpu_s(redis), time.process_time()
     for claim in taken:
         for step in range(1, STEPS + 1):
-            await store.heartbeat(claim, step=step, steps=STEPS)
+            await store.leases.heartbeat(claim, step=step, steps=STEPS)
     steps = await _cpu_s(redis), time.process_time()
     for claim in taken:
-        await store.complete(claim, [], 1.0)
+        await store.leases.complete(claim, [], 1.0)
     end = await _cpu_s(redis), time.process_time()
     heartbeats = steps[0] - middle[0], steps[1] - middle[1]
     found["scaling_valkey_us_per_job"] = 1e6 * (end[0] - server - heartbeats[0]) / number, "us"

@@ -22,6 +22,7 @@ from deployments.protocol.request import ResolvedRequest
 from serve_app.job_ids import new_job_id
 from serve_app.jobs import events as job_events
 from serve_app.jobs import follow
+from serve_app.jobs.job import NewJob
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.redis.embedded import EmbeddedRedis
@@ -61,7 +62,7 @@ class Figures:
 
 
 async def accept(store: JobStore, owner: str = "ada") -> str:
-    return (await store.accept(new_job_id(), owner, REQUEST)).id
+    return (await store.accept(NewJob(new_job_id(), owner, REQUEST))).id
 
 
 async def submits(store: JobStore, figures: Figures, jobs: int) -> None:
@@ -77,9 +78,9 @@ async def finishes(store: JobStore, figures: Figures, jobs: int) -> None:
     """Claim, one heartbeat and the end of each waiting job, eight at a time."""
 
     async def worker() -> None:
-        while (claim := await store.claim({MODEL: 1})) is not None:
-            await store.heartbeat(claim, step=1, steps=4)
-            await store.complete(claim, [], 1.0)
+        while (claim := await store.leases.claim({MODEL: 1})) is not None:
+            await store.leases.heartbeat(claim, step=1, steps=4)
+            await store.leases.complete(claim, [], 1.0)
 
     began = time.perf_counter()
     await asyncio.gather(*(worker() for _ in range(8)))
@@ -102,9 +103,9 @@ async def both(store: JobStore, figures: Figures, jobs: int) -> None:
 
 
 async def one(store: JobStore) -> None:
-    claim = await store.claim({MODEL: 1})
+    claim = await store.leases.claim({MODEL: 1})
     if claim is not None:
-        await store.complete(claim, [], 1.0)
+        await store.leases.complete(claim, [], 1.0)
 
 
 async def long_queue(store: JobStore, redis: Redis, figures: Figures, jobs: int) -> None:
@@ -130,7 +131,7 @@ async def long_queue(store: JobStore, redis: Redis, figures: Figures, jobs: int)
     took_ms = []
     for _ in range(min(200, jobs)):
         began = time.perf_counter()
-        claim = await store.claim({MODEL: 1})
+        claim = await store.leases.claim({MODEL: 1})
         assert claim is not None
         took_ms.append(1e3 * (time.perf_counter() - began))
     figures.report("store_claim_ms", took_ms, "ms", queue)
@@ -176,7 +177,7 @@ async def progress_lag(url: str, settings: Settings, store: JobStore, figures: F
 
     async def watch(seed: int) -> None:
         request = REQUEST.model_copy(update={"seed": seed})
-        job = await store.accept(new_job_id(), f"owner {seed}", request)
+        job = await store.accept(NewJob(new_job_id(), f"owner {seed}", request))
         async for _, event in follow.follow(store, wakeups, job.id):
             if isinstance(event, job_events.Step) and event.step:
                 seen.setdefault((seed, event.step), time.monotonic())

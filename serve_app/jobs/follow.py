@@ -1,4 +1,4 @@
-"""Following a job from any process: what happened so far, then what happens, until it has ended."""
+"""Following a job from any process: the events so far, then new ones as they come, until the ending."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from serve_app.jobs.store.store import FROM_START, JobStore
 from serve_app.jobs.store.wakeups import Wakeups, wait_for_wakeup
 from serve_app.redis.transactions import StoreUnreachable
 
-POLL_S = 1.0  # hints may be lost, and queue positions change without any
-OUTAGE_LIMIT_S = 15.0  # a restart of the store passes unnoticed; a longer outage is told
+POLL_S = 1.0  # wake-ups may be lost, and queue positions change without any
+OUTAGE_LIMIT_S = 15.0  # a restart of the store goes unnoticed; a longer outage is an error
+OUTAGE_POLL_S = 0.1
 
 StreamEntry = tuple[str, events.Event]  # (event id, event); following again after the id misses nothing
 
@@ -23,7 +24,7 @@ async def follow(
 ) -> AsyncGenerator[StreamEntry]:
     """Events after the one with id `after`; the last is always the ending.
 
-    While the job waits, Queued comes again whenever its position changed, under the id before it.
+    While the job waits, JobQueued comes again whenever its position changed, under the id before it.
     Raises NotFound, BadRequest for a malformed id, StoreUnreachable after a long outage.
     """
     position: int | None = None
@@ -31,7 +32,7 @@ async def follow(
         await wakeups.ensure_subscribed()
         woken = False
         while True:
-            # the job before its events: an ended job's stream is complete, or forgotten
+            # the job before its events: an ended job's stream is complete, or deleted
             job = None if woken else await get_with_retry(store, job_id)
             for event_id, event in await _events(store, job_id, after):
                 after = event_id
@@ -44,15 +45,15 @@ async def follow(
                 yield after, events.ending_event(job)
                 return
             if job is not None and job.state is JobState.queued:
-                now_at = await store.position(job)
-                if now_at not in (None, position):
-                    position = now_at
-                    yield after, events.JobQueued(now_at, job.step, job.steps)
+                new_position = await store.position(job)
+                if new_position not in (None, position):
+                    position = new_position
+                    yield after, events.JobQueued(new_position, job.step, job.steps)
             woken = await wait_for_wakeup(wakeup, POLL_S)
 
 
 async def wait(store: JobStore, wakeups: Wakeups, job_id: str, timeout_s: float) -> Job:
-    """The job when it has ended, or as it stands after timeout_s."""
+    """The job when it has ended, or as it is after timeout_s."""
     deadline = time.monotonic() + timeout_s
     with wakeups.subscribe(job_id) as wakeup:
         await wakeups.ensure_subscribed()
@@ -65,7 +66,7 @@ async def wait(store: JobStore, wakeups: Wakeups, job_id: str, timeout_s: float)
 
 
 async def get_with_retry(store: JobStore, job_id: str) -> Job:
-    """The job, though the store may be away for a moment."""
+    """The job, though the store may be unreachable for up to OUTAGE_LIMIT_S. Raises NotFound."""
     deadline = time.monotonic() + OUTAGE_LIMIT_S
     while True:
         try:
@@ -73,11 +74,11 @@ async def get_with_retry(store: JobStore, job_id: str) -> Job:
         except StoreUnreachable:
             if time.monotonic() > deadline:
                 raise
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(OUTAGE_POLL_S)
 
 
 async def _events(store: JobStore, job_id: str, after: str) -> list[StreamEntry]:
     try:
         return await store.events(job_id, after)
     except StoreUnreachable:
-        return []  # the next look at the job decides how long to bear it
+        return []  # get_with_retry decides how long an outage is tolerated

@@ -85,6 +85,17 @@ DEFAULT_OPTIONS = SubmitOptions()
 
 
 @dataclass(frozen=True, slots=True)
+class NewJob:
+    """A resolved request on its way into the store."""
+
+    id: str
+    owner: str
+    request: ResolvedRequest  # its input images are detached, see inputs.py
+    warnings: tuple[Adjustment, ...] = ()
+    options: SubmitOptions = DEFAULT_OPTIONS
+
+
+@dataclass(frozen=True, slots=True)
 class JobError:
     """Why a job failed: kind and fields of the error tree in deployments/protocol/errors.py."""
 

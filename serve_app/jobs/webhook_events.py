@@ -6,27 +6,25 @@ import base64
 import hashlib
 import hmac
 import json
+from datetime import datetime
+
+from standardwebhooks import Webhook
 
 from serve_app.jobs.job import Job
-
-SECRET_PREFIX = "whsec_"
 
 
 def owner_secret(secret: bytes, owner: str) -> str:
     """The key of an owner's webhooks: whsec_ and base64, the form that receivers' libraries take."""
     key = hmac.new(secret, b"webhook:" + owner.encode(), hashlib.sha256).digest()
-    return SECRET_PREFIX + base64.b64encode(key).decode()
+    return "whsec_" + base64.b64encode(key).decode()
 
 
-def signature_headers(secret: str, event_id: str, timestamp: int, body: bytes) -> dict[str, str]:
+def signature_headers(secret: str, event_id: str, sent_at: datetime, body: bytes) -> dict[str, str]:
     """Headers that prove who sent this body, and when. secret: as owner_secret returns it."""
-    key = base64.b64decode(secret.removeprefix(SECRET_PREFIX))
-    content = f"{event_id}.{timestamp}.".encode() + body
-    signature = base64.b64encode(hmac.new(key, content, hashlib.sha256).digest()).decode()
     return {
         "webhook-id": event_id,
-        "webhook-timestamp": str(timestamp),
-        "webhook-signature": f"v1,{signature}",
+        "webhook-timestamp": str(int(sent_at.timestamp())),
+        "webhook-signature": Webhook(secret).sign(event_id, sent_at, body.decode()),
         "content-type": "application/json",
     }
 

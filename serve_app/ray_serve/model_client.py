@@ -24,7 +24,7 @@ from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Internal, ModelUnavailable
 from deployments.protocol.events import Event, Failed
 from deployments.protocol.request import ResolvedRequest
-from serve_app.jobs.store.throughput import Demand
+from serve_app.jobs.store.start_estimate import Demand
 from serve_app.ray_serve import autoscaling
 from serve_app.ray_serve.routing import (
     FleetRoutes,

@@ -98,3 +98,8 @@ async def clock_us(redis: Redis | Pipeline) -> int:
     """The server's clock in microseconds: the workers' own may differ or jump."""
     seconds, microseconds = await redis.time()
     return int(seconds) * 1_000_000 + int(microseconds)
+
+
+async def clock_s(redis: Redis | Pipeline) -> int:
+    """The server's clock in whole seconds."""
+    return await clock_us(redis) // 1_000_000

@@ -18,8 +18,8 @@ from redis.exceptions import RedisError
 from deployments.protocol.errors import Overloaded, WeftError
 from serve_app.job_ids import new_job_id
 from serve_app.jobs import events
-from serve_app.jobs.job import IdempotencyKey, JobState, SubmitOptions
-from serve_app.jobs.store.record import Keys
+from serve_app.jobs.job import IdempotencyKey, JobState, NewJob, SubmitOptions
+from serve_app.jobs.store.keys import Keys
 from serve_app.jobs.store.store import JobStore
 from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.redis.transactions import connect
@@ -116,11 +116,13 @@ class Chaos:
             while True:
                 try:
                     job = await store.accept(
-                        new_job_id(),
-                        f"owner {number % 5}",
-                        resolved(f"wish {number}"),
-                        (),
-                        SubmitOptions(idempotency_key=idempotency_key),
+                        NewJob(
+                            new_job_id(),
+                            f"owner {number % 5}",
+                            resolved(f"wish {number}"),
+                            (),
+                            SubmitOptions(idempotency_key=idempotency_key),
+                        )
                     )
                     break
                 except Overloaded:

@@ -13,7 +13,7 @@ import pytest
 
 from deployments.protocol.errors import Overloaded
 from serve_app.job_ids import new_job_id
-from serve_app.jobs.job import Job, JobState
+from serve_app.jobs.job import Job, JobState, NewJob
 from serve_app.jobs.store.store import JobStore
 from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.redis.transactions import connect
@@ -44,12 +44,12 @@ async def test_a_job_that_kills_its_worker_three_times_is_failed_and_others_go_o
     with EmbeddedRedis(tmp_path / "store") as url:
         async with connect(url) as redis:
             store = JobStore(redis, settings)
-            poison = await store.accept(new_job_id(), OWNER, resolved(POISON))
+            poison = await store.accept(NewJob(new_job_id(), OWNER, resolved(POISON)))
             for _ in range(3):
                 done = await asyncio.to_thread(work, url, settings, patience(2))
                 assert done != 0
             worker = start_worker(url, settings)
-            other = await store.accept(new_job_id(), OWNER, resolved())
+            other = await store.accept(NewJob(new_job_id(), OWNER, resolved()))
 
             async def both_ended() -> bool:
                 return all([(await store.get(job.id)).state.ended for job in (poison, other)])
@@ -85,7 +85,7 @@ async def test_a_full_disk_under_the_store_refuses_jobs_and_loses_none(
     settings = make_settings(max_pending=10_000, max_active_per_owner=10_000)
     async with connect(server.start()) as redis:
         store = JobStore(redis, settings)
-        ids = [(await store.accept(new_job_id(), OWNER, resolved())).id for _ in range(5)]
+        ids = [(await store.accept(NewJob(new_job_id(), OWNER, resolved()))).id for _ in range(5)]
         files = (tmp_path / "store").rglob("*.aof")
         size = max(file.stat().st_size for file in files)
         resource.prlimit(server.pid, resource.RLIMIT_FSIZE, (size + 8192, size + 8192))
@@ -93,7 +93,7 @@ async def test_a_full_disk_under_the_store_refuses_jobs_and_loses_none(
         refused = 0
         while not refused:
             try:
-                ids.append((await store.accept(new_job_id(), OWNER, resolved())).id)
+                ids.append((await store.accept(NewJob(new_job_id(), OWNER, resolved()))).id)
             except Overloaded:
                 refused += 1
 
@@ -122,7 +122,7 @@ async def test_a_full_disk_under_the_results_fails_the_job_leaves_no_part_of_a_f
             worker = start_worker(url, settings)
 
             async def job() -> Job:
-                job_id = (await store.accept(new_job_id(), OWNER, resolved())).id
+                job_id = (await store.accept(NewJob(new_job_id(), OWNER, resolved()))).id
 
                 async def has_ended() -> bool:
                     return (await store.get(job_id)).state.ended
@@ -160,7 +160,7 @@ async def test_a_store_whose_last_write_was_torn_starts_with_all_that_came_befor
     server = EmbeddedRedis(tmp_path / "store")
     async with connect(server.start()) as redis:
         store = JobStore(redis, settings)
-        ids = [(await store.accept(new_job_id(), OWNER, resolved())).id for _ in range(5)]
+        ids = [(await store.accept(NewJob(new_job_id(), OWNER, resolved()))).id for _ in range(5)]
     server.stop()
     log = next(file for file in (tmp_path / "store").rglob("*.incr.aof"))
     os.truncate(log, log.stat().st_size - 7)

@@ -1,8 +1,8 @@
-"""When two requests are the same: digests for Idempotency-Keys, and keys of the result cache.
+"""When two requests are equal: digests for Idempotency-Keys, and keys of the result cache (pure).
 
-A cache key is an HMAC under the installation's secret of everything a picture depends on: the owner, the
-request as it will run, the content of the model's files and the version of the code. Nobody can compute
-another's key, and a header or an id that a caller chooses is no part of it.
+A cache key is an HMAC under the installation's secret of everything a result depends on: the owner, the
+resolved request, the content of the model's files and the version of the code. Nothing that a caller can
+choose freely (a header, an id) is part of it, and without the secret no key can be computed.
 """
 
 from __future__ import annotations
@@ -20,35 +20,35 @@ from pydantic.main import IncEx
 from deployments import __version__
 from deployments.protocol.request import ResolvedRequest
 
-# what changes how or when a picture is made, and not the picture
+# fields that change when or how a result is generated, but not the result
 EXCLUDED_FIELDS: dict[str, IncEx | bool] = {
     "priority": True,
     "deadline_s": True,
     "output": {"previews": True},
 }
-CODE = f"weft {__version__}, diffusers {version('diffusers')}, torch {version('torch')}"
+CODE_VERSION = f"weft {__version__}, diffusers {version('diffusers')}, torch {version('torch')}"
 
 
 def body_digest(body: BaseModel, **also: str | None) -> str:
-    """SHA-256 of what a caller sent; its pictures count by their content."""
+    """SHA-256 of a request body and of `also`; images count by their content."""
     return hashlib.sha256(_canonical({"body": body.model_dump(), "also": also})).hexdigest()
 
 
 def compute_cache_key(
     secret: bytes, owner: str, epoch: int, request: ResolvedRequest, models: Mapping[str, str]
 ) -> str:
-    """Equal for requests of one owner that give the same pictures, until the owner empties the cache.
+    """Equal for requests of one owner that have equal results, until the owner empties the cache.
 
-    request: with its pictures.  models: content digests of everything the card names, by use.
+    request: with its input images.  models: content digests of all weights the card names, by use.
     """
-    canonical = {
+    parts = {
         "owner": owner,
         "epoch": epoch,
         "request": request.model_dump(exclude=EXCLUDED_FIELDS),
         "models": dict(models),
-        "code": CODE,
+        "code": CODE_VERSION,
     }
-    return hmac.new(secret, _canonical(canonical), hashlib.sha256).hexdigest()
+    return hmac.new(secret, _canonical(parts), hashlib.sha256).hexdigest()
 
 
 def _canonical(value: Any) -> bytes:

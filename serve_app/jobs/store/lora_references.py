@@ -1,19 +1,19 @@
-"""Which adapters the jobs that have not ended will need: their files must stay."""
+"""Which LoRAs the unfinished jobs need: their files must not be removed."""
 
 from __future__ import annotations
 
 from redis.asyncio import Redis
 
 from deployments.protocol.request import ResolvedRequest
-from serve_app.jobs.store.record import Keys
+from serve_app.jobs.store.keys import Keys
 from serve_app.redis.transactions import redis_errors
 
 
 async def referenced_loras(redis: Redis, prefix: str) -> set[str]:
-    """Digests in every job that waits or runs. Raises StoreUnreachable."""
+    """Digests of the LoRAs of all queued and running jobs. Raises StoreUnreachable."""
     keys = Keys(prefix)
     with redis_errors():
-        async with redis.pipeline(transaction=True) as pipe:  # a job on its way is in one of them
+        async with redis.pipeline(transaction=True) as pipe:  # a job that is just claimed is in one of them
             pipe.zrange(keys.pending, 0, -1)
             pipe.zrange(keys.running, 0, -1)
             waiting, running = await pipe.execute()

@@ -11,24 +11,25 @@ from redis.asyncio import Redis
 from deployments.protocol.errors import BadRequest
 from serve_app.job_ids import JOB_ID_PATTERN
 from serve_app.jobs.job import Job, JobState
-from serve_app.jobs.store.record import Keys, job_from
+from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.record import job_from
 
 CHUNK = 100  # index entries read at once
-CHUNKS = 10  # at most, per page: a rare filter answers with a short page and a cursor
+CHUNKS = 10  # at most, per page: a rare filter is answered with a short page and a cursor
 
 Edge = tuple[int, str]  # (time of acceptance in us, job id): where a page ended
 
 
 @dataclass(frozen=True, slots=True)
 class JobPage:
-    """Some jobs, newest first, and where to go on (None: there are no more)."""
+    """Some jobs, newest first, and the cursor of the next page (None: this is the last one)."""
 
     jobs: tuple[Job, ...]
     next_cursor: str | None
 
 
 class OwnerIndex:
-    """The sorted set of one owner's jobs. Reads leave no mark but the removal of forgotten jobs."""
+    """The sorted set of one owner's jobs. Reading removes the entries of deleted jobs."""
 
     def __init__(self, redis: Redis, keys: Keys, owner: str) -> None:
         self._redis = redis
@@ -58,7 +59,7 @@ class OwnerIndex:
         return JobPage(tuple(found), f"{edge[0]}-{edge[1]}")
 
     async def _older(self, edge: Edge | None) -> list[Edge]:
-        """Up to CHUNK entries beyond the edge; entries of its very microsecond are told apart by id."""
+        """Up to CHUNK entries beyond the edge; entries of the same microsecond are ordered by id."""
         newest = "+inf" if edge is None else str(edge[0])
         raw = await self._redis.zrange(
             self._key, newest, "-inf", desc=True, byscore=True, offset=0, num=CHUNK + 1, withscores=True
@@ -68,16 +69,16 @@ class OwnerIndex:
         return [entry for entry in entries if edge is None or entry < edge][:CHUNK]
 
     async def _read(self, entries: list[Edge]) -> list[tuple[Edge, Job]]:
-        """The jobs of these entries. A hash that is gone was forgotten: ids never come back."""
+        """The jobs of these entries. A missing hash was deleted for good: ids are never reused."""
         if not entries:
             return []
         async with self._redis.pipeline(transaction=False) as pipe:
             for _, job_id in entries:
                 pipe.hgetall(self._keys.job(job_id))
             hashes = await pipe.execute()
-        forgotten = [job_id for (_, job_id), fields in zip(entries, hashes, strict=True) if not fields]
-        if forgotten:
-            await self._redis.zrem(self._key, *forgotten)
+        deleted = [job_id for (_, job_id), fields in zip(entries, hashes, strict=True) if not fields]
+        if deleted:
+            await self._redis.zrem(self._key, *deleted)
         return [
             (entry, job_from(entry[1], fields))
             for entry, fields in zip(entries, hashes, strict=True)
@@ -90,5 +91,5 @@ def _parse(cursor: str | None) -> Edge | None:
         return None
     match = re.fullmatch(rf"(\d{{1,17}})-({JOB_ID_PATTERN})", cursor)
     if match is None:
-        raise BadRequest("cursor is not one that a list gave; leave it out to start", param="cursor")
+        raise BadRequest("cursor is not one that a list returned; leave it out to start", param="cursor")
     return int(match[1]), match[2]

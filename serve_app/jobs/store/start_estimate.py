@@ -1,14 +1,16 @@
-"""When a waiting job will probably begin: from what recent jobs took and the room there is (pure)."""
+"""When a waiting job will probably start: from durations of recent jobs and reported capacity (pure)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+CAPACITY_TTL_S = 15  # a dispatcher that has not reported for this long has no capacity
 
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """What all dispatchers together may run of one model."""
+    """How many jobs of one model may run at once, and how many more may start now."""
 
     slots: int
     free: int
@@ -16,17 +18,52 @@ class Capacity:
     def __add__(self, other: Capacity) -> Capacity:
         return Capacity(self.slots + other.slots, self.free + other.free)
 
+    @property
+    def running(self) -> int:
+        return self.slots - self.free
+
 
 NO_CAPACITY = Capacity(0, 0)
 
 
-def starts_in_s(position: int, capacity: Capacity, recent_s: Sequence[float]) -> float | None:
-    """Seconds until the job at this place in the queue begins; None when nothing is known to tell it by.
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Jobs of one model, or of several that share their replicas."""
 
-    position: 1 is next.  recent_s: what the latest jobs of the model took, each in its slot.
-    """
-    if position <= capacity.free:
-        return 0.0
-    if capacity.slots < 1 or not recent_s:
-        return None
-    return (position - capacity.free) * sum(recent_s) / len(recent_s) / capacity.slots
+    waiting: int = 0
+    running: int = 0  # claimed by dispatchers and sent to the model
+
+    def __add__(self, other: Demand) -> Demand:
+        return Demand(self.waiting + other.waiting, self.running + other.running)
+
+
+@dataclass(frozen=True, slots=True)
+class Throughput:
+    """How fast one model's queue moves."""
+
+    capacity: Capacity  # of all dispatchers together
+    recent_s: tuple[float, ...]  # what the latest jobs took, each in its slot
+
+    def starts_in_s(self, position: int) -> float | None:
+        """Seconds until the job at this queue position (1: next) starts; None when it cannot be estimated."""
+        if position <= self.capacity.free:
+            return 0.0
+        if self.capacity.slots < 1 or not self.recent_s:
+            return None
+        mean_s = sum(self.recent_s) / len(self.recent_s)
+        return (position - self.capacity.free) * mean_s / self.capacity.slots
+
+
+def encode_report(capacity: Capacity, now_s: int) -> str:
+    """One dispatcher's report as it is stored. now_s: seconds of the server's clock."""
+    return f"{capacity.slots} {capacity.free} {now_s}"
+
+
+def total_capacity(reports: Iterable[str], now_s: int) -> Capacity:
+    """The sum of the stored reports that are at most CAPACITY_TTL_S old."""
+    total = NO_CAPACITY
+    for report in reports:
+        slots, free, reported_at_s = (int(word) for word in report.split())
+        if now_s - reported_at_s <= CAPACITY_TTL_S:
+            total += Capacity(slots, free)
+    return total

@@ -1,6 +1,7 @@
-"""Wake-ups between processes: one subscription per process, heard by any number of waiters.
+"""Wake-ups between processes: one Redis subscription per process, shared by any number of waiters.
 
-A hint may be lost or come twice; whoever waits looks at the store, and looks again after a while anyway.
+A wake-up may be lost or arrive twice. A waiter therefore reads the store after each one, and polls it in
+between.
 """
 
 from __future__ import annotations
@@ -15,37 +16,37 @@ from contextlib import contextmanager, suppress
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-RETRY_S = 0.2
+RECONNECT_S = 0.2
 
 logger = logging.getLogger(__name__)
 
 
 class Wakeups:
-    """Sets the events of those who wait for a key when its name comes over the channel."""
+    """Sets the events of the waiters of a key when the key's name arrives on the channel."""
 
     def __init__(self, redis: Redis, channel: str) -> None:
         self._redis = redis
         self._channel = channel
-        self._waiting: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
+        self._waiters: defaultdict[str, set[asyncio.Event]] = defaultdict(set)
         self._subscribed = asyncio.Event()
         self._reader: asyncio.Task[None] | None = None
 
     @contextmanager
     def subscribe(self, key: str) -> Iterator[asyncio.Event]:
-        """An event that is set whenever `key` is hinted at, until the block ends."""
+        """An event that is set at every wake-up of `key` until the block ends."""
         event = asyncio.Event()
-        self._waiting[key].add(event)
+        self._waiters[key].add(event)
         try:
             yield event
         finally:
-            self._waiting[key].discard(event)
-            if not self._waiting[key]:
-                del self._waiting[key]
+            self._waiters[key].discard(event)
+            if not self._waiters[key]:
+                del self._waiters[key]
 
     async def ensure_subscribed(self, timeout_s: float = 1.0) -> None:
-        """Return once hints arrive, or after timeout_s: then polling has to do."""
+        """Return once wake-ups arrive, or after timeout_s: until then waiters depend on polling."""
         if self._reader is None or self._reader.done():
-            # Serve cancels tasks that carry a request's context when its client leaves
+            # Serve cancels tasks that carry a request's context when its client disconnects
             self._reader = asyncio.create_task(self._read(), context=contextvars.Context())
         if not self._subscribed.is_set():
             with suppress(TimeoutError):
@@ -63,9 +64,9 @@ class Wakeups:
             try:
                 await self._read_until_lost()
             except (RedisError, OSError) as error:
-                logger.info("hints are interrupted", extra={"error": type(error).__name__})
+                logger.info("wake-up subscription lost", extra={"error": type(error).__name__})
             self._subscribed.clear()
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(RECONNECT_S)
 
     async def _read_until_lost(self) -> None:
         async with self._redis.pubsub() as pubsub:
@@ -73,18 +74,18 @@ class Wakeups:
             async for message in pubsub.listen():
                 if message["type"] == "subscribe":
                     self._subscribed.set()
-                    for key in list(self._waiting):  # hints sent before now are lost: everybody looks
+                    for key in list(self._waiters):  # earlier wake-ups are lost: every waiter reads the store
                         self._wake(key)
                 elif message["type"] == "message":
                     self._wake(message["data"])
 
     def _wake(self, key: str) -> None:
-        for event in self._waiting.get(key, ()):
+        for event in self._waiters.get(key, ()):
             event.set()
 
 
 async def wait_for_wakeup(event: asyncio.Event, timeout_s: float) -> bool:
-    """Whether the event was set within timeout_s; it is unset again."""
+    """Whether the event was set within timeout_s; it is cleared again."""
     with suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):  # Python 3.11's wait_for may swallow a cancellation
             await event.wait()

@@ -1,4 +1,4 @@
-"""Gives waiting jobs to models: never more than they take, as soon as there is room."""
+"""Sends waiting jobs to models: never more than they take, as soon as there is capacity."""
 
 from __future__ import annotations
 
@@ -13,20 +13,22 @@ from types import MappingProxyType
 from deployments.protocol import log_context
 from deployments.protocol.errors import WeftError
 from deployments.protocol.log_context import LogContext
-from serve_app.jobs.job import COPY_QUEUE, Job, JobState
-from serve_app.jobs.store.start_estimate import Capacity
-from serve_app.jobs.store.store import Claim, JobStore
-from serve_app.jobs.store.throughput import Demand
-from serve_app.jobs.store.transitions import NEW_WORK
+from serve_app.jobs.job import COPY_QUEUE
+from serve_app.jobs.store.indexes import NEW_WORK
+from serve_app.jobs.store.leases import Claim
+from serve_app.jobs.store.start_estimate import Capacity, Demand
+from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.store.wakeups import wait_for_wakeup
-from serve_app.jobs.worker.attempt import AbortReason, Attempt, ModelBackend
+from serve_app.jobs.worker.attempt import Attempt, ModelBackend
+from serve_app.jobs.worker.job_metrics import attempt_fields, count_attempt_end, log_attempt_end
+from serve_app.jobs.worker.lease_keeper import AbortReason
 from serve_app.observability.metrics import LocalMeter, Meter
 from serve_app.observability.tracing import continue_trace
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
 
 COPIERS = 8  # jobs at once that only copy files
-POLL_S = 1.0  # hints may be lost, and models grow slots without any
+POLL_S = 1.0  # wake-ups may be lost, and models gain slots without any
 TIME_LIMIT_S = 600.0  # of a job whose model has none
 DRAIN_LIMIT_S = 15.0
 
@@ -50,7 +52,7 @@ class Dispatcher:
         meter: Meter | None = None,
         report_demand: Callable[[Mapping[str, Demand]], Awaitable[None]] | None = None,
     ) -> None:
-        """tell_demand: gets to know every second what waits and runs, per model, for all dispatchers."""
+        """report_demand: receives every second the jobs that wait and run, per model, of all dispatchers."""
         self._store = store
         self._results = results
         self._models = models
@@ -61,18 +63,18 @@ class Dispatcher:
         self._wakeups = store.work_wakeups()
         self._running: dict[asyncio.Task[None], Attempt] = {}
         self._draining = False
-        self._wakeup = asyncio.Event()  # somebody waits, a job has ended, or we shall drain
+        self._wakeup = asyncio.Event()  # there is new work, a job has ended, or the dispatcher drains
         self._reap_at = 0.0
         self._report_at = 0.0
-        self._name = secrets.token_hex(4)  # among those who share the store
+        self._name = secrets.token_hex(4)  # among the dispatchers that share the store
 
     @property
     def active(self) -> int:
-        """How many jobs run here right now."""
+        """How many jobs run here now."""
         return len(self._running)
 
     async def run(self) -> None:
-        """Serve until `drain`, or until cancelled (then it drains as well). No error ends it."""
+        """Dispatch until `drain`, or until cancelled (then it drains as well). No error ends it."""
         try:
             with self._wakeups.subscribe(NEW_WORK) as self._wakeup:
                 await self._wakeups.ensure_subscribed()
@@ -85,7 +87,7 @@ class Dispatcher:
                         logger.warning("no jobs can be claimed: %s", error.message)
                         self._postpone_reaping()
                     except Exception:
-                        logger.exception("the dispatcher stumbled; it goes on")
+                        logger.exception("a round of the dispatcher failed; it continues")
                     if not self._draining:
                         await wait_for_wakeup(self._wakeup, min(POLL_S, self._settings.heartbeat_s))
         finally:
@@ -93,25 +95,25 @@ class Dispatcher:
             await self._wakeups.aclose()
 
     async def drain(self) -> None:
-        """Claim nothing more and give running jobs back at once; this costs them no attempt."""
+        """Claim nothing more and release running jobs at once; this costs them no attempt."""
         self._draining = True
         self._wakeup.set()
         for attempt in self._running.values():
             attempt.abort(AbortReason.drained)
         if self._running:
             _, late = await asyncio.wait(set(self._running), timeout=DRAIN_LIMIT_S)
-            for task in late:  # their leases will run out
+            for task in late:  # their leases will expire
                 task.cancel()
 
     async def _claim_what_fits(self) -> None:
         while not self._draining and (free := self._free_slots() | self._free_copiers()):
-            claim = await self._store.claim(free)
+            claim = await self._store.leases.claim(free)
             if claim is None:
                 return
             self._start(claim)
 
     def _free_slots(self) -> dict[str, int]:
-        """Room per model, less the claimed jobs the models have not heard of yet."""
+        """Free slots per model, less the claimed jobs that the models have not counted yet."""
         waiting = Counter(
             attempt.claim.job.request.model
             for attempt in self._running.values()
@@ -125,7 +127,7 @@ class Dispatcher:
         return {COPY_QUEUE: COPIERS - copying} if copying < COPIERS else {}
 
     async def _report_capacity(self) -> None:
-        """Every LOOK_AGAIN_S: what runs here and could, for estimates."""
+        """Every POLL_S: what runs here and could, for estimates, autoscaling and gauges."""
         now = time.monotonic()
         if now < self._report_at:
             return
@@ -135,14 +137,15 @@ class Dispatcher:
             for attempt in self._running.values()
             if attempt.claim.job.cached_from is None
         )
-        free, all_free = self._free_slots(), self._models.free_slots()
+        free, models = self._free_slots(), list(self._models.free_slots())
+        throughput = self._store.throughput
         capacities = {
-            model: Capacity(running[model] + free.get(model, 0), free.get(model, 0)) for model in all_free
+            model: Capacity(running[model] + free.get(model, 0), free.get(model, 0)) for model in models
         }
-        await self._store.report_capacity(self._name, capacities)
+        await throughput.report(self._name, capacities)
         if self._report_demand is not None:
-            await self._report_demand(await self._store.demand(list(all_free)))
-        for model, waiting in (await self._store.queued(list(all_free))).items():
+            await self._report_demand(await throughput.demand(models))
+        for model, waiting in (await throughput.queued(models)).items():
             self._meter.put("weft_jobs_queued", waiting, model=model)
             self._meter.put("weft_jobs_running", running[model], model=model)
             self._meter.put("weft_slots_free", free.get(model, 0), model=model)
@@ -168,64 +171,34 @@ class Dispatcher:
 
     async def _run_one(self, attempt: Attempt) -> None:
         claim, job = attempt.claim, attempt.claim.job
-        log_context.bind(
-            LogContext(job.id, job.request_id, job.trace)
-        )  # of this task, and of those it starts
+        log_context.bind(LogContext(job.id, job.request_id, job.trace))  # of this task, and its children
         try:
             with (
                 continue_trace(job.trace, f"dispatch {job.request.model}"),
-                self._wakeups.subscribe(claim.job.id) as wakeup,
+                self._wakeups.subscribe(job.id) as wakeup,
             ):
-                ended = await attempt.run(wakeup)
-            _log_end(claim, ended)
-            if ended is not None:
-                self._count_end(ended)
+                left = await attempt.run(wakeup)
+            log_attempt_end(claim, left)
+            if left is not None:
+                count_attempt_end(self._meter, left)
         except Exception:
-            logger.exception("an attempt was lost; its lease will run out", extra=_log_fields(claim))
-
-    def _count_end(self, job: Job) -> None:
-        model, meter = job.request.model, self._meter
-        if not job.state.ended:
-            meter.add("weft_attempts_given_back", model=model)
-            return
-        meter.add(
-            "weft_jobs_ended", model=model, state=job.state.value, error=job.error.kind if job.error else ""
-        )
-        if job.cached_from is None and job.started_at is not None:
-            meter.observe("weft_job_wait_seconds", job.started_at - job.created_at, model=model)
-            if job.state is JobState.completed and job.completed_at is not None:
-                meter.observe("weft_job_total_seconds", job.completed_at - job.created_at, model=model)
+            logger.exception("an attempt was lost; its lease will expire", extra=attempt_fields(claim))
 
     async def _reap(self) -> None:
-        """Every heartbeat_s: give jobs of dead workers back, and clear up after those that ended."""
+        """Every heartbeat_s: requeue jobs of dead workers, and remove the files of those that ended."""
         now = time.monotonic()
         if now < self._reap_at:
             return
         self._reap_at = now + self._settings.heartbeat_s
-        for job in await self._store.reap():
+        for job in await self._store.leases.reap():
             self._meter.add("weft_leases_lost", model=job.request.model)
             logger.warning(
-                "a lease ran out", extra={"job_id": job.id, "attempt": job.attempt, "state": job.state}
+                "a lease expired", extra={"job_id": job.id, "attempt": job.attempt, "state": job.state}
             )
             if job.state.ended:
-                self._count_end(job)
+                count_attempt_end(self._meter, job)
                 await self._results.sweep(job.id)
 
     def _postpone_reaping(self) -> None:
-        """After an outage every lease may have run out though the workers live: let them renew first."""
+        """After an outage every lease may have expired though the workers live: let them renew first."""
         self._reap_at = time.monotonic() + 2 * self._settings.heartbeat_s
-
-
-def _log_end(claim: Claim, job: Job | None) -> None:
-    if job is None:
-        logger.warning("a job was given to another worker meanwhile", extra=_log_fields(claim))
-        return
-    total_s = None if job.completed_at is None else job.completed_at - job.created_at
-    queue_s = None if job.started_at is None else job.started_at - job.created_at
-    figures = {"queue_s": queue_s, "generation_s": job.generation_s, "total_s": total_s}
-    kind = None if job.error is None else job.error.kind
-    logger.info("job %s", job.state, extra={**_log_fields(claim), **figures, "error": kind})
-
-
-def _log_fields(claim: Claim) -> dict[str, object]:
-    return {"job_id": claim.job.id, "attempt": claim.attempt, "model": claim.job.request.model}

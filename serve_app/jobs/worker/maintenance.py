@@ -1,4 +1,4 @@
-"""What has to be done beside the jobs, by any one dispatcher: webhooks, and sweeping."""
+"""Periodic work besides jobs, done by any one dispatcher: webhooks, and sweeping of files."""
 
 from __future__ import annotations
 
@@ -26,27 +26,26 @@ class Maintenance:
     def __init__(self, store: JobStore, results: ResultStore, poster: HttpPoster, settings: Settings) -> None:
         self._store = store
         self._poster = poster
-        self._retention = Retention(store, results, settings.result_ttl_s)
+        self._retention = Retention(store.file_expiry, results, settings.result_ttl_s)
         self._deliverer: WebhookDeliverer | None = None
 
     async def run(self) -> None:
-        """No error ends it."""
+        """Run a round every ROUND_S. No error ends it."""
         while True:
             began = time.monotonic()
             try:
                 await self.run_once()
             except WeftError as error:
-                logger.info("chores wait: %s", error.message)
+                logger.info("maintenance waits: %s", error.message)
             except Exception:
-                logger.exception("a chore stumbled; it is done again later")
+                logger.exception("a maintenance task failed; it is tried again later")
             await asyncio.sleep(max(0.0, began + ROUND_S - time.monotonic()))
 
     async def run_once(self) -> None:
-        """Everything that is due."""
+        """Do everything that is due."""
         if self._deliverer is None:
-            self._deliverer = WebhookDeliverer(
-                self._store.outbox, self._poster, await self._store.cache.secret()
-            )
+            secret = await self._store.cache.secret()
+            self._deliverer = WebhookDeliverer(self._store.outbox, self._poster, secret)
         await self._deliverer.deliver()
         if await self._store.try_acquire("sweep", SWEEP_S):
             while await self._retention.sweep():

@@ -14,9 +14,10 @@ from deployments.protocol.errors import QuotaExceeded
 from deployments.protocol.request import ResolvedRequest
 from serve_app.admission.quota import DAY_S, Charge, day_of, old_days, refund, reserve
 from serve_app.job_ids import new_job_id
-from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact, SubmitOptions
-from serve_app.jobs.store.record import Keys
-from serve_app.jobs.store.store import Claim, JobStore
+from serve_app.jobs.job import Job, JobError, JobState, NewJob, StoredArtifact, SubmitOptions
+from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.leases import Claim
+from serve_app.jobs.store.store import JobStore
 from serve_app.settings import Settings
 from tests.serving.fakes import MODEL, OWNER, resolved
 
@@ -30,12 +31,12 @@ def wish(images: int = 1) -> ResolvedRequest:
 
 async def submitted(store: JobStore, images: int = 1, per_day: int = 4) -> Job:
     return await store.accept(
-        new_job_id(), OWNER, wish(images), options=SubmitOptions(images_per_day=per_day)
+        NewJob(new_job_id(), OWNER, wish(images), options=SubmitOptions(images_per_day=per_day))
     )
 
 
 async def claimed(store: JobStore) -> Claim:
-    claim = await store.claim({MODEL: 1})
+    claim = await store.leases.claim({MODEL: 1})
     assert claim is not None
     return claim
 
@@ -86,7 +87,7 @@ async def test_the_same_job_accepted_twice_is_counted_once(
 ) -> None:
     job = await submitted(store, images=2)
 
-    await store.accept(job.id, OWNER, wish(2), options=SubmitOptions(images_per_day=4))
+    await store.accept(NewJob(job.id, OWNER, wish(2), options=SubmitOptions(images_per_day=4)))
 
     assert await used(redis, settings) == 2
 
@@ -106,13 +107,13 @@ async def test_a_failed_job_gives_everything_back_and_a_completed_one_what_it_di
     store: JobStore, redis: Redis, settings: Settings
 ) -> None:
     await submitted(store, images=2)
-    await store.fail(await claimed(store), JobError("internal", "broken"))
+    await store.leases.fail(await claimed(store), JobError("internal", "broken"))
     after_failure = await used(redis, settings)
     await submitted(store, images=3)
     claim = await claimed(store)
 
-    done = await store.complete(claim, [ARTIFACT, replace(ARTIFACT, kind="thumbnail")], 1.0)
-    await store.complete(claim, [ARTIFACT], 1.0)  # its answer was lost and it asked again
+    done = await store.leases.complete(claim, [ARTIFACT, replace(ARTIFACT, kind="thumbnail")], 1.0)
+    await store.leases.complete(claim, [ARTIFACT], 1.0)  # its answer was lost and it asked again
 
     assert after_failure == 0
     assert done.state is JobState.completed
@@ -130,7 +131,7 @@ async def test_a_job_whose_workers_all_die_gives_its_pictures_back_once(
         while_it_ran.append(await used(redis, settings))
         await redis.hset(keys.job(job.id), "lease_us", "1")
         await redis.zadd(keys.running, {job.id: 1})
-        await store.reap()
+        await store.leases.reap()
 
     assert while_it_ran == [2] * settings.max_attempts
     assert (await store.get(job.id)).state is JobState.failed

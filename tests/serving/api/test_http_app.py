@@ -225,7 +225,7 @@ async def test_without_room_for_pictures_it_is_not_ready_and_refuses_jobs(state:
     await job_service.aclose()
 
     assert ready.status_code == 503
-    assert "too little room" in ready.text
+    assert "too little disk space" in ready.text
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "60")
     assert kept.json()["jobs"] == []
 

@@ -67,14 +67,14 @@ async def test_what_a_stopped_replica_has_done_still_counts_while_the_job_waits(
     client: httpx.AsyncClient, store: JobStore
 ):
     job_id = await submitted(client, steps=4)
-    claim = await store.claim({"sketch": 1})
+    claim = await store.leases.claim({"sketch": 1})
     assert claim is not None
     stopped = JobError("model_unavailable", "the replica is stopped")
     resume_point = ResumePoint(f"inputs/{job_id}/handover-1", "", 2, 4)
-    await store.requeue(claim, stopped, counted=False, resume_point=resume_point)
-    claim = await store.claim({"sketch": 1})
+    await store.leases.requeue(claim, stopped, counted=False, resume_point=resume_point)
+    claim = await store.leases.claim({"sketch": 1})
     assert claim is not None
-    await store.complete(claim, (), 0.5)
+    await store.leases.complete(claim, (), 0.5)
 
     events = events_of((await client.get(f"/api/generate/{job_id}/events")).text)
 

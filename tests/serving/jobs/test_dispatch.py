@@ -16,7 +16,7 @@ from deployments.protocol.request import ResolvedEdit
 from serve_app.job_ids import new_job_id
 from serve_app.jobs import events as job_events
 from serve_app.jobs import inputs
-from serve_app.jobs.job import Job, JobError, JobState, ResumePoint
+from serve_app.jobs.job import Job, JobError, JobState, NewJob, ResumePoint
 from serve_app.jobs.service import JobService
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker import attempt as attempt_module
@@ -31,7 +31,7 @@ from tests.serving.jobs.conftest import running
 
 
 async def submitted(store: JobStore, prompt: str = "a cat", model: str = MODEL) -> str:
-    return (await store.accept(new_job_id(), OWNER, resolved(prompt, model=model))).id
+    return (await store.accept(NewJob(new_job_id(), OWNER, resolved(prompt, model=model)))).id
 
 
 async def ended(store: JobStore, job_id: str) -> Job:
@@ -91,7 +91,7 @@ async def test_models_never_get_more_than_they_take(
 
     async with running(Dispatcher(store, results, models, settings)):
         await eventually(lambda: models.running == 3)
-        assert await store.queued(["a", "b"]) == {"a": 3, "b": 1}
+        assert await store.throughput.queued(["a", "b"]) == {"a": 3, "b": 1}
         models.gate.set()
         jobs = [await ended(store, job_id) for job_id in ids]
 
@@ -109,7 +109,7 @@ async def test_given_pictures_arrive_at_the_model_and_are_removed_at_the_end(
     for name, data in taken.items():
         await results.put(input_path(job_id, name), data)
 
-    await store.accept(job_id, OWNER, detached)
+    await store.accept(NewJob(job_id, OWNER, detached))
     await ended(store, job_id)
 
     assert models.requests == [whole]
@@ -239,12 +239,12 @@ async def test_a_job_whose_handover_is_cancelled_or_fails_leaves_no_file(
 
 async def handed_over_by(store: JobStore, results: ResultStore, job_id: str, state: bytes) -> ResumePoint:
     """The handover of a first attempt; the job waits again."""
-    claim = await store.claim({MODEL: 1})
+    claim = await store.leases.claim({MODEL: 1})
     assert claim is not None
     file = await results.put(handover_path(job_id, claim.attempt), state)
     resume_point = ResumePoint(file.path, file.sha256, 2, 4)
     stopped = JobError("model_unavailable", "the replica is stopped")
-    job = await store.requeue(claim, stopped, counted=False, resume_point=resume_point)
+    job = await store.leases.requeue(claim, stopped, counted=False, resume_point=resume_point)
     assert (job.id, job.percent, (await store.get(job_id)).resume_point) == (job_id, 50, resume_point)
     return resume_point
 

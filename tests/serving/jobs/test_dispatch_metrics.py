@@ -12,7 +12,7 @@ from deployments.protocol import events, log_context
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.log_context import LogContext
 from serve_app.job_ids import new_job_id
-from serve_app.jobs.job import Job
+from serve_app.jobs.job import Job, NewJob
 from serve_app.jobs.service import JobService
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker import attempt as attempt_module
@@ -33,7 +33,7 @@ def counted(meter: LocalMeter, sample: str, **labels: str) -> float:
 
 
 async def submitted(store: JobStore) -> str:
-    return (await store.accept(new_job_id(), OWNER, resolved("a cat"))).id
+    return (await store.accept(NewJob(new_job_id(), OWNER, resolved("a cat")))).id
 
 
 async def ended(store: JobStore, job_id: str) -> Job:
@@ -80,7 +80,7 @@ async def test_a_worker_that_fell_silent_is_counted_by_who_finds_it(
     settings, meter = make_settings(lease_s=0.2 * slowness(), heartbeat_s=0.05), LocalMeter()
     silent = JobStore(store.redis, settings)
     job_id = await submitted(silent)
-    assert await silent.claim({MODEL: 1}) is not None
+    assert await silent.leases.claim({MODEL: 1}) is not None
 
     async with running(Dispatcher(silent, results, FakeModels(), settings, meter=meter)):
         await ended(silent, job_id)
@@ -109,7 +109,7 @@ async def test_the_model_is_called_in_the_name_of_the_job_and_of_the_request_tha
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     models = Noting()
-    monkeypatch.setattr("serve_app.jobs.service.current_traceparent", lambda: TRACE)
+    monkeypatch.setattr("serve_app.jobs.submission.current_traceparent", lambda: TRACE)
 
     async def call(request_id: str) -> str:
         log_context.bind(LogContext(request_id=request_id))

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from deployments.protocol.errors import Overloaded
 from deployments.protocol.request import Priority
 from serve_app.job_ids import new_job_id
-from serve_app.jobs.job import JobError, SubmitOptions
-from serve_app.jobs.store.fair_queue import assign_tag, virtual_time_at
-from serve_app.jobs.store.record import Keys
-from serve_app.jobs.store.start_estimate import Capacity, starts_in_s
+from serve_app.jobs.job import JobError, NewJob, SubmitOptions
+from serve_app.jobs.store.fair_queue import assign_tag, start_tag_of
+from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.start_estimate import Capacity, Throughput
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.settings import Settings
@@ -47,7 +47,7 @@ class Queue:
 
     def claim(self) -> str:
         score, owner, priority = heapq.heappop(self.waiting)
-        self.now = max(self.now, virtual_time_at(score, priority))
+        self.now = max(self.now, start_tag_of(score, priority))
         return owner
 
 
@@ -108,12 +108,12 @@ def test_an_urgent_job_comes_before_a_hundred_owners_with_one_job_each() -> None
 
 async def test_the_store_serves_a_newcomer_before_the_rest_of_a_long_queue(store: JobStore) -> None:
     for _ in range(20):
-        await store.accept(new_job_id(), "heavy", resolved())
-    first = await store.claim({MODEL: 1})
-    newcomer = await store.accept(new_job_id(), "light", resolved())
+        await store.accept(NewJob(new_job_id(), "heavy", resolved()))
+    first = await store.leases.claim({MODEL: 1})
+    newcomer = await store.accept(NewJob(new_job_id(), "light", resolved()))
 
     position = await store.position(newcomer)
-    owners = [claim.job.owner for _ in range(3) if (claim := await store.claim({MODEL: 1}))]
+    owners = [claim.job.owner for _ in range(3) if (claim := await store.leases.claim({MODEL: 1}))]
 
     assert first is not None
     assert position in (1, 2)
@@ -121,13 +121,13 @@ async def test_the_store_serves_a_newcomer_before_the_rest_of_a_long_queue(store
 
 
 async def test_a_job_that_is_given_back_keeps_its_turn(store: JobStore) -> None:
-    ids = [(await store.accept(new_job_id(), "heavy", resolved())).id for _ in range(4)]
-    claim = await store.claim({MODEL: 1})
+    ids = [(await store.accept(NewJob(new_job_id(), "heavy", resolved()))).id for _ in range(4)]
+    claim = await store.leases.claim({MODEL: 1})
     assert claim is not None
 
-    await store.requeue(claim, JobError("model_unavailable", "lost"))
+    await store.leases.requeue(claim, JobError("model_unavailable", "lost"))
 
-    again = await store.claim({MODEL: 1})
+    again = await store.leases.claim({MODEL: 1})
     assert again is not None
     assert again.job.id == ids[0]
 
@@ -145,20 +145,22 @@ async def test_a_job_that_is_given_back_keeps_its_turn(store: JobStore) -> None:
 def test_an_estimate_is_made_of_recent_times_and_room_or_not_at_all(
     position: int, capacity: Capacity, recent_s: tuple[float, ...], expected: float | None
 ) -> None:
-    assert starts_in_s(position, capacity, recent_s) == expected
+    assert Throughput(capacity, recent_s).starts_in_s(position) == expected
 
 
 async def test_a_model_whose_queue_is_too_long_refuses_and_says_when_to_come_back(
     store: JobStore, settings: Settings
 ) -> None:
-    await store.report_capacity("a dispatcher", {MODEL: Capacity(4, 0)})
+    await store.throughput.report("a dispatcher", {MODEL: Capacity(4, 0)})
     await store.redis.lpush(Keys(settings.redis_prefix).durations(MODEL), "60.0")
-    waiting = await store.accept(new_job_id(), "heavy", resolved())
+    waiting = await store.accept(NewJob(new_job_id(), "heavy", resolved()))
 
-    estimate = await store.starts_in_s(waiting, 1)
+    estimate = await store.throughput.starts_in_s(waiting.request.model, 1)
     with pytest.raises(Overloaded, match="would wait about") as refusal:
-        await store.accept(new_job_id(), "light", resolved(), options=SubmitOptions(max_wait_s=1.0))
-    patient = await store.accept(new_job_id(), "light", resolved(), options=SubmitOptions(max_wait_s=600.0))
+        await store.accept(NewJob(new_job_id(), "light", resolved(), options=SubmitOptions(max_wait_s=1.0)))
+    patient = await store.accept(
+        NewJob(new_job_id(), "light", resolved(), options=SubmitOptions(max_wait_s=600.0))
+    )
 
     assert estimate == 15.0
     assert refusal.value.retry_after_s == pytest.approx(29.0)
@@ -171,6 +173,6 @@ async def test_a_dispatcher_tells_of_its_room_and_how_long_jobs_took(
     job = await ended(store, await submitted(store))
 
     async def is_told() -> bool:
-        return await store.starts_in_s(job, 1) == 0.0
+        return await store.throughput.starts_in_s(job.request.model, 1) == 0.0
 
     await eventually(is_told)

@@ -12,9 +12,10 @@ from serve_app.job_ids import new_job_id
 from serve_app.jobs import events as job_events
 from serve_app.jobs import follow as follow_module
 from serve_app.jobs.follow import FROM_START, StreamEntry, follow, wait
-from serve_app.jobs.job import JobError, JobState
-from serve_app.jobs.store.record import Keys
-from serve_app.jobs.store.store import Claim, JobStore
+from serve_app.jobs.job import JobError, JobState, NewJob
+from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.leases import Claim
+from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.store.wakeups import Wakeups
 from serve_app.settings import Settings
 from tests.patience import patience
@@ -29,11 +30,11 @@ async def wakeups(store: JobStore) -> AsyncIterator[Wakeups]:
 
 
 async def accepted(store: JobStore) -> str:
-    return (await store.accept(new_job_id(), OWNER, resolved())).id
+    return (await store.accept(NewJob(new_job_id(), OWNER, resolved()))).id
 
 
 async def claimed(store: JobStore) -> Claim:
-    claim = await store.claim({MODEL: 1})
+    claim = await store.leases.claim({MODEL: 1})
     assert claim is not None
     return claim
 
@@ -47,8 +48,8 @@ async def test_a_follower_sees_the_whole_story_live(store: JobStore, wakeups: Wa
     story = asyncio.create_task(collected(follow(store, wakeups, job_id)))
 
     claim = await claimed(store)
-    await store.heartbeat(claim, step=1, steps=4, pending_events=[job_events.Step(1, 4)])
-    await store.complete(claim, [], 1.0)
+    await store.leases.heartbeat(claim, step=1, steps=4, pending_events=[job_events.Step(1, 4)])
+    await store.leases.complete(claim, [], 1.0)
 
     events = [event for _, event in await asyncio.wait_for(story, patience())]
     assert events == [
@@ -64,7 +65,7 @@ async def test_following_again_after_an_id_misses_and_repeats_nothing(
 ) -> None:
     job_id = await accepted(store)
     claim = await claimed(store)
-    await store.complete(claim, [], 1.0)
+    await store.leases.complete(claim, [], 1.0)
     everything = await collected(follow(store, wakeups, job_id))
 
     for number, (event_id, _) in enumerate(everything[:-1]):
@@ -89,9 +90,9 @@ async def test_the_ending_is_told_though_the_events_are_forgotten(
     job_id = await accepted(store)
     claim = await claimed(store)
     if isinstance(ending, job_events.JobCompleted):
-        await store.complete(claim, [], 2.0)
+        await store.leases.complete(claim, [], 2.0)
     else:
-        await store.fail(claim, JobError("internal", "why", "seed"))
+        await store.leases.fail(claim, JobError("internal", "why", "seed"))
     await store.redis.delete(Keys(settings.redis_prefix).events(job_id))
 
     assert await collected(follow(store, wakeups, job_id)) == [(FROM_START, ending)]
@@ -125,7 +126,7 @@ async def test_an_event_reaches_its_followers_without_polling(
     for step in range(1, 21):
         arrival = asyncio.create_task(anext(story))
         await asyncio.sleep(0)
-        await store.heartbeat(claim, step=step, steps=20, pending_events=[job_events.Step(step, 20)])
+        await store.leases.heartbeat(claim, step=step, steps=20, pending_events=[job_events.Step(step, 20)])
         assert (await asyncio.wait_for(arrival, patience()))[1] == job_events.Step(step, 20)
 
     await story.aclose()
@@ -136,7 +137,7 @@ async def test_two_hundred_followers_share_one_subscription(store: JobStore, wak
     stories = [asyncio.create_task(collected(follow(store, wakeups, job_id))) for _ in range(200)]
     await wakeups.ensure_subscribed()
 
-    await store.complete(await claimed(store), [], 1.0)
+    await store.leases.complete(await claimed(store), [], 1.0)
 
     for story in await asyncio.wait_for(asyncio.gather(*stories), patience()):
         assert isinstance(story[-1][1], job_events.JobCompleted)
@@ -146,7 +147,7 @@ async def test_waiting_ends_with_the_job(store: JobStore, wakeups: Wakeups) -> N
     job_id = await accepted(store)
     waiting = asyncio.create_task(wait(store, wakeups, job_id, patience()))
 
-    await store.complete(await claimed(store), [], 1.0)
+    await store.leases.complete(await claimed(store), [], 1.0)
 
     assert (await asyncio.wait_for(waiting, patience())).state is JobState.completed
 

@@ -67,7 +67,7 @@ async def test_fifty_duplicate_submits_through_two_processes_give_one_job(
 
     assert len({job.id for job in jobs}) == 1
     assert [job.id for job in (await store.page(OWNER)).jobs] == [jobs[0].id]
-    assert await store.queued([MODEL]) == {MODEL: 1}
+    assert await store.throughput.queued([MODEL]) == {MODEL: 1}
 
 
 async def test_a_duplicate_after_the_end_tells_the_job_as_it_ended(

@@ -107,9 +107,9 @@ async def test_a_nearly_full_disk_refuses_jobs(store: JobStore, settings: Settin
     full = ResultStore(str(tmp_path), min_free_bytes=2**60)
     service = JobService(store, full, {MODEL: CARD}, settings)
 
-    with pytest.raises(Overloaded, match="too little room"):
+    with pytest.raises(Overloaded, match="too little disk space"):
         await service.submit(WISH, OWNER)
-    with pytest.raises(Overloaded, match="too little room"):
+    with pytest.raises(Overloaded, match="too little disk space"):
         await service.health()
 
 

@@ -12,9 +12,10 @@ from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overload
 from deployments.validation.resolve import Adjustment
 from serve_app.job_ids import new_job_id
 from serve_app.jobs import events
-from serve_app.jobs.job import JobError, JobState, StoredArtifact
-from serve_app.jobs.store.record import Keys
-from serve_app.jobs.store.store import Claim, JobStore, StaleClaim
+from serve_app.jobs.job import JobError, JobState, NewJob, StoredArtifact
+from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.leases import Claim, StaleClaim
+from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.store.transitions import Placement
 from serve_app.settings import Settings
 from tests.serving.conftest import MakeSettings
@@ -26,11 +27,11 @@ BROKEN = JobError("model_unavailable", "the replica was lost")
 
 
 async def accepted(store: JobStore, prompt: str = "a cat", owner: str = OWNER, model: str = MODEL) -> str:
-    return (await store.accept(new_job_id(), owner, resolved(prompt, model=model))).id
+    return (await store.accept(NewJob(new_job_id(), owner, resolved(prompt, model=model)))).id
 
 
 async def claimed(store: JobStore, model: str = MODEL) -> Claim:
-    claim = await store.claim({model: 1})
+    claim = await store.leases.claim({model: 1})
     assert claim is not None
     return claim
 
@@ -49,7 +50,7 @@ async def test_an_accepted_job_is_read_back_as_it_was(store: JobStore) -> None:
     warnings = (Adjustment("steps_corrected", "num_inference_steps", "30 -> 4"),)
     request = resolved("größer\r\n\x00")
 
-    job = await store.accept(new_job_id(), OWNER, request, warnings)
+    job = await store.accept(NewJob(new_job_id(), OWNER, request, warnings))
 
     assert await store.get(job.id) == job
     assert (job.state, job.request, job.warnings) == (JobState.queued, request, warnings)
@@ -58,12 +59,12 @@ async def test_an_accepted_job_is_read_back_as_it_was(store: JobStore) -> None:
 
 
 async def test_accepting_the_same_id_again_changes_nothing(store: JobStore) -> None:
-    first = await store.accept(new_job_id(), OWNER, resolved("first"))
+    first = await store.accept(NewJob(new_job_id(), OWNER, resolved("first")))
 
-    again = await store.accept(first.id, OWNER, resolved("second"))
+    again = await store.accept(NewJob(first.id, OWNER, resolved("second")))
 
     assert again == first
-    assert await store.queued([MODEL]) == {MODEL: 1}
+    assert await store.throughput.queued([MODEL]) == {MODEL: 1}
 
 
 async def test_an_unknown_job_is_not_found(store: JobStore) -> None:
@@ -132,7 +133,7 @@ async def test_a_running_job_counts_for_its_owner_until_it_ends(
     with pytest.raises(RateLimited):
         await accepted(store)
 
-    await store.complete(claim, [], 1.0)
+    await store.leases.complete(claim, [], 1.0)
 
     await accepted(store)
 
@@ -142,7 +143,7 @@ async def test_jobs_are_claimed_oldest_first_across_models_with_room(store: JobS
     second = await accepted(store, model="b")
     third = await accepted(store, model="a")
 
-    order = [await store.claim({"a": 1, "b": 1}) for _ in range(4)]
+    order = [await store.leases.claim({"a": 1, "b": 1}) for _ in range(4)]
 
     assert [claim and claim.job.id for claim in order] == [first, second, third, None]
 
@@ -150,15 +151,15 @@ async def test_jobs_are_claimed_oldest_first_across_models_with_room(store: JobS
 async def test_only_models_with_room_are_claimed_for(store: JobStore) -> None:
     await accepted(store, model="full")
 
-    assert await store.claim({"full": 0, "other": 3}) is None
-    assert await store.claim({}) is None
+    assert await store.leases.claim({"full": 0, "other": 3}) is None
+    assert await store.leases.claim({}) is None
 
 
 async def test_a_job_is_claimed_once_by_many_dispatchers(store: JobStore) -> None:
     for _ in range(5):
         await accepted(store)
 
-    claims = await asyncio.gather(*(store.claim(ROOM) for _ in range(12)))
+    claims = await asyncio.gather(*(store.leases.claim(ROOM) for _ in range(12)))
 
     won = [claim.job.id for claim in claims if claim]
     assert len(won) == len(set(won)) == 5
@@ -180,7 +181,7 @@ async def test_a_completed_job_names_its_files(store: JobStore) -> None:
     await accepted(store)
     claim = await claimed(store)
 
-    job = await store.complete(claim, [ARTIFACT], 1.5)
+    job = await store.leases.complete(claim, [ARTIFACT], 1.5)
 
     assert job == await store.get(job.id)
     assert (job.state, job.artifacts, job.generation_s) == (JobState.completed, (ARTIFACT,), 1.5)
@@ -197,7 +198,7 @@ async def test_a_completed_job_names_its_files(store: JobStore) -> None:
 async def test_a_failed_job_says_why(store: JobStore) -> None:
     await accepted(store)
 
-    job = await store.fail(await claimed(store), JobError("out_of_memory", "too big", "width"))
+    job = await store.leases.fail(await claimed(store), JobError("out_of_memory", "too big", "width"))
 
     assert await store.get(job.id) == job
     assert (await told(store, job.id))[-1] == events.Failed(
@@ -209,9 +210,9 @@ async def test_progress_never_goes_back_within_an_attempt(store: JobStore) -> No
     await accepted(store)
     claim = await claimed(store)
 
-    await store.heartbeat(claim, step=3, steps=4, pending_events=[events.Step(3, 4)])
-    await store.heartbeat(claim, step=2, steps=5)
-    await store.heartbeat(claim)
+    await store.leases.heartbeat(claim, step=3, steps=4, pending_events=[events.Step(3, 4)])
+    await store.leases.heartbeat(claim, step=2, steps=5)
+    await store.leases.heartbeat(claim)
 
     job = await store.get(claim.job.id)
     assert (job.step, job.steps, job.percent) == (3, 5, 60)
@@ -224,10 +225,10 @@ async def test_a_lost_job_comes_back_at_its_old_place(
     lost = await accepted(store)
     later = await accepted(store)
     await claimed(store)
-    assert await store.reap() == []
+    assert await store.leases.reap() == []
 
     await let_the_lease_run_out(redis, settings, lost)
-    reaped = await store.reap()
+    reaped = await store.leases.reap()
 
     assert [(job.id, job.state, job.failures) for job in reaped] == [(lost, JobState.queued, 1)]
     assert await store.position(await store.get(lost)) == 1
@@ -242,9 +243,9 @@ async def test_a_heartbeat_saves_a_job_whose_lease_ran_out(
     claim = await claimed(store)
     await let_the_lease_run_out(redis, settings, job_id)
 
-    await store.heartbeat(claim)
+    await store.leases.heartbeat(claim)
 
-    assert await store.reap() == []
+    assert await store.leases.reap() == []
 
 
 async def test_a_lease_renewed_while_the_reaper_looks_is_left_alone(
@@ -254,7 +255,7 @@ async def test_a_lease_renewed_while_the_reaper_looks_is_left_alone(
     await claimed(store)
     await redis.zadd(Keys(settings.redis_prefix).running, {job_id: 1})  # what the reaper saw before
 
-    assert await store.reap() == []
+    assert await store.leases.reap() == []
     assert (await store.get(job_id)).state is JobState.processing
 
 
@@ -262,19 +263,19 @@ async def test_a_late_worker_is_refused_everything(store: JobStore, redis: Redis
     job_id = await accepted(store)
     zombie = await claimed(store)
     await let_the_lease_run_out(redis, settings, job_id)
-    await store.reap()
+    await store.leases.reap()
 
     for _ in ("while it waits again", "while another runs it"):
         with pytest.raises(StaleClaim):
-            await store.heartbeat(zombie, step=4, steps=4)
+            await store.leases.heartbeat(zombie, step=4, steps=4)
         with pytest.raises(StaleClaim):
-            await store.complete(zombie, [ARTIFACT], 1.0)
+            await store.leases.complete(zombie, [ARTIFACT], 1.0)
         with pytest.raises(StaleClaim):
-            await store.fail(zombie, BROKEN)
-        await store.claim(ROOM)
+            await store.leases.fail(zombie, BROKEN)
+        await store.leases.claim(ROOM)
 
     with pytest.raises(StaleClaim):
-        await store.requeue(zombie, BROKEN)
+        await store.leases.requeue(zombie, BROKEN)
     assert (await store.get(job_id)).artifacts == ()
 
 
@@ -286,21 +287,21 @@ async def test_a_job_that_kills_its_workers_is_given_up(
     for _ in range(settings.max_attempts):
         await claimed(store)
         await let_the_lease_run_out(redis, settings, job_id)
-        await store.reap()
+        await store.leases.reap()
 
     job = await store.get(job_id)
     assert job.state is JobState.failed
     assert job.error is not None
     assert job.error.kind == "internal"
     assert "lost 3 times" in job.error.message
-    assert await store.claim(ROOM) is None
+    assert await store.leases.claim(ROOM) is None
 
 
 async def test_a_drained_attempt_does_not_count(store: JobStore, settings: Settings) -> None:
     await accepted(store)
 
     for _ in range(settings.max_attempts + 1):
-        await store.requeue(await claimed(store), BROKEN, counted=False)
+        await store.leases.requeue(await claimed(store), BROKEN, counted=False)
 
     claim = await claimed(store)
     assert claim.attempt == settings.max_attempts + 2
@@ -313,7 +314,7 @@ async def test_a_job_given_back_too_often_fails_with_the_last_reason(
     await accepted(store)
 
     for _ in range(settings.max_attempts):
-        job = await store.requeue(await claimed(store), BROKEN)
+        job = await store.leases.requeue(await claimed(store), BROKEN)
 
     assert (job.state, job.error) == (JobState.failed, BROKEN)
 
@@ -324,7 +325,7 @@ async def test_a_waiting_job_is_cancelled_at_once(store: JobStore) -> None:
     job = await store.cancel(job_id)
 
     assert job.state is JobState.cancelled
-    assert await store.claim(ROOM) is None
+    assert await store.leases.claim(ROOM) is None
     assert await told(store, job_id) == [events.JobQueued(1), events.JobCancelled()]
 
 
@@ -335,8 +336,8 @@ async def test_a_running_job_is_marked_and_ends_as_cancelled_even_if_it_complete
     claim = await claimed(store)
 
     marked = await store.cancel(job_id)
-    asked = await store.heartbeat(claim)
-    ended = await store.complete(claim, [ARTIFACT], 1.0)
+    asked = await store.leases.heartbeat(claim)
+    ended = await store.leases.complete(claim, [ARTIFACT], 1.0)
 
     assert (marked.state, marked.cancel_requested) == (JobState.processing, True)
     assert asked
@@ -353,18 +354,18 @@ async def test_a_cancelled_job_never_comes_back(
 
     if way == "reaped":
         await let_the_lease_run_out(redis, settings, job_id)
-        await store.reap()
+        await store.leases.reap()
     elif way == "given back":
-        await store.requeue(claim, BROKEN)
+        await store.leases.requeue(claim, BROKEN)
     else:
-        await store.fail(claim, BROKEN)
+        await store.leases.fail(claim, BROKEN)
 
     assert (await store.get(job_id)).state is JobState.cancelled
 
 
 async def test_cancelling_an_ended_job_leaves_it_as_it_is(store: JobStore) -> None:
     job_id = await accepted(store)
-    await store.complete(await claimed(store), [ARTIFACT], 1.0)
+    await store.leases.complete(await claimed(store), [ARTIFACT], 1.0)
 
     assert (await store.cancel(job_id)).state is JobState.completed
 
@@ -374,10 +375,10 @@ async def test_a_write_whose_answer_was_lost_may_be_repeated(store: JobStore, en
     await accepted(store)
     claim = await claimed(store)
     writes = {
-        "complete": lambda: store.complete(claim, [ARTIFACT], 1.0),
-        "fail": lambda: store.fail(claim, BROKEN),
-        "cancelled": lambda: store.cancelled(claim),
-        "requeue": lambda: store.requeue(claim, BROKEN),
+        "complete": lambda: store.leases.complete(claim, [ARTIFACT], 1.0),
+        "fail": lambda: store.leases.fail(claim, BROKEN),
+        "cancelled": lambda: store.leases.cancelled(claim),
+        "requeue": lambda: store.leases.requeue(claim, BROKEN),
     }
 
     first = await writes[ending]()
@@ -410,12 +411,12 @@ async def test_only_an_ended_job_is_deleted_and_nothing_remains(
 async def test_a_job_deleted_under_a_zombie_makes_it_stale(store: JobStore) -> None:
     job_id = await accepted(store)
     zombie = await claimed(store)
-    await store.requeue(zombie, BROKEN, counted=False)
+    await store.leases.requeue(zombie, BROKEN, counted=False)
     await store.cancel(job_id)
     await store.delete(job_id)
 
     with pytest.raises(StaleClaim):
-        await store.complete(zombie, [ARTIFACT], 1.0)
+        await store.leases.complete(zombie, [ARTIFACT], 1.0)
 
 
 async def test_no_key_stays_for_ever_once_the_jobs_have_ended(
@@ -423,18 +424,18 @@ async def test_no_key_stays_for_ever_once_the_jobs_have_ended(
 ) -> None:
     for _ in range(4):
         await accepted(store)
-    await store.complete(await claimed(store), [ARTIFACT], 1.0)
-    await store.fail(await claimed(store), BROKEN)
+    await store.leases.complete(await claimed(store), [ARTIFACT], 1.0)
+    await store.leases.fail(await claimed(store), BROKEN)
     await store.cancel((await claimed(store)).job.id)
     for claim in await store.redis.zrange(Keys(settings.redis_prefix).running, 0, -1):
         await let_the_lease_run_out(redis, settings, str(claim))
-    await store.reap()
+    await store.leases.reap()
     await store.cancel((await claimed(store)).job.id)
     assert await keys_without_ttl(redis, settings.redis_prefix) != []
 
     for job_id in await redis.zrange(Keys(settings.redis_prefix).running, 0, -1):
         await let_the_lease_run_out(redis, settings, str(job_id))
-    await store.reap()
+    await store.leases.reap()
 
     assert await keys_without_ttl(redis, settings.redis_prefix) == []
 
@@ -464,7 +465,7 @@ async def test_lists_are_filtered_by_state_and_model(store: JobStore) -> None:
     await accepted(store, model="a")
     await accepted(store, model="b")
     waiting = await accepted(store, model="a")
-    await store.complete(await claimed(store, "a"), [], 1.0)
+    await store.leases.complete(await claimed(store, "a"), [], 1.0)
 
     found = await store.page(OWNER, state=JobState.queued, model="a")
     done = await store.page(OWNER, state=JobState.completed)
@@ -511,7 +512,7 @@ async def test_events_are_replayed_after_an_id_and_bounded(redis: Redis, make_se
     job_id = await accepted(store)
     claim = await claimed(store)
     for step in range(1, 41):
-        await store.heartbeat(claim, step=step, steps=40, pending_events=[events.Step(step, 40)])
+        await store.leases.heartbeat(claim, step=step, steps=40, pending_events=[events.Step(step, 40)])
 
     everything = await store.events(job_id)
     rest = await store.events(job_id, everything[-3][0])
@@ -531,6 +532,6 @@ async def test_a_preview_survives_the_store(store: JobStore) -> None:
     claim = await claimed(store)
     preview = events.Preview(1, "image/webp", bytes(range(256)))
 
-    await store.heartbeat(claim, pending_events=[preview])
+    await store.leases.heartbeat(claim, pending_events=[preview])
 
     assert (await told(store, claim.job.id))[-1] == preview

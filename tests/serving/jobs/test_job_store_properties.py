@@ -17,13 +17,14 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule, 
 
 from deployments.protocol.errors import Conflict
 from deployments.protocol.request import Priority, ResolvedRequest
-from serve_app.job_ids import new_job_id
 from serve_app.jobs import events as job_events
-from serve_app.jobs.job import COPY_QUEUE, IdempotencyKey, Job, JobError, JobState, SubmitOptions
+from serve_app.jobs.job import COPY_QUEUE, IdempotencyKey, Job, JobError, JobState, NewJob, SubmitOptions
 from serve_app.jobs.store import cache_keys
-from serve_app.jobs.store import store as store_module
-from serve_app.jobs.store.record import Keys, job_from
-from serve_app.jobs.store.store import Claim, JobStore, StaleClaim
+from serve_app.jobs.store import leases as leases_module
+from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.leases import Claim, StaleClaim
+from serve_app.jobs.store.record import job_from
+from serve_app.jobs.store.store import JobStore
 from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
 from tests.serving.fakes import resolved
@@ -59,6 +60,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.redis = connect(self.url)
         self.store = JobStore(self.redis, settings)
         self.sync = redis_py.Redis.from_url(self.url, decode_responses=True)
+        self.ids = itertools.count()  # not random: equal scores are ordered by id
         self.known: set[str] = set()
         self.cancelled: set[str] = set()  # acknowledged before the job had ended
         self.newest: dict[str, int] = {}  # attempt of the latest claim
@@ -70,8 +72,8 @@ class StoreMachine(RuleBasedStateMachine):
         for job_id in self.known:  # everything can still end, and then nothing stays
             self._expire(job_id)
         for _ in range(MAX_ATTEMPTS + 1):
-            self._run(self.store.reap())
-            while claim := self._run(self.store.claim(dict.fromkeys(QUEUES, 9))):
+            self._run(self.store.leases.reap())
+            while claim := self._run(self.store.leases.claim(dict.fromkeys(QUEUES, 9))):
                 self._expire(claim.job.id)
         keys = list(self.sync.scan_iter(f"{self.keys.prefix}*", count=10_000))
         with self.sync.pipeline(transaction=False) as pipe:
@@ -121,11 +123,13 @@ class StoreMachine(RuleBasedStateMachine):
         try:
             job = self._run(
                 self.store.accept(
-                    new_job_id(),
-                    owner,
-                    request,
-                    (),
-                    SubmitOptions(idempotency_key=idempotency_key, cache_key=cache_key),
+                    NewJob(
+                        f"{next(self.ids):032x}",
+                        owner,
+                        request,
+                        (),
+                        SubmitOptions(idempotency_key=idempotency_key, cache_key=cache_key),
+                    )
                 )
             )
         except Conflict:
@@ -145,7 +149,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(target=claims, models=st.sets(st.sampled_from(QUEUES), min_size=1))
     def claim(self, models: set[str]) -> Any:
-        claim = self._run(self.store.claim(dict.fromkeys(models, 1)))
+        claim = self._run(self.store.leases.claim(dict.fromkeys(models, 1)))
         if claim is None:
             waiting = [self.sync.zcard(self.keys.pending_of(model)) for model in models]
             assert not any(waiting)
@@ -156,20 +160,20 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(claim=claims, step=st.integers(0, 9))
     def heartbeat(self, claim: Claim, step: int) -> None:
-        self._fenced(claim, self.store.heartbeat(claim, step=step, steps=9))
+        self._fenced(claim, self.store.leases.heartbeat(claim, step=step, steps=9))
 
     @rule(claim=claims)
     def complete(self, claim: Claim) -> None:
-        self._fenced(claim, self.store.complete(claim, [], 1.0))
+        self._fenced(claim, self.store.leases.complete(claim, [], 1.0))
 
     @rule(claim=claims, fails_followers=st.booleans())
     def fail(self, claim: Claim, fails_followers: bool) -> None:
-        self._fenced(claim, self.store.fail(claim, BROKEN, fails_followers=fails_followers))
+        self._fenced(claim, self.store.leases.fail(claim, BROKEN, fails_followers=fails_followers))
 
     @rule(claim=claims, counted=st.booleans(), fails_followers=st.booleans())
     def requeue(self, claim: Claim, counted: bool, fails_followers: bool) -> None:
         self._fenced(
-            claim, self.store.requeue(claim, BROKEN, counted=counted, fails_followers=fails_followers)
+            claim, self.store.leases.requeue(claim, BROKEN, counted=counted, fails_followers=fails_followers)
         )
 
     def _fenced(self, claim: Claim, write: Any) -> None:
@@ -197,11 +201,11 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(job_id=jobs)
     def files_expire(self, job_id: str) -> None:
         if self._job(job_id).state.ended:
-            self._run(self.store.expire_files(job_id))
+            self._run(self.store.file_expiry.expire(job_id))
 
     @rule()
     def reap(self) -> None:
-        self._run(self.store.reap())
+        self._run(self.store.leases.reap())
 
     @invariant()
     def word_is_kept(self) -> None:
@@ -282,7 +286,7 @@ def schedules(examples: int) -> hypothesis.settings:
 
 
 def without_fence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "_check_fence", lambda job, claim: None)
+    monkeypatch.setattr(leases_module, "_check_fence", lambda job, claim: None)
 
 
 def without_owner_in_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from deployments.protocol.errors import Overloaded
 from serve_app.jobs import events
-from serve_app.jobs.job import JobState
+from serve_app.jobs.job import JobState, NewJob
 from serve_app.jobs.service import JobService
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.dispatch import Dispatcher
@@ -149,7 +149,7 @@ async def test_a_job_survives_the_death_of_its_dispatcher(
 ) -> None:
     settings = make_settings(lease_s=0.6 * slowness(), heartbeat_s=0.1, results_url=str(tmp_path / "results"))
     store, results = JobStore(redis, settings), ResultStore(settings.results_root)
-    job_id = (await store.accept("a" * 32, OWNER, resolved())).id
+    job_id = (await store.accept(NewJob("a" * 32, OWNER, resolved()))).id
     arguments = (own_valkey.url, settings.model_dump_json())
     doomed = await asyncio.create_subprocess_exec(sys.executable, "-c", DOOMED, *arguments)
     models = FakeModels()
@@ -170,7 +170,7 @@ async def test_a_zombie_dispatcher_changes_nothing(
 ) -> None:
     settings = make_settings(lease_s=0.6 * slowness(), heartbeat_s=0.1, results_url=str(tmp_path / "results"))
     store, results = JobStore(redis, settings), ResultStore(settings.results_root)
-    job_id = (await store.accept("b" * 32, OWNER, resolved())).id
+    job_id = (await store.accept(NewJob("b" * 32, OWNER, resolved()))).id
     arguments = (own_valkey.url, settings.model_dump_json())
     zombie = await asyncio.create_subprocess_exec(sys.executable, "-c", DOOMED, *arguments)
     models = FakeModels()

@@ -11,9 +11,9 @@ from redis.asyncio import Redis
 from deployments.protocol.errors import NotFound
 from deployments.protocol.request import Edit, GenerationRequest
 from serve_app.job_ids import new_job_id
-from serve_app.jobs.job import Job, JobState, SubmitOptions
+from serve_app.jobs.job import Job, JobState, NewJob, SubmitOptions
 from serve_app.jobs.service import JobService
-from serve_app.jobs.store.record import Keys
+from serve_app.jobs.store.keys import Keys
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.jobs.worker.maintenance import Maintenance
@@ -34,7 +34,7 @@ def keys(settings: Settings) -> Keys:
 
 @pytest.fixture
 def retention(store: JobStore, results: ResultStore) -> Retention:
-    return Retention(store, results, DAY_S)
+    return Retention(store.file_expiry, results, DAY_S)
 
 
 async def a_day_passes(redis: Redis, keys: Keys, job: Job) -> None:
@@ -76,7 +76,7 @@ async def test_a_sweep_that_was_interrupted_is_finished_by_the_next(
 ) -> None:
     job = await ended(store, await submitted(store))
     await a_day_passes(redis, keys, job)
-    await store.expire_files(job.id)
+    await store.file_expiry.expire(job.id)
 
     await retention.sweep()
 
@@ -141,7 +141,7 @@ async def test_a_chore_is_one_dispatchers_at_a_time(store: JobStore) -> None:
 async def test_one_round_of_chores_delivers_and_sweeps(
     store: JobStore, results: ResultStore, settings: Settings, redis: Redis, keys: Keys
 ) -> None:
-    job = await store.accept(new_job_id(), OWNER, resolved(), options=SubmitOptions(webhook=URL))
+    job = await store.accept(NewJob(new_job_id(), OWNER, resolved(), options=SubmitOptions(webhook=URL)))
     await store.cancel(job.id)
     await redis.zadd(keys.expiring, {job.id: 1})
     receiver = Receiver()

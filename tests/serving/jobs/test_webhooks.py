@@ -13,9 +13,9 @@ from redis.asyncio import Redis
 from deployments.protocol.errors import Forbidden
 from deployments.protocol.request import ResolvedVideo
 from serve_app.job_ids import new_job_id
-from serve_app.jobs.job import Job, JobError, SubmitOptions
+from serve_app.jobs.job import Job, JobError, NewJob, SubmitOptions
+from serve_app.jobs.store.keys import Keys
 from serve_app.jobs.store.outbox import HOLD_S
-from serve_app.jobs.store.record import Keys
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.webhook_events import owner_secret
 from serve_app.jobs.worker.webhooks import POST_TIMEOUT_S, RETRY_DELAYS_S, WebhookDeliverer
@@ -52,14 +52,14 @@ def keys(settings: Settings) -> Keys:
 
 
 async def waiting(store: JobStore) -> Job:
-    return await store.accept(new_job_id(), OWNER, resolved(), options=SubmitOptions(webhook=URL))
+    return await store.accept(NewJob(new_job_id(), OWNER, resolved(), options=SubmitOptions(webhook=URL)))
 
 
 async def completed(store: JobStore) -> Job:
     await waiting(store)
-    claim = await store.claim({MODEL: 1})
+    claim = await store.leases.claim({MODEL: 1})
     assert claim is not None
-    return await store.complete(claim, [], 1.0)
+    return await store.leases.complete(claim, [], 1.0)
 
 
 async def due_now(redis: Redis, keys: Keys) -> None:
@@ -97,9 +97,9 @@ async def test_openais_sdk_refuses_what_somebody_else_signed(store: JobStore) ->
 async def test_every_ending_is_told_once_and_says_which_it_was(store: JobStore) -> None:
     await completed(store)
     await waiting(store)
-    claim = await store.claim({MODEL: 1})
+    claim = await store.leases.claim({MODEL: 1})
     assert claim is not None
-    await store.fail(claim, JobError("out_of_memory", "too large"))
+    await store.leases.fail(claim, JobError("out_of_memory", "too large"))
     await store.cancel((await waiting(store)).id)
     receiver = Receiver()
     deliverer = WebhookDeliverer(store.outbox, receiver, SECRET)
@@ -116,10 +116,10 @@ async def test_every_ending_is_told_once_and_says_which_it_was(store: JobStore) 
 
 async def test_a_video_is_called_one_and_prompts_are_not_told(store: JobStore) -> None:
     video = resolved("a secret wish").model_copy(update={"video": ResolvedVideo(num_frames=9, fps=8)})
-    await store.accept(new_job_id(), OWNER, video, options=SubmitOptions(webhook=URL))
-    claim = await store.claim({MODEL: 1})
+    await store.accept(NewJob(new_job_id(), OWNER, video, options=SubmitOptions(webhook=URL)))
+    claim = await store.leases.claim({MODEL: 1})
     assert claim is not None
-    await store.complete(claim, [], 1.0)
+    await store.leases.complete(claim, [], 1.0)
     receiver = Receiver()
 
     await WebhookDeliverer(store.outbox, receiver, SECRET).deliver()

@@ -8,9 +8,9 @@ import pytest
 
 from deployments.protocol.card import ModelCard, Serving
 from serve_app.job_ids import new_job_id
-from serve_app.jobs.store.start_estimate import Capacity
+from serve_app.jobs.job import NewJob
+from serve_app.jobs.store.start_estimate import Capacity, Demand
 from serve_app.jobs.store.store import JobStore
-from serve_app.jobs.store.throughput import Demand
 from serve_app.ray_serve import autoscaling, model_client
 from serve_app.ray_serve.model_client import CapacityTracker, ModelClient
 from serve_app.ray_serve.routing import ReplicaPool, SingleApplicationRoutes
@@ -62,12 +62,12 @@ def see(found: ModelClient, pool: ReplicaPool) -> None:
 
 async def test_the_store_tells_what_waits_and_what_all_dispatchers_run(store: JobStore) -> None:
     for _ in range(3):
-        await store.accept(new_job_id(), OWNER, resolved())
-    await store.report_capacity("one", {MODEL: Capacity(slots=8, free=3)})
-    await store.report_capacity("two", {MODEL: Capacity(slots=8, free=6)})
+        await store.accept(NewJob(new_job_id(), OWNER, resolved()))
+    await store.throughput.report("one", {MODEL: Capacity(slots=8, free=3)})
+    await store.throughput.report("two", {MODEL: Capacity(slots=8, free=6)})
 
-    assert await store.demand([MODEL, "other"]) == {MODEL: Demand(3, 7), "other": Demand(0, 0)}
-    assert await store.demand([]) == {}
+    assert await store.throughput.demand([MODEL, "other"]) == {MODEL: Demand(3, 7), "other": Demand(0, 0)}
+    assert await store.throughput.demand([]) == {}
 
 
 async def test_models_that_share_replicas_are_told_as_one_and_only_when_it_changes(
