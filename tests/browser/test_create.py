@@ -39,7 +39,7 @@ def test_first_visit_a_sample_prompt_becomes_a_picture(
     backend: FakeBackend, open_page: OpenPage, keep_picture: Keep
 ) -> None:
     page = open_page(backend)
-    _see(page, "What should we create?")
+    _see(page, "What should the picture show?")
     keep_picture(page, "first-1360-light")
 
     page.get_by_role("button", name="a red heart on a white background").click()
@@ -123,7 +123,7 @@ def test_progress_is_live_and_escape_cancels(
     _generate(page)
 
     _see(page, re.compile(r"Step \d+ of 40 · about \d s left"))
-    page.locator("img.look[src^='data:image/jpeg']").wait_for()
+    page.locator("img.preview[src^='data:image/jpeg']").wait_for()
     assert page.locator(".below progress").evaluate("bar => bar.value") > 0
     keep_picture(page, "running-1360-light")
     page.keyboard.press("Escape")
@@ -268,7 +268,7 @@ def test_a_service_that_does_not_answer_can_be_tried_again(backend: FakeBackend,
 
     page.get_by_role("button", name="Try again").click()
 
-    _see(page, "What should we create?")
+    _see(page, "What should the picture show?")
 
 
 def test_a_key_is_asked_for_and_traded_for_a_session(backend: FakeBackend, open_page: OpenPage) -> None:
@@ -281,7 +281,7 @@ def test_a_key_is_asked_for_and_traded_for_a_session(backend: FakeBackend, open_
     _see(page, "That key was not accepted.")
     page.get_by_label("Key", exact=True).fill("opensesame")
     page.keyboard.press("Enter")
-    _see(page, "What should we create?")
+    _see(page, "What should the picture show?")
     _generate(page)
 
     _finished(page)
@@ -314,7 +314,7 @@ def test_an_empty_prompt_is_not_sent(backend: FakeBackend, open_page: OpenPage) 
 
     page.get_by_role("button", name="Generate").click()
 
-    _see(page, "Say what the picture shall show.")
+    _see(page, "Describe what the picture should show.")
     assert backend.received == []
 
 
@@ -359,7 +359,7 @@ def test_a_prefix_in_front_of_everything_changes_nothing(open_page: OpenPage) ->
 
 def test_the_keyboard_alone_is_enough(backend: FakeBackend, open_page: OpenPage) -> None:
     page = open_page(backend)
-    _see(page, "What should we create?")
+    _see(page, "What should the picture show?")
 
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Skip to the picture"
@@ -526,7 +526,7 @@ def test_axe_finds_nothing(backend: FakeBackend, open_page: OpenPage, scheme: st
     script = Path(axe).read_text(encoding="utf-8")
     check = "async () => (await axe.run()).violations.map(v => `${v.id}: ${v.nodes.map(n => n.html)}`)"
     page = open_page(backend, color_scheme=scheme)
-    _see(page, "What should we create?")
+    _see(page, "What should the picture show?")
     found = {"first": _axe(page, script, check)}
 
     backend.fail = JobError("internal", "the engine died")

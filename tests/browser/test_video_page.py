@@ -58,7 +58,7 @@ def test_only_models_that_make_videos_are_offered(backend: FakeBackend, open_pag
     offered = page.get_by_label("Model", exact=True).locator("option").all_text_contents()
 
     assert offered == ["Tiny Wan", "Frame by frame"]
-    _see(page, "What should we film?")
+    _see(page, "What should the video show?")
     assert not page.get_by_text("Pictures to follow").is_visible()
     assert not page.locator("#start-picture").is_visible()
 

@@ -61,7 +61,7 @@ export async function follow(id, follower) {
 }
 
 /**
- * True when the stream told the job's end.
+ * True when the stream reported the job's end.
  *
  * @param {string} id
  * @param {string | null} lastId
@@ -75,11 +75,11 @@ async function stream(id, lastId, { api, signal, onEvent }, onAlive) {
   let alarm = setTimeout(hangUp, SILENCE_MS);
   try {
     const response = await api.events(id, lastId, line.signal);
-    const heard = () => {
+    const onActivity = () => {
       clearTimeout(alarm);
       alarm = setTimeout(hangUp, SILENCE_MS);
     };
-    for await (const raw of readEvents(response, heard)) {
+    for await (const raw of readEvents(response, onActivity)) {
       if (signal.aborted) return false;
       onAlive(raw.id);
       const event = jobEvent(raw);

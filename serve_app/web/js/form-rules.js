@@ -35,7 +35,7 @@ export function shapes(sizes) {
     name: `${across}:${down}`,
     across,
     down,
-    ...fitted(Math.sqrt((area * across) / down), Math.sqrt((area * down) / across), sizes),
+    ...nearestSize(Math.sqrt((area * across) / down), Math.sqrt((area * down) / across), sizes),
   }));
   // on a coarse grid two ratios may come out as the same size: the first one stays
   return offered.filter(
@@ -51,13 +51,13 @@ export function shapes(sizes) {
  * @param {number} height
  * @param {Sizes} sizes
  */
-export function fitted(width, height, sizes) {
+export function nearestSize(width, height, sizes) {
   let [w, h] = [onGrid(width, sizes), onGrid(height, sizes)];
   const longest = Math.floor((sizes.maxAspect * Math.min(w, h)) / sizes.multiple) * sizes.multiple;
   [w, h] = [Math.min(w, longest), Math.min(h, longest)];
   if (w * h > sizes.maxPixels) {
-    const room = Math.sqrt(sizes.maxPixels / (w * h));
-    [w, h] = [onGrid(w * room, sizes), onGrid(h * room, sizes)];
+    const scale = Math.sqrt(sizes.maxPixels / (w * h));
+    [w, h] = [onGrid(w * scale, sizes), onGrid(h * scale, sizes)];
   }
   while (w * h > sizes.maxPixels) {
     if (w >= h) w -= sizes.multiple;
@@ -84,7 +84,7 @@ function onGrid(side, sizes) {
  * @returns {import("./types.js").SizeFault | null}
  */
 export function sizeFault(width, height, sizes) {
-  const fix = fitted(width || sizes.width, height || sizes.height, sizes);
+  const fix = nearestSize(width || sizes.width, height || sizes.height, sizes);
   for (const side of [width, height]) {
     if (!Number.isInteger(side) || side < sizes.min || side > sizes.max || side % sizes.multiple !== 0) {
       const { min, max, multiple } = sizes;
@@ -127,16 +127,16 @@ export function stepsNotice(model, asked) {
 }
 
 /**
- * The number within the range: the wish, or the default.
+ * The value limited to the range; null: the default.
  *
- * @param {number | null} wish
+ * @param {number | null} value
  * @param {import("./types.js").Range} range
  */
-export function within(wish, range) {
-  return wish === null ? range.default : Math.max(range.min, Math.min(range.max, wish));
+export function within(value, range) {
+  return value === null ? range.default : Math.max(range.min, Math.min(range.max, value));
 }
 
-const PREVIEWS = 4; // rough looks at the unfinished picture
+const PREVIEWS = 4; // preview images during denoising
 export const MAX_CONTROLS = 4;
 export const MAX_WEIGHT = 2;
 export const PICTURE_TYPES = ["image/png", "image/jpeg", "image/webp"];
@@ -235,7 +235,7 @@ export function requestBody(form, model) {
 }
 
 /**
- * The form as a model would have it: its defaults, keeping what the person had chosen where it still fits.
+ * The form for another model: its defaults, with what the person had chosen where the model allows it.
  *
  * @param {FormValues} form
  * @param {Model} from  the model the form was filled for
@@ -248,7 +248,7 @@ export function changedModel(form, from, to) {
   const wasDefault = form.width === from.sizes.width && form.height === from.sizes.height;
   const size = wasDefault
     ? { width: to.sizes.width, height: to.sizes.height }
-    : (same ?? fitted(form.width, form.height, to.sizes));
+    : (same ?? nearestSize(form.width, form.height, to.sizes));
   return {
     ...form,
     model: to.id,
@@ -263,27 +263,27 @@ export function changedModel(form, from, to) {
 /**
  * A form that asks for a job's picture again.
  *
- * @param {import("./types.js").Wish} wish
+ * @param {import("./types.js").JobRequest} request
  * @param {string} seed  of the picture wanted
- * @param {import("./types.js").ControlPicture[]} controls  that stand in the form: a job does not tell its own
+ * @param {import("./types.js").ControlPicture[]} controls  of the form: a job's record does not contain them
  * @returns {FormValues}
  */
-export function formOf(wish, seed, controls) {
+export function formOf(request, seed, controls) {
   return {
-    model: wish.model,
-    prompt: wish.prompt,
-    negativePrompt: wish.negativePrompt,
-    width: wish.width,
-    height: wish.height,
-    steps: wish.steps,
-    guidance: wish.guidance,
+    model: request.model,
+    prompt: request.prompt,
+    negativePrompt: request.negativePrompt,
+    width: request.width,
+    height: request.height,
+    steps: request.steps,
+    guidance: request.guidance,
     seed,
-    images: wish.images,
-    format: wish.format,
-    scheduler: wish.scheduler,
-    controls: wish.controls > 0 ? controls : [],
-    loras: wish.loras,
-    refiner: wish.refiner,
+    images: request.images,
+    format: request.format,
+    scheduler: request.scheduler,
+    controls: request.controls > 0 ? controls : [],
+    loras: request.loras,
+    refiner: request.refiner,
     video: null,
   };
 }
@@ -296,6 +296,6 @@ export function formOf(wish, seed, controls) {
  * @param {Sizes} sizes
  */
 export function smaller(width, height, sizes) {
-  const half = fitted(width / 2, height / 2, sizes);
+  const half = nearestSize(width / 2, height / 2, sizes);
   return half.width * half.height < width * height ? half : null;
 }

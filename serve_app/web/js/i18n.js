@@ -55,7 +55,7 @@ export function t(key, params = {}) {
 }
 
 /** @param {import("./types.js").Text} text */
-export function say(text) {
+export function translate(text) {
   return t(text.key, text.params);
 }
 

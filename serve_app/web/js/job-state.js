@@ -20,7 +20,7 @@ export function applyEvent(job, event, now) {
     case "queued": // also when a worker stopped; what it handed over is not lost
       return { ...job, ...goingOn(job, event.step, event.steps), status: "queued", ahead: event.ahead };
     case "started": {
-      const steps = event.steps ?? job.wish.steps;
+      const steps = event.steps ?? job.request.steps;
       return { ...job, ...goingOn(job, event.step, steps), status: "processing", ahead: null, steps };
     }
     case "step": {
@@ -40,8 +40,8 @@ export function applyEvent(job, event, now) {
     }
     case "stage": {
       const percent = event.percent ?? job.percent;
-      const portion = { done: event.done, total: event.total };
-      return { ...job, status: "processing", ahead: null, percent, [event.stage]: portion };
+      const frameProgress = { done: event.done, total: event.total };
+      return { ...job, status: "processing", ahead: null, percent, [event.stage]: frameProgress };
     }
     case "preview":
       return { ...job, preview: `data:${event.mediaType};base64,${event.data}` };
@@ -55,7 +55,7 @@ export function applyEvent(job, event, now) {
 }
 
 /**
- * Progress of a job that begins after `step` steps; the pace has to be found anew.
+ * Progress of a job that begins after `step` steps; its step times are measured anew.
  *
  * @param {Job} job
  * @param {number} step
@@ -64,8 +64,8 @@ export function applyEvent(job, event, now) {
 function goingOn(job, step, steps) {
   const percent = Math.floor((100 * step) / Math.max(1, steps));
   const preview = step > 0 ? job.preview : null;
-  const pace = { firstStep: step, firstStepAt: null, lastStepAt: null };
-  return { step, percent, preview, decode: null, encode: null, ...pace };
+  const stepTimes = { firstStep: step, firstStepAt: null, lastStepAt: null };
+  return { step, percent, preview, decode: null, encode: null, ...stepTimes };
 }
 
 /**
@@ -82,13 +82,13 @@ export function portions(job) {
   };
 }
 
-/** @param {import("./types.js").Portion | null} portion */
-function share(portion) {
-  return portion === null ? 0 : Math.min(1, portion.done / Math.max(1, portion.total));
+/** @param {import("./types.js").FrameProgress | null} progress */
+function share(progress) {
+  return progress === null ? 0 : Math.min(1, progress.done / Math.max(1, progress.total));
 }
 
 /**
- * Seconds until the last step, from the pace so far; null while there is no pace yet.
+ * Seconds until the last step, from the step times so far; null before two steps are done.
  *
  * @param {Job} job
  */
@@ -99,7 +99,7 @@ export function secondsLeft(job) {
 }
 
 /**
- * The record just read, keeping what only the event stream told.
+ * The record just read, keeping what only the event stream reports.
  *
  * @param {Job} record
  * @param {Job | undefined} known

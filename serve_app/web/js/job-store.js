@@ -49,7 +49,7 @@ export function createJobStore(api, kind) {
     if (currentId.get() === id) select(newest());
   }
 
-  /** The newest job of this jobStore's kind. */
+  /** The newest job of this store's kind. */
   function newest() {
     return jobs.get().find((job) => job.kind === kind)?.id ?? null;
   }
@@ -139,14 +139,14 @@ export function createJobStore(api, kind) {
       }
     },
 
-    /** Asks for the end of the job on the stage; its stream tells when it took effect. */
+    /** Cancels the job on the stage; its event stream reports when it has ended. */
     async cancel() {
       const job = find(currentId.get());
       if (job === undefined || hasEnded(job)) return;
       try {
         await api.cancel(job.id);
       } catch (error) {
-        // 404, 409: it ended meanwhile, which its stream is about to tell
+        // 404, 409: it ended meanwhile, which its event stream will report
         if (!(error instanceof ApiError)) throw error;
         if (error.status !== 404 && error.status !== 409) refusal.set({ problem: error.problem, body: {} });
       }

@@ -1,4 +1,4 @@
-// A value that tells others when it changes.
+// A value that calls its listeners when it changes.
 
 /**
  * @template T

@@ -50,7 +50,7 @@ export class EventParser {
 
 /**
  * The events of an open stream, until it ends. `onBytes` is called for every piece, keep-alive
- * comments included, so that a caller can tell a quiet stream from a dead one.
+ * comments included, so that a caller can distinguish a quiet stream from a dead one.
  *
  * @param {Response} response
  * @param {() => void} [onBytes]

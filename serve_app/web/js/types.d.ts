@@ -2,7 +2,7 @@
 
 export type TextKey = keyof typeof import("../locales/en.json");
 export type TextParams = Record<string, string | number>;
-/** Words of the page: a key and what stands in its {places}. */
+/** A text of the page: its key and the values of its {placeholders}. */
 export interface Text {
   key: TextKey;
   params?: TextParams;
@@ -25,12 +25,12 @@ export interface Sizes {
 }
 
 /** Which videos a model may be asked for. */
-export interface Film {
+export interface VideoLimits {
   frames: Range; // of any video; each number is a multiple of `every`, plus 1
   every: number;
   fps: number; // the default
   maxFramePixels: number; // width x height x frames
-  framewise: boolean; // a picture model: every frame is a picture on the way to an end
+  framewise: boolean; // a picture model: every frame is a picture between the first and the last
 }
 
 /** One kind of control picture that a model takes. */
@@ -39,7 +39,7 @@ export interface ControlKind {
   plainPictures: boolean; // false: only finished control maps
 }
 
-/** A picture whose edges, depth or pose the result shall follow. */
+/** A picture whose edges, depth or pose the result follows. */
 export interface ControlPicture {
   image: string; // a data: address
   type: string;
@@ -72,7 +72,7 @@ export interface Model {
   steps: Range;
   guidance: Range;
   sizes: Sizes;
-  film: Film | null; // null: it makes no videos
+  videoLimits: VideoLimits | null; // null: it makes no videos
   strength: number; // default for a picture to start from
   negativePrompt: boolean;
   maxImages: number;
@@ -117,7 +117,7 @@ export interface Picture {
 export type Kind = "image" | "video";
 
 /** What was asked for, after the server filled the blanks. */
-export interface Wish {
+export interface JobRequest {
   model: string;
   task: string;
   prompt: string;
@@ -131,14 +131,14 @@ export interface Wish {
   format: string;
   scheduler: string;
   loras: LoraChoice[];
-  controls: number; // how many control pictures; they themselves are not told
+  controls: number; // number of control pictures; the record does not contain them
   refiner: boolean;
   strength: number | null; // of a picture it starts from
-  video: Filmed | null;
+  video: JobVideo | null;
 }
 
 /** The video of a job. */
-export interface Filmed extends Way {
+export interface JobVideo extends CameraMove {
   frames: number;
   fps: number;
   seconds: number;
@@ -146,14 +146,14 @@ export interface Filmed extends Way {
 }
 
 /** How the view of a frame-wise video moves from its first frame to its last; null: not at all. */
-export interface Way {
+export interface CameraMove {
   zoom: number | null; // 2 sees half of the width
   panX: number | null; // in widths of the picture, to the right
   panY: number | null; // in heights, down
 }
 
 /** How far a part of the work on a video is, in frames. */
-export interface Portion {
+export interface FrameProgress {
   done: number;
   total: number;
 }
@@ -167,15 +167,15 @@ export interface Job {
   steps: number; // 0 before the first step is known
   percent: number;
   cancelRequested: boolean;
-  wish: Wish;
+  request: JobRequest;
   pictures: Picture[];
   warnings: Warning[];
   problem: Problem | null;
   createdAt: number; // unix seconds
   generationS: number | null;
-  preview: string | null; // data: address of the latest rough look
-  decode: Portion | null; // of a video, after its last step; the two overlap
-  encode: Portion | null;
+  preview: string | null; // data: address of the latest preview
+  decode: FrameProgress | null; // of a video, after its last step; the two overlap
+  encode: FrameProgress | null;
   firstStepAt: number | null; // ms of performance.now(), for the time left
   lastStepAt: number | null;
   firstStep: number; // the step `firstStepAt` belongs to
@@ -201,7 +201,7 @@ export interface FormValues {
 }
 
 /** What stands in the form for a video only. */
-export interface VideoValues extends Way {
+export interface VideoValues extends CameraMove {
   frames: number | null;
   fps: number | null;
   image: string | null; // a data: address of the picture it begins with
@@ -221,7 +221,7 @@ export interface SseEvent {
   data: string;
 }
 
-/** One thing that happened to a job, as its event stream tells it. */
+/** One event of a job's event stream. */
 export type JobEvent =
   | { type: "queued"; ahead: number | null; step: number; steps: number }
   | { type: "started"; step: number; steps: number | null }
@@ -259,6 +259,6 @@ export interface Api {
 export interface Signal<T> {
   get(): T;
   set(value: T): void;
-  /** Calls `subscribe` now and after every change, until the returned function is called. */
-  subscribe(subscribe: (value: T) => void): () => void;
+  /** Calls `listener` now and after every change, until the returned function is called. */
+  subscribe(listener: (value: T) => void): () => void;
 }

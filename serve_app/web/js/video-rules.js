@@ -3,7 +3,7 @@
 import { requestBody } from "./form-rules.js";
 
 /** @typedef {import("./types.js").Model} Model */
-/** @typedef {import("./types.js").Film} Film */
+/** @typedef {import("./types.js").VideoLimits} VideoLimits */
 /** @typedef {import("./types.js").VideoValues} VideoValues */
 /** @typedef {import("./types.js").FormValues} FormValues */
 
@@ -23,7 +23,7 @@ export const NO_VIDEO_VALUES = {
 };
 
 /** What the view may do, and the values that leave it where it is. */
-export const WAY = /** @type {const} */ ({
+export const MOVE_RANGES = /** @type {const} */ ({
   zoom: { min: 0.25, max: 4, still: 1 },
   panX: { min: -1, max: 1, still: 0 },
   panY: { min: -1, max: 1, still: 0 },
@@ -37,8 +37,8 @@ export const WAY = /** @type {const} */ ({
  * @returns {Model | null}
  */
 export function asVideoModel(model) {
-  const { film, sizes, tasks } = model;
-  if (film === null || !(tasks.includes("t2v") || tasks.includes("i2v"))) return null;
+  const { videoLimits, sizes, tasks } = model;
+  if (videoLimits === null || !(tasks.includes("t2v") || tasks.includes("i2v"))) return null;
   const multiple = sizes.multiple % 2 === 0 ? sizes.multiple : 2 * sizes.multiple;
   return {
     ...model,
@@ -47,7 +47,7 @@ export function asVideoModel(model) {
       multiple,
       min: Math.ceil(sizes.min / multiple) * multiple,
       max: Math.floor(sizes.max / multiple) * multiple,
-      maxPixels: Math.min(sizes.maxPixels, Math.floor(film.maxFramePixels / film.frames.min)),
+      maxPixels: Math.min(sizes.maxPixels, Math.floor(videoLimits.maxFramePixels / videoLimits.frames.min)),
     },
     maxImages: 1,
     controls: [],
@@ -59,7 +59,7 @@ export function asVideoModel(model) {
 export const takesPicture = (model) => model.tasks.includes("i2v");
 
 /** Whether the view of its videos can move over a picture. @param {Model} model */
-export const canMove = (model) => (model.film?.framewise ?? false) && model.tasks.includes("i2i");
+export const canMove = (model) => (model.videoLimits?.framewise ?? false) && model.tasks.includes("i2i");
 
 /** Whether no video can be made without one. @param {Model} model */
 export const needsPicture = (model) => takesPicture(model) && !model.tasks.includes("t2v");
@@ -67,40 +67,40 @@ export const needsPicture = (model) => takesPicture(model) && !model.tasks.inclu
 /**
  * The numbers of frames that may be asked for at a size.
  *
- * @param {Film} film
+ * @param {VideoLimits} limits
  * @param {number} width
  * @param {number} height
  * @returns {import("./types.js").Range}
  */
-export function framesRange(film, width, height) {
-  const { min, max } = film.frames;
+export function framesRange(limits, width, height) {
+  const { min, max } = limits.frames;
   const pixels = Math.max(1, width * height || 1);
-  const most = Math.max(min, onStep(Math.floor(film.maxFramePixels / pixels), film, Math.floor));
+  const most = Math.max(min, onStep(Math.floor(limits.maxFramePixels / pixels), limits, Math.floor));
   const highest = Math.min(max, most);
-  return { min, default: Math.min(film.frames.default, highest), max: highest };
+  return { min, default: Math.min(limits.frames.default, highest), max: highest };
 }
 
 /**
- * The number of frames nearest to a wish; without one the default.
+ * The number of frames that the model can make nearest to `frames`; null: the default.
  *
- * @param {number | null} wish
- * @param {Film} film
+ * @param {number | null} frames
+ * @param {VideoLimits} limits
  * @param {import("./types.js").Range} range  of framesRange
  */
-export function fittedFrames(wish, film, range) {
-  if (wish === null || !Number.isFinite(wish)) return range.default;
-  return Math.max(range.min, Math.min(range.max, onStep(wish, film, Math.round)));
+export function nearestFrames(frames, limits, range) {
+  if (frames === null || !Number.isFinite(frames)) return range.default;
+  return Math.max(range.min, Math.min(range.max, onStep(frames, limits, Math.round)));
 }
 
 /**
  * Numbers of frames are a multiple of `every`, plus 1.
  *
  * @param {number} frames
- * @param {Film} film
+ * @param {VideoLimits} limits
  * @param {(value: number) => number} round
  */
-function onStep(frames, film, round) {
-  return round((frames - 1) / film.every) * film.every + 1;
+function onStep(frames, limits, round) {
+  return round((frames - 1) / limits.every) * limits.every + 1;
 }
 
 /**
@@ -129,30 +129,30 @@ export function secondsOf(frames, fps) {
  * @param {Model} model  of asVideoModel
  */
 export function videoBody(form, model) {
-  const { film } = model;
-  if (film === null) throw new Error(`${model.id} makes no videos`);
+  const { videoLimits } = model;
+  if (videoLimits === null) throw new Error(`${model.id} makes no videos`);
   const { num_images: _images, previews: _previews, ...shared } = requestBody(form, model);
-  const wishes = form.video ?? NO_VIDEO_VALUES;
-  const image = takesPicture(model) ? wishes.image : null;
-  const endPrompt = wishes.endPrompt.trim();
+  const values = form.video ?? NO_VIDEO_VALUES;
+  const image = takesPicture(model) ? values.image : null;
+  const endPrompt = values.endPrompt.trim();
   const asAv1 = { output_format: "webm", output_codec: "av1" };
   return {
     ...shared,
     ...(form.format === "av1" ? asAv1 : {}),
-    num_frames: fittedFrames(wishes.frames, film, framesRange(film, form.width, form.height)),
-    fps: wishes.fps ?? film.fps,
+    num_frames: nearestFrames(values.frames, videoLimits, framesRange(videoLimits, form.width, form.height)),
+    fps: values.fps ?? videoLimits.fps,
     ...(image === null ? {} : { image }),
-    ...(image !== null && film.framewise ? { strength: wishes.strength ?? model.strength } : {}),
-    ...(film.framewise && endPrompt !== "" ? { end_prompt: endPrompt } : {}),
-    ...(film.framewise && wishes.endSeed !== "" ? { end_seed: wishes.endSeed } : {}),
-    ...(canMove(model) ? moved(wishes) : {}),
+    ...(image !== null && videoLimits.framewise ? { strength: values.strength ?? model.strength } : {}),
+    ...(videoLimits.framewise && endPrompt !== "" ? { end_prompt: endPrompt } : {}),
+    ...(videoLimits.framewise && values.endSeed !== "" ? { end_seed: values.endSeed } : {}),
+    ...(canMove(model) ? moveFields(values) : {}),
   };
 }
 
-/** Where the view goes, in the API's words; what stands still is left out. @param {import("./types.js").Way} way */
-function moved({ zoom, panX, panY }) {
+/** The camera move in the API's fields; without those that do not move. @param {import("./types.js").CameraMove} way */
+function moveFields({ zoom, panX, panY }) {
   return {
-    ...(zoom === null || zoom === WAY.zoom.still ? {} : { zoom }),
+    ...(zoom === null || zoom === MOVE_RANGES.zoom.still ? {} : { zoom }),
     ...(panX ? { pan_x: panX } : {}),
     ...(panY ? { pan_y: panY } : {}),
   };
@@ -162,20 +162,20 @@ function moved({ zoom, panX, panY }) {
  * What the form holds of a video after "Use again". A job does not tell its picture nor its ends: those
  * that stand in the form stay.
  *
- * @param {import("./types.js").Wish} wish
+ * @param {import("./types.js").JobRequest} request
  * @param {VideoValues | null} held
  * @returns {VideoValues | null}
  */
-export function videoValuesOf(wish, held) {
-  if (wish.video === null) return held;
-  const { frames, fps, framewise, zoom, panX, panY } = wish.video;
+export function videoValuesOf(request, held) {
+  if (request.video === null) return held;
+  const { frames, fps, framewise, zoom, panX, panY } = request.video;
   const now = held ?? NO_VIDEO_VALUES;
-  const withPicture = wish.task === "i2v";
+  const withPicture = request.task === "i2v";
   return {
     frames,
     fps,
     image: withPicture ? now.image : null,
-    strength: withPicture ? wish.strength : now.strength,
+    strength: withPicture ? request.strength : now.strength,
     endPrompt: framewise ? now.endPrompt : "",
     endSeed: framewise ? now.endSeed : "",
     zoom,

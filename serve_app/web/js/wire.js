@@ -45,7 +45,7 @@ export function model(json) {
       maxPixels: sizes.max_pixels,
       maxAspect: sizes.max_aspect,
     },
-    film: json.videos ? film(json.videos) : null,
+    videoLimits: json.videos ? videoLimits(json.videos) : null,
     strength: json.strength,
     negativePrompt: json.negative_prompt,
     maxImages: json.max_images,
@@ -69,9 +69,9 @@ export function model(json) {
 
 /**
  * @param {Json} json
- * @returns {import("./types.js").Film}
+ * @returns {import("./types.js").VideoLimits}
  */
-function film(json) {
+function videoLimits(json) {
   return {
     frames: { min: json.min_frames, default: json.num_frames, max: json.max_frames },
     every: json.every,
@@ -111,7 +111,7 @@ export function job(json) {
     steps: json.steps,
     percent: json.percent,
     cancelRequested: json.cancel_requested,
-    wish: {
+    request: {
       model: request.model,
       task: request.task,
       prompt: request.prompt,
@@ -132,7 +132,7 @@ export function job(json) {
       controls: (request.controls ?? []).length,
       refiner: (request.refiner ?? null) !== null,
       strength: request.strength ?? null,
-      video: request.video ? filmed(request.video) : null,
+      video: request.video ? jobVideo(request.video) : null,
     },
     pictures: json.artifacts.map(picture),
     warnings: json.warnings,
@@ -149,7 +149,7 @@ export function job(json) {
 }
 
 /** The video of a request. @param {Json} json */
-function filmed(json) {
+function jobVideo(json) {
   return {
     frames: json.num_frames,
     fps: json.fps,

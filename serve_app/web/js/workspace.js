@@ -91,13 +91,13 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
         void open();
         return;
       }
-      if (job !== null && movedOn(job, job.wish.seed)) return;
-      if (job !== null) panel.write(again(job, job.wish.seed));
+      if (job !== null && movedOn(job, job.request.seed)) return;
+      if (job !== null) panel.write(again(job, job.request.seed));
       panel.submit();
     },
     smaller(job, { width, height }) {
-      const form = job === null ? panel.read() : again(job, job.wish.seed);
-      if (job !== null && movedOn(job, job.wish.seed, { width, height })) return;
+      const form = job === null ? panel.read() : again(job, job.request.seed);
+      if (job !== null && movedOn(job, job.request.seed, { width, height })) return;
       panel.write({ ...form, width, height });
       panel.submit();
     },
@@ -131,7 +131,7 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
    */
   function again(job, seed) {
     const { controls, video } = panel.read();
-    return { ...formOf(job.wish, seed, controls), video: videoValuesOf(job.wish, video) };
+    return { ...formOf(job.request, seed, controls), video: videoValuesOf(job.request, video) };
   }
 
   /**
@@ -182,17 +182,17 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
   const ready = (job) =>
     job.kind === "video" ? t("live.video") : t("live.ready", { count: job.pictures.length });
 
-  /** Words for those who do not see the stage: the turns of the job on it, not its every step. */
-  let told = "";
+  /** Screen reader announcements of the job on the stage: state changes and half time, not every step. */
+  let announced = "";
   function announce() {
     const job = jobStore.current();
     if (job === undefined) return;
     const half = job.status === "processing" && job.percent >= 50;
-    const turn = `${job.id} ${job.status} ${half}`;
-    if (turn === told) return;
-    const before = told;
-    told = turn;
-    if (hasEnded(job) && !before.startsWith(job.id)) return; // picked from the strip: seen, not news
+    const milestone = `${job.id} ${job.status} ${half}`;
+    if (milestone === announced) return;
+    const before = announced;
+    announced = milestone;
+    if (hasEnded(job) && !before.startsWith(job.id)) return; // picked from the strip: it is not new
     if (job.status === "queued") toast.announce(t("live.queued"));
     else if (half) toast.announce(t("live.half"));
     else if (job.status === "completed") toast.announce(ready(job));
@@ -235,7 +235,7 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
     return (await api.models()).flatMap((model) => modelFor(model) ?? []);
   }
 
-  /** Reads the states again while a model is on its way. */
+  /** Reads the states again while a model is loading. */
   function watchModels() {
     clearTimeout(modelsTimer);
     if (!models?.some((model) => model.state === "loading")) return;

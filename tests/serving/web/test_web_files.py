@@ -1,4 +1,4 @@
-"""What can be said about the page without a browser: nothing missing, nothing foreign, nothing inline."""
+"""Checks of the page that need no browser: nothing missing, nothing foreign, nothing inline."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _locale(path: Path) -> dict[str, str | dict[str, str]]:
 
 def _places(entry: str | dict[str, str]) -> set[str]:
     forms = entry.values() if isinstance(entry, dict) else [entry]
-    return {place for form in forms for place in re.findall(r"\{(\w+)\}", form)}
+    return {name for form in forms for name in re.findall(r"\{(\w+)\}", form)}
 
 
 def _string_literals() -> set[str]:

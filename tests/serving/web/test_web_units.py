@@ -29,10 +29,10 @@ def node() -> str:
     if path is None:
         _missing(f"node is not on the PATH; the page's unit tests need Node {OLDEST_NODE} or newer")
         raise AssertionError
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
-    version = re.match(r"v(\d+)", said)
+    version_text = subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout
+    version = re.match(r"v(\d+)", version_text)
     if version is None or int(version[1]) < OLDEST_NODE:
-        _missing(f"node is {said.strip()}; the page's unit tests need Node {OLDEST_NODE} or newer")
+        _missing(f"node is {version_text.strip()}; the page's unit tests need Node {OLDEST_NODE} or newer")
     return path
 
 

@@ -1,4 +1,4 @@
-// The page "Video": the same bench, with the fields of videos.
+// The page "Video": the same workspace, with the fields for videos.
 
 import { asVideoModel, videoBody } from "../video-rules.js";
 import { createWorkspace } from "../workspace.js";

@@ -1,8 +1,8 @@
-// The pictures a result shall follow: each with its kind and weight. Shown when the model has ControlNets.
+// The control images: each with its type and weight. Shown when the model has ControlNets.
 
 import { fill, h, icon } from "../dom.js";
 import { MAX_CONTROLS, MAX_WEIGHT, pictureFault } from "../form-rules.js";
-import { say, t } from "../i18n.js";
+import { translate, t } from "../i18n.js";
 import { fault, select, slider } from "./fields.js";
 import { createPictureDrop, dataAddress } from "./picture-drop.js";
 
@@ -44,13 +44,13 @@ export function createControlPictures({ onInput }) {
     problem.element,
   );
 
-  /** Adds the files as control pictures; says so where one cannot be. @param {File[]} files */
+  /** Adds the files as control pictures; shows an error for a file that cannot be one. @param {File[]} files */
   async function take(files) {
     problem.show(null);
     for (const file of files) {
       const wrong = pictureFault(file, rows.length);
       if (wrong !== null) {
-        problem.show([say(wrong)]);
+        problem.show([translate(wrong)]);
         break;
       }
       add({ image: await dataAddress(file), type: kinds[0]?.type ?? "", weight: 1 });

@@ -12,7 +12,7 @@ export function createDialogs(logOut) {
     element: h("div", {}, keyDialog.element, help),
     /** After a 401. True when a key was given. */
     askForKey: () => keyDialog.ask(key.get() !== null),
-    /** By the person's own wish: what was read with the old key is read anew. */
+    /** The person asked for another key: everything is read again with it. */
     async changeKey() {
       const before = key.get();
       const forgotten = await keyDialog.ask(false).then(() => keyDialog.forgotten());

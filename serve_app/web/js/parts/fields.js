@@ -62,11 +62,11 @@ export function select({ id, label, onInput }) {
 }
 
 /**
- * Radio buttons that look like chips; arrows move between them.
+ * Radio buttons styled as chips; arrow keys move between them.
  *
- * @param {{ name: string, legend: string, onInput: (value: string) => void, aside?: Node }} options
+ * @param {{ name: string, legend: string, onInput: (value: string) => void, trailing?: Node }} options
  */
-export function chips({ name, legend, onInput, aside }) {
+export function chips({ name, legend, onInput, trailing }) {
   const row = h("div", { class: "chips" });
   const id = `${name}-legend`;
   /** @type {HTMLInputElement[]} */
@@ -75,7 +75,7 @@ export function chips({ name, legend, onInput, aside }) {
     element: h(
       "div",
       { class: "field", role: "radiogroup", "aria-labelledby": id },
-      h("div", { class: "row spread" }, h("span", { class: "label", id }, legend), aside),
+      h("div", { class: "row spread" }, h("span", { class: "label", id }, legend), trailing),
       row,
     ),
     /** @param {{ value: string, content: import("../dom.js").Child[] }[]} options */
@@ -97,7 +97,7 @@ export function chips({ name, legend, onInput, aside }) {
 }
 
 /**
- * Words under a field that say what is wrong with it; the field is marked for those who cannot see them.
+ * An error message under a field; the field is marked as invalid for screen readers.
  *
  * @param {HTMLElement[]} inputs
  * @param {string} id

@@ -46,7 +46,7 @@ export function createFilmstrip(pictures, onPick) {
    */
   function draw(frame, job) {
     const { button, bar } = frame;
-    const { prompt } = job.wish;
+    const { prompt } = job.request;
     const count = job.pictures.length;
     const words =
       count > 1

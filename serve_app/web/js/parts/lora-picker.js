@@ -102,7 +102,7 @@ export function createLoraPicker({ onInput, onWord, upload }) {
   }
 
   function render() {
-    for (const row of rows) row.tell(offered.find(({ id }) => id === row.get().id)?.triggerWords ?? [], onWord);
+    for (const row of rows) row.setTriggerWords(offered.find(({ id }) => id === row.get().id)?.triggerWords ?? [], onWord);
     fill(list, ...rows.map((row) => row.element));
     list.hidden = rows.length === 0;
     const chosen = new Set(rows.map((row) => row.get().id));
@@ -173,15 +173,15 @@ function createRow(number, choice, onInput, onRemove) {
     /** @returns {LoraChoice} */
     get: () => ({ id: choice.id, name, weight: weight.get() }),
     /** @param {string[]} triggerWords @param {(word: string) => void} onWord */
-    tell(triggerWords, onWord) {
+    setTriggerWords(triggerWords, onWord) {
       chips.hidden = triggerWords.length === 0;
       fill(
         chips,
         ...triggerWords.map((word) => {
-          const said = t("lora.word", { word });
+          const label = t("lora.word", { word });
           return h(
             "button",
-            { type: "button", class: "link", "aria-label": said, title: said, on: { click: () => onWord(word) } },
+            { type: "button", class: "link", "aria-label": label, title: label, on: { click: () => onWord(word) } },
             word,
           );
         }),

@@ -1,4 +1,4 @@
-// A place to drop pictures on, or to choose them from files.
+// A drop target for pictures that also opens a file dialog.
 
 import { h, icon } from "../dom.js";
 import { PICTURE_TYPES } from "../form-rules.js";

@@ -1,4 +1,4 @@
-// Which fix fits which error. Pure.
+// The suggested fix for each error. Pure.
 
 import { smaller } from "../form-rules.js";
 

@@ -18,12 +18,12 @@ export function createResult(job, { pictures, onAgain, onSaved }) {
   const frames = files.map((file, index) => {
     const alt =
       files.length === 1
-        ? t("picture.alt", { prompt: job.wish.prompt })
-        : t("picture.altOf", { prompt: job.wish.prompt, number: index + 1, count: files.length });
-    const film = isVideo(file);
-    const gone = () => fill(frame, icon("picture"), h("span", {}, t(film ? "video.gone" : "picture.gone")));
+        ? t("picture.alt", { prompt: job.request.prompt })
+        : t("picture.altOf", { prompt: job.request.prompt, number: index + 1, count: files.length });
+    const showsVideo = isVideo(file);
+    const gone = () => fill(frame, icon("picture"), h("span", {}, t(showsVideo ? "video.gone" : "picture.gone")));
     const size = { width: file.width, height: file.height };
-    const image = film
+    const image = showsVideo
       ? pictures.video(file.url, file.posterUrl, { "aria-label": alt, ...size }, gone)
       : pictures.image(file.url, { alt, ...size }, gone);
     const frame =
@@ -41,15 +41,15 @@ export function createResult(job, { pictures, onAgain, onSaved }) {
     );
     const file = files[index];
     if (file === undefined) return;
-    const film = job.wish.video;
-    const told = [
+    const video = job.request.video;
+    const texts = [
       job.generationS === null ? "" : t("done.time", { seconds: formatNumber(job.generationS) }),
       t("size.value", { width: file.width, height: file.height }),
-      film === null ? "" : t("video.length", { frames: film.frames, seconds: film.seconds, fps: film.fps }),
-      t("done.steps", { count: job.wish.steps }),
+      video === null ? "" : t("video.length", { frames: video.frames, seconds: video.seconds, fps: video.fps }),
+      t("done.steps", { count: job.request.steps }),
       t("done.seed", { seed: file.seed }),
     ];
-    fill(facts, ...told.filter((words) => words !== "").map((words) => h("span", {}, words)));
+    fill(facts, ...texts.filter((text) => text !== "").map((text) => h("span", {}, text)));
   }
   pick(0);
 
@@ -65,7 +65,7 @@ export function createResult(job, { pictures, onAgain, onSaved }) {
   let fetched = false;
   const sheetPlace = h("div", { class: "sheet", hidden: true });
 
-  /** The frames are fetched when somebody first wants to see them; a second click hides them. */
+  /** The frames are fetched on the first click; a second click hides them. */
   function showSheet() {
     if (sheetUrl === null) return;
     sheetPlace.hidden = !sheetPlace.hidden;
@@ -80,9 +80,9 @@ export function createResult(job, { pictures, onAgain, onSaved }) {
   const rows = Math.ceil(files.length / columns) || 1;
 
   return {
-    above: area(h("div", { class: "canvas" }, ...frames), files[0] ?? job.wish, columns, rows),
+    above: area(h("div", { class: "canvas" }, ...frames), files[0] ?? job.request, columns, rows),
     below: [
-      h("p", { class: "caption" }, job.wish.prompt),
+      h("p", { class: "caption" }, job.request.prompt),
       h(
         "div",
         { class: "row spread under" },
@@ -93,7 +93,7 @@ export function createResult(job, { pictures, onAgain, onSaved }) {
           button("save", t("done.save"), savePicked),
           files.length > 1 && button("save-all", t("done.saveAll"), () => void save(files)),
           sheet,
-          button("again", t("done.again"), () => onAgain(job, files[picked]?.seed ?? job.wish.seed)),
+          button("again", t("done.again"), () => onAgain(job, files[picked]?.seed ?? job.request.seed)),
         ),
       ),
       sheetPlace,
@@ -103,7 +103,7 @@ export function createResult(job, { pictures, onAgain, onSaved }) {
 }
 
 /**
- * The place a canvas of this shape stands in; layout.css makes it as large as the stage allows.
+ * The container of a canvas of this shape; layout.css makes it as large as the stage allows.
  *
  * @param {HTMLElement} canvas
  * @param {{ width: number, height: number }} size  of one picture

@@ -12,7 +12,7 @@ import {
   within,
   withWord,
 } from "../form-rules.js";
-import { say, t } from "../i18n.js";
+import { translate, t } from "../i18n.js";
 import { NO_VIDEO_VALUES } from "../video-rules.js";
 import { createControlPictures } from "./control-pictures.js";
 import { chips, fault, select, slider } from "./fields.js";
@@ -61,9 +61,9 @@ export function createSettingsPanel({ kind, words, onSubmit, onChange, addLora }
   let models = [];
   /** @type {Model | null} */
   let model = null;
-  // The form's truth where no control holds it: the person's wishes outlive a model that ignores them.
-  let stepsWish = /** @type {number | null} */ (null);
-  let guidanceWish = /** @type {number | null} */ (null);
+  // The form's truth where no control holds it: the person's values are kept while a model ignores them.
+  let stepsChosen = /** @type {number | null} */ (null);
+  let guidanceChosen = /** @type {number | null} */ (null);
 
   const changed = () => void (model !== null && onChange(read()));
 
@@ -90,7 +90,7 @@ export function createSettingsPanel({ kind, words, onSubmit, onChange, addLora }
   const negativeField = labelled("negative", t("negative.label"), negative);
 
   const sizeWords = h("output", { class: "small" });
-  const shape = chips({ name: "shape", legend: t("shape.label"), onInput: pickShape, aside: sizeWords });
+  const shape = chips({ name: "shape", legend: t("shape.label"), onInput: pickShape, trailing: sizeWords });
   const width = number("width", sizeTyped);
   const height = number("height", sizeTyped);
   const sizeProblem = fault([width, height], "size-fault");
@@ -99,13 +99,13 @@ export function createSettingsPanel({ kind, words, onSubmit, onChange, addLora }
     id: "steps",
     label: t("steps.label"),
     step: "1",
-    onInput: () => ((stepsWish = steps.get()), changed()),
+    onInput: () => ((stepsChosen = steps.get()), changed()),
   });
   const guidance = slider({
     id: "guidance",
     label: t("guidance.label"),
     step: "0.1",
-    onInput: () => ((guidanceWish = guidance.get()), changed()),
+    onInput: () => ((guidanceChosen = guidance.get()), changed()),
   });
   const images = chips({ name: "images", legend: t("images.label"), onInput: changed });
 
@@ -186,7 +186,7 @@ export function createSettingsPanel({ kind, words, onSubmit, onChange, addLora }
     controlPictures.element,
     settings,
   ];
-  for (const part of needModel) part.inert = true; // until the models say what they may hold
+  for (const part of needModel) part.inert = true; // until the models' limits are known
 
   const element = h(
     "form",
@@ -231,8 +231,8 @@ export function createSettingsPanel({ kind, words, onSubmit, onChange, addLora }
       negativePrompt: negative.value,
       width: Number(width.value),
       height: Number(height.value),
-      steps: stepsWish,
-      guidance: guidanceWish,
+      steps: stepsChosen,
+      guidance: guidanceChosen,
       seed: seed.value.trim(),
       images: Number(images.get() ?? 1),
       format: format.get(),
@@ -261,8 +261,8 @@ export function createSettingsPanel({ kind, words, onSubmit, onChange, addLora }
     const chosen = models.find((known) => known.id === form.model) ?? models[0];
     if (chosen === undefined) return;
     model = chosen;
-    stepsWish = form.steps;
-    guidanceWish = form.guidance;
+    stepsChosen = form.steps;
+    guidanceChosen = form.guidance;
     modelField.set(chosen.id);
     if (prompt.value !== form.prompt) prompt.value = form.prompt;
     if (negative.value !== form.negativePrompt) negative.value = form.negativePrompt;
@@ -316,9 +316,9 @@ export function createSettingsPanel({ kind, words, onSubmit, onChange, addLora }
       terms.attribution,
     ];
     setText(licence, parts.filter((part) => part !== "").join(" · "));
-    const words = stepsNotice(chosen, stepsWish);
+    const words = stepsNotice(chosen, stepsChosen);
     notice.hidden = words === null;
-    if (words !== null) fill(notice, icon("info"), h("span", {}, say(words)));
+    if (words !== null) fill(notice, icon("info"), h("span", {}, translate(words)));
   }
 
   function pickModel() {
@@ -374,7 +374,7 @@ export function createSettingsPanel({ kind, words, onSubmit, onChange, addLora }
       width.focus();
       changed();
     });
-    sizeProblem.show([say(wrong.text), " ", use]);
+    sizeProblem.show([translate(wrong.text), " ", use]);
   }
 
   function checkSeed() {

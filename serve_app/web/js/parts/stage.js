@@ -26,7 +26,7 @@ import { createStages } from "./stages.js";
  */
 
 /**
- * What shall be shown.
+ * What is shown.
  * @typedef {{ kind: "loading" } | { kind: "noModels" } | { kind: "first" } | { kind: "sending", width: number, height: number }
  *   | { kind: "job", job: Job } | { kind: "refused", problem: Problem, size: { width: number, height: number } | null, model: string | null }
  *   } View
@@ -113,7 +113,7 @@ export function createStage(pictures, words, deeds) {
         };
       case "failed": {
         const problem = job.problem ?? { code: "internal", message: "", param: null, retryAfterS: null };
-        return problemScene(problem, job.wish, job.wish.model, job);
+        return problemScene(problem, job.request, job.request.model, job);
       }
     }
   }
@@ -128,13 +128,13 @@ export function createStage(pictures, words, deeds) {
         prompt,
       );
     });
-    const weave = h("img", { class: "weave", src: "icons/welcome.svg", alt: "", width: 180, height: 180 });
+    const welcome = h("img", { class: "welcome", src: "icons/welcome.svg", alt: "", width: 180, height: 180 });
     return {
       content: [
         h(
           "div",
           { class: "message" },
-          weave,
+          welcome,
           h("h2", {}, t(words.firstTitle)),
           h("p", { class: "detail" }, t("first.text")),
           h("div", { class: "samples" }, ...samples),
@@ -145,21 +145,21 @@ export function createStage(pictures, words, deeds) {
 
   /** @param {Job} job @returns {Scene} */
   function running(job) {
-    const look = h("img", {
-      class: "look",
-      alt: t("preview.alt", { prompt: job.wish.prompt }),
+    const preview = h("img", {
+      class: "preview",
+      alt: t("preview.alt", { prompt: job.request.prompt }),
       hidden: true,
     });
-    const canvas = h("div", { class: "canvas waiting" }, h("div", { class: "picture" }, look));
+    const canvas = h("div", { class: "canvas waiting" }, h("div", { class: "picture" }, preview));
     const bar = h("progress", { max: 100, "aria-label": t("stage.label") });
     const stages = job.kind === "video" ? createStages() : null;
     const facts = h("p", { class: "facts" });
     const cancel = h("button", { type: "button", class: "plain", on: { click: deeds.cancel } });
     /** @param {Job} now */
     const update = (now) => {
-      if (now.preview !== null && look.src !== now.preview) {
-        look.src = now.preview;
-        look.hidden = false;
+      if (now.preview !== null && preview.src !== now.preview) {
+        preview.src = now.preview;
+        preview.hidden = false;
       }
       canvas.classList.toggle("waiting", now.preview === null);
       if (now.status === "queued") bar.removeAttribute("value");
@@ -179,7 +179,7 @@ export function createStage(pictures, words, deeds) {
     update(job);
     return {
       content: [
-        area(canvas, job.wish),
+        area(canvas, job.request),
         h(
           "div",
           { class: "below" },
@@ -298,7 +298,7 @@ function message(name, title, text, ...more) {
 
 /** @param {Job} job */
 function caption(job) {
-  return h("p", { class: "caption" }, job.wish.prompt);
+  return h("p", { class: "caption" }, job.request.prompt);
 }
 
 /** What the service changed in a request. @param {Job} job */
@@ -338,13 +338,13 @@ function countdown(seconds, run) {
     words,
   );
   let left = seconds;
-  const tell = () => {
+  const tick = () => {
     node.disabled = left > 0;
     setText(words, left > 0 ? t("fix.wait", { count: left }) : t("fix.again"));
     if (left <= 0) clearInterval(timer);
     left -= 1;
   };
-  const timer = setInterval(tell, 1000);
-  tell();
+  const timer = setInterval(tick, 1000);
+  tick();
   return { node, leave: () => clearInterval(timer) };
 }

@@ -1,4 +1,4 @@
-// Short words: seen for a moment, and heard by those who do not see them.
+// Short notices: shown for a moment, and announced to screen readers.
 
 import { h, setText } from "../dom.js";
 
@@ -10,7 +10,7 @@ export function createToast() {
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   let timer;
 
-  /** Only heard. @param {string} words */
+  /** For screen readers only. @param {string} words */
   function announce(words) {
     setText(live, words);
   }
@@ -18,7 +18,7 @@ export function createToast() {
   return {
     element: h("div", {}, bubble, live),
     announce,
-    /** Seen and heard. @param {string} words */
+    /** Shown and announced. @param {string} words */
     show(words) {
       announce(words);
       setText(bubble, words);

@@ -3,12 +3,12 @@
 
 import { fill, h, icon, setText } from "../dom.js";
 import { isFixed, pictureFault, seedIsValid } from "../form-rules.js";
-import { say, t } from "../i18n.js";
+import { translate, t } from "../i18n.js";
 import {
   MAX_FPS,
-  WAY,
+  MOVE_RANGES,
   canMove,
-  fittedFrames,
+  nearestFrames,
   fpsIsValid,
   framesRange,
   needsPicture,
@@ -27,11 +27,11 @@ export function createVideoFields({ onInput }) {
   let model = null;
   let size = { width: 0, height: 0 };
   // What the person has chosen; null: the model's default counts.
-  let framesWish = /** @type {number | null} */ (null);
-  let fpsWish = /** @type {number | null} */ (null);
-  let strengthWish = /** @type {number | null} */ (null);
+  let framesChosen = /** @type {number | null} */ (null);
+  let fpsChosen = /** @type {number | null} */ (null);
+  let strengthChosen = /** @type {number | null} */ (null);
   let image = /** @type {string | null} */ (null);
-  let wayWish = /** @type {import("../types.js").Way} */ ({ zoom: null, panX: null, panY: null });
+  let chosenMove = /** @type {import("../types.js").CameraMove} */ ({ zoom: null, panX: null, panY: null });
 
   // ---- the picture it begins with ----
   const { input: pictureInput, drop } = createPictureDrop({
@@ -46,7 +46,7 @@ export function createVideoFields({ onInput }) {
     id: "strength",
     label: t("start.strength"),
     step: "0.05",
-    onInput: () => ((strengthWish = strength.get()), onInput()),
+    onInput: () => ((strengthChosen = strength.get()), onInput()),
   });
   const start = h(
     "div",
@@ -63,7 +63,7 @@ export function createVideoFields({ onInput }) {
   async function take([file]) {
     if (file === undefined) return;
     const wrong = pictureFault(file, 0);
-    pictureProblem.show(wrong === null ? null : [say(wrong)]);
+    pictureProblem.show(wrong === null ? null : [translate(wrong)]);
     if (wrong !== null) return;
     image = await dataAddress(file);
     showPicture();
@@ -80,7 +80,7 @@ export function createVideoFields({ onInput }) {
   function showPicture() {
     drop.hidden = image !== null;
     shown.hidden = image === null;
-    strength.element.hidden = image === null || !model?.film?.framewise;
+    strength.element.hidden = image === null || !model?.videoLimits?.framewise;
     if (image === null) {
       fill(shown);
       return;
@@ -102,7 +102,7 @@ export function createVideoFields({ onInput }) {
     id: "frames",
     label: t("frames.label"),
     step: "1",
-    onInput: () => ((framesWish = frames.get()), showSeconds(), onInput()),
+    onInput: () => ((framesChosen = frames.get()), showSeconds(), onInput()),
   });
   const seconds = h("input", {
     id: "seconds",
@@ -124,7 +124,7 @@ export function createVideoFields({ onInput }) {
     step: 1,
     on: {
       input() {
-        fpsWish = Number(fps.value);
+        fpsChosen = Number(fps.value);
         checkFps();
         showSeconds();
         onInput();
@@ -133,16 +133,16 @@ export function createVideoFields({ onInput }) {
   });
   const fpsFault = fault([fps], "fps-fault");
 
-  /** The seconds are another way to say the frames. */
+  /** The seconds set the number of frames. */
   function secondsTyped() {
     const asked = Number(seconds.value);
     if (!(asked > 0) || !fpsIsValid(fpsNow())) return;
-    framesWish = asked * fpsNow();
+    framesChosen = asked * fpsNow();
     showFrames();
   }
 
   function fpsNow() {
-    return fpsWish ?? model?.film?.fps ?? 0;
+    return fpsChosen ?? model?.videoLimits?.fps ?? 0;
   }
 
   function checkFps() {
@@ -150,11 +150,11 @@ export function createVideoFields({ onInput }) {
   }
 
   function showFrames() {
-    const film = model?.film;
-    if (!film) return;
-    const range = framesRange(film, size.width, size.height);
+    const videoLimits = model?.videoLimits;
+    if (!videoLimits) return;
+    const range = framesRange(videoLimits, size.width, size.height);
     frames.element.hidden = isFixed(range);
-    frames.set(fittedFrames(framesWish, film, range), range, film.every);
+    frames.set(nearestFrames(framesChosen, videoLimits, range), range, videoLimits.every);
   }
 
   function showSeconds() {
@@ -192,27 +192,27 @@ export function createVideoFields({ onInput }) {
   });
   const endSeedFault = fault([endSeed], "end-seed-fault");
   const endSeedWords = h("p", { class: "small" }, t("end.seedHint"));
-  /** @param {keyof typeof WAY} name @param {string} id @param {string} label */
-  const wayField = (name, id, label) => {
+  /** @param {keyof typeof MOVE_RANGES} name @param {string} id @param {string} label */
+  const moveField = (name, id, label) => {
     const field = slider({
       id,
       label,
       step: "0.05",
-      onInput: () => ((wayWish = { ...wayWish, [name]: field.get() }), onInput()),
+      onInput: () => ((chosenMove = { ...chosenMove, [name]: field.get() }), onInput()),
     });
     return field;
   };
   const way = {
-    zoom: wayField("zoom", "zoom", t("way.zoom")),
-    panX: wayField("panX", "pan-x", t("way.panX")),
-    panY: wayField("panY", "pan-y", t("way.panY")),
+    zoom: moveField("zoom", "zoom", t("move.zoom")),
+    panX: moveField("panX", "pan-x", t("move.panX")),
+    panY: moveField("panY", "pan-y", t("move.panY")),
   };
   const wayFields = h(
     "div",
     { class: "group" },
     way.zoom.element,
     h("div", { class: "pair" }, way.panX.element, way.panY.element),
-    h("p", { class: "small" }, t("way.hint")),
+    h("p", { class: "small" }, t("move.hint")),
   );
   const end = h(
     "div",
@@ -224,7 +224,7 @@ export function createVideoFields({ onInput }) {
   );
 
   function checkEndSeed() {
-    const wrong = model?.film?.framewise && !seedIsValid(endSeed.value.trim());
+    const wrong = model?.videoLimits?.framewise && !seedIsValid(endSeed.value.trim());
     endSeedFault.show(wrong ? [t("seed.wrong")] : null);
   }
 
@@ -247,13 +247,13 @@ export function createVideoFields({ onInput }) {
     },
     /** @returns {VideoValues} */
     get: () => ({
-      frames: framesWish,
-      fps: fpsWish,
+      frames: framesChosen,
+      fps: fpsChosen,
       image,
-      strength: strengthWish,
+      strength: strengthChosen,
       endPrompt: endPrompt.value,
       endSeed: endSeed.value.trim(),
-      ...wayWish,
+      ...chosenMove,
     }),
     /**
      * @param {Model} chosen
@@ -261,18 +261,18 @@ export function createVideoFields({ onInput }) {
      */
     set(chosen, values) {
       model = chosen;
-      ({ frames: framesWish, fps: fpsWish, strength: strengthWish, image } = values);
+      ({ frames: framesChosen, fps: fpsChosen, strength: strengthChosen, image } = values);
       if (endPrompt.value !== values.endPrompt) endPrompt.value = values.endPrompt;
       endSeed.value = values.endSeed;
       endPrompt.maxLength = chosen.maxPromptChars;
-      const framewise = chosen.film?.framewise ?? false;
+      const framewise = chosen.videoLimits?.framewise ?? false;
       start.hidden = !takesPicture(chosen);
       end.hidden = !framewise;
-      wayWish = { zoom: values.zoom, panX: values.panX, panY: values.panY };
+      chosenMove = { zoom: values.zoom, panX: values.panX, panY: values.panY };
       wayFields.hidden = !canMove(chosen);
       for (const name of /** @type {const} */ (["zoom", "panX", "panY"]))
-        way[name].set(wayWish[name] ?? WAY[name].still, WAY[name]);
-      strength.set(strengthWish ?? chosen.strength, { min: 0, max: 1 });
+        way[name].set(chosenMove[name] ?? MOVE_RANGES[name].still, MOVE_RANGES[name]);
+      strength.set(strengthChosen ?? chosen.strength, { min: 0, max: 1 });
       fps.value = String(fpsNow());
       setText(drop.querySelector("span") ?? drop, t(needsPicture(chosen) ? "start.addNeeded" : "start.add"));
       pictureProblem.show(null);
@@ -282,7 +282,7 @@ export function createVideoFields({ onInput }) {
       showFrames();
       showSeconds();
     },
-    /** A larger picture leaves room for fewer frames. @param {number} width @param {number} height */
+    /** A larger picture allows fewer frames. @param {number} width @param {number} height */
     setSize(width, height) {
       size = { width, height };
       showFrames();

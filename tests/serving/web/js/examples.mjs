@@ -9,7 +9,7 @@ export const FLUX = {
   steps: { min: 4, default: 4, max: 4 },
   guidance: { min: 0, default: 0, max: 0 },
   sizes: { width: 1024, height: 1024, multiple: 16, min: 256, max: 2048, maxPixels: 4_194_304, maxAspect: 3 },
-  film: null,
+  videoLimits: null,
   strength: 0.8,
   negativePrompt: false,
   maxImages: 4,
@@ -52,7 +52,7 @@ export const WAN = {
   family: "wan",
   tasks: ["t2v"],
   sizes: { width: 64, height: 64, multiple: 16, min: 64, max: 128, maxPixels: 16_384, maxAspect: 2 },
-  film: {
+  videoLimits: {
     frames: { min: 1, default: 17, max: 129 },
     every: 4,
     fps: 8,
@@ -67,7 +67,7 @@ export const FRAMEWISE = {
   id: "framewise",
   family: "sd",
   tasks: ["t2i", "i2i", "t2v", "i2v"],
-  film: { ...WAN.film, frames: { min: 1, default: 16, max: 64 }, every: 1, framewise: true },
+  videoLimits: { ...WAN.videoLimits, frames: { min: 1, default: 16, max: 64 }, every: 1, framewise: true },
 };
 
 export const FORM = {
@@ -106,7 +106,7 @@ export const JOB = {
   steps: 0,
   percent: 0,
   cancelRequested: false,
-  wish: {
+  request: {
     ...FORM,
     task: "t2i",
     prompt: "a red fox",

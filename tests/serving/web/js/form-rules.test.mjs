@@ -22,14 +22,14 @@ test("a coarse grid offers no size twice", () => {
   assert.equal(new Set(offered).size, offered.length);
 });
 
-test("a size off the grid is told with the nearest right one", () => {
+test("a size off the grid is reported with the nearest right one", () => {
   const fault = rules.sizeFault(1000, 1024, FLUX.sizes);
 
   assert.equal(fault.text.key, "size.offGrid");
   assert.deepEqual(fault.fix, { width: 1008, height: 1024 });
 });
 
-test("what is too large or too long is told, and the fix fits", () => {
+test("what is too large or too long is reported with a fix that is allowed", () => {
   const tooMany = rules.sizeFault(2048, 2064 - 16, { ...FLUX.sizes, maxPixels: 1_048_576 });
   const tooLong = rules.sizeFault(2048, 256, FLUX.sizes);
 
@@ -81,7 +81,7 @@ test("only what the model understands is sent", () => {
   assert.equal(toSdxl.prompt, "a red fox");
 });
 
-test("without a wish the model's defaults are sent, and the seed is left to the service", () => {
+test("without a request the model's defaults are sent, and the seed is left to the service", () => {
   const body = rules.requestBody(FORM, SDXL);
 
   assert.equal(body.num_inference_steps, 30);
@@ -106,7 +106,7 @@ test("control pictures and the refiner go to models that know them", () => {
   assert.ok(!("refiner" in rules.requestBody({ ...form, refiner: false }, SDXL)));
 });
 
-test("another model keeps the control pictures and the switch for the way back", () => {
+test("another model keeps the control pictures and the switch for when the first is chosen again", () => {
   const form = { ...FORM, controls: [{ image: "data:,", type: "canny", weight: 1 }], refiner: true };
 
   const changed = rules.changedModel(form, SDXL, FLUX);
@@ -117,11 +117,11 @@ test("another model keeps the control pictures and the switch for the way back",
 test("a job with control pictures is asked for again with those in the form, one without with none", () => {
   const pictures = [{ image: "data:,", type: "canny", weight: 1 }];
 
-  assert.deepEqual(rules.formOf({ ...JOB.wish, controls: 1 }, "7", pictures).controls, pictures);
-  assert.deepEqual(rules.formOf({ ...JOB.wish, controls: 0 }, "7", pictures).controls, []);
+  assert.deepEqual(rules.formOf({ ...JOB.request, controls: 1 }, "7", pictures).controls, pictures);
+  assert.deepEqual(rules.formOf({ ...JOB.request, controls: 0 }, "7", pictures).controls, []);
 });
 
-test("a file that cannot be a control picture is told why", () => {
+test("a file that cannot be a control picture is refused with the reason", () => {
   const fault = (file, count = 0) =>
     rules.pictureFault({ type: "image/png", size: 1000, ...file }, count)?.key ?? null;
 
@@ -131,7 +131,7 @@ test("a file that cannot be a control picture is told why", () => {
   assert.equal(fault({}, 4), "control.tooMany");
 });
 
-test("four rough looks are asked for on the way", () => {
+test("four previews are requested", () => {
   assert.equal(rules.requestBody(FORM, SDXL).previews, 4);
 });
 
@@ -193,7 +193,7 @@ test("LoRAs stay with models of their family and come back with a job", () => {
 
   assert.deepEqual(rules.changedModel({ ...FORM, loras }, SDXL, { ...SDXL, id: "other" }).loras, loras);
   assert.deepEqual(rules.changedModel({ ...FORM, loras }, SDXL, { ...FLUX, maxLoras: 4 }).loras, []);
-  assert.deepEqual(rules.formOf({ ...JOB.wish, loras }, "7", []).loras, loras);
+  assert.deepEqual(rules.formOf({ ...JOB.request, loras }, "7", []).loras, loras);
 });
 
 test("a trigger word is added to the prompt once", () => {

@@ -12,7 +12,7 @@ import { JOB } from "./examples.mjs";
 
 const step = (number, steps = 10) => ({ type: "step", step: number, steps, percent: null });
 
-test("the pace of the steps so far tells the time left", () => {
+test("the times of the steps so far give the time left", () => {
   let job = applyEvent(JOB, { type: "started", step: 0, steps: null }, 900);
   job = applyEvent(job, step(0), 1000);
   assert.equal(secondsLeft(job), null);
@@ -35,7 +35,7 @@ test("a job whose worker died waits again and begins from nothing", () => {
   assert.equal(secondsLeft(second), null);
 });
 
-test("a job that was handed over keeps its steps and its last look", () => {
+test("a job that moved to another replica keeps its steps and its last preview", () => {
   let job = applyEvent(JOB, step(6), 1000);
   job = applyEvent(job, { type: "preview", data: "AAAA", mediaType: "image/webp" }, 1001);
 
@@ -54,7 +54,7 @@ test("a preview is an address an image understands", () => {
   assert.equal(job.preview, "data:image/jpeg;base64,AAAA");
 });
 
-test("a record keeps what only the stream told, and never falls back behind it", () => {
+test("a record keeps what only the stream reports, and never falls back behind it", () => {
   const known = { ...applyEvent(JOB, step(5), 1000), preview: "data:," };
 
   const behind = merged({ ...JOB, status: "processing", step: 3, percent: 30 }, known);

@@ -15,17 +15,17 @@ useTexts(
   JSON.parse(readFileSync(new URL("../../../../serve_app/web/locales/en.json", import.meta.url), "utf8")),
 );
 
-test("a signal tells the value now and each change, until nobody listens", () => {
-  const heard = [];
+test("a signal calls a listener now and after each change, until it unsubscribes", () => {
+  const received = [];
   const count = signal(1);
-  const stop = count.subscribe((value) => heard.push(value));
+  const stop = count.subscribe((value) => received.push(value));
 
   count.set(2);
   count.set(2);
   stop();
   count.set(3);
 
-  assert.deepEqual(heard, [1, 2]);
+  assert.deepEqual(received, [1, 2]);
 });
 
 test("words are counted and filled in", () => {
@@ -63,7 +63,7 @@ test("single-key shortcuts rest while typing or when switched off", () => {
   assert.equal(matching(press("Enter"), KEYS, free), undefined);
 });
 
-test("each error has the fix that fits it", () => {
+test("each error has its own suggested fix", () => {
   const cure = (code, more = {}) =>
     remedy(
       { code, message: "", param: null, retryAfterS: null, ...more },

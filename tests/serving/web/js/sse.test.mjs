@@ -26,7 +26,7 @@ test("a stream gives the same events however it is cut", () => {
   }
 });
 
-test("an unfinished event is not told", () => {
+test("an unfinished event is not emitted", () => {
   assert.deepEqual(new EventParser().push("event: step\ndata: 1\n"), []);
 });
 

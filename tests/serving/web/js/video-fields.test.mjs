@@ -14,11 +14,11 @@ const { FRAMEWISE, JOB, WAN } = await import("./examples.mjs");
 
 useTexts("en", JSON.parse(readFileSync(new URL("locales/en.json", WEB), "utf8")));
 
-let told = 0;
+let inputs = 0;
 let fields;
 beforeEach(() => {
-  told = 0;
-  fields = createVideoFields({ onInput: () => (told += 1) });
+  inputs = 0;
+  fields = createVideoFields({ onInput: () => (inputs += 1) });
   fields.setSize(64, 64);
 });
 
@@ -44,10 +44,10 @@ test("seconds move the frames to the nearest number, and frames the seconds", ()
   type(fields.controls.num_frames, "9", "input");
   assert.equal(fields.controls.seconds.value, "1.13");
   assert.equal(fields.get().frames, 9);
-  assert.equal(told, 2);
+  assert.equal(inputs, 2);
 });
 
-test("a larger size leaves room for fewer frames, and the wish comes back with the smaller one", () => {
+test("a larger size allows fewer frames, and the chosen number returns with the smaller one", () => {
   fields.set(WAN, { ...NO_VIDEO_VALUES, frames: 129 });
 
   fields.setSize(128, 128);
@@ -109,7 +109,7 @@ test("the end of a frame-wise video is read as it was written", () => {
   assert.equal(fields.controls.end_seed.attributes["aria-invalid"], "true");
 });
 
-test("the view of a frame-wise video moves as its sliders say", () => {
+test("the view of a frame-wise video moves as its sliders are set", () => {
   fields.set(FRAMEWISE, { ...NO_VIDEO_VALUES, panY: 0.5 });
   const { zoom, pan_x: right, pan_y: down } = fields.controls;
 

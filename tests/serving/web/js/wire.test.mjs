@@ -3,7 +3,7 @@ import { test } from "node:test";
 
 import * as wire from "../../../../serve_app/web/js/wire.js";
 
-test("seeds keep all their digits on the way in and out", () => {
+test("seeds keep all their digits in both directions", () => {
   const prompt = 'say "seed": 12345678901234567890';
   const text = `{"seed":9223372036854775807,"prompt":${JSON.stringify(prompt)}}`;
 
@@ -62,7 +62,7 @@ test("events become what happened, and unknown ones nothing", () => {
 });
 
 test("a LoRA is known by its digest, in the list as in a job", () => {
-  const told = {
+  const json = {
     id: "night",
     sha256: "ab",
     name: "night",
@@ -72,7 +72,7 @@ test("a LoRA is known by its digest, in the list as in a job", () => {
     description: "",
   };
 
-  assert.deepEqual(wire.lora(told), {
+  assert.deepEqual(wire.lora(json), {
     id: "ab",
     name: "night",
     family: "flux",
@@ -111,17 +111,17 @@ test("a video stands in the list with its length, its file and its first frame",
   const [video] = wire.jobs({ jobs: [listed] });
 
   assert.equal(video.kind, "video");
-  assert.equal(video.wish.format, "webm");
-  const way = { zoom: null, panX: 0.5, panY: null };
-  assert.deepEqual(video.wish.video, { frames: 17, fps: 8, seconds: 2.125, framewise: false, ...way });
+  assert.equal(video.request.format, "webm");
+  const move = { zoom: null, panX: 0.5, panY: null };
+  assert.deepEqual(video.request.video, { frames: 17, fps: 8, seconds: 2.125, framewise: false, ...move });
   const { url, posterUrl, sheetUrl } = video.pictures[0];
   assert.deepEqual([url, posterUrl, sheetUrl], ["results/1/0.webm", "results/1/0/poster", "results/1/0/spritesheet"]);
 
   request.video.codec = "av1";
-  assert.equal(wire.jobs({ jobs: [listed] })[0].wish.format, "av1");
+  assert.equal(wire.jobs({ jobs: [listed] })[0].request.format, "av1");
 });
 
-test("decoding and encoding are told in frames; another stage is news of a later service", () => {
+test("decoding and encoding are reported in frames; unknown stages of a later service are ignored", () => {
   const event = (data) => wire.jobEvent({ id: "1", type: "stage", data: JSON.stringify(data) });
 
   assert.deepEqual(event({ stage: "decode", done: 8, total: 17, percent: 99 }), {
@@ -134,12 +134,12 @@ test("decoding and encoding are told in frames; another stage is news of a later
   assert.equal(event({ stage: "upload", done: 1, total: 2 }), null);
 });
 
-test("a model says which videos it makes, or that it makes none", () => {
-  const told = { sizes: {}, licence: {}, controls: [], tasks: [], strength: 0.8 };
+test("a model lists which videos it makes, or null", () => {
+  const json = { sizes: {}, licence: {}, controls: [], tasks: [], strength: 0.8 };
   const videos = { num_frames: 17, fps: 8, min_frames: 1, max_frames: 129, every: 4, max_frame_pixels: 528384 };
 
-  assert.equal(wire.model({ ...told, videos: null }).film, null);
-  assert.deepEqual(wire.model({ ...told, videos: { ...videos, framewise: true } }).film, {
+  assert.equal(wire.model({ ...json, videos: null }).videoLimits, null);
+  assert.deepEqual(wire.model({ ...json, videos: { ...videos, framewise: true } }).videoLimits, {
     frames: { min: 1, default: 17, max: 129 },
     every: 4,
     fps: 8,

@@ -32,8 +32,8 @@ const video = await import(new URL("js/pages/video.js", WEB));
 useTexts("en", JSON.parse(readFileSync(new URL("locales/en.json", WEB), "utf8")));
 
 const SIZE = { width: 64, height: 64 };
-const WISH = { ...JOB.wish, ...SIZE, model: "wan", task: "t2v", prompt: "a valley", format: "mp4" };
-const FILM = { frames: 21, fps: 8, seconds: 2.63, framewise: false };
+const REQUEST = { ...JOB.request, ...SIZE, model: "wan", task: "t2v", prompt: "a valley", format: "mp4" };
+const VIDEO = { frames: 21, fps: 8, seconds: 2.63, framewise: false };
 const FILE = {
   index: 0,
   url: "results/1/0.mp4",
@@ -45,7 +45,7 @@ const DONE = {
   ...JOB,
   kind: "video",
   status: "completed",
-  wish: { ...WISH, video: FILM },
+  request: { ...REQUEST, video: VIDEO },
   pictures: [{ ...FILE, thumbnailUrl: null, width: 64, height: 64, seed: "7" }],
 };
 
@@ -83,7 +83,7 @@ async function open(page, jobs) {
 }
 
 const settled = async () => {
-  for (let turn = 0; turn < 20; turn += 1) await new Promise(setImmediate);
+  for (let round = 0; round < 20; round += 1) await new Promise(setImmediate);
 };
 const find = (id) => all(root).find((element) => element.id === id);
 const words = (tag) =>
@@ -97,7 +97,7 @@ const press = (label) =>
 
 test("the page Video asks for a video and shows it with its first frame", async () => {
   const leave = await open(video, []);
-  assert.ok(words("h2").includes("What should we film?"));
+  assert.ok(words("h2").includes("What should the video show?"));
   find("prompt").value = "a valley";
 
   all(root)
@@ -120,17 +120,17 @@ test("the frames of a video are fetched when they are asked for, and hidden agai
   assert.equal(sheets().length, 0);
 
   press("Frames at a glance");
-  const place = all(root).find((element) => element.children[0] === sheets()[0]);
-  assert.equal(place.hidden, false);
+  const container = all(root).find((element) => element.children[0] === sheets()[0]);
+  assert.equal(container.hidden, false);
   press("Frames at a glance");
 
-  assert.deepEqual([place.hidden, sheets().length], [true, 1]);
+  assert.deepEqual([container.hidden, sheets().length], [true, 1]);
   leave();
 });
 
 test("each page begins with the newest job of its own kind", async () => {
   (await open(create, [DONE]))();
-  assert.ok(words("h2").includes("What should we create?"));
+  assert.ok(words("h2").includes("What should the picture show?"));
 
   (await open(video, [DONE]))();
   assert.ok(all(root).some((element) => element.tag === "video"));
