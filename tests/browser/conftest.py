@@ -59,7 +59,7 @@ def backend() -> Iterator[FakeBackend]:
 
 @pytest.fixture
 def open_page(chromium: Any) -> Iterator[Callable[..., Any]]:
-    """Opens the page of a backend: visit(backend, width=1360, ...), `ready=False` where it cannot
+    """Opens the page of a backend: open_page(backend, width=1360, ...), `ready=False` where it cannot
     come to Generate. Checks at the end that all was quiet."""
     contexts, faults = [], []
 
@@ -100,7 +100,7 @@ def _is_ours(url: str) -> bool:
 
 @pytest.fixture
 def keep_picture() -> Callable[[Any, str], None]:
-    """Saves a screenshot for people to look at, when WEFT_SCREENSHOTS names a folder."""
+    """Saves a screenshot for manual review, when WEFT_SCREENSHOTS names a folder."""
     folder = os.environ.get("WEFT_SCREENSHOTS")
 
     def keep(page: Any, name: str) -> None:

@@ -1,6 +1,6 @@
-"""The service as the page sees it, in one process without Ray: real schemas and limits, painted pictures.
+"""The service as the page sees it, in one process without Ray: real schemas and limits, drawn pictures.
 
-`python -m tests.browser.fake_backend` serves it on port 8123 for a look by hand.
+`python -m tests.browser.fake_backend` serves it on port 8123 for a manual check.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ FRAMEWISE = ModelCard(
 
 
 def an_adapter(name: str, family: str, *trigger_words: str) -> LoraOut:
-    """A registered adapter as the page is told of it."""
+    """A registered LoRA as the page receives it."""
     digest = hashlib.sha256(name.encode()).hexdigest()
     return LoraOut(
         id=digest[:16],
@@ -147,7 +147,7 @@ def an_adapter(name: str, family: str, *trigger_words: str) -> LoraOut:
 
 @dataclass(slots=True)
 class Running:
-    """One job and all that was told about it. Changed under `FakeBackend.changed` only."""
+    """One job and its published events. Changed under `FakeBackend.changed` only."""
 
     job: Job
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
@@ -167,7 +167,7 @@ class FakeBackend:
         self.step_s = 0.03
         self.hold: str | None = None  # decode, encode: videos stop in the middle of it until `release`
         self.queue_s = 0.0
-        self.steps_shown: int | None = None  # tell so many steps instead of the request's
+        self.steps_shown: int | None = None  # reported instead of the request's steps
         self.ahead = 0
         self.previews = True
         self.fail: JobError | None = None  # every job fails with it after its first step
@@ -215,7 +215,7 @@ class FakeBackend:
         return job
 
     def release(self, hold: str | None = None) -> None:
-        """Lets videos go on, up to `hold`."""
+        """Lets videos continue, up to `hold`."""
         with self.changed:
             self.hold = hold
             self.changed.notify_all()
@@ -248,39 +248,39 @@ class FakeBackend:
         began = time.time()
         self._publish(job_id, "started", {"steps": None}, {"state": JobState.processing, "started_at": began})
         steps = self.steps_shown or request.num_inference_steps
-        painting = paint(request.seed, request.width, request.height)
+        image = draw(request.seed, request.width, request.height)
         for step in range(steps + 1):
             if not self._pause(job_id, self.step_s if step else 0):
                 return
-            told = {"step": step, "steps": steps, "percent": min(99, 100 * step // steps)}
-            self._publish(job_id, "step", told, {"step": step, "steps": steps})
+            data = {"step": step, "steps": steps, "percent": min(99, 100 * step // steps)}
+            self._publish(job_id, "step", data, {"step": step, "steps": steps})
             if self.fail is not None and step == 1:
                 failure = {"kind": self.fail.kind, "message": self.fail.message, "param": self.fail.param}
                 change = {"state": JobState.failed, "error": self.fail}
                 self._publish(job_id, "failed", {"status": "failed", "error": failure}, change)
                 return
             if self.previews and request.video is None and 0 < step < steps:
-                self._publish(job_id, "preview", preview(painting, step, steps), {})
+                self._publish(job_id, "preview", preview(image, step, steps), {})
         if request.video is not None:
             if self._stages(job_id, request.video.num_frames):
-                self._finish_video(job_id, painting, time.time() - began)
+                self._finish_video(job_id, image, time.time() - began)
             return
-        self._finish(job_id, painting, time.time() - began)
+        self._finish(job_id, image, time.time() - began)
 
     def _stages(self, job_id: str, frames: int) -> bool:
         """False when the job was cancelled meanwhile."""
         for stage in ("decode", "encode"):
             for done in (frames // 2, frames):
-                told = {"status": "processing", "percent": 99, "stage": stage, "done": done, "total": frames}
-                self._publish(job_id, "stage", told, {})
+                data = {"status": "processing", "percent": 99, "stage": stage, "done": done, "total": frames}
+                self._publish(job_id, "stage", data, {})
                 if not self._pause(job_id, 60, lambda stage=stage: self.hold != stage):
                     return False
         return True
 
-    def _finish_video(self, job_id: str, painting: Image.Image, took_s: float) -> None:
+    def _finish_video(self, job_id: str, image: Image.Image, took_s: float) -> None:
         running = self.jobs[job_id]
         request = running.job.request
-        files = film(painting, request)
+        files = make_video(image, request)
         media_type = f"video/{request.video.format}"
         stills = {"thumbnail": files.thumbnail, "poster": files.poster}
         artifacts = [
@@ -300,12 +300,12 @@ class FakeBackend:
         }
         self._publish(job_id, "completed", {"status": "completed", "percent": 100}, change)
 
-    def _finish(self, job_id: str, painting: Image.Image, took_s: float) -> None:
+    def _finish(self, job_id: str, image: Image.Image, took_s: float) -> None:
         running = self.jobs[job_id]
         request = running.job.request
         files, artifacts = [], []
         for index in range(request.num_images):
-            picture = painting if index == 0 else paint(request.seed + index, request.width, request.height)
+            picture = image if index == 0 else draw(request.seed + index, request.width, request.height)
             buffer = io.BytesIO()
             picture.save(buffer, request.output.format.upper(), compress_level=1)
             files.append(buffer.getvalue())
@@ -334,7 +334,7 @@ class FakeBackend:
         self._publish(job_id, "completed", {"status": "completed", "percent": 100}, change)
 
     def _pause(self, job_id: str, seconds: float, free: Callable[[], bool] = lambda: False) -> bool:
-        """False when the job was cancelled meanwhile. Ends when `free` says so."""
+        """False when the job was cancelled meanwhile. Ends when `free` is set."""
         with self.changed:
             running = self.jobs[job_id]
             self.changed.wait_for(lambda: running.job.cancel_requested or free(), timeout=seconds)
@@ -441,10 +441,10 @@ class Handler(BaseHTTPRequestHandler):
                     self._json(status, json.dumps({"error": error}), headers)
                     return
                 job = backend.submit(sent, VideoBody if kind == "video" else ImageBody)
-                told = JobAccepted(
+                accepted = JobAccepted(
                     id=job.id, status=job.state, warnings=[WarningOut.of(w) for w in job.warnings]
                 )
-                self._json(202, told.model_dump_json())
+                self._json(202, accepted.model_dump_json())
             case "GET", ["generate", ""]:
                 jobs = [running.job for running in backend.jobs.values()][::-1]
                 limit = int(query.get("limit", ["20"])[0])
@@ -477,7 +477,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = True
         self._head(200, "text/event-stream", {"Connection": "close"})
         sent = int(last.split("-")[0]) if last else 0
-        told = 0
+        sent_events = 0
         while True:
             with backend.changed:
                 if len(running.events) == sent:
@@ -485,10 +485,10 @@ class Handler(BaseHTTPRequestHandler):
                 events = running.events[sent:]
             for name, data in events:
                 sent += 1
-                told += 1
+                sent_events += 1
                 self.wfile.write(f"id: {sent}-0\nevent: {name}\ndata: {json.dumps(data)}\n\n".encode())
                 self.wfile.flush()
-                if cut and told == 2:
+                if cut and sent_events == 2:
                     return
                 if name in ("completed", "failed", "cancelled"):
                     return
@@ -531,7 +531,7 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
 
-def paint(seed: int, width: int, height: int) -> Image.Image:
+def draw(seed: int, width: int, height: int) -> Image.Image:
     """Hills under a sun; the same seed gives the same picture."""
     rng = np.random.default_rng(seed)
     w, h = max(1, width // 4), max(1, height // 4)
@@ -559,20 +559,20 @@ def paint(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR)
 
 
-def film(painting: Image.Image, request: ResolvedRequest) -> VideoFiles:
-    """The painting drifting by, encoded as the service does it."""
+def make_video(image: Image.Image, request: ResolvedRequest) -> VideoFiles:
+    """The drawing moving sideways, encoded as the service does it."""
     video = request.video
     assert video is not None
-    still = np.asarray(painting.convert("RGB"))
+    still = np.asarray(image.convert("RGB"))
     frames = np.stack([np.roll(still, 2 * number, axis=1) for number in range(video.num_frames)])
     spec = VideoSpec(request.width, request.height, video.num_frames, video.fps, video.format)
     chunks = [frames[first : first + SEGMENT_FRAMES] for first in range(0, len(frames), SEGMENT_FRAMES)]
     return join(spec, [encode_segment(spec, at, [chunk], 1) for at, chunk in enumerate(chunks)])
 
 
-def preview(painting: Image.Image, step: int, steps: int) -> dict[str, Any]:
+def preview(image: Image.Image, step: int, steps: int) -> dict[str, Any]:
     """A small noisy JPEG, clearer with every step."""
-    small = painting.resize((96, max(1, round(96 * painting.height / painting.width))))
+    small = image.resize((96, max(1, round(96 * image.height / image.width))))
     noise = np.random.default_rng(step).normal(128, 70, (small.height, small.width, 3))
     share = step / steps
     mixed = np.asarray(small) * share + noise * (1 - share)

@@ -35,7 +35,7 @@ def _finished(page: Any) -> Any:
     return save
 
 
-def test_first_visit_a_sample_prompt_becomes_a_picture(
+def test_a_sample_prompt_becomes_a_picture_on_first_use(
     backend: FakeBackend, open_page: OpenPage, keep_picture: Keep
 ) -> None:
     page = open_page(backend)
@@ -132,7 +132,7 @@ def test_progress_is_live_and_escape_cancels(
     assert page.get_by_label("Prompt").input_value() == "a lighthouse on a basalt cliff"
 
 
-def test_a_waiting_job_says_how_many_are_ahead(backend: FakeBackend, open_page: OpenPage) -> None:
+def test_a_waiting_job_shows_how_many_are_ahead(backend: FakeBackend, open_page: OpenPage) -> None:
     backend.queue_s, backend.ahead = 0.8, 3
     page = open_page(backend)
 
@@ -167,7 +167,7 @@ def test_a_broken_stream_is_taken_up_where_it_broke(backend: FakeBackend, open_p
     assert len(backend.received) == 1
 
 
-def test_a_lost_connection_is_told_and_found_again(
+def test_a_lost_connection_is_shown_and_restored(
     backend: FakeBackend, open_page: OpenPage, keep_picture: Keep
 ) -> None:
     backend.step_s, backend.steps_shown = 0.2, 30
@@ -295,7 +295,7 @@ def test_a_key_is_asked_for_and_traded_for_a_session(backend: FakeBackend, open_
     _see(page, "This service asks for a key")
 
 
-def test_a_size_off_the_grid_is_not_sent_but_mended(backend: FakeBackend, open_page: OpenPage) -> None:
+def test_a_size_off_the_grid_is_not_sent_but_corrected(backend: FakeBackend, open_page: OpenPage) -> None:
     page = open_page(backend)
     page.get_by_label("Width").fill("1000")
 
@@ -318,7 +318,7 @@ def test_an_empty_prompt_is_not_sent(backend: FakeBackend, open_page: OpenPage) 
     assert backend.received == []
 
 
-def test_no_model_is_said_in_words(backend: FakeBackend, open_page: OpenPage) -> None:
+def test_an_empty_list_of_models_is_explained(backend: FakeBackend, open_page: OpenPage) -> None:
     backend.cards = []
 
     page = open_page(backend, ready=False)

@@ -63,9 +63,7 @@ def test_only_models_that_make_videos_are_offered(backend: FakeBackend, open_pag
     assert not page.locator("#start-picture").is_visible()
 
 
-def test_seconds_and_frames_say_the_same_and_everything_is_sent(
-    backend: FakeBackend, open_page: OpenPage
-) -> None:
+def test_seconds_and_frames_agree_and_everything_is_sent(backend: FakeBackend, open_page: OpenPage) -> None:
     page = _open(open_page(backend))
     page.get_by_label("Seconds", exact=True).fill("4")
     page.get_by_label("Seconds", exact=True).press("Tab")
@@ -98,7 +96,7 @@ def test_seconds_and_frames_say_the_same_and_everything_is_sent(
     _see(page, "33 frames, 2.75 s at 12 a second")
 
 
-def test_each_part_of_the_work_is_told_and_the_video_plays(
+def test_each_stage_of_the_work_is_shown_and_the_video_plays(
     backend: FakeBackend, open_page: OpenPage, keep_picture: Keep
 ) -> None:
     backend.hold = "decode"

@@ -30,12 +30,12 @@ async def test_a_forged_file_is_refused_with_the_fields_name(name: str):
     assert refusal.value.param == "image"
 
 
-async def test_a_mask_is_looked_at_too():
+async def test_a_mask_is_checked_too():
     with pytest.raises(BadRequest, match="mask_image is damaged"):
         await InputCheck().verify(generation_request(forged.png(), forged.BAD["png header and junk"]))
 
 
-async def test_every_control_picture_is_looked_at_too():
+async def test_every_control_picture_is_checked_too():
     good, bad = (Control(image=data, type="canny") for data in (forged.png(), forged.png()[:100]))
 
     with pytest.raises(BadRequest, match=r"controls\.1\.image is damaged"):

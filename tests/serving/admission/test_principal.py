@@ -41,11 +41,11 @@ def test_another_key_is_refused_without_repeating_it(headers: dict[str, str]):
     assert not any(part in refusal.value.message for part in headers.values())
 
 
-def test_no_key_is_told_where_to_put_one():
+def test_a_call_without_a_key_is_refused_with_where_to_put_one():
     with pytest.raises(Unauthorized, match="Authorization: Bearer"):
         identify(presented_key({}), LOCKED)
 
 
-def test_while_no_key_is_set_everybody_is_the_same_owner_whatever_they_send():
+def test_while_no_key_is_set_all_callers_are_one_owner_whatever_they_send():
     assert identify(presented_key({"authorization": "Bearer sk-anything"}), OPEN).owner == LOCAL
     assert identify(None, OPEN).owner == LOCAL

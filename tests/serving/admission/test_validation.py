@@ -90,7 +90,7 @@ def test_the_default_model_takes_the_control_pictures_and_has_the_refiner_asked_
         default_model(Task.t2i, CARDS, ready, controls={"pose", "canny"})
 
 
-def test_a_task_that_no_model_can_do_says_so():
+def test_a_task_that_no_model_can_do_is_refused_with_the_reason():
     with pytest.raises(ModelUnavailable, match="no model here can do inpaint"):
         default_model(Task.inpaint, {"sketch": SKETCH}, ready=())
 

@@ -1,4 +1,4 @@
-"""The real app over the real desk, store and results; only the model is a fake."""
+"""The real app over the real job service, store and results; only the model is a fake."""
 
 import asyncio
 import socket
@@ -23,6 +23,7 @@ from serve_app.storage.results import ResultStore
 from tests.patience import patience
 from tests.serving.api.cards import CARDS
 from tests.serving.api.fake_model import FakeModel
+from tests.serving.api.fake_video_model import FRAMEWISE, WAN, FakeVideoModel
 from tests.serving.conftest import MakeSettings
 
 KEY = "correct horse battery"
@@ -64,6 +65,32 @@ async def fake_model(store: JobStore, results: ResultStore, settings: Settings) 
     running = asyncio.create_task(dispatcher.run())
     yield fake_model
     fake_model.gate.set()
+    await dispatcher.drain()
+    await running
+
+
+@pytest.fixture
+async def video_state(store: JobStore, results: ResultStore, settings: Settings) -> AsyncIterator[ApiState]:
+    """With models that make videos. A test module uses it by a fixture `state` of its own."""
+
+    async def model_states() -> dict[str, str]:
+        return {WAN.id: "ready", FRAMEWISE.id: "asleep", "sketch": "ready"}
+
+    cards = CARDS | {WAN.id: WAN, FRAMEWISE.id: FRAMEWISE}
+    job_service = JobService(store, results, cards, settings)
+    yield ApiState(job_service=job_service, cards=cards, settings=settings, model_states=model_states)
+    await job_service.aclose()
+
+
+@pytest.fixture
+async def fake_video_model(
+    store: JobStore, results: ResultStore, settings: Settings
+) -> AsyncIterator[FakeVideoModel]:
+    fake_video_model = FakeVideoModel()
+    dispatcher = Dispatcher(store, results, fake_video_model, settings)  # type: ignore[arg-type]
+    running = asyncio.create_task(dispatcher.run())
+    yield fake_video_model
+    fake_video_model.gate.set()
     await dispatcher.drain()
     await running
 

@@ -1,4 +1,4 @@
-"""A model that paints plain colours: all a dispatcher needs, no weights."""
+"""A model that generates plain colours: all that a dispatcher needs, without weights."""
 
 import asyncio
 import io

@@ -1,4 +1,4 @@
-"""Nobody in who should not be, and nobody at what is another's: over all routes there are."""
+"""Every route refuses callers without a key, and answers for other owners' jobs as for unknown ones."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ async def test_every_route_that_is_not_public_answers_401_without_a_key(
     assert {"/auth/token", "/auth/session", "/admin/users"} <= {path for _, path in answers}
 
 
-async def test_a_key_opens_only_what_its_scopes_say(
+async def test_a_key_opens_only_what_its_scopes_allow(
     app: FastAPI, client: httpx.AsyncClient, accounts: AccountStore
 ):
     reader = await key_of(accounts, "reader", Scope.read)
@@ -105,7 +105,9 @@ async def test_a_key_opens_only_what_its_scopes_say(
 async def test_admin_routes_are_for_admins_with_the_scope_alone(
     app: FastAPI, client: httpx.AsyncClient, accounts: AccountStore
 ):
-    nobody = await key_of(accounts, "nobody", Scope.read, Scope.generate, Scope.admin)  # the role says no
+    plain_user = await key_of(
+        accounts, "nobody", Scope.read, Scope.generate, Scope.admin
+    )  # the role does not allow it
     careful = await key_of(accounts, "careful", Scope.read, Scope.generate, role=Role.admin)
     boss = await key_of(accounts, "boss", *Scope, role=Role.admin)
     admin_calls = [call for call in calls(app) if call[1].startswith("/admin/")]
@@ -113,7 +115,7 @@ async def test_admin_routes_are_for_admins_with_the_scope_alone(
     refused = {
         (await client.request(method, path, headers=bearer(key), json={})).status_code
         for method, path in admin_calls
-        for key in (nobody, careful)
+        for key in (plain_user, careful)
     }
     let_in = {
         (await client.request(method, path, headers=bearer(boss), json={})).status_code
@@ -144,7 +146,7 @@ async def test_an_admin_makes_users_and_keys_over_http(client: httpx.AsyncClient
     assert made["api_key"] not in (await client.get("/admin/keys", headers=boss)).text
 
 
-async def test_what_is_anothers_looks_like_what_never_was(
+async def test_jobs_of_other_owners_are_answered_like_unknown_ones(
     app: FastAPI, client: httpx.AsyncClient, accounts: AccountStore, fake_model: FakeModel
 ):
     ann, bob = await key_of(accounts, "ann"), await key_of(accounts, "bob")
@@ -159,9 +161,9 @@ async def test_what_is_anothers_looks_like_what_never_was(
 
     for method, path in by_id:
         theirs = await client.request(method, path, headers=bearer(bob))
-        nobodys = await client.request(method, path.replace(job_id, UNKNOWN), headers=bearer(bob))
-        assert theirs.status_code == nobodys.status_code == 404, f"{method} {path}"
-        assert theirs.text.replace(job_id, UNKNOWN) == nobodys.text, f"{method} {path}"
+        unknown_id = await client.request(method, path.replace(job_id, UNKNOWN), headers=bearer(bob))
+        assert theirs.status_code == unknown_id.status_code == 404, f"{method} {path}"
+        assert theirs.text.replace(job_id, UNKNOWN) == unknown_id.text, f"{method} {path}"
 
     assert len(by_id) >= 7
     assert (await client.get("/api/generate/", headers=bearer(bob))).json()["jobs"] == []
@@ -169,7 +171,9 @@ async def test_what_is_anothers_looks_like_what_never_was(
     assert kept.json()["status"] == "completed"  # and Bob's DELETE took nothing away
 
 
-async def test_a_socket_shows_nobody_anothers_job(app: FastAPI, address: str, accounts: AccountStore):
+async def test_a_socket_does_not_show_a_job_of_another_owner(
+    app: FastAPI, address: str, accounts: AccountStore
+):
     ann, bob = await key_of(accounts, "ann"), await key_of(accounts, "bob")
     async with client_of(app) as client:
         answer = await client.post("/api/generate/image", json=SUBMIT, headers=bearer(ann))
@@ -186,14 +190,14 @@ async def test_a_socket_shows_nobody_anothers_job(app: FastAPI, address: str, ac
     assert await refusal(job_id, {}) == 401
     by_cookie = {"Cookie": f"weft_session={session}"}
     assert await refusal(job_id, by_cookie | {"Origin": "https://evil.example"}) == 403
-    assert await refusal(job_id, by_cookie) == 403  # browsers always say where a socket comes from
+    assert await refusal(job_id, by_cookie) == 403  # browsers always send a socket's origin
     async with connect(
         f"ws://{address}/ws/{job_id}", additional_headers=by_cookie | {"Origin": f"http://{address}"}
     ) as socket:
         assert '"queued"' in str(await socket.recv())
 
 
-async def test_a_users_quota_is_told_with_the_time_until_the_next_day(
+async def test_an_exhausted_quota_is_refused_with_the_time_until_the_next_day(
     client: httpx.AsyncClient, accounts: AccountStore
 ):
     user = await accounts.users.add("Ann", "ann@example.org", images_per_day=2)
@@ -212,7 +216,7 @@ async def test_a_users_quota_is_told_with_the_time_until_the_next_day(
     assert again.status_code == 202
 
 
-async def test_too_many_submits_of_one_user_wait_while_others_go_on(
+async def test_too_many_submits_of_one_user_are_limited_while_others_continue(
     app: FastAPI, client: httpx.AsyncClient, accounts: AccountStore, settings: Settings, redis: Redis
 ):
     ann, bob = await key_of(accounts, "ann"), await key_of(accounts, "bob")
@@ -224,15 +228,15 @@ async def test_too_many_submits_of_one_user_wait_while_others_go_on(
         for forwarded in ({}, {"X-Forwarded-For": "6.6.6.6"})
     ]
     other = await client.post("/api/generate/image", json=SUBMIT, headers=bearer(bob))
-    looks = await client.get("/api/generate/", headers=bearer(ann))
+    reads = await client.get("/api/generate/", headers=bearer(ann))
 
     assert [answer.status_code for answer in refused] == [429, 429]
     assert 0 < int(refused[0].headers["retry-after"]) <= 60
     assert 0 < int(refused[0].headers["retry-after-ms"]) <= 60_000
-    assert (other.status_code, looks.status_code) == (202, 200)
+    assert (other.status_code, reads.status_code) == (202, 200)
 
 
-async def test_full_of_calls_the_service_says_when_to_come_again(
+async def test_a_service_full_of_calls_answers_with_retry_after(
     client: httpx.AsyncClient, accounts: AccountStore, settings: Settings, redis: Redis
 ):
     ann = await key_of(accounts, "ann")

@@ -1,4 +1,4 @@
-"""What is another's beside pictures: adapters and videos look like ones that never were."""
+"""LoRAs and videos of other owners are answered like unknown ones."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from serve_app.api.state import ApiState
 from serve_app.jobs.service import JobService
 from serve_app.jobs.store.store import JobStore
 from serve_app.storage.results import ResultStore
+from tests.serving.api.calls import ended
 from tests.serving.api.cards import CARDS
+from tests.serving.api.fake_video_model import BODY, WAN, FakeVideoModel
 from tests.serving.api.lora_files import lora_file
 from tests.serving.api.test_access import SUBMIT, UNKNOWN, accounts, bearer, calls, key_of  # noqa: F401
-from tests.serving.api.test_videos import WAN, WISH, FakeVideoModel, ended, fake_video_model  # noqa: F401
 
 
 @pytest.fixture
@@ -30,27 +31,27 @@ def app(state: ApiState, store: JobStore, results: ResultStore) -> FastAPI:
     return create_app(replace(state, job_service=job_service, cards=cards, settings=settings))
 
 
-async def looks_alike(
+async def assert_like_unknown(
     client: httpx.AsyncClient, key: dict[str, str], theirs: str, by_id: list[tuple[str, str]]
 ):
-    """Every call by the id of something of somebody else's is answered as for an id that never was."""
-    nobodys = "f" * len(theirs)
+    """Every call with the id of another owner's resource is answered as for an unknown id."""
+    unknown_id = "f" * len(theirs)
     for method, path in by_id:
         body = {"prompt": "x"} if method.lower() in ("post", "patch") else None
         answer = await client.request(method, path, headers=key, json=body)
-        unknown = await client.request(method, path.replace(theirs, nobodys), headers=key, json=body)
+        unknown = await client.request(method, path.replace(theirs, unknown_id), headers=key, json=body)
         assert answer.status_code == unknown.status_code == 404, f"{method} {path}: {answer.text}"
-        assert answer.text.replace(theirs, nobodys) == unknown.text, f"{method} {path}"
+        assert answer.text.replace(theirs, unknown_id) == unknown.text, f"{method} {path}"
 
 
-async def test_anothers_video_is_not_shown_played_remixed_or_deleted(
+async def test_a_video_of_another_owner_is_not_shown_played_remixed_or_deleted(
     app: FastAPI,
     client: httpx.AsyncClient,
     accounts: AccountStore,  # noqa: F811
-    fake_video_model: FakeVideoModel,  # noqa: F811
+    fake_video_model: FakeVideoModel,
 ):
     ann, bob = bearer(await key_of(accounts, "ann")), bearer(await key_of(accounts, "bob"))
-    accepted = await client.post("/api/generate/video", json=WISH, headers=ann)
+    accepted = await client.post("/api/generate/video", json=BODY, headers=ann)
     job_id = accepted.json()["id"]
     client.headers.update(ann)
     job = await ended(client, job_id)
@@ -61,7 +62,7 @@ async def test_anothers_video_is_not_shown_played_remixed_or_deleted(
         if job_id in path and not path.startswith("/api/shared/")
     ]
 
-    await looks_alike(client, bob, job_id, by_id)
+    await assert_like_unknown(client, bob, job_id, by_id)
 
     assert job["status"] == "completed"
     assert len([path for _, path in by_id if path.startswith("/v1/videos/")]) >= 4
@@ -69,7 +70,7 @@ async def test_anothers_video_is_not_shown_played_remixed_or_deleted(
     assert (await client.get(f"/v1/videos/{job_id}/content", headers=ann)).status_code == 200
 
 
-async def test_anothers_adapter_is_not_shown_used_or_deleted(
+async def test_a_lora_of_another_owner_is_not_shown_used_or_deleted(
     app: FastAPI,
     client: httpx.AsyncClient,
     accounts: AccountStore,  # noqa: F811
@@ -84,7 +85,7 @@ async def test_anothers_adapter_is_not_shown_used_or_deleted(
         if path.startswith("/api/loras/") and UNKNOWN in path
     ]
 
-    await looks_alike(client, bob, lora_id, by_id)
+    await assert_like_unknown(client, bob, lora_id, by_id)
     used = [
         await client.post("/api/generate/image", json=SUBMIT | {"loras": [{"id": name}]}, headers=bob)
         for name in (lora_id, "hers")

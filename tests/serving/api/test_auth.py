@@ -53,7 +53,7 @@ async def token_of(client: httpx.AsyncClient, key: str) -> str:
     return token
 
 
-async def test_a_users_key_opens_and_says_who_they_are(client: httpx.AsyncClient, ann: Ann):
+async def test_a_users_key_opens_and_identifies_them(client: httpx.AsyncClient, ann: Ann):
     me = (await client.get("/auth/me", headers=bearer(ann.key))).json()
 
     assert me == {"owner": ann.id, "role": "user", "scopes": ["generate", "read"], "images_per_day": 50}

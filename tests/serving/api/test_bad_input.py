@@ -27,20 +27,20 @@ def body(**fields: Any) -> dict[str, Any]:
 
 
 async def assert_refused(
-    client: httpx.AsyncClient, answer: httpx.Response, says: str, status: int | None = None
+    client: httpx.AsyncClient, answer: httpx.Response, message: str, status: int | None = None
 ) -> None:
     assert 400 <= answer.status_code < 500, answer.text
     if status is not None:
         assert answer.status_code == status, answer.text
     error = answer.json()["error"]
-    assert says in error["message"]
+    assert message in error["message"]
     assert len(answer.content) < 2_000
     assert answer.headers["x-request-id"]
     assert (await client.get("/api/generate/")).json() == NOTHING
 
 
 @pytest.mark.parametrize(
-    ("fields", "says", "param"),
+    ("fields", "message", "param"),
     [
         ({"model": "skech"}, "Did you mean 'sketch'?", "model"),
         ({"model": 7}, "valid string", "model"),
@@ -131,16 +131,16 @@ async def assert_refused(
     ],
 )
 async def test_a_wrong_field_is_named_with_its_cure(
-    client: httpx.AsyncClient, fields: dict[str, Any], says: str, param: str | None
+    client: httpx.AsyncClient, fields: dict[str, Any], message: str, param: str | None
 ):
     answer = await client.post("/api/generate/image", json=body(**fields))
 
-    await assert_refused(client, answer, says)
+    await assert_refused(client, answer, message)
     assert answer.json()["error"]["param"] == param
 
 
 @pytest.mark.parametrize(
-    ("body", "says", "status"),
+    ("body", "message", "status"),
     [
         (b"", "not valid JSON", 422),
         (b"{", "not valid JSON", 422),
@@ -161,16 +161,16 @@ async def test_a_wrong_field_is_named_with_its_cure(
     ],
 )
 async def test_a_wrong_body_is_named_with_its_cure(
-    client: httpx.AsyncClient, body: bytes, says: str, status: int
+    client: httpx.AsyncClient, body: bytes, message: str, status: int
 ):
     answer = await client.post(
         "/api/generate/image", content=body, headers={"content-type": "application/json"}
     )
 
-    await assert_refused(client, answer, says, status)
+    await assert_refused(client, answer, message, status)
 
 
-async def test_a_body_without_its_content_type_is_told_the_header_to_send(client: httpx.AsyncClient):
+async def test_a_body_without_its_content_type_is_refused_with_the_header_to_send(client: httpx.AsyncClient):
     answer = await client.post("/api/generate/image", content=b'{"prompt": "a"}')
 
     await assert_refused(client, answer, "Content-Type: application/json", 415)
@@ -231,7 +231,7 @@ async def test_a_forged_control_picture_is_refused_wherever_it_stands(client: ht
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         ({}, "refine needs a picture; send image"),
         ({"image": PNG, "model": "tiny-flux-schnell"}, "cannot do refine"),
@@ -239,16 +239,16 @@ async def test_a_forged_control_picture_is_refused_wherever_it_stands(client: ht
         ({"image": PNG, "refine": "no"}, "valid boolean"),
     ],
 )
-async def test_a_wrong_wish_to_refine_is_named_with_its_cure(
-    client: httpx.AsyncClient, fields: dict[str, Any], says: str
+async def test_a_wrong_request_to_refine_is_named_with_its_fix(
+    client: httpx.AsyncClient, fields: dict[str, Any], message: str
 ):
     answer = await client.post("/refine", json=body(**fields))
 
-    await assert_refused(client, answer, says, 422)
+    await assert_refused(client, answer, message, 422)
 
 
 @pytest.mark.parametrize(
-    ("fields", "files", "says"),
+    ("fields", "files", "message"),
     [
         ({"prompt": "a", "steps": "many"}, {}, "valid integer"),
         ({"prompt": "a", "guidance_scale": "nan"}, {}, "finite number"),
@@ -269,13 +269,13 @@ async def test_a_wrong_wish_to_refine_is_named_with_its_cure(
     ],
 )
 async def test_a_wrong_form_is_named_with_its_cure(
-    client: httpx.AsyncClient, fields: dict[str, Any], files: dict[str, Any], says: str
+    client: httpx.AsyncClient, fields: dict[str, Any], files: dict[str, Any], message: str
 ):
     padding = files or {"image": ("x.png", forged.png())}
 
     answer = await client.post("/api/generate/image", data={"model": "sketch", **fields}, files=padding)
 
-    await assert_refused(client, answer, says)
+    await assert_refused(client, answer, message)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ WRONG_IDS = ["0" * 32, "1", "x" * 32, "0" * 33, "A" * 32, "..%2f..%2fetc%2fpassw
     "path", ["/api/generate/{}", "/api/generate/{}/events", "/task/{}/status", "/task/{}/result"]
 )
 @pytest.mark.parametrize("wrong", WRONG_IDS)
-async def test_a_wrong_id_is_a_404_in_our_words(client: httpx.AsyncClient, path: str, wrong: str):
+async def test_a_wrong_id_is_a_404_with_our_error_body(client: httpx.AsyncClient, path: str, wrong: str):
     answer = await client.get(path.format(wrong))
 
     await assert_refused(client, answer, "", 404)
@@ -329,7 +329,7 @@ async def test_a_path_that_leads_nowhere_is_a_404(client: httpx.AsyncClient, pat
 
 
 @pytest.mark.parametrize(
-    ("query", "says"),
+    ("query", "message"),
     [
         ("limit=0", "limit"),
         ("limit=many", "limit"),
@@ -337,8 +337,8 @@ async def test_a_path_that_leads_nowhere_is_a_404(client: httpx.AsyncClient, pat
         ("cursor=rubbish", "cursor"),
     ],
 )
-async def test_a_wrong_query_is_named(client: httpx.AsyncClient, query: str, says: str):
-    await assert_refused(client, await client.get(f"/api/generate/?{query}"), says, 422)
+async def test_a_wrong_query_is_named(client: httpx.AsyncClient, query: str, message: str):
+    await assert_refused(client, await client.get(f"/api/generate/?{query}"), message, 422)
 
 
 async def test_a_wrong_method_names_the_right_one(client: httpx.AsyncClient):

@@ -1,4 +1,4 @@
-"""What every answer has in common, who is let in, and what probes and gauges hear."""
+"""What all answers have in common, which callers are refused, and the probes and metrics."""
 
 import asyncio
 import json
@@ -19,10 +19,10 @@ from serve_app.jobs.service import JobService
 from serve_app.jobs.store.store import JobStore
 from serve_app.redis.transactions import connect
 from serve_app.storage.results import ResultStore
+from tests.serving.api.calls import submitted
 from tests.serving.api.cards import CARDS
 from tests.serving.api.conftest import KEY, client_of
 from tests.serving.api.fake_model import FakeModel
-from tests.serving.api.native.test_native_images import submitted
 
 PUBLIC = {"/health", "/ready"}  # and the log-in, which answers 401 itself
 
@@ -51,7 +51,7 @@ async def test_the_key_opens_in_either_header(client: httpx.AsyncClient, headers
     assert (await client.get("/api/models/", headers=headers)).status_code == 200
 
 
-async def test_models_tell_all_a_form_needs(client: httpx.AsyncClient):
+async def test_models_list_all_that_a_form_needs(client: httpx.AsyncClient):
     schnell, sketch = (await client.get("/api/models/")).json()["models"]
     by_alias = (await client.get("/api/models/someone/sketch")).json()
 
@@ -110,7 +110,7 @@ async def test_json_is_compressed_and_pictures_are_not(client: httpx.AsyncClient
     assert "content-encoding" not in picture.headers
 
 
-async def test_a_bug_is_a_500_in_our_words_that_tells_nothing_but_where_it_is_logged(
+async def test_a_bug_is_a_500_that_reveals_nothing_but_its_request_id(
     state: ApiState, caplog: pytest.LogCaptureFixture
 ):
     async def broken() -> dict[str, str]:
@@ -183,7 +183,7 @@ async def test_with_a_key_any_host_name_is_served(app: FastAPI):
         assert (await client.get("/api/models/", headers={"x-api-key": KEY})).status_code == 200
 
 
-async def test_the_probes_tell_alive_and_ready(client: httpx.AsyncClient):
+async def test_the_probes_report_alive_and_ready(client: httpx.AsyncClient):
     alive = await client.get("/health")
     ready = await client.get("/ready")
 
@@ -383,10 +383,10 @@ async def test_no_log_line_holds_a_prompt_or_a_key(
     await client.post("/auth/token", json={"api_key": "wrong-canary"})
     await client.get(f"/api/generate/{accepted.json()['id']}", headers={"X-API-Key": "wrong-canary"})
 
-    said = "\n".join(f"{record.getMessage()} {vars(record)}" for record in caplog.records)
+    logged = "\n".join(f"{record.getMessage()} {vars(record)}" for record in caplog.records)
     metrics = (await client.get("/metrics", headers=headers)).text
     assert accepted.status_code == 202
-    assert "job accepted" in said
+    assert "job accepted" in logged
     for secret in ("canary", KEY):
-        assert secret not in said
+        assert secret not in logged
         assert secret not in metrics

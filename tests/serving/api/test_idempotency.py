@@ -6,17 +6,17 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from tests.serving.api.calls import ended, submitted
 from tests.serving.api.conftest import client_of
 from tests.serving.api.fake_model import FakeModel
-from tests.serving.api.native.test_native_images import ended, submitted
 
-WISH = {"model": "tiny-flux-schnell", "prompt": "a red fox"}
+BODY = {"model": "tiny-flux-schnell", "prompt": "a red fox"}
 HEADER = {"Idempotency-Key": "0f8fad5b-d9cb-469f-a165-70867728950e"}
 
 
 async def test_the_same_call_again_is_answered_with_the_same_job(client: httpx.AsyncClient):
     answers = await asyncio.gather(
-        *(client.post("/api/generate/image", json=WISH, headers=HEADER) for _ in range(10))
+        *(client.post("/api/generate/image", json=BODY, headers=HEADER) for _ in range(10))
     )
 
     assert {answer.status_code for answer in answers} == {202}
@@ -25,9 +25,9 @@ async def test_the_same_call_again_is_answered_with_the_same_job(client: httpx.A
 
 
 async def test_another_call_under_the_same_key_is_refused_with_the_reason(client: httpx.AsyncClient):
-    await client.post("/api/generate/image", json=WISH, headers=HEADER)
+    await client.post("/api/generate/image", json=BODY, headers=HEADER)
 
-    answer = await client.post("/api/generate/image", json={**WISH, "seed": 1}, headers=HEADER)
+    answer = await client.post("/api/generate/image", json={**BODY, "seed": 1}, headers=HEADER)
 
     assert answer.status_code == 409
     assert answer.json()["error"]["param"] == "Idempotency-Key"
@@ -36,7 +36,7 @@ async def test_another_call_under_the_same_key_is_refused_with_the_reason(client
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "two words"])
 async def test_a_key_that_is_none_is_refused(client: httpx.AsyncClient, key: str):
-    answer = await client.post("/api/generate/image", json=WISH, headers={"Idempotency-Key": key})
+    answer = await client.post("/api/generate/image", json=BODY, headers={"Idempotency-Key": key})
 
     assert answer.status_code == 422
     assert "Idempotency-Key" in answer.json()["error"]["message"]
@@ -70,14 +70,14 @@ async def test_a_repeated_seed_is_answered_from_the_cache_until_that_is_emptied(
 
 
 async def test_a_webhook_is_refused_while_no_host_is_allowed(client: httpx.AsyncClient):
-    answer = await client.post("/api/generate/image", json={**WISH, "webhook_url": "https://example.org/"})
+    answer = await client.post("/api/generate/image", json={**BODY, "webhook_url": "https://example.org/"})
 
     assert answer.status_code == 403
     assert answer.json()["error"]["param"] == "webhook_url"
     assert "webhook_hosts" in answer.json()["error"]["message"]
 
 
-async def test_a_caller_is_told_the_secret_of_its_webhooks_and_no_others(app: FastAPI):
+async def test_a_caller_reads_the_secret_of_its_own_webhooks_only(app: FastAPI):
     async with client_of(app) as client:
         secrets = {(await client.get("/api/webhooks/secret")).json()["secret"] for _ in range(2)}
 

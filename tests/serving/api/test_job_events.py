@@ -22,9 +22,9 @@ from serve_app.jobs.store.store import JobStore
 from serve_app.redis.transactions import StoreUnreachable
 from serve_app.settings import Settings
 from tests.patience import patience
+from tests.serving.api.calls import submitted
 from tests.serving.api.conftest import KEY
 from tests.serving.api.fake_model import FakeModel, preview_file
-from tests.serving.api.native.test_native_images import submitted
 
 
 def events_of(text: str) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ async def messages_of(socket: ClientConnection) -> list[dict[str, Any]]:
     return [json.loads(message) async for message in socket]
 
 
-async def test_a_job_is_told_from_its_place_in_the_queue_to_its_pictures(
+async def test_a_job_is_reported_from_its_queue_position_to_its_images(
     client: httpx.AsyncClient, fake_model: FakeModel
 ):
     job_id = await submitted(client, steps=4, previews=2)
@@ -101,9 +101,7 @@ async def test_only_what_came_after_the_last_event_id_is_replayed(
     assert events_of(by_query.text) == all_events[3:]
 
 
-async def test_asking_again_after_the_end_tells_the_end_again(
-    client: httpx.AsyncClient, fake_model: FakeModel
-):
+async def test_the_end_is_sent_again_to_a_later_follower(client: httpx.AsyncClient, fake_model: FakeModel):
     job_id = await submitted(client)
     last = events_of((await client.get(f"/api/generate/{job_id}/events")).text)[-1]
 
@@ -112,7 +110,7 @@ async def test_asking_again_after_the_end_tells_the_end_again(
     assert [event["event"] for event in events_of(again.text)] == ["completed"]
 
 
-async def test_a_failed_job_says_why(client: httpx.AsyncClient, fake_model: FakeModel):
+async def test_a_failed_job_carries_its_error(client: httpx.AsyncClient, fake_model: FakeModel):
     fake_model.failure = Failed("out_of_memory", "one picture does not fit; try 64 x 64", retryable=False)
     job_id = await submitted(client)
 
@@ -133,13 +131,13 @@ async def test_events_arrive_as_they_happen_and_silence_is_filled_with_comments(
         headers = {"accept-encoding": "gzip"}
         async with client.stream("GET", f"/api/generate/{job_id}/events", headers=headers) as answer:
             lines = answer.aiter_lines()
-            heard = [line async for line in _until(lines, "event: preview")]
-            heard += [line async for line in _until(lines, ": still here")]
+            received = [line async for line in _until(lines, "event: preview")]
+            received += [line async for line in _until(lines, ": still here")]
             fake_model.gate.set()
             rest = [line async for line in _until(lines, "event: completed")]
 
     assert "content-encoding" not in answer.headers
-    assert "event: completed" not in heard
+    assert "event: completed" not in received
     assert "event: completed" in rest
 
 
@@ -166,7 +164,7 @@ async def test_the_socket_sends_progress_then_complete(address: str, fake_model:
     assert all("event_id" in message for message in messages)
 
 
-async def test_the_socket_tells_a_failure_and_resumes_after_an_event(address: str, fake_model: FakeModel):
+async def test_the_socket_reports_a_failure_and_resumes_after_an_event(address: str, fake_model: FakeModel):
     fake_model.failure = Failed("internal", "the brush broke", retryable=False)
     async with httpx.AsyncClient(base_url=f"http://{address}") as client:
         job_id = await submitted(client)
@@ -205,7 +203,7 @@ async def test_a_long_message_of_a_client_ends_its_socket(address: str, fake_mod
 
 
 @pytest.mark.parametrize("wrong", ["0" * 32, "nonsense"])
-async def test_a_socket_for_an_unknown_job_is_refused_with_a_404_and_our_words(address: str, wrong: str):
+async def test_a_socket_for_an_unknown_job_is_refused_with_a_404_and_our_error_body(address: str, wrong: str):
     with pytest.raises(InvalidStatus) as refusal:
         await connect(f"ws://{address}/ws/{wrong}")
 
@@ -239,7 +237,7 @@ async def test_a_browsers_key_travels_as_a_subprotocol(address: str, fake_model:
 
 
 class LosableStore(JobStore):
-    """A store that can be told to be out of reach."""
+    """A store that can be made unreachable."""
 
     lost = False
 

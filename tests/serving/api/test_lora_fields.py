@@ -1,4 +1,4 @@
-"""Every dialect takes LoRAs in every form: one table of doors, one of ways to ask."""
+"""Every dialect takes LoRAs in every form: one table of dialects, one of forms."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ FORM_WAYS: dict[str, dict[str, str | bytes]] = {  # bytes are files
 }
 
 
-async def nobody(_digest: str) -> None:
+async def no_replicas(_digest: str) -> None:
     """There are no replicas here."""
 
 
@@ -78,7 +78,7 @@ async def state(store: JobStore, results: ResultStore, settings: Settings) -> As
 
     cards = CARDS | {WAN.id: WAN}
     job_service = JobService(store, results, cards, settings)
-    lora_service = Services(settings, store, results).lora_service(BuiltInLoras(cards.values()), nobody)
+    lora_service = Services(settings, store, results).lora_service(BuiltInLoras(cards.values()), no_replicas)
     yield ApiState(job_service, cards, settings, model_states, lora_service=lora_service)
     await job_service.aclose()
 
@@ -191,14 +191,14 @@ async def test_a_bad_object_is_refused_by_its_field(client: httpx.AsyncClient, p
         assert part in error["message"], error
 
 
-async def test_a_wrong_shape_is_refused_at_every_door_before_there_is_a_job(
+async def test_a_wrong_shape_is_refused_in_every_dialect_before_there_is_a_job(
     state: ApiState, store: JobStore, results: ResultStore
 ) -> None:
     async def layers(_model: str) -> dict[str, tuple[int, ...]]:
         return {f"{part}.transformer_blocks.0.attn.to_q": (4, 640) for part in ("transformer", "unet")}
 
     lora_service = Services(state.settings, store, results).lora_service(
-        BuiltInLoras(state.cards.values()), nobody, layers
+        BuiltInLoras(state.cards.values()), no_replicas, layers
     )
     async with client_of(create_app(replace(state, lora_service=lora_service))) as client:
         for path, model in DOORS.items():

@@ -31,13 +31,13 @@ WIDE = lora_file(3, layer="transformer.single_transformer_blocks.0.attn.to_q")  
 
 
 class Broadcast:
-    """Who was told to forget what."""
+    """Records the digests that replicas were asked to unload."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.digests: list[str] = []
 
     async def __call__(self, digest: str) -> None:
-        self.told.append(digest)
+        self.digests.append(digest)
 
 
 @pytest.fixture
@@ -65,11 +65,11 @@ async def client(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
 async def register(client: httpx.AsyncClient, file: bytes, **fields: str) -> dict[str, Any]:
     answer = await client.post("/api/loras", files={"file": ("a.safetensors", file)}, data=fields)
     assert answer.status_code == 201, answer.text
-    told: dict[str, Any] = answer.json()
-    return told
+    lora: dict[str, Any] = answer.json()
+    return lora
 
 
-async def paint(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
+async def generate(client: httpx.AsyncClient, **body: Any) -> httpx.Response:
     return await client.post("/api/generate/image", json={"model": "sketch", "prompt": "a fox", **body})
 
 
@@ -89,17 +89,17 @@ async def ended(client: httpx.AsyncClient, job_id: str) -> dict[str, Any]:
 async def test_an_uploaded_adapter_is_described_by_its_file(client: httpx.AsyncClient) -> None:
     file = lora_file(5, ss_output_name="ink", **{"modelspec.trigger_phrase": "inky, wet"})
 
-    told = await register(client, file, licence="MIT")
+    lora = await register(client, file, licence="MIT")
 
-    assert told["id"] == digest(file)[:16]
-    assert told["sha256"] == digest(file)
-    assert (told["name"], told["family"], told["rank"], told["licence"]) == ("ink", "sd", 2, "MIT")
-    assert told["trigger_words"] == ["inky", "wet"]
-    assert told["size_bytes"] == len(file)
-    assert (told["source"], told["mine"], told["public"]) == ("upload", True, False)
-    assert told["created_at"] > 0
-    assert (await client.get("/api/loras/ink")).json() == told
-    assert (await client.get(f"/api/loras/{told['id']}")).json() == told
+    assert lora["id"] == digest(file)[:16]
+    assert lora["sha256"] == digest(file)
+    assert (lora["name"], lora["family"], lora["rank"], lora["licence"]) == ("ink", "sd", 2, "MIT")
+    assert lora["trigger_words"] == ["inky", "wet"]
+    assert lora["size_bytes"] == len(file)
+    assert (lora["source"], lora["mine"], lora["public"]) == ("upload", True, False)
+    assert lora["created_at"] > 0
+    assert (await client.get("/api/loras/ink")).json() == lora
+    assert (await client.get(f"/api/loras/{lora['id']}")).json() == lora
 
 
 async def test_base64_in_json_registers_too(client: httpx.AsyncClient) -> None:
@@ -133,7 +133,7 @@ async def test_the_lists_have_one_s_own_and_those_that_come_with_models(client: 
     assert (await client.get("/api/models/sketch")).json()["max_loras"] == 4
 
 
-async def test_the_same_file_again_changes_what_is_said_of_it(client: httpx.AsyncClient) -> None:
+async def test_the_same_file_again_changes_its_description(client: httpx.AsyncClient) -> None:
     first = await register(client, INK)
 
     second = await register(client, INK, name="pen", trigger_words="pen, nib")
@@ -157,8 +157,8 @@ async def test_a_name_belongs_to_one_adapter_of_an_owner(client: httpx.AsyncClie
 async def test_a_preview_is_shown_as_a_small_webp(client: httpx.AsyncClient) -> None:
     files = {"file": INK, "preview": picture("blue", 600)}
 
-    told = (await client.post("/api/loras", files=files)).json()
-    shown = await client.get(told["preview_url"])
+    lora = (await client.post("/api/loras", files=files)).json()
+    shown = await client.get(lora["preview_url"])
 
     assert shown.headers["content-type"] == "image/webp"
     assert shown.content[:4] == b"RIFF"
@@ -211,17 +211,17 @@ async def test_what_comes_with_a_model_cannot_be_deleted(client: httpx.AsyncClie
     assert (await client.delete("/api/loras/unheard-of")).status_code == 404
 
 
-async def test_a_deleted_adapter_is_gone_with_its_file_and_replicas_are_told(
+async def test_a_deleted_lora_is_gone_with_its_file_and_replicas_unload_it(
     client: httpx.AsyncClient, results: ResultStore, unload: Broadcast
 ) -> None:
-    told = await register(client, INK)
+    lora = await register(client, INK)
 
-    answer = await client.delete(f"/api/models/{told['id']}")
+    answer = await client.delete(f"/api/models/{lora['id']}")
 
-    assert answer.json() == {"id": told["id"], "deleted": True}
+    assert answer.json() == {"id": lora["id"], "deleted": True}
     assert (await client.get("/api/loras/ink")).status_code == 404
     assert await results.adapters() == []
-    assert unload.told == [digest(INK)]
+    assert unload.digests == [digest(INK)]
 
 
 async def test_an_upload_may_be_larger_than_a_request_but_not_endless(
@@ -266,7 +266,7 @@ async def test_every_way_to_name_an_adapter_leads_to_its_digest(
 ) -> None:
     await register(client, INK)
 
-    job = await ended(client, (await paint(client, **body)).json()["id"])
+    job = await ended(client, (await generate(client, **body)).json()["id"])
 
     assert job["status"] == "completed"
     assert by_digest(fake_model) == [(digest(INK), 0.8)]
@@ -291,15 +291,15 @@ async def test_a_path_names_an_adapter_of_the_card_and_opens_nothing_else(
 ) -> None:
     path = "models/tiny-flux-schnell/loras/lora_night/pytorch_lora_weights.safetensors"
 
-    known = await paint(client, model="tiny-flux-schnell", lora_path=path)
-    other = await paint(client, model="tiny-flux-schnell", lora_path="/etc/passwd")
+    known = await generate(client, model="tiny-flux-schnell", lora_path=path)
+    other = await generate(client, model="tiny-flux-schnell", lora_path="/etc/passwd")
 
     assert known.status_code == 202
     assert other.status_code == 404
     assert other.json()["error"]["param"] == "lora_path"
 
 
-async def test_a_form_carries_files_and_says_which_weight_is_whose(
+async def test_a_form_carries_files_with_the_weight_of_each(
     client: httpx.AsyncClient, fake_model: FakeModel
 ) -> None:
     loras = [{"upload": "second", "weight": -1.5}, {"upload": "first"}]
@@ -326,7 +326,7 @@ async def test_adapters_add_up_from_the_list_and_the_prompt(
     await register(client, INK)
     await register(client, FOG)
 
-    answer = await paint(client, prompt="<lora:fog:0.3> a fox, calm", loras="ink:0.7")
+    answer = await generate(client, prompt="<lora:fog:0.3> a fox, calm", loras="ink:0.7")
     await ended(client, answer.json()["id"])
 
     assert by_digest(fake_model) == [(digest(INK), 0.7), (digest(FOG), 0.3)]
@@ -365,7 +365,7 @@ async def test_what_cannot_be_is_refused_before_a_job_is_made(
 ) -> None:
     await register(client, INK)
 
-    answer = await paint(client, **body)
+    answer = await generate(client, **body)
 
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (status, param), error
@@ -382,7 +382,7 @@ async def test_the_bracket_form_is_refused_because_it_lost_the_pairing(client: h
     assert "which weight belongs to which LoRA" in answer.json()["error"]["message"]
 
 
-async def test_a_file_nobody_asked_for_is_refused(client: httpx.AsyncClient) -> None:
+async def test_a_file_that_nothing_uses_is_refused(client: httpx.AsyncClient) -> None:
     form = {"prompt": "a fox", "model": "sketch"}
 
     answer = await client.post("/api/generate/image", data=form, files={"surprise": INK})
@@ -403,24 +403,24 @@ async def test_a_waiting_job_keeps_the_file_of_a_deleted_adapter(
 ) -> None:
     await register(client, INK)
     fake_model.gate.clear()
-    job_id = (await paint(client, loras="ink")).json()["id"]
+    job_id = (await generate(client, loras="ink")).json()["id"]
 
     await client.delete("/api/loras/ink")
 
     assert await results.has(adapter_path(digest(INK)))
-    assert unload.told == []
+    assert unload.digests == []
     fake_model.gate.set()
     assert (await ended(client, job_id))["status"] == "completed"
     assert await lora_service.collect_all() == 1
     assert await results.adapters() == []
-    assert unload.told == [digest(INK)]
+    assert unload.digests == [digest(INK)]
 
 
 async def test_a_file_that_came_with_a_request_goes_after_its_job(
     client: httpx.AsyncClient, fake_model: FakeModel, lora_service: LoraService, results: ResultStore
 ) -> None:
     fake_model.gate.clear()
-    job_id = (await paint(client, lora_base64=base64.b64encode(INK).decode())).json()["id"]
+    job_id = (await generate(client, lora_base64=base64.b64encode(INK).decode())).json()["id"]
 
     kept = await lora_service.collect_all()
     fake_model.gate.set()
@@ -434,7 +434,7 @@ async def test_a_file_that_came_with_a_request_goes_after_its_job(
 async def test_a_refused_request_leaves_no_file_behind_for_long(
     client: httpx.AsyncClient, lora_service: LoraService, results: ResultStore
 ) -> None:
-    await paint(client, lora_base64=base64.b64encode(INK).decode(), width=7)
+    await generate(client, lora_base64=base64.b64encode(INK).decode(), width=7)
 
     removed = await lora_service.collect_all()
 
@@ -448,13 +448,13 @@ async def test_a_registered_adapter_whose_file_is_lost_is_refused(
     await register(client, INK)
     await results.remove(adapter_path(digest(INK)))
 
-    answer = await paint(client, loras="ink")
+    answer = await generate(client, loras="ink")
 
     assert answer.status_code == 404
     assert "register it again" in answer.json()["error"]["message"]
 
 
-def test_the_fetcher_of_an_installation_opens_the_hosts_it_is_told(state: ApiState) -> None:
+def test_the_url_fetcher_opens_the_allowed_hosts_only(state: ApiState) -> None:
     hosts = [host for host in " a.example.org , *.example.net,".split(",") if host.strip()]
 
     fetcher = UrlFetcher(hosts)

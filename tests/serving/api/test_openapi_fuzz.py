@@ -34,16 +34,16 @@ from tests.serving.api.fake_model import FakeModel
 START_LIMIT_S = patience(2)
 CALL_LIMIT_S = patience(2)
 EXAMPLES = 4  # per route and mode
-# ours is below: a 503 that tells when to come again is an answer
+# replaced below: a 503 with Retry-After is a valid answer
 EXCLUDED = [not_a_server_error]
-# in a body a model's card and the other fields decide too, which no schema can say
+# a body is also checked against a model's card and its other fields, which no schema expresses
 EXCLUDED_THERE = [not_a_server_error, positive_data_acceptance]
-PLACES = {"cursor", "after"}  # in a list: only what a list gave is one
+CURSORS = {"cursor", "after"}  # in a list: only what a list gave is one
 NOTHING_TO_BEND = (Unsatisfiable,)  # a route that takes nothing cannot be called wrongly
 
 
 class Service(threading.Thread):
-    """The app with a painter at work behind a real socket, on a loop of its own."""
+    """The app with a fake model behind a real socket, on an event loop of its own."""
 
     def __init__(self, valkey_url: str, folder: Path) -> None:
         super().__init__(daemon=True)
@@ -139,7 +139,7 @@ def called(cases: SearchStrategy[schemathesis.Case]) -> int:
         nonlocal sent
         sent += 1
         answer = case.call(timeout=CALL_LIMIT_S)
-        others_decide = len(case.operation.body) > 0 or not PLACES.isdisjoint(case.query)
+        others_decide = len(case.operation.body) > 0 or not CURSORS.isdisjoint(case.query)
         case.validate_response(answer, excluded_checks=EXCLUDED_THERE if others_decide else EXCLUDED)
         assert answer.status_code < 500 or (answer.status_code == 503 and "retry-after" in answer.headers)
 

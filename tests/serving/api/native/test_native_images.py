@@ -1,4 +1,4 @@
-"""The native and the task dialect: a wish in, a job to follow, pictures out."""
+"""Images of the native dialect: a request, a job to follow, and its files."""
 
 import base64
 import io
@@ -7,27 +7,12 @@ import httpx
 import pytest
 from PIL import Image
 
-from deployments.protocol.events import Failed
 from tests.serving.api import forged
+from tests.serving.api.calls import ended, submitted
 from tests.serving.api.fake_model import FakeModel
 
 
-async def ended(client: httpx.AsyncClient, job_id: str) -> dict[str, object]:
-    """The job once its event stream has told its end."""
-    await client.get(f"/api/generate/{job_id}/events")
-    job: dict[str, object] = (await client.get(f"/api/generate/{job_id}")).json()
-    return job
-
-
-async def submitted(client: httpx.AsyncClient, **fields: object) -> str:
-    answer = await client.post(
-        "/api/generate/image", json={"model": "sketch", "prompt": "a red fox", **fields}
-    )
-    assert answer.status_code == 202, answer.text
-    return str(answer.json()["id"])
-
-
-async def test_a_wish_is_accepted_at_once_and_read_back_by_its_id(client: httpx.AsyncClient):
+async def test_a_request_is_accepted_at_once_and_read_back_by_its_id(client: httpx.AsyncClient):
     answer = await client.post("/api/generate/image", json={"prompt": "a red fox", "seed": 7})
 
     assert answer.status_code == 202
@@ -173,7 +158,7 @@ async def test_the_refiner_takes_over_when_it_is_asked_to(
     assert fake_model.requests[0].refiner == used
 
 
-async def test_a_model_tells_its_control_pictures_and_its_refiner(client: httpx.AsyncClient):
+async def test_a_model_lists_its_control_types_and_its_refiner(client: httpx.AsyncClient):
     sketch = (await client.get("/api/models/sketch")).json()
     schnell = (await client.get("/api/models/tiny-flux-schnell")).json()
 
@@ -239,44 +224,6 @@ async def test_a_waiting_job_is_cancelled_at_once_and_then_deleted(client: httpx
     assert cancelled.json() == {"id": job_id, "status": "cancelled"}
     assert deleted.json() == {"id": job_id, "status": "deleted"}
     assert (await client.get(f"/api/generate/{job_id}")).status_code == 404
-
-
-async def test_the_task_dialect_tells_status_and_result(client: httpx.AsyncClient, fake_model: FakeModel):
-    answer = await client.post("/generate-image", json={"prompt": "a red fox"})
-    assert answer.status_code == 202
-    task_id = answer.json()["task_id"]
-    await ended(client, task_id)
-
-    status = (await client.get(f"/task/{task_id}/status")).json()
-    result = (await client.get(f"/task/{task_id}/result")).json()
-    picture = await client.get(f"/task/{task_id}/result", headers={"accept": "image/*"})
-
-    assert (status["status"], status["progress"], status["error"]) == ("completed", 100, None)
-    assert result["images"][0]["url"] == f"/api/results/{task_id}/0.png"
-    assert picture.content == (await client.get(result["images"][0]["url"])).content
-    assert task_id in picture.headers["content-disposition"]
-
-
-async def test_a_result_that_is_not_there_yet_is_a_conflict_naming_where_to_ask(client: httpx.AsyncClient):
-    task_id = (await client.post("/generate-image", json={"prompt": "a red fox"})).json()["task_id"]
-
-    answer = await client.get(f"/task/{task_id}/result")
-
-    assert answer.status_code == 409
-    assert f"/task/{task_id}/status" in answer.json()["error"]["message"]
-
-
-async def test_a_failure_that_passes_tells_when_to_come_back(
-    client: httpx.AsyncClient, fake_model: FakeModel
-):
-    fake_model.failure = Failed("overloaded", "all brushes are out", retryable=False, retry_after_s=7.2)
-    job_id = await submitted(client)
-    await ended(client, job_id)
-
-    answer = await client.get(f"/task/{job_id}/result")
-
-    assert answer.status_code == 503
-    assert (answer.headers["retry-after"], answer.headers["retry-after-ms"]) == ("8", "7200")
 
 
 async def test_without_a_ready_model_the_first_that_can_do_the_task_is_taken(client: httpx.AsyncClient):

@@ -79,7 +79,7 @@ async def test_the_fields_of_vllm_omni_and_sglang_travel_as_extra_body(
     assert (request.width, request.height, request.output.quality) == (64, 96, 80)
 
 
-async def test_a_correction_is_told_beside_the_pictures(sdk: openai.AsyncOpenAI, fake_model: FakeModel):
+async def test_an_adjustment_is_returned_beside_the_images(sdk: openai.AsyncOpenAI, fake_model: FakeModel):
     answer = await sdk.images.generate(
         prompt="a red fox", model="tiny-flux-schnell", extra_body={"num_inference_steps": 30}
     )
@@ -124,7 +124,7 @@ async def test_the_models_are_listed_and_read_by_id_and_alias(sdk: openai.AsyncO
 
 
 @pytest.mark.parametrize(
-    ("fields", "error", "says", "status"),
+    ("fields", "error", "message", "status"),
     [
         ({"model": "dall-e-3"}, openai.NotFoundError, "there is sketch, tiny-flux-schnell", "404"),
         ({"size": "100x100"}, openai.BadRequestError, "nearest: 96", "400"),
@@ -145,18 +145,18 @@ async def test_the_models_are_listed_and_read_by_id_and_alias(sdk: openai.AsyncO
         ({"prompt": " "}, openai.BadRequestError, "prompt is empty", "400"),
     ],
 )
-async def test_a_wrong_request_raises_the_sdks_error_once_and_says_why(
+async def test_a_wrong_request_raises_the_sdks_error_once_with_the_reason(
     sdk: openai.AsyncOpenAI,
     app: FastAPI,
     fields: dict[str, Any],
     error: type[openai.APIStatusError],
-    says: str,
+    message: str,
     status: str,
 ):
     with pytest.raises(error) as refusal:
         await sdk.images.generate(**{"prompt": "a red fox", "model": "sketch", **fields})
 
-    assert says in refusal.value.message
+    assert message in refusal.value.message
     assert refusal.value.request_id
     assert calls(app, status) == 1
 
@@ -207,7 +207,7 @@ async def test_a_bug_is_not_repeated_by_the_sdk(sdk: openai.AsyncOpenAI, app: Fa
 
 
 @pytest.mark.parametrize("app", ["hasty"], indirect=True)
-async def test_a_wait_too_long_names_the_job_which_goes_on(
+async def test_a_wait_too_long_names_the_job_which_continues(
     sdk: openai.AsyncOpenAI, app: FastAPI, address: str, fake_model: FakeModel
 ):
     fake_model.gate.clear()
@@ -319,7 +319,7 @@ async def test_a_failed_stream_raises_its_reason(
     assert calls(app, "200") == 1
 
 
-async def test_a_job_of_a_stream_that_is_cancelled_by_another_call_says_so(
+async def test_a_stream_whose_job_is_cancelled_by_another_call_ends_with_that_error(
     sdk: openai.AsyncOpenAI, address: str, fake_model: FakeModel
 ):
     fake_model.gate.clear()
@@ -345,9 +345,7 @@ async def test_a_client_that_leaves_its_stream_cancels_its_job(
     assert "event: cancelled" in answer.text
 
 
-async def test_a_failure_that_passes_tells_the_sdk_when_to_come_back(
-    sdk: openai.AsyncOpenAI, fake_model: FakeModel
-):
+async def test_a_temporary_failure_gives_the_sdk_retry_after(sdk: openai.AsyncOpenAI, fake_model: FakeModel):
     fake_model.failure = Failed("overloaded", "all brushes are out", retryable=False, retry_after_s=7.2)
 
     with pytest.raises(openai.InternalServerError, match="all brushes are out") as refusal:
