@@ -1,5 +1,8 @@
-"""The roof: binds both floors. `build` makes one Serve application of everything; `build_gateway` and
-`build_model` make one of the front floor and one for each model, which come and go by themselves."""
+"""The composition root: binds the serving layer and the models into Serve applications.
+
+`build` makes one application of everything. `build_gateway` and `build_model` make one of the serving layer
+and one for each model, so that models can be added and removed one at a time.
+"""
 
 # no `from __future__ import annotations`: Serve reads the type of a builder's argument to validate it
 from collections.abc import Mapping, Sequence
@@ -32,12 +35,12 @@ from serve_app.ray_serve.routing import deployment_groups, makes_videos, routes_
 from serve_app.ray_serve.shutdown_hook import on_stop
 from serve_app.settings import Settings
 
-# what a CPU-only replica may see of the node's GPUs: nothing
+# hides the GPUs of the node from a replica that runs on the CPU only
 NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
 
 
 def build(args: AppArgs) -> Application:
-    """Everything in one application: a deployment per card or group, named as it."""
+    """Everything in one application, with one deployment per card or group, under its name."""
     settings = Settings.load(**args.settings)
     known = load_cards(settings.cards_dir)
     cards = select_cards(args.models, known, settings.cards_dir)
@@ -47,14 +50,14 @@ def build(args: AppArgs) -> Application:
 
 
 def build_gateway(args: GatewayArgs) -> Application:
-    """Ingress, dispatchers and LoRA files. Its models are the applications of `build_model` that name it."""
+    """Ingress, dispatchers and LoRA files; it serves the applications of `build_model` whose args name it."""
     return _gateway(Settings.load(**args.settings), args, None, [])
 
 
 def build_model(args: ModelArgs) -> Application:
     """One model, or one group of models that share their replicas, for a gateway.
 
-    Raises BadRequest for several: changing one would restart the others.
+    Raises BadRequest for more than one group: a change of one would restart the others.
     """
     settings = Settings.load(**args.settings)
     known = load_cards(settings.cards_dir)
@@ -69,15 +72,17 @@ def build_model(args: ModelArgs) -> Application:
 
 
 def build_weights(args: WeightsArgs) -> Application:
-    """For fleets, whose models are applications of their own: brings the weights of all these to GPU nodes.
+    """Downloads the weights of these models to the GPU nodes, for a gateway whose models are applications.
 
-    Raises BadRequest when all of them are near already.
+    Raises BadRequest when all weights are local folders.
     """
     settings = Settings.load(**args.settings)
     known = load_cards(settings.cards_dir)
     fetchers = _fetchers(select_cards(args.models, known, settings.cards_dir), known)
     if not fetchers:
-        raise BadRequest("the weights of these models are all folders on the nodes: nothing is to be fetched")
+        raise BadRequest(
+            "the weights of these models are all folders on the nodes: there is nothing to fetch"
+        )
     return fetchers[0]
 
 
@@ -87,9 +92,9 @@ def _gateway(
     cards: Mapping[str, ModelCard] | None,
     models: Sequence[Application],
 ) -> Application:
-    """The front floor over `models`, which serve `cards`; None: over whatever applications there are."""
-    adapters = serve.deployment(
-        name=LORA_FILES,  # one replica: it also clears away what nobody needs
+    """The serving layer for `models`, which serve `cards`; None: for all applications that name it."""
+    lora_files = serve.deployment(
+        name=LORA_FILES,  # one replica, because it also removes unused files
         ray_actor_options={"num_cpus": 0, "runtime_env": NO_GPU},
         max_ongoing_requests=16,
         graceful_shutdown_wait_loop_s=0.1,
@@ -104,14 +109,14 @@ def _gateway(
     return serve.deployment(
         name="Ingress",
         num_replicas=args.ingresses,
-        max_ongoing_requests=1000,  # Serve's default is 5; most of ours wait for events
+        max_ongoing_requests=1000,  # Serve's default is 5; most of our requests wait for events
         graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options={"num_cpus": 0, "runtime_env": NO_GPU},
-    )(Ingress).bind(settings, cards, [adapters, dispatcher, *models])
+    )(Ingress).bind(settings, cards, [lora_files, dispatcher, *models])
 
 
 def _lora_source(settings: Settings, gateway: str | None = None) -> dict[str, Any]:
-    """What tells a ModelReplica where LoRAs come from. gateway: the application; None: the model's own."""
+    """Arguments of a replica with LoRAs. gateway: the application with their files; None: the model's."""
     return {
         "fetch_adapter": LoraFileClient(gateway),
         "adapter_folder": str(settings.adapter_cache),
@@ -124,8 +129,11 @@ def _models(
     encoder_args: EncoderArgs | None = None,
     lora_files: Mapping[str, Any] | None = None,
 ) -> dict[str, Application]:
-    """One deployment per card, or per group of cards that share their replicas; by card id. Those that make
-    videos share the encoder; one for requests with LoRAs may stand beside. lora_files: see _lora_files."""
+    """By card id, the deployment that serves it; cards of one group have the same.
+
+    Deployments of video models share one encoder. A deployment with `serving.lora: dedicated` gets a second
+    one for its requests with LoRAs.  lora_files: see _lora_source.
+    """
     encoder = _encoder(encoder_args or EncoderArgs())
     routes = routes_of(cards, "")
     files = lora_files or {}
@@ -150,13 +158,13 @@ def _models(
 
 
 def _lora_pool_serving(serving: Serving) -> Serving:
-    """Of the deployment for requests with LoRAs."""
+    """The values of `serving` for the deployment that serves a model's requests with LoRAs."""
     minimum = serving.lora_min_replicas
     return serving if minimum is None else serving.model_copy(update={"min_replicas": minimum})
 
 
 def _fetchers(cards: Mapping[str, ModelCard], known: Mapping[str, ModelCard]) -> list[Application]:
-    """What has far weights brought to the nodes; none where all weights are near."""
+    """The deployment that downloads remote weights to the nodes; none when all weights are local."""
     wanted = [card for card in cards.values() if card.serving.prefetch]
     wanted += _refiners(wanted, known).values()
     if not any(weights.is_remote for card in wanted for weights in card.all_weights):
@@ -174,7 +182,7 @@ def _refiners(cards: list[ModelCard], known: Mapping[str, ModelCard]) -> dict[st
 
 
 def _refiner(card: ModelCard, known: Mapping[str, ModelCard]) -> ModelCard | None:
-    """The card of the model that refines this one's pictures. Raises NotFound where there is none."""
+    """The card of the model that refines the images of this one; None for none. Raises NotFound."""
     if card.refiner is None:
         return None
     if card.refiner not in known:
@@ -189,7 +197,7 @@ def _encoder(args: EncoderArgs) -> Application:
         autoscaling_config={
             "min_replicas": args.min_replicas,
             "max_replicas": args.max_replicas,
-            "target_ongoing_requests": 2.0,  # segments: one is encoded, one is on its way
+            "target_ongoing_requests": 2.0,  # segments: one is encoded while the next arrives
             "upscale_delay_s": 0.0,
         },
         max_ongoing_requests=4,
@@ -199,8 +207,10 @@ def _encoder(args: EncoderArgs) -> Application:
 
 
 def _deployment(name: str, serving: Serving) -> Any:
-    """A deployment of a model with these resources, still without its class. serve_config.yaml may override
-    all of it under `name`."""
+    """A deployment with these resources, to be called with its class.
+
+    A Serve config file may override all of it under `name`.
+    """
     resources: dict[str, Any] = {"num_cpus": serving.num_cpus, "num_gpus": serving.num_gpus}
     if serving.accelerator_type is not None:
         resources["accelerator_type"] = serving.accelerator_type
@@ -216,14 +226,14 @@ def _deployment(name: str, serving: Serving) -> Any:
         autoscaling_config={
             "min_replicas": serving.min_replicas,
             "max_replicas": serving.max_replicas,
-            # for a config file that puts Ray's own policy back: its 2 answer a cold start with a crowd
+            # for config files that select Ray's own policy: its default of 2 starts too many replicas at once
             "target_ongoing_requests": max(1.0, 0.8 * serving.slots),
-            # the policy waits where waiting is good
+            # the policy itself decides when to wait
             "upscale_delay_s": 0.0,
             "downscale_delay_s": 0.0,
             "policy": policy,
         },
-        # room for the surplus that the autoscaler shall see, and for handle calls of Ray jobs
+        # includes the surplus that autoscaling counts, and handle calls of Ray jobs
         max_ongoing_requests=2 * serving.slots,
         health_check_period_s=5.0,
         graceful_shutdown_timeout_s=60.0,

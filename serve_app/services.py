@@ -1,4 +1,4 @@
-"""The stores of one replica, opened from the settings; knows no Ray."""
+"""The stores and services of one replica, opened from the settings. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from serve_app.storage.url_fetcher import UrlFetcher
 
 
 async def _no_layer_shapes(_model: str) -> None:
-    """Nobody here can tell."""
+    """The default lookup, for a process without access to the models: no shapes are known."""
 
 
 @dataclass(frozen=True)
 class Services:
-    """What the books are kept in. Open one per event loop."""
+    """The job store and the result store. Open one per event loop."""
 
     settings: Settings
     store: JobStore
@@ -37,7 +37,7 @@ class Services:
 
     @classmethod
     def open(cls, settings: Settings) -> Self:
-        """Connects when first used. Raises ModelUnavailable without a redis_url."""
+        """Connections are made at first use. Raises ModelUnavailable without a redis_url."""
         if settings.redis_url is None:
             raise ModelUnavailable(
                 "no job store: set REDIS_URL for every Ray process (redis://... or rediss://...), "
@@ -52,7 +52,7 @@ class Services:
     def lora_service(
         self, builtins: BuiltInLoras, unload: Unload, layer_lookup: LayerLookup = _no_layer_shapes
     ) -> LoraService:
-        """unload: tells every replica to forget a digest. tell_layers: what a model's layers are."""
+        """unload: unloads a digest from every replica.  layer_lookup: shapes of the layers of a model."""
         settings, redis = self.settings, self.store.redis
         return LoraService(
             LoraRegistry(redis, settings.redis_prefix, settings.max_adapters_per_owner),

@@ -1,4 +1,4 @@
-"""What may stand under `args` in a Serve config file, one type per builder of serve_app/app.py."""
+"""The `args` of an application in a Serve config file, one type per builder of serve_app/app.py."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 from deployments.protocol.card import ModelCard, Serving, Weights, card_without_file
 from deployments.protocol.errors import BadRequest, NotFound
 
-GATEWAY = "weft"  # name of the gateway's application, where nothing else is said
+GATEWAY = "weft"  # default name of the gateway's application
 
 
 class BuilderArgs(BaseModel):
-    """An unknown key stops the deployment with its name."""
+    """Arguments of every builder. An unknown key is an error that names it."""
 
     model_config = ConfigDict(extra="forbid")
 
-    settings: dict[str, Any] = Field({}, description="Values of serve_app/settings.py; no secrets.")
+    settings: dict[str, Any] = Field(
+        {}, description="Settings of serve_app/settings.py for this application; no secrets."
+    )
 
 
 class UncardedModel(BaseModel):
-    """Weights served under a name of their own; only FLUX variants may lack a card (they run as schnell)."""
+    """Weights without a model card. Only FLUX variants may lack one; they run as FLUX.1 schnell."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -32,27 +34,29 @@ class UncardedModel(BaseModel):
 
 
 class ServingOverride(BaseModel):
-    """A card of cards_dir, some of whose `serving` is otherwise here."""
+    """A model card of cards_dir, with other values of `serving`."""
 
     model_config = ConfigDict(extra="forbid")
 
     id: str
-    serving: dict[str, Any] = Field(description="Values of `serving` in place of the card's.")
+    serving: dict[str, Any] = Field(description="Values of `serving` that replace those of the card.")
 
 
 class EncoderArgs(BaseModel):
-    """The deployment that turns frames into video files; there is one when a model makes videos."""
+    """The deployment that encodes frames into video files; it exists when a model generates videos."""
 
     model_config = ConfigDict(extra="forbid")
 
-    threads: int = Field(2, ge=1, description="Of one video's encoding.")
-    num_cpus: float = Field(0, ge=0, description="That a replica claims of Ray. 0: it fits everywhere.")
+    threads: int = Field(2, ge=1, description="Threads that encode one video.")
+    num_cpus: float = Field(
+        0, ge=0, description="CPUs that a replica reserves in Ray. 0: it fits on any node."
+    )
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(4, ge=1)
 
 
 def _tag(model: object) -> str:
-    """So that a mistake in a card is told without all the other things it is not."""
+    """The tag of a value's type in `Model`, so that validation reports only the errors of that type."""
     if isinstance(model, str):
         return "id"
     keys = (
@@ -72,14 +76,14 @@ Model = Annotated[
     | Annotated[ModelCard, Tag("card")],
     Discriminator(_tag),
 ]
-"""A card's id, alone or with what is otherwise here; weights by name; or a whole card, written in place."""
+"""The id of a card, alone or with other `serving` values; weights without a card; or a complete card."""
 
 
 class GatewayScaling(BuilderArgs):
-    """The front floor's share."""
+    """Replicas of the serving layer."""
 
-    ingresses: int = Field(1, ge=1, description="Replicas that answer HTTP.")
-    dispatchers: int = Field(1, ge=1, description="Replicas that carry jobs to models.")
+    ingresses: int = Field(1, ge=1, description="Replicas that answer HTTP requests.")
+    dispatchers: int = Field(1, ge=1, description="Replicas that send jobs to the models.")
 
 
 class AppArgs(GatewayScaling):
@@ -90,11 +94,11 @@ class AppArgs(GatewayScaling):
 
 
 class GatewayArgs(GatewayScaling):
-    """`args` of serve_app.app:build_gateway: the front floor without models."""
+    """`args` of serve_app.app:build_gateway: the serving layer without models."""
 
 
 class WeightsArgs(BuilderArgs):
-    """`args` of serve_app.app:build_weights: whose weights shall be near."""
+    """`args` of serve_app.app:build_weights: the models whose weights are downloaded to the nodes."""
 
     models: list[Model] = Field(min_length=1)
 
@@ -102,9 +106,11 @@ class WeightsArgs(BuilderArgs):
 class ModelArgs(BuilderArgs):
     """`args` of serve_app.app:build_model: the cards that share one pool of replicas."""
 
-    models: list[Model] = Field(min_length=1, description="One, or all of one group.")
+    models: list[Model] = Field(min_length=1, description="One model, or all models of one group.")
     encoder: EncoderArgs = EncoderArgs()
-    gateway: str = Field(GATEWAY, description="Application that sends requests here and keeps LoRA files.")
+    gateway: str = Field(
+        GATEWAY, description="Application that sends requests to this one and stores its LoRA files."
+    )
 
 
 def select_cards(
@@ -112,8 +118,10 @@ def select_cards(
     known: Mapping[str, ModelCard],
     cards_dir: Path,
 ) -> dict[str, ModelCard]:
-    """The cards of `models`, by id, in their order. Raises NotFound naming the cards there are,
-    BadRequest."""
+    """The cards of `models`, by id, in the same order.
+
+    Raises NotFound listing the known cards, BadRequest for a card that is not valid.
+    """
     selected: dict[str, ModelCard] = {}
     for model in models:
         if isinstance(model, UncardedModel):

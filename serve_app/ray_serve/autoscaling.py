@@ -1,7 +1,7 @@
-"""How many replicas a model gets: `Scaler` decides, `BacklogPolicy` calls it inside Serve.
+"""How many replicas a model gets: `Scaler` decides on plain numbers, `BacklogPolicy` feeds it inside Serve.
 
-Serve runs the policy in its controller, pickled by value with this module: nothing here may block, and
-nothing beyond the standard library is imported at the top. What it promises: docs/scaling.md.
+Serve pickles this module by value and runs the policy in its controller, several times a second: nothing here
+may block. What the policy guarantees: docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -14,38 +14,44 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ray.serve.config import AutoscalingContext
+from ray import cloudpickle
+from ray.serve.config import AutoscalingContext
 
-NAMESPACE = b"weft"  # of Ray's key-value store, in which dispatchers tell what waits
-DEMAND_TTL_S = 30.0  # a word of the dispatchers that is older counts no more
+from serve_app.ray_serve import private_api
+from serve_app.ray_serve.private_api import get_value, put_value
+
+# the controller may run without our package: what this module uses of it must travel by value as well
+cloudpickle.register_pickle_by_value(private_api)  # type: ignore[no-untyped-call]
+
+NAMESPACE = b"weft"  # in Ray's key-value store
+DEMAND_TTL_S = 30.0  # an older report of the dispatchers is ignored
 READ_EVERY_S = 1.0
 READ_TIMEOUT_S = 2.0
 OVERDUE_S = 5.0  # a replica that should have started long ago is expected this much later
 SAMPLE_EVERY_S = 1.0
 
-# what every replica reports; see ModelReplica.record_autoscaling_stats
-DONE_S = "weft_work_done_s"  # ever since it started
-REMAINING_S = "weft_work_left_s"  # of the requests that it has
+# what every replica reports through ModelReplica.record_autoscaling_stats
+DONE_S = "weft_work_done_s"  # since the replica started
+REMAINING_S = "weft_work_left_s"  # of the requests on the replica
 OPEN_REQUESTS = "weft_requests_open"
-REQUEST_S = "weft_request_work_s"  # mean of the latest; 0 before the first
+REQUEST_S = "weft_request_work_s"  # mean work of the latest requests; 0 before the first
 
 
 @dataclass(frozen=True, slots=True)
 class AutoscalingParams:
-    """Values of `serving.autoscaling` in a card. Work is in seconds that one replica needs for it."""
+    """Values of `serving.autoscaling` in a card. Work is measured in seconds of one replica."""
 
-    utilization: float = 0.75  # of the replicas that the rate of arriving work asks for
-    rate_window_s: float = 600.0  # over which that rate is measured
-    near_window_s: float = 240.0  # and over which the one that is expected until new replicas run
-    drain_s: float = 60.0  # within which new replicas shall clear what the others cannot
-    wait_s: float = 20.0  # of work per replica may be left by then: a wait that is no reason for more
-    hold_s: float = 180.0  # fewer replicas only when so long no more were wanted
-    idle_s: float = 600.0  # none at all only when so long nothing was there to do
-    cold_start_s: float = 60.0  # of a replica, until the first has been seen
-    request_s: float = 5.0  # work of a request, until the first has been seen
+    utilization: float = 0.75  # target busy share of the replicas, at the long-term rate of arriving work
+    rate_window_s: float = 600.0  # window of the long-term rate
+    near_window_s: float = 240.0  # window of the rate that is expected until new replicas run
+    drain_s: float = 60.0  # time in which new replicas must clear the backlog that the others cannot
+    wait_s: float = 20.0  # work per replica that may be left after drain_s without asking for more replicas
+    hold_s: float = 180.0  # scale down only after the smaller number was enough for this long
+    idle_s: float = 600.0  # scale to zero only after this long without work
+    cold_start_s: float = 60.0  # estimate of a replica's start, until one has been measured
+    request_s: float = 5.0  # estimate of a request's work, until one has been measured
 
     def __post_init__(self) -> None:
         if not 0 < self.utilization <= 1:
@@ -60,33 +66,33 @@ class AutoscalingParams:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """A deployment at one moment. Work is in seconds of one replica."""
+    """A deployment at one moment. Work is measured in seconds of one replica."""
 
     now: float  # seconds
-    running: int  # replicas that work
-    target: int  # replicas that were asked for; those above `running` are starting
-    done_s: float  # work done since the scaler began to look
-    backlog_s: float  # work that waits or is under way, wherever it is
+    running: int  # replicas that accept requests
+    target: int  # replicas that Serve was asked for; those above `running` are starting
+    done_s: float  # work done since the first observation
+    backlog_s: float  # work that waits or runs, in the store, at Serve and on the replicas
 
 
 class Scaler:
-    """Replicas for the rate at which work arrives, and for a backlog that those asked for will not clear.
+    """Computes the number of replicas from the rate of arriving work and from the backlog.
 
-    The rate needs no counting of arrivals: what arrived is what was done plus what the backlog grew by.
+    Arrivals are not counted: the work that arrived is the work that was done plus the growth of the backlog.
     """
 
     def __init__(self, params: AutoscalingParams) -> None:
-        self.cold_start_s = params.cold_start_s  # learned
+        self.cold_start_s = params.cold_start_s  # running mean of measured starts
         self._params = params
-        self._arrived: deque[tuple[float, float]] = deque()  # time, work that ever arrived until then
-        self._wanted: deque[tuple[float, int]] = deque()  # time, replicas; none is followed by a greater one
-        self._starting: deque[float] = deque()  # when those were asked for that do not run yet
+        self._arrived: deque[tuple[float, float]] = deque()  # time, work that arrived until then
+        self._wanted: deque[tuple[float, int]] = deque()  # time, replicas; decreasing numbers
+        self._starting: deque[float] = deque()  # request times of replicas that do not run yet
         self._running: int | None = None
         self._busy_at = -math.inf
 
     def decide(self, observed: Observation, minimum: int, maximum: int) -> int:
-        """The replicas to ask for now, between `least` and `most`."""
-        if self._running is None:  # whoever decided before (another controller) may have had reasons
+        """The replicas to ask for now, from `minimum` to `maximum`."""
+        if self._running is None:  # an earlier controller may have chosen this target
             self._busy_at = observed.now
             self._record_wanted(observed.now, observed.target)
         self._track_starts(observed)
@@ -97,42 +103,42 @@ class Scaler:
         )
         if observed.backlog_s > 0:
             replicas = max(replicas, 1)
-        if observed.backlog_s > 0 or self._work_changed(observed):
+        if observed.backlog_s > 0 or self._has_new_work():
             self._busy_at = observed.now
         self._record_wanted(observed.now, replicas)
         replicas = self._with_hold(observed, replicas)
         if observed.now - self._busy_at < self._params.idle_s:
-            replicas = max(replicas, min(1, observed.target))  # the last one waits longer than the others
+            replicas = max(replicas, min(1, observed.target))  # the last one stops only after idle_s
         return max(minimum, min(maximum, replicas))
 
     def rate(self, now: float, window_s: float | None = None) -> float:
-        """Work that arrived lately, per second: how many replicas would be busy all the time.
+        """Work that arrived within the window per second, which is the number of busy replicas it needs.
 
-        As if nothing came before the history began: a first request is not a rate yet.
+        A history shorter than the window counts as preceded by no work, so that one request is no rate yet.
         """
         window_s = self._params.rate_window_s if window_s is None else window_s
         if not self._arrived:
             return 0.0
         first = bisect_right(self._arrived, now - window_s, key=lambda sample: sample[0])
-        first_at, started = self._arrived[max(0, first - 1)]
-        return max(0.0, self._arrived[-1][1] - started) / max(window_s, now - first_at)
+        first_at, arrived_before_s = self._arrived[max(0, first - 1)]
+        return max(0.0, self._arrived[-1][1] - arrived_before_s) / max(window_s, now - first_at)
 
     def _record(self, observed: Observation) -> None:
-        """What ever arrived until now."""
+        """Append the work that arrived until now; drop samples older than both windows."""
         if not self._arrived or observed.now - self._arrived[-1][0] >= SAMPLE_EVERY_S:
             self._arrived.append((observed.now, observed.done_s + observed.backlog_s))
         oldest = observed.now - max(self._params.rate_window_s, self._params.near_window_s)
         while len(self._arrived) > 1 and self._arrived[1][0] <= oldest:
             self._arrived.popleft()
 
-    def _work_changed(self, observed: Observation) -> bool:
-        """Whether work was done or came since the last look."""
+    def _has_new_work(self) -> bool:
+        """Whether work arrived between the last two samples."""
         return len(self._arrived) > 1 and self._arrived[-1][1] > self._arrived[-2][1] + 1e-9
 
     def _for_backlog(self, observed: Observation, rate: float) -> int:
-        """Replicas that clear backlog and arrivals `drain_s` after one asked for now has started.
+        """Replicas that clear backlog and arrivals `drain_s` after a replica asked for now has started.
 
-        Those that are starting count as what they will have done by then.
+        Starting replicas count with the work that they will have done by then.
         """
         drain_s, horizon_s = self._params.drain_s, self.cold_start_s + self._params.drain_s
         work_s = observed.backlog_s + rate * horizon_s
@@ -149,7 +155,7 @@ class Scaler:
         return max(OVERDUE_S, asked_at + self.cold_start_s - now)
 
     def _track_starts(self, observed: Observation) -> None:
-        """Keep when each starting replica was asked for; learn how long those took that now run."""
+        """Update the request times of starting replicas, and the mean start time from those that now run."""
         started = 0 if self._running is None else max(0, observed.running - self._running)
         for _ in range(min(started, len(self._starting))):
             took_s = observed.now - self._starting.popleft()
@@ -166,23 +172,21 @@ class Scaler:
         self._wanted.append((now, replicas))
 
     def _with_hold(self, observed: Observation, replicas: int) -> int:
-        """Up at once; down to the most that was wanted within `hold_s`."""
+        """The number after the hold: up at once, down to the maximum that was wanted within `hold_s`."""
         while len(self._wanted) > 1 and self._wanted[0][0] <= observed.now - self._params.hold_s:
             self._wanted.popleft()
-        return (
-            replicas
-            if replicas > observed.target
-            else max(replicas, min(observed.target, self._wanted[0][1]))
-        )
+        if replicas > observed.target:
+            return replicas
+        return max(replicas, min(observed.target, self._wanted[0][1]))
 
 
 @dataclass(frozen=True, slots=True)
 class ReportedDemand:
-    """What dispatchers say of one deployment; times are of the machines' clocks."""
+    """Jobs for one deployment, as the dispatchers count them."""
 
-    waiting: int  # jobs in the store
-    running: int  # jobs that dispatchers have given to Serve
-    at: float
+    waiting: int  # in the store
+    running: int  # sent to Serve
+    at: float  # unix seconds, by the clock of the dispatcher's machine
 
 
 def demand_key(app_name: str, deployment: str) -> bytes:
@@ -190,32 +194,28 @@ def demand_key(app_name: str, deployment: str) -> bytes:
 
 
 def publish_demand(app_name: str, deployment: str, waiting: int, running: int) -> None:
-    """Leave word for the policy. Blocks for one call to Ray's head."""
-    from ray.experimental.internal_kv import _internal_kv_put
-
+    """Report the demand for one deployment to its policy. Blocks for one call to Ray's head node."""
     entry = json.dumps({"waiting": waiting, "running": running, "at": time.time()})
-    _internal_kv_put(demand_key(app_name, deployment), entry.encode(), namespace=NAMESPACE)
+    put_value(demand_key(app_name, deployment), entry.encode(), NAMESPACE)
 
 
 def read_demand(app_name: str, deployment: str) -> ReportedDemand | None:
-    """The latest word of the dispatchers, None without any. Blocks for one call to Ray's head."""
-    from ray.experimental.internal_kv import internal_kv_get_gcs_client
-
-    gcs = internal_kv_get_gcs_client()  # type: ignore[no-untyped-call]
-    entry = gcs.internal_kv_get(demand_key(app_name, deployment), NAMESPACE, timeout=READ_TIMEOUT_S)
+    """The latest report of the dispatchers, None without one. Blocks for one call to Ray's head node."""
+    entry = get_value(demand_key(app_name, deployment), NAMESPACE, READ_TIMEOUT_S)
     return None if entry is None else ReportedDemand(**json.loads(entry))
 
 
 class DemandReader:
-    """The dispatchers' word of one deployment, asked for in a thread and given without waiting."""
+    """The latest report of the dispatchers, read by a thread and returned without waiting."""
 
-    def __init__(self, ask: Callable[[str, str], ReportedDemand | None] = read_demand) -> None:
-        self._read = ask
+    def __init__(self, read: Callable[[str, str], ReportedDemand | None] = read_demand) -> None:
+        self._read = read
         self._latest_demand: ReportedDemand | None = None
         self._read_at = -math.inf
         self._reading: asyncio.Future[ReportedDemand | None] | None = None
 
     def __call__(self, app_name: str, deployment: str, now: float) -> ReportedDemand | None:
+        """The last report that was read, None when it is older than DEMAND_TTL_S."""
         if self._reading is not None and self._reading.done():
             if not self._reading.cancelled() and self._reading.exception() is None:
                 self._latest_demand = self._reading.result()
@@ -223,22 +223,19 @@ class DemandReader:
         if self._reading is None and now - self._read_at >= READ_EVERY_S:
             self._read_at = now
             self._reading = asyncio.get_running_loop().run_in_executor(None, self._read, app_name, deployment)
-        return (
-            self._latest_demand
-            if self._latest_demand is not None and now - self._latest_demand.at < DEMAND_TTL_S
-            else None
-        )
+        latest = self._latest_demand
+        return latest if latest is not None and now - latest.at < DEMAND_TTL_S else None
 
 
 class BacklogPolicy:
     """A Scaler fed with what Serve's controller knows; Serve calls it several times a second.
 
-    A backlog is what the replicas report in seconds of work, and the requests that have not reached one,
-    at the mean of the latest: those in the store by the dispatchers' word, others as handles tell.
+    The backlog is the work that replicas report, plus the mean work of a request for each request that has
+    not reached a replica: those in the store as the dispatchers report them, others as Serve's handles do.
     """
 
     def __init__(self, **params: float) -> None:
-        """knobs: see Knobs. Raises TypeError for one that does not exist, ValueError for a bad value."""
+        """Raises TypeError for a name that AutoscalingParams lacks, ValueError for a value out of range."""
         self.read_demand: Callable[[str, str, float], ReportedDemand | None] = DemandReader()
         self._params = AutoscalingParams(**params)
         self._scaler = Scaler(self._params)
@@ -263,23 +260,23 @@ class BacklogPolicy:
         if known := [mean_s for mean_s in means.values() if mean_s > 0]:
             self._request_s = sum(known) / len(known)
         demand = self.read_demand(ctx.app_name or "", ctx.deployment_name, now)
-        waiting, given = (0, 0) if demand is None else (demand.waiting, demand.running)
-        # given to Serve and not in any replica's report: still at a handle, or on the way
-        on_the_way = max(0.0, given - sum(held.values()), ctx.total_queued_requests or 0.0)
-        backlog_s = sum(left.values()) + (waiting + on_the_way) * self._request_s
+        waiting, sent = (0, 0) if demand is None else (demand.waiting, demand.running)
+        # sent to Serve and in no replica's report: still at a handle, or in transit
+        in_transit = max(0.0, sent - sum(held.values()), ctx.total_queued_requests or 0.0)
+        backlog_s = sum(left.values()) + (waiting + in_transit) * self._request_s
         return Observation(now, ctx.current_num_replicas, ctx.target_num_replicas, self._done_s, backlog_s)
 
 
 def autoscaling_policy(params: Mapping[str, float]) -> dict[str, Any]:
-    """What `autoscaling_config.policy` shall be. Raises ValueError naming a knob that is wrong."""
+    """The value of `autoscaling_config.policy`. Raises ValueError naming a parameter that is wrong."""
     names = [field.name for field in fields(AutoscalingParams)]
     if unknown := sorted(set(params) - set(names)):
-        raise ValueError(f"there is no knob {unknown[0]!r}; there is {', '.join(names)}")
+        raise ValueError(f"there is no parameter {unknown[0]!r}; there is {', '.join(names)}")
     AutoscalingParams(**params)
     return {"policy_function": f"{__name__}:{BacklogPolicy.__name__}", "policy_kwargs": dict(params)}
 
 
 def _latest(metrics: Mapping[str, Any], name: str) -> dict[str, float]:
-    """The last value that each replica reported under this name."""
+    """By replica, the last value that it reported under this name."""
     series = metrics.get(name, {})
     return {str(replica): points[-1].value for replica, points in series.items() if points}

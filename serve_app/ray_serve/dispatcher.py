@@ -1,4 +1,4 @@
-"""DispatcherReplica: the Serve shell that runs jobs/dispatch.py."""
+"""The Serve deployment class of a dispatcher: runs jobs/worker/dispatch.py and maintenance.py."""
 
 from __future__ import annotations
 
@@ -11,54 +11,59 @@ from deployments.protocol.errors import Internal
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.jobs.worker.maintenance import Maintenance
 from serve_app.observability.metrics import RayMeter, join_serve_log
-from serve_app.ray_serve.model_client import CapacityTracker, JobTimeLimits, ModelClient
+from serve_app.ray_serve.capacity import CapacityTracker, JobTimeLimits
+from serve_app.ray_serve.model_client import ModelClient
+from serve_app.ray_serve.served_models import ServedModels
 from serve_app.services import Services
 from serve_app.settings import Settings
 from serve_app.storage.url_fetcher import UrlFetcher
 
 
 class DispatcherReplica:
-    """Carries jobs from the store to the models. Nobody calls it; it looks for work itself."""
+    """Takes jobs from the store and runs them on the models; it is not called from outside."""
 
-    async def __init__(  # type: ignore[misc]  # Serve awaits it, so that the loop below is the replica's
+    _dispatcher: Dispatcher | None = None  # None until the constructor is done
+    _maintenance: asyncio.Task[None] | None = None
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it: the tasks below run on the replica's loop
         self,
         settings: Settings,
         cards: Mapping[str, ModelCard] | None,
         dispatchers: int,
     ) -> None:
-        """cards: what its application serves; None: models are applications of their own."""
+        """cards: those of its application; None: models are applications of their own."""
         join_serve_log()
-        models = ModelClient.of_replica(cards)
+        served = ServedModels.of_replica(cards)
         services = Services.open(settings)
-        capacity = CapacityTracker(models, dispatchers)
+        capacity = CapacityTracker(served, ModelClient(served), dispatchers)
         self._dispatcher = Dispatcher(
             services.store,
             services.results,
             capacity,
             settings,
-            time_limits_s=JobTimeLimits(models.cards),
+            time_limits_s=JobTimeLimits(served.cards),
             meter=RayMeter(),
             report_demand=capacity.report_demand,
         )
         # a task with the context of a Serve request would be cancelled with that request
-        self._task = asyncio.create_task(self._dispatcher.run(), context=contextvars.Context())
+        self._dispatching = asyncio.create_task(self._dispatcher.run(), context=contextvars.Context())
         maintenance = Maintenance(
             services.store, services.results, UrlFetcher(settings.webhook_hosts), settings
         )
         self._maintenance = asyncio.create_task(maintenance.run(), context=contextvars.Context())
 
     async def active(self) -> int:
-        """Jobs running here now."""
-        return self._dispatcher.active
+        """Number of jobs that run on this dispatcher."""
+        return 0 if self._dispatcher is None else self._dispatcher.active
 
     def check_health(self) -> None:
-        """Called by Serve; raising has the replica replaced."""
-        if self._task.done() or self._maintenance.done():
+        """Called by Serve, which replaces the replica when this raises."""
+        if self._dispatching.done() or self._maintenance is None or self._maintenance.done():
             raise Internal("the dispatcher's loop has ended")
 
     async def __del__(self) -> None:
-        """Called and awaited by Serve before the replica goes: running jobs are given back at once."""
-        if hasattr(self, "_chores"):
+        """Called and awaited by Serve before the replica stops: running jobs return to the queue at once."""
+        if self._maintenance is not None:
             self._maintenance.cancel()
-        if hasattr(self, "_dispatcher"):
+        if self._dispatcher is not None:
             await self._dispatcher.drain()

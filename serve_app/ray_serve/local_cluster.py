@@ -1,4 +1,4 @@
-"""A Ray of our own on this machine, and a Serve config file deployed to it."""
+"""A Ray cluster on this machine only, and the deployment of a Serve config file to it."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.context import _get_global_client
-from ray.serve.schema import ServeDeploySchema
+from ray.serve.schema import ApplicationStatusOverview, ServeDeploySchema
+
+from serve_app.ray_serve.private_api import LOOPBACK_NODE, deploy_applications
 
 STARTUP_LIMIT_S = 3600.0  # a large model may be downloading
-OBJECT_STORE_BYTES = 256 * 2**20  # pictures travel through it one at a time
-ERROR_LINES = 8  # lines of a failed start's traceback worth reading
+OBJECT_STORE_BYTES = 256 * 2**20  # images travel through it one at a time
+ERROR_LINES = 8  # last lines of a failed start's traceback that are printed
 
 
 @contextmanager
 def local_ray(**options: Any) -> Iterator[None]:
-    """A fresh Ray on loopback, ended with the block; other Rays on the machine are not touched.
+    """A new Ray on loopback, shut down after the block; other Rays on the machine are not touched.
 
-    options: for ray.init, over ours.
+    options: for ray.init; they override ours.
     """
     ours: dict[str, Any] = {
-        "address": "local",  # without it ray.init joins whatever cluster it finds
+        "address": "local",  # without it ray.init joins a cluster that it finds on the machine
         "include_dashboard": False,
         "log_to_driver": False,
         "logging_level": logging.ERROR,
         "object_store_memory": OBJECT_STORE_BYTES,
-        "_node_ip_address": "127.0.0.1",
+        **LOOPBACK_NODE,
     }
     ray.init(**(ours | options))
     try:
@@ -45,9 +46,9 @@ def local_ray(**options: Any) -> Iterator[None]:
 def deploy(
     config: Mapping[str, Any], report: Callable[[str], None], stopped: threading.Event | None = None
 ) -> bool:
-    """Deploy as `serve deploy` does and tell every change; True when all of it runs.
+    """Deploy as `serve deploy` does and report each change of a deployment; True when all applications run.
 
-    False when it failed (the reason is on stderr) or `stopped` was set meanwhile.
+    Returns False when one failed (the reason is on stderr) or `stopped` was set meanwhile.
     """
     stopped = stopped or threading.Event()
     schema = ServeDeploySchema.model_validate(config)
@@ -57,26 +58,35 @@ def deploy(
         logging_config=schema.logging_config,
         tracing_config=schema.tracing_config,
     )
-    client = _get_global_client()
-    assert client is not None, "serve.start has made one"
-    client.deploy_apps(schema)
+    deploy_applications(schema)
     names = {application.name for application in schema.applications}
     reported: dict[str, str] = {}
     began = time.monotonic()
     while not stopped.wait(0.2):
         applications = {n: a for n, a in serve.status().applications.items() if n in names}
-        for application in applications.values():
-            for name, deployment in application.deployments.items():
-                state = "ready" if deployment.status == "HEALTHY" else deployment.message or "starting"
-                if reported.get(name) != state:
-                    reported[name] = state
-                    report(f"  {name}: {state}  ({time.monotonic() - began:.0f} s)")
+        elapsed_s = time.monotonic() - began
+        for name, state in _deployment_states(applications).items():
+            if reported.get(name) != state:
+                reported[name] = state
+                report(f"  {name}: {state}  ({elapsed_s:.0f} s)")
         states = {application.status.value for application in applications.values()}
         if states == {"RUNNING"} and applications.keys() == names:
             return True
-        if "DEPLOY_FAILED" in states or time.monotonic() - began > STARTUP_LIMIT_S:
-            for name, application in applications.items():
-                reason = "\n".join(application.message.strip().splitlines()[-ERROR_LINES:])
-                print(f"weft: {name} did not start: {reason}", file=sys.stderr)
+        if "DEPLOY_FAILED" in states or elapsed_s > STARTUP_LIMIT_S:
+            _print_failures(applications)
             return False
     return False
+
+
+def _deployment_states(applications: Mapping[str, ApplicationStatusOverview]) -> dict[str, str]:
+    return {
+        name: "ready" if deployment.status == "HEALTHY" else deployment.message or "starting"
+        for application in applications.values()
+        for name, deployment in application.deployments.items()
+    }
+
+
+def _print_failures(applications: Mapping[str, ApplicationStatusOverview]) -> None:
+    for name, application in applications.items():
+        reason = "\n".join(application.message.strip().splitlines()[-ERROR_LINES:])
+        print(f"weft: {name} did not start: {reason}", file=sys.stderr)

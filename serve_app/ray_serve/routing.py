@@ -1,4 +1,4 @@
-"""Which cards are served, and by which deployment of which Serve application."""
+"""Routes: which deployment of which Serve application serves a card."""
 
 from __future__ import annotations
 
@@ -15,55 +15,64 @@ from serve_app.ray_serve.args import ModelArgs, select_cards
 from serve_app.settings import Settings
 
 MODEL_BUILDER = "serve_app.app:build_model"
-LORA_PREFIX = "lora-"  # of the deployment beside a model that serves its requests with LoRAs
-SETTLED_STATES = ("RUNNING", "UNHEALTHY")  # states of an application that is as its args say
+LORA_PREFIX = "lora-"  # starts the name of the deployment that serves a model's requests with LoRAs
+SETTLED_STATES = ("RUNNING", "UNHEALTHY")  # of an application that was deployed as its args say
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelRoute:
-    """Where the requests for one card go."""
+    """The deployment that serves the requests for one card."""
 
     card: ModelCard
     application: str
     deployment: str
-    loras: str | None  # deployment that takes requests with LoRAs; None: it takes none
-    routed_by_lora: bool  # whether Serve shall look for a replica of it that holds the LoRA
+    loras: str | None  # deployment for requests with LoRAs; None: the card accepts none
+    routed_by_lora: bool  # whether Serve prefers a replica that holds the LoRA
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaPool:
-    """A deployment's replicas."""
+    """The replicas of a deployment."""
 
-    status: str = ""
+    status: str = ""  # of the deployment, as Serve names it
     running: int = 0
-    limit: int | None = None  # how many there may be; None: not known
+    limit: int | None = None  # maximum number of replicas; None: not known
+
+    @property
+    def state(self) -> str:
+        """ready, loading, idle (scaled to zero) or error."""
+        if self.running:
+            return "ready"
+        if self.status in ("UNHEALTHY", "DEPLOY_FAILED"):
+            return "error"
+        return "idle" if self.status == "HEALTHY" else "loading"
 
 
 @dataclass(frozen=True, slots=True)
 class RunningApplication:
-    """A Serve application, as far as it matters here."""
+    """What a route table reads of a Serve application."""
 
-    import_path: str = ""  # empty: it is going away, or was not deployed from a config
+    import_path: str = ""  # of its builder; empty: it is being deleted, or was not deployed from a config
     args: Mapping[str, Any] = field(default_factory=dict)
     status: str = ""
-    deployed_at: float = 0.0  # Unix time
+    deployed_at: float = 0.0  # unix seconds
     deployments: Mapping[str, ReplicaPool] = field(default_factory=dict)
 
 
 class RouteTable(Protocol):
-    """What a service serves."""
+    """The routes of all served cards."""
 
     routes: Mapping[str, ModelRoute]  # by card id
     dynamic: bool  # whether `update` may change them
 
     def update(self, applications: Mapping[str, RunningApplication]) -> None:
-        """Take in what runs now, by name."""
+        """Update `routes` from the running applications, by name."""
 
 
 def deployment_groups(cards: Mapping[str, ModelCard]) -> dict[str, list[ModelCard]]:
-    """Cards that share their replicas, by the name of their deployment."""
+    """By deployment name, the cards that share its replicas."""
     found: dict[str, list[ModelCard]] = {}
     for card in cards.values():
         found.setdefault(card.serving.group or card.id, []).append(card)
@@ -75,12 +84,12 @@ def makes_videos(cards: list[ModelCard]) -> bool:
 
 
 def routes_of(cards: Mapping[str, ModelCard], application: str) -> dict[str, ModelRoute]:
-    """Where each of these cards is served, in their order. Raises BadRequest where two names clash."""
+    """By card id, in the order of `cards`, the route of each. Raises BadRequest when two names clash."""
     shared = deployment_groups(cards)
     routes: dict[str, ModelRoute] = {}
     for name, members in shared.items():
         if name in cards and len(members) > 1 and cards[name].serving.group != name:
-            raise BadRequest(f"the group {name!r} is called as another card; give it another name")
+            raise BadRequest(f"the group {name!r} has the name of another card; give it another name")
         loras = _lora_deployment(name, members)
         if loras != name and loras in shared:
             raise BadRequest(
@@ -95,29 +104,31 @@ def _lora_deployment(name: str, members: list[ModelCard]) -> str | None:
     match members[0].serving.lora:
         case "none":
             return None
-        case "dedicated" if not makes_videos(members):  # video models take LoRAs like all other requests
+        case "dedicated" if not makes_videos(
+            members
+        ):  # the replicas of video models serve requests with LoRAs themselves
             return f"{LORA_PREFIX}{name}"
         case _:
             return name
 
 
 class SingleApplicationRoutes:
-    """The models of our own application: the same until it is deployed anew."""
+    """The models of our own application; they never change while it runs."""
 
     dynamic = False
 
     def __init__(self, cards: Mapping[str, ModelCard], application: str) -> None:
         self.routes: Mapping[str, ModelRoute] = routes_of(cards, application)
 
-    def update(self, applications: Mapping[str, RunningApplication]) -> None:
-        """Nothing of it concerns us."""
+    def update(self, _applications: Mapping[str, RunningApplication]) -> None:
+        """Does nothing."""
 
 
 class FleetRoutes:
-    """The models of all applications that name `gateway` as theirs, as they come and go.
+    """The models of all applications whose args name `gateway`, as they come and go.
 
-    While an application is being changed, what it served before and will serve after is served. Of two that
-    serve the same card, the first by name does.
+    While an application is being redeployed, only the cards in both its old and its new args are served.
+    When two applications serve the same card, the first by name is used.
     """
 
     dynamic = True
@@ -125,13 +136,13 @@ class FleetRoutes:
     def __init__(self, gateway: str) -> None:
         self.routes: Mapping[str, ModelRoute] = {}
         self._gateway = gateway
-        self._warned: set[str] = set()  # warnings, each once
-        # by application: deployed at, routes
+        self._warned: set[str] = set()  # texts that were logged
+        # by application: time of its deployment, routes that its args ask for
         self._wanted: dict[str, tuple[float, dict[str, ModelRoute]]] = {}
-        self._known: dict[str, dict[str, ModelRoute]] = {}  # by application, as last seen
+        self._known: dict[str, dict[str, ModelRoute]] = {}  # by application, as of the last update
 
     def update(self, applications: Mapping[str, RunningApplication]) -> None:
-        """Take in what runs now, by name."""
+        """Update `routes` from the running applications, by name."""
         ours = {name: app for name, app in sorted(applications.items()) if app.import_path == MODEL_BUILDER}
         self._wanted = {name: wanted for name, wanted in self._wanted.items() if name in ours}
         self._known = {name: self._routes_of(name, application) for name, application in ours.items()}
@@ -148,18 +159,19 @@ class FleetRoutes:
         known = self._known.get(name)
         try:
             wanted = self._read(name, application)
-        except (ValidationError, WeftError) as error:  # Serve has refused it and keeps what ran
+        except (ValidationError, WeftError) as error:
+            # Serve has refused these args too, and keeps the application running with the earlier ones
             self._warn(f"the args of the application {name} are not valid: {error}")
             return known or {}
         if application.status in SETTLED_STATES:
             return wanted
         if known:
             return {model: route for model, route in known.items() if model in wanted}
-        there = application.deployments
-        return {model: route for model, route in wanted.items() if route.deployment in there}
+        running = application.deployments
+        return {model: route for model, route in wanted.items() if route.deployment in running}
 
     def _read(self, name: str, application: RunningApplication) -> dict[str, ModelRoute]:
-        """What its args ask for. Cards are read anew whenever it is deployed anew."""
+        """The routes that its args ask for. Cards are read again whenever it is redeployed."""
         read = self._wanted.get(name)
         if read is not None and read[0] == application.deployed_at:
             return read[1]
@@ -179,7 +191,7 @@ class FleetRoutes:
 
 
 class ServedCards(Mapping[str, ModelCard]):
-    """The cards that are served, by id, as they come and go."""
+    """A live view of the served cards, by id."""
 
     def __init__(self, served: RouteTable) -> None:
         self._served = served

@@ -1,10 +1,11 @@
-"""When Serve begins to stop this replica. Serve itself tells user code only when nothing runs any more."""
+"""Calls back when Serve begins to stop a replica; Serve itself does so only after the last request."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+
+from serve_app.ray_serve.private_api import run_before_shutdown
 
 logger = logging.getLogger(__name__)
 
@@ -12,33 +13,22 @@ logger = logging.getLogger(__name__)
 def on_stop(callback: Callable[[], None]) -> bool:
     """Have `callback` called once, on the replica's event loop, when its graceful shutdown begins.
 
-    It leans on Serve's insides (2.60: the actor's `_replica_impl`). False where they look different, as
-    outside of a replica: then work is cut off at the end of the grace period, and runs again elsewhere.
+    Returns False outside of a replica and when Serve's internals have changed: then requests that are still
+    running at the end of the grace period are aborted and run again on another replica.
     """
-    from ray._private.worker import global_worker
-
-    for actor in global_worker.actors.values():
-        replica = getattr(actor, "_replica_impl", None)
-        stop: Any = getattr(replica, "perform_graceful_shutdown", None)
-        if stop is None:
-            continue
-        _call_first(replica, stop, callback)
-        return True
-    logger.warning("Serve does not tell when this replica is stopped; long requests may start anew elsewhere")
-    return False
-
-
-def _call_first(replica: Any, stop: Callable[[], Any], callback: Callable[[], None]) -> None:
     called = False
 
-    async def call_and_stop() -> None:
+    async def call_once() -> None:
         nonlocal called
-        if not called:  # a restarted controller asks again
-            called = True
-            try:
-                callback()
-            except Exception:
-                logger.exception("a replica's own preparation for its end failed")
-        await stop()
+        if called:  # a restarted controller asks again
+            return
+        called = True
+        try:
+            callback()
+        except Exception:
+            logger.exception("the callback before the shutdown of a replica failed")
 
-    replica.perform_graceful_shutdown = call_and_stop
+    installed = run_before_shutdown(call_once)
+    if not installed:
+        logger.warning("no shutdown hook in this replica: long requests may start again elsewhere")
+    return installed

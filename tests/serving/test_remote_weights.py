@@ -44,5 +44,5 @@ def test_a_fleet_has_an_application_of_its_own_for_it(
     application = build_weights(WeightsArgs(models=["flux.1-dev", "tiny-wan"]))
 
     assert application._bound_deployment.name == "WeightsFetcher"
-    with pytest.raises(BadRequest, match="nothing is to be fetched"):
+    with pytest.raises(BadRequest, match="there is nothing to fetch"):
         build_weights(WeightsArgs(models=["tiny-wan"]))

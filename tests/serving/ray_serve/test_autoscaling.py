@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,7 +195,7 @@ def test_a_controller_that_begins_anew_takes_nothing_away_at_once() -> None:
 @pytest.mark.parametrize(
     "wrong", [{"utilization": 0.0}, {"utilization": 1.5}, {"drain_s": 0.0}, {"hold_s": -1.0}, {"rho": 0.7}]
 )
-def test_wrong_knobs_stop_the_start_with_their_name(wrong: dict[str, float]) -> None:
+def test_wrong_parameters_stop_the_start_with_their_name(wrong: dict[str, float]) -> None:
     with pytest.raises(BadRequest, match=f"of 'flux'.*{next(iter(wrong))}"):
         _deployment("flux", Serving(autoscaling=wrong))
 
@@ -287,6 +290,23 @@ def test_ray_runs_it_pickled_by_value_and_as_the_app_configures_it() -> None:
     made.read_demand = lambda *_: ReportedDemand(waiting=1000, running=0, at=0.0)
     replicas, _ = _apply_autoscaling_config(made)(context(1.0, target=0))
     assert 1 < replicas <= MOST
+
+
+def test_serves_controller_needs_no_module_of_ours_to_run_it(tmp_path: Path) -> None:
+    made = AutoscalingPolicy(**autoscaling_policy({}))
+    policy_file = tmp_path / "policy"
+    policy_file.write_bytes(made.get_serialized_policy_def())
+    code = (
+        "import sys; sys.modules |= {'serve_app': None, 'deployments': None}\n"
+        "from ray import cloudpickle\n"
+        f"policy = cloudpickle.loads(open({str(policy_file)!r}, 'rb').read())()\n"
+        "reads = policy.read_demand._read.__globals__['get_value']\n"
+        "print(policy._scaler.cold_start_s, reads.__name__)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+
+    assert done.stdout.split() == ["60.0", "get_value"], done.stderr
 
 
 def test_names_match_what_replicas_report() -> None:

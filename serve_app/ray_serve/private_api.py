@@ -1,0 +1,81 @@
+"""Every name of Ray and Ray Serve that Ray does not document; no other module of ours uses one.
+
+tests/serving/ray_serve/test_private_api.py compares them with the installed Ray. When it fails for a new
+version of Ray, this module has to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from ray import serve
+from ray._private.worker import global_worker
+from ray.experimental.internal_kv import _internal_kv_put, internal_kv_get_gcs_client
+from ray.serve.context import _get_global_client
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import ServeDeploySchema, ServeInstanceDetails
+
+LOOPBACK_NODE = {
+    "_node_ip_address": "127.0.0.1"
+}  # options of ray.init: the node's processes bind to loopback
+
+
+def deploy_applications(schema: ServeDeploySchema) -> None:
+    """Have the running Serve controller deploy what `serve deploy` would; returns before it is done.
+
+    Raises RayServeException when no controller runs.
+    """
+    client = _get_global_client()
+    assert client is not None, "it raises instead"
+    client.deploy_apps(schema)
+
+
+def query_serve_details() -> ServeInstanceDetails | None:
+    """State and configuration of every application; None while no Serve controller runs. Blocks for one call.
+
+    `serve.status()` is made of the same answer, without the arguments of the applications.
+    """
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else ServeInstanceDetails(**client.get_serve_details())
+
+
+def unchecked_handle(deployment: str, application: str) -> DeploymentHandle[Any]:
+    """A handle to a deployment that need not exist yet. Without Serve's check it does not block."""
+    return serve.get_deployment_handle(deployment, application, _check_exists=False)
+
+
+def run_before_shutdown(callback: Callable[[], Awaitable[None]]) -> bool:
+    """Have the replica in this process await `callback` whenever Serve asks it to shut down, before it does.
+
+    Returns False when this process is no replica, or Serve's replica looks different.
+    """
+    for actor in global_worker.actors.values():
+        replica = getattr(actor, "_replica_impl", None)
+        shut_down = getattr(replica, "perform_graceful_shutdown", None)
+        if replica is not None and shut_down is not None:
+            replica.perform_graceful_shutdown = _in_sequence(callback, shut_down)
+            return True
+    return False
+
+
+def _in_sequence(
+    first: Callable[[], Awaitable[None]], second: Callable[[], Awaitable[None]]
+) -> Callable[[], Awaitable[None]]:
+    async def both() -> None:
+        await first()
+        await second()
+
+    return both
+
+
+def put_value(key: bytes, value: bytes, namespace: bytes) -> None:
+    """Store a value in the key-value store of Ray's head node. Blocks for one call."""
+    _internal_kv_put(key, value, namespace=namespace)
+
+
+def get_value(key: bytes, namespace: bytes, timeout_s: float) -> bytes | None:
+    """The value stored under this key, None without one. Blocks for one call."""
+    store = internal_kv_get_gcs_client()  # type: ignore[no-untyped-call]
+    value: bytes | None = store.internal_kv_get(key, namespace, timeout=timeout_s)
+    return value
