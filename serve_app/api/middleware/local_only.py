@@ -1,17 +1,16 @@
 """Without a key, only callers on this machine are answered."""
 
-import re
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deployments.protocol.errors import Forbidden
+from serve_app.admission.loopback import is_loopback
 from serve_app.api.errors import route_path
 from serve_app.api.middleware.send_error import send_error
 from serve_app.settings import Settings
 
-LOOPBACK_IPV4 = re.compile(r"127(?:\.[0-9]{1,3}){3}")
 PROBES = ("/health", "/ready")
 
 
@@ -43,12 +42,12 @@ class LocalOnlyMiddleware:
 
     def _foreign_host(self, scope: Scope, host_header: str) -> str | None:
         client = scope.get("client")
-        if client is not None and not (_is_loopback(client[0]) or self.public.hostname):
+        if client is not None and not (is_loopback(client[0]) or self.public.hostname):
             return (
                 f"this service has no key and answers only its own machine, not {client[0]}; set WEFT_API_KEY"
             )
         host = _split(f"//{host_header}").hostname or ""
-        if not (_is_loopback(host) or host == self.public.hostname):
+        if not (is_loopback(host) or host == self.public.hostname):
             return (
                 f"this service has no key and answers only on loopback, not as {host[:100]!r}; "
                 "set WEFT_API_KEY, or WEFT_PUBLIC_URL to the address it is reached by"
@@ -71,7 +70,3 @@ def _split(url: str) -> SplitResult:
         return urlsplit(url)
     except ValueError:
         return urlsplit("")
-
-
-def _is_loopback(host: str) -> bool:
-    return host in ("localhost", "::1") or LOOPBACK_IPV4.fullmatch(host) is not None
