@@ -1,4 +1,4 @@
-"""`weft doctor`: looks at an installation as it runs and says what is unsafe or about to fail."""
+"""`weft doctor`: checks an installation while it runs, and reports what is unsafe or about to fail."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ import os
 import shutil
 import socket
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from ipaddress import ip_address
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import urlsplit
+
+import typer
 
 from deployments.protocol.card import ModelCard, load_cards
 from deployments.protocol.errors import WeftError
+from serve_app.admission.loopback import is_loopback
 from serve_app.redis.embedded import running_server
 from serve_app.redis.info import RedisInfo, query_info
 from serve_app.settings import ROOT, Settings
 
 DASHBOARD_PORT = 8265
 RAY_PORTS = {6379: "Ray's control store", DASHBOARD_PORT: "Ray's dashboard", 10001: "Ray's client server"}
-KEY_MIN_CHARS = 24  # a key that was made up by a person can be guessed
-LOW_ROOM = 4  # times min_free_bytes
+KEY_MIN_CHARS = 24  # a shorter key was probably made up by a person and can be guessed
+LOW_SPACE = 4  # times min_free_bytes
 CLOCK_WARN_S, CLOCK_FAIL_S = 1.0, 5.0
-CONNECT_S = 3.0
+CONNECT_TIMEOUT_S = 3.0
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 class Level(StrEnum):
+    """How serious a finding is."""
+
     ok = "ok"
     warn = "warn"
     fail = "fail"
@@ -36,25 +43,35 @@ class Level(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     level: Level
-    text: str  # what was found; then, unless ok, what to do
+    text: str  # what was found; unless ok, also what to do
 
 
-def run(settings: Settings, host: str, port: int, report: Callable[[str], None]) -> int:
-    """Exit status: 1 when anything failed. host, port: where the service should be listening."""
-    findings = [*examine(settings, host, port)]
+@app.command()
+def doctor(
+    host: Annotated[
+        str | None, typer.Option(help="Address that the service listens on.  Default: WEFT_HOST, 127.0.0.1.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port that the service listens on.  Default: WEFT_PORT, 8000.")
+    ] = None,
+) -> None:
+    """Check a running installation; exit status 1 when it is unsafe."""
+    settings = Settings.load()
+    findings = [*examine(settings, host or settings.host or "127.0.0.1", port or settings.port or 8000)]
     for finding in findings:
-        report(f"{finding.level.value:4}  {finding.text}")
+        print(f"{finding.level.value:4}  {finding.text}")
     failed = sum(finding.level is Level.fail for finding in findings)
     warned = sum(finding.level is Level.warn for finding in findings)
-    report(f"{len(findings)} checks: {failed} failed, {warned} with a warning")
-    return 1 if failed else 0
+    print(f"{len(findings)} checks: {failed} failed, {warned} with a warning")
+    if failed:
+        raise typer.Exit(1)
 
 
 def examine(settings: Settings, host: str, port: int) -> Iterator[Finding]:
-    """Every finding, the most dangerous subjects first."""
+    """All findings, the most dangerous subjects first. host, port: where the service should be listening."""
     yield from key_findings(settings, host)
     yield from service_findings(host, port, has_key=not settings.auth_disabled)
     yield from ray_findings()
@@ -68,29 +85,29 @@ def examine(settings: Settings, host: str, port: int) -> Iterator[Finding]:
 
 
 def key_findings(settings: Settings, host: str) -> Iterator[Finding]:
-    """Whether those who can reach us need a key, and one that cannot be guessed."""
-    kept = settings.data_dir / "api_key"
+    """Whether every caller that can reach the service needs a key, and one that cannot be guessed."""
+    generated = settings.data_dir / "api_key"
     if settings.api_key is not None:
         if len(settings.api_key.get_secret_value()) < KEY_MIN_CHARS:
             yield Finding(
                 Level.warn, f"WEFT_API_KEY has under {KEY_MIN_CHARS} characters; use 32 random bytes as text"
             )
         else:
-            yield Finding(Level.ok, "a key is demanded")
+            yield Finding(Level.ok, "a key is required")
         if settings.jwt_secret is None and not (settings.data_dir / "jwt_secret").exists():
             yield Finding(
                 Level.warn, "WEFT_JWT_SECRET is not set: no tokens, and the page keeps the key in its tab"
             )
     elif is_loopback(host):
-        yield Finding(Level.ok, "no key is demanded, and only this machine can call")
-    elif kept.exists():
-        yield Finding(Level.ok, f"the key that `weft serve` made is demanded ({kept})")
+        yield Finding(Level.ok, "no key is required, and only this machine can call")
+    elif generated.exists():
+        yield Finding(Level.ok, f"the key that `weft serve` generated is required ({generated})")
     else:
-        yield Finding(Level.fail, f"no key is set, and {host} can be reached by others; set WEFT_API_KEY")
+        yield Finding(Level.fail, f"no key is set, and other machines can reach {host}; set WEFT_API_KEY")
 
 
 def service_findings(host: str, port: int, *, has_key: bool) -> Iterator[Finding]:
-    """What the running service answers to somebody without a key."""
+    """What the running service answers to a caller without a key."""
     address = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     try:
         health = status_of(address, port, "/health")
@@ -98,7 +115,7 @@ def service_findings(host: str, port: int, *, has_key: bool) -> Iterator[Finding
         yield Finding(Level.warn, f"nothing listens on {address}:{port}; start it, or give --host and --port")
         return
     if health != 200:
-        yield Finding(Level.warn, f"{address}:{port} answers /health with {health}; is that this service?")
+        yield Finding(Level.warn, f"{address}:{port} answers /health with {health}; is it this service?")
         return
     models = status_of(address, port, "/api/models/")
     if models == 401:
@@ -109,19 +126,19 @@ def service_findings(host: str, port: int, *, has_key: bool) -> Iterator[Finding
         yield Finding(Level.ok, "the service answers its own machine without a key")
     for other in own_addresses():
         if is_loopback(host) and listens(other, port):
-            yield Finding(Level.fail, f"port {port} can be reached as {other}, not on loopback alone")
+            yield Finding(Level.fail, f"port {port} can be reached as {other}, not only on loopback")
 
 
 def ray_findings() -> Iterator[Finding]:
-    """Whether strangers can reach Ray: whoever can, runs code on every node."""
+    """Whether Ray can be reached from outside: a caller that can reach it runs code on every node."""
     mode = os.environ.get("RAY_AUTH_MODE", "")
     local = listens("127.0.0.1", DASHBOARD_PORT)
     if local and status_of("127.0.0.1", DASHBOARD_PORT, "/api/jobs/") not in (401, 403):
         yield Finding(
-            Level.fail, "Ray's dashboard takes jobs without a token; set RAY_AUTH_MODE=token on every node"
+            Level.fail, "Ray's dashboard accepts jobs without a token; set RAY_AUTH_MODE=token on every node"
         )
     elif local:
-        yield Finding(Level.ok, "Ray's dashboard demands a token")
+        yield Finding(Level.ok, "Ray's dashboard requires a token")
     elif mode == "disabled":
         yield Finding(Level.fail, "RAY_AUTH_MODE=disabled; set it to token")
     else:
@@ -141,75 +158,84 @@ def ray_findings() -> Iterator[Finding]:
 
 
 def store_findings(info: RedisInfo, appendfsync: str | None) -> Iterator[Finding]:
-    """Whether what is accepted is kept, and how much a stolen connection could do."""
+    """Whether accepted jobs are kept, and what our account may do beyond its need.
+
+    appendfsync: the server's setting where it is known from elsewhere.
+    """
     yield Finding(Level.ok, f"the store answers (version {info.version or 'unknown'})")
-    fsync = info.appendfsync or appendfsync
-    if info.aof is False:
-        yield Finding(
-            Level.fail, "the store writes nothing to disk: appendonly yes, or a restart loses every job"
-        )
-    elif info.aof is None:
-        yield Finding(
-            Level.warn, "the store does not tell whether it writes to disk; see that appendonly is yes"
-        )
-    elif fsync == "always":
-        yield Finding(Level.ok, "the store writes every change to disk before it answers")
-    else:
-        yield Finding(
-            Level.warn,
-            f"the store writes to disk with appendfsync {fsync or 'unknown'}: everysec may lose the last "
-            "second or two when the machine loses power",
-        )
+    yield _durability(info.aof, info.appendfsync or appendfsync)
     if info.eviction not in (None, "noeviction"):
         yield Finding(
             Level.fail, f"the store may drop jobs (maxmemory-policy {info.eviction}); set noeviction"
         )
-    wide = [
-        name
-        for name, may in (
-            ("run scripts", info.scripts),
-            ("read keys of others", info.foreign_keys),
-            ("reconfigure the server", info.admin),
+    yield _permissions(info)
+    yield _clock(info.clock_ahead_s)
+
+
+def _durability(aof: bool | None, appendfsync: str | None) -> Finding:
+    if aof is False:
+        return Finding(
+            Level.fail, "the store writes nothing to disk: appendonly yes, or a restart loses every job"
         )
-        if may
-    ]
-    if wide:
-        yield Finding(
-            Level.warn, f"our account of the store may {', '.join(wide)}; give it the ACL of docs/security.md"
+    if aof is None:
+        return Finding(
+            Level.warn, "the store does not say whether it writes to disk; check that appendonly is yes"
         )
-    else:
-        yield Finding(Level.ok, "our account of the store may touch our keys and nothing else")
-    apart = abs(info.clock_ahead_s)
-    if apart > CLOCK_WARN_S:
-        level = Level.fail if apart > CLOCK_FAIL_S else Level.warn
-        yield Finding(
-            level, f"this machine's clock and the store's are {apart:.1f} s apart; run a time service"
+    if appendfsync == "always":
+        return Finding(Level.ok, "the store writes every change to disk before it answers")
+    return Finding(
+        Level.warn,
+        f"the store writes to disk with appendfsync {appendfsync or 'unknown'}: everysec may lose the last "
+        "second or two when the machine loses power",
+    )
+
+
+def _permissions(info: RedisInfo) -> Finding:
+    permissions = {
+        "run scripts": info.scripts,
+        "read keys of others": info.foreign_keys,
+        "reconfigure the server": info.admin,
+    }
+    unneeded = [name for name, allowed in permissions.items() if allowed]
+    if unneeded:
+        return Finding(
+            Level.warn,
+            f"our account of the store may {', '.join(unneeded)}; give it the ACL of docs/security.md",
         )
-    else:
-        yield Finding(Level.ok, "this machine's clock and the store's agree")
+    return Finding(Level.ok, "our account of the store may use our keys and nothing else")
+
+
+def _clock(ahead_s: float) -> Finding:
+    apart_s = abs(ahead_s)
+    if apart_s <= CLOCK_WARN_S:
+        return Finding(Level.ok, "this machine's clock and the store's agree")
+    level = Level.fail if apart_s > CLOCK_FAIL_S else Level.warn
+    return Finding(
+        level, f"this machine's clock and the store's are {apart_s:.1f} s apart; run a time service"
+    )
 
 
 def transport_findings(url: str) -> Iterator[Finding]:
-    """Whether the way to the store can be listened to."""
+    """Whether the connection to the store is protected."""
     parts = urlsplit(url)
     if parts.scheme == "unix" or is_loopback(parts.hostname or "localhost"):
         return
     if not parts.password:
-        yield Finding(Level.fail, "the store asks for no password; give it users (docs/security.md)")
+        yield Finding(Level.fail, "the store requires no password; give it users (docs/security.md)")
     if parts.scheme != "rediss":
-        yield Finding(Level.warn, "prompts travel to the store in the clear; use rediss://")
+        yield Finding(Level.warn, "prompts travel to the store unencrypted; use rediss://")
 
 
 def disk_findings(settings: Settings) -> Iterator[Finding]:
-    """Room for pictures and for the store's file."""
+    """Free disk space for images and for the store's file."""
     folder = settings.data_dir
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     summary = f"{free / 2**30:.1f} GiB free at {folder}"
     if free < settings.min_free_bytes:
-        yield Finding(Level.fail, f"{summary}: jobs are refused; make room")
-    elif free < LOW_ROOM * settings.min_free_bytes:
+        yield Finding(Level.fail, f"{summary}: jobs are refused; free some space")
+    elif free < LOW_SPACE * settings.min_free_bytes:
         yield Finding(
             Level.warn, f"{summary}: jobs are refused below {settings.min_free_bytes / 2**30:.2f} GiB"
         )
@@ -218,22 +244,22 @@ def disk_findings(settings: Settings) -> Iterator[Finding]:
 
 
 def secret_file_findings(data_dir: Path) -> Iterator[Finding]:
-    """Whether only our user may read what is secret."""
+    """Whether only our user can read the files with secrets."""
     for name in ("api_key", "jwt_secret", "valkey/secret", "valkey/users.acl", "valkey/valkey.conf"):
         path = data_dir / name
         if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
-            yield Finding(Level.fail, f"others on this machine can read {path}; chmod 600 it")
+            yield Finding(Level.fail, f"other users of this machine can read {path}; run chmod 600 on it")
 
 
 def card_findings(cards: list[ModelCard]) -> Iterator[Finding]:
-    """Whether the weights that cards say are here, are here."""
+    """Whether the local weights that the cards name exist."""
     missing = [
         f"{card.id} ({card.weights.path})"
         for card in cards
         if card.weights.path is not None and not (ROOT / card.weights.path).exists()
     ]
     if missing:
-        yield Finding(Level.warn, f"weights are not where the cards say: {', '.join(missing)}")
+        yield Finding(Level.warn, f"weights are missing: {', '.join(missing)}")
     else:
         yield Finding(Level.ok, f"{len(cards)} model cards, none with weights missing on this machine")
 
@@ -244,7 +270,7 @@ def _store(settings: Settings) -> Iterator[Finding]:
         url = settings.redis_url.get_secret_value()
         yield from transport_findings(url)
     else:
-        url, appendfsync = running_server(settings.data_dir), "always"  # as embedded_redis.py starts it
+        url, appendfsync = running_server(settings.data_dir), "always"  # as redis/embedded.py starts it
     if url is None:
         yield Finding(
             Level.warn, f"no store: REDIS_URL is not set and no `weft serve` runs on {settings.data_dir}"
@@ -253,41 +279,34 @@ def _store(settings: Settings) -> Iterator[Finding]:
     try:
         info = query_info(url, settings.redis_prefix)
     except RuntimeError as error:
-        yield Finding(Level.fail, f"the store cannot be asked ({error}); start it, or mend REDIS_URL")
+        yield Finding(Level.fail, f"the store does not answer ({error}); start it, or correct REDIS_URL")
         return
     yield from store_findings(info, appendfsync)
 
 
-def is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def listens(address: str, port: int) -> bool:
-    """Whether somebody accepts connections there."""
+    """Whether a server accepts connections at this address."""
     try:
-        with socket.create_connection((address, port), timeout=CONNECT_S):
+        with socket.create_connection((address, port), timeout=CONNECT_TIMEOUT_S):
             return True
     except OSError:
         return False
 
 
 def status_of(address: str, port: int, path: str) -> int:
-    """The HTTP status of a GET without any key. Raises OSError when nobody answers."""
-    connection = http.client.HTTPConnection(address, port, timeout=CONNECT_S)
+    """The HTTP status of a GET without a key. Raises OSError when no server answers."""
+    connection = http.client.HTTPConnection(address, port, timeout=CONNECT_TIMEOUT_S)
     try:
         connection.request("GET", path)
         return connection.getresponse().status
     except http.client.HTTPException as error:
-        raise ConnectionError(f"{address}:{port} speaks no HTTP") from error
+        raise ConnectionError(f"{address}:{port} does not answer with HTTP") from error
     finally:
         connection.close()
 
 
 def own_addresses() -> list[str]:
-    """This machine's addresses that others may reach it by."""
+    """The addresses of this machine that are not loopback."""
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)}
     except OSError:

@@ -1,12 +1,14 @@
-"""`weft users` and `weft keys`: the installation's accounts from the command line."""
+"""`weft users` and `weft keys`: the accounts of this installation."""
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterator
 from datetime import UTC, datetime
+from typing import Annotated
+
+import typer
 
 from deployments.protocol.errors import BadRequest
 from serve_app.admission.api_keys import ApiKey
@@ -18,103 +20,140 @@ from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
 
 DAY_S = 86_400.0
-Parsers = argparse._SubParsersAction  # argparse gives it no public name
+NO_AUTH_NOTE = "Note: WEFT_API_KEY is not set, so on loopback everybody may call without any key."
+
+users = typer.Typer(add_completion=False, rich_markup_mode=None, help="Add, list, disable and enable users.")
+keys = typer.Typer(add_completion=False, rich_markup_mode=None, help="Create, list and revoke API keys.")
+
+UserArgument = Annotated[str, typer.Argument(metavar="user", help="E-mail address or id of the user.")]
 
 
-def add_commands(commands: Parsers[argparse.ArgumentParser]) -> None:
-    """Declare both commands."""
-    users = commands.add_parser("users", help="add, list and disable users")
-    verbs = users.add_subparsers(dest="verb", required=True)
-    add = verbs.add_parser("add", help="add a user; give them a key next")
-    add.add_argument("email")
-    add.add_argument("--name", help="default: the e-mail")
-    add.add_argument("--role", choices=[role.value for role in Role], default=Role.user.value)
-    add.add_argument("--images-per-day", type=int, help="default: no limit")
-    verbs.add_parser("list", help="list all users")
-    for verb in ("disable", "enable"):
-        change = verbs.add_parser(verb, help=f"{verb} a user; their tokens end either way")
-        change.add_argument("user", help="e-mail or id")
-
-    keys = commands.add_parser("keys", help="create, list and revoke API keys")
-    verbs = keys.add_subparsers(dest="verb", required=True)
-    create = verbs.add_parser("create", help="make a key; it is shown once")
-    create.add_argument("user", help="e-mail or id of whom it is for")
-    create.add_argument("--name", default="", help="what it is for")
-    create.add_argument(
-        "--scopes",
-        default=",".join(sorted(USER_SCOPES)),
-        help=f"of {', '.join(Scope)} (default: %(default)s)",
-    )
-    create.add_argument("--days", type=float, help="its life (default: no end)")
-    verbs.add_parser("list", help="list all keys, without their secrets")
-    verbs.add_parser("revoke", help="end a key").add_argument("prefix", help="its name in the list")
-
-
-def run(options: argparse.Namespace, settings: Settings, report: Callable[[str], None]) -> int:
-    """Exit status. Raises WeftError, and RuntimeError when there is no store to write to."""
-    with _store(settings) as url:
-        asyncio.run(_run(options, settings, url, report))
-    return 0
-
-
-async def _run(
-    options: argparse.Namespace, settings: Settings, url: str, report: Callable[[str], None]
+@users.command("add")
+def add_user(
+    email: Annotated[str, typer.Argument(metavar="email", help="E-mail address of the user.")],
+    name: Annotated[str | None, typer.Option(help="Name of the user.  Default: the e-mail address.")] = None,
+    role: Annotated[Role, typer.Option(help="What the user may do.")] = Role.user,
+    images_per_day: Annotated[int | None, typer.Option(help="Quota of images.  Default: no limit.")] = None,
 ) -> None:
-    verbs: dict[tuple[str, str], Callable[[argparse.Namespace, AccountStore], Awaitable[str]]] = {
-        ("users", "add"): _add_user,
-        ("users", "list"): _list_users,
-        ("users", "disable"): _disable_user,
-        ("users", "enable"): _enable_user,
-        ("keys", "create"): _create_key,
-        ("keys", "list"): _list_keys,
-        ("keys", "revoke"): _revoke_key,
-    }
-    async with connect(url) as redis:
-        report(await verbs[options.command, options.verb](options, AccountStore.of(redis, settings)))
-    if settings.auth_disabled and options.verb in ("add", "create"):
-        report("Note: WEFT_API_KEY is not set, so on loopback everybody may call without any key.")
+    """Add a user.  Create a key for the user next."""
+
+    async def add(accounts: AccountStore) -> str:
+        user = await accounts.users.add(name or email, email, role, images_per_day)
+        return f"{_user_line(user)}\nNext: weft keys create {user.email}"
+
+    if _run(add).auth_disabled:
+        print(NO_AUTH_NOTE)
 
 
-async def _add_user(options: argparse.Namespace, accounts: AccountStore) -> str:
-    user = await accounts.users.add(
-        options.name or options.email, options.email, Role(options.role), options.images_per_day
-    )
-    return f"{_user_line(user)}\nNext: weft keys create {user.email}"
+@users.command("list")
+def list_users() -> None:
+    """List all users."""
+
+    async def list_all(accounts: AccountStore) -> str:
+        return "\n".join(_user_line(user) for user in await accounts.users.list()) or "no users"
+
+    _run(list_all)
 
 
-async def _list_users(_: argparse.Namespace, accounts: AccountStore) -> str:
-    return "\n".join(_user_line(user) for user in await accounts.users.list()) or "no users"
+@users.command("disable")
+def disable_user(user: UserArgument) -> None:
+    """Disable a user.  All tokens of the user become invalid."""
+    _set_disabled(user, True)
 
 
-async def _disable_user(options: argparse.Namespace, accounts: AccountStore) -> str:
-    user = await accounts.users.find(options.user)
-    return _user_line(await accounts.users.set_disabled(user.id, True))
+@users.command("enable")
+def enable_user(user: UserArgument) -> None:
+    """Enable a user again.  All tokens of the user become invalid."""
+    _set_disabled(user, False)
 
 
-async def _enable_user(options: argparse.Namespace, accounts: AccountStore) -> str:
-    user = await accounts.users.find(options.user)
-    return _user_line(await accounts.users.set_disabled(user.id, False))
+@keys.command("create")
+def create_key(
+    user: UserArgument,
+    name: Annotated[str, typer.Option(help="What the key is for.")] = "",
+    scopes: Annotated[str, typer.Option(help=f"Comma-separated list of {', '.join(Scope)}.")] = ",".join(
+        sorted(USER_SCOPES)
+    ),
+    days: Annotated[float | None, typer.Option(help="Days until the key expires.  Default: never.")] = None,
+) -> None:
+    """Create an API key.  It is printed once."""
+
+    async def create(accounts: AccountStore) -> str:
+        owner = await accounts.users.find(user)
+        wanted = _parse_scopes(scopes)
+        if Scope.admin in wanted and owner.role is not Role.admin:
+            raise BadRequest(f"{owner.email} is no admin; leave out the scope 'admin'")
+        life_s = None if days is None else days * DAY_S
+        key, text = await accounts.keys.create(owner.id, wanted, name=name, expires_in_s=life_s)
+        return f"{_key_line(key)}\nThe key, shown this once:\n{text}"
+
+    if _run(create).auth_disabled:
+        print(NO_AUTH_NOTE)
 
 
-async def _create_key(options: argparse.Namespace, accounts: AccountStore) -> str:
-    user = await accounts.users.find(options.user)
+@keys.command("list")
+def list_keys() -> None:
+    """List all keys, without their secrets."""
+
+    async def list_all(accounts: AccountStore) -> str:
+        return "\n".join(_key_line(key) for key in await accounts.keys.list()) or "no keys"
+
+    _run(list_all)
+
+
+@keys.command("revoke")
+def revoke_key(
+    prefix: Annotated[str, typer.Argument(metavar="prefix", help="The key's name in `weft keys list`.")],
+) -> None:
+    """Revoke a key: it becomes invalid at once."""
+
+    async def revoke(accounts: AccountStore) -> str:
+        return _key_line(await accounts.keys.revoke(prefix.removeprefix("wf_")))
+
+    _run(revoke)
+
+
+def _set_disabled(id_or_email: str, disabled: bool) -> None:
+    async def change(accounts: AccountStore) -> str:
+        user = await accounts.users.find(id_or_email)
+        return _user_line(await accounts.users.set_disabled(user.id, disabled))
+
+    _run(change)
+
+
+def _parse_scopes(text: str) -> set[Scope]:
     try:
-        scopes = {Scope(name.strip()) for name in options.scopes.split(",") if name.strip()}
+        return {Scope(name.strip()) for name in text.split(",") if name.strip()}
     except ValueError:
         raise BadRequest(f"scopes are some of {', '.join(Scope)}, separated by commas") from None
-    if Scope.admin in scopes and user.role is not Role.admin:
-        raise BadRequest(f"{user.email} is no admin; leave out the scope 'admin'")
-    life_s = None if options.days is None else options.days * DAY_S
-    key, text = await accounts.keys.create(user.id, scopes, name=options.name, expires_in_s=life_s)
-    return f"{_key_line(key)}\nThe key, shown this once:\n{text}"
 
 
-async def _list_keys(_: argparse.Namespace, accounts: AccountStore) -> str:
-    return "\n".join(_key_line(key) for key in await accounts.keys.list()) or "no keys"
+def _run(command: Callable[[AccountStore], Awaitable[str]]) -> Settings:
+    """Print what `command` returns for the accounts of this installation; returns the settings it used.
+
+    Raises WeftError, and RuntimeError when no store can be reached or started.
+    """
+    settings = Settings.load()
+
+    async def run(url: str) -> str:
+        async with connect(url) as redis:
+            return await command(AccountStore.of(redis, settings))
+
+    with _store_url(settings) as url:
+        print(asyncio.run(run(url)), flush=True)
+    return settings
 
 
-async def _revoke_key(options: argparse.Namespace, accounts: AccountStore) -> str:
-    return _key_line(await accounts.keys.revoke(options.prefix.removeprefix("wf_")))
+@contextlib.contextmanager
+def _store_url(settings: Settings) -> Iterator[str]:
+    """URL of the configured store, else of a running `weft serve`'s, else of one started for this block."""
+    if settings.redis_url is not None:
+        yield settings.redis_url.get_secret_value()
+    elif (running := running_server(settings.data_dir)) is not None:
+        yield running
+    else:
+        with EmbeddedRedis(settings.data_dir, settings.redis_prefix) as url:
+            yield url
 
 
 def _user_line(user: User) -> str:
@@ -136,17 +175,3 @@ def _key_line(key: ApiKey) -> str:
 
 def _day(unix_s: float) -> str:
     return datetime.fromtimestamp(unix_s, UTC).date().isoformat()
-
-
-@contextlib.contextmanager
-def _store(settings: Settings) -> Iterator[str]:
-    """The store's URL: the configured one, the one of a running `weft serve`, or one started for us."""
-    if settings.redis_url is not None:
-        yield settings.redis_url.get_secret_value()
-        return
-    running = running_server(settings.data_dir)
-    if running is not None:
-        yield running
-        return
-    with EmbeddedRedis(settings.data_dir, settings.redis_prefix) as url:
-        yield url

@@ -29,7 +29,7 @@ def environment(data: Path, **extra: str) -> dict[str, str]:
 @contextmanager
 def weft_serve(data: Path, port: int) -> Iterator[subprocess.Popen[str]]:
     """The command running and ready; ended with the block by Ctrl+C, as from a terminal."""
-    command = [sys.executable, "-m", "serve_app.cli.main", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "serve_app.cli", "serve", "--port", str(port)]
     with subprocess.Popen(
         command,
         cwd=ROOT,
@@ -75,7 +75,7 @@ def test_a_second_serve_on_the_same_data_is_refused_in_words(tmp_path: Path) -> 
 
     with EmbeddedRedis(tmp_path):
         done = subprocess.run(
-            [sys.executable, "-m", "serve_app.cli.main", "serve", "--port", str(free_port())],
+            [sys.executable, "-m", "serve_app.cli", "serve", "--port", str(free_port())],
             cwd=ROOT,
             env=environment(tmp_path),
             capture_output=True,
@@ -90,7 +90,7 @@ def test_a_second_serve_on_the_same_data_is_refused_in_words(tmp_path: Path) -> 
 
 def test_an_unknown_setting_stops_the_start_with_its_name(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "serve_app.cli.main", "serve"],
+        [sys.executable, "-m", "serve_app.cli", "serve"],
         cwd=ROOT,
         env=environment(tmp_path, WEFT_LEESE_S="3"),
         capture_output=True,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deployments.protocol.errors import BadRequest
-from serve_app.cli.main import _demanded_key
+from serve_app.cli.serve import required_key
 from serve_app.settings import ROOT, Settings
 
 
@@ -54,9 +54,9 @@ def test_a_heartbeat_slower_than_the_lease_is_refused() -> None:
 def test_on_loopback_no_key_is_demanded(tmp_path: Path) -> None:
     settings = Settings.load(data_dir=tmp_path)
 
-    assert _demanded_key(settings, "127.0.0.1") is None
-    assert _demanded_key(settings, "localhost") is None
-    assert _demanded_key(settings, "::1") is None
+    assert required_key(settings, "127.0.0.1") is None
+    assert required_key(settings, "localhost") is None
+    assert required_key(settings, "::1") is None
 
 
 def test_elsewhere_a_key_is_made_kept_private_and_used_again(
@@ -65,12 +65,12 @@ def test_elsewhere_a_key_is_made_kept_private_and_used_again(
     monkeypatch.setenv("WEFT_API_KEY", "")  # restored afterwards: the key is handed on through it
     settings = Settings.load(data_dir=tmp_path)
 
-    key = _demanded_key(settings, "0.0.0.0")
+    key = required_key(settings, "0.0.0.0")
 
     assert key is not None
     assert len(key) >= 32
     assert stat.S_IMODE((tmp_path / "api_key").stat().st_mode) == 0o600
-    assert _demanded_key(settings, "0.0.0.0") == key
+    assert required_key(settings, "0.0.0.0") == key
     assert Settings.load().api_key is not None
 
 

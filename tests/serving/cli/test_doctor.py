@@ -139,7 +139,7 @@ def test_a_full_disk_and_a_readable_secret_fail(settings: Settings) -> None:
     (settings.data_dir / "api_key").chmod(0o644)
     greedy = settings.model_copy(update={"min_free_bytes": 2**60})
 
-    assert "make room" in texts(doctor.disk_findings(greedy), Level.fail)
+    assert "free some space" in texts(doctor.disk_findings(greedy), Level.fail)
     assert "chmod 600" in texts(doctor.secret_file_findings(settings.data_dir), Level.fail)
 
 

@@ -1,0 +1,18 @@
+"""`weft models`: the model cards of this installation."""
+
+from __future__ import annotations
+
+import typer
+
+from deployments.protocol.card import load_cards
+from serve_app.settings import Settings
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+
+@app.command()
+def models() -> None:
+    """List the model cards: id, tasks, licence, and the folder or repository of the weights."""
+    for card in load_cards(Settings.load().cards_dir).values():
+        where = card.weights.path or card.weights.repo
+        print(f"{card.id:24} {'/'.join(card.tasks):16} {card.licence.name:32} {where}")
