@@ -1,1 +1,1 @@
-"""The front floor: answers people and keeps the books. Knows no torch."""
+"""The serving layer: HTTP API, jobs, accounts and storage. It imports no torch."""

@@ -1,1 +1,1 @@
-"""Who calls, and what may be asked: everything decided before a job is accepted."""
+"""Authentication, rate limits, quota and request validation: all checks before a job is accepted."""

@@ -1,4 +1,4 @@
-"""API keys: `wf_<prefix>.<secret>`, shown once, kept as a SHA-256."""
+"""API keys: `wf_<prefix>.<secret>`, shown once, stored as a SHA-256."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ UNKNOWN = "this key is not known here; check it for missing characters, or ask f
 class ApiKey:
     """A key without its secret."""
 
-    prefix: str  # 12 hex digits: what it is called
+    prefix: str  # 12 hex digits: its public name
     user_id: str
-    name: str  # what it is for
+    name: str  # purpose, as the user wrote it
     scopes: frozenset[Scope]
-    created_at: float  # unix seconds of the store's clock, as the next two
+    created_at: float  # unix seconds of the store's clock, like the next two
     expires_at: float | None
     revoked_at: float | None
 
@@ -40,12 +40,12 @@ class ApiKey:
 
 
 def looks_like_key(text: str) -> bool:
-    """Whether it has the form of a key, not whether it is one."""
+    """Whether the text has the form of a key; the key need not exist."""
     return FORM.fullmatch(text) is not None
 
 
 class ApiKeys:
-    """All changes a key can go through. Raises StoreUnreachable when the books cannot be asked."""
+    """Creates, checks and revokes keys. Raises StoreUnreachable when Valkey does not answer."""
 
     def __init__(self, redis: Redis, prefix: str) -> None:
         self._redis = redis  # made by transaction.connect
@@ -54,13 +54,16 @@ class ApiKeys:
     async def create(
         self, user_id: str, scopes: Collection[Scope], *, name: str = "", expires_in_s: float | None = None
     ) -> tuple[ApiKey, str]:
-        """The new key and its text, which nobody can be told again. Raises BadRequest."""
+        """The new key and its text, which cannot be recovered later. Raises BadRequest."""
         if not scopes:
-            raise BadRequest(f"a key needs scopes; there is {', '.join(Scope)}", param="scopes")
+            raise BadRequest(f"a key needs scopes, of {', '.join(Scope)}", param="scopes")
         if len(name) > NAME_MAX_CHARS or not (name.isprintable() or not name):
             raise BadRequest(f"a key's name has at most {NAME_MAX_CHARS} printable characters", param="name")
         if expires_in_s is not None and expires_in_s <= 0:
-            raise BadRequest("a key's life is a time above 0; leave it out for no end", param="expires_in_s")
+            raise BadRequest(
+                "expires_in_s must be above 0; leave it out for a key that does not expire",
+                param="expires_in_s",
+            )
         prefix, secret = secrets.token_hex(6), secrets.token_urlsafe(SECRET_BYTES)
         hashed = _digest(secret)
 
@@ -83,23 +86,23 @@ class ApiKeys:
         return await transact(self._redis, [self._key(prefix)], decide), f"wf_{prefix}.{secret}"
 
     async def check(self, text: str) -> ApiKey:
-        """The valid key with this text. Raises Unauthorized, in the same words whatever the cause."""
+        """The valid key with this text. Raises Unauthorized, with the same text for every cause."""
         match = FORM.fullmatch(text)
         if match is None:
             raise Unauthorized(UNKNOWN)
         prefix, secret = match.groups()
         fields, now = await self._read(prefix)
-        # compared even where there is no such key: an answer's time tells nothing about prefixes
+        # compared even for an unknown prefix: the time of an answer must not reveal which prefixes exist
         right = hmac.compare_digest(fields.get("sha256", ""), _digest(secret))
         if not right or not _api_key(prefix, fields).valid(now):
             raise Unauthorized(UNKNOWN)
         return _api_key(prefix, fields)
 
     async def still_valid(self, prefix: str) -> ApiKey:
-        """The key behind a token made from it. Raises Unauthorized once it is revoked or over."""
+        """The key that a token was made from. Raises Unauthorized when it is revoked or expired."""
         fields, now = await self._read(prefix)
         if not fields or not _api_key(prefix, fields).valid(now):
-            raise Unauthorized("the key behind this token is gone; log in anew")
+            raise Unauthorized("the key of this token is no longer valid; log in again")
         return _api_key(prefix, fields)
 
     async def list(self) -> list[ApiKey]:
@@ -114,12 +117,12 @@ class ApiKeys:
         return sorted(keys, key=lambda key: (key.created_at, key.prefix))
 
     async def revoke(self, prefix: str) -> ApiKey:
-        """The key, worth nothing from now on. Raises NotFound."""
+        """Invalidate the key and return it. Raises NotFound."""
 
         async def decide(pipe: Pipeline) -> ApiKey:
             fields = dict(cast(dict[str, str], await pipe.hgetall(self._key(prefix))))
             if not fields:
-                raise NotFound("there is no such key; `weft keys list` names them", param="prefix")
+                raise NotFound("there is no such key; see `weft keys list`", param="prefix")
             fields["revoked"] = fields["revoked"] or str(await _now(pipe))
             begin(pipe)
             pipe.hset(self._key(prefix), "revoked", fields["revoked"])
@@ -136,7 +139,7 @@ class ApiKeys:
         return fields, int(seconds) + int(microseconds) / 1e6
 
     def _key(self, prefix: str) -> str:
-        """HASH: the only truth about a key."""
+        """HASH: a key."""
         return f"{self._prefix}key:{prefix}"
 
     @property

@@ -1,4 +1,4 @@
-"""The gate: whoever sends a key or a token becomes a principal, or is sent away."""
+"""Turns the key, token or ticket that a caller sends into a principal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ StoreClient: TypeAlias = Redis  # made by transaction.connect
 
 @dataclass(frozen=True, slots=True)
 class AccountStore:
-    """Where accounts and counts are kept."""
+    """The stores of accounts, keys, tickets and counts in Valkey."""
 
     users: Users
     keys: ApiKeys
@@ -49,7 +49,7 @@ class AccountStore:
 
 
 class Authenticator:
-    """Knows the installation's own key and, with books, its users' keys and tokens."""
+    """Knows the installation's own key and, with an account store, the keys and tokens of its users."""
 
     def __init__(self, settings: Settings, redis: Redis | None) -> None:
         self._settings = settings
@@ -57,16 +57,16 @@ class Authenticator:
 
     @property
     def accounts(self) -> AccountStore | None:
-        """None: the installation's own key is the only one there is."""
+        """None: only the installation's own key exists."""
         return self._accounts
 
     @property
     def limits(self) -> RateLimiter | None:
-        """None while nobody needs a key: one person on their own machine is not counted."""
+        """None while no key is required: a single user on their own machine is not limited."""
         return None if self._accounts is None or self._settings.auth_disabled else self._accounts.limits
 
     async def identify(self, presented: bytes | None) -> Principal:
-        """The caller who sent this key or token. Raises Unauthorized."""
+        """The caller with this key or token. Raises Unauthorized."""
         text = "" if presented is None else presented.decode("latin-1")
         if self._settings.auth_disabled or self._accounts is None:
             return self._own(presented)
@@ -79,18 +79,16 @@ class Authenticator:
     async def log_in(
         self, presented: bytes | None, email: str | None, *, session: bool
     ) -> tuple[str, tokens.Claims]:
-        """A token for a day for whoever holds this key. A token buys no other: a day stays a day.
+        """A token for the caller with this key, valid for a day. A token cannot be exchanged for a new one.
 
-        session: for a browser's cookie, which never carries the admin scope.
-        Raises Unauthorized, Conflict where nobody needs one, BadRequest where none can be signed.
+        session: for the cookie of a browser, which never carries the admin scope.
+        Raises Unauthorized, Conflict while no key is required, BadRequest without a secret to sign with.
         """
         if self._settings.auth_disabled:
-            raise Conflict(
-                "this service has no key: everybody on this machine may call it, no token is needed"
-            )
+            raise Conflict("this service has no key: every caller on this machine may use it without a token")
         secret = self._secret()
         if presented is not None and tokens.looks_like_token(presented.decode("latin-1")):
-            raise Unauthorized("a token cannot be traded for another; send the API key")
+            raise Unauthorized("a token cannot be exchanged for another; send the API key")
         principal = await self.identify(presented)
         user = await self._user(principal)
         if email is not None and (user is None or user.email != email.strip().lower()):
@@ -108,7 +106,7 @@ class Authenticator:
         return token, claims
 
     async def log_out(self, presented: bytes | None) -> None:
-        """The token, worth nothing from now on. Raises Conflict for a key."""
+        """Invalidate the token. Raises Conflict for a key."""
         text = "" if presented is None else presented.decode("latin-1")
         if self._accounts is None or not tokens.looks_like_token(text):
             raise Conflict("only a token can be logged out; keys are revoked with `weft keys revoke`")
@@ -118,14 +116,17 @@ class Authenticator:
             await self._accounts.redis.set(self._revoked(claims.jti), "1", ex=left_s)
 
     async def ticket(self, principal: Principal) -> str:
-        """What opens one socket to this caller, once, within tickets.TTL_S. Raises Conflict, Forbidden."""
+        """A ticket that opens one socket for this caller, once, within tickets.TTL_S.
+
+        Raises Conflict, Forbidden.
+        """
         if self._accounts is None:
-            raise Conflict("this service gives no tickets; connect it to its store, or send the key")
+            raise Conflict("this service issues no tickets; connect it to its store, or send the key")
         principal.require(Scope.read)
         return await self._accounts.tickets.issue(TicketHolder(principal.owner, principal.key))
 
     async def redeem(self, ticket: str) -> Principal:
-        """Whoever was given this ticket, to look and no more. Raises Unauthorized."""
+        """The caller that this ticket was issued to, with the read scope only. Raises Unauthorized."""
         if self._settings.auth_disabled or self._accounts is None:
             return self._own(None)
         holder = await self._accounts.tickets.take(ticket)
@@ -174,14 +175,14 @@ class Authenticator:
         return self._settings.jwt_secret.get_secret_value().encode()
 
     def _own_fingerprint(self) -> str:
-        """Ties tokens to the installation's own key: a new key ends them all."""
+        """Binds tokens to the installation's own key: a new key invalidates them all."""
         if self._settings.api_key is None or self._settings.jwt_secret is None:
             return ""
         own = self._settings.api_key.get_secret_value().encode()
         return hmac.new(self._secret(), own, hashlib.sha256).hexdigest()[:32]
 
     def _revoked(self, jti: str) -> str:
-        """STRING: a token that was logged out; lives as long as it would have."""
+        """STRING: a token that was logged out; expires when the token would have."""
         return f"{self._settings.redis_prefix}revoked:{jti}"
 
 
@@ -196,6 +197,6 @@ async def _enabled(accounts: AccountStore, user_id: str) -> User:
 
 
 def _principal(user: User, scopes: frozenset[Scope], key: str) -> Principal:
-    """The role decides in the end: who is no admin any more has keys that are none."""
+    """The role limits the scopes: the keys of a former admin have no admin scope any more."""
     allowed = scopes if user.role is Role.admin else scopes - {Scope.admin}
     return Principal(user.id, user.role, allowed, user.images_per_day, key)

@@ -1,4 +1,4 @@
-"""Who is calling: role and scopes, and the installation's own key."""
+"""Principals: the caller of a request with role and scopes, and the installation's own key."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from enum import StrEnum
 from deployments.protocol.errors import Forbidden, Unauthorized
 from serve_app.settings import Settings
 
-LOCAL = "local"  # the owner behind the installation's own key, and of everything while there is none
+LOCAL = "local"  # owner of all work under the installation's own key, and of all work without a key
 
 
 class Role(StrEnum):
-    """What a person is here."""
+    """What a user is."""
 
     user = "user"
     admin = "admin"
 
 
 class Scope(StrEnum):
-    """What a key may do."""
+    """What a key allows."""
 
-    read = "read"  # look at one's own jobs, pictures and at the models
+    read = "read"  # read one's own jobs and images, and the models
     generate = "generate"  # submit, cancel and delete one's own jobs
     metrics = "metrics"  # read the service's counters
-    admin = "admin"  # users and keys; only of admins
+    admin = "admin"  # manage users and keys; for admins only
 
 
 SCOPES = frozenset(Scope)
@@ -35,16 +35,16 @@ USER_SCOPES = frozenset({Scope.read, Scope.generate})
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """A known caller."""
+    """An authenticated caller."""
 
-    owner: str  # whose jobs these are: LOCAL, or a user's id
+    owner: str  # owner of its jobs: LOCAL, or the id of a user
     role: Role = Role.admin
     scopes: frozenset[Scope] = SCOPES
-    images_per_day: int | None = None  # None: as many as they like
-    key: str = ""  # which key vouches for them; ends what was made from it
+    images_per_day: int | None = None  # None: no limit
+    key: str = ""  # prefix of the key; revoking it invalidates what was made from it
 
     def require(self, scope: Scope) -> None:
-        """Raises Forbidden unless this caller may do that."""
+        """Raises Forbidden unless this caller has the scope."""
         if scope not in self.scopes:
             raise Forbidden(
                 f"this key may not do that: it lacks the scope {scope.value!r}; ask for one with it"
@@ -52,7 +52,7 @@ class Principal:
 
 
 def presented_key(headers: Mapping[str, str]) -> bytes | None:
-    """The key as it was sent, in `Authorization: Bearer <key>` or `X-API-Key: <key>`.
+    """The key as sent in `Authorization: Bearer <key>` or `X-API-Key: <key>`.
 
     headers: names in lower case, or a mapping that ignores case; values as HTTP's latin-1 text.
     """
@@ -63,9 +63,9 @@ def presented_key(headers: Mapping[str, str]) -> bytes | None:
 
 
 def identify(key: bytes | None, settings: Settings) -> Principal:
-    """The caller who sent the installation's own key. Raises Unauthorized when it is not that one.
+    """The caller with the installation's own key. Raises Unauthorized for any other key.
 
-    While the installation has no key, everybody is the same owner and whatever was sent is ignored.
+    While the installation has no key, every caller is the same owner, and a key that is sent is ignored.
     """
     if settings.api_key is None:
         return Principal(LOCAL)

@@ -1,6 +1,6 @@
-"""How often a caller may call, and how many calls run at once; counted in Valkey for all ingress replicas.
+"""Rate limits per caller, and a limit of concurrent calls; counted in Valkey for all ingress replicas.
 
-Why not a library: docs/decisions/0007-rate-limits.md.
+Why no library is used: docs/decisions/0007-rate-limits.md.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from serve_app.redis.transactions import StoreUnreachable, redis_errors
 from serve_app.settings import Settings
 
 WINDOW_S = 60
-SLOT_LEASE_S = 900.0  # a call whose replica died holds its slot no longer; longer than any call may take
+SLOT_LEASE_S = 900.0  # after it a dead replica's slot is free again; longer than any call may take
 
 
 class CallClass(StrEnum):
-    """What is counted apart."""
+    """Calls that have a limit of their own."""
 
-    submit = "submit"  # asks for pictures
-    read = "read"  # everything else of a known caller
-    auth = "auth"  # tries to become one
+    submit = "submit"  # submits a job
+    read = "read"  # every other call of an authenticated caller
+    auth = "auth"  # log-in and wrong keys
 
 
 class RateLimiter:
-    """Windows of a minute that begin with a caller's first call; the server's clock ends them."""
+    """Windows of a minute, which begin with a caller's first call and end by the clock of the store."""
 
     def __init__(self, redis: Redis, settings: Settings) -> None:
         self._redis = redis  # made by transaction.connect
@@ -60,9 +60,9 @@ class RateLimiter:
 
     @asynccontextmanager
     async def slot(self) -> AsyncGenerator[None]:
-        """Room for one call that asks for pictures, among those of all callers on all replicas.
+        """Hold one of the slots for calls that submit jobs; all callers on all replicas share them.
 
-        Raises Overloaded when there is none. Leases use this machine's clock: they only need to end.
+        Raises Overloaded when none is free. Leases use this machine's clock, since they only need to expire.
         """
         key, member, now = f"{self._prefix}calls", secrets.token_hex(8), time.time()
         with redis_errors():
@@ -80,16 +80,16 @@ class RateLimiter:
                 )
             yield
         finally:
-            await self._give_back(key, member)
+            await self._release(key, member)
 
-    async def _give_back(self, key: str, member: str) -> None:
+    async def _release(self, key: str, member: str) -> None:
         try:
             with redis_errors():
                 await self._redis.zrem(key, member)
         except StoreUnreachable:
-            pass  # its lease ends it; the call's own answer matters more
+            pass  # the lease expires by itself; the answer to the call matters more
 
     def _window(self, call_class: CallClass, who: str) -> str:
-        """STRING: calls in this window. An address is hashed: books need not tell who came from where."""
+        """STRING: number of calls in this window. Addresses are hashed, so that the store contains none."""
         name = hashlib.sha256(who.encode()).hexdigest()[:32] if call_class is CallClass.auth else who
         return f"{self._prefix}rate:{call_class.value}:{name}"

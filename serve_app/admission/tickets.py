@@ -1,7 +1,7 @@
-"""Tickets: a caller's word for one socket, within half a minute.
+"""Tickets: credentials in the URL of a WebSocket, valid once and for half a minute.
 
-A browser can set no header on a WebSocket, so what names the caller stands in its address, where logs and
-histories keep it. A ticket is worth nothing by then: it is used up by the first who shows it.
+A browser cannot set headers on a WebSocket, so its credential is part of the URL, which logs and histories
+keep. A ticket is worthless there, because its first use invalidates it.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from serve_app.redis.transactions import redis_errors
 
 TTL_S = 30
 TICKET = re.compile(r"[A-Za-z0-9_-]{43}")
-REFUSED = "this ticket is not valid, or was used before; get another one (POST /auth/ticket)"
+REFUSED = "this ticket is not valid, or was used before; request another one (POST /auth/ticket)"
 
 
 @dataclass(frozen=True, slots=True)
 class TicketHolder:
-    """Whom a ticket stands for."""
+    """The caller that a ticket was issued to."""
 
     owner: str
-    key: str  # the key that vouched for them; the ticket ends with it
+    key: str  # prefix of the caller's key; revoking it invalidates the ticket
 
 
 TICKET_HOLDER = TypeAdapter(TicketHolder)
 
 
 class Tickets:
-    """Given out once, taken back once, whichever replica is asked."""
+    """Issues tickets and redeems each once, on any replica."""
 
     def __init__(self, redis: Redis, prefix: str) -> None:
         self._redis = redis  # made by transaction.connect
         self._prefix = prefix
 
     async def issue(self, holder: TicketHolder) -> str:
-        """A new one: 43 characters, 256 random bits."""
+        """A new ticket: 43 characters, 256 random bits."""
         ticket = secrets.token_urlsafe(32)
         with redis_errors():
             await self._redis.set(self._key(ticket), TICKET_HOLDER.dump_json(holder).decode(), ex=TTL_S)
         return ticket
 
     async def take(self, ticket: str) -> TicketHolder:
-        """Whose it was; nobody can show it again. Raises Unauthorized."""
+        """Invalidate a ticket and return its holder. Raises Unauthorized."""
         if not TICKET.fullmatch(ticket):
             raise Unauthorized(REFUSED)
         with redis_errors():
@@ -58,5 +58,5 @@ class Tickets:
         return TICKET_HOLDER.validate_json(found)
 
     def _key(self, ticket: str) -> str:
-        """STRING: its holder; the ticket itself is not kept."""
+        """STRING: the holder of a ticket; the ticket itself is not stored."""
         return f"{self._prefix}ticket:{hashlib.sha256(ticket.encode()).hexdigest()}"

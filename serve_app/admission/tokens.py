@@ -1,4 +1,4 @@
-"""Tokens: a principal's word for a day, signed by this installation (JWT, HS256 and nothing else)."""
+"""Tokens: credentials for a day, signed by this installation (JWT with HS256 only)."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ TTL_S = 24 * 3600
 MIN_SECRET_BYTES = 32  # a shorter HMAC key can be guessed from one token
 CLOCK_SKEW_S = 10
 MAX_CHARS = 2048
-REFUSED = "this token is not valid, or no longer; log in anew (POST /auth/token)"
+REFUSED = "this token is not valid, or has expired; log in again (POST /auth/token)"
 
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a token says. Whether it still holds, the books say."""
+    """The content of a token. Whether it is still valid also depends on the account store."""
 
     owner: str
-    key: str  # which key it was made from; it ends with that
-    scopes: str  # of that key, or fewer; separated by blanks
-    epoch: int  # of the user when it was made
+    key: str  # prefix of the key it was made from; revoking that invalidates it
+    scopes: str  # those of the key, or fewer; separated by blanks
+    epoch: int  # of the user at that time
     jti: str
     issued_at: int  # unix seconds
     expires_at: int
 
 
 def sign(owner: str, key: str, scopes: str, epoch: int, secret: bytes, now: int) -> tuple[str, Claims]:
-    """A token for a day, and what it says."""
+    """A token that is valid for a day, and its content."""
     claims = Claims(owner, key, scopes, epoch, secrets.token_hex(16), now, now + TTL_S)
     payload = {
         "iss": ISSUER,
@@ -49,7 +49,7 @@ def sign(owner: str, key: str, scopes: str, epoch: int, secret: bytes, now: int)
 
 
 def verify(token: str, secret: bytes) -> Claims:
-    """What a token of ours says. Raises Unauthorized for any other, in the same words."""
+    """The content of a token of ours. Raises Unauthorized, with the same text for every cause."""
     if len(token) > MAX_CHARS:
         raise Unauthorized(REFUSED)
     try:
@@ -60,7 +60,7 @@ def verify(token: str, secret: bytes) -> Claims:
             audience=AUDIENCE,
             issuer=ISSUER,
             leeway=CLOCK_SKEW_S,
-            # PyJWT by itself takes a token that never ends, and keys of three bytes
+            # by default PyJWT accepts tokens without an expiry, and keys of three bytes
             options={
                 "require": ["exp", "iat", "sub", "jti", "aud", "iss"],
                 "enforce_minimum_key_length": True,
@@ -80,5 +80,5 @@ def verify(token: str, secret: bytes) -> Claims:
 
 
 def looks_like_token(text: str) -> bool:
-    """Whether it has the form of a JWT, not whether it is one."""
+    """Whether the text has the form of a JWT; it need not be valid."""
     return text.count(".") == 2 and text.startswith("ey")

@@ -1,4 +1,4 @@
-"""The people of an installation: name, e-mail, role, pictures a day; kept in Valkey."""
+"""The users of an installation in Valkey: name, e-mail address, role, quota."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ ID_BYTES = 8
 
 @dataclass(frozen=True, slots=True)
 class User:
-    """A person as the books last knew them."""
+    """A user as last stored."""
 
     id: str  # 16 hex digits: the owner of their jobs
     name: str
     email: str  # lower case
     role: Role
-    images_per_day: int | None  # None: as many as they like
+    images_per_day: int | None  # None: no limit
     disabled: bool
-    epoch: int  # a token of another epoch is worth nothing
+    epoch: int  # a token of another epoch is invalid
     created_at: float  # unix seconds of the store's clock
 
 
 class Users:
-    """All changes a user can go through. Raises StoreUnreachable when the books cannot be asked."""
+    """Adds, finds, disables and enables users. Raises StoreUnreachable when Valkey does not answer."""
 
     def __init__(self, redis: Redis, prefix: str) -> None:
         self._redis = redis  # made by transaction.connect
@@ -45,7 +45,7 @@ class Users:
     async def add(
         self, name: str, email: str, role: Role = Role.user, images_per_day: int | None = None
     ) -> User:
-        """The new user. Raises Conflict when the e-mail is taken, BadRequest for what is not valid."""
+        """The new user. Raises Conflict when the e-mail address is in use, BadRequest for invalid values."""
         email = email.strip().lower()
         if not EMAIL.fullmatch(email):
             raise BadRequest("that is no e-mail address; write it as name@example.org", param="email")
@@ -54,7 +54,7 @@ class Users:
             raise BadRequest(f"a name has 1 to {NAME_MAX_CHARS} printable characters", param="name")
         if images_per_day is not None and images_per_day < 0:
             raise BadRequest(
-                "images_per_day is a number from 0; leave it out for no limit", param="images_per_day"
+                "images_per_day must be 0 or more; leave it out for no limit", param="images_per_day"
             )
         user_id, taken = secrets.token_hex(ID_BYTES), self._email(email)
 
@@ -95,7 +95,7 @@ class Users:
         return await self.get(user_id or "")
 
     async def list(self) -> list[User]:
-        """Everybody, the oldest first."""
+        """All users, the oldest first."""
         with redis_errors():
             ids = cast(set[str], await self._redis.smembers(self._all))
             async with self._redis.pipeline(transaction=False) as pipe:
@@ -106,7 +106,7 @@ class Users:
         return sorted(users, key=lambda user: (user.created_at, user.id))
 
     async def set_disabled(self, user_id: str, disabled: bool) -> User:
-        """The user, let out or in again; either way every token they hold ends. Raises NotFound."""
+        """Disable or enable a user; both invalidate all their tokens. Raises NotFound."""
 
         async def decide(pipe: Pipeline) -> User:
             fields = dict(cast(dict[str, str], await pipe.hgetall(self.key(user_id))))
@@ -119,7 +119,7 @@ class Users:
         return await transact(self._redis, [self.key(user_id)], decide)
 
     def key(self, user_id: str) -> str:
-        """HASH: the only truth about a user."""
+        """HASH: a user."""
         return f"{self._prefix}user:{user_id}"
 
     @property
@@ -128,13 +128,13 @@ class Users:
         return f"{self._prefix}users"
 
     def _email(self, email: str) -> str:
-        """STRING: whose e-mail this is; hashed, because it is a caller's text."""
+        """STRING: id of the user with this e-mail address, which is hashed as it is the caller's text."""
         return f"{self._prefix}email:{hashlib.sha256(email.encode()).hexdigest()}"
 
 
 def _known(user_id: str, fields: Mapping[str, str]) -> User:
     if not fields:
-        raise NotFound("there is no such user; `weft users list` names them", param="user")
+        raise NotFound("there is no such user; see `weft users list`", param="user")
     return _user(user_id, fields)
 
 
