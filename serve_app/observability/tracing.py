@@ -1,7 +1,7 @@
-"""Traces: where spans go, and how a job's trace gets over the queue. Spans themselves are mostly Serve's.
+"""Exports spans, and carries the trace of a job through the job store.
 
-Serve makes a span for every call of a deployment when `tracing_config` in the Serve config says so; without
-it everything here does nothing. See docs/metrics.md.
+Serve creates a span for every call of a deployment when the Serve config has a `tracing_config`; without one
+the functions here do nothing. See docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 from deployments.protocol.errors import ModelUnavailable
 
-TRACE_DIR = "WEFT_TRACE_DIR"  # Settings.trace_dir; proxies and the controller have no Settings
+TRACE_DIR = "WEFT_TRACE_DIR"  # as Settings.trace_dir, which proxies and the controller do not load
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 _propagator = TraceContextTextMapPropagator()
 
 
 def current_traceparent() -> str:
-    """The W3C traceparent of the span we are in; empty where there is none."""
+    """The W3C traceparent of the current span; empty without one."""
     carrier: dict[str, str] = {}
     _propagator.inject(carrier)
     return carrier.get("traceparent", "")
@@ -33,7 +33,7 @@ def current_traceparent() -> str:
 
 @contextmanager
 def continue_trace(traceparent: str, name: str) -> Iterator[None]:
-    """A span of that trace around the block; what is called inside belongs to it. Nothing without a trace."""
+    """Run the block in a span of that trace; does nothing when traceparent is empty."""
     if not traceparent:
         yield
         return
@@ -43,8 +43,10 @@ def continue_trace(traceparent: str, name: str) -> Iterator[None]:
 
 
 def exporters() -> list[SpanProcessor]:
-    """For `exporter_import_path` of Serve's tracing_config: to an OTLP collector where one is named by
-    OpenTelemetry's own variables, and to files in WEFT_TRACE_DIR, one span a line, one file a process.
+    """Span processors for `exporter_import_path` of Serve's tracing_config.
+
+    Spans go to an OTLP collector if OpenTelemetry's own variables name one, and to files in WEFT_TRACE_DIR if
+    it is set, with one span per line and one file per process.
 
     Raises ModelUnavailable when neither is set, or OTLP's exporter is not installed.
     """
@@ -55,14 +57,14 @@ def exporters() -> list[SpanProcessor]:
         processors.append(_files(Path(folder)))
     if not processors:
         raise ModelUnavailable(
-            f"tracing is on and its spans have nowhere to go: set {ENDPOINTS[1]} to a collector or "
-            f"{TRACE_DIR} to a folder for every Ray process, or take tracing_config out of the Serve config"
+            f"tracing is on without a destination for spans: set {ENDPOINTS[1]} to a collector or "
+            f"{TRACE_DIR} to a folder for every Ray process, or remove tracing_config from the Serve config"
         )
     return processors
 
 
 def _otlp() -> SpanProcessor:
-    # an extra of its own, which is not installed here
+    # an optional dependency, which is not installed for development
     try:
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import (  # type: ignore[import-not-found]
             OTLPSpanExporter,
@@ -77,6 +79,6 @@ def _otlp() -> SpanProcessor:
 
 def _files(folder: Path) -> SpanProcessor:
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / f"spans-{os.getpid()}.jsonl").open("a", encoding="utf-8")  # for the process's life
+    file = (folder / f"spans-{os.getpid()}.jsonl").open("a", encoding="utf-8")  # open as long as the process
     exporter = ConsoleSpanExporter(out=file, formatter=lambda span: span.to_json(indent=None) + "\n")
     return SimpleSpanProcessor(exporter)

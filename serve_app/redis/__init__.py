@@ -1,1 +1,1 @@
-"""Redis or Valkey: transactions, the embedded server, what a server says about itself."""
+"""Redis or Valkey: client and transactions, the embedded server, information about a server."""

