@@ -1,1 +1,1 @@
-"""Continuous batching for unmodified pipeline calls: many fibers, one device, one forward at a time."""
+"""Continuous batching for unmodified pipeline calls: many fibers, one device, shared forward passes."""

@@ -1,4 +1,4 @@
-"""What the arguments of diffusers' and transformers' modules mean to a batch, by name."""
+"""What the arguments of diffusers' and transformers' modules mean to a batch, by parameter name."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from enum import Enum
 
 
 class ArgumentRole(Enum):
-    """What an argument has to do with the pictures of a call."""
+    """How an argument relates to the batch: B is the batch size of the call."""
 
-    BATCH = "one entry per picture along dimension 0, also inside dicts, lists and tuples"
-    BATCH_DIM1 = "a tensor with one entry per picture along dimension 1"
-    RAGGED = "a list with one tensor per picture"
-    LAYOUT = "a list of plain layouts, the same for every picture; models read the first one"
-    TIMESTEP = "the time of each picture, or one for all; perhaps one per token, (rows, tokens)"
-    SHARED = "tensors that serve the whole batch: calls match only if the values are equal"
-    STATIC = "no tensors: calls match only if they are equal"
+    BATCH = "tensors of shape (B, ...), also inside dicts, lists and tuples"
+    BATCH_DIM1 = "a tensor of shape (N, B, ...)"
+    RAGGED = "a list of B tensors whose shapes may differ"
+    LAYOUT = "a list of B equal layouts without tensors; modules read the first one"
+    TIMESTEP = "a tensor of shape (), (1,), (B,) or (B, tokens)"
+    SHARED = "tensors without a batch dimension: calls match only if the values are equal"
+    STATIC = "no tensors: calls match only if the values are equal"
 
 
-# What the arguments of diffusers' and transformers' modules mean, by name. Guessing from shapes goes
-# wrong (FLUX's img_ids are (S, 3): 64x96 and 96x64 pictures have equal shapes and different ids), so
-# an argument that stands in no table and holds a tensor keeps its call out of every batch.
+# Names, because shapes are ambiguous: FLUX's img_ids are (S, 3), and a 64x96 and a 96x64 image have
+# ids of equal shape and different values. An argument that is not listed here and holds a tensor keeps its
+# call out of every batch.
 _NAMES: dict[ArgumentRole, str] = {
     ArgumentRole.BATCH: """
         hidden_states sample x z latents
@@ -49,19 +49,18 @@ _NAMES: dict[ArgumentRole, str] = {
     """,
 }
 _ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
-_MODULE_ROLES: dict[tuple[str, str], ArgumentRole] = {  # where a module means something else than the others
-    ("ZImageTransformer2DModel", "x"): ArgumentRole.RAGGED,  # lists of (C, F, H, W), as are its captions
+# exceptions, by class name of the module and parameter name
+_MODULE_ROLES: dict[tuple[str, str], ArgumentRole] = {
+    ("ZImageTransformer2DModel", "x"): ArgumentRole.RAGGED,  # lists of (C, F, H, W)
     ("ZImageControlNetModel", "x"): ArgumentRole.RAGGED,
-    (
-        "Krea2Transformer2DModel",
-        "position_ids",
-    ): ArgumentRole.SHARED,  # (S, 3); OmniGen's are rows and set a scale
-    ("HiDreamImageTransformer2DModel", "img_ids"): ArgumentRole.BATCH,  # (B, S, 3), each picture's own
+    # (S, 3); OmniGen's have a batch dimension and are scaled by their maximum, so they stay unlisted
+    ("Krea2Transformer2DModel", "position_ids"): ArgumentRole.SHARED,
+    ("HiDreamImageTransformer2DModel", "img_ids"): ArgumentRole.BATCH,  # (B, S, 3)
     ("SanaWMTransformer3DModel", "attention_mask"): ArgumentRole.STATIC,
 }
 
-# Computed before the loop and only read in it; stacked once for as long as the same batch goes on.
-# What a pipeline may write to in place (latents, timesteps) must not stand here.
+# Arguments computed before the denoising loop and only read in it: their stack is kept while the same batch
+# runs. What a pipeline may write to in place (latents, timesteps) must not be listed.
 LOOP_INVARIANT = frozenset(
     """
     encoder_hidden_states encoder_hidden_states_mask encoder_attention_mask encoder_hidden_states_image
@@ -74,5 +73,5 @@ SCALAR_TYPES = (bool, int, float, str)
 
 
 def role_of(module: str, argument: str) -> ArgumentRole:
-    """What this argument is to the module of that class name; PLAIN where no table knows it."""
+    """The role of a parameter of the module class of that name; STATIC if it is not listed."""
     return _MODULE_ROLES.get((module, argument)) or _ROLES.get(argument, ArgumentRole.STATIC)

@@ -1,22 +1,20 @@
-"""What calls must have in common to share a forward: the key, and each argument's part of it."""
+"""The batch key: what calls of one seam must have in common to share a forward."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deployments.engine.argument_roles import ArgumentRole
 
-if TYPE_CHECKING:
-    from deployments.engine.fiber import Fiber
-
 
 class BatchKey:
-    """What calls must have in common to share a forward. One object per seam and content: compare by `is`."""
+    """One object per seam and content, so that keys are compared by `is`."""
 
     __slots__ = ("__weakref__", "components")
 
@@ -24,32 +22,50 @@ class BatchKey:
         self.components = components
 
     def __repr__(self) -> str:
-        return f"Key{self.components!r}"
+        return f"BatchKey{self.components!r}"
 
 
-def key_component(role: ArgumentRole, value: Any, batch_size: int, fiber: Fiber) -> Hashable | None:
-    """An argument's part of the key; None where it fits with nobody. rows: of its call."""
+class DigestCache:
+    """Digests of tensors by object: each is copied from the device once.
+
+    Holds the tensors, so that their ids stay taken. They must not be written to.
+    """
+
+    __slots__ = ("_digests",)
+
+    def __init__(self) -> None:
+        self._digests: dict[int, tuple[Tensor, bytes]] = {}
+
+    def digest(self, tensor: Tensor) -> bytes:
+        """16 bytes of BLAKE2b over the tensor's values."""
+        known = self._digests.get(id(tensor))
+        if known is None:
+            data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+            known = (tensor, hashlib.blake2b(data.tobytes(), digest_size=16).digest())
+            self._digests[id(tensor)] = known
+        return known[1]
+
+
+def key_component(role: ArgumentRole, value: Any, batch_size: int, digests: DigestCache) -> Hashable | None:
+    """The component of an argument that is neither None nor a scalar; None if its call fits no batch.
+
+    batch_size: of the call.
+    """
     match role:
         case ArgumentRole.TIMESTEP:
             return _timestep_component(value, batch_size)
         case ArgumentRole.BATCH:
             return _batch_component(value, batch_size)
         case ArgumentRole.BATCH_DIM1:
-            if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != batch_size:
-                return None
-            return (value.shape[0], value.shape[2:], value.dtype, value.device)
+            return _batch_dim1_component(value, batch_size)
         case ArgumentRole.RAGGED:
-            if not isinstance(value, list) or len(value) != batch_size:
-                return None
-            return _ragged_component(value)
+            return _ragged_component(value, batch_size)
         case ArgumentRole.LAYOUT:
-            if not isinstance(value, list) or not value or any(entry != value[0] for entry in value):
-                return None
-            return _static_component(value[0])
+            return _layout_component(value)
         case ArgumentRole.SHARED:
-            return _shared_component(value, fiber)
+            return _shared_component(value, digests)
         case ArgumentRole.STATIC:
-            return _static_component(value)
+            return _nested_component(value, _static_leaf)
 
 
 def _timestep_component(value: Any, batch_size: int) -> Hashable | None:
@@ -57,64 +73,75 @@ def _timestep_component(value: Any, batch_size: int) -> Hashable | None:
         return None
     if value.ndim > 1 and value.shape[0] != batch_size:
         return None
-    # integer timesteps (DDIM) and float ones (Euler) meet as float32: every model converts them so itself
+    # integer timesteps (DDIM) and float ones (Euler) share forwards: every module converts them to float32
     return (value.shape[1:], value.dtype if value.is_floating_point() else torch.float32, value.device)
 
 
 def _batch_component(value: Any, batch_size: int) -> Hashable | None:
-    if isinstance(value, Tensor):
-        if value.ndim == 0 or value.shape[0] != batch_size:
+    def leaf(item: Any) -> Hashable | None:
+        if not isinstance(item, Tensor) or item.ndim == 0 or item.shape[0] != batch_size:
             return None
-        return (value.shape[1:], value.dtype, value.device)
-    if isinstance(value, Mapping):
-        components = [
-            (name, _batch_component(item, batch_size)) for name, item in value.items() if item is not None
-        ]
-    elif isinstance(value, list | tuple):
-        components = [(str(i), _batch_component(item, batch_size)) for i, item in enumerate(value)]
-    else:
+        return (item.shape[1:], item.dtype, item.device)
+
+    return _nested_component(value, leaf)
+
+
+def _batch_dim1_component(value: Any, batch_size: int) -> Hashable | None:
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != batch_size:
         return None
-    return (
-        None if any(component is None for _, component in components) else (type(value).__name__, *components)
-    )
+    return (value.shape[0], value.shape[2:], value.dtype, value.device)
 
 
-def _ragged_component(values: Sequence[Any]) -> Hashable | None:
-    """The shapes in the list.
+def _ragged_component(value: Any, batch_size: int) -> Hashable | None:
+    """The set of shapes: the module pads to the longest entry and masks the padding, so with equal sets it
+    pads equally, whatever the order and the number of entries."""
+    if not isinstance(value, list) or len(value) != batch_size:
+        return None
+    if not all(isinstance(item, Tensor) for item in value):
+        return None
+    return frozenset((item.shape, item.dtype, item.device) for item in value)
 
-    The module pads to the longest entry and masks the padding: with the same shapes in a call, whatever
-    their order and number, it pads the same.
+
+def _layout_component(value: Any) -> Hashable | None:
+    if not isinstance(value, list) or not value or any(entry != value[0] for entry in value):
+        return None
+    return _nested_component(value[0], _static_leaf)
+
+
+def _shared_component(value: Any, digests: DigestCache) -> Hashable | None:
+    """Shape, dtype and digest of the values, also of tensors in lists and tuples."""
+
+    def leaf(item: Any) -> Hashable | None:
+        if not isinstance(item, Tensor):
+            return None
+        return (item.shape, item.dtype, digests.digest(item))
+
+    return _nested_component(value, leaf)
+
+
+def _static_leaf(item: Any) -> Hashable | None:
+    if item is None or isinstance(item, bool | int | float | str | torch.dtype):
+        return (type(item).__name__, item)
+    return None
+
+
+def _nested_component(value: Any, leaf: Callable[[Any], Hashable | None]) -> Hashable | None:
+    """The components of all leaves of nested dicts, lists and tuples; None if one leaf has none.
+
+    An entry of a dict that is None counts as missing. Written by hand: torch's pytree takes three times as
+    long for the one or two tensors that most arguments hold, and this runs for every call.
     """
-    if not all(isinstance(value, Tensor) for value in values):
-        return None
-    return frozenset((value.shape, value.dtype, value.device) for value in values)
-
-
-def _shared_component(value: Any, fiber: Fiber) -> Hashable | None:
-    """The value itself, as a digest; each tensor is hashed once per fiber, as hashing reads the device."""
-    if isinstance(value, tuple | list):
-        components = tuple(_shared_component(item, fiber) for item in value)
-        return None if None in components else components
-    if not isinstance(value, Tensor):
-        return None
-    known = fiber.digests.get(id(value))
-    if known is None:
-        data = value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-        known = (value, hashlib.blake2b(data.tobytes(), digest_size=16).digest())
-        fiber.digests[id(value)] = known  # holds the tensor, so that its id stays taken
-    return (value.shape, value.dtype, known[1])
-
-
-def _static_component(value: Any) -> Hashable | None:
-    """Arguments without tensors are equal or not; one with a tensor inside is unknown to us."""
-    if isinstance(value, Mapping):
-        components = [
-            (str(name), _static_component(item)) for name, item in value.items() if item is not None
+    kind = type(value)
+    items: list[tuple[object, Hashable | None]]
+    if kind is list or kind is tuple:
+        items = [(index, _nested_component(item, leaf)) for index, item in enumerate(value)]
+    elif kind is dict or kind is OrderedDict:
+        items = [
+            (str(name), _nested_component(item, leaf)) for name, item in value.items() if item is not None
         ]
-    elif isinstance(value, list | tuple):
-        components = [(str(i), _static_component(item)) for i, item in enumerate(value)]
-    elif value is None or isinstance(value, bool | int | float | str | torch.dtype):
-        return (type(value).__name__, value)
     else:
-        return None
-    return None if any(component is None for _, component in components) else tuple(components)
+        return leaf(value)
+    for _, component in items:
+        if component is None:
+            return None
+    return (kind.__name__, *items)

@@ -1,37 +1,40 @@
-"""Knows a call again: a fiber's calls of one seam differ in little, and working out a key takes time."""
+"""The fast path to a batch key: recognises a call that has the key of an earlier call of its fiber."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from deployments.engine.argument_roles import LOOP_INVARIANT, SCALAR_TYPES, ArgumentRole
-from deployments.engine.batch_key import BatchKey, key_component
+from deployments.engine.batch_key import BatchKey, DigestCache, key_component
 
-if TYPE_CHECKING:
-    from deployments.engine.call import Seam
-    from deployments.engine.fiber import Fiber
+EMPTY_DICT = ("dict",)  # the key component of {}
 
 
 @dataclass(frozen=True, slots=True)
 class CallSignature:
-    """What a fiber's call looked like: enough to see quickly that the next one has the same key."""
+    """What is kept of a call: enough to see quickly that the next one has the same key.
+
+    Devices are not compared: all tensors of one module are on the module's device.
+    """
 
     batch_size: int
     key: BatchKey
     count: int  # of arguments
-    stable: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # the arguments that mostly stay the same objects
-    objects: tuple[Any, ...]  # these objects
-    shared: tuple[bool, ...]  # of each: another object may have other values, which the key contains
+    stable: Callable[[Mapping[str, Any]], tuple[Any, ...]]  # the arguments that are usually the same objects
+    objects: tuple[Any, ...]  # these arguments of the call
+    shared: tuple[bool, ...]  # of each: whether the key contains its values, so that only the object will do
     changing: tuple[tuple[str, torch.Size, torch.dtype], ...]  # tensors that are new in each call
-    nested: tuple[tuple[str, ArgumentRole, Hashable], ...]  # with something inside: their parts of the key
+    nested: tuple[tuple[str, ArgumentRole, Hashable], ...]  # containers: name, role, component of the key
 
     def has_same_objects(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the stable arguments are the same objects."""
         if len(arguments) != self.count:
             return False
         try:
@@ -40,37 +43,37 @@ class CallSignature:
             return False
 
     def has_equal_objects(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether what is not the same object counts as the same."""
+        """Whether the stable arguments are the same or have an equal effect on the key."""
         if len(arguments) != self.count:
             return False
         try:
             found = self.stable(arguments)
         except KeyError:
             return False
-        for value, objects, shared in zip(found, self.objects, self.shared, strict=True):
-            if value is objects:
+        for value, known, shared in zip(found, self.objects, self.shared, strict=True):
+            if value is known:
                 continue
-            if isinstance(objects, Tensor):
-                if shared or not _has_form(value, objects.shape, objects.dtype):
+            if isinstance(known, Tensor):
+                if shared or not _has_form(value, known.shape, known.dtype):
                     return False
-            elif isinstance(value, Tensor) or value != objects:
+            elif isinstance(value, Tensor) or value != known:
                 return False
         return True
 
-    def matches_changing(self, arguments: Mapping[str, Any], fiber: Fiber) -> bool:
-        """Whether the other arguments, those that change, have the same parts of the key."""
+    def matches_changing(self, arguments: Mapping[str, Any], digests: DigestCache) -> bool:
+        """Whether all other arguments have the same components of the key."""
         try:
             for name, shape, dtype in self.changing:
                 if not _has_form(arguments[name], shape, dtype):
                     return False
             for name, role, component in self.nested:
                 value = arguments[name]
-                if type(value) is dict and not value and component == ():  # the usual attention_kwargs={}
+                if type(value) is dict and not value and component == EMPTY_DICT:  # attention_kwargs={}
                     continue
                 if (
                     value is None
                     or isinstance(value, Tensor)
-                    or key_component(role, value, self.batch_size, fiber) != component
+                    or key_component(role, value, self.batch_size, digests) != component
                 ):
                     return False
         except KeyError:
@@ -78,23 +81,43 @@ class CallSignature:
         return True
 
     def with_objects(self, arguments: Mapping[str, Any]) -> CallSignature:
-        """The same look with these objects to compare the next call's with."""
+        """The same signature with these stable arguments to compare the next call's with."""
         return replace(self, objects=self.stable(arguments))
 
 
+@dataclass(frozen=True, slots=True)
+class KeyCache:
+    """What one fiber has hashed and keyed. Holds tensors of its last calls."""
+
+    digests: DigestCache = field(default_factory=DigestCache)
+    signatures: dict[Hashable, tuple[CallSignature, ...]] = field(default_factory=dict)  # at most 2 per seam
+
+
+_current: ContextVar[KeyCache | None] = ContextVar("key_cache", default=None)
+
+
+def current_key_cache() -> KeyCache:
+    """The cache of the context that this code runs in; each fiber has a context of its own."""
+    cache = _current.get()
+    if cache is None:
+        cache = KeyCache()
+        _current.set(cache)
+    return cache
+
+
 def signature_of(
-    seam: Seam,
     arguments: Mapping[str, Any],
+    roles: Callable[[str], ArgumentRole],
     components: Mapping[str, Hashable | None],
     batch_size: int,
     key: BatchKey,
 ) -> CallSignature:
-    """The look of a call whose arguments have these parts of the key."""
+    """The signature of a call whose arguments have these components of the key."""
     stable: list[tuple[str, bool]] = []
     changing: list[tuple[str, torch.Size, torch.dtype]] = []
     nested: list[tuple[str, ArgumentRole, Hashable]] = []
     for name, value in arguments.items():
-        role = seam.role(name)
+        role = roles(name)
         if value is None or isinstance(value, SCALAR_TYPES):
             stable.append((name, False))
         elif not isinstance(value, Tensor):
@@ -103,11 +126,16 @@ def signature_of(
             stable.append((name, role is ArgumentRole.SHARED))
         else:
             changing.append((name, value.shape, value.dtype))
-    names = [name for name, _ in stable]
-    getter = _getter(names)
-    shared = tuple(is_shared for _, is_shared in stable)
+    getter = _getter([name for name, _ in stable])
     return CallSignature(
-        batch_size, key, len(arguments), getter, getter(arguments), shared, tuple(changing), tuple(nested)
+        batch_size,
+        key,
+        len(arguments),
+        getter,
+        getter(arguments),
+        tuple(shared for _, shared in stable),
+        tuple(changing),
+        tuple(nested),
     )
 
 

@@ -11,11 +11,12 @@ import torch
 
 from deployments.engine.auxiliary_lane import AuxiliaryLane, ForwardOutcome
 from deployments.engine.batch_buckets import BucketProver
-from deployments.engine.call import ModuleCall, Seam, Unsplittable, split, stack
+from deployments.engine.call import ModuleCall, Seam
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber, FiberCancelled
 from deployments.engine.forward_timer import ForwardTimer
 from deployments.engine.lora_rows import run_with_lora_rows
+from deployments.engine.stacking import Unsplittable, split, stack
 from deployments.engine.step_scheduler import ParkedCall, ScheduledJob, StepScheduler
 from deployments.protocol.errors import OutOfMemory
 
@@ -238,7 +239,7 @@ class Engine:
             self._parkings += 1
             place = (
                 self._parked_auxiliary
-                if call.seam.auxiliary_lane and self._auxiliary_lane is not None
+                if call.seam.auxiliary and self._auxiliary_lane is not None
                 else self._parked
             )
             place.add(fiber, ParkedCall(key, call.batch_size, self._parkings, fiber.job))

@@ -1,4 +1,4 @@
-"""Where fibers park: the seams of a pipeline's heavy modules, cut once per loaded model."""
+"""Intercepts a pipeline's heavy modules, once per loaded model: inside a fiber their calls park."""
 
 from __future__ import annotations
 
@@ -11,32 +11,34 @@ from typing import Any
 
 from torch import nn
 
-from deployments.engine.call import RaggedList, Seam, make_call
+from deployments.engine.call import Seam, make_call
+from deployments.engine.call_signature import current_key_cache
 from deployments.engine.fiber import current_fiber
+from deployments.engine.stacking import RaggedList
 
 logger = logging.getLogger(__name__)
 
-# VAEs whose encode and decode are pure functions of their input around these two submodules. Others
-# (Wan's keeps a feature cache on itself between frames) are cut at encode/decode and run alone.
+# VAEs whose encode and decode are pure functions around their submodules `encoder` and `decoder`. Other VAEs
+# (Wan's keeps a feature cache on itself between frames) are intercepted at encode and decode and run alone.
 STATELESS_VAES = frozenset({"AutoencoderKL", "AutoencoderTiny"})
-# They answer with a list of one tensor per picture.
+# modules whose output is a list of one tensor per row
 RAGGED_OUTPUT_MODULES = frozenset({"ZImageTransformer2DModel"})
 
 
 def intercept(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """Cut the seams of `modules`: inside a fiber their calls park, elsewhere they pass through.
+    """Let the calls of `modules` park inside a fiber; outside of fibers they pass through.
 
     The function is replaced on the instance, so isinstance checks, config, dtype and hooks of the
-    module stay as they were. Returns a function that undoes it all.
+    module stay as they were. Returns a function that restores all modules.
     """
     replaced: list[tuple[nn.Module, str]] = []
     for module in modules:
-        for part, attribute, mergeable, auxiliary_lane in _seams_of(module):
+        for part, attribute, mergeable, auxiliary in _seams_of(module):
             if attribute not in vars(part):
-                _intercept_seam(part, attribute, mergeable, auxiliary_lane)
+                _intercept_seam(part, attribute, mergeable=mergeable, auxiliary=auxiliary)
                 replaced.append((part, attribute))
         if hasattr(module, "cache_context") and "cache_context" not in vars(module):
-            # it marks a shared hook registry as "cond" or "uncond" while other fibers run in between
+            # it would mark a hook registry that all fibers share as "cond" or "uncond"
             _set(module, "cache_context", lambda *_args, **_kwargs: contextlib.nullcontext())
             replaced.append((module, "cache_context"))
 
@@ -48,7 +50,7 @@ def intercept(modules: Iterable[nn.Module]) -> Callable[[], None]:
 
 
 def _seams_of(module: nn.Module) -> list[tuple[nn.Module, str, bool, bool]]:
-    """(module, function name, whether its calls may be merged, whether they are computed aside)."""
+    """(module, function name, whether calls may be merged, whether they run on the auxiliary lane)."""
     name = type(module).__name__
     if name in STATELESS_VAES:
         encoder, decoder = module.get_submodule("encoder"), module.get_submodule("decoder")
@@ -57,12 +59,12 @@ def _seams_of(module: nn.Module) -> list[tuple[nn.Module, str, bool, bool]]:
         logger.info("the VAE runs one request at a time", extra={"vae": name})
         return [(module, "encode", False, True), (module, "decode", False, True)]
     if hasattr(module, "generate"):
-        # a language model that writes keeps notes on itself (Qwen2.5-VL's rope_deltas) from token to token
+        # a generating language model keeps state on itself from token to token (Qwen2.5-VL's rope_deltas)
         return [(module, "forward", True, False), (module, "generate", False, False)]
     return [(module, "forward", True, False)]
 
 
-def _intercept_seam(module: nn.Module, attribute: str, mergeable: bool, auxiliary_lane: bool) -> None:
+def _intercept_seam(module: nn.Module, attribute: str, *, mergeable: bool, auxiliary: bool) -> None:
     function = getattr(module, attribute)
     parameters = inspect.signature(function).parameters.values()
     positions = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
@@ -71,15 +73,13 @@ def _intercept_seam(module: nn.Module, attribute: str, mergeable: bool, auxiliar
     optional = frozenset(p.name for p in parameters if p.default is None)
     if type(module).__name__ in RAGGED_OUTPUT_MODULES:
         function = _marks_ragged_output(function)
-    seam = Seam(
-        f"{type(module).__name__}.{attribute}", function, positions, mergeable, optional, auxiliary_lane
-    )
+    seam = Seam(f"{type(module).__name__}.{attribute}", function, positions, mergeable, optional, auxiliary)
 
     def park(*args: Any, **kwargs: Any) -> Any:
         fiber = current_fiber()
         if fiber is None:
             return function(*args, **kwargs)
-        call = make_call(seam, fiber, args, kwargs)
+        call = make_call(seam, current_key_cache(), args, kwargs)
         call.lora_set = fiber.lora_set
         return fiber.park(call)
 
@@ -87,7 +87,7 @@ def _intercept_seam(module: nn.Module, attribute: str, mergeable: bool, auxiliar
 
 
 def _marks_ragged_output(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with its list of pictures marked as one."""
+    """The function with the list that it returns as a RaggedList."""
 
     @functools.wraps(function)
     def with_ragged_output(*args: Any, **kwargs: Any) -> Any:
@@ -101,4 +101,5 @@ def _marks_ragged_output(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _set(module: nn.Module, attribute: str, value: Callable[..., Any]) -> None:
-    vars(module)[attribute] = value  # past nn.Module.__setattr__: no registration, no config rewrite
+    # not setattr: nn.Module would register the value, ConfigMixin would rewrite the config
+    vars(module)[attribute] = value

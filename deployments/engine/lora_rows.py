@@ -1,4 +1,4 @@
-"""Whose rows a forward computes: the engine says it around the forward, adapters read it inside."""
+"""The LoRA set of every row of the current forward: set by the engine, read by the LoRA layers' hooks."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-_current_rows: ContextVar[LoraRows | None] = ContextVar("rows", default=None)
+_current_rows: ContextVar[LoraRows | None] = ContextVar("lora_rows", default=None)
 
 
 @dataclass(slots=True)
 class LoraRows:
-    """The owner of every row of one forward; None for rows without one, and for padding."""
+    """The LoRA set of every row of one forward; None for rows without LoRAs and for padding."""
 
     lora_sets: tuple[Hashable | None, ...]
-    cache: Any = None  # of whoever reads this, for the length of the forward
+    cache: Any = None  # for the hooks; lives as long as the forward
 
 
 def current_lora_rows() -> LoraRows | None:
-    """Of the forward that this code runs in; None where no row has an owner."""
+    """Those of the forward that this code runs in; None if no row has LoRAs."""
     return _current_rows.get()
 
 
 def run_with_lora_rows(
     lora_sets: Sequence[Hashable | None], sizes: Sequence[int], forward: Callable[[], T]
 ) -> T:
-    """The forward's answer, run with owners[i] owning the next sizes[i] rows."""
+    """The forward's output, run with lora_sets[i] applied to the next sizes[i] rows."""
     if not any(lora_set is not None for lora_set in lora_sets):
         return forward()
     rows = [lora_set for lora_set, size in zip(lora_sets, sizes, strict=True) for _ in range(size)]

@@ -20,8 +20,8 @@ import torch
 from cachetools import LRUCache
 from torch import Tensor, nn
 
-from deployments.engine.call import Unsplittable
 from deployments.engine.lora_rows import LoraRows, current_lora_rows
+from deployments.engine.stacking import Unsplittable
 from deployments.loras.lora_set import LoraSet, LowRankPair
 from deployments.loras.low_rank_products import BatchInvariance, RowGroup, add_convolution, add_linear
 from deployments.loras.source import LayerKey

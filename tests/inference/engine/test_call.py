@@ -1,4 +1,4 @@
-"""Which calls may share a forward, how they are stacked, and how its output is dealt back."""
+"""Which calls may share a forward: the batch key, and the fast path to it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deployments.engine.call import (
-    ModuleCall,
-    RaggedList,
-    Seam,
-    Unsplittable,
-    make_call,
-    select_rows,
-    split,
-    stack,
-)
-from deployments.engine.fiber import Fiber
+from deployments.engine.call import ModuleCall, Seam, make_call
+from deployments.engine.call_signature import KeyCache
 
 
 def seam(module: str = "Transformer", *optional: str) -> Seam:
@@ -27,13 +18,14 @@ def seam(module: str = "Transformer", *optional: str) -> Seam:
     )
 
 
-def call(where: Seam, fiber: Fiber | None = None, **arguments: Any) -> ModuleCall:
-    own = Fiber(lambda: None) if fiber is None else fiber  # a fiber not begun is falsy
-    return make_call(where, own, (), arguments)
+def call(where: Seam, cache: KeyCache | None = None, **arguments: Any) -> ModuleCall:
+    """By a fiber that has this cache; without one, by a fiber that has made no call before."""
+    return make_call(where, cache or KeyCache(), (), arguments)
 
 
 def rows(count: int, *shape: int, value: float = 0.0) -> Tensor:
-    return torch.full((count, *shape), value)
+    """(count, *shape) of float32, all of this value."""
+    return torch.full((count, *shape), value, dtype=torch.float32)
 
 
 def test_a_key_is_one_object_for_equal_calls() -> None:
@@ -90,19 +82,19 @@ def test_none_is_as_good_as_nothing_only_where_it_is_the_default() -> None:
 
 
 def test_a_fibers_next_call_keeps_its_key_while_nothing_that_counts_changes() -> None:
-    where, fiber, text, ids = seam(), Fiber(lambda: None), rows(1, 3), torch.arange(4)
+    where, cache, text, ids = seam(), KeyCache(), rows(1, 3), torch.arange(4)
     arguments = {"encoder_hidden_states": text, "img_ids": ids, "attention_kwargs": {}}
 
     keys = [
         call(
-            where, fiber, hidden_states=rows(1, 4, value=i), timestep=torch.tensor(float(i)), **arguments
+            where, cache, hidden_states=rows(1, 4, value=i), timestep=torch.tensor(float(i)), **arguments
         ).key
         for i in range(3)
     ]
-    resized = call(where, fiber, hidden_states=rows(1, 5), timestep=torch.tensor(3.0), **arguments).key
+    resized = call(where, cache, hidden_states=rows(1, 5), timestep=torch.tensor(3.0), **arguments).key
     moved = call(
         where,
-        fiber,
+        cache,
         hidden_states=rows(1, 4),
         timestep=torch.tensor(4.0),
         **(arguments | {"img_ids": ids + 1}),
@@ -113,17 +105,17 @@ def test_a_fibers_next_call_keeps_its_key_while_nothing_that_counts_changes() ->
 
 
 def test_guided_and_unguided_calls_in_turns_keep_one_key_and_hold_both_texts() -> None:
-    where, fiber, texts = seam(), Fiber(lambda: None), [rows(1, 3, value=i) for i in (1.0, 2.0)]
+    where, cache, texts = seam(), KeyCache(), [rows(1, 3, value=i) for i in (1.0, 2.0)]
 
     keys = [
-        call(where, fiber, hidden_states=rows(1, 4), encoder_hidden_states=texts[i % 2], scale=0.5).key
+        call(where, cache, hidden_states=rows(1, 4), encoder_hidden_states=texts[i % 2], scale=0.5).key
         for i in range(6)
     ]
 
     assert len(set(keys)) == 1
     assert {
         id(held)
-        for signature in fiber.signatures[where]
+        for signature in cache.signatures[where]
         for held in signature.objects
         if isinstance(held, Tensor)
     } == {id(text) for text in texts}
@@ -141,146 +133,17 @@ def test_guided_and_unguided_calls_in_turns_keep_one_key_and_hold_both_texts() -
     ],
 )
 def test_a_fibers_next_call_with_something_else_has_another_key(other: dict[str, Any]) -> None:
-    where, fiber = seam(), Fiber(lambda: None)
+    where, cache = seam(), KeyCache()
 
-    before = call(where, fiber, hidden_states=rows(1, 4), encoder_hidden_states=rows(1, 3), scale=0.5).key
+    before = call(where, cache, hidden_states=rows(1, 4), encoder_hidden_states=rows(1, 3), scale=0.5).key
 
-    assert call(where, fiber, hidden_states=rows(1, 4), **other).key is not before
+    assert call(where, cache, hidden_states=rows(1, 4), **other).key is not before
 
 
 def test_a_dict_that_changed_inside_is_seen() -> None:
-    where, fiber, options = seam(), Fiber(lambda: None), {"scale": 1.0}
-    before = call(where, fiber, hidden_states=rows(1, 4), attention_kwargs=options).key
+    where, cache, options = seam(), KeyCache(), {"scale": 1.0}
+    before = call(where, cache, hidden_states=rows(1, 4), attention_kwargs=options).key
 
     options["scale"] = 2.0
 
-    assert call(where, fiber, hidden_states=rows(1, 4), attention_kwargs=options).key is not before
-
-
-def test_every_kind_of_argument_is_stacked_in_its_own_way() -> None:
-    where = seam("HiDreamImageTransformer2DModel")
-    calls = [
-        call(
-            where,
-            hidden_states=rows(count, 4, value=count),
-            timesteps=torch.tensor(count),
-            encoder_hidden_states_llama3=rows(3, count, 2, value=count),
-            img_shapes=[[(1, 2, 2)]],
-            down_block_additional_residuals=[rows(count, 1, value=count)],
-        )
-        for count in (1, 2)
-    ]
-
-    merged = stack(calls)
-
-    assert merged["hidden_states"].tolist() == [[1.0] * 4, [2.0] * 4, [2.0] * 4]
-    assert merged["timesteps"].tolist() == [1.0, 2.0, 2.0]
-    assert merged["encoder_hidden_states_llama3"].shape == (3, 3, 2)
-    assert merged["encoder_hidden_states_llama3"][0, :, 0].tolist() == [1.0, 2.0, 2.0]
-    assert merged["img_shapes"] == [[(1, 2, 2)]] * 3
-    assert merged["down_block_additional_residuals"][0].tolist() == [[1.0], [2.0], [2.0]]
-
-
-def test_lists_with_an_entry_per_picture_are_joined_and_dealt() -> None:
-    where = seam("ZImageTransformer2DModel")
-    calls = [
-        call(where, x=[rows(4, 1, value=i) for i in group], t=torch.tensor(group), cap_feats=[rows(5, 2)] * 2)
-        for group in ([0.0, 1.0], [2.0, 3.0])
-    ]
-
-    merged = stack(calls)
-    answers = split((RaggedList(merged["x"]),), [2, 2])
-
-    assert calls[0].key is calls[1].key is not None
-    assert len(merged["cap_feats"]) == 4
-    assert [[float(x[0, 0]) for x in answer[0]] for answer in answers] == [[0.0, 1.0], [2.0, 3.0]]
-    with pytest.raises(Unsplittable):
-        split(RaggedList(merged["x"]), [2, 3])
-
-
-def test_times_of_every_token_are_kept() -> None:
-    where = seam()
-    calls = [call(where, hidden_states=rows(1, 4), timestep=rows(1, 3, value=i)) for i in (1.0, 2.0)]
-
-    assert stack(calls)["timestep"].tolist() == [[1.0] * 3, [2.0] * 3]
-
-
-def test_constant_arguments_are_stacked_once_and_let_go_with_the_first_of_them() -> None:
-    where, texts = seam(), [rows(1, 3, value=i) for i in (1.0, 2.0)]
-
-    def merged() -> dict[str, Any]:
-        return stack([call(where, hidden_states=rows(1, 4), encoder_hidden_states=text) for text in texts])
-
-    first, second = merged(), merged()
-    texts[1] = rows(1, 3, value=3.0)
-    third = merged()
-
-    assert first["encoder_hidden_states"] is second["encoder_hidden_states"]
-    assert first["hidden_states"] is not second["hidden_states"]
-    assert third["encoder_hidden_states"][:, 0].tolist() == [1.0, 3.0]
-    texts.clear()
-    assert not where.stacked_constants
-
-
-@pytest.mark.parametrize(
-    ("times", "joined"),
-    [
-        ([torch.tensor(3), torch.tensor(4)], [3.0, 3.0, 4.0]),
-        ([torch.tensor([3.0]), torch.tensor([4.0])], [3.0, 3.0, 4.0]),
-        ([torch.tensor([3.0, 3.0]), torch.tensor(4.0)], [3.0, 3.0, 4.0]),
-        ([torch.tensor([3, 5]), torch.tensor([4.5])], [3.0, 5.0, 4.5]),
-    ],
-)
-def test_each_row_has_its_time_as_a_float(times: list[Tensor], joined: list[float]) -> None:
-    where = seam()
-    calls = [call(where, hidden_states=rows(2 - i, 4), timestep=time) for i, time in enumerate(times)]
-
-    merged = stack(calls)["timestep"]
-
-    assert merged.dtype is torch.float32
-    assert merged.tolist() == joined
-
-
-def test_answers_keep_their_layout_in_memory() -> None:
-    output = torch.arange(48.0).reshape(2, 2, 3, 4).to(memory_format=torch.channels_last)
-
-    first, second = split((output,), [1, 1])
-
-    assert first[0].is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(second[0], output[1:])
-    assert second[0].untyped_storage().nbytes() == 24 * 4
-    assert split((), [1, 1]) == [(), ()]
-
-
-def test_answers_are_copies_and_caches_are_left_out() -> None:
-    class DynamicCache:
-        pass
-
-    output = {"sample": torch.arange(3.0), "cache": DynamicCache(), 7: None}
-
-    first, second = split(output, [1, 2])
-
-    assert first["sample"].untyped_storage().nbytes() == 4
-    assert second["sample"].tolist() == [1.0, 2.0]
-    assert first["cache"] is None
-    with pytest.raises(Unsplittable):
-        split(torch.zeros(2), [1, 2])
-
-
-def test_rows_are_selected_in_any_order_and_repeatedly() -> None:
-    arguments = {
-        "hidden_states": torch.arange(3.0),
-        "timestep": torch.tensor(5),
-        "added_cond_kwargs": {"time_ids": torch.arange(3.0)},
-        "img_ids": torch.arange(4),
-    }
-
-    chosen = select_rows(arguments, [2, 0, 0])
-
-    assert (
-        chosen["hidden_states"].tolist()
-        == chosen["added_cond_kwargs"]["time_ids"].tolist()
-        == [2.0, 0.0, 0.0]
-    )
-    assert chosen["timestep"].tolist() == [5.0, 5.0, 5.0]
-    assert chosen["img_ids"] is arguments["img_ids"]
+    assert call(where, cache, hidden_states=rows(1, 4), attention_kwargs=options).key is not before

@@ -161,7 +161,7 @@ def test_a_shared_noise_scheduler_would_be_caught(monkeypatch: pytest.MonkeyPatc
 
 
 def test_ids_compared_by_shape_alone_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_key, "_shared_component", lambda value, _fiber: tuple(value.shape))
+    monkeypatch.setattr(batch_key, "_shared_component", lambda value, _digests: tuple(value.shape))
     bench = flux_bench(torch.float64)
     tall, wide = sized(bench, (64, 96)), sized(bench, (96, 64))
 

@@ -213,6 +213,24 @@ async def test_a_draining_worker_hands_back_what_would_not_end_in_time_with_its_
         await anext(worker.submit(steps(1), ScheduledJob()))
 
 
+async def test_what_a_draining_worker_hands_back_is_no_longer_computed(worker: Worker) -> None:
+    ended = threading.Event()
+
+    def endless(emit: Emit) -> float:
+        try:
+            return steps(10**9)(emit)
+        finally:
+            ended.set()
+
+    items = worker.submit(endless, ScheduledJob(steps=10**9, shape="s"))
+    await begun(items)
+
+    worker.drain(grace_s=0.0)
+
+    assert await worker.run_on_thread(ended.is_set), "commands are executed in order"
+    assert (await everything(items))[-1].retryable
+
+
 async def test_a_worker_that_hangs_in_a_forward_is_unhealthy() -> None:
     worker = worker_of(slots=1, watchdog_s=0.2)
     leave = asyncio.Event()
