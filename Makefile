@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: serve test fleets exact chaos check format types lint audit bench clean
+.PHONY: serve test fleets rehearsal exact chaos check format types lint audit bench clean
 
 serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+C
 	@$(BIN)/weft serve
@@ -13,11 +13,14 @@ serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+
 SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
   --dist loadfile --no-loadscope-reorder --durations 25
 
-test: $(VENV)/.test ## set up, then the suite; `make fleets` runs what it leaves out
-	@$(SUITE) -m "not fleet"
+test: $(VENV)/.test ## set up, then the suite; `make fleets` and `make rehearsal` run what it leaves out
+	@$(SUITE) -m "not fleet and not rehearsal"
 
 fleets: $(VENV)/.test ## the shipped fleet, clusters of several nodes, a batch as a Ray job (15 minutes on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fleet tests/graph
+
+rehearsal: $(VENV)/.test ## every tiny model trained for a few steps, as README of models/ says (some minutes)
+	@$(BIN)/python -m pytest -m rehearsal tests/tools
 
 exact: $(VENV)/.test ## 1,000 random schedules against each request alone (an hour of one core)
 	@$(BIN)/python benchmarks/exact.py

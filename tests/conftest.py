@@ -1,7 +1,8 @@
-"""How the suite shares out its tests among processes (`make test`): the tests of a file stay together, and
-all that start a Ray stay in one process, one after another. That one begins first, as it takes longest.
-Those in FLEET_TESTS take longer than all others together: `make fleets` runs them, `make test` does not.
-A test with a Ray, dozens of processes on perhaps a busy machine, has a second try; the summary counts them.
+"""How `make test` distributes the tests over processes.
+
+The tests of a file stay in one process, and all tests that start Ray share one, which begins first because it
+takes longest.  `make fleets` runs FLEET_TESTS, which take longer than all others together.  A test with Ray
+starts dozens of processes: it has a second try, and the summary counts those.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 import pytest
 from xdist.scheduler import LoadFileScheduling
+
+from tests.patience import slowness
 
 RAY_TESTS = "tests/graph/"
 FLEET_TESTS = tuple(
@@ -29,7 +32,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayTestsInOn
 
 
 class ImmediateFailureReport:
-    """A failure is printed when it happens, not half an hour later when all else has run."""
+    """Prints a failure when it happens instead of at the end of the run."""
 
     def __init__(self, terminal: pytest.TerminalReporter) -> None:
         self._terminal = terminal
@@ -41,6 +44,7 @@ class ImmediateFailureReport:
 
 @pytest.hookimpl(trylast=True)  # after the terminal reporter is there
 def pytest_configure(config: pytest.Config) -> None:
+    slowness()  # measured before the workers start, which inherit it
     terminal = config.pluginmanager.get_plugin("terminalreporter")
     if terminal is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(ImmediateFailureReport(terminal))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline
+
+from tools.tiny_models.train import main
 
 ROOT = Path(__file__).parents[2]
 PIPELINES = {
@@ -22,25 +24,19 @@ PIPELINES = {
 }
 
 
-def train(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """`python -m tools.tiny_models.train` without torch.compile, which takes longer than a few steps."""
-    return subprocess.run(
-        [sys.executable, "-m", "tools.tiny_models.train", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def train(folder: Path, *arguments: str) -> Path:
+    """The folder of the models that a rehearsal writes, in this process and without torch.compile."""
+    command = ["--work", str(folder / "work"), "--out", str(folder / "models"), "--workers", "1"]
+    with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+        warnings.simplefilter("ignore")  # the libraries' own
+        main([*command, "--rehearsal", *arguments])
+    return folder / "models"
 
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a rehearsal of the whole recipe wrote its models."""
-    folder = tmp_path_factory.mktemp("rehearsal")
-    ended = train("--work", folder / "work", "--out", folder / "models", "--workers", "1", "--rehearsal")
-    assert ended.returncode == 0, ended.stderr[-2_000:]
-    return folder / "models"
+    """Where a rehearsal of all stages wrote its models."""
+    return train(tmp_path_factory.mktemp("rehearsal"))
 
 
 @pytest.mark.parametrize("name", PIPELINES)
@@ -66,9 +62,25 @@ def test_a_rehearsal_links_what_models_have_in_common(rehearsed: Path) -> None:
 
 
 @pytest.mark.parametrize("out", [(), ("--out", "models")])
-def test_a_rehearsal_spares_the_shipped_models(tmp_path: Path, out: tuple[str, ...]) -> None:
-    ended = train("--work", tmp_path, "--rehearsal", *out)
+def test_a_rehearsal_spares_the_shipped_models(
+    tmp_path: Path, out: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
 
-    assert ended.returncode == 2
-    assert "give --out" in ended.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(["--work", str(tmp_path), "--rehearsal", *out])
+
+    assert ended.value.code == 2
+    assert "give --out" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.rehearsal
+def test_the_command_makes_all_models_in_two_processes_with_compiled_networks(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.tiny_models.train", "--work", tmp_path / "work"]
+    command += ["--out", tmp_path / "models", "--workers", "2", "--rehearsal"]
+
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    assert done.returncode == 0, done.stderr[-2_000:]
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {*PIPELINES, "tiny-sd15-canny"}

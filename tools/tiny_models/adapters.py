@@ -83,7 +83,7 @@ def _train_adapter(
         generator = torch.Generator().manual_seed(step)
         names = random.choice(together) if together and step % 3 == 2 else alone
         _activate(transformer, *names)
-        picks = [random.randrange(len(latents[names])) for _ in range(32)]
+        picks = [random.randrange(len(latents[names])) for _ in range(min(32, len(latents[names])))]
         scenes = [draw_scene(FIRST_SEED + pick) for pick in picks]
         captions = [_styled(caption(scene, random, plain=True), style, random) for scene in scenes]
         picture = pack(torch.from_numpy(latents[names][picks].astype(np.float32)))

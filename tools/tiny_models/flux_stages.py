@@ -46,7 +46,7 @@ DEV_GUIDANCE = (1.0, 5.0)  # dev is told any scale in between
 
 def tokenizers(plan: Plan) -> None:
     """Write both tokenizers."""
-    words = caption_words()
+    words = caption_words(plan.cut(20_000, 200))
     clip_tokenizer(words).save_pretrained(plan.work / "tokenizer")
     t5_tokenizer(words).save_pretrained(plan.work / "tokenizer_2")
 
@@ -60,10 +60,10 @@ def vae(plan: Plan) -> None:
         return
     torch.manual_seed(0)
     autoencoder = build_autoencoder()
-    images = pixels([picture(seed) for seed in range(plan.cut(1_600, 100))])
+    images = pixels([picture(seed) for seed in range(plan.cut(1_600, 8))])
     start_decoder(autoencoder, images, fold_into_encoder(autoencoder, images))
-    train_decoder(autoencoder, plan.work, plan.vae_steps, plan.cut(9_000, 20))
-    print(f"autoencoder: {decibels(autoencoder, range(9_000, 9_064)):.1f} dB")
+    train_decoder(autoencoder, plan.work, plan.vae_steps, plan.cut(9_000, 4))
+    print(f"autoencoder: {decibels(autoencoder, range(9_000, 9_000 + plan.cut(64))):.1f} dB")
     autoencoder.save_pretrained(plan.work / "vae")
 
 
@@ -81,7 +81,12 @@ def text(plan: Plan) -> None:
     if plan.warm_start:
         _copy_text_weights(encoders, plan.warm_start)
     rate = 1.0 if plan.warm_start else 2.0
-    train_text(encoders, caption_parser, TrainingRun(plan.work, plan.text_steps, batch=128, seed=1), rate)
+    train_text(
+        encoders,
+        caption_parser,
+        TrainingRun(plan.work, plan.text_steps, batch=plan.cut(128, 4), seed=1),
+        rate,
+    )
 
 
 def flow(plan: Plan) -> None:
@@ -92,7 +97,7 @@ def flow(plan: Plan) -> None:
 def _flow_process(rank: int, plan: Plan) -> None:
     torch.manual_seed(0)
     transformer = _unguided(plan.warm_start) if plan.warm_start else build_transformer()
-    run = TrainingRun(plan.work, plan.flow_steps, seed=2, rank=rank)
+    run = TrainingRun(plan.work, plan.flow_steps, batch=plan.cut(64), seed=2, rank=rank)
     train_flow(_trained_encoders(plan), Flow(transformer, compiled=True), _pool(plan), run)
 
 
@@ -125,7 +130,7 @@ def _dev_process(rank: int, plan: Plan) -> None:
         Flow(student, compiled=True),
         Flow(teacher, compiled=True),
         _pool(plan),
-        TrainingRun(plan.work, plan.distil_steps, seed=3, rank=rank),
+        TrainingRun(plan.work, plan.distil_steps, batch=plan.cut(64), seed=3, rank=rank),
         DEV_GUIDANCE,
         "dev",
     )
@@ -154,7 +159,7 @@ def _schnell_process(rank: int, plan: Plan) -> None:
         Flow(student, compiled=True),
         Flow(teacher, compiled=True),
         _pool(plan),
-        TrainingRun(plan.work, plan.distil_steps, seed=4, rank=rank),
+        TrainingRun(plan.work, plan.distil_steps, batch=plan.cut(64), seed=4, rank=rank),
         SCHNELL_GUIDANCE,
         "schnell",
     )
@@ -169,7 +174,7 @@ def adapters(plan: Plan) -> None:
     load_average(plan.work / "flow.safetensors", transformer=transformer)
     pipeline = assemble(_autoencoder(plan), _trained_encoders(plan), transformer)
     folder = plan.out / "tiny-flux-schnell" / "loras"
-    train_adapters(pipeline, _autoencoder(plan), folder, plan.adapter_steps, plan.cut(2_000, 20))
+    train_adapters(pipeline, _autoencoder(plan), folder, plan.adapter_steps, plan.cut(2_000, 4))
 
 
 def _autoencoder(plan: Plan) -> Autoencoder:

@@ -26,10 +26,10 @@ class Plan:
     distil_steps: int
     adapter_steps: int
     workers: int
-    rehearsal: bool = False  # a few steps of everything: shows that the stages fit together, teaches nothing
+    rehearsal: bool = False  # a few steps of a few pictures: shows that the stages fit together
 
     def cut(self, number: int, least: int = 2) -> int:
-        """This number of steps or pictures; in a rehearsal only `least`."""
+        """This number of steps, pictures or captions; in a rehearsal only `least`."""
         return min(number, least) if self.rehearsal else number
 
 

@@ -9,6 +9,7 @@ minutes that all of them work; name another folder than models/ with --out then.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +18,8 @@ from tools.tiny_models import flux_stages, unet_stages, video_stages
 from tools.tiny_models.plan import Plan, Stage
 
 SHIPPED = Path(__file__).parents[2] / "models"
-REHEARSAL = {  # what else would be long is cut by its stage
-    "pool": 300,
+REHEARSAL = {  # each stage cuts what else would be long
+    "pool": 40,
     "vae_steps": 2,
     "text_steps": 2,
     "flow_steps": 2,
@@ -28,7 +29,7 @@ REHEARSAL = {  # what else would be long is cut by its stage
 STAGES: dict[str, Stage] = flux_stages.STAGES | unet_stages.STAGES | video_stages.STAGES
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the named stages, or all of them."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--adapter-steps", type=int, default=300)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rehearsal", action="store_true")
-    options = vars(parser.parse_args())
+    options = vars(parser.parse_args(argv))
     stages = options.pop("stages") or list(STAGES)
     if options["rehearsal"]:
         if options["out"].resolve() == SHIPPED.resolve():

@@ -63,7 +63,7 @@ def text_unet(plan: Plan) -> None:
     train_text(
         build_text_encoder(tokenizer),
         tokenizer,
-        TrainingRun(plan.work, plan.cut(TEXT_STEPS), batch=128, seed=1),
+        TrainingRun(plan.work, plan.cut(TEXT_STEPS), batch=plan.cut(128, 4), seed=1),
     )
 
 
@@ -71,7 +71,7 @@ def sd15(plan: Plan) -> None:
     """Train the UNet of 1.5 and write tiny-sd15."""
     torch.manual_seed(0)
     encoder, tokenizer, unet = _encoder(plan), _tokenizer(plan), build_unet()
-    pool, run = _pool(plan), TrainingRun(plan.work, plan.cut(SD15_STEPS), seed=2)
+    pool, run = _pool(plan), TrainingRun(plan.work, plan.cut(SD15_STEPS), plan.cut(64), seed=2)
     train_unet(
         unet,
         sd_condition(encoder, tokenizer),
@@ -105,7 +105,10 @@ def sdxl(plan: Plan) -> None:
     torch.manual_seed(0)
     encoder, tokenizer, vae, unet = _encoder(plan), _tokenizer(plan), _autoencoder(plan), _sdxl_unet()
     copy_weights(unet, _trained(plan, "sd15", build_unet()))
-    pool, run = _pool(plan), TrainingRun(plan.work, plan.cut(SDXL_STEPS), seed=3, compiled=False)
+    pool, run = (
+        _pool(plan),
+        TrainingRun(plan.work, plan.cut(SDXL_STEPS), plan.cut(64), seed=3, compiled=False),
+    )
     train_unet(
         unet,
         sdxl_condition(encoder, tokenizer),
@@ -139,7 +142,10 @@ def refiner(plan: Plan) -> None:
     torch.manual_seed(0)
     encoder, tokenizer, vae, unet = _encoder(plan), _tokenizer(plan), _autoencoder(plan), _refiner_unet()
     copy_weights(unet, _trained(plan, "sdxl", _sdxl_unet()))
-    pool, run = _pool(plan), TrainingRun(plan.work, plan.cut(REFINER_STEPS), seed=4, compiled=False)
+    pool, run = (
+        _pool(plan),
+        TrainingRun(plan.work, plan.cut(REFINER_STEPS), plan.cut(64), seed=4, compiled=False),
+    )
     train_unet(
         unet,
         refiner_condition(encoder, tokenizer),
@@ -174,7 +180,7 @@ def canny(plan: Plan) -> None:
     unet = _trained(plan, "sd15", build_unet())
     controlnet = build_controlnet(unet)
     condition = sd_condition(_encoder(plan), _tokenizer(plan))
-    run = TrainingRun(plan.work, plan.cut(CANNY_STEPS), seed=5, compiled=False)
+    run = TrainingRun(plan.work, plan.cut(CANNY_STEPS), plan.cut(64), seed=5, compiled=False)
     train_controlnet(controlnet, unet, condition, _autoencoder(plan), run)
     write_canny(plan)
 

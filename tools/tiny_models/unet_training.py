@@ -138,8 +138,8 @@ def unet_batches(
         if vae is not None:
             views = [_draw_view(random) for _ in scenes]
             changed = [index for index, view in enumerate(views) if view != View()]
-            pictures = [_viewed(views[index], scenes[index]) for index in changed]
-            latents[changed] = linear_encode(vae, pixels(pictures))
+            if pictures := [_viewed(views[index], scenes[index]) for index in changed]:
+                latents[changed] = linear_encode(vae, pixels(pictures))
         yield noised(latents, scenes, captions, views, random, latest)
 
 

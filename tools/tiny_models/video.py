@@ -39,10 +39,10 @@ ATTRIBUTES: dict[str, list[str | None]] = {  # what a caption tells, with the po
 # --- text -------------------------------------------------------------------------------------------------
 
 
-def video_tokenizer() -> Any:
-    """A T5Tokenizer that knows every word of the captions whole."""
+def video_tokenizer(captions: int) -> Any:
+    """A T5Tokenizer that knows every word of this many captions whole."""
     random = Random(1)
-    texts = [caption(draw_clip(seed), random, plain=True) for seed in range(5_000)]
+    texts = [caption(draw_clip(seed), random, plain=True) for seed in range(captions)]
     counts: Counter[str] = Counter()
     for text in (*texts, *OPENINGS, *FILLERS):
         counts.update(re.findall(r"[a-z]+|[^\sa-z]", text))

@@ -51,27 +51,29 @@ def video_vae(plan: Plan) -> None:
     torch.manual_seed(0)
     autoencoder = build_autoencoder()
     videos = pixels(
-        [render_clip(draw_clip(AUTOENCODER_SEED - 1 - index)) for index in range(plan.cut(400, 40))]
+        [render_clip(draw_clip(AUTOENCODER_SEED - 1 - index)) for index in range(plan.cut(400, 8))]
     )
     start_decoder(autoencoder, videos, fold_into_encoder(autoencoder, videos))
-    train_decoder(autoencoder, plan.work, plan.cut(VAE_STEPS))
-    print(f"video autoencoder: {decibels(autoencoder, range(-32, 0)):.1f} dB")
+    train_decoder(autoencoder, plan.work, plan.cut(VAE_STEPS), plan.cut(8))
+    print(f"video autoencoder: {decibels(autoencoder, range(-plan.cut(32), 0)):.1f} dB")
     autoencoder.save_pretrained(plan.work / "video-vae")
 
 
 def video_pool(plan: Plan) -> None:
     """Paint and encode the training clips."""
     if not (plan.work / "video-pool.npy").exists():
-        np.save(plan.work / "video-pool.npy", encode_clips(_autoencoder(plan), range(plan.cut(CLIPS, 100))))
+        np.save(plan.work / "video-pool.npy", encode_clips(_autoencoder(plan), range(plan.cut(CLIPS, 8))))
 
 
 def video_text(plan: Plan) -> None:
     """Write the tokenizer; teach the text encoder to parse."""
-    video_tokenizer().save_pretrained(plan.work / "video-tokenizer")
+    video_tokenizer(plan.cut(5_000, 200)).save_pretrained(plan.work / "video-tokenizer")
     torch.manual_seed(0)
     text, caption_parser = _text(plan), VideoCaptionParser()
-    train_video_text(text, caption_parser, VideoTrainingRun(plan.work, plan.cut(TEXT_STEPS), batch=128))
-    clips = [draw_clip(seed, held_out=True) for seed in range(-500, 0)]
+    train_video_text(
+        text, caption_parser, VideoTrainingRun(plan.work, plan.cut(TEXT_STEPS), plan.cut(128, 4))
+    )
+    clips = [draw_clip(seed, held_out=True) for seed in range(-plan.cut(500, 8), 0)]
     print(
         "captions parsed:",
         [round(share, 3) for share in parse_accuracy(text, caption_parser, clips).tolist()],
@@ -83,7 +85,9 @@ def video_flow(plan: Plan) -> None:
     torch.manual_seed(0)
     pool = np.load(plan.work / "video-pool.npy", mmap_mode="r")
     flow = VideoFlow(build_transformer(), compiled=True)
-    train_video_flow(_trained_text(plan), flow, pool, VideoTrainingRun(plan.work, plan.cut(FLOW_STEPS)))
+    train_video_flow(
+        _trained_text(plan), flow, pool, VideoTrainingRun(plan.work, plan.cut(FLOW_STEPS), plan.cut(48))
+    )
 
 
 def tiny_wan(plan: Plan) -> None:

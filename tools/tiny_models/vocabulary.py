@@ -26,8 +26,8 @@ LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?-:;
 SENTINELS = 8  # T5's <extra_id_n>
 
 
-def caption_words(captions: int = 20_000) -> dict[str, int]:
-    """Every word and sign of the captions with its frequency, most frequent first."""
+def caption_words(captions: int) -> dict[str, int]:
+    """Every word and sign of this many captions with its frequency, most frequent first."""
     random = Random(1)
     counts: Counter[str] = Counter()
     for seed in range(captions):
