@@ -1,4 +1,4 @@
-"""What a model is, needs and allows: one YAML card per model."""
+"""The model card: what a model is, needs and allows, as one YAML file per model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Steps(Strict):
     max: int
 
     @model_validator(mode="after")
-    def _in_order(self) -> Self:
+    def _check_order(self) -> Self:
         if not self.min <= self.default <= self.max:
             raise ValueError("steps need min <= default <= max")
         return self
@@ -37,7 +37,7 @@ class Guidance(Strict):
     max: float
 
     @model_validator(mode="after")
-    def _in_order(self) -> Self:
+    def _check_order(self) -> Self:
         if not self.min <= self.default <= self.max:
             raise ValueError("guidance needs min <= default <= max")
         return self
@@ -55,7 +55,7 @@ class Sizes(Strict):
     max_aspect: float = 3.0  # longer side over shorter side
 
     @model_validator(mode="after")
-    def _default_fits(self) -> Self:
+    def _check_default(self) -> Self:
         for side in (self.width, self.height, self.min, self.max):
             if side % self.multiple:
                 raise ValueError(f"{side} is not a multiple of {self.multiple}")
@@ -71,12 +71,14 @@ class Videos(Strict):
     fps: int = Field(ge=1, le=MAX_FPS)  # default: what the model was trained with
     min_frames: int = Field(1, ge=1)
     max_frames: int = Field(le=MAX_FRAMES)
-    every: int = Field(1, ge=1)  # numbers of frames are every * k + 1: Wan's latents hold 4 frames, after one
+    every: int = Field(
+        1, ge=1
+    )  # num_frames is every * k + 1: each of Wan's latents holds 4 frames, the first one 1
     max_frame_pixels: int  # width x height x frames
-    framewise: bool = False  # a picture model: every frame is a picture of a seeded path
+    framewise: bool = False  # a picture model: every frame is a picture on a path between two seeds
 
     @model_validator(mode="after")
-    def _default_fits(self) -> Self:
+    def _check_default(self) -> Self:
         for frames in (self.num_frames, self.min_frames, self.max_frames):
             if (frames - 1) % self.every:
                 raise ValueError(f"{frames} frames are not a multiple of {self.every}, plus 1")
@@ -88,23 +90,23 @@ class Videos(Strict):
 class Licence(Strict):
     name: str
     url: str
-    attribution: str = ""  # shown with the model where the licence asks for it
+    attribution: str = ""  # shown with the model where the licence requires it
     gated: bool = False  # must be accepted on the hub before a download
     commercial: bool = True
 
 
 class Weights(Strict):
-    """Where the weights are: a folder (relative ones are under the repository), an address of one that fsspec
-    opens (s3://bucket/folder), or a hub id."""
+    """The place of the weights: a folder (relative to the repository), the URL of a folder that fsspec opens
+    (s3://bucket/folder), or a hub id."""
 
     path: str | None = None
     repo: str | None = None
     revision: str = "main"
-    variant: str | None = None  # e.g. "fp16": the file name's infix
+    variant: str | None = None  # e.g. "fp16": infix of the file names
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
     @model_validator(mode="after")
-    def _one_source(self) -> Self:
+    def _check_one_source(self) -> Self:
         if (self.path is None) == (self.repo is None):
             raise ValueError("weights need exactly one of path and repo")
         return self
@@ -121,7 +123,7 @@ class ControlNet(Strict):
     weights: Weights
     mode: int | None = Field(None, ge=0)  # FLUX union nets only: which of its modes this kind is
     preprocessor: Weights | None = None  # makes the map of a plain picture; canny needs none
-    detector: Weights | None = None  # pose: finds the people whose key points the preprocessor names
+    detector: Weights | None = None  # pose: finds the persons whose key points the preprocessor locates
     licence: Licence
 
 
@@ -136,39 +138,49 @@ class CardLora(Strict):
 
 
 class Serving(Strict):
-    """Resources of one replica and the room in it; serve_config.yaml may override."""
+    """Resources and limits of one replica; serve_config.yaml may override them."""
 
     num_gpus: float = 1.0
     num_cpus: float = 1.0
     accelerator_type: str | None = None  # one of ray.util.accelerators, such as "A100-80G"; None: any GPU
     slots: int = Field(16, ge=1)  # requests running at once on one replica
-    max_rows: int = Field(4, ge=1)  # rows in one forward; how many of them pay is learned
-    deterministic: bool = True  # only numbers of rows that are proven to leave every picture's bits alone
+    max_rows: int = Field(
+        4, ge=1
+    )  # batch size of one forward; the step scheduler measures which sizes are faster
+    deterministic: bool = True  # only batch sizes that are proven to change no bit of a picture
     max_wait_s: float | None = Field(None, gt=0)  # calls by handle that would wait longer are refused
-    watchdog_s: float = Field(300.0, gt=0)  # a forward that takes longer hangs: the replica is replaced
+    watchdog_s: float = Field(
+        300.0, gt=0
+    )  # a forward that takes longer counts as hung: the replica is replaced
     prompt_cache_mib: int = Field(256, ge=0)  # of prompt embeddings, per model
     group: str | None = None  # cards of one group share their replicas; the first listed sets the resources
-    models_loaded: int = Field(3, ge=1)  # of a group at once on one replica; the least recently used goes
-    lora: Literal["shared", "dedicated", "none"] = "shared"  # dedicated: replicas of their own for adapters
+    models_loaded: int = Field(
+        3, ge=1
+    )  # of a group at once on one replica; the least recently used is unloaded
+    lora: Literal["shared", "dedicated", "none"] = (
+        "shared"  # dedicated: LoRA requests have replicas of their own
+    )
     lora_min_replicas: int | None = Field(None, ge=0)  # of the dedicated ones; None: as min_replicas
     adapters_on_device: int = Field(8, ge=1)  # slots; one in use is never evicted
     adapters_in_memory: int = Field(64, ge=1)  # converted, ready for the device
-    adapter_memory_mib: int = Field(4096, ge=1)  # of them together, whichever limit is reached first
-    adapter_disk_mib: int = Field(10_240, ge=0)  # files kept near the replica
+    adapter_memory_mib: int = Field(4096, ge=1)  # of them together; whichever limit is reached first
+    adapter_disk_mib: int = Field(10_240, ge=0)  # LoRA files on the replica's disk
     warm_up: bool = True  # run one request before the replica is ready
     warm_up_sizes: list[tuple[int, int]] = []  # width and height of these; empty: the default size
-    compile: bool = False  # torch.compile of the denoiser's repeated blocks; the node keeps what it makes
-    prefetch: bool = True  # have far weights on every GPU node before a replica of it starts there
+    compile: bool = False  # torch.compile of the denoiser's repeated blocks, cached on the node
+    prefetch: bool = True  # fetch remote weights to every GPU node before a replica starts there
     min_replicas: int = Field(0, ge=0)
     max_replicas: int = Field(1, ge=1)
-    autoscaling: dict[str, float] = {}  # knobs of the policy that differ from its own: docs/scaling.md
+    autoscaling: dict[
+        str, float
+    ] = {}  # parameters of the policy that differ from its defaults: docs/scaling.md
     job_timeout_s: float = 600.0
 
     @model_validator(mode="after")
-    def _compiled_before_it_serves(self) -> Self:
+    def _check_compile(self) -> Self:
         if self.compile and self.lora != "none":
             raise ValueError(
-                "compile needs lora: none, as adapters change layers; give LoRAs a card without compile"
+                "compile needs lora: none, because LoRAs change layers; use a card without compile for LoRAs"
             )
         if self.compile and not self.warm_up:
             raise ValueError("compile needs warm_up, or the first requests would wait for the compiler")
@@ -183,7 +195,7 @@ def _known_tasks(tasks: list[str]) -> list[str]:
 
 
 class ModelCard(Strict):
-    """One model as the service offers it. Unknown keys stop the start with their name."""
+    """One model as the service offers it. An unknown key in a YAML file is an error that names it."""
 
     id: str = Field(pattern=MODEL_ID)
     name: str
@@ -198,7 +210,7 @@ class ModelCard(Strict):
     videos: Videos | None = None  # what tasks t2v and i2v allow
     corrects: bool = False  # out-of-range steps and guidance are corrected with a warning (schnell)
     negative_prompt: bool = True
-    schedulers: list[str] = ["auto"]  # names of pipelines/schedulers.py
+    schedulers: list[str] = ["auto"]  # names of pipelines/noise_schedulers.py
     max_sequence_length: int | None = None  # text tokens; fixed per model so that batches match
     max_prompt_chars: int = Field(4_000, le=32_000)
     max_images: int = Field(4, ge=1, le=16)
@@ -209,16 +221,16 @@ class ModelCard(Strict):
     adapters: list[CardLora] = []  # LoRAs that come with it
     refiner: str | None = None  # id of the card that refines this model's pictures
     refiner_start: float = Field(0.8, gt=0, lt=1)  # part of the steps at which the refiner takes over
-    vram_gib: float = 0.0  # needed for weights and one picture at the default size; 0: runs on a CPU
+    vram_gib: float = 0.0  # for the weights and one picture of the default size; 0: runs on a CPU
     licence: Licence
     serving: Serving = Serving()
 
     @property
     def all_weights(self) -> list[Weights]:
-        """Its own first, then those of its ControlNets and of what makes their maps."""
+        """Its own first, then those of its ControlNets, preprocessors and detectors; each once."""
         nets = self.controls.values()
-        helpers = [weights for net in nets for weights in (net.preprocessor, net.detector) if weights]
-        every = [self.weights, *(net.weights for net in nets), *helpers]
+        annotators = [weights for net in nets for weights in (net.preprocessor, net.detector) if weights]
+        every = [self.weights, *(net.weights for net in nets), *annotators]
         return [weights for index, weights in enumerate(every) if weights not in every[:index]]
 
     @property
@@ -227,25 +239,25 @@ class ModelCard(Strict):
         return self.max_loras if self.serving.lora != "none" else 0
 
     @model_validator(mode="after")
-    def _what_is_compiled_is_warmed_up(self) -> Self:
+    def _check_compiled_task(self) -> Self:
         if self.serving.compile and Task.t2i not in self.tasks:
             raise ValueError("compile needs the task t2i, which warms it up; take compile out of serving")
         return self
 
     @model_validator(mode="after")
-    def _videos_have_limits(self) -> Self:
+    def _check_video_limits(self) -> Self:
         if {Task.t2v, Task.i2v} & set(self.tasks) and self.videos is None:
             raise ValueError("tasks t2v and i2v need the limits in videos")
         return self
 
     @model_validator(mode="after")
-    def _adapters_have_ids_of_their_own(self) -> Self:
+    def _check_adapter_ids(self) -> Self:
         if len({adapter.id for adapter in self.adapters}) < len(self.adapters):
             raise ValueError("adapters need ids that differ")
         return self
 
     @model_validator(mode="after")
-    def _people_are_found_for_their_pose(self) -> Self:
+    def _check_pose(self) -> Self:
         pose = self.controls.get("pose")
         if pose is not None and (pose.preprocessor is None) != (pose.detector is None):
             raise ValueError("controls.pose needs both preprocessor and detector, or neither")
@@ -264,36 +276,8 @@ def load_cards(directory: Path) -> dict[str, ModelCard]:
 
 
 def load_card(path: Path) -> ModelCard:
-    """The card in one YAML file."""
+    """The card in one YAML file. Raises BadRequest naming the file and the key at fault."""
     try:
         return ModelCard.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValidationError, yaml.YAMLError) as error:
         raise BadRequest(f"{path} is not a valid model card: {error}") from error
-
-
-def card_without_file(model_id: str, weights: Weights) -> ModelCard:
-    """A card for a model that has none: whatever is called flux runs as FLUX.1-schnell does.
-
-    Raises BadRequest for every other name: we do not guess what a model allows.
-    """
-    name = f"{model_id} {weights.repo or weights.path}".lower()
-    if "flux" not in name and "black-forest-labs" not in name:
-        raise BadRequest(
-            f"model {model_id!r} has no card; write configs/models/{model_id}.yaml "
-            "(copy the card nearest to it)"
-        )
-    return ModelCard(
-        id=model_id,
-        name=model_id,
-        family="flux",
-        weights=weights,
-        tasks=["t2i", "i2i", "inpaint"],
-        steps=Steps(min=4, default=4, max=4),
-        guidance=Guidance(min=0.0, default=0.0, max=0.0),
-        sizes=Sizes(width=1024, height=1024),
-        corrects=True,
-        negative_prompt=False,
-        max_sequence_length=256,
-        vram_gib=33.0,
-        licence=Licence(name="unknown", url="", commercial=False),
-    )

@@ -1,20 +1,20 @@
-"""What can go wrong, as one tree; every leaf says what was wrong and what would be right.
+"""All errors of Weft as one tree. A message says what was wrong and what would be right.
 
 WeftError
 |-- BadRequest         the request cannot be served as it is written
 |-- TooLarge           a body or a file is over its limit
-|-- Unauthorized       no key, or one that is not known
+|-- Unauthorized       no key, or an unknown one
 |-- Forbidden          a known caller who may not do this
 |-- NotFound           no such job, model or file for this caller
 |-- Conflict           the thing is in another state than the call needs
-|-- QuotaExceeded      the caller's allowance is used up
+|-- QuotaExceeded      the caller has used up its quota
 |-- RateLimited        too many calls in too short a time
 |-- Overloaded         the service is full; try again later
 |-- ModelUnavailable   the model is not loaded, its replica died, or its store is down
 |-- OutOfMemory        a single request does not fit the device
-|-- Cancelled          somebody asked for the job to end
-`-- Internal           a bug of ours
-    `-- NotFinite      numbers of a model that are no numbers; counted apart
+|-- Cancelled          the job was cancelled
+`-- Internal           a bug of Weft
+    `-- NotFinite      the model computed NaN or infinity; has a metric of its own
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import ClassVar
 
 
 class WeftError(Exception):
-    """The root: a message written for the caller, plus the field at fault and when to come back."""
+    """The root: a message for the caller, the request field at fault, and when to try again."""
 
     kind: ClassVar[str] = "internal"
     retryable: ClassVar[bool] = False
@@ -94,7 +94,7 @@ class Internal(WeftError):
 
 
 class NotFinite(Internal):
-    """The model gave NaN or infinity; told as any internal error, counted apart."""
+    """The model computed NaN or infinity. Callers see an internal error; it has a metric of its own."""
 
 
 KINDS: dict[str, type[WeftError]] = {
@@ -118,5 +118,5 @@ KINDS: dict[str, type[WeftError]] = {
 
 
 def _rebuild(cls: type[WeftError], message: str, param: str | None, retry_after_s: float | None) -> WeftError:
-    """Errors cross processes; keyword arguments would be lost by Exception's own reduce."""
+    """Pickles the keyword arguments too, which Exception's own __reduce__ loses between processes."""
     return cls(message, param=param, retry_after_s=retry_after_s)

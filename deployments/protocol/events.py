@@ -1,4 +1,4 @@
-"""What a running request tells its caller: small facts in order, the last one Done or Failed."""
+"""The events of a running request in order; the last one is Done or Failed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Queued:
     """Accepted by a replica, waiting for a slot."""
 
     ahead: int  # requests before this one on the same replica
-    starts_in_s: float | None = None  # estimates; None while the replica has learned nothing yet
+    starts_in_s: float | None = None  # estimates; None before the replica has measured its first requests
     finishes_in_s: float | None = None
 
 
@@ -29,7 +29,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One denoising step is done."""
+    """One denoising step has ended."""
 
     step: int  # 1..steps
     steps: int
@@ -37,7 +37,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """How far a video is after its last denoising step, in frames."""
+    """Progress of a video after its last denoising step, in frames."""
 
     name: Literal["decode", "encode"]
     done: int  # 0..total
@@ -46,7 +46,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A rough look at the unfinished picture."""
+    """A rough picture of the unfinished latents."""
 
     __pydantic_config__ = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
 
@@ -65,13 +65,13 @@ class Artifact:
     data: bytes
     width: int  # pixels
     height: int
-    seed: int  # of this very picture: request.seed + index
+    seed: int  # of this picture: request.seed + index
     metadata: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """Everything was delivered."""
+    """All artifacts have been sent."""
 
     queued_s: float
     generation_s: float  # from Started to the last artifact
@@ -79,10 +79,10 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """The replica is being stopped, which is not the request's fault. Failed follows.
+    """The replica is shutting down and the request did not cause it. Failed follows.
 
-    Give `state` to `generate(..., resume=state)` with the same request, on another replica. Empty: it
-    starts anew.
+    Pass `state` to `generate(..., resume=state)` with the same request on another replica. Empty: the request
+    starts from its first step there.
     """
 
     step: int  # steps done
@@ -104,7 +104,7 @@ class Failed:
         return Failed(error.kind, error.message, error.retryable, error.param, error.retry_after_s)
 
     def to_error(self) -> WeftError:
-        """The error this event stands for, ready to be raised on the caller's side."""
+        """The error of this event, to be raised on the caller's side."""
         kind = KINDS.get(self.kind, Internal)
         return kind(self.message, param=self.param, retry_after_s=self.retry_after_s)
 

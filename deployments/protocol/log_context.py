@@ -1,4 +1,4 @@
-"""Whose work is at hand: ids that a request's log lines carry on both floors, and its place in a trace."""
+"""The ids that log lines of one piece of work carry in both layers, and its place in a trace."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 
-STASHED_JOB_ID = "weft_job_id"  # where a line's own job id waits while Ray writes its own over it
+STASHED_JOB_ID = "weft_job_id"  # holds a line's own job id while Ray writes its own into job_id
 
 
 @dataclass(frozen=True, slots=True)
 class LogContext:
-    """What a piece of work belongs to; an empty string where there is none."""
+    """What a piece of work belongs to; empty strings where it belongs to none."""
 
     job_id: str = ""
-    request_id: str = ""  # of the HTTP request that asked for it
+    request_id: str = ""  # of the HTTP request that submitted it
     trace: str = ""  # W3C traceparent of that request's span
 
 
@@ -24,25 +24,25 @@ _current: ContextVar[LogContext] = ContextVar("weft_log_context", default=EMPTY)
 
 
 def current() -> LogContext:
-    """Of the code that runs here, in this task or thread."""
+    """The context of the task or thread that calls this."""
     return _current.get()
 
 
 def bind(log_context: LogContext) -> Token[LogContext]:
-    """Attribute what this task does from now on, and tasks it starts. Give the token to `restore`."""
+    """Set the context of this task and of tasks it starts from now on. The token is for `unbind`."""
     return _current.set(log_context)
 
 
 def unbind(token: Token[LogContext]) -> None:
-    """Undo one `attribute`, in the task that called it."""
+    """Undo one `bind`, in the task that called it."""
     _current.reset(token)
 
 
 def add_context_filters(handlers: Iterable[logging.Handler]) -> None:
-    """Have every line that these handlers write name its job and request, as far as they are known.
+    """Add the ids of the current context to every line that these handlers write.
 
-    Ray's own filters write the id of Ray's job over `job_id` and that of Serve's call over `request_id`:
-    ours come before and after them.
+    Ray's own filters write the id of Ray's job into `job_id` and that of Serve's call into `request_id`: one
+    filter of ours runs before them and one after them.
     """
     for handler in handlers:
         if not any(isinstance(known, _WriteContext) for known in handler.filters):
@@ -51,7 +51,7 @@ def add_context_filters(handlers: Iterable[logging.Handler]) -> None:
 
 
 class _StashJobId(logging.Filter):
-    """Puts away the job id that a line was written with."""
+    """Saves the job id that a line was written with before Ray overwrites it."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         job_id = record.__dict__.pop("job_id", None)
@@ -61,7 +61,7 @@ class _StashJobId(logging.Filter):
 
 
 class _WriteContext(logging.Filter):
-    """Writes our ids into the line; Ray's job id leaves it."""
+    """Writes the context's ids into the line in place of Ray's."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         log_context, fields = current(), record.__dict__

@@ -1,4 +1,4 @@
-"""What shall be generated: dialect-free, in diffusers' parameter names."""
+"""What to generate, independent of any API dialect, in diffusers' parameter names."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ class Strict(BaseModel):
 
 
 class Task(StrEnum):
-    """What kind of work a request is; it picks the diffusers pipeline class."""
+    """The kind of generation; it selects the diffusers pipeline class."""
 
     t2i = "t2i"
     i2i = "i2i"
     inpaint = "inpaint"
-    refine = "refine"  # img2img that redraws the finest details, with a refiner's weights
+    refine = "refine"  # img2img that renews the finest details, with a refiner's weights
     t2v = "t2v"
-    i2v = "i2v"  # a video that begins with the given picture
+    i2v = "i2v"  # image to video: begins with the given picture
 
 
 class Edit(Strict):
-    """A picture to start from. With a mask only its white part is painted anew."""
+    """A picture to start from. With a mask only the white part of the mask is generated anew."""
 
     image: bytes = Field(description="A PNG, JPEG or WebP file.", repr=False)
     mask_image: bytes | None = Field(
-        None, description="A picture file; white is painted anew, black is kept.", repr=False
+        None, description="A picture file; white is generated anew, black is kept.", repr=False
     )
     strength: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
         None, description="0 keeps the picture, 1 replaces it. None: the card's default."
@@ -63,7 +63,7 @@ class Edit(Strict):
 
 
 class Control(Strict):
-    """A picture whose edges, depth or pose the result shall follow, through a ControlNet."""
+    """A picture whose edges, depth or pose the result follows, through a ControlNet."""
 
     image: bytes = Field(description="A PNG, JPEG or WebP file.", repr=False)
     type: ControlType
@@ -74,45 +74,45 @@ class Control(Strict):
     end: float = Field(1.0, ge=0.0, le=1.0, description="Part of the steps after which control ends.")
     is_map: bool | None = Field(
         None,
-        description="True: a control map already; false: a plain picture. None: an edge map is "
+        description="True: a finished control map; false: a plain picture. None: an edge map is "
         "recognized, everything else is a plain picture.",
     )
 
 
 class Lora(Strict):
-    """An adapter that shall act on this request alone, named by its file's digest."""
+    """A LoRA that acts on this request only, named by the digest of its file."""
 
     id: str = Field(pattern=DIGEST, description="SHA-256 of the safetensors file, in hex.")
     weight: float = Field(1.0, ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)
-    name: str = Field("", max_length=200, description="What the caller called it; for metadata only.")
+    name: str = Field("", max_length=200, description="The caller's name for it; for metadata only.")
     file: bytes | None = Field(
-        None, description="The file itself, for callers by handle who have no registry.", repr=False
+        None, description="The file itself, for callers by Serve handle, which have no registry.", repr=False
     )
 
     @classmethod
     def of(cls, file: bytes, weight: float = 1.0, name: str = "") -> Self:
-        """The adapter in these bytes."""
+        """The LoRA of this safetensors file."""
         return cls(id=hashlib.sha256(file).hexdigest(), weight=weight, name=name, file=file)
 
     @model_validator(mode="after")
-    def _file_is_the_one_named(self) -> Self:
+    def _check_file_matches_id(self) -> Self:
         if self.file is not None and hashlib.sha256(self.file).hexdigest() != self.id:
             raise ValueError("the file's SHA-256 is not the id")
         return self
 
 
 class OutputOptions(Strict):
-    """How the finished picture is written to a file, and what is shown of it before."""
+    """How a finished picture is encoded, and how many previews are sent before."""
 
     format: PictureFormat = "png"
     quality: int = Field(95, ge=1, le=100, description="JPEG and WebP only.")
     previews: int = Field(
-        0, ge=0, le=MAX_PREVIEWS, description="Rough looks at the unfinished picture, sent as events."
+        0, ge=0, le=MAX_PREVIEWS, description="Rough pictures of the unfinished result, sent as events."
     )
 
 
 class Video(Strict):
-    """That the result shall be a video, and which. Whatever is None is the card's default."""
+    """Asks for a video as the result. A field that is None takes the card's default."""
 
     num_frames: int | None = Field(None, ge=1, le=MAX_FRAMES)
     fps: int | None = Field(None, ge=1, le=MAX_FPS, description="Frames shown per second.")
@@ -123,41 +123,46 @@ class Video(Strict):
     codec: VideoCodec | None = Field(
         None, description="mp4: h264. webm: vp9 or av1. None: the first of the format."
     )
-    quality: int = Field(80, ge=1, le=100, description="Of the encoding: bytes against likeness.")
+    quality: int = Field(
+        80, ge=1, le=100, description="Of the encoding; higher is larger and closer to the frames."
+    )
     end_prompt: str | None = Field(
         None, max_length=32_000, repr=False, description="Frame-wise only: what the last frame shows."
     )
     end_seed: int | None = Field(
-        None, ge=0, le=MAX_SEED, description="Frame-wise only: whose noise the last frame begins with."
+        None,
+        ge=0,
+        le=MAX_SEED,
+        description="Frame-wise only: seed of the noise that the last frame begins with.",
     )
     zoom: float | None = Field(
         None,
         ge=1 / MAX_ZOOM,
         le=MAX_ZOOM,
-        description="Frame-wise only: how much nearer the view of the last frame is; 2 sees half the width.",
+        description="Frame-wise only: zoom of the last frame; 2 shows half the width.",
     )
     pan_x: float | None = Field(
-        None, ge=-1, le=1, description="Frame-wise only: how far the view travels right, in picture widths."
+        None, ge=-1, le=1, description="Frame-wise only: how far the view moves right, in picture widths."
     )
     pan_y: float | None = Field(
-        None, ge=-1, le=1, description="Frame-wise only: how far the view travels down, in picture heights."
+        None, ge=-1, le=1, description="Frame-wise only: how far the view moves down, in picture heights."
     )
 
     @property
     def moves(self) -> bool:
-        """Whether every frame shows another part of one picture."""
+        """Whether the view moves: every frame shows another part of one picture."""
         return (self.zoom, self.pan_x, self.pan_y) != (None, None, None)
 
     @property
     def is_one_frame(self) -> bool:
-        """Whether the request paints a single frame, as a picture."""
+        """Whether the request makes a single frame, as a picture."""
         return False
 
 
 class GenerationRequest(Strict):
-    """A wish, as a caller writes it: whatever is None is the model card's default.
+    """A request as a caller writes it. A field that is None takes the model card's default.
 
-    `fit` (limits.py) turns it into a ResolvedRequest or says why it cannot.
+    validation.resolve.resolve turns it into a ResolvedRequest or raises the reason why it cannot.
     """
 
     model: str = Field(min_length=1, max_length=200)
@@ -174,22 +179,22 @@ class GenerationRequest(Strict):
     edit: Edit | None = None
     controls: tuple[Control, ...] = Field((), max_length=MAX_CONTROLS, strict=False)
     loras: tuple[Lora, ...] = Field((), max_length=MAX_LORAS, strict=False)
-    refine: bool = Field(False, description="Redraw the details of `edit.image`, with a refiner.")
+    refine: bool = Field(False, description="Renew the details of `edit.image`, with a refiner.")
     refiner: bool | Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None,
-        description="Let the model's refiner take over at this part of the steps; true: at the default.",
+        description="Part of the steps at which the model's refiner takes over; true: the card's default.",
     )
     output: OutputOptions = OutputOptions()
     video: Video | None = None
-    priority: Priority = Field("normal", description="Of the request's steps on a busy replica.")
+    priority: Priority = Field("normal", description="Of the request's steps on a replica under load.")
     deadline_s: float | None = Field(
-        None, gt=0, description="Wanted within so many seconds of its arrival at a replica; best effort."
+        None, gt=0, description="Wanted within this many seconds of its arrival at a replica; best effort."
     )
 
     @model_validator(mode="after")
-    def _each_lora_once(self) -> Self:
+    def _check_loras_differ(self) -> Self:
         if len({lora.id for lora in self.loras}) < len(self.loras):
-            raise ValueError("loras names an adapter twice; add up its weights instead")
+            raise ValueError("loras names a LoRA twice; add up its weights instead")
         return self
 
     @property
@@ -213,8 +218,8 @@ class ResolvedVideo(Video):
     num_frames: int
     fps: int
     seconds: None = None
-    framewise: bool = Field(False, description="A picture model paints every frame as a picture.")
-    frame: int | None = Field(None, ge=0, description="Set inside of a replica: which frame to paint.")
+    framewise: bool = Field(False, description="A picture model makes every frame as a picture.")
+    frame: int | None = Field(None, ge=0, description="Set inside a replica: index of the frame to make.")
 
     @property
     def is_one_frame(self) -> bool:
@@ -229,8 +234,8 @@ class ResolvedVideo(Video):
 class ResolvedRequest(GenerationRequest):
     """A request in which everything is decided; what was accepted is exactly what runs.
 
-    It is a GenerationRequest, so it may be fitted again (a worker does, because a call by handle
-    skips HTTP) and comes out equal.
+    It is a GenerationRequest, so it may be resolved again (a replica does, because a call by Serve handle
+    does not pass HTTP), with an equal result.
     """
 
     width: int

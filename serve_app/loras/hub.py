@@ -6,7 +6,7 @@ import json
 import re
 
 from deployments.protocol.errors import BadRequest
-from serve_app.storage.url_fetcher import FetchedFile, OnProgress, UrlFetcher
+from serve_app.storage.url_fetcher import FetchedFile, UrlFetcher
 
 HUB = "https://huggingface.co"
 HOSTS = ("huggingface.co", "*.huggingface.co", "*.hf.co")  # the hub redirects downloads to the latter
@@ -24,7 +24,6 @@ async def fetch_from_hub(
     *,
     max_bytes: int,
     timeout_s: float,
-    on_progress: OnProgress | None = None,
 ) -> FetchedFile:
     """The file of `owner/repo`, `owner/repo/file.safetensors` or `owner/repo@revision/...`.
 
@@ -52,7 +51,6 @@ async def fetch_from_hub(
         max_bytes=max_bytes,
         timeout_s=timeout_s,
         headers=headers,
-        on_progress=on_progress,
     )
 
 

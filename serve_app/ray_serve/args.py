@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from deployments.protocol.card import ModelCard, Serving, Weights, card_without_file
+from deployments.protocol.card import ModelCard, Serving, Weights
 from deployments.protocol.errors import BadRequest, NotFound
+from serve_app.ray_serve.default_card import default_card
 
 GATEWAY = "weft"  # default name of the gateway's application
 
@@ -125,7 +126,7 @@ def select_cards(
     selected: dict[str, ModelCard] = {}
     for model in models:
         if isinstance(model, UncardedModel):
-            card = card_without_file(model.id, model.weights)
+            card = default_card(model.id, model.weights)
         elif isinstance(model, ModelCard):
             card = model
         elif isinstance(model, ServingOverride):

@@ -10,7 +10,7 @@ import yaml
 
 from deployments.models.load import CONTROLNETS
 from deployments.pipelines.noise_schedulers import SCHEDULERS
-from deployments.protocol.card import ModelCard, Weights, card_without_file, load_card, load_cards
+from deployments.protocol.card import ModelCard, load_card, load_cards
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import Task
 
@@ -221,30 +221,3 @@ def test_two_cards_with_one_id_are_refused(tmp_path: Path, facts: dict[str, Any]
 
     with pytest.raises(BadRequest, match="ids are unique"):
         load_cards(tmp_path)
-
-
-# --- models without a card --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("model_id", "repo"),
-    [
-        ("my-flux", "me/mine"),
-        ("mine", "someone/FLUX-tuned"),
-        ("mine", "black-forest-labs/something-new"),
-    ],
-)
-def test_a_flux_without_a_card_runs_as_schnell(model_id: str, repo: str) -> None:
-    card = card_without_file(model_id, Weights(repo=repo))
-
-    schnell = CARDS["flux.1-schnell"]
-    alike = {"family", "tasks", "steps", "guidance", "corrects", "negative_prompt", "schedulers"}
-    assert card.model_dump(include=alike) == schnell.model_dump(include=alike)
-    assert card.max_sequence_length == 256
-    assert (card.id, card.weights.repo) == (model_id, repo)
-    assert not card.licence.commercial
-
-
-def test_any_other_model_without_a_card_is_refused_with_the_file_to_write() -> None:
-    with pytest.raises(BadRequest, match=r"configs/models/mine\.yaml"):
-        card_without_file("mine", Weights(repo="someone/sdxl-tuned"))
