@@ -20,6 +20,7 @@ PATH = re.compile(rf"\.?[A-Za-z0-9_][\w.-]*(?:/[\w.-]+)*\.(?:{ENDINGS})|[\w.-][\
 MODULE = re.compile(r"(?:serve_app|deployments|tests|tools|examples|benchmarks)(?:\.\w+)+(?::\w+)?")
 NO_PROSE = re.compile(r"#|\||!\[|```|<|[-*] ")
 CODE = re.compile(r"`([^`\n]+)`")
+NAME = re.compile(r"[A-Z][a-z]+(?:[A-Z][a-z0-9]+)+|test_\w+")
 LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
 SETTING = re.compile(r"\bWEFT_[A-Z0-9_]+\b")
 MADE_WHILE_IT_RUNS = {"secrets/", "compiled/", "data/"}
@@ -130,6 +131,25 @@ def module_exists(name: str) -> bool:
     return False
 
 
+@cache
+def identifiers() -> frozenset[str]:
+    """Every word of our Python files, this one left out."""
+    files = (name for name in tracked() if name.endswith(".py") and name != "tests/test_docs.py")
+    words = (re.findall(r"\w+", (ROOT / name).read_text(encoding="utf-8")) for name in files)
+    return frozenset(word for found in words for word in found)
+
+
+def unknown_names(text: str) -> list[str]:
+    """Names of classes and tests in code spans that no Python file has."""
+    unknown = []
+    for number, line in prose(text):
+        for span in CODE.findall(line):
+            name = span.partition("(")[0].rpartition("::")[2]
+            if NAME.fullmatch(name) and name not in identifiers():
+                unknown.append(f"line {number}: {name}")
+    return unknown
+
+
 def unknown_targets(text: str, makefile: str) -> list[str]:
     """`make` targets in code that the Makefile does not have."""
     targets = set(re.findall(r"^([a-z][\w-]*):", makefile, re.MULTILINE))
@@ -165,6 +185,11 @@ def test_every_relative_link_leads_somewhere(page: str) -> None:
 @pytest.mark.parametrize("page", pages())
 def test_every_path_and_module_that_is_named_exists(page: str) -> None:
     assert missing_paths(read(page)) == []
+
+
+@pytest.mark.parametrize("page", pages())
+def test_every_class_and_test_that_is_named_exists(page: str) -> None:
+    assert unknown_names(read(page)) == []
 
 
 @pytest.mark.parametrize("page", pages())
@@ -221,6 +246,16 @@ def test_a_path_or_module_that_does_not_exist_is_found() -> None:
 
     assert missing_paths(text) == ["line 1: serve_app/nothing.py", "line 1: no_engine/"]
     assert missing_paths(modules) == ["line 1: serve_app.app:no_such", "line 1: serve_app.nowhere"]
+
+
+def test_a_class_or_test_that_does_not_exist_is_found() -> None:
+    text = "`GenerationRequest(...)` `NoSuchRequest` `test_no_such_thing` `test_a.py::test_no_other_thing`"
+
+    assert unknown_names(text) == [
+        "line 1: NoSuchRequest",
+        "line 1: test_no_such_thing",
+        "line 1: test_no_other_thing",
+    ]
 
 
 def test_a_make_target_or_setting_that_does_not_exist_is_found() -> None:
