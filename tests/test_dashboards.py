@@ -10,14 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.observability.metrics import METRICS as WORKSHOP
-from serve_app.observability.metrics import METRICS as FRONT
+from deployments.observability.declarations import INFERENCE_METRICS, METRICS, SERVING_METRICS
 
 ROOT = Path(__file__).parent.parent
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
-DECLARED = {**FRONT, **WORKSHOP}
 EXPORTED = {  # as Ray's agent writes them
-    f"ray_{metric.name}{suffix}": metric for metric in DECLARED.values() for suffix in SUFFIXES[metric.kind]
+    f"ray_{metric.name}{suffix}": metric for metric in METRICS.values() for suffix in SUFFIXES[metric.kind]
 }
 SELECTOR = re.compile(r"(ray_weft_\w+)(?:\{([^}]*)\})?")
 # of every series: Serve's own and the histogram's
@@ -39,8 +37,8 @@ def expressions() -> list[str]:
     return [target["expr"] for target in targets] + [rule["expr"] for rule in rules()]
 
 
-def test_the_two_floors_declare_different_names() -> None:
-    assert not set(FRONT) & set(WORKSHOP)
+def test_the_two_layers_declare_different_names() -> None:
+    assert not set(SERVING_METRICS) & set(INFERENCE_METRICS)
 
 
 @pytest.mark.parametrize("expression", expressions())
@@ -64,7 +62,7 @@ def test_every_metric_is_shown_somewhere_or_told_of_in_the_docs() -> None:
 
     named = set(re.findall(r"`(weft_\w+)`", text))
 
-    assert named == set(DECLARED)
+    assert named == set(METRICS)
 
 
 def test_the_docs_tell_each_metrics_labels_as_declared() -> None:
@@ -73,7 +71,7 @@ def test_the_docs_tell_each_metrics_labels_as_declared() -> None:
 
     told = {name: (kind, tuple(re.findall(r"\w+", labels))) for name, kind, labels in rows}
 
-    assert told == {name: (metric.kind, metric.labels) for name, metric in DECLARED.items()}
+    assert told == {name: (metric.kind, metric.labels) for name, metric in METRICS.items()}
 
 
 def test_panels_lie_beside_each_other_and_ids_differ() -> None:

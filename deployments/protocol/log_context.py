@@ -50,6 +50,17 @@ def add_context_filters(handlers: Iterable[logging.Handler]) -> None:
             handler.addFilter(_WriteContext())
 
 
+def join_serve_log(package: str) -> None:
+    """Send the log lines of `package` to the handlers that Serve gave this replica.
+
+    Without it Python's root logger would drop every line below WARNING.
+    """
+    ours, serves = logging.getLogger(package), logging.getLogger("ray.serve")
+    add_context_filters(serves.handlers)
+    ours.handlers, ours.propagate = serves.handlers, False
+    ours.setLevel(serves.level)
+
+
 class _StashJobId(logging.Filter):
     """Saves the job id that a line was written with before Ray overwrites it."""
 

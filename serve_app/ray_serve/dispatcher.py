@@ -6,11 +6,12 @@ import asyncio
 import contextvars
 from collections.abc import Mapping
 
+from deployments.observability.ray_metrics import RayMeter
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Internal
+from deployments.protocol.log_context import join_serve_log
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.jobs.worker.maintenance import Maintenance
-from serve_app.observability.metrics import RayMeter, join_serve_log
 from serve_app.ray_serve.capacity import CapacityTracker, JobTimeLimits
 from serve_app.ray_serve.model_client import ModelClient
 from serve_app.ray_serve.served_models import ServedModels
@@ -32,7 +33,7 @@ class DispatcherReplica:
         dispatchers: int,
     ) -> None:
         """cards: those of its application; None: models are applications of their own."""
-        join_serve_log()
+        join_serve_log("serve_app")
         served = ServedModels.of_replica(cards)
         services = Services.open(settings)
         capacity = CapacityTracker(served, ModelClient(served), dispatchers)

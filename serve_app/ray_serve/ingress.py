@@ -9,12 +9,13 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from deployments.observability.ray_metrics import RayMeter
 from deployments.protocol.card import ModelCard
+from deployments.protocol.log_context import join_serve_log
 from serve_app.api.app import create_app
 from serve_app.api.metrics import ApiMetrics
 from serve_app.api.state import ApiState
 from serve_app.loras.builtin import BuiltInLoras
-from serve_app.observability.metrics import RayMeter, join_serve_log
 from serve_app.ray_serve.model_client import ModelClient
 from serve_app.ray_serve.served_models import ServedModels
 from serve_app.services import Services
@@ -32,7 +33,7 @@ class Ingress:
         _graph: Sequence[DeploymentHandle[Any]],  # bound so that these deployments join the application
     ) -> None:
         """cards: those of its application; None: models are applications of their own."""
-        join_serve_log()
+        join_serve_log("serve_app")
         self._settings = settings
         self._served = ServedModels.of_replica(cards)
 

@@ -15,8 +15,8 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Internal, ModelUnavailable, NotFound, WeftError
+from deployments.protocol.log_context import join_serve_log
 from serve_app.loras.builtin import BuiltInLoras
-from serve_app.observability.metrics import join_serve_log
 from serve_app.ray_serve.model_client import ModelClient
 from serve_app.ray_serve.served_models import ServedModels
 from serve_app.services import Services
@@ -36,7 +36,7 @@ class LoraFilesReplica:
         self, settings: Settings, cards: Mapping[str, ModelCard] | None
     ) -> None:
         """cards: those of its application; None: models are applications of their own."""
-        join_serve_log()
+        join_serve_log("serve_app")
         services = Services.open(settings)
         self._results = services.results
         self._served = ServedModels.of_replica(cards)

@@ -13,8 +13,7 @@ import pytest
 import ray
 from prometheus_client.parser import text_string_to_metric_families
 
-from deployments.observability.metrics import METRICS as WORKSHOP
-from serve_app.observability.metrics import METRICS as FRONT
+from deployments.observability.declarations import METRICS
 from tests.graph.calls import ended
 from tests.graph.running import ROOT, Service, until
 from tests.patience import patience
@@ -32,8 +31,8 @@ NEEDS_TROUBLE = {
     "weft_adapters_evicted",
     "weft_jobs_same",  # the cache of results is off in this folder
 }
-USUAL = (set(FRONT) | set(WORKSHOP)) - NEEDS_A_GPU - NEEDS_TROUBLE - NEEDS_FAR_WEIGHTS
-STATES = {metric.name for metric in (*FRONT.values(), *WORKSHOP.values()) if metric.kind == "gauge"}
+USUAL = set(METRICS) - NEEDS_A_GPU - NEEDS_TROUBLE - NEEDS_FAR_WEIGHTS
+STATES = {metric.name for metric in METRICS.values() if metric.kind == "gauge"}
 
 Series = dict[str, dict[tuple[tuple[str, str], ...], float]]
 

@@ -17,7 +17,8 @@ from deployments.engine.intercept import intercept
 from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
 from deployments.engine.worker import Emit, Worker
 from deployments.observability import collectors
-from deployments.observability.metrics import METRICS, Reporter, Sample
+from deployments.observability.declarations import INFERENCE_METRICS
+from deployments.observability.metrics import Reporter, Sample
 from deployments.protocol import log_context
 from deployments.protocol.errors import NotFinite
 from deployments.protocol.events import Step
@@ -120,7 +121,7 @@ def test_rays_own_metrics_take_every_declared_one() -> None:
     reporter = Reporter()
 
     reporter.report(
-        Sample(metric.name, 1.0, dict.fromkeys(metric.labels, "x")) for metric in METRICS.values()
+        Sample(metric.name, 1.0, dict.fromkeys(metric.labels, "x")) for metric in INFERENCE_METRICS.values()
     )
 
 

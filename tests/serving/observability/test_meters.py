@@ -1,4 +1,4 @@
-"""Numbers, log lines and traces of the front floor, without Ray."""
+"""Metrics, log lines and traces of the serving layer, without a Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from deployments.observability.declarations import SERVING_METRICS
+from deployments.observability.ray_metrics import RayMeter
 from deployments.protocol import log_context
 from deployments.protocol.errors import ModelUnavailable
 from deployments.protocol.log_context import LogContext
 from serve_app.observability import tracing
-from serve_app.observability.metrics import METRICS, LocalMeter, Meters, RayMeter
+from serve_app.observability.metrics import LocalMeter, Meters
 
 
 def value(meter: LocalMeter, sample: str, **labels: str) -> float | None:
@@ -26,7 +28,7 @@ def value(meter: LocalMeter, sample: str, **labels: str) -> float | None:
 
 def test_every_declared_metric_takes_numbers_with_its_labels() -> None:
     meter = LocalMeter()
-    for metric in METRICS.values():
+    for metric in SERVING_METRICS.values():
         labels = dict.fromkeys(metric.labels, "x")
         {"counter": meter.add, "gauge": meter.put, "histogram": meter.observe}[metric.kind](
             metric.name, 2.0, **labels
@@ -34,16 +36,16 @@ def test_every_declared_metric_takes_numbers_with_its_labels() -> None:
 
     text = meter.text().decode()
 
-    assert [name for name in METRICS if name not in text] == []
+    assert [name for name in SERVING_METRICS if name not in text] == []
     assert value(meter, "weft_jobs_queued", model="x") == 2.0
 
 
-def test_a_label_that_was_not_declared_is_our_bug() -> None:
+def test_an_undeclared_label_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"[Ll]abel"):
         LocalMeter().add("weft_jobs_submitted", model="x", prompt="a red fox")
 
 
-def test_several_meters_hear_the_same() -> None:
+def test_several_meters_get_the_same_values() -> None:
     first, second = LocalMeter(), LocalMeter()
 
     Meters((first, second, RayMeter())).add("weft_refusals", kind="rate_limited")
@@ -103,19 +105,19 @@ async def test_lines_name_the_job_and_request_of_their_own_task(lines: Lines) ->
     ]
 
 
-def test_a_line_that_names_a_job_itself_keeps_it_and_rays_job_is_not_told(lines: Lines) -> None:
+def test_a_line_with_a_job_id_of_its_own_keeps_it_and_rays_job_id_is_dropped(lines: Lines) -> None:
     logger = logging.getLogger("weft.test")
 
     def log() -> None:
-        logger.info("nobody's")
-        logger.info("of one", extra={"job_id": "mine"})
+        logger.info("without a job")
+        logger.info("of a job", extra={"job_id": "mine"})
 
     contextvars.Context().run(log)
 
     assert [ids(record) for record in lines.records] == [(None, "of-serve"), ("mine", "of-serve")]
 
 
-def test_marking_twice_marks_once(lines: Lines) -> None:
+def test_filters_are_added_once(lines: Lines) -> None:
     before = list(lines.filters)
 
     log_context.add_context_filters([lines])
@@ -123,7 +125,7 @@ def test_marking_twice_marks_once(lines: Lines) -> None:
     assert lines.filters == before
 
 
-def test_tracing_without_a_place_for_spans_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracing_without_a_destination_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*tracing.ENDPOINTS, tracing.TRACE_DIR):
         monkeypatch.delenv(name, raising=False)
 
@@ -131,7 +133,7 @@ def test_tracing_without_a_place_for_spans_says_what_to_set(monkeypatch: pytest.
         tracing.exporters()
 
 
-def test_without_a_trace_nothing_is_opened() -> None:
+def test_without_a_trace_no_span_is_opened() -> None:
     assert tracing.current_traceparent() == ""
 
     with tracing.continue_trace("", "dispatch"):

@@ -1,0 +1,182 @@
+"""All metrics of Weft, of the serving layer and of the inference layer; no other module declares one.
+
+No label is a prompt, a key, a user or an id: each has few values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0, 300.0)
+LONG_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A declared metric."""
+
+    name: str  # Ray exports it as ray_<name>
+    kind: Literal["counter", "gauge", "histogram"]
+    description: str  # the HELP text
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()  # upper bounds; of a histogram only
+
+
+def _counter(name: str, description: str, *labels: str) -> Metric:
+    return Metric(name, "counter", description, labels)
+
+
+def _gauge(name: str, description: str, *labels: str) -> Metric:
+    return Metric(name, "gauge", description, labels)
+
+
+def _histogram(name: str, description: str, buckets: tuple[float, ...], *labels: str) -> Metric:
+    return Metric(name, "histogram", description, labels, buckets)
+
+
+def _by_name(*metrics: Metric) -> dict[str, Metric]:
+    return {metric.name: metric for metric in metrics}
+
+
+_HTTP_METRICS = (
+    _counter("weft_http_requests", "HTTP requests answered.", "method", "route", "status"),
+    _histogram(
+        "weft_http_request_seconds",
+        "Time from an HTTP request to the last byte of its answer; an event stream lasts as long as its job.",
+        SECONDS,
+        "route",
+    ),
+    _counter(
+        "weft_refusals",
+        "HTTP requests answered with an error, by its kind: rate_limited, overloaded, bad_request, ...",
+        "kind",
+    ),
+)
+_JOB_METRICS = (
+    _counter("weft_jobs_submitted", "Jobs accepted.", "model", "task"),
+    _counter(
+        "weft_jobs_same",
+        "Accepted jobs that did not run: files copied from an earlier job, or joined to a running one.",
+        "model",
+        "how",
+    ),
+    _histogram(
+        "weft_job_submit_seconds", "Time from a parsed request to the durable record of its job.", SECONDS
+    ),
+    _counter(
+        "weft_jobs_finished_observed",
+        "Ends of jobs that were delivered to a client that waited or listened.",
+        "state",
+    ),
+    _gauge("weft_jobs_queued", "Jobs waiting in the job store, as each dispatcher counts them.", "model"),
+    _gauge("weft_jobs_running", "Jobs running on this dispatcher.", "model"),
+    _gauge("weft_slots_free", "Further jobs that this dispatcher could send to a model.", "model"),
+    _counter("weft_jobs_ended", "Jobs ended, by state and kind of error.", "model", "state", "error"),
+    _counter(
+        "weft_attempts_given_back",
+        "Attempts whose job returned to the queue because its replica was draining or lost.",
+        "model",
+    ),
+    _counter(
+        "weft_leases_lost",
+        "Jobs whose lease expired without a heartbeat of their worker, found by this dispatcher.",
+        "model",
+    ),
+    _histogram(
+        "weft_job_wait_seconds",
+        "Time from the acceptance of a job to the start of its last attempt, of jobs that ran.",
+        LONG_SECONDS,
+        "model",
+    ),
+    _histogram(
+        "weft_job_total_seconds",
+        "Time from the acceptance of a job to its end, of completed jobs that ran.",
+        LONG_SECONDS,
+        "model",
+    ),
+)
+_ENGINE_METRICS = (
+    _gauge("weft_requests_running", "Requests that hold a slot of this replica."),
+    _gauge("weft_requests_waiting", "Requests on this replica that wait for a slot."),
+    _gauge("weft_slots", "Maximum number of requests that this replica runs at once."),
+    _counter("weft_requests", "Requests ended on this replica, completed or not."),
+    _counter(
+        "weft_requests_failed",
+        "Requests failed on this replica. not_finite: NaN in the result; out_of_memory: too large alone.",
+        "kind",
+    ),
+    _counter(
+        "weft_requests_handed_back", "Requests returned by this replica to the queue when it was stopped."
+    ),
+    _counter("weft_steps", "Denoising steps finished, of all requests on this replica."),
+    _counter(
+        "weft_forwards",
+        "Forward passes. size: side of the square with as many pixels, rounded up to 256; rows: batch size.",
+        "model",
+        "module",
+        "size",
+        "rows",
+    ),
+    _counter(
+        "weft_forward_seconds",
+        "Time spent in forward passes. size: side of the square with as many pixels; rows: batch size.",
+        "model",
+        "module",
+        "size",
+        "rows",
+    ),
+    _counter(
+        "weft_batches_halved",
+        "Batched forward passes that ran out of memory and were repeated in two halves.",
+    ),
+    _counter("weft_video_frames_decoded", "Video frames decoded from latents on this replica."),
+    _counter("weft_video_decode_seconds", "Time spent decoding video frames from latents on this replica."),
+)
+_MODEL_METRICS = (
+    _gauge("weft_model_bytes", "Size of the weights of a loaded model on the device.", "model"),
+    _counter("weft_model_loads", "Loads of a model by this replica.", "model"),
+    _counter("weft_model_load_seconds", "Time spent loading a model by this replica.", "model"),
+    _gauge(
+        "weft_cold_start_seconds",
+        "Duration of the phases of this replica's start: imports, load, warm_up.",
+        "phase",
+    ),
+    _gauge(
+        "weft_device_bytes",
+        "Memory of the GPU: allocated and reserved by this replica, used by all processes, total.",
+        "what",
+    ),
+    _gauge("weft_host_bytes", "Resident memory of this replica's process."),
+    _counter("weft_prompts_cached", "Prompts whose embeddings were found in the cache.", "model"),
+    _counter("weft_prompts_encoded", "Prompts encoded because their embeddings were not cached.", "model"),
+    _gauge("weft_prompt_cache_bytes", "Size of the cached prompt embeddings.", "model"),
+    _counter(
+        "weft_adapter_uses",
+        "LoRAs used by requests, by where they were found: device, memory, file.",
+        "model",
+        "level",
+    ),
+    _counter("weft_adapters_evicted", "LoRAs removed from the device to make space for others.", "model"),
+    _gauge(
+        "weft_adapters_held", "Number of LoRAs in the cache, on the device and in memory.", "model", "level"
+    ),
+    _gauge(
+        "weft_adapter_bytes", "Size of the LoRAs in the cache, on the device and in memory.", "model", "level"
+    ),
+)
+_ENCODER_METRICS = (
+    _counter("weft_encoder_frames", "Video frames encoded by a VideoEncoder."),
+    _counter(
+        "weft_encoder_seconds", "Time spent encoding video, the sum over all workers of a VideoEncoder."
+    ),
+    _counter("weft_encoder_videos", "Video files joined from their segments by a VideoEncoder."),
+)
+_WEIGHTS_METRICS = (
+    _gauge("weft_nodes_with_weights", "Nodes on which WeightsFetcher has downloaded all weights."),
+    _gauge("weft_nodes_wanting_weights", "Nodes on which WeightsFetcher downloads weights, finished or not."),
+)
+
+SERVING_METRICS = _by_name(*_HTTP_METRICS, *_JOB_METRICS)
+INFERENCE_METRICS = _by_name(*_ENGINE_METRICS, *_MODEL_METRICS, *_ENCODER_METRICS, *_WEIGHTS_METRICS)
+METRICS = SERVING_METRICS | INFERENCE_METRICS
