@@ -24,7 +24,7 @@ from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
 from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
 from deployments.models.load import load_pipeline
-from deployments.pipelines.diffusers_model import Model
+from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.protocol.card import load_card
 from deployments.protocol.request import GenerationRequest, ResolvedRequest, Task
 from deployments.validation.resolve import resolve
@@ -41,7 +41,7 @@ def resolved_request(card: Any, steps: int, seed: int) -> ResolvedRequest:
     return resolve(request, card, fresh_seed=0).request
 
 
-def fiber(model: Model, request: ResolvedRequest, done_at: list[float]) -> Fiber:
+def fiber(model: DiffusersModel, request: ResolvedRequest, done_at: list[float]) -> Fiber:
     job = ScheduledJob(steps=request.num_inference_steps, shape="square", submitted_at=time.monotonic())
 
     def on_step(step: int, _steps: int) -> None:
@@ -51,7 +51,7 @@ def fiber(model: Model, request: ResolvedRequest, done_at: list[float]) -> Fiber
     return Fiber(partial(model.call, request, on_step, None, None, []), job)
 
 
-def step_gaps_ms(model: Model, card: Any, *, auxiliary_lane: bool) -> tuple[list[float], int]:
+def step_gaps_ms(model: DiffusersModel, card: Any, *, auxiliary_lane: bool) -> tuple[list[float], int]:
     """Milliseconds between the steps of the long request, and how many short ones were finished."""
     scheduler = StepScheduler(4)
     engine = Engine(scheduler, deterministic=True, auxiliary_lane=auxiliary_lane)
@@ -80,7 +80,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     card = load_card(CARD)
-    model = Model(load_pipeline(card.weights, torch.device("cpu")), [Task.t2i])
+    model = DiffusersModel(load_pipeline(card.weights, torch.device("cpu")), [Task.t2i])
     intercept(model.modules)
     pad_small_linears(model.modules)
     gaps: dict[bool, list[float]] = {True: [], False: []}

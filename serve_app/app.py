@@ -12,11 +12,9 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.encoder import VideoEncoder
-from deployments.lora import LoraReplica
 from deployments.protocol.card import ModelCard, Serving, load_cards
 from deployments.protocol.errors import BadRequest, NotFound
 from deployments.replica import ModelReplica
-from deployments.video import VideoReplica
 from deployments.weights_prefetcher import WeightsPrefetcher
 from serve_app.ray_serve.args import (
     AppArgs,
@@ -143,13 +141,13 @@ def _models(
         loras = routes[members[0].id].loras
         deployment = _deployment(name, serving)
         if makes_videos(members):
-            model = deployment(VideoReplica).bind(members, encoder, refiners, on_stop, **files)
+            model = deployment(ModelReplica).bind(members, refiners, on_stop, encoder=encoder, **files)
         elif loras is None:
             model = deployment(ModelReplica).bind(members, refiners, on_stop)
         elif loras == name:
-            model = deployment(LoraReplica).bind(members, refiners, on_stop, **files)
+            model = deployment(ModelReplica).bind(members, refiners, on_stop, **files)
         else:
-            pool = _deployment(loras, _lora_pool_serving(serving))(LoraReplica).bind(
+            pool = _deployment(loras, _lora_pool_serving(serving))(ModelReplica).bind(
                 members, refiners, on_stop, **files
             )
             model = deployment(ModelReplica).bind(members, refiners, on_stop, lora_pool=pool)

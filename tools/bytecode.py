@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 OURS = ("deployments", "serve_app", "tools")
 MODULES = {  # of each kind of process
     "inference": (
-        *("deployments.replica", "deployments.lora", "deployments.video", "deployments.encoder"),
+        *("deployments.replica", "deployments.runtime", "deployments.encoder"),
         *("deployments.weights_prefetcher", "peft", "accelerate", "torch._dynamo"),
     ),
     "serving": (

@@ -1,1 +1,1 @@
-"""How a resolved request becomes events: pictures, videos, frame-wise videos."""
+"""One function per kind of request: a resolved request goes in, its events come out."""

@@ -1,4 +1,4 @@
-"""The frames of a frame-wise video, painted some at a time in any order and given back in theirs."""
+"""Runs the frames of a frame-wise video some at a time, in any order, and gives them back in theirs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL.Image import Image
 
 from deployments.protocol.events import Event, Failed, Handover, Queued, Started, Step
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,16 +21,16 @@ class FrameReady:
     image: Image
 
 
-RunFrame = Callable[[int], AsyncGenerator[Any]]  # the events of one frame, the last Painted or Failed
+RunFrame = Callable[[int], AsyncGenerator[Any]]  # the events of one frame, the last FrameReady or Failed
 
 
 class FrameScheduler:
-    """The events of all frames as those of one request: Queued and Started once, every Step, every Painted
-    in the order of the frames, or the first Failed. Leaving the block early cancels what is not done.
+    """The events of all frames as those of one request: Queued and Started once, every Step, every
+    FrameReady in the order of the frames, or the first Failed. Leaving the block early cancels the rest.
     """
 
     def __init__(self, run_frame: RunFrame, count: int, window: int) -> None:
-        """window: frames that are painted or wait for an earlier one, at most."""
+        """window: most frames that run or wait for an earlier one."""
         self._run_frame = run_frame
         self._count = count
         self._window = window
@@ -49,26 +48,26 @@ class FrameScheduler:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _events(self) -> AsyncIterator[Event | FrameReady]:
-        begun = given = 0
-        finished: dict[int, FrameReady] = {}
+        started = delivered = 0  # frames
+        ready: dict[int, FrameReady] = {}  # by frame; these wait for an earlier one
         seen: set[type] = set()
-        while given < self._count:
-            while begun < min(self._count, given + self._window):
-                self._tasks.add(asyncio.create_task(self._follow(begun)))
-                begun += 1
+        while delivered < self._count:
+            while started < min(self._count, delivered + self._window):
+                self._tasks.add(asyncio.create_task(self._forward_events(started)))
+                started += 1
             frame, item = await self._pending_events.get()
             match item:
                 case FrameReady():
-                    finished[frame] = item
-                    while given in finished:
-                        yield finished.pop(given)
-                        given += 1
+                    ready[frame] = item
+                    while delivered in ready:
+                        yield ready.pop(delivered)
+                        delivered += 1
                 case Queued() | Started():
                     if type(item) not in seen:
                         seen.add(type(item))
                         yield item
                 case Handover():
-                    yield Handover(0, b"")  # the frames begin anew elsewhere
+                    yield Handover(0, b"")  # another replica starts with the first frame again
                 case Step():
                     yield item
                 case Failed():
@@ -77,10 +76,10 @@ class FrameScheduler:
                 case BaseException():
                     raise item
 
-    async def _follow(self, frame: int) -> None:
+    async def _forward_events(self, frame: int) -> None:
         try:
             async with aclosing(self._run_frame(frame)) as events:
                 async for event in events:
                     await self._pending_events.put((frame, event))
-        except Exception as error:  # told to whoever reads the events
+        except Exception as error:  # raised again by _events
             await self._pending_events.put((frame, error))

@@ -21,7 +21,7 @@ from deployments.loras.file_reader import LoraFileReader
 from deployments.models.compile import compile_blocks
 from deployments.models.load import load_controlnet, load_pipeline
 from deployments.models.preprocessors import lazy_preprocessors
-from deployments.pipelines.diffusers_model import Model
+from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.pipelines.previews import Previewer
 from deployments.pipelines.prompt_cache import PromptCache
 from deployments.protocol.card import ModelCard, Serving
@@ -54,12 +54,12 @@ class ModelInstance:
         device: torch.device,
         *,
         while_serving: bool,
-        adapter_files: LoraFileReader | None = None,
+        lora_files: LoraFileReader | None = None,
     ) -> None:
         """Loads at once. refiner: the card that card.refiner names; loaded when a request asks for it.
 
         while_serving: other threads are at work, see load_pipeline.
-        adapter_files: of LoRAs that requests only name; without it they must send the file along.
+        lora_files: of LoRAs that requests only name; without it they must send the file along.
         Raises ModelUnavailable when the weights cannot be had.
         """
         started = time.monotonic()
@@ -67,7 +67,7 @@ class ModelInstance:
         if card.serving.compile:
             compile_blocks(pipeline)
         self.card = card
-        self.model = Model(
+        self.pipelines = DiffusersModel(
             pipeline,
             _pipeline_tasks(card),
             controls=card.controls,
@@ -86,18 +86,18 @@ class ModelInstance:
             {name: part for name, part in parts.items() if isinstance(part, nn.Module)},
             deterministic=card.serving.deterministic,
         )
-        self.adapters = LoraCache(
-            pipeline, self.batched_lora, device, adapter_files or LoraFileCache(None, 0), _room(card.serving)
+        self.loras = LoraCache(
+            pipeline, self.batched_lora, device, lora_files or LoraFileCache(None, 0), _room(card.serving)
         )
-        self._restores: list[Callable[[], None]] = [self.adapters.close, self.batched_lora.unhook]
-        self._intercept(self.model.modules)
-        self.model.on_new_modules = self._intercept
+        self._restores: list[Callable[[], None]] = [self.loras.close, self.batched_lora.unhook]
+        self._intercept(self.pipelines.modules)
+        self.pipelines.on_new_modules = self._intercept
         logger.info("model loaded", extra={"model": card.id, "seconds": time.monotonic() - started})
 
     @property
     def size_bytes(self) -> int:
         """Of all weights on the device."""
-        parameters = {id(p): p for module in self.model.modules for p in module.parameters()}
+        parameters = {id(p): p for module in self.pipelines.modules for p in module.parameters()}
         return sum(p.numel() * p.element_size() for p in parameters.values())
 
     def unload(self) -> None:
@@ -106,7 +106,7 @@ class ModelInstance:
             restore()
         self._restores.clear()
         self.prompts.clear()
-        self.model.modules.clear()
+        self.pipelines.modules.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+
+from deployments.engine.worker import Worker
+from deployments.models.model_instance import ModelInstance
 from deployments.observability.metrics import Sample
-
-if TYPE_CHECKING:
-    import torch
-
-    from deployments.engine.worker import Worker
-    from deployments.models.model_instance import ModelInstance
 
 STATM = Path("/proc/self/statm")  # Linux: pages, the second number resident
 
@@ -40,7 +37,7 @@ def model_samples(models: Iterable[ModelInstance]) -> Iterator[Sample]:
     """What the loaded models hold, and how their caches do."""
     for loaded in models:
         model = {"model": loaded.card.id}
-        prompts, lora_cache = loaded.prompts, loaded.adapters
+        prompts, lora_cache = loaded.prompts, loaded.loras
         uses, held = lora_cache.stats, lora_cache.usage
         yield Sample("weft_model_bytes", loaded.size_bytes, model)
         yield Sample("weft_prompts_cached", prompts.hits, model)
@@ -64,8 +61,6 @@ def memory_samples(device: torch.device) -> Iterator[Sample]:
         yield Sample("weft_host_bytes", pages * os.sysconf("SC_PAGE_SIZE"))
     if device.type != "cuda":
         return
-    import torch
-
     free, total = torch.cuda.mem_get_info(device)
     yield Sample("weft_device_bytes", torch.cuda.memory_allocated(device), {"what": "allocated"})
     yield Sample("weft_device_bytes", torch.cuda.memory_reserved(device), {"what": "reserved"})

@@ -36,7 +36,7 @@ _MAPPINGS = {
 OnStep = Callable[[int, int], None]  # (finished steps, all steps)
 
 
-class Model:
+class DiffusersModel:
     """Shared components of one model, and a template pipeline per task.
 
     ControlNets and the refiner are loaded when a request first needs them.

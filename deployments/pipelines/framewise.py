@@ -1,11 +1,12 @@
-"""A video from a picture model: every frame is a picture whose noise and prompt lie on a path between two,
-and which may start from what a moving camera sees of one picture."""
+"""Frames of a frame-wise video: each is a picture between two noises and two prompts of a picture model, and
+may start from what a moving camera sees of one picture."""
 
 from __future__ import annotations
 
 import inspect
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,103 +17,110 @@ from torch import Tensor
 from deployments.protocol.request import ResolvedVideo
 
 
-def set_frame(pipeline: Any, video: ResolvedVideo, frame: int) -> None:
-    """Let this request's pipeline object paint frame `frame` of the video: the first is the very picture of
-    the seed and the prompt, the last that of end_seed and end_prompt.
+@dataclass(frozen=True, slots=True)
+class VideoFrame:
+    """One frame of a frame-wise video."""
+
+    video: ResolvedVideo
+    index: int  # 0..num_frames-1
+
+    @property
+    def position(self) -> float:
+        """How far into the video the frame is, 0..1."""
+        return self.index / max(1, self.video.num_frames - 1)
+
+
+def set_frame(pipeline: Any, frame: VideoFrame) -> None:
+    """Have this request's pipeline object make `frame`: the first frame is the picture of the seed and the
+    prompt, the last that of end_seed and end_prompt.
     """
-    share = _share(video, frame)
-    if video.end_seed is not None and hasattr(pipeline, "prepare_latents"):
-        _walk_noise(pipeline, video.end_seed, share)
-    if video.end_prompt is not None and hasattr(pipeline, "encode_prompt"):
-        _walk_prompt(pipeline, video.end_prompt, share)
+    if frame.video.end_seed is not None and hasattr(pipeline, "prepare_latents"):
+        _interpolate_noise(pipeline, frame.video.end_seed, frame.position)
+    if frame.video.end_prompt is not None and hasattr(pipeline, "encode_prompt"):
+        _interpolate_prompt(pipeline, frame.video.end_prompt, frame.position)
 
 
-def camera_view(
-    picture: Image.Image, video: ResolvedVideo, frame: int, width: int, height: int
-) -> Image.Image:
-    """What frame `frame` sees of the picture, width x height pixels; past its edges it is mirrored.
+def camera_view(picture: Image.Image, frame: VideoFrame, width: int, height: int) -> Image.Image:
+    """What the camera sees of the picture in `frame`, width x height pixels; mirrored beyond its edges.
 
-    The first frame sees the whole. Zoom is by equal factors, so that it looks steady.
+    The first frame shows the whole picture. Zoom grows by equal factors, so that it looks steady.
     """
-    share = _share(video, frame)
-    nearness = (video.zoom or 1.0) ** share
-    across, down = picture.width / nearness, picture.height / nearness
-    left = picture.width * (0.5 + (video.pan_x or 0.0) * share) - across / 2
-    top = picture.height * (0.5 + (video.pan_y or 0.0) * share) - down / 2
+    video, position = frame.video, frame.position
+    zoom = (video.zoom or 1.0) ** position
+    view_width, view_height = picture.width / zoom, picture.height / zoom
+    left = picture.width * (0.5 + (video.pan_x or 0.0) * position) - view_width / 2
+    top = picture.height * (0.5 + (video.pan_y or 0.0) * position) - view_height / 2
     margins = (
         max(0, math.ceil(-left)),
-        max(0, math.ceil(left + across - picture.width)),
+        max(0, math.ceil(left + view_width - picture.width)),
         max(0, math.ceil(-top)),
-        max(0, math.ceil(top + down - picture.height)),
+        max(0, math.ceil(top + view_height - picture.height)),
     )
     if any(margins):
         before, after, above, below = margins
         pixels = np.pad(np.asarray(picture), ((above, below), (before, after), (0, 0)), mode="symmetric")
         picture, left, top = Image.fromarray(pixels), left + before, top + above
-    right, bottom = min(left + across, picture.width), min(top + down, picture.height)
+    right, bottom = min(left + view_width, picture.width), min(top + view_height, picture.height)
     return picture.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
 
 
-def slerp(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """From start to end on the sphere: what is between two Gaussian noises is one, a straight mean is not."""
-    if share == 0:
+def slerp(start: Tensor, end: Tensor, position: float) -> Tensor:
+    """Spherical interpolation: between two Gaussian noises it gives one, a straight mean does not."""
+    if position == 0:
         return start
-    if share == 1:
+    if position == 1:
         return end
     a, b = start.float().flatten(), end.float().flatten()
     angle = torch.acos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
     if float(angle) < 1e-4:
-        return torch.lerp(start, end, share)
-    near, far = torch.sin((1 - share) * angle), torch.sin(share * angle)
-    return ((near * start.float() + far * end.float()) / torch.sin(angle)).to(start.dtype)
+        return torch.lerp(start, end, position)
+    from_start, from_end = torch.sin((1 - position) * angle), torch.sin(position * angle)
+    return ((from_start * start.float() + from_end * end.float()) / torch.sin(angle)).to(start.dtype)
 
 
-def lerp(start: Tensor, end: Tensor, share: float) -> Tensor:
-    """The straight way, for embeddings; what is equal in both, or no number, stays as it is."""
-    if share == 0 or start.shape != end.shape or not start.is_floating_point():
+def lerp(start: Tensor, end: Tensor, position: float) -> Tensor:
+    """Linear interpolation of embeddings; `start` for tensors of different shapes or without fractions."""
+    if position == 0 or start.shape != end.shape or not start.is_floating_point():
         return start
-    return end if share == 1 else torch.lerp(start, end, share)
+    return end if position == 1 else torch.lerp(start, end, position)
 
 
-def _share(video: ResolvedVideo, frame: int) -> float:
-    """How far along the way this frame is, 0..1."""
-    return frame / max(1, video.num_frames - 1)
-
-
-def _walk_noise(pipeline: Any, end_seed: int, share: float) -> None:
+def _interpolate_noise(pipeline: Any, end_seed: int, position: float) -> None:
     prepare = pipeline.prepare_latents
     parameters = inspect.signature(prepare)
 
-    def between(*args: Any, **kwargs: Any) -> Any:
+    def interpolated(*args: Any, **kwargs: Any) -> Any:
         start = prepare(*args, **kwargs)
         bound = parameters.bind(*args, **kwargs)
         generator = torch.Generator(device="cpu").manual_seed(end_seed)
         given = bound.arguments["generator"]
         bound.arguments["generator"] = [generator] if isinstance(given, list) else generator
-        return _each(start, prepare(*bound.args, **bound.kwargs), share, slerp)
+        return _interpolate(start, prepare(*bound.args, **bound.kwargs), position, slerp)
 
-    vars(pipeline)["prepare_latents"] = between
+    vars(pipeline)["prepare_latents"] = interpolated
 
 
-def _walk_prompt(pipeline: Any, end_prompt: str, share: float) -> None:
+def _interpolate_prompt(pipeline: Any, end_prompt: str, position: float) -> None:
     encode = pipeline.encode_prompt
     parameters = inspect.signature(type(pipeline).encode_prompt)
 
-    def between(*args: Any, **kwargs: Any) -> Any:
+    def interpolated(*args: Any, **kwargs: Any) -> Any:
         start = encode(*args, **kwargs)
         bound = parameters.bind(pipeline, *args, **kwargs)
         bound.arguments["prompt"] = end_prompt
         bound.arguments.pop("prompt_2", None)  # pipelines with a second encoder take the prompt for both
         named = {name: value for name, value in bound.arguments.items() if name != "self"}
-        return _each(start, encode(**named), share, lerp)
+        return _interpolate(start, encode(**named), position, lerp)
 
-    vars(pipeline)["encode_prompt"] = between
+    vars(pipeline)["encode_prompt"] = interpolated
 
 
-def _each(start: Any, end: Any, share: float, mix: Callable[[Tensor, Tensor, float], Tensor]) -> Any:
-    """Mix the tensors of two answers of the same shape; the first tensor is the noise, and ids are equal."""
+def _interpolate(
+    start: Any, end: Any, position: float, between: Callable[[Tensor, Tensor, float], Tensor]
+) -> Any:
+    """`start` with its tensors interpolated towards those of `end`, which has the same structure."""
     if isinstance(start, Tensor):
-        return mix(start, end, share)
+        return between(start, end, position)
     if isinstance(start, tuple | list):
-        return type(start)(_each(a, b, share, mix) for a, b in zip(start, end, strict=True))
+        return type(start)(_interpolate(a, b, position, between) for a, b in zip(start, end, strict=True))
     return start

@@ -153,11 +153,6 @@ class Video(Strict):
         """Whether the view moves: every frame shows another part of one picture."""
         return (self.zoom, self.pan_x, self.pan_y) != (None, None, None)
 
-    @property
-    def is_one_frame(self) -> bool:
-        """Whether the request makes a single frame, as a picture."""
-        return False
-
 
 class GenerationRequest(Strict):
     """A request as a caller writes it. A field that is None takes the model card's default.
@@ -201,7 +196,7 @@ class GenerationRequest(Strict):
     def task(self) -> Task:
         if self.refine:
             return Task.refine
-        if self.video is not None and not self.video.is_one_frame:
+        if self.video is not None:
             return Task.t2v if self.edit is None else Task.i2v
         if self.edit is None:
             return Task.t2i
@@ -219,11 +214,6 @@ class ResolvedVideo(Video):
     fps: int
     seconds: None = None
     framewise: bool = Field(False, description="A picture model makes every frame as a picture.")
-    frame: int | None = Field(None, ge=0, description="Set inside a replica: index of the frame to make.")
-
-    @property
-    def is_one_frame(self) -> bool:
-        return self.frame is not None
 
     @property
     def pictures(self) -> int:

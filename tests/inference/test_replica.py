@@ -228,7 +228,7 @@ async def test_previews_change_nothing_in_the_picture(model: ModelReplica) -> No
 
 
 async def test_a_prompt_is_encoded_once_for_all_who_ask_it(model: ModelReplica) -> None:
-    async with model._model_cache.using(CARD.id) as loaded:
+    async with model._runtime.models.using(CARD.id) as loaded:
         prompts = loaded.prompts
     before = prompts.hits, prompts.misses
 
@@ -242,8 +242,8 @@ async def test_a_prompt_is_encoded_once_for_all_who_ask_it(model: ModelReplica) 
 async def test_latents_that_are_not_finite_are_reported(
     model: ModelReplica, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with model._model_cache.using(CARD.id) as loaded:
-        weight = loaded.model._pipeline.transformer.proj_out.bias
+    async with model._runtime.models.using(CARD.id) as loaded:
+        weight = loaded.pipelines._pipeline.transformer.proj_out.bias
     kept = weight.detach().clone()
     weight.data.fill_(float("nan"))
     try:
@@ -260,9 +260,9 @@ async def test_a_replica_with_several_cards_loads_on_demand_and_lets_the_oldest_
     cards = [CARD.model_copy(update={"id": name, "serving": serving}) for name in ("first", "second")]
     replica = ModelReplica(cards)
     try:
-        assert list(replica._model_cache.loaded) == ["first"]
+        assert list(replica._runtime.models.loaded) == ["first"]
         (second,) = await pictures_of(replica, model="second")
-        assert list(replica._model_cache.loaded) == ["second"]
+        assert list(replica._runtime.models.loaded) == ["second"]
         (first,) = await pictures_of(replica, model="first")
         assert np.array_equal(pixels(first.data), pixels(second.data)), "the same weights, loaded again"
         status = await replica.status()

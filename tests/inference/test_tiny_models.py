@@ -16,7 +16,7 @@ from diffusers import FluxImg2ImgPipeline, FluxInpaintPipeline, FluxPipeline
 from PIL import Image
 from torch import nn
 
-from deployments.pipelines.diffusers_model import Model
+from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.protocol.card import load_card
 from deployments.protocol.request import Edit, GenerationRequest, Task
 from deployments.validation.resolve import resolve
@@ -234,7 +234,7 @@ def test_image_to_image_keeps_at_low_strength_and_replaces_at_full(
 def test_strength_zero_is_the_picture_and_strength_one_forgets_it(
     schnell: FluxPipeline, blue_heart: Image.Image
 ) -> None:
-    model = Model(schnell, [Task.i2i])
+    model = DiffusersModel(schnell, [Task.i2i])
     buffer = io.BytesIO()
     blue_heart.save(buffer, "PNG")
 

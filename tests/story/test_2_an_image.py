@@ -42,7 +42,7 @@ async def test_the_image_shows_what_the_prompt_says(model: ModelReplica) -> None
 
 
 async def test_concurrent_requests_share_forwards(model: ModelReplica) -> None:
-    engine = model._worker._engine
+    engine = model._runtime.worker._engine
     rows, forwards = engine.rows, engine.forwards
     requests = [GenerationRequest(model="tiny-flux-schnell", prompt="a blue star", seed=i) for i in range(6)]
 

@@ -19,7 +19,7 @@ from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
 from deployments.engine.step_scheduler import ParkedCall, ScheduledJob, StepScheduler
 from deployments.pipelines.arguments import call_arguments
-from deployments.pipelines.diffusers_model import Model
+from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.protocol.request import Control, ControlType, ResolvedEdit, ResolvedRequest, Task
 
 PROMPTS = ("a cat", "two dogs on a red hill", "rain", "a house by the sea, at night, in the style of nobody")
@@ -72,7 +72,7 @@ class Answer:
 class Bench:
     """One model and the answers it gave to single requests."""
 
-    model: Model
+    model: DiffusersModel
     requests: list[ResolvedRequest]
     decode: bool = False  # to pictures, through the VAE
     deterministic: bool = False

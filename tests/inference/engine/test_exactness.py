@@ -18,7 +18,7 @@ import torch
 from deployments.engine import batch_key
 from deployments.engine.fiber import FiberCancelled
 from deployments.pipelines import diffusers_model as model_module
-from deployments.pipelines.diffusers_model import Model
+from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.protocol.request import ControlType, ResolvedRequest
 from tests.inference import tiny
 from tests.inference.engine.exactness import Bench, some_request
@@ -43,7 +43,7 @@ def flux_bench(dtype: torch.dtype, **options: Any) -> Bench:
         some_request(rng, guidance=(0.0, 1.0, 3.5, 7.0), schedulers=("auto",), text_tokens=48)
         for _ in range(30)
     ]
-    return Bench(Model(tiny.flux().to(dtype=dtype), tiny.IMAGE_TASKS), requests, **options)
+    return Bench(DiffusersModel(tiny.flux().to(dtype=dtype), tiny.IMAGE_TASKS), requests, **options)
 
 
 def sdxl_bench(dtype: torch.dtype, schedulers: tuple[str, ...] = SDXL_SCHEDULERS, **options: Any) -> Bench:
@@ -52,7 +52,7 @@ def sdxl_bench(dtype: torch.dtype, schedulers: tuple[str, ...] = SDXL_SCHEDULERS
         some_request(rng, guidance=(1.0, 3.0, 7.5), schedulers=schedulers, text_tokens=None)
         for _ in range(24)
     ]
-    return Bench(Model(tiny.sdxl().to(dtype=dtype), tiny.IMAGE_TASKS), requests, **options)
+    return Bench(DiffusersModel(tiny.sdxl().to(dtype=dtype), tiny.IMAGE_TASKS), requests, **options)
 
 
 def controlled_bench(dtype: torch.dtype, **options: Any) -> Bench:
@@ -65,7 +65,7 @@ def controlled_bench(dtype: torch.dtype, **options: Any) -> Bench:
     ]
     pipeline = tiny.sd()
     nets = {kind: net.to(dtype) for kind, net in unet_controlnets(pipeline.unet).items()}
-    model = Model(
+    model = DiffusersModel(
         pipeline.to(dtype=dtype),
         tiny.IMAGE_TASKS,
         controls=CONTROLS,

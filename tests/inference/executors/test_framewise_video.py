@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from deployments.executors.frame_scheduler import FrameReady, FrameScheduler
-from deployments.pipelines.framewise import camera_view, slerp
+from deployments.pipelines.framewise import VideoFrame, camera_view, slerp
 from deployments.protocol.card import Videos, load_card
 from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Started, Step
 from deployments.protocol.request import Edit, GenerationRequest, ResolvedVideo, Video
-from deployments.video import VideoReplica
+from deployments.replica import ModelReplica
 from tests.inference.films import ROOT, Frames, clip, film, png
 from tests.inference.recorder import Recorder
 from tests.serving.fakes import eventually
@@ -30,8 +30,8 @@ CARD = FLUX.model_copy(update={"tasks": ["t2i", "i2i", "t2v", "i2v"], "videos": 
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Iterator[VideoReplica]:
-    made = VideoReplica([CARD], Recorder())
+def loaded() -> Iterator[ModelReplica]:
+    made = ModelReplica([CARD], encoder=Recorder())
     yield made
     made.__del__()
 
@@ -42,8 +42,8 @@ def recorder() -> Recorder:
 
 
 @pytest.fixture
-def model(loaded: VideoReplica, recorder: Recorder) -> VideoReplica:
-    loaded._encoder = recorder
+def model(loaded: ModelReplica, recorder: Recorder) -> ModelReplica:
+    loaded._runtime.encoder = recorder
     return loaded
 
 
@@ -52,11 +52,11 @@ def wish(**changes: Any) -> GenerationRequest:
     return GenerationRequest(**(known | changes))
 
 
-async def events_of(model: VideoReplica, **changes: Any) -> list[Event]:
+async def events_of(model: ModelReplica, **changes: Any) -> list[Event]:
     return [event async for event in model.generate(wish(**changes))]
 
 
-async def picture_of(model: VideoReplica, **changes: Any) -> Frames:
+async def picture_of(model: ModelReplica, **changes: Any) -> Frames:
     events = await events_of(model, **changes)
     (data,) = (e.data for e in events if isinstance(e, Artifact) and e.kind == "image")
     return np.asarray(Image.open(io.BytesIO(data)))
@@ -67,7 +67,7 @@ def furthest(one: Frames, other: Frames) -> int:
 
 
 async def test_every_frame_is_told_and_the_file_holds_them_in_order(
-    model: VideoReplica, recorder: Recorder
+    model: ModelReplica, recorder: Recorder
 ) -> None:
     events = await events_of(model, video=Video(num_frames=40, fps=10))
 
@@ -81,7 +81,7 @@ async def test_every_frame_is_told_and_the_file_holds_them_in_order(
 
 
 async def test_the_path_begins_and_ends_at_the_pictures_of_its_two_seeds(
-    model: VideoReplica, recorder: Recorder
+    model: ModelReplica, recorder: Recorder
 ) -> None:
     await events_of(model, video=Video(num_frames=5, fps=11, end_seed=77))
 
@@ -91,7 +91,7 @@ async def test_the_path_begins_and_ends_at_the_pictures_of_its_two_seeds(
     assert all(furthest(a, b) > 1 for a, b in pairwise(frames))
 
 
-async def test_the_path_may_lead_from_one_prompt_to_another(model: VideoReplica, recorder: Recorder) -> None:
+async def test_the_path_may_lead_from_one_prompt_to_another(model: ModelReplica, recorder: Recorder) -> None:
     await events_of(model, video=Video(num_frames=5, fps=12, end_prompt="a blue star"))
 
     frames = recorder.taken(12)
@@ -101,7 +101,7 @@ async def test_the_path_may_lead_from_one_prompt_to_another(model: VideoReplica,
 
 
 async def test_without_an_end_the_path_leads_to_the_next_seed(
-    model: VideoReplica, recorder: Recorder
+    model: ModelReplica, recorder: Recorder
 ) -> None:
     await events_of(model, video=Video(num_frames=3, fps=13))
 
@@ -109,7 +109,7 @@ async def test_without_an_end_the_path_leads_to_the_next_seed(
 
 
 async def test_a_picture_to_start_from_is_kept_as_far_as_strength_says(
-    model: VideoReplica, recorder: Recorder
+    model: ModelReplica, recorder: Recorder
 ) -> None:
     edit = Edit(image=png(), strength=0.5)
 
@@ -119,7 +119,7 @@ async def test_a_picture_to_start_from_is_kept_as_far_as_strength_says(
 
 
 async def test_every_frame_is_painted_from_what_the_moving_view_sees(
-    model: VideoReplica, recorder: Recorder
+    model: ModelReplica, recorder: Recorder
 ) -> None:
     start, way = Edit(image=png(96, 96), strength=0.5), {"zoom": 2.0, "pan_x": 0.25}
 
@@ -127,8 +127,7 @@ async def test_every_frame_is_painted_from_what_the_moving_view_sees(
 
     seen = camera_view(
         Image.open(io.BytesIO(start.image)).convert("RGB"),
-        ResolvedVideo(num_frames=3, fps=15, **way),
-        2,
+        VideoFrame(ResolvedVideo(num_frames=3, fps=15, **way), 2),
         64,
         64,
     )
@@ -140,7 +139,7 @@ async def test_every_frame_is_painted_from_what_the_moving_view_sees(
 
 
 async def test_without_a_picture_the_view_moves_over_that_of_the_prompt(
-    model: VideoReplica, recorder: Recorder
+    model: ModelReplica, recorder: Recorder
 ) -> None:
     events = await events_of(model, video=Video(num_frames=3, fps=16, zoom=0.5))
 
@@ -159,8 +158,8 @@ def _file(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-async def test_the_frames_of_one_request_are_woven_together(model: VideoReplica) -> None:
-    engine = model._worker._engine
+async def test_the_frames_of_one_request_are_woven_together(model: ModelReplica) -> None:
+    engine = model._runtime.worker._engine
     before = engine.rows, engine.forwards
 
     await events_of(model, video=Video(num_frames=16))
@@ -169,13 +168,13 @@ async def test_the_frames_of_one_request_are_woven_together(model: VideoReplica)
     assert rows / forwards > 1.5, "frames share forwards"
 
 
-async def test_closing_the_stream_cancels_all_frames(model: VideoReplica) -> None:
+async def test_closing_the_stream_cancels_all_frames(model: ModelReplica) -> None:
     async with aclosing(model.generate(wish(video=Video(num_frames=64)))) as events:
         async for event in events:
             if isinstance(event, Step):
                 break
 
-    await eventually(lambda: model._worker.active == 0, quiet_s=4)
+    await eventually(lambda: model._runtime.worker.active == 0, quiet_s=4)
     assert isinstance((await events_of(model))[-1], Done)
 
 
@@ -190,14 +189,15 @@ def test_between_two_noises_lies_noise() -> None:
     assert torch.lerp(one, other, 0.5).std() < 0.8
 
 
-def film_of(**way: float) -> ResolvedVideo:
-    return ResolvedVideo(num_frames=3, fps=8, **way)  # type: ignore[arg-type]
+def frame(index: int, **camera: float) -> VideoFrame:
+    """One of three frames of a video whose camera moves so."""
+    return VideoFrame(ResolvedVideo(num_frames=3, fps=8, **camera), index)  # type: ignore[arg-type]
 
 
 def test_the_view_begins_with_the_whole_picture_and_zooms_by_equal_factors() -> None:
     picture = Image.fromarray(clip(1, 64, 96)[0])
 
-    first, middle, last = (camera_view(picture, film_of(zoom=4.0), frame, 48, 32) for frame in range(3))
+    first, middle, last = (camera_view(picture, frame(index, zoom=4.0), 48, 32) for index in range(3))
 
     assert first == picture.resize((48, 32), Image.Resampling.LANCZOS)
     assert middle == picture.resize((48, 32), Image.Resampling.LANCZOS, box=(24, 16, 72, 48))
@@ -208,20 +208,20 @@ def test_past_its_edges_a_picture_is_mirrored() -> None:
     pixels = clip(1, 64, 64)[0]
     picture = Image.fromarray(pixels)
 
-    auxiliary_lane = np.asarray(camera_view(picture, film_of(pan_x=0.5, pan_y=-0.5), 2, 64, 64))
-    further = camera_view(picture, film_of(zoom=0.5), 2, 128, 128)
+    right_above = np.asarray(camera_view(picture, frame(2, pan_x=0.5, pan_y=-0.5), 64, 64))
+    further = camera_view(picture, frame(2, zoom=0.5), 128, 128)
 
-    assert np.array_equal(auxiliary_lane[32:, :32], pixels[:32, 32:]), "what lies to the right and above"
-    assert np.array_equal(auxiliary_lane[32:, 32:], pixels[:32, :31:-1])
-    assert np.array_equal(auxiliary_lane[:32, :32], pixels[31::-1, 32:])
+    assert np.array_equal(right_above[32:, :32], pixels[:32, 32:]), "what lies to the right and above"
+    assert np.array_equal(right_above[32:, 32:], pixels[:32, :31:-1])
+    assert np.array_equal(right_above[:32, :32], pixels[31::-1, 32:])
     assert np.array_equal(np.asarray(further)[32:96, 32:96], pixels)
 
 
 def test_the_widest_and_furthest_view_still_has_the_size_of_the_request() -> None:
     picture = Image.fromarray(clip(1, 50, 70)[0])
 
-    for way in ({"zoom": 0.25, "pan_x": -1.0, "pan_y": 1.0}, {"zoom": 4.0, "pan_x": 1.0}):
-        assert camera_view(picture, film_of(**way), 2, 64, 48).size == (64, 48)
+    for camera in ({"zoom": 0.25, "pan_x": -1.0, "pan_y": 1.0}, {"zoom": 4.0, "pan_x": 1.0}):
+        assert camera_view(picture, frame(2, **camera), 64, 48).size == (64, 48)
 
 
 # --- the order of frames -----------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
+from deployments import encoder_client
 from deployments.encoder import VideoEncoder
-from deployments.executors import video_encoding
-from deployments.executors.video_encoding import SEGMENTS_IN_FLIGHT, EncodingSession, RemoteEncoder
+from deployments.encoder_client import RemoteEncoder
+from deployments.executors.video_encoding import SEGMENTS_IN_FLIGHT, EncodingSession
 from deployments.media.video_spec import SEGMENT_FRAMES, Frames, Segment, VideoFiles, VideoSpec
 from deployments.protocol.errors import Internal, ModelUnavailable
 from deployments.protocol.log_context import LogContext
@@ -132,7 +133,7 @@ FOOTAGE, FRAMES = VideoSpec(64, 48, 8, 8), clip(8)
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(video_encoding, "RETRY_FIRST_S", 0.0)
+    monkeypatch.setattr(encoder_client, "RETRY_FIRST_S", 0.0)
 
 
 async def test_a_segment_whose_encoder_died_is_sent_again_with_the_same_frames() -> None:
@@ -147,7 +148,7 @@ async def test_a_segment_whose_encoder_died_is_sent_again_with_the_same_frames()
 
 
 async def test_an_encoder_that_dies_every_time_fails_as_worth_another_try() -> None:
-    handle = Handle(*[ActorDiedError()] * video_encoding.TRIES)
+    handle = Handle(*[ActorDiedError()] * encoder_client.TRIES)
 
     with pytest.raises(ModelUnavailable, match="lost 4 times") as failure:
         await RemoteEncoder(handle).segment(FOOTAGE, 0, FRAMES)

@@ -1,4 +1,4 @@
-"""VideoReplica as a handle sees it, without Ray: the tiny Wan that ships, and a real encoder."""
+"""ModelReplica as a handle sees it, without Ray: the tiny Wan that ships, and a real encoder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from deployments.protocol.card import Weights, load_card
 from deployments.protocol.errors import Internal, ModelUnavailable
 from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Stage, Started, Step
 from deployments.protocol.request import Edit, GenerationRequest, Task, Video
-from deployments.video import VideoReplica
+from deployments.replica import ModelReplica
 from tests.inference.films import ROOT, Frames, decibels, film, png
 from tests.inference.recorder import Recorder
 from tests.patience import patience
@@ -35,17 +35,19 @@ CODEC_DB = 30.0
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Iterator[VideoReplica]:
-    made = VideoReplica([CARD], VideoEncoder())
+def loaded() -> Iterator[ModelReplica]:
+    made = ModelReplica([CARD], encoder=VideoEncoder())
     yield made
     made.__del__()
 
 
 @pytest.fixture(scope="module")
-def both() -> Iterator[VideoReplica]:
+def both() -> Iterator[ModelReplica]:
     """One replica with a model of videos and one of pictures."""
     group = CARD.serving.model_copy(update={"group": "both", "models_loaded": 2})
-    made = VideoReplica([card.model_copy(update={"serving": group}) for card in (CARD, PAINTER)], Recorder())
+    made = ModelReplica(
+        [card.model_copy(update={"serving": group}) for card in (CARD, PAINTER)], encoder=Recorder()
+    )
     yield made
     made.__del__()
 
@@ -56,8 +58,8 @@ def recorder() -> Recorder:
 
 
 @pytest.fixture
-def model(loaded: VideoReplica, recorder: Recorder) -> VideoReplica:
-    loaded._encoder = recorder
+def model(loaded: ModelReplica, recorder: Recorder) -> ModelReplica:
+    loaded._runtime.encoder = recorder
     return loaded
 
 
@@ -66,11 +68,11 @@ def wish(**changes: Any) -> GenerationRequest:
     return GenerationRequest(**(known | {"video": Video(num_frames=5)} | changes))
 
 
-def stream(model: VideoReplica, **changes: Any) -> AsyncGenerator[Event]:
+def stream(model: ModelReplica, **changes: Any) -> AsyncGenerator[Event]:
     return model.generate(wish(**changes))
 
 
-async def events_of(model: VideoReplica, **changes: Any) -> list[Event]:
+async def events_of(model: ModelReplica, **changes: Any) -> list[Event]:
     return [event async for event in stream(model, **changes)]
 
 
@@ -79,7 +81,7 @@ def file(events: Sequence[Event], kind: str = "video") -> Artifact:
     return found
 
 
-async def test_a_video_is_denoised_decoded_and_encoded_and_told_so(model: VideoReplica) -> None:
+async def test_a_video_is_denoised_decoded_and_encoded_and_told_so(model: ModelReplica) -> None:
     events = await events_of(model, video=Video(num_frames=41))
 
     assert events[:2] == [Queued(0, 0.0), Started(3)]
@@ -94,10 +96,10 @@ async def test_a_video_is_denoised_decoded_and_encoded_and_told_so(model: VideoR
 
 
 async def test_the_file_holds_the_very_frames_that_diffusers_makes(
-    model: VideoReplica, recorder: Recorder
+    model: ModelReplica, recorder: Recorder
 ) -> None:
-    async with model._model_cache.using(CARD.id) as held:
-        pipeline = held.model.pipeline_for(_fitted(model))
+    async with model._runtime.models.using(CARD.id) as held:
+        pipeline = held.pipelines.pipeline_for(_fitted(model))
     with torch.inference_mode():
         own = pipeline(
             "a red circle moving left",
@@ -121,15 +123,15 @@ async def test_the_file_holds_the_very_frames_that_diffusers_makes(
     assert (shown.duration_s, shown.pixel_format) == (pytest.approx(17 / 12, abs=0.01), "yuv420p")
 
 
-def _fitted(model: VideoReplica) -> Any:
+def _fitted(model: ModelReplica) -> Any:
     from deployments.validation.resolve import resolve
 
     return resolve(wish(), CARD, fresh_seed=0).request
 
 
-async def test_decoding_latent_by_latent_gives_the_bits_of_decoding_at_once(model: VideoReplica) -> None:
-    async with model._model_cache.using(CARD.id) as held:
-        pipeline = held.model.pipeline_for(_fitted(model))
+async def test_decoding_latent_by_latent_gives_the_bits_of_decoding_at_once(model: ModelReplica) -> None:
+    async with model._runtime.models.using(CARD.id) as held:
+        pipeline = held.pipelines.pipeline_for(_fitted(model))
     latents = torch.randn(1, 16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         whole = pipeline.video_processor.postprocess_video(pipeline.vae.decode(latents).sample, "np")[0]
@@ -143,7 +145,7 @@ async def test_decoding_latent_by_latent_gives_the_bits_of_decoding_at_once(mode
 
 
 async def test_four_different_videos_at_once_are_what_each_is_alone(
-    model: VideoReplica, recorder: Recorder
+    model: ModelReplica, recorder: Recorder
 ) -> None:
     wishes = [
         {"prompt": "a blue star", "seed": 1, "num_inference_steps": 2, "video": Video(num_frames=5, fps=21)},
@@ -166,7 +168,7 @@ async def test_four_different_videos_at_once_are_what_each_is_alone(
 
 @pytest.mark.parametrize("count", [1, 129])
 async def test_one_frame_is_a_video_and_so_are_129(
-    count: int, model: VideoReplica, recorder: Recorder
+    count: int, model: ModelReplica, recorder: Recorder
 ) -> None:
     events = await events_of(
         model, video=Video(num_frames=count, fps=25), num_inference_steps=1, guidance_scale=1.0
@@ -182,8 +184,8 @@ async def test_one_frame_is_a_video_and_so_are_129(
 class _Held:
     """An engine that stands still between two forwards, until it is released."""
 
-    def __init__(self, model: VideoReplica) -> None:
-        self._worker = model._worker
+    def __init__(self, model: ModelReplica) -> None:
+        self._worker = model._runtime.worker
         self._standing, self._released = threading.Event(), threading.Event()
 
     async def __aenter__(self) -> _Held:
@@ -210,9 +212,9 @@ class _Held:
 
 @pytest.mark.parametrize("long", ["video", "picture"])
 async def test_a_short_one_runs_between_the_steps_of_a_long_one_and_changes_nothing(
-    long: str, both: VideoReplica, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+    long: str, both: ModelReplica, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both._encoder = recorder
+    both._runtime.encoder = recorder
     steps = {kind: 12 if kind == long else 2 for kind in ("video", "picture")}
     small = {"width": 64, "height": 64}
     wishes = {
@@ -228,7 +230,7 @@ async def test_a_short_one_runs_between_the_steps_of_a_long_one_and_changes_noth
         made.append(all_steps > 6)
         return Step(step, all_steps)
 
-    monkeypatch.setattr("deployments.replica.Step", noted)
+    monkeypatch.setattr("deployments.executors.denoise.Step", noted)
     told: dict[str, list[Event]] = {}
 
     async def follow(kind: str) -> None:
@@ -251,7 +253,7 @@ def _pixels(data: bytes) -> Frames:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-async def test_the_container_says_how_it_was_made(model: VideoReplica) -> None:
+async def test_the_container_says_how_it_was_made(model: ModelReplica) -> None:
     artifact = file(await events_of(model, video=Video(num_frames=5, format="webm")))
 
     told = film(artifact.data).metadata
@@ -265,7 +267,7 @@ async def test_the_container_says_how_it_was_made(model: VideoReplica) -> None:
 
 @pytest.mark.parametrize("phase", ["denoise", "decode", "encode"])
 async def test_closing_the_stream_ends_the_work_in_any_phase(
-    phase: str, model: VideoReplica, recorder: Recorder
+    phase: str, model: ModelReplica, recorder: Recorder
 ) -> None:
     recorder.gate.clear()
     one_segment = Video(num_frames=29)
@@ -281,7 +283,7 @@ async def test_closing_the_stream_ends_the_work_in_any_phase(
             rest.cancel()
             await asyncio.wait({rest})
 
-    await eventually(lambda: model._worker.active == 0, quiet_s=4)
+    await eventually(lambda: model._runtime.worker.active == 0, quiet_s=4)
     assert recorder.cancelled == recorder.asked == (phase == "encode")
     recorder.gate.set()
     assert isinstance((await events_of(model))[-1], Done)
@@ -299,13 +301,13 @@ async def _exhaust(events: AsyncGenerator[Event]) -> None:
 
 
 async def test_a_slot_serves_the_next_while_a_video_is_encoded(
-    model: VideoReplica, recorder: Recorder
+    model: ModelReplica, recorder: Recorder
 ) -> None:
     recorder.gate.clear()
     first = asyncio.create_task(events_of(model))
     await eventually(lambda: recorder.asked == 1, quiet_s=4)
 
-    assert not model._worker._running
+    assert not model._runtime.worker._running
     recorder.gate.set()
     assert isinstance((await first)[-1], Done)
 
@@ -315,7 +317,7 @@ async def test_a_slot_serves_the_next_while_a_video_is_encoded(
     [(Internal("no such frames"), False), (ModelUnavailable("the video encoder was lost"), True)],
 )
 async def test_a_failing_encoder_fails_the_video_and_nothing_is_delivered(
-    failure: Exception, retryable: bool, model: VideoReplica, recorder: Recorder
+    failure: Exception, retryable: bool, model: ModelReplica, recorder: Recorder
 ) -> None:
     recorder.failure = failure
 
@@ -326,7 +328,7 @@ async def test_a_failing_encoder_fails_the_video_and_nothing_is_delivered(
     assert not [event for event in events if isinstance(event, Artifact)]
 
 
-async def test_bad_input_is_one_failed_event_that_names_the_field(model: VideoReplica) -> None:
+async def test_bad_input_is_one_failed_event_that_names_the_field(model: ModelReplica) -> None:
     (failed,) = await events_of(model, video=Video(num_frames=6))
 
     assert isinstance(failed, Failed)
@@ -342,9 +344,9 @@ def test_a_pipeline_has_its_sibling_for_the_other_task() -> None:
     assert video_class(HunyuanVideoPipeline, Task.t2v) is HunyuanVideoPipeline
 
 
-async def test_a_video_begins_with_the_given_picture(loaded: VideoReplica, tmp_path: Path) -> None:
-    async with loaded._model_cache.using(CARD.id) as held:
-        parts = dict(held.model._pipeline.components)
+async def test_a_video_begins_with_the_given_picture(loaded: ModelReplica, tmp_path: Path) -> None:
+    async with loaded._runtime.models.using(CARD.id) as held:
+        parts = dict(held.pipelines._pipeline.components)
     torch.manual_seed(0)
     config = dict(parts["transformer"].config) | {
         "in_channels": 36,
@@ -354,7 +356,7 @@ async def test_a_video_begins_with_the_given_picture(loaded: VideoReplica, tmp_p
     WanImageToVideoPipeline(**parts, image_processor=None, image_encoder=None).save_pretrained(tmp_path)
     weights = Weights(path=str(tmp_path), dtype="float32")
     recorder = Recorder()
-    model = VideoReplica([CARD.model_copy(update={"weights": weights, "tasks": ["i2v"]})], recorder)
+    model = ModelReplica([CARD.model_copy(update={"weights": weights, "tasks": ["i2v"]})], encoder=recorder)
     try:
         for pace, side in ((31, 64), (32, 96)):
             edit = Edit(image=png(side, side))

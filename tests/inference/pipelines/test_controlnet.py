@@ -30,7 +30,7 @@ from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
 from deployments.media.control import edge_map
 from deployments.models.load import load_controlnet, load_pipeline
-from deployments.pipelines.diffusers_model import Model
+from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.protocol.card import ControlNet, ModelCard, Weights, load_cards
 from deployments.protocol.errors import BadRequest, ModelUnavailable
 from deployments.protocol.events import Artifact, Event, Failed, Step
@@ -107,9 +107,9 @@ def refiner() -> StableDiffusionXLImg2ImgPipeline:
     ).to(dtype=torch.float64)
 
 
-def model_of(pipeline: Any, nets: dict[str, nn.Module], **parts: Any) -> Model:
+def model_of(pipeline: Any, nets: dict[str, nn.Module], **parts: Any) -> DiffusersModel:
     """A model in float64 whose ControlNets are these."""
-    return Model(
+    return DiffusersModel(
         pipeline.to(dtype=torch.float64),
         tiny.IMAGE_TASKS,
         controls=CONTROLS,
@@ -126,22 +126,22 @@ NETS: dict[str, dict[str, nn.Module]] = {
 
 
 @pytest.fixture(scope="module")
-def sd() -> Model:
+def sd() -> DiffusersModel:
     return model_of(tiny.sd(), NETS["sd"])
 
 
 @pytest.fixture(scope="module")
-def sdxl() -> Model:
+def sdxl() -> DiffusersModel:
     return model_of(tiny.sdxl(), NETS["sdxl"], load_refiner=refiner)
 
 
 @pytest.fixture(scope="module")
-def flux() -> Model:
+def flux() -> DiffusersModel:
     return model_of(tiny.flux(), NETS["flux"])
 
 
 @pytest.fixture
-def model(request: pytest.FixtureRequest) -> Model:
+def model(request: pytest.FixtureRequest) -> DiffusersModel:
     """The model that a test's parameter names."""
     return request.getfixturevalue(request.param)
 
@@ -154,7 +154,7 @@ def ignore(_step: int, _steps: int) -> None:
 
 
 def latents(
-    model: Model, request: ResolvedRequest, told: Callable[[int, int], None] = ignore
+    model: DiffusersModel, request: ResolvedRequest, told: Callable[[int, int], None] = ignore
 ) -> torch.Tensor:
     """The request's final latents."""
     image = PICTURE if request.edit else None
@@ -191,7 +191,7 @@ PLAIN = {
 def test_controlled_pictures_are_those_of_the_plain_diffusers_pipeline(
     family: str, controls: tuple[Control, ...], request: pytest.FixtureRequest
 ) -> None:
-    model: Model = request.getfixturevalue(family)
+    model: DiffusersModel = request.getfixturevalue(family)
     wanted = wish(controls=controls, num_images=2)
     model.prepare(wanted)
     parts = model.pipeline_for(wish()).components
@@ -224,7 +224,7 @@ def test_a_union_net_is_told_which_kind_of_picture_it_gets() -> None:
         kind: ControlNet(weights=CONTROLS["canny"].weights, mode=mode, licence=LICENCE)
         for kind, mode in UNION
     }
-    model = Model(
+    model = DiffusersModel(
         tiny.flux().to(dtype=torch.float64), [Task.t2i], controls=entries, load_controlnet=lambda _: union
     )
     wanted = wish(controls=(canny(weight=0.8), depth(weight=0.5)))
@@ -253,7 +253,9 @@ UNION = (("canny", 0), ("depth", 2))
 
 
 @pytest.mark.parametrize("scheduler", ["auto", "euler_a", "heun", "dpmpp_2m_karras"])
-def test_the_ensemble_is_diffusers_base_and_refiner_one_after_the_other(sdxl: Model, scheduler: str) -> None:
+def test_the_ensemble_is_diffusers_base_and_refiner_one_after_the_other(
+    sdxl: DiffusersModel, scheduler: str
+) -> None:
     wanted = wish(refiner=0.6, num_inference_steps=7, scheduler=scheduler, negative_prompt="grey")
     told: list[tuple[int, int]] = []
 
@@ -286,7 +288,7 @@ def test_the_ensemble_is_diffusers_base_and_refiner_one_after_the_other(sdxl: Mo
 
 
 def test_refine_is_image_to_image_with_the_refiners_weights() -> None:
-    model = Model(refiner(), [Task.refine, Task.i2i])
+    model = DiffusersModel(refiner(), [Task.refine, Task.i2i])
 
     refined = latents(model, wish(Task.refine))
 
@@ -296,7 +298,9 @@ def test_refine_is_image_to_image_with_the_refiners_weights() -> None:
 # --- in one batch -----------------------------------------------------------------------------------------
 
 
-def woven(models: list[Model], works: list[Callable[[], torch.Tensor]]) -> tuple[list[torch.Tensor], Engine]:
+def woven(
+    models: list[DiffusersModel], works: list[Callable[[], torch.Tensor]]
+) -> tuple[list[torch.Tensor], Engine]:
     """What each piece of work gives when all run at once, and the engine that ran them."""
     engine = Engine(Together(max_batch_size=64))
     restore = intercept([module for model in models for module in model.modules])
@@ -315,7 +319,7 @@ def woven(models: list[Model], works: list[Callable[[], torch.Tensor]]) -> tuple
     return [fiber.result for fiber in fibers], engine
 
 
-def assert_same_together_as_alone(wishes: list[tuple[Model, ResolvedRequest]]) -> Engine:
+def assert_same_together_as_alone(wishes: list[tuple[DiffusersModel, ResolvedRequest]]) -> Engine:
     works = [lambda model=model, request=request: latents(model, request) for model, request in wishes]
     alone = [work() for work in works]
     models = list({id(model): model for model, _ in wishes}.values())
@@ -342,13 +346,15 @@ CONTROLLED: list[dict[str, Any]] = [
 
 @every_family
 def test_controlled_and_plain_requests_of_all_tasks_share_forwards_and_stay_what_they_are_alone(
-    model: Model,
+    model: DiffusersModel,
 ) -> None:
     assert_same_together_as_alone([(model, wish(**changes)) for changes in CONTROLLED])
 
 
-def test_ensemble_refine_and_control_share_forwards_and_stay_what_they_are_alone(sdxl: Model) -> None:
-    refine = Model(refiner(), [Task.refine])
+def test_ensemble_refine_and_control_share_forwards_and_stay_what_they_are_alone(
+    sdxl: DiffusersModel,
+) -> None:
+    refine = DiffusersModel(refiner(), [Task.refine])
     plain = [(sdxl, wish(**changes)) for changes in CONTROLLED[2:7:2]]
     both = [(sdxl, wish(refiner=0.5, seed=20 + n, scheduler=s)) for n, s in enumerate(["auto", "euler_a"])]
     controlled = (sdxl, wish(refiner=0.75, controls=(canny(weight=0.5),), num_inference_steps=6))
@@ -359,7 +365,7 @@ def test_ensemble_refine_and_control_share_forwards_and_stay_what_they_are_alone
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
 def test_random_mixtures_stay_what_they_are_alone(family: str, request: pytest.FixtureRequest) -> None:
-    model: Model = request.getfixturevalue(family)
+    model: DiffusersModel = request.getfixturevalue(family)
     rng = random.Random(family)
     for _ in range(2):
         wishes = [
@@ -385,7 +391,7 @@ def test_random_mixtures_stay_what_they_are_alone(family: str, request: pytest.F
 
 
 @every_family
-def test_requests_of_different_weights_share_every_forward_of_a_net(model: Model) -> None:
+def test_requests_of_different_weights_share_every_forward_of_a_net(model: DiffusersModel) -> None:
     pair = [wish(controls=(canny(weight=weight),), seed=seed) for weight, seed in ((0.3, 1), (1.6, 2))]
     model.prepare(pair[0])
 
@@ -394,14 +400,14 @@ def test_requests_of_different_weights_share_every_forward_of_a_net(model: Model
     assert engine.rows == 2 * engine.forwards * rows_per_picture(model)
 
 
-def rows_per_picture(model: Model) -> float:
+def rows_per_picture(model: DiffusersModel) -> float:
     """Rows of a solo request over its forwards, which two of a kind double."""
     _, engine = woven([model], [lambda: latents(model, wish(controls=(canny(),)))])
     return engine.rows / engine.forwards
 
 
 @every_family
-def test_a_net_does_not_run_where_it_has_no_say(model: Model) -> None:
+def test_a_net_does_not_run_where_it_has_no_say(model: DiffusersModel) -> None:
     def forwards(**changes: Any) -> int:
         _, engine = woven([model], [lambda: latents(model, wish(controls=(canny(**changes),)))])
         return engine.forwards
@@ -421,7 +427,7 @@ def test_nets_and_refiner_are_loaded_once_and_their_modules_told() -> None:
         loaded.append(weights.path or "")
         return nets[weights.path or ""]
 
-    model = Model(
+    model = DiffusersModel(
         tiny.sdxl().to(dtype=torch.float64),
         [Task.t2i],
         controls=CONTROLS,
@@ -452,7 +458,7 @@ def test_many_threads_that_need_a_net_load_it_once() -> None:
         loaded.append(weights)
         return NETS["sd"]["canny"]
 
-    model = Model(tiny.sd(), [Task.t2i], controls={"canny": CONTROLS["canny"]}, load_controlnet=load)
+    model = DiffusersModel(tiny.sd(), [Task.t2i], controls={"canny": CONTROLS["canny"]}, load_controlnet=load)
 
     def prepare() -> None:
         started.wait()
@@ -476,13 +482,15 @@ def test_many_threads_that_need_a_net_load_it_once() -> None:
 )
 def test_what_a_model_lacks_is_refused(changes: dict[str, Any], says: str, param: str) -> None:
     with pytest.raises(BadRequest, match=says) as caught:
-        Model(tiny.sd(), [Task.t2i]).prepare(wish(**changes))
+        DiffusersModel(tiny.sd(), [Task.t2i]).prepare(wish(**changes))
 
     assert caught.value.param == param
 
 
 @pytest.mark.parametrize(("start", "idle"), [(0.001, "the model"), (0.999, "the refiner")])
-def test_an_ensemble_that_leaves_one_without_a_step_is_refused(sdxl: Model, start: float, idle: str) -> None:
+def test_an_ensemble_that_leaves_one_without_a_step_is_refused(
+    sdxl: DiffusersModel, start: float, idle: str
+) -> None:
     with pytest.raises(BadRequest, match=f"leave none for {idle}") as caught:
         latents(sdxl, wish(refiner=start))
 

@@ -25,7 +25,7 @@ from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
 from deployments.engine.step_scheduler import StepScheduler
 from deployments.pipelines.arguments import call_arguments, parameters_of
-from deployments.pipelines.diffusers_model import Model
+from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.pipelines.noise_schedulers import SCHEDULERS, noise_scheduler
 from deployments.protocol.card import load_cards
 from deployments.protocol.errors import BadRequest
@@ -52,22 +52,22 @@ GIVEN: dict[Task, tuple[Any, ...]] = {
 
 
 @pytest.fixture(scope="module")
-def flux() -> Model:
-    return Model(tiny.flux(), tiny.IMAGE_TASKS)
+def flux() -> DiffusersModel:
+    return DiffusersModel(tiny.flux(), tiny.IMAGE_TASKS)
 
 
 @pytest.fixture(scope="module")
-def sdxl() -> Model:
-    return Model(tiny.sdxl(), tiny.IMAGE_TASKS)
+def sdxl() -> DiffusersModel:
+    return DiffusersModel(tiny.sdxl(), tiny.IMAGE_TASKS)
 
 
 @pytest.fixture(scope="module")
-def sd() -> Model:
-    return Model(tiny.sd(), tiny.IMAGE_TASKS)
+def sd() -> DiffusersModel:
+    return DiffusersModel(tiny.sd(), tiny.IMAGE_TASKS)
 
 
 @pytest.fixture
-def model(request: pytest.FixtureRequest) -> Model:
+def model(request: pytest.FixtureRequest) -> DiffusersModel:
     """The model that a test's parameter names."""
     return request.getfixturevalue(request.param)
 
@@ -105,7 +105,7 @@ def ignore(_step: int, _steps: int) -> None:
     [("flux", "Flux"), ("sdxl", "StableDiffusionXL"), ("sd", "StableDiffusion")],
     indirect=["model"],
 )
-def test_a_task_picks_the_families_own_pipeline_class(model: Model, prefix: str) -> None:
+def test_a_task_picks_the_families_own_pipeline_class(model: DiffusersModel, prefix: str) -> None:
     classes = [type(model.pipeline_for(wish(task))).__name__ for task in tiny.IMAGE_TASKS]
 
     image_to_image = f"{prefix}Img2ImgPipeline"
@@ -116,7 +116,7 @@ def test_a_refiner_is_an_image_to_image_pipeline_from_the_start() -> None:
     parts = {name: part for name, part in tiny.sdxl().components.items() if name in REFINER_PARTS}
     refiner = StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False)
 
-    model = Model(refiner, [Task.i2i])
+    model = DiffusersModel(refiner, [Task.i2i])
 
     assert type(model.pipeline_for(wish(Task.i2i))) is StableDiffusionXLImg2ImgPipeline
     with pytest.raises(BadRequest, match="cannot do t2i"):
@@ -124,7 +124,7 @@ def test_a_refiner_is_an_image_to_image_pipeline_from_the_start() -> None:
 
 
 @every_family
-def test_every_request_has_a_pipeline_of_its_own_over_shared_weights(model: Model) -> None:
+def test_every_request_has_a_pipeline_of_its_own_over_shared_weights(model: DiffusersModel) -> None:
     first, second, edit = (
         model.pipeline_for(wish()),
         model.pipeline_for(wish()),
@@ -172,7 +172,7 @@ def test_every_picture_of_a_request_has_its_own_generator() -> None:
 
 
 @every_family
-def test_no_two_requests_share_a_noise_scheduler(model: Model) -> None:
+def test_no_two_requests_share_a_noise_scheduler(model: DiffusersModel) -> None:
     schedulers = [model.pipeline_for(wish(task)).scheduler for task in (*tiny.IMAGE_TASKS, Task.t2i)]
 
     assert len(set(map(id, schedulers))) == len(schedulers)
@@ -180,7 +180,7 @@ def test_no_two_requests_share_a_noise_scheduler(model: Model) -> None:
 
 
 @every_family
-def test_a_run_leaves_the_models_own_noise_scheduler_untouched(model: Model) -> None:
+def test_a_run_leaves_the_models_own_noise_scheduler_untouched(model: DiffusersModel) -> None:
     before = model.pipeline_for(wish()).scheduler.timesteps
 
     model.call(wish(), ignore)
@@ -188,7 +188,7 @@ def test_a_run_leaves_the_models_own_noise_scheduler_untouched(model: Model) -> 
     assert torch.equal(model.pipeline_for(wish()).scheduler.timesteps, before)
 
 
-def test_a_scheduler_is_chosen_by_name_and_keeps_the_models_noise_levels(sdxl: Model) -> None:
+def test_a_scheduler_is_chosen_by_name_and_keeps_the_models_noise_levels(sdxl: DiffusersModel) -> None:
     own, chosen = (
         sdxl.pipeline_for(wish()).scheduler,
         sdxl.pipeline_for(wish(scheduler="dpmpp_2m_karras")).scheduler,
@@ -199,7 +199,7 @@ def test_a_scheduler_is_chosen_by_name_and_keeps_the_models_noise_levels(sdxl: M
     assert torch.equal(chosen.betas, own.betas)
 
 
-def test_an_unknown_scheduler_is_refused_with_the_names_there_are(sdxl: Model) -> None:
+def test_an_unknown_scheduler_is_refused_with_the_names_there_are(sdxl: DiffusersModel) -> None:
     with pytest.raises(BadRequest, match="use auto, euler") as caught:
         sdxl.pipeline_for(wish(scheduler="magic"))
 
@@ -267,7 +267,7 @@ RUNS = [(family, name) for family, card_id in FAMILY.items() for name in CARDS[c
 
 
 @pytest.mark.parametrize(("model", "name"), RUNS, indirect=["model"])
-def test_every_scheduler_of_a_family_paints_three_steps(model: Model, name: str) -> None:
+def test_every_scheduler_of_a_family_paints_three_steps(model: DiffusersModel, name: str) -> None:
     (image,) = model.call(wish(scheduler=name), ignore)
 
     assert image.size == (64, 64)
@@ -326,7 +326,7 @@ def test_a_flow_scheduler_keeps_the_models_shift() -> None:
 
 @every_family
 @pytest.mark.parametrize("task", tiny.IMAGE_TASKS)
-def test_every_task_paints_the_size_and_number_asked_for(model: Model, task: Task) -> None:
+def test_every_task_paints_the_size_and_number_asked_for(model: DiffusersModel, task: Task) -> None:
     images = model.call(wish(task, num_images=2), ignore, *GIVEN[task])
 
     assert [image.size for image in images] == [(64, 64), (64, 64)]
@@ -334,7 +334,7 @@ def test_every_task_paints_the_size_and_number_asked_for(model: Model, task: Tas
 
 
 @every_family
-def test_every_step_is_told_once_and_in_order(model: Model) -> None:
+def test_every_step_is_told_once_and_in_order(model: DiffusersModel) -> None:
     told: list[tuple[int, int]] = []
 
     model.call(wish(scheduler="auto"), lambda step, steps: told.append((step, steps)))
@@ -344,7 +344,7 @@ def test_every_step_is_told_once_and_in_order(model: Model) -> None:
 
 @every_family
 @pytest.mark.parametrize("task", [Task.i2i, Task.inpaint])
-def test_strength_zero_gives_the_picture_back_for_every_seed(model: Model, task: Task) -> None:
+def test_strength_zero_gives_the_picture_back_for_every_seed(model: DiffusersModel, task: Task) -> None:
     edit = ResolvedEdit(image=b"", mask_image=b"" if task is Task.inpaint else None, strength=0.0)
 
     images = model.call(wish(num_images=2, edit=edit), ignore, *GIVEN[task])
@@ -354,7 +354,7 @@ def test_strength_zero_gives_the_picture_back_for_every_seed(model: Model, task:
 
 
 @pytest.fixture
-def woven(model: Model) -> Iterator[Callable[[list[Task]], list[Image.Image]]]:
+def woven(model: DiffusersModel) -> Iterator[Callable[[list[Task]], list[Image.Image]]]:
     """Runs one request per task at once, their forwards shared."""
     restore = intercept(model.modules)
 
@@ -373,7 +373,7 @@ def woven(model: Model) -> Iterator[Callable[[list[Task]], list[Image.Image]]]:
 
 @every_family
 def test_text_image_and_inpainting_requests_at_once_paint_what_each_paints_alone(
-    model: Model, woven: Callable[[list[Task]], list[Image.Image]]
+    model: DiffusersModel, woven: Callable[[list[Task]], list[Image.Image]]
 ) -> None:
     with torch.inference_mode():
         alone = [model.call(wish(task), ignore, *GIVEN[task])[0] for task in tiny.IMAGE_TASKS]

@@ -19,7 +19,7 @@ from deployments.pipelines import latent_decoder as videos
 from deployments.protocol.card import Sizes, Weights, load_card
 from deployments.protocol.events import Done, Stage
 from deployments.protocol.request import Edit, GenerationRequest, Task, Video
-from deployments.video import VideoReplica
+from deployments.replica import ModelReplica
 from tests.inference import families
 from tests.inference.films import ROOT, png
 from tests.inference.recorder import Recorder
@@ -92,7 +92,7 @@ async def test_a_video_has_the_frames_that_diffusers_makes(
         }
     )
     recorder = Recorder()
-    model = VideoReplica([card], recorder)
+    model = ModelReplica([card], encoder=recorder)
     wish = GenerationRequest(
         model=card.id,
         prompt="a cat",

@@ -1,0 +1,53 @@
+"""The thread that decodes videos, so that their engine slot serves the next request meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from deployments.media.video_spec import Frames
+from deployments.pipelines.latent_decoder import LatentDecoder
+from deployments.protocol.errors import ModelUnavailable, OutOfMemory
+
+
+class DecodeThread:
+    """Decodes some frames of one video at a time; several videos take turns."""
+
+    def __init__(self, watchdog_s: float) -> None:
+        """watchdog_s: a single call of a decoder that takes longer is regarded as hung."""
+        self.frames = 0  # decoded so far
+        self.seconds = 0.0  # that this took
+        self._watchdog_s = watchdog_s
+        self._busy_since: float | None = None  # time.monotonic()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+
+    async def next_frames(self, decoder: LatentDecoder) -> Frames | None:
+        """The video's next frames (n, H, W, 3); None after the last.
+
+        Raises OutOfMemory when the device's memory does not suffice.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._decode, decoder)
+
+    def check(self) -> None:
+        """Raises ModelUnavailable if the decoder hangs."""
+        since = self._busy_since
+        if since is not None and time.monotonic() - since > self._watchdog_s:
+            raise ModelUnavailable("the video decoder hangs; the replica must be replaced")
+
+    def _decode(self, decoder: LatentDecoder) -> Frames | None:
+        began = self._busy_since = time.monotonic()
+        try:
+            frames = decoder.next_frames()
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemory(
+                "the device ran out of memory while it decoded the video; "
+                "ask for fewer frames or a smaller size"
+            ) from error
+        finally:
+            self._busy_since = None
+        self.frames += 0 if frames is None else len(frames)
+        self.seconds += time.monotonic() - began
+        return frames

@@ -1,0 +1,88 @@
+"""Denoising on the engine's thread: what all executors begin with."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from deployments.engine.engine_stats import size_class
+from deployments.engine.fiber import use_lora_set
+from deployments.engine.step_scheduler import ScheduledJob
+from deployments.engine.worker import Checkpointed, Emit, Finished
+from deployments.executors.inputs import decode_inputs
+from deployments.executors.previews import PreviewReady, attach_previews, encode_preview
+from deployments.executors.run import Run
+from deployments.pipelines.framewise import set_frame
+from deployments.pipelines.resume import Progress, restore
+from deployments.protocol.events import Event, Handover, Step
+from deployments.validation.resolve import denoising_steps
+
+PRIORITIES = {"low": -1, "normal": 0, "high": 1}
+
+
+async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
+    """Queued, Started, Step and Preview ..., then Finished with the pipeline's result, or Failed.
+
+    Finished.value: PIL pictures, or one LatentDecoder for a video. A Handover comes before the Failed of a
+    replica that is being stopped.
+    Raises BadRequest for pictures that cannot be used, ModelUnavailable when a ControlNet or the refiner
+    cannot be loaded.
+    """
+    request, model, loras = run.request, run.model, run.lora_set
+    inputs = await asyncio.to_thread(decode_inputs, request, model.preprocessors, run.frame)
+    await asyncio.to_thread(model.pipelines.prepare, request)  # loads what a first request needs
+    progress = (restore(run.resume, request) if run.resume else None) or Progress()
+    steps = denoising_steps(request, model.card)
+
+    def call_pipeline(emit: Emit) -> list[Any]:
+        """Runs as a fiber on the engine's thread."""
+
+        def attach(pipeline: Any) -> None:
+            model.prompts.attach(pipeline, loras.label if loras and loras.touches_text else None)
+            if run.frame is not None:
+                set_frame(pipeline, run.frame)
+            attach_previews(pipeline, model.previewer, request, steps, progress, emit)
+
+        use_lora_set(loras)
+        return model.pipelines.call(
+            request,
+            lambda step, all_steps: emit(Step(step, all_steps)),
+            inputs.image,
+            inputs.mask,
+            inputs.control_maps,
+            progress=progress,
+            attach=attach,
+        )
+
+    job = _scheduled_job(run, steps, progress)
+    items = run.worker.submit(call_pipeline, job, max_wait_s=run.max_wait_s, snapshot=progress.save)
+    async with aclosing(items):
+        async for item in items:
+            match item:
+                case PreviewReady():
+                    yield await asyncio.to_thread(encode_preview, item, request)
+                case Checkpointed(state=None):
+                    yield Handover(0, b"")
+                case Checkpointed(state=state):
+                    yield Handover(progress.step, state)
+                case _:
+                    yield item
+
+
+def _scheduled_job(run: Run, steps: int, progress: Progress) -> ScheduledJob:
+    """The request as the step scheduler sees it."""
+    request, model_id = run.request, run.model.card.id
+    num_frames = None if request.video is None else request.video.num_frames
+    return ScheduledJob(
+        user=run.user,
+        priority=PRIORITIES[request.priority],
+        deadline=None if request.deadline_s is None else time.monotonic() + request.deadline_s,
+        steps=steps,
+        steps_done=progress.step,
+        batch_size=request.num_images,
+        labels=(model_id, size_class(request.width, request.height, num_frames)),
+        shape=(model_id, request.width, request.height, num_frames),
+    )

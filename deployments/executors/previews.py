@@ -1,0 +1,55 @@
+"""Previews of unfinished pictures: chosen steps, computed on the engine's thread, encoded on another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from deployments.media import still
+from deployments.pipelines.previews import Previewer, PreviewPixels, watch
+from deployments.pipelines.resume import Progress
+from deployments.protocol.events import Preview
+from deployments.protocol.request import ResolvedRequest
+
+
+@dataclass(frozen=True, slots=True)
+class PreviewReady:
+    """A preview that is computed and not yet encoded."""
+
+    step: int
+    pixels: PreviewPixels
+
+
+def attach_previews(
+    pipeline: Any,
+    previewer: Previewer | None,
+    request: ResolvedRequest,
+    steps: int,
+    progress: Progress,
+    emit: Callable[[PreviewReady], None],
+) -> None:
+    """Have `emit` called with the previews that the request asks for, spread evenly over its steps.
+
+    pipeline: the request's own object. steps: denoising steps of the request; the last one has no preview.
+    """
+    wanted_previews = request.output.previews
+    if not wanted_previews or previewer is None or steps < 2:
+        return
+    interval = -(-steps // (wanted_previews + 1))  # rounded up
+
+    def is_wanted() -> bool:
+        step = progress.step + 1
+        return step % interval == 0 and step < steps
+
+    def emit_preview(latents: Tensor) -> None:
+        emit(PreviewReady(progress.step + 1, previewer.preview(latents)))
+
+    watch(pipeline, request.width, request.height, is_wanted, emit_preview)
+
+
+def encode_preview(ready: PreviewReady, request: ResolvedRequest) -> Preview:
+    """The event with the preview as a small WebP file. Blocks; call it in a thread."""
+    return Preview(ready.step, "image/webp", still.preview(ready.pixels, request.width, request.height))

@@ -1,0 +1,29 @@
+"""What an executor is given: one resolved request and what it runs on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from deployments.engine.worker import Worker
+from deployments.executors.decode_thread import DecodeThread
+from deployments.executors.video_encoding import Encoder
+from deployments.loras.lora_set import LoraSet
+from deployments.models.model_instance import ModelInstance
+from deployments.pipelines.framewise import VideoFrame
+from deployments.protocol.request import ResolvedRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One resolved request on one loaded model. An executor may derive others, such as one per frame."""
+
+    request: ResolvedRequest
+    model: ModelInstance
+    worker: Worker
+    decode_thread: DecodeThread
+    encoder: Encoder | None = None  # needed for videos
+    user: str = ""  # users share the worker fairly
+    resume: bytes | None = None  # the state of a Handover from another replica
+    max_wait_s: float | None = None  # for a slot; None waits without limit
+    lora_set: LoraSet | None = None  # None without LoRAs that change anything
+    frame: VideoFrame | None = None  # set when the picture is one frame of a frame-wise video

@@ -1,0 +1,147 @@
+"""What a replica computes with: a device, the engine's thread and loaded models. Imports torch."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import torch
+
+from deployments.engine.engine import Engine
+from deployments.engine.step_scheduler import StepScheduler
+from deployments.engine.worker import Worker
+from deployments.executors.decode_thread import DecodeThread
+from deployments.executors.dispatch import execute
+from deployments.executors.run import Run
+from deployments.executors.video_encoding import Encoder
+from deployments.loras.file_cache import LoraFileCache
+from deployments.loras.file_reader import LoraFileReader
+from deployments.models.hardware import best_device, memory_bytes
+from deployments.models.model_cache import ModelCache
+from deployments.models.model_instance import ModelInstance
+from deployments.observability import collectors
+from deployments.observability.metrics import Sample
+from deployments.protocol.card import ModelCard
+from deployments.protocol.events import Event
+from deployments.protocol.request import ResolvedRequest
+
+MIB, GIB = 2**20, 2**30
+
+
+class Runtime:
+    """Loads the models of one replica and runs requests on them. Used from one event loop."""
+
+    def __init__(
+        self,
+        cards: Sequence[ModelCard],
+        refiners: Mapping[str, ModelCard],
+        *,
+        lora_source: LoraFileReader | None,
+        lora_folder: Path | None,
+        encoder: Encoder | None,
+    ) -> None:
+        """Load the first card's model and start the engine's thread. See ModelReplica for the parameters.
+
+        Raises ModelUnavailable when the weights cannot be loaded.
+        """
+        first, serving = cards[0], cards[0].serving
+        torch.set_num_threads(max(1, int(serving.num_cpus)))  # Ray sets 1 for small replicas
+        self._cards = {card.id: card for card in cards}
+        self._refiners = refiners
+        self._device = best_device()
+        self._lora_files = LoraFileCache(lora_folder, serving.adapter_disk_mib * MIB, lora_source)
+        self._loads: dict[str, tuple[int, float]] = {}  # by model: how often it was loaded here, and seconds
+        self.models: ModelCache[ModelInstance] = ModelCache(
+            self._load,
+            ModelInstance.unload,
+            lambda model: model.size_bytes,
+            limit=serving.models_loaded,
+            max_bytes=memory_bytes(self._device),
+            expected_bytes=lambda name: int(self._cards[name].vram_gib * GIB),
+        )
+        self.models.put(first.id, self._load(first.id, while_serving=False))
+        scheduler = StepScheduler(serving.max_rows)
+        engine = Engine(
+            scheduler, deterministic=serving.deterministic, auxiliary_lane=True, device=self._device
+        )
+        self.worker = Worker(engine, scheduler, slots=serving.slots, watchdog_s=serving.watchdog_s)
+        self.encoder = encoder
+        self.decode_thread = DecodeThread(serving.watchdog_s)
+
+    @asynccontextmanager
+    async def stream(
+        self,
+        card: ModelCard,
+        request: ResolvedRequest,
+        user: str,
+        resume: bytes | None,
+        max_wait_s: float | None,
+    ) -> AsyncGenerator[AsyncGenerator[Event]]:
+        """The events of the request, whose model and LoRAs are loaded and kept as long as the block runs.
+
+        Leaving the block early cancels the request.
+        Raises ModelUnavailable when the model cannot be loaded; for LoRAs, see LoraCache.using.
+        """
+        async with (
+            self.models.using(card.id) as model,
+            model.loras.using(request.loras, self.worker.run_on_thread) as lora_set,
+        ):
+            run = Run(
+                request,
+                model,
+                self.worker,
+                self.decode_thread,
+                self.encoder,
+                user=user,
+                resume=resume,
+                max_wait_s=max_wait_s,
+                lora_set=lora_set,
+            )
+            async with aclosing(execute(run)) as events:
+                yield events
+
+    def samples(self) -> Iterator[Sample]:
+        """Current values of the metrics of the engine, the models, the decoder and the memory."""
+        yield from collectors.worker_samples(self.worker)
+        yield from collectors.model_samples(self.models.models)
+        yield from collectors.memory_samples(self._device)
+        for model, (times, seconds) in list(self._loads.items()):
+            yield Sample("weft_model_loads", times, {"model": model})
+            yield Sample("weft_model_load_seconds", seconds, {"model": model})
+        if self.encoder is not None:
+            yield Sample("weft_video_frames_decoded", self.decode_thread.frames)
+            yield Sample("weft_video_decode_seconds", self.decode_thread.seconds)
+
+    def layer_shapes(self, model_id: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of the layers that a LoRA may change, by component and path; empty before it is loaded."""
+        for model in self.models.models:
+            if model.card.id == model_id:
+                return model.loras.layers
+        return {}
+
+    async def forget_lora(self, digest: str) -> None:
+        """Drop a LoRA from disk, memory and device; running requests keep it to their end."""
+        await asyncio.to_thread(self._lora_files.remove, digest)
+        for model in self.models.models:
+            model.loras.unload(digest)
+
+    def check(self) -> None:
+        """Raises ModelUnavailable when a thread is dead or hangs."""
+        self.worker.check()
+        self.decode_thread.check()
+
+    def _load(self, name: str, *, while_serving: bool = True) -> ModelInstance:
+        card, began = self._cards[name], time.monotonic()
+        model = ModelInstance(
+            card,
+            self._refiners.get(name),
+            self._device,
+            while_serving=while_serving,
+            lora_files=self._lora_files,
+        )
+        times, seconds = self._loads.get(name, (0, 0.0))
+        self._loads[name] = (times + 1, seconds + time.monotonic() - began)
+        return model
