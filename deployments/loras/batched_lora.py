@@ -113,6 +113,7 @@ class _StackedFactors:
 
     @property
     def size_bytes(self) -> int:
+        """Device memory of the stacks."""
         tensors = [t for groups in list(self.groups.values()) for group in groups for t in (group.a, group.b)]
         return sum(t.numel() * t.element_size() for t in tensors)
 

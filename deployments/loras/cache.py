@@ -85,9 +85,11 @@ class _HostCache:
 
     @property
     def size_bytes(self) -> int:
+        """Of all adapters in host memory."""
         return int(self._adapters.currsize)
 
     def get(self, lora_id: str) -> Adapter | None:
+        """The adapter, which becomes the most recently used; None where it is not cached."""
         return self._adapters.get(lora_id)
 
     def put(self, lora_id: str, adapter: Adapter) -> None:

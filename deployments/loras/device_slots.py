@@ -33,6 +33,7 @@ class DeviceSlot:
 
     @property
     def is_loading(self) -> bool:
+        """Whether the adapter is on its way to the device."""
         return self.loading is not None and not self.loading.done()
 
     @property
@@ -109,7 +110,7 @@ class DeviceSlots:
             del self._slots[lora_id]
 
     def notify(self) -> None:
-        """Have the waiting request look for free slots again."""
+        """Have the waiting request check for free slots again."""
         self._released.set()
 
     def unload(self, lora_id: str) -> None:
@@ -123,6 +124,7 @@ class DeviceSlots:
             del self._slots[lora_id]
 
     def clear(self) -> None:
+        """Remove all slots, pinned ones too."""
         self._slots.clear()
 
     def _may_overtake(self) -> bool:

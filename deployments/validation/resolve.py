@@ -33,8 +33,8 @@ def resolve(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> 
     """The request with every blank filled from the card, checked against all its limits.
 
     fresh_seed: used where the caller gave none, 0..2^63-1.
-    Raises BadRequest (TooLarge for pictures) naming the field, the cause and what would be right.
-    Resolving a resolved request changes nothing and adjusts nothing.
+    Raises BadRequest (TooLarge for pictures) naming the field, the cause and what would be right. A resolved
+    request resolves to itself, without adjustments.
     """
     if request.task not in card.tasks:
         raise BadRequest(
@@ -44,8 +44,7 @@ def resolve(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> 
     check_inputs(request, card)
     adjustments: list[Adjustment] = []
     width, height = resolve_size(request, card.sizes)
-    steps = _steps(request, card, adjustments)
-    seed = _seed(request, fresh_seed)
+    steps, seed = _steps(request, card, adjustments), _seed(request, fresh_seed)
     resolved = ResolvedRequest(
         model=card.id,
         prompt=request.prompt,

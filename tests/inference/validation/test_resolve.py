@@ -19,6 +19,7 @@ from deployments.protocol.request import (
     Control,
     Edit,
     GenerationRequest,
+    Lora,
     OutputOptions,
     ResolvedRequest,
     Task,
@@ -51,6 +52,10 @@ def edit(width: int = 512, height: int = 512, **changes: Any) -> Edit:
 
 def control(kind: Any = "canny", width: int = 512, height: int = 512, **changes: Any) -> Control:
     return Control(image=png(width, height), type=kind, **changes)
+
+
+def lora(number: int) -> Lora:
+    return Lora(id=f"{number:064x}")
 
 
 def resolved(card: ModelCard, **changes: Any) -> ResolvedRequest:
@@ -243,6 +248,8 @@ CANNY_ONLY = SD.model_copy(
         }
     }
 )
+NO_LORAS = SD.model_copy(update={"serving": SD.serving.model_copy(update={"lora": "none"})})
+ONE_LORA = SD.model_copy(update={"max_loras": 1})
 REFUSALS: list[tuple[ModelCard, dict[str, Any], str, str, str]] = [
     # card, request, field at fault, cause, remedy
     (REFINER, {}, "model", "cannot do t2i", "can do i2i"),
@@ -285,6 +292,8 @@ REFUSALS: list[tuple[ModelCard, dict[str, Any], str, str, str]] = [
     (REFINER, {"refine": True}, "image", "needs a picture", "send image"),
     (REFINER, {"refine": True, "edit": edit(mask_image=png(64, 64))}, "mask_image", "whole picture", "leave"),
     (REFINER, {"refine": True, "edit": edit(), "controls": [control()]}, "controls", "follows", "leave"),
+    (NO_LORAS, {"loras": [lora(1)]}, "loras", "takes no LoRA", "leave it out"),
+    (ONE_LORA, {"loras": [lora(1), lora(2)]}, "loras", "there are 2 LoRAs", "at most 1"),
     (SDXL, {"refine": True, "edit": edit()}, "refine", "cannot do refine", "it can do t2i"),
 ]
 
