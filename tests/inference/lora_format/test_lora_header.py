@@ -40,7 +40,7 @@ def pair(**changes: Any) -> dict[str, Any]:
     return {DOWN: entry([4, 8], 0), UP: entry([8, 4], 64)} | changes
 
 
-def test_the_facts_of_a_shipped_lora() -> None:
+def test_the_info_of_a_shipped_lora() -> None:
     info = inspect_lora(NIGHT)
 
     assert (info.network, info.rank, info.tensors, info.dtype) == ("lora", 8, 68, "BF16")
@@ -247,12 +247,12 @@ def test_any_table_of_tensors_is_accepted_or_refused(header: Any, data: bytes) -
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(0, len(NIGHT) - 1), st.integers(0, 255))
-def test_a_flipped_byte_is_accepted_or_refused(place: int, value: int) -> None:
+def test_a_flipped_byte_is_accepted_or_refused(at: int, value: int) -> None:
     header = 8 + int.from_bytes(NIGHT[:8], "little")
-    place = place % (header + 16)
+    at = at % (header + 16)
 
     with suppress(BadRequest):
-        assert inspect_lora(NIGHT[:place] + bytes([value]) + NIGHT[place + 1 :]).tensors == 68
+        assert inspect_lora(NIGHT[:at] + bytes([value]) + NIGHT[at + 1 :]).tensors == 68
 
 
 def test_reading_a_header_loads_no_torch() -> None:

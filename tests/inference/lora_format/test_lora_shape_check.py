@@ -1,4 +1,4 @@
-"""What shapes alone tell of a LoRA: nothing where it fits, else the first factor that does not."""
+"""The shape check of a LoRA: nothing where it fits, else the first factor that does not."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ STYLES = [flux_lora, sd_lora, peft_names, kohya_names, old_diffusers_names]
 
 
 @pytest.mark.parametrize("make", STYLES)
-def test_factors_that_fit_are_left_alone_and_others_named(make: Any) -> None:
+def test_factors_that_fit_pass_and_others_are_named(make: Any) -> None:
     pipeline, tensors = make()
     layers = layer_shapes(pipeline)
     assert read_lora(file_of(tensors), pipeline).factors
@@ -84,7 +84,7 @@ def test_factors_that_fit_are_left_alone_and_others_named(make: Any) -> None:
         assert reason is not None
         assert repr(key) in reason
         assert str(tuple(wrong[key].shape)) in reason
-        with pytest.raises(BadRequest):  # so would whoever converts it
+        with pytest.raises(BadRequest):  # the conversion refuses it too
             read_lora(file_of(wrong), pipeline)
 
 

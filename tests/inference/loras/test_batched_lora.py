@@ -329,13 +329,13 @@ def test_a_thousand_swaps_leave_the_weights_and_the_bits_as_they_were() -> None:
 
 
 def test_adding_factors_into_the_weights_would_change_bits() -> None:
-    """Why there is no merged mode: a request would look otherwise beside others than alone."""
+    """Why there is no merged mode: a request would have other bits beside others than alone."""
     pipeline = tiny.flux()
     engine = LoraEngine(pipeline, deterministic=True)
     lora_set = engine.lora_set([(file_of(random_lora(pipeline, ["transformer"], only=attention)), 1.0)])
     assert lora_set is not None
-    place = ("transformer", "transformer_blocks.0.attn.to_q")
-    layer, pair = pipeline.transformer.get_submodule(place[1]), lora_set.pairs[place]
+    key = ("transformer", "transformer_blocks.0.attn.to_q")
+    layer, pair = pipeline.transformer.get_submodule(key[1]), lora_set.pairs[key]
     x = torch.randn(1, 64, layer.in_features, generator=torch.Generator().manual_seed(0))
 
     beside = run_with_lora_rows([lora_set], [1], lambda: layer(x))

@@ -158,7 +158,7 @@ async def test_the_least_recently_used_leaves_first_and_one_in_use_never(
 ) -> None:
     lora_cache = make_cache(on_device=3, in_memory=1)
     async with lora_cache.using(loras(files, 0), on_engine) as lora_set:
-        for number in (1, 2, 1, 3):  # 3 takes the place of 2
+        for number in (1, 2, 1, 3):  # 3 evicts 2
             await use(lora_cache, loras(files, number))
         again = await use(lora_cache, loras(files, 0))
         await use(lora_cache, loras(files, 1))
@@ -185,7 +185,7 @@ async def test_a_request_without_a_slot_waits_for_a_running_one_to_end(
     assert await asyncio.wait_for(waiting, PATIENCE_S)
 
 
-async def test_too_long_a_wait_ends_with_advice(
+async def test_a_wait_for_a_slot_ends_with_advice(
     make_cache: Callable[..., LoraCache], files: list[bytes]
 ) -> None:
     lora_cache = make_cache(on_device=1, wait_s=0.05)
@@ -275,7 +275,7 @@ async def test_an_unloaded_adapter_stays_until_its_last_user_ends(
     assert (lora_cache.usage.on_device, lora_cache.usage.in_memory) == (0, 0)
 
 
-async def test_layers_are_hooked_once_and_are_themselves_again_afterwards(
+async def test_layers_are_hooked_once_and_unhooked_afterwards(
     make_cache: Callable[..., LoraCache], pipeline: Any, files: list[bytes]
 ) -> None:
     lora_cache = make_cache(on_device=1)
@@ -293,7 +293,7 @@ async def test_layers_are_hooked_once_and_are_themselves_again_afterwards(
 # --- files on disk ----------------------------------------------------------------------------------------
 
 
-async def test_what_was_fetched_is_kept_within_the_bytes_allowed(
+async def test_fetched_files_are_kept_within_max_bytes(
     tmp_path: Path, files: list[bytes], stored: StoredFiles
 ) -> None:
     cache = LoraFileCache(tmp_path / "adapters", 3 * len(files[0]) + 10, stored)

@@ -44,8 +44,8 @@ def product(adapter: Adapter, part: str, path: str) -> Tensor:
 def same(one: Adapter, other: Adapter) -> bool:
     """Whether both change the same layers by the same."""
     return one.factors.keys() == other.factors.keys() and all(
-        torch.allclose(product(one, *place), product(other, *place), rtol=1e-5, atol=1e-7)
-        for place in one.factors
+        torch.allclose(product(one, *layer), product(other, *layer), rtol=1e-5, atol=1e-7)
+        for layer in one.factors
     )
 
 
@@ -83,7 +83,7 @@ def test_peft_names_are_those_of_the_model_without_the_part(flux: Any, prefix: s
     assert same(read_lora(file_of(wrapped), flux), read_lora(file_of(own), flux))
 
 
-def test_the_first_names_of_diffusers_are_understood(sd: Any) -> None:
+def test_the_first_names_of_diffusers_are_converted(sd: Any) -> None:
     own = attention_only(sd, "unet")
     old = renamed(own, __lora_A__="__lora__down__", __lora_B__="__lora__up__")
     oldest = {
@@ -99,7 +99,7 @@ def test_the_first_names_of_diffusers_are_understood(sd: Any) -> None:
     assert same(read_lora(file_of(oldest), sd), expected)
 
 
-def test_kohya_names_and_alphas_are_understood_in_unet_and_text_encoder(sd: Any) -> None:
+def test_kohya_names_and_alphas_are_converted_in_unet_and_text_encoder(sd: Any) -> None:
     own = random_lora(
         sd,
         ["unet", "text_encoder"],
@@ -111,8 +111,8 @@ def test_kohya_names_and_alphas_are_understood_in_unet_and_text_encoder(sd: Any)
     expected = read_lora(file_of(own), sd)
     assert converted.factors.keys() == expected.factors.keys()
     assert any(part == "text_encoder" for part, _ in converted.factors)
-    for place in expected.factors:
-        assert torch.allclose(product(converted, *place), 0.5 * product(expected, *place), atol=1e-7), place
+    for layer in expected.factors:
+        assert torch.allclose(product(converted, *layer), 0.5 * product(expected, *layer), atol=1e-7), layer
 
 
 def test_each_layer_has_its_own_alpha(sd: Any) -> None:
@@ -126,7 +126,7 @@ def test_each_layer_has_its_own_alpha(sd: Any) -> None:
     assert next(path for path, scale in scales.items() if scale == 0.25).endswith("attn2.to_k")
 
 
-def test_sdxl_is_understood_in_the_names_of_its_first_unet(sdxl: Any) -> None:
+def test_sdxl_keys_in_the_names_of_its_first_unet_are_converted(sdxl: Any) -> None:
     """sgm names: input_blocks 4 and 5 are down_blocks.1's two layers, with one resnet per block here."""
     key = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     own = {k: t for k, t in attention_only(sdxl, "unet").items() if k.startswith(key)}
@@ -175,7 +175,7 @@ def test_flux_names_with_fused_layers_are_split(flux: Any, down: str, up: str) -
     assert same(read_lora(file_of(fused), flux), read_lora(file_of(split), flux))
 
 
-def test_rank_and_alpha_that_diffusers_wrote_down_count(flux: Any) -> None:
+def test_rank_and_alpha_of_diffusers_metadata_are_used(flux: Any) -> None:
     own = attention_only(flux, "transformer", rank=4)
     note = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"attn.to_k": 2}}
 
@@ -185,7 +185,7 @@ def test_rank_and_alpha_that_diffusers_wrote_down_count(flux: Any) -> None:
         assert one.scale == (0.5 if path.endswith("attn.to_k") else 2.0)
 
 
-def test_factors_have_the_type_of_their_layer() -> None:
+def test_factors_have_the_dtype_of_their_layer() -> None:
     pipeline = tiny.flux().to(torch.bfloat16)
 
     adapter = read_lora(file_of(attention_only(pipeline, "transformer")), pipeline)
@@ -239,7 +239,7 @@ def test_what_does_not_fit_is_refused_by_its_first_bad_key(flux: Any, sd: Any, s
         assert refusal.value.param == "loras", number
 
 
-def test_values_whose_sum_runs_over_are_finite_all_the_same(flux: Any) -> None:
+def test_finite_values_whose_sum_overflows_are_accepted(flux: Any) -> None:
     own = attention_only(flux, "transformer")
 
     huge = read_lora(file_of(changed(own, "lora_A.weight", lambda t: torch.full_like(t, 3e38))), flux)

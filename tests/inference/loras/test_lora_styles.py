@@ -39,7 +39,7 @@ def model() -> Iterator[ModelReplica]:
     made.__del__()
 
 
-def wish(*styles: str, weight: float = 1.0, **changes: Any) -> GenerationRequest:
+def styled(*styles: str, weight: float = 1.0, **changes: Any) -> GenerationRequest:
     loras = tuple(Lora.of(FILES[style], weight, style) for style in styles)
     words = {"model": CARD.id, "prompt": "a red circle in the center on white", "seed": 5, "loras": loras}
     return GenerationRequest(**(words | changes))
@@ -70,7 +70,7 @@ def filled_centre(picture: Pixels) -> bool:
 
 
 async def test_three_requests_in_one_batch_come_out_in_their_own_style(model: ModelReplica) -> None:
-    requests = [wish("outline"), wish("mosaic"), wish("night"), wish()]
+    requests = [styled("outline"), styled("mosaic"), styled("night"), styled()]
 
     together = await asyncio.gather(*(picture(model, request) for request in requests))
 
@@ -83,24 +83,29 @@ async def test_three_requests_in_one_batch_come_out_in_their_own_style(model: Mo
     assert night.mean() < 0.6 * plain.mean()
 
 
-async def test_a_request_without_loras_has_the_bits_of_a_replica_that_never_saw_one(
+async def test_a_request_without_loras_has_the_bits_of_a_replica_without_loras(
     model: ModelReplica,
 ) -> None:
     fresh = ModelReplica([CARD])
     try:
-        before = await picture(fresh, wish())
+        before = await picture(fresh, styled())
     finally:
         fresh.__del__()
 
     among_others, *_ = await asyncio.gather(
-        *(picture(model, one) for one in (wish(), wish("night"), wish("mosaic")))
+        *(picture(model, one) for one in (styled(), styled("night"), styled("mosaic")))
     )
 
     assert np.array_equal(pixels(among_others), pixels(before))
 
 
 async def test_weights_and_several_loras_act_on_their_request_alone(model: ModelReplica) -> None:
-    requests = [wish("night", weight=0.3), wish("night"), wish("night", "mosaic", weight=0.9), wish(weight=0)]
+    requests = [
+        styled("night", weight=0.3),
+        styled("night"),
+        styled("night", "mosaic", weight=0.9),
+        styled(weight=0),
+    ]
 
     faint, full, both, plain = [
         pixels(data) for data in await asyncio.gather(*(picture(model, one) for one in requests))
@@ -113,12 +118,12 @@ async def test_weights_and_several_loras_act_on_their_request_alone(model: Model
 
 async def test_a_lora_of_weight_zero_changes_no_bit(model: ModelReplica) -> None:
     assert np.array_equal(
-        pixels(await picture(model, wish("outline", weight=0.0))), pixels(await picture(model, wish()))
+        pixels(await picture(model, styled("outline", weight=0.0))), pixels(await picture(model, styled()))
     )
 
 
-async def test_a_picture_says_which_loras_made_it_and_does_not_carry_them(model: ModelReplica) -> None:
-    events = [event async for event in model.generate(wish("night", weight=0.5))]
+async def test_the_metadata_of_a_picture_names_its_loras_without_their_files(model: ModelReplica) -> None:
+    events = [event async for event in model.generate(styled("night", weight=0.5))]
 
     facts = next(event.metadata for event in events if isinstance(event, Artifact))
     assert facts["loras"] == [{"id": Lora.of(FILES["night"]).id, "weight": 0.5, "name": "night"}]
@@ -135,16 +140,16 @@ async def test_a_picture_says_which_loras_made_it_and_does_not_carry_them(model:
 async def test_what_cannot_be_used_fails_with_the_reason_and_alone(
     model: ModelReplica, lora: Lora, kind: str, words: str
 ) -> None:
-    failing = [event async for event in model.generate(wish(loras=(lora,)))]
+    failing = [event async for event in model.generate(styled(loras=(lora,)))]
 
     assert isinstance(failing[-1], Failed)
     assert failing[-1].kind == kind
     assert words in failing[-1].message
-    assert await picture(model, wish())
+    assert await picture(model, styled())
 
 
 async def test_a_card_that_takes_none_refuses() -> None:
     none = CARD.model_copy(update={"max_loras": 0})
 
     with pytest.raises(BadRequest, match="takes no LoRA"):
-        resolve(wish("night"), none, fresh_seed=1)
+        resolve(styled("night"), none, fresh_seed=1)

@@ -1,4 +1,4 @@
-"""The cards in configs/models: they load, they say what is true, and a mistake in one is named."""
+"""The cards in configs/models: they load, their statements hold, and a mistake in one is named."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_card_keeps_the_services_hard_limits(card: ModelCard) -> None:
 
 
 @every_card
-def test_the_default_size_is_one_that_may_be_asked_for(card: ModelCard) -> None:
+def test_the_default_size_is_allowed(card: ModelCard) -> None:
     sides = sorted((card.sizes.width, card.sizes.height))
 
     assert card.sizes.min <= sides[0]
@@ -85,12 +85,12 @@ def test_the_default_size_is_one_that_may_be_asked_for(card: ModelCard) -> None:
 
 
 @every_card
-def test_a_card_says_under_which_licence_its_pictures_are_made(card: ModelCard) -> None:
+def test_a_card_names_the_licence_of_its_pictures(card: ModelCard) -> None:
     assert card.licence.name
     assert card.licence.url.startswith("https://")
 
 
-def test_a_gpu_model_starts_from_zero_replicas_and_says_how_much_memory_it_needs() -> None:
+def test_a_gpu_model_starts_from_zero_replicas_and_states_the_memory_it_needs() -> None:
     on_gpu = [card for card in CARDS.values() if card.serving.num_gpus]
 
     assert {card.id for card in on_gpu} == NAMED_IN_THE_REQUIREMENTS
@@ -130,7 +130,7 @@ def test_a_refiner_that_a_card_names_has_a_card() -> None:
 
 
 @every_card
-def test_a_controlnet_says_its_licence_and_is_of_a_family_that_has_them(card: ModelCard) -> None:
+def test_a_controlnet_names_its_licence_and_is_of_a_family_that_has_them(card: ModelCard) -> None:
     assert not card.controls or card.family in CONTROLNETS
     for entry in card.controls.values():
         assert entry.licence.name
@@ -158,7 +158,7 @@ def test_a_cards_schedulers_suit_what_its_family_predicts(card: ModelCard) -> No
 # --- mistakes ---------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_key_stops_with_the_file_and_the_keys_name(tmp_path: Path, facts: dict[str, Any]) -> None:
+def test_an_unknown_key_is_an_error_with_file_and_key(tmp_path: Path, facts: dict[str, Any]) -> None:
     path = written(tmp_path, facts | {"step": 4})
 
     with pytest.raises(BadRequest) as caught:
@@ -198,7 +198,7 @@ def test_an_unknown_key_stops_with_the_file_and_the_keys_name(tmp_path: Path, fa
     ],
     ids=str,
 )
-def test_a_value_that_cannot_be_is_named(
+def test_an_invalid_value_is_named(
     tmp_path: Path, facts: dict[str, Any], change: dict[str, Any], words: str
 ) -> None:
     path = written(tmp_path, facts | change)

@@ -39,7 +39,7 @@ def listing(*names: str) -> bytes:
     return json.dumps({"siblings": [{"rfilename": name} for name in names]}).encode()
 
 
-async def test_a_file_of_a_repository_comes_through_the_hub_s_own_redirect(
+async def test_a_file_of_a_repository_comes_through_the_hubs_redirect(
     remote: RemoteServer, hub: UrlFetcher
 ) -> None:
     remote.pages["/ada/ink/resolve/v2/sub/a.safetensors"] = redirect("https://cdn-lfs.hf.co/blob?sig=1")
@@ -59,7 +59,7 @@ async def test_a_file_of_a_repository_comes_through_the_hub_s_own_redirect(
         ("ink.safetensors", "x.safetensors", "pytorch_lora_weights.safetensors"),
     ],
 )
-async def test_without_a_file_the_usual_or_only_one_is_meant(
+async def test_without_a_file_name_the_default_or_only_file_is_fetched(
     remote: RemoteServer, hub: UrlFetcher, names: tuple[str, ...]
 ) -> None:
     remote.pages["/api/models/ada/ink/revision/main"] = page(listing(*names))
@@ -74,7 +74,7 @@ async def test_without_a_file_the_usual_or_only_one_is_meant(
 @pytest.mark.parametrize(
     "body", [listing("a.safetensors", "b.safetensors"), listing("a.bin"), b"<html>", b"[]", b"{}"]
 )
-async def test_a_repository_that_does_not_tell_is_refused(
+async def test_a_repository_without_one_obvious_file_is_refused(
     remote: RemoteServer, hub: UrlFetcher, body: bytes
 ) -> None:
     remote.pages["/api/models/ada/ink/revision/main"] = page(body)
@@ -96,7 +96,7 @@ async def test_a_repository_that_does_not_tell_is_refused(
         "",
     ],
 )
-async def test_an_id_that_is_none_is_refused_before_anything_is_asked(
+async def test_an_invalid_id_is_refused_before_any_call(
     remote: RemoteServer, hub: UrlFetcher, hub_id: str
 ) -> None:
     with pytest.raises(BadRequest):

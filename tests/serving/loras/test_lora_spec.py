@@ -22,7 +22,7 @@ from serve_app.loras.spec import extract_lora_tags
         ("lora:ink:0.8", "lora:ink:0.8", []),
     ],
 )
-def test_tags_leave_the_prompt_and_become_wishes(
+def test_tags_leave_the_prompt_and_become_specs(
     prompt: str, bare: str, asked: list[tuple[str, float]]
 ) -> None:
     left, specs = extract_lora_tags(prompt)
@@ -36,7 +36,7 @@ def test_tags_leave_the_prompt_and_become_wishes(
     ["<lora:>", "<lora:ink:>", "<lora:ink:x>", "<lora:ink:3>", "<lora:ink:nan>", "<lora:ink:1:0.5>",
      "<lora:ink:inf>", "<lora:ink:1:1:1>"],
 )  # fmt: skip
-def test_a_tag_that_says_nothing_definite_is_refused(tag: str) -> None:
+def test_an_ambiguous_tag_is_refused(tag: str) -> None:
     with pytest.raises(BadRequest) as refused:
         extract_lora_tags(f"a fox {tag}")
 
