@@ -1,8 +1,6 @@
 """The HTTP app: middleware, every dialect's routers, and the page."""
 
 from fastapi import APIRouter, Depends, FastAPI
-from starlette.middleware import Middleware
-from starlette.middleware.gzip import GZipMiddleware
 
 from serve_app.api import (
     admin,
@@ -23,20 +21,10 @@ from serve_app.api import (
     websocket,
 )
 from serve_app.api.auth import get_caller
-from serve_app.api.middleware.body_limit import BodyLimitMiddleware
-from serve_app.api.middleware.error_boundary import ErrorBoundaryMiddleware
-from serve_app.api.middleware.header_limit import HeaderLimitMiddleware
-from serve_app.api.middleware.http_metrics import HttpMetricsMiddleware
-from serve_app.api.middleware.local_only import LocalOnlyMiddleware
-from serve_app.api.middleware.request_id import RequestIdMiddleware
-from serve_app.api.middleware.security_headers import SecurityHeadersMiddleware
-from serve_app.api.middleware.serve_headers import ServeHeadersMiddleware
-from serve_app.api.middleware.time_limit import TimeLimitMiddleware
+from serve_app.api.middleware.stack import middleware_stack
 from serve_app.api.openapi import ERROR_RESPONSES, WeftApi
 from serve_app.api.state import ApiState
 
-GZIP_FROM_BYTES = 1024
-FORM_BYTES = 2**20  # of an upload, around its file
 ROUTERS: tuple[APIRouter, ...] = (
     *native.ROUTERS,
     jobs.router,
@@ -61,7 +49,7 @@ def create_app(state: ApiState) -> FastAPI:
         redirect_slashes=False,  # a redirect names the Host it was called by, which a proxy may have changed
         docs_url=None,
         redoc_url=None,
-        middleware=_middleware(state),
+        middleware=middleware_stack(state),
     )
     app.state.weft = state
     exception_handlers.install(app)
@@ -77,25 +65,3 @@ def create_app(state: ApiState) -> FastAPI:
         app.include_router(page.router)
         app.mount("/ui", page.PageFiles(), name="ui")
     return app
-
-
-def _middleware(state: ApiState) -> list[Middleware]:
-    """The outermost first."""
-    settings = state.settings
-    return [
-        Middleware(ServeHeadersMiddleware),
-        Middleware(RequestIdMiddleware),
-        Middleware(HttpMetricsMiddleware, metrics=state.metrics),
-        Middleware(SecurityHeadersMiddleware),
-        Middleware(ErrorBoundaryMiddleware),
-        Middleware(TimeLimitMiddleware, max_call_s=settings.max_call_s),
-        Middleware(HeaderLimitMiddleware),
-        Middleware(LocalOnlyMiddleware, settings=settings),
-        Middleware(GZipMiddleware, minimum_size=GZIP_FROM_BYTES, compresslevel=5),
-        Middleware(
-            BodyLimitMiddleware,
-            max_bytes=settings.max_body_bytes,
-            max_depth=settings.max_json_depth,
-            max_upload_bytes=settings.max_adapter_bytes + FORM_BYTES,
-        ),
-    ]

@@ -1,1 +1,1 @@
-"""ASGI middleware, one per file, in the order that app.py lists."""
+"""ASGI middleware, one per file, in the order of stack.py."""

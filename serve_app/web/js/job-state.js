@@ -17,14 +17,13 @@ export function hasEnded(job) {
  */
 export function applyEvent(job, event, now) {
   switch (event.type) {
-    case "queued": // also when a worker stopped; what it handed over is not lost
-      return { ...job, ...goingOn(job, event.step, event.steps), status: "queued", ahead: event.ahead };
+    case "queued": // also when a worker stopped; the steps that it saved are not lost
+      return { ...job, ...resumed(job, event), status: "queued", ahead: event.ahead };
     case "started": {
       const steps = event.steps ?? job.request.steps;
-      return { ...job, ...goingOn(job, event.step, steps), status: "processing", ahead: null, steps };
+      return { ...job, ...resumed(job, event), status: "processing", ahead: null, steps };
     }
     case "step": {
-      const percent = event.percent ?? Math.floor((100 * event.step) / Math.max(1, event.steps));
       const first = job.firstStepAt === null || event.step <= job.firstStep;
       return {
         ...job,
@@ -32,7 +31,7 @@ export function applyEvent(job, event, now) {
         ahead: null,
         step: event.step,
         steps: event.steps,
-        percent,
+        percent: event.percent ?? job.percent,
         firstStep: first ? event.step : job.firstStep,
         firstStepAt: first ? now : job.firstStepAt,
         lastStepAt: now,
@@ -58,11 +57,10 @@ export function applyEvent(job, event, now) {
  * Progress of a job that begins after `step` steps; its step times are measured anew.
  *
  * @param {Job} job
- * @param {number} step
- * @param {number} steps
+ * @param {{ step: number, percent: number | null }} event
  */
-function goingOn(job, step, steps) {
-  const percent = Math.floor((100 * step) / Math.max(1, steps));
+function resumed(job, { step, percent: reported }) {
+  const percent = reported ?? 0;
   const preview = step > 0 ? job.preview : null;
   const stepTimes = { firstStep: step, firstStepAt: null, lastStepAt: null };
   return { step, percent, preview, decode: null, encode: null, ...stepTimes };

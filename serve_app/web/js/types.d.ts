@@ -223,8 +223,8 @@ export interface SseEvent {
 
 /** One event of a job's event stream. */
 export type JobEvent =
-  | { type: "queued"; ahead: number | null; step: number; steps: number }
-  | { type: "started"; step: number; steps: number | null }
+  | { type: "queued"; ahead: number | null; step: number; percent: number | null }
+  | { type: "started"; step: number; steps: number | null; percent: number | null }
   | { type: "step"; step: number; steps: number; percent: number | null }
   | { type: "preview"; data: string; mediaType: string }
   | { type: "stage"; stage: "decode" | "encode"; done: number; total: number; percent: number | null }

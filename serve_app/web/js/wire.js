@@ -237,9 +237,19 @@ export function jobEvent(raw) {
   const data = parse(raw.data);
   switch (raw.type) {
     case "queued":
-      return { type: "queued", ahead: ahead(data.position), step: data.step ?? 0, steps: data.steps ?? 0 };
+      return {
+        type: "queued",
+        ahead: ahead(data.position),
+        step: data.step ?? 0,
+        percent: data.percent ?? null,
+      };
     case "started":
-      return { type: "started", step: data.step ?? 0, steps: data.steps ?? null };
+      return {
+        type: "started",
+        step: data.step ?? 0,
+        steps: data.steps ?? null,
+        percent: data.percent ?? null,
+      };
     case "step":
       return { type: "step", step: data.step, steps: data.steps, percent: data.percent ?? null };
     case "preview":

@@ -10,10 +10,10 @@ import {
 } from "../../../../serve_app/web/js/job-state.js";
 import { JOB } from "./examples.mjs";
 
-const step = (number, steps = 10) => ({ type: "step", step: number, steps, percent: null });
+const step = (number) => ({ type: "step", step: number, steps: 10, percent: 10 * number });
 
 test("the times of the steps so far give the time left", () => {
-  let job = applyEvent(JOB, { type: "started", step: 0, steps: null }, 900);
+  let job = applyEvent(JOB, { type: "started", step: 0, steps: null, percent: 0 }, 900);
   job = applyEvent(job, step(0), 1000);
   assert.equal(secondsLeft(job), null);
 
@@ -28,7 +28,7 @@ test("a job whose worker died waits again and begins from nothing", () => {
   let job = applyEvent(JOB, step(6), 1000);
   job = applyEvent(job, { type: "preview", data: "AAAA", mediaType: "image/jpeg" }, 1001);
 
-  const again = applyEvent(job, { type: "queued", ahead: 2, step: 0, steps: 0 }, 2000);
+  const again = applyEvent(job, { type: "queued", ahead: 2, step: 0, percent: 0 }, 2000);
   const second = applyEvent(again, step(1), 3000);
 
   assert.deepEqual([again.status, again.step, again.preview, again.ahead], ["queued", 0, null, 2]);
@@ -39,8 +39,8 @@ test("a job that moved to another replica keeps its steps and its last preview",
   let job = applyEvent(JOB, step(6), 1000);
   job = applyEvent(job, { type: "preview", data: "AAAA", mediaType: "image/webp" }, 1001);
 
-  const waiting = applyEvent(job, { type: "queued", ahead: 0, step: 6, steps: 10 }, 2000);
-  const again = applyEvent(waiting, { type: "started", step: 6, steps: 10 }, 3000);
+  const waiting = applyEvent(job, { type: "queued", ahead: 0, step: 6, percent: 60 }, 2000);
+  const again = applyEvent(waiting, { type: "started", step: 6, steps: 10, percent: 60 }, 3000);
 
   for (const now of [waiting, again])
     assert.deepEqual([now.step, now.percent, now.preview], [6, 60, "data:image/webp;base64,AAAA"]);
@@ -82,7 +82,7 @@ test("decoding and encoding go on side by side after the last step", () => {
 test("a video that begins anew has decoded nothing", () => {
   const job = { ...JOB, kind: "video", decode: { done: 1, total: 2 }, encode: { done: 1, total: 2 } };
 
-  const again = applyEvent(job, { type: "queued", ahead: 0, step: 0, steps: 0 }, 0);
+  const again = applyEvent(job, { type: "queued", ahead: 0, step: 0, percent: 0 }, 0);
 
   assert.deepEqual(portions(again), { denoise: 0, decode: 0, encode: 0 });
 });

@@ -40,8 +40,10 @@ test("links of ours are read below the API, wherever a proxy put it", () => {
 test("events become what happened, and unknown ones nothing", () => {
   const event = (type, data) => wire.jobEvent({ id: "1", type, data: JSON.stringify(data) });
 
-  assert.deepEqual(event("queued", { position: 3 }), { type: "queued", ahead: 2, step: 0, steps: 0 });
-  assert.deepEqual(event("started", { step: 2, steps: 4 }), { type: "started", step: 2, steps: 4 });
+  const queued = { type: "queued", ahead: 2, step: 0, percent: 0 };
+  assert.deepEqual(event("queued", { position: 3, step: 0, steps: 0, percent: 0 }), queued);
+  const started = { type: "started", step: 2, steps: 4, percent: 50 };
+  assert.deepEqual(event("started", { step: 2, steps: 4, percent: 50 }), started);
   assert.deepEqual(event("preview", { step: 1, media_type: "image/webp", data: "AAAA" }), {
     type: "preview",
     data: "AAAA",

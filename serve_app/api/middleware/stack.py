@@ -1,0 +1,40 @@
+"""The order of the middleware."""
+
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+
+from serve_app.api.middleware.body_limit import BodyLimitMiddleware
+from serve_app.api.middleware.error_boundary import ErrorBoundaryMiddleware
+from serve_app.api.middleware.header_limit import HeaderLimitMiddleware
+from serve_app.api.middleware.http_metrics import HttpMetricsMiddleware
+from serve_app.api.middleware.local_only import LocalOnlyMiddleware
+from serve_app.api.middleware.request_id import RequestIdMiddleware
+from serve_app.api.middleware.security_headers import SecurityHeadersMiddleware
+from serve_app.api.middleware.serve_headers import ServeHeadersMiddleware
+from serve_app.api.middleware.time_limit import TimeLimitMiddleware
+from serve_app.api.state import ApiState
+
+GZIP_FROM_BYTES = 1024
+FORM_BYTES = 2**20  # of an upload, around its file
+
+
+def middleware_stack(state: ApiState) -> list[Middleware]:
+    """The outermost first."""
+    settings = state.settings
+    return [
+        Middleware(ServeHeadersMiddleware),
+        Middleware(RequestIdMiddleware),
+        Middleware(HttpMetricsMiddleware, metrics=state.metrics),
+        Middleware(SecurityHeadersMiddleware),
+        Middleware(ErrorBoundaryMiddleware),
+        Middleware(TimeLimitMiddleware, max_call_s=settings.max_call_s),
+        Middleware(HeaderLimitMiddleware),
+        Middleware(LocalOnlyMiddleware, settings=settings),
+        Middleware(GZipMiddleware, minimum_size=GZIP_FROM_BYTES, compresslevel=5),
+        Middleware(
+            BodyLimitMiddleware,
+            max_bytes=settings.max_body_bytes,
+            max_depth=settings.max_json_depth,
+            max_upload_bytes=settings.max_adapter_bytes + FORM_BYTES,
+        ),
+    ]
