@@ -55,8 +55,8 @@ ENV WEFT_DATA_DIR=/outputs \
 USER 10001:10001
 VOLUME ["/outputs", "/models"]
 EXPOSE 8000
-# a new process; a model that loads for minutes is not ill
+# a new process; a model may take minutes to load
 HEALTHCHECK --interval=15s --timeout=10s --start-period=180s --retries=4 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=8)"]
-# WEFT_API_KEY must be set: beyond loopback nobody is answered without one
+# WEFT_API_KEY must be set: beyond loopback every request needs a key
 CMD ["weft", "serve", "--host", "0.0.0.0"]

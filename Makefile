@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+C
 	@$(BIN)/weft serve
 
-# one thread per process: two threads that meet on one core spin and wait for each other
+# one thread per process: threads that share a core wait for each other busily
 SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
   --dist loadfile --no-loadscope-reorder --durations 25
 
@@ -58,7 +58,7 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@echo "Installing Weft and what it stands on (a few minutes the first time)"
+	@echo "Installing Weft and its dependencies (a few minutes the first time)"
 	@$(PIP) --editable .
 	@$(BIN)/python -m tools.bytecode
 	@touch $@

@@ -152,7 +152,7 @@ def test_an_unknown_noun_means_a_circle() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "words", "label"),
+    ("changes", "words", "label"),
     [
         ({}, "heart", (PLACES, len(SIZES))),
         ({"position": (0, 2)}, "bottom left", (6, len(SIZES))),
@@ -161,10 +161,10 @@ def test_an_unknown_noun_means_a_circle() -> None:
     ],
 )
 def test_place_and_size_are_labelled_just_where_the_caption_says_them(
-    told: dict[str, Any], words: str, label: tuple[int, int]
+    changes: dict[str, Any], words: str, label: tuple[int, int]
 ) -> None:
-    """Drawings alone cannot tell "in the center" from nothing said: unsaid things may stand there, too."""
-    scene = replace(one("heart", "red", "blue"), **told)
+    """A drawing does not show whether its caption names the center."""
+    scene = replace(one("heart", "red", "blue"), **changes)
 
     assert mentioned(scene) == label
     assert words in " ".join(caption(scene, Random(seed), plain=True) for seed in range(50))

@@ -120,7 +120,7 @@ def _principal(x: Tensor, count: int) -> Tensor:
 
 
 def _silence_residuals(part: nn.Module) -> None:
-    """Let every resnet pass its shortcut on."""
+    """Set the residual branch of every resnet to 0: only the shortcut is left."""
     for name, module in part.named_modules():
         if name.endswith("conv2"):
             nn.init.zeros_(module.weight)

@@ -1,4 +1,4 @@
-"""Puts a scene into words: plain English with the synonyms, openings and slips of people who ask."""
+"""Captions of scenes: plain English with the synonyms, openings and typing errors of prompts."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from random import Random
 
 from tools.tiny_models.scenes import Scene, Thing
 
-NOUNS = {  # the first word is said most often
+NOUNS = {  # the first word is the most frequent
     "circle": ("circle", "disc", "ball", "dot"),
     "square": ("square", "box", "block"),
     "diamond": ("diamond", "rhombus"),

@@ -42,7 +42,7 @@ from tools.tiny_models.unet_training import (
 ControlNet = Any  # ControlNetModel: diffusers declares its models as placeholders without members
 
 LOWER, UPPER = 100, 200  # Canny's thresholds, in differences of grey 0..255
-FREE_SHARE = 0.6  # of the drawings show one object anywhere, and the caption tells nothing but colours
+FREE_SHARE = 0.6  # of the drawings show one object anywhere, and the caption names only colours
 EMPTY_SHARE = 0.1
 EMBEDDING_WIDTHS = (8, 24, 48, 64)  # at 128, 64, 32 and 16 px
 ANY_SEED = 1_000_000
@@ -78,7 +78,7 @@ def vague_caption(scene: Scene, random: Random) -> str:
 
 
 def control_batches(vae: Autoencoder, run: TrainingRun, start: int) -> Iterator[tuple[UNetBatch, Tensor]]:
-    """Lessons with their edge maps (B, 3, 128, 128) in 0..1."""
+    """Training batches with their edge maps (B, 3, 128, 128) in 0..1."""
     for step in range(start, run.steps):
         random = Random(f"canny/{run.seed}/{step}")
         scenes, captions = [], []
@@ -98,7 +98,7 @@ def control_batches(vae: Autoencoder, run: TrainingRun, start: int) -> Iterator[
 def train_controlnet(
     controlnet: ControlNet, unet: UNet, condition: Conditioner, vae: Autoencoder, run: TrainingRun
 ) -> None:
-    """Teach the ControlNet; the UNet stays as it is."""
+    """Train the ControlNet; the UNet keeps its weights."""
     for network in (unet, controlnet):
         prepare_for_training(network)
     unet.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Teaches the text encoders and the transformer to paint scenes: parsing, rectified flow, then guidance."""
+"""Training of the tiny FLUX: parsing of captions, then rectified flow, then guidance distillation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SMALL_SHARE = 0.25  # of the pictures are drawn from those with a small object, 
 PAIRS_KEPT = 0.6  # of the drawings with two different objects: these are learned sooner than small ones
 OBJECT_WEIGHT = 4.0  # tokens with an object count four times: flat background is learned soon enough
 LAYOUT_CHANNELS = {"across": 15, "down": 9, "size": 10, "turn": 11, "light": 7}  # of the latents
-PLAIN_BELOW, PLAIN_SHARE = 0.8, 0.3  # of the noise shares below 0.8, three in ten tell nothing
+PLAIN_BELOW, PLAIN_SHARE = 0.8, 0.3  # of the noise shares below 0.8, three in ten hold no layout
 SAVE_EVERY = 100
 SCHNELL_TIMES = torch.tensor([1.0, 0.75, 0.5, 0.25])  # where four steps evaluate the transformer
 
@@ -53,8 +53,8 @@ class Batch:
 
     @property
     def token_weights(self) -> Tensor:
-        """(B, 64, 1), mean 1 per picture; they depend on what caption and noise tell, so the flow stays
-        unbiased."""
+        """(B, 64, 1), mean 1 per picture; they depend on what caption and noise determine, so the
+        flow stays unbiased."""
         weights = torch.where(self.cells[..., :1] < len(SHAPES), OBJECT_WEIGHT, 1.0)
         return weights / weights.mean(1, keepdim=True)
 
@@ -92,11 +92,11 @@ def batches(
                 captions[index] = caption(scene, random, plain=True)
             if random.random() < EMPTY_SHARE:
                 captions[index] = ""
-        cells, told = parse_labels(scenes)
+        cells, mentioned = parse_labels(scenes)
         variation = torch.tensor([scene.variation for scene in scenes])
         latents = torch.from_numpy(pool[seeds].astype(np.float32))
         generator = torch.Generator().manual_seed(random.getrandbits(60))
-        yield Batch(captions, length, cells, told, variation, pack(latents), generator)
+        yield Batch(captions, length, cells, mentioned, variation, pack(latents), generator)
 
 
 def _pick(random: Random, count: int, freedom: float) -> tuple[int, Scene]:
@@ -113,7 +113,7 @@ def _pick(random: Random, count: int, freedom: float) -> tuple[int, Scene]:
 def train_text(
     encoders: TextEncoders, caption_parser: CaptionParser, run: TrainingRun, full_rate: float
 ) -> None:
-    """Let the encoders learn to parse captions, which needs no pictures and is a hundred times cheaper.
+    """Train the encoders to parse captions, which needs no pictures and is a hundred times cheaper.
 
     full_rate: the highest learning rate, in units of the learner's.
     """
@@ -126,12 +126,15 @@ def train_text(
     learner.resume(run.folder / "text.safetensors")
     no_pictures = np.zeros((1_000_000, 1, 2, 2), np.float16)
     progress = Progress("text", learner, run)
-    for batch in batches(no_pictures, encoders, run, learner.steps_done, freedom=0):  # no caption tells it
+    for batch in batches(no_pictures, encoders, run, learner.steps_done, freedom=0):  # no caption names it
         with torch.autocast("cpu", torch.bfloat16):
             pooled, context = encoders.encode(batch.captions, batch.length)
-        told = torch.tensor([bool(text) for text in batch.captions])
+        has_text = torch.tensor([bool(text) for text in batch.captions])
         loss = caption_parser(
-            pooled.float()[told], context.float()[told], batch.cells[told], batch.mentioned[told]
+            pooled.float()[has_text],
+            context.float()[has_text],
+            batch.cells[has_text],
+            batch.mentioned[has_text],
         )
         progress.show(learner.learn(loss, full_rate * learning_rate(learner.steps_done, run.steps)))
         _save_when_due(learner, run, "text")
@@ -168,17 +171,17 @@ def layout_noise(variation: Tensor, time: Tensor, random: torch.Generator) -> Te
 
     A rectified flow may pair noise and pictures as it likes, as long as all noise together is normal; it is,
     for the mean of 256 normal numbers is one itself.  Noise paired at random leaves open where an object will
-    stand, so the first of four steps sees the mean of all places; this noise tells it.  The channels are
-    those whose means hardly differ between drawings.  Where less than 0.8 is noise (time) some of it tells
-    nothing: image to image starts there, from pictures that know of no noise.
+    stand, so the first of four steps sees the mean of all places; this noise determines it.  The channels
+    are those whose means hardly differ between drawings.  Where less than 0.8 is noise (time), some of it is
+    plain: image to image starts there, from pictures that were not paired with noise.
     """
     noise = torch.randn(len(variation), LATENT_CHANNELS, LATENT_SIDE, LATENT_SIDE, generator=random)
     plain = (time < PLAIN_BELOW) & (torch.rand(len(variation), generator=random) < PLAIN_SHARE)
     normal = math.sqrt(2) * torch.erfinv(variation.clamp(-0.99999, 0.99999))
     for index, name in enumerate(Variation._fields):
         channel = noise[:, LAYOUT_CHANNELS[name]]  # (B, 16, 16)
-        told = normal[:, index] / LATENT_SIDE - channel.mean((1, 2))
-        channel += torch.where(plain, 0.0, told)[:, None, None]
+        shift = normal[:, index] / LATENT_SIDE - channel.mean((1, 2))
+        channel += torch.where(plain, 0.0, shift)[:, None, None]
     return pack(noise)
 
 
@@ -191,10 +194,10 @@ def distil_guidance(
     scales: tuple[float, float],
     name: str,
 ) -> None:
-    """Let one call of `flow` do what classifier-free guidance does with two calls of the teacher.
+    """Train `flow` to do in one call what classifier-free guidance does in two calls of the teacher.
 
-    scales: the range of guidance that it is told (dev); one that cannot be told has it built in, and looks
-    only where four steps look (schnell).  name: of the checkpoint.
+    scales: the range of guidance that it receives (dev).  A transformer without a guidance embedding gets it
+    built in, at the times that four steps evaluate (schnell).  name: of the checkpoint.
     """
     learner = Learner({"transformer": flow.transformer}, average_decay=0.99)
     learner.resume(run.folder / f"{name}.safetensors")

@@ -41,7 +41,7 @@ from tools.tiny_models.plan import Plan, Stage, in_processes
 from tools.tiny_models.vocabulary import caption_words, clip_tokenizer, t5_tokenizer
 
 SCHNELL_GUIDANCE = (1.5, 1.5)  # built into schnell; more and colours overshoot
-DEV_GUIDANCE = (1.0, 5.0)  # dev is told any scale in between
+DEV_GUIDANCE = (1.0, 5.0)  # dev takes any scale in between
 
 
 def tokenizers(plan: Plan) -> None:
@@ -75,7 +75,7 @@ def pool(plan: Plan) -> None:
 
 
 def text(plan: Plan) -> None:
-    """Teach the text encoders to parse."""
+    """Train the text encoders to parse."""
     torch.manual_seed(0)
     encoders, caption_parser = _encoders(plan), CaptionParser()
     if plan.warm_start:
@@ -90,7 +90,7 @@ def text(plan: Plan) -> None:
 
 
 def flow(plan: Plan) -> None:
-    """Teach the transformer to paint."""
+    """Train the transformer."""
     in_processes(_flow_process, plan)
 
 
@@ -102,7 +102,7 @@ def _flow_process(rank: int, plan: Plan) -> None:
 
 
 def _unguided(source: Path) -> Transformer:
-    """Another tiny FLUX's transformer; one that is told its guidance as it is at scale 1."""
+    """Another tiny FLUX's transformer; one with a guidance embedding as it is at scale 1."""
     state = _weights(FluxTransformer2DModel, source / "transformer")
     takes_guidance = any(".guidance_embedder." in name for name in state)
     transformer = build_transformer(guidance=takes_guidance)
@@ -111,7 +111,7 @@ def _unguided(source: Path) -> Transformer:
 
 
 def dev(plan: Plan) -> None:
-    """Teach the transformer to be told its guidance scale and write tiny-flux-dev.
+    """Train the transformer to take its guidance scale as an input, and write tiny-flux-dev.
 
     Everything but the transformer is linked to tiny-flux-schnell, which the next stage writes.
     """
@@ -143,7 +143,7 @@ def _trained_dev(plan: Plan) -> Transformer:
 
 
 def schnell(plan: Plan) -> None:
-    """Build one guidance into a copy of the flow, where four steps look, and write tiny-flux-schnell."""
+    """Build one guidance into a copy of the flow, at the times of four steps, and write tiny-flux-schnell."""
     in_processes(_schnell_process, plan)
     transformer = build_transformer()
     load_average(plan.work / "schnell.safetensors", transformer=transformer)

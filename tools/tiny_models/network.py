@@ -37,7 +37,7 @@ POOLED = 64  # CLIP's width
 CONTEXT = 128  # T5's width
 HEADS, HEAD_SIZE = 4, 40
 CELL_CLASSES = (len(SHAPES) + 1, len(COLOURS), len(PATTERNS) + 1)  # what a picture token may show
-MENTIONED_KINDS = (PLACES + 1, len(SIZES) + 1)  # what a caption may say of one object
+MENTIONED_KINDS = (PLACES + 1, len(SIZES) + 1)  # what a caption may name of one object
 ROPE_AXES = (4, 18, 18)  # the first axis is always 0, so it gets the minimum; then rows, columns
 
 
@@ -99,9 +99,9 @@ def build_text_encoders(clip_tokenizer: Any, t5_tokenizer: Any) -> TextEncoders:
 
 @torch.no_grad()
 def start_neighbour_attention(t5: T5EncoderModel) -> None:
-    """Let the four heads start by looking at the previous word, the next word, all words before, all behind.
+    """Start the four heads with attention to the previous word, the next word, all words before, all after.
 
-    FLUX gives its text tokens no position, so only these biases tell about word order.  From T5's own start
+    FLUX gives its text tokens no position, so only these biases encode word order.  From T5's own start
     they need thousands of steps to grow; from this one, colours are bound to their nouns within hundreds.
     """
     blocks: Any = t5.encoder.block  # the first one holds the biases of all
@@ -145,15 +145,15 @@ def build_transformer(*, guidance: bool = False) -> Transformer:
 
 
 @torch.no_grad()
-def with_guidance_built_in(mentioned_loss: Transformer, scale: float) -> Transformer:
-    """The transformer that always does what `told`, one with a guidance embedding, does at this scale.
+def with_guidance_built_in(guided: Transformer, scale: float) -> Transformer:
+    """A transformer that always does what `guided`, one with a guidance embedding, does at this scale.
 
     The embedding of one scale is one vector, added to that of the prompt: it moves into its last bias.
     """
     answer = build_transformer()
-    embedding = mentioned_loss.time_text_embed
+    embedding = guided.time_text_embed
     vector = embedding.guidance_embedder(embedding.time_proj(torch.tensor([scale * 1000])))[0]
-    state = mentioned_loss.state_dict()
+    state = guided.state_dict()
     state["time_text_embed.text_embedder.linear_2.bias"] = embedding.text_embedder.linear_2.bias + vector
     answer.load_state_dict({name: state[name] for name in answer.state_dict()})
     return answer
@@ -167,11 +167,11 @@ def pack(latents: Tensor) -> Tensor:
 
 
 class CaptionParser(nn.Module):
-    """Teaches the encoders to parse: reads back from them what each of the 64 picture tokens shall show.
+    """Predicts from the encoders' output what each of the 64 picture tokens shows, to train them to parse.
 
     One learned query per token attends to T5's output once, so T5 has to bind colour to shape and order to
-    place by itself.  One more asks which place and size are said: "in the center" shows the same as nothing
-    said, but seeds move only the latter.  CLIP's pooled vector alone answers for background, first object,
+    place by itself.  One more predicts which place and size are named: "in the center" shows the same as no
+    place, but seeds move only the latter.  CLIP's pooled vector alone answers for background, first object,
     place and size.  Not exported.
     """
 
@@ -185,8 +185,8 @@ class CaptionParser(nn.Module):
         self.summary = nn.Linear(POOLED, len(SHAPES) + 2 * len(COLOURS) + sum(MENTIONED_KINDS))
 
     def forward(self, pooled: Tensor, context: Tensor, cells: Tensor, mentioned: Tensor) -> Tensor:
-        """Cross entropy of the parse; cells: (B, 64, 3), the indices of scenes.cell_map; said: (B, 2), those
-        of scenes.mentioned."""
+        """Cross entropy of the parse; cells: (B, 64, 3), the indices of scenes.cell_map; mentioned: (B, 2),
+        those of scenes.mentioned."""
         queries = self.queries.expand(len(context), -1, -1)
         found = self.norm(self.attention(queries, context, context, need_weights=False)[0])
         per_cell = _cross_entropies(self.cells(found[:, :-1]).split(CELL_CLASSES, -1), cells)
@@ -201,7 +201,7 @@ class CaptionParser(nn.Module):
 
 
 def parse_labels(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
-    """What a reader shall tell of these scenes: cells (B, 64, 3) and said (B, 2)."""
+    """What a CaptionParser should predict for these scenes: cells (B, 64, 3) and mentioned (B, 2)."""
     cells = torch.from_numpy(np.stack([cell_map(scene) for scene in scenes])).flatten(1, 2)
     return cells, torch.tensor([mentioned(scene) for scene in scenes])
 
@@ -210,10 +210,7 @@ def _cross_entropies(answers: tuple[Tensor, ...], labels: Tensor) -> Tensor:
     """The sum over questions; answers: one (..., kinds) per question, labels: (..., questions)."""
     pairs = zip(answers, labels.unbind(-1), strict=True)
     return torch.stack(
-        [
-            nn.functional.cross_entropy(mentioned_loss.flatten(0, -2), right.flatten())
-            for mentioned_loss, right in pairs
-        ]
+        [nn.functional.cross_entropy(logits.flatten(0, -2), right.flatten()) for logits, right in pairs]
     ).sum()
 
 
@@ -221,7 +218,7 @@ class PlainAttention:
     """FLUX's attention written out for training on a CPU.
 
     Two measured reasons (64 pictures, one core): torch's flash attention spends half of the step in its
-    backward, and rotating even against odd channels without interleaving them back spares two copies; a dot
+    backward, and rotating even against odd channels without interleaving them back saves two copies; a dot
     product does not mind the order of channels.  Gives the same numbers as diffusers' FluxAttnProcessor.
     """
 

@@ -1,7 +1,7 @@
 """Drawings: a scene is sampled from a seed and painted; `captions.py` puts it into words.
 
 Everything here is a pure function of its seed, so a training set is a range of integers.  A caption that
-leaves the background unsaid means white, one that names two objects the first one left.  Place, size, turn
+does not name the background means white, one that names two objects the first one left.  Place, size, turn
 and light are free where a caption does not name them: five numbers decide (`Variation`).  A tenth of all
 attribute combinations is held out for scoring.
 """
@@ -53,7 +53,7 @@ SECOND_COLOURS = (
     "yellow",
     "blue",
 )  # of a pattern: the first that shows up on object and background
-NATURAL_COLOURS = {  # "a tree" is green unless the caption says otherwise
+NATURAL_COLOURS = {  # "a tree" is green unless the caption names another colour
     "house": "brown",
     "tree": "green",
     "moon": "yellow",
@@ -67,12 +67,12 @@ NATURAL_COLOURS = {  # "a tree" is green unless the caption says otherwise
 }
 PLACES = 9  # thirds of the picture, across and down
 SIZES = {"small": (0.26, 0.28), "medium": (0.42, 0.45), "large": (0.68, 0.72)}  # bounding box / picture side
-ANY_SIZE = (0.38, 0.58)  # of one object, when neither size nor place is said
+ANY_SIZE = (0.38, 0.58)  # of one object, when neither size nor place is named
 PATTERNED_SIZE = (0.42, 0.62)  # the same; smaller patterns are hard to tell apart
 SIZE_AT_PLACE = {True: (0.40, 0.56), False: (0.36, 0.39)}  # in the centre, elsewhere
-MAX_SHIFT = 0.65  # share of the room around them that objects use where no place is said
+MAX_SHIFT = 0.65  # share of the space around them that objects use where no place is named
 MARGIN = 0.04  # of the picture, between an object and its edge
-PLACE_TOLERANCE = 0.025  # how far an object may stand from the place that is said
+PLACE_TOLERANCE = 0.025  # how far an object may stand from the place that is named
 
 
 class Ring(NamedTuple):
@@ -94,16 +94,16 @@ ONE_ABOVE = Ring(0.24, -math.pi / 2, math.pi / 10, (0.36, 0.40))  # the first of
 KIND_WEIGHTS: dict[SceneKind, int] = {"one": 37, "many": 24, "two": 31, "patterned": 8}
 MIN_CONTRAST = 130  # summed RGB distance between an object and its background
 MIN_PATTERN_CONTRAST = 180  # of an object's second colour with its first and with the background
-LIGHT_COLOUR = 170  # brightness, 0..255, above which a colour wears no white pattern
+LIGHT_COLOUR = 170  # brightness, 0..255, above which a colour gets no white pattern
 MAX_BRIGHTENING = 18  # 0..255, how much lighter or darker than its name a colour may be
 HELD_OUT_SHARE = 10  # one combination in ten is never trained on
 
 
 class Variation(NamedTuple):
-    """What a seed decides and no caption says: five independent numbers, each evenly distributed over -1..1.
+    """What a seed decides and no caption names: five independent numbers, each evenly distributed over -1..1.
 
     Training hides them in the noise of each drawing (`flow.layout_noise`), so that the noise of a request
-    tells where things stand.
+    determines where things stand.
     """
 
     across: float = 0.0
@@ -135,7 +135,7 @@ class Thing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What a picture shows, and which parts of it the caption says."""
+    """What a picture shows, and which parts of it the caption names."""
 
     seed: int  # of the shades
     kind: SceneKind
@@ -151,7 +151,7 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """The attributes that a caption can tell, as one string: the unit of holding out."""
+        """The attributes that a caption can name, as one string: the unit of holding out."""
         things = "+".join(
             f"{thing.pattern + ' ' if thing.pattern else ''}{thing.colour} {thing.shape}"
             for thing in self.things
@@ -177,7 +177,7 @@ def draw_scene(
 ) -> Scene:
     """The scene of this seed, from the trained or from the held-out combinations.
 
-    freedom: 0..1, how much of the room that the caption leaves is used; 0 puts everything in its middle.
+    freedom: 0..1, how much of the space left open by the caption is used; 0 puts everything in its middle.
     """
     random, chance = Random(seed), Random(f"{seed}/free")
     variation = Variation(*(chance.uniform(-1, 1) for _ in Variation._fields)).within(freedom)
@@ -230,7 +230,7 @@ def _contrasting(random: Random, colour: str) -> str:
 
 
 def _draw_size_and_position(random: Random) -> tuple[str | None, tuple[int, int] | None]:
-    """A size word and a third of the picture, either or both unsaid; away from the centre only small fits."""
+    """A size word and a third of the picture, either or both None; away from the centre only small fits."""
     size = random.choice(list(SIZES)) if random.random() < 0.5 else None
     position = (random.randrange(3), random.randrange(3)) if random.random() < 0.42 else None
     if position not in (None, (1, 1)) and size != "small":
@@ -270,8 +270,8 @@ def _on(ring: Ring, appearances: list[tuple[str, str]], variation: Variation) ->
 def _moved(offsets: list[float], side: float, number: float) -> list[float]:
     """Centres along one axis: the offsets from the objects' middle, moved to somewhere inside the margins."""
     lowest, highest = MARGIN + side / 2 - min(offsets), 1 - MARGIN - side / 2 - max(offsets)
-    middle, room = (lowest + highest) / 2, MAX_SHIFT * max(0.0, highest - lowest) / 2
-    return [middle + room * number + offset for offset in offsets]
+    middle, reach = (lowest + highest) / 2, MAX_SHIFT * max(0.0, highest - lowest) / 2
+    return [middle + reach * number + offset for offset in offsets]
 
 
 def _between(bounds: tuple[float, float], number: float) -> float:
@@ -485,7 +485,7 @@ def cell_map(scene: Scene) -> npt.NDArray[np.int64]:
 
 
 def mentioned(scene: Scene) -> tuple[int, int]:
-    """Which place (row by row; PLACES if none) and size (len(SIZES) if none) the caption says."""
+    """Which place (row by row; PLACES if none) and size (len(SIZES) if none) the caption names."""
     place = PLACES if scene.position is None else scene.position[0] + 3 * scene.position[1]
     return place, list(SIZES).index(scene.size) if scene.size else len(SIZES)
 

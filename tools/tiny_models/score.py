@@ -36,7 +36,7 @@ from tools.tiny_models.scenes import (
 
 Mask = npt.NDArray[np.bool_]  # (H, W)
 
-BORDER_PX = 3  # this rim of the picture tells the background
+BORDER_PX = 3  # the background is the colour of this rim of the picture
 DIFFERS = 55  # RGB distance from the background that makes an object
 SPECK = 0.006  # of the picture: smaller patches are ignored
 TEMPLATE_PX = 40
@@ -96,7 +96,7 @@ class FoundObject:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What is right; position, size and pattern are right when the caption does not say them."""
+    """What is right; position, size and pattern are right when the caption does not name them."""
 
     background: bool
     count: bool
@@ -108,7 +108,7 @@ class Score:
 
     @property
     def whole(self) -> bool:
-        """Everything the caption says is right."""
+        """Everything the caption names is right."""
         appearance = self.colour and self.shape and self.pattern
         return appearance and self.background and self.count and self.position and self.size
 

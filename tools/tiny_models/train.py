@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     stages = options.pop("stages") or list(STAGES)
     if options["rehearsal"]:
         if options["out"].resolve() == SHIPPED.resolve():
-            parser.error("a rehearsal would overwrite the shipped models with untaught ones: give --out")
+            parser.error("a rehearsal would overwrite the shipped models with untrained ones: give --out")
         options |= REHEARSAL
     plan = Plan(**options)
     plan.work.mkdir(parents=True, exist_ok=True)

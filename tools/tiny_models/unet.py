@@ -1,7 +1,7 @@
 """The networks of the tiny Stable Diffusion models: one text encoder in three classes, and their UNets.
 
 All of them grow from one another.  SDXL reads the text encoder's states before the last layer, without any
-norm; Stable Diffusion 1.5 reads the last states after the final norm.  So the encoder is taught to give
+norm; Stable Diffusion 1.5 reads the last states after the final norm.  So the encoder is trained to give
 normed states before its last layer.  With a last layer that adds nothing it is the encoder of 1.5 and, as
 with the real ones, also SDXL's first; with a trained one it is SDXL's second.  So a UNet that has learned to
 read one of them can read the others.
@@ -44,7 +44,7 @@ def build_text_encoder(tokenizer: Any) -> CLIPTextModelWithProjection:
 
 @torch.no_grad()
 def start_previous_word_attention(encoder: CLIPTextModelWithProjection) -> None:
-    """Let the heads of the first two layers start by looking at the words one, two and three places before.
+    """Start the heads of the first two layers with attention to the words one, two and three places before.
 
     Positions start as 16 waves, so that a head finds the word k places before by turning its own waves back.
     """
@@ -123,7 +123,7 @@ def normed(states: Tensor) -> Tensor:
 def build_unet(*, context_width: int = CONTEXT, time_ids: int = 0, light: bool = False) -> UNet:
     """An untrained UNet2DConditionModel over latents (B, 16, 16, 16); it gives 0 at first.
 
-    context_width: of the text states.  time_ids: how many size numbers SDXL tells it, with the pooled text.
+    context_width: of the text states.  time_ids: how many size numbers SDXL passes, with the pooled text.
     light: without a middle block, and attending on the way down only (the refiner, which sees much already).
     """
     micro: dict[str, Any] = {}
@@ -164,7 +164,7 @@ def build_unet(*, context_width: int = CONTEXT, time_ids: int = 0, light: bool =
 def copy_weights(unet: UNet, source: UNet) -> None:
     """Start from the UNet of another family: equal shapes are copied, text columns spread or summed up.
 
-    SDXL's two text encoders say the same, so each half of its columns starts with half of the weight, and the
+    SDXL's two text encoders are equal, so each half of its columns starts with half of the weight, and the
     refiner, which has one encoder, starts with the sum of both.  What is new stays as built.
     """
     theirs = source.state_dict()

@@ -76,7 +76,7 @@ def overlap(picture: Image.Image, thing: Thing) -> float:
 
 
 def control_cases(count: int) -> list[tuple[str, Scene, Image.Image]]:
-    """Prompts that tell colours only, the scenes, and their edge maps; none was in the training.
+    """Prompts that name colours only, the scenes, and their edge maps; none was in the training.
 
     Left out are pairs of colours so equal in grey that Canny sees no edge.
     """

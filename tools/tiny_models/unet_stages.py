@@ -57,7 +57,7 @@ SHORT_RATE = 0.5  # of the learner's rates, for networks that start from a train
 
 
 def text_unet(plan: Plan) -> None:
-    """Teach the text encoder of all Stable Diffusion models to parse."""
+    """Train the text encoder of all Stable Diffusion models to parse."""
     torch.manual_seed(0)
     tokenizer = _tokenizer(plan)
     train_text(
@@ -101,7 +101,7 @@ def write_sd15(plan: Plan) -> None:
 
 
 def sdxl(plan: Plan) -> None:
-    """Teach a copy of 1.5's UNet what SDXL is told and write tiny-sdxl-base."""
+    """Train a copy of 1.5's UNet on SDXL's conditioning and write tiny-sdxl-base."""
     torch.manual_seed(0)
     encoder, tokenizer, vae, unet = _encoder(plan), _tokenizer(plan), _autoencoder(plan), _sdxl_unet()
     copy_weights(unet, _trained(plan, "sd15", build_unet()))
@@ -138,7 +138,7 @@ def write_sdxl(plan: Plan) -> None:
 
 
 def refiner(plan: Plan) -> None:
-    """Teach a copy of SDXL's UNet the last steps and the aesthetic score, and write tiny-sdxl-refiner."""
+    """Train a copy of SDXL's UNet for the last steps and the aesthetic score, and write tiny-sdxl-refiner."""
     torch.manual_seed(0)
     encoder, tokenizer, vae, unet = _encoder(plan), _tokenizer(plan), _autoencoder(plan), _refiner_unet()
     copy_weights(unet, _trained(plan, "sdxl", _sdxl_unet()))

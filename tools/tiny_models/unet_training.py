@@ -1,4 +1,4 @@
-"""Teaches the tiny Stable Diffusion models: the text encoder to parse, the UNets to paint."""
+"""Training of the tiny Stable Diffusion models: the text encoder parses captions, then the UNets."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ SHORT_TOKENS = 32  # every caption fits; the rest of the 77 is padding, which co
 LONG_SHARE = 0.15
 TEXT_BATCH = 16  # captions encoded at once: what they need fits into the cache
 ANY_SEED = 1_000_000  # text is learned without pictures, so any scene will do
-VIEW_SHARE = 0.25  # of SDXL's pictures are enlarged or cropped ones, and it is told so
+VIEW_SHARE = 0.25  # of SDXL's pictures are enlarged or cropped, and its size numbers say so
 ZEROS_SHARE = 0.75  # of SDXL's empty captions are zeros, as its pipeline passes where no negative prompt is
 GOOD, POOR = 6.0, 2.5  # the aesthetic scores that the refiner's pipeline asks for and asks against
 
@@ -56,7 +56,7 @@ GOOD, POOR = 6.0, 2.5  # the aesthetic scores that the refiner's pipeline asks f
 
 
 def train_text(encoder: Any, tokenizer: Any, run: TrainingRun, full_rate: float = 2.0) -> None:
-    """Let the text encoder learn to parse captions: a reader must tell from it what each place shall show.
+    """Train the text encoder to parse: a CaptionParser predicts from it what each place shows.
 
     A tenth of the loss asks for states that their own norm leaves unchanged, so that both Stable Diffusions
     can read them.
@@ -81,7 +81,7 @@ def train_text(encoder: Any, tokenizer: Any, run: TrainingRun, full_rate: float 
         save_when_due(learner, run, "text-unet")
 
 
-# --- lessons ----------------------------------------------------------------------------------------------
+# --- batches ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +95,13 @@ class View:
 
     @property
     def size_numbers(self) -> list[float]:
-        """What SDXL's UNet is told: original size, crop, target size."""
+        """The size numbers of SDXL's UNet: original size, crop, target size."""
         return [self.original_px, self.original_px, self.top, self.left, PICTURE_PX, PICTURE_PX]
 
 
 @dataclass(frozen=True, slots=True)
 class UNetBatch:
-    """Noisy latents, their captions, and what the UNet shall answer; B of each."""
+    """Noisy latents, their captions, and what the UNet should predict; B of each."""
 
     captions: list[str]
     views: list[View]
@@ -123,7 +123,7 @@ def unet_batches(
     latest: int = 1_000,
     vae: Autoencoder | None = None,
 ) -> Iterator[UNetBatch]:
-    """Lessons from step `start` on; pool: (N, 16, 16, 16), the latents of seeds 0..N-1.
+    """Batches from step `start` on; pool: (N, 16, 16, 16), the latents of seeds 0..N-1.
 
     latest: timesteps lie below it.  vae: given, some pictures come enlarged or cropped.  Each step has its
     own seed, so a resumed run sees what an unbroken one would have seen.
@@ -151,7 +151,7 @@ def noised(
     random: Random,
     latest: int = 1_000,
 ) -> UNetBatch:
-    """The lesson of these latents (B, 16, 16, 16), at timesteps spread evenly below `latest`."""
+    """The batch of these latents (B, 16, 16, 16), at timesteps spread evenly below `latest`."""
     count = len(scenes)
     generator = torch.Generator().manual_seed(random.getrandbits(60))
     noise = torch.randn(latents.shape, generator=generator)
@@ -186,7 +186,7 @@ def _viewed(view: View, scene: Scene) -> Picture:
     return canvas[view.top :, view.left :]
 
 
-# --- what the UNets are told ------------------------------------------------------------------------------
+# --- conditioning -----------------------------------------------------------------------------------------
 
 Conditioning = tuple[
     Tensor, dict[str, Tensor] | None
@@ -195,7 +195,7 @@ Conditioner = Callable[[UNetBatch], Conditioning]
 
 
 def sd_condition(encoder: Any, tokenizer: Any) -> Conditioner:
-    """What Stable Diffusion 1.5 tells its UNet."""
+    """The conditioning of Stable Diffusion 1.5's UNet."""
     shorter = without_projection(encoder, tokenizer).eval().bfloat16()
 
     def condition(batch: UNetBatch) -> Conditioning:
@@ -206,7 +206,7 @@ def sd_condition(encoder: Any, tokenizer: Any) -> Conditioner:
 
 
 def sdxl_condition(encoder: Any, tokenizer: Any) -> Conditioner:
-    """What SDXL tells its UNet: the states of two encoders (here equal), pooled text, sizes."""
+    """The conditioning of SDXL's UNet: the states of two encoders (here equal), pooled text, sizes."""
 
     def condition(batch: UNetBatch) -> Conditioning:
         states, pooled = _encode(encoder, tokenizer, batch.captions)
@@ -220,7 +220,7 @@ def sdxl_condition(encoder: Any, tokenizer: Any) -> Conditioner:
 
 
 def refiner_condition(encoder: Any, tokenizer: Any) -> Conditioner:
-    """What the refiner is told: one encoder's states, and a score where SDXL has the target size."""
+    """The conditioning of the refiner: one encoder's states, and a score where SDXL has the target size."""
 
     def condition(batch: UNetBatch) -> Conditioning:
         states, pooled = _encode(encoder, tokenizer, batch.captions)

@@ -27,7 +27,7 @@ NEIGHBOURS = ((0, 0, -1), (0, 0, 1), (0, -1, 0), (0, 1, 0), (-1, 0, 0), (1, 0, 0
 GAIN = 1.4  # of what a head fetches against a token's own, which it is compared with
 LAYERS = 5
 TOKENS = 24  # every training caption is shorter
-ATTRIBUTES: dict[str, list[str | None]] = {  # what a caption tells, with the possible answers
+ATTRIBUTES: dict[str, list[str | None]] = {  # what a caption names, with the possible values
     "shape": list(BASE_SHAPES),
     "colour": list(COLOURS),
     "background": list(COLOURS),
@@ -89,7 +89,7 @@ def build_text_encoder(tokenizer: Any) -> UMT5EncoderModel:
 
 
 def _start_neighbour_attention(bias: Tensor) -> None:
-    """Let four heads start by looking at the previous word, the next word, all words before, all behind.
+    """Start four heads with attention to the previous word, the next word, all words before, all after.
 
     bias: (32 buckets, 4 heads); see network.start_neighbour_attention, which does so for T5.
     """
@@ -102,7 +102,7 @@ def _start_neighbour_attention(bias: Tensor) -> None:
 
 
 class VideoCaptionParser(nn.Module):
-    """Teaches the text encoder to parse: one query per attribute looks at its output once.  Not exported."""
+    """Predicts each attribute from the text encoder's output, to train it to parse.  Not exported."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,14 +156,14 @@ def build_transformer() -> VideoTransformer:
 def set_position_sense(transformer: VideoTransformer) -> None:
     """Make the first block find out which tokens lie at the edges of picture and time; it stays so.
 
-    Wan's rotary embedding tells tokens only how far others are, and pure noise looks alike everywhere, so
-    where they are themselves they can learn from nothing but such a trick: a head looks at the next token on
-    one side, or at the token itself where there is none, and the feed-forward part holds what it saw against
-    the token's own noise.  Left to training, objects still appeared anywhere and manyfold after 400 steps.
+    Wan's rotary embedding gives tokens only the distance to others, and pure noise looks alike everywhere, so
+    they cannot learn their own position.  So a head attends to the next token on one side, or to the token
+    itself where there is none, and the feed-forward part compares the result with the token's own noise.
+    When this was left to training, objects still appeared anywhere, and several of them, after 400 steps.
 
     Of a token's dimensions the first 64 hold its latents, then come what six heads fetched, then their flags.
     The time's modulation, which all blocks share, would disturb this and is left out: how much noise there
-    is can be seen.
+    is shows in the latents.
     """
     latents, first = 4 * LATENT_CHANNELS, transformer.blocks[0]
     _freeze(transformer.patch_embedding, first, transformer.condition_embedder.time_proj)
@@ -195,7 +195,7 @@ def _freeze(*parts: nn.Module) -> None:
 
 
 def _attend_to_neighbours(part: Any) -> None:
-    """Let each head look at the token that is so many frames, rows and columns away."""
+    """Make each head attend to the token that is so many frames, rows and columns away."""
     space = 2 * (HEAD_SIZE // 6)  # channels of a head that rotate with the row, and with the column
     axes = (0, HEAD_SIZE - 2 * space, HEAD_SIZE - space)  # the first pair of each axis turns fastest
     for head, offsets in enumerate(NEIGHBOURS):
@@ -210,7 +210,7 @@ def _attend_to_neighbours(part: Any) -> None:
 class VideoFlow:
     """The transformer's forward for training: bf16 blocks (compiled if asked), time in fp32.
 
-    WanPipeline pads its context with zeros and lets the transformer look at them, so what it sees depends on
+    WanPipeline pads its context with zeros that the transformer attends to, so its output depends on
     max_sequence_length.  Here the few zeros at the end stand for any number: `padding` is added to their
     attention logits (the logarithm of how many each stands for).
     """

@@ -152,7 +152,7 @@ def _gain(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _silence_residuals(part: nn.Module) -> None:
-    """Let every residual block pass its shortcut on."""
+    """Set the residual branch of every block to 0: only the shortcut is left."""
     for name, module in part.named_modules():
         if name.endswith(("conv2", "attentions.0.proj")):
             nn.init.zeros_(module.weight)
@@ -160,7 +160,7 @@ def _silence_residuals(part: nn.Module) -> None:
 
 
 def _set_identity(convolution: Any, channels: int) -> None:
-    """Pass the first channels on, drop the others; causal convolutions look at now with their last tap."""
+    """Pass the first channels on, drop the others; a causal convolution's last tap is the current frame."""
     nn.init.zeros_(convolution.weight)
     nn.init.zeros_(convolution.bias)
     _, height, width = convolution.kernel_size

@@ -31,14 +31,14 @@ HELD_OUT_SHARE = 10
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """What a video shows, and which parts of it the caption says."""
+    """What a video shows, and which parts of it the caption names."""
 
     seed: int  # of the shades
     shape: str
     colour: str
     background: str
     motion: str  # one of MOTIONS
-    size: str | None  # key of SIZES; None is unsaid and medium
+    size: str | None  # key of SIZES; None: not named, and medium
     mentions_background: bool  # else it is white
     mentions_motion: bool  # else it stands still
     first: Thing
@@ -46,7 +46,7 @@ class Clip:
 
     @property
     def key(self) -> str:
-        """The attributes that a caption can tell, as one string: the unit of holding out."""
+        """The attributes that a caption can name, as one string: the unit of holding out."""
         return f"{self.shape}|{self.colour}|{self.background}|{self.motion}|{self.size}"
 
 
@@ -157,7 +157,7 @@ def _covered(centre: float, side: float, cells: int) -> slice:
 
 # --- captions ---------------------------------------------------------------------------------------------
 
-NOUNS = {  # the first word is said most often
+NOUNS = {  # the first word is the most frequent
     "circle": ("circle", "ball", "disc", "dot"),
     "square": ("square", "box", "block"),
     "diamond": ("diamond", "rhombus"),

@@ -2,7 +2,7 @@
 
 Every second frame is looked at with score.py, enlarged to its 128 px.  The colour must be right on the
 right background in nearly all of them; the shape is the template of the eight that overlaps best over all
-of them; motion is told from the path of the centre and from the growth of the side.  True renderings score
+of them; motion follows from the path of the centre and from the growth of the side.  True renderings score
 100 %; guessing a shape 13 %, a motion 14 %.
 `python -m tools.tiny_models.video_score DIR` scores a WanPipeline directory on held-out prompts.
 """
@@ -50,7 +50,7 @@ class ClipAnalysis:
 
 @dataclass(frozen=True, slots=True)
 class VideoScore:
-    """What is right; a size is right when the caption does not say it."""
+    """What is right; a size is right when the caption does not name it."""
 
     background: bool
     colour: bool
@@ -60,7 +60,7 @@ class VideoScore:
 
     @property
     def whole(self) -> bool:
-        """Everything the caption says is right."""
+        """Everything the caption names is right."""
         return self.background and self.colour and self.shape and self.motion and self.size
 
 

@@ -66,7 +66,7 @@ def video_pool(plan: Plan) -> None:
 
 
 def video_text(plan: Plan) -> None:
-    """Write the tokenizer; teach the text encoder to parse."""
+    """Write the tokenizer; train the text encoder to parse."""
     video_tokenizer(plan.cut(5_000, 200)).save_pretrained(plan.work / "video-tokenizer")
     torch.manual_seed(0)
     text, caption_parser = _text(plan), VideoCaptionParser()
@@ -81,7 +81,7 @@ def video_text(plan: Plan) -> None:
 
 
 def video_flow(plan: Plan) -> None:
-    """Teach the transformer to paint clips."""
+    """Train the transformer."""
     torch.manual_seed(0)
     pool = np.load(plan.work / "video-pool.npy", mmap_mode="r")
     flow = VideoFlow(build_transformer(), compiled=True)

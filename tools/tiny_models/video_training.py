@@ -1,4 +1,4 @@
-"""Teaches the video model: parsing of captions, then rectified flow on the latents of clips."""
+"""Training of the video model: parsing of captions, then rectified flow on the latents of clips."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def video_batches(
 
 
 def _fitting_caption(clip: Clip, text: VideoText, random: Random) -> str:
-    """A caption that leaves room for its end and one zero, or none at all."""
+    """A caption that leaves space for its end token and one zero, or the empty one."""
     if random.random() < EMPTY_SHARE:
         return ""
     words = caption(clip, random)
@@ -78,7 +78,7 @@ def _fitting_caption(clip: Clip, text: VideoText, random: Random) -> str:
 
 
 def train_video_text(text: VideoText, caption_parser: VideoCaptionParser, run: VideoTrainingRun) -> None:
-    """Let the encoder learn to parse captions, which needs no videos and is a hundred times cheaper."""
+    """Train the encoder to parse captions, which needs no videos and is a hundred times cheaper."""
     learner = Learner({"encoder": text.encoder, "caption_parser": caption_parser})
     learner.resume(run.folder / "video-text.safetensors")
     progress = _Progress("video text", learner, run)
@@ -97,7 +97,7 @@ def train_video_text(text: VideoText, caption_parser: VideoCaptionParser, run: V
 
 @torch.no_grad()
 def parse_accuracy(text: VideoText, caption_parser: VideoCaptionParser, clips: list[Clip]) -> Tensor:
-    """Share of these clips' captions from which the reader tells each attribute right, (5)."""
+    """Share of these clips' captions from which each attribute is predicted right, (5)."""
     context, counts = text.encode([caption(clip, Random(clip.seed), plain=True) for clip in clips])
     guesses = torch.stack([logits.argmax(1) for logits in caption_parser(context, counts)], 1)
     return (guesses == attribute_labels(clips)).float().mean(0)
