@@ -15,6 +15,7 @@ from serve_app.jobs.store.store import JobStore
 from serve_app.loras.builtin import BuiltInLoras
 from serve_app.loras.compatibility import CompatibilityCheck, LayerLookup
 from serve_app.loras.hub import HOSTS
+from serve_app.loras.intake import LoraIntake
 from serve_app.loras.registry import LoraRegistry
 from serve_app.loras.service import LoraService, Unload
 from serve_app.redis.transactions import connect
@@ -54,16 +55,21 @@ class Services:
     ) -> LoraService:
         """unload: unloads a digest from every replica.  layer_lookup: shapes of the layers of a model."""
         settings, redis = self.settings, self.store.redis
+        registry = LoraRegistry(redis, settings.redis_prefix, settings.max_adapters_per_owner)
         return LoraService(
-            LoraRegistry(redis, settings.redis_prefix, settings.max_adapters_per_owner),
+            registry,
             self.results,
             builtins,
-            settings,
+            LoraIntake(
+                registry,
+                self.results,
+                settings,
+                fetcher=UrlFetcher(host for host in settings.fetch_hosts.split(",") if host.strip()),
+                hub=UrlFetcher(HOSTS if settings.hub_loras else ()),
+            ),
+            CompatibilityCheck(self.results, layer_lookup),
             in_use=partial(referenced_loras, redis, settings.redis_prefix),
             unload=unload,
-            compatibility=CompatibilityCheck(self.results, layer_lookup),
-            fetcher=UrlFetcher(host for host in settings.fetch_hosts.split(",") if host.strip()),
-            hub=UrlFetcher(HOSTS if settings.hub_loras else ()),
         )
 
     def job_service(self, cards: Mapping[str, ModelCard]) -> JobService:

@@ -24,9 +24,7 @@ from serve_app.loras.record import (
 )
 from serve_app.loras.registry import LoraRegistry
 from serve_app.loras.spec import LoraSpec, check_weight
-from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore, adapter_path
-from serve_app.storage.url_fetcher import UrlFetcher
 
 logger = logging.getLogger(__name__)
 
@@ -42,21 +40,19 @@ class LoraService:
         registry: LoraRegistry,
         results: ResultStore,
         builtins: BuiltInLoras,
-        settings: Settings,
+        intake: LoraIntake,
+        compatibility: CompatibilityCheck,
         *,
         in_use: InUse,
         unload: Unload,
-        compatibility: CompatibilityCheck,
-        fetcher: UrlFetcher,
-        hub: UrlFetcher,
     ) -> None:
         self._registry = registry
         self._results = results
         self._builtins = builtins
+        self._intake = intake
+        self._compatibility = compatibility
         self._in_use = in_use
         self._unload = unload
-        self._compatibility = compatibility
-        self._intake = LoraIntake(registry, results, settings, fetcher=fetcher, hub=hub)
 
     @asynccontextmanager
     async def resolve(
