@@ -12,7 +12,6 @@ from deployments.protocol.errors import Unauthorized
 ALGORITHM = "HS256"
 ISSUER = AUDIENCE = "weft"
 TTL_S = 24 * 3600
-MIN_SECRET_BYTES = 32  # a shorter HMAC key can be guessed from one token
 CLOCK_SKEW_S = 10
 MAX_CHARS = 2048
 REFUSED = "this token is not valid, or has expired; log in again (POST /auth/token)"

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    ControlNetModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -134,14 +133,6 @@ def sd(seed: int = 0) -> StableDiffusionPipeline:
             requires_safety_checker=False,
         )
     )
-
-
-def controlnet_for(unet: UNet2DConditionModel) -> ControlNetModel:
-    """A ControlNet whose zero convolutions are not zero, so that the control picture matters."""
-    net = ControlNetModel.from_unet(unet)
-    for parameter in (*net.controlnet_down_blocks.parameters(), *net.controlnet_mid_block.parameters()):
-        torch.nn.init.normal_(parameter, std=0.1)
-    return net
 
 
 def _quiet(pipeline: Any) -> Any:

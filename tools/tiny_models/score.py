@@ -47,7 +47,6 @@ STRIPED = 0.6  # of the variance of a pattern lies between rows
 CHECKERED = 0.36  # share of the second colour from which on a pattern is no longer dots
 MIXED = (0.2, 0.8)  # an edge pixel's share of the object
 HELD_OUT_SEED = 5_000_000
-TEST_SEED = 7_000_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
@@ -14,8 +14,6 @@ from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
 from tests.serving.fakes import CARD, FakeModels
-
-Dispatching = Callable[..., Awaitable[Dispatcher]]
 
 
 @asynccontextmanager
