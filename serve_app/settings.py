@@ -1,4 +1,4 @@
-"""Where this installation keeps things, its limits and its secrets: environment over configs/service.yaml."""
+"""Settings of the installation: folders, limits, secrets. The environment overrides configs/service.yaml."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from deployments.protocol.errors import BadRequest
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent.parent  # the repository; cards and models live under it
+ROOT = Path(__file__).resolve().parent.parent  # the repository, with cards and models
 
 
 class Settings(BaseSettings):
-    """Frozen, read once by the process that builds the graph. An unknown key stops the start.
+    """Frozen, and read once by the process that builds the graph. An unknown key is an error.
 
     Every field is an environment variable WEFT_<NAME>, and a key of configs/service.yaml.
     """
@@ -37,18 +37,18 @@ class Settings(BaseSettings):
         populate_by_name=True,
     )
 
-    host: str | None = None  # `weft serve` binds here; None: http_options of serve_config.yaml
+    host: str | None = None  # address of `weft serve`; None: http_options of serve_config.yaml
     port: int | None = Field(None, ge=1, le=65535)
-    public_url: str = ""  # prefix of the links we hand out; empty: the caller's own Host
-    api_key: SecretStr | None = None  # demanded on every call; needed when host is not loopback
+    public_url: str = ""  # prefix of links in answers; empty: the Host header of the request
+    api_key: SecretStr | None = None  # required of every call; must be set when host is not loopback
     jwt_secret: SecretStr | None = Field(
         None, validation_alias=AliasChoices("jwt_secret", "WEFT_JWT_SECRET", "JWT_SECRET"), min_length=32
-    )  # signs tokens and sessions; None: there are none
+    )  # signs tokens and sessions; None: no tokens
     ui: bool = True  # serve the page at /
-    model_cache: Path | None = None  # of weights that cards name by address; None: ~/.cache/weft/models
-    trace_dir: Path | None = None  # spans are written there where the Serve config turns tracing on
+    model_cache: Path | None = None  # downloaded weights; None: ~/.cache/weft/models
+    trace_dir: Path | None = None  # folder for spans, if the Serve config enables tracing
 
-    data_dir: Path = Path("data")  # jobs and pictures; survives restarts
+    data_dir: Path = Path("data")  # jobs and results; survives restarts
     cards_dir: Path = Path("configs/models")  # one YAML file per model
     redis_url: SecretStr | None = Field(
         None, validation_alias=AliasChoices("redis_url", "WEFT_REDIS_URL", "REDIS_URL")
@@ -57,7 +57,7 @@ class Settings(BaseSettings):
     results_url: str = ""  # an fsspec URL; empty: the bucket below, or {data_dir}/results
     s3_bucket_name: str = Field(
         "", validation_alias=AliasChoices("s3_bucket_name", "WEFT_S3_BUCKET_NAME", "S3_BUCKET_NAME")
-    )  # where results go, under results/
+    )  # bucket of results, under results/
     s3_region: str = Field(
         "", validation_alias=AliasChoices("s3_region", "WEFT_S3_REGION", "S3_REGION", "AWS_REGION")
     )  # Cloudflare R2: auto
@@ -66,66 +66,64 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices(
             "s3_endpoint_url", "WEFT_S3_ENDPOINT_URL", "S3_ENDPOINT_URL", "S3_ENDPOINT", "AWS_ENDPOINT_URL"
         ),
-    )  # of another maker's S3, such as https://<account>.r2.cloudflarestorage.com
+    )  # of an S3-compatible storage, such as https://<account>.r2.cloudflarestorage.com
     aws_access_key_id: SecretStr | None = Field(
         None,
         validation_alias=AliasChoices("aws_access_key_id", "WEFT_AWS_ACCESS_KEY_ID", "AWS_ACCESS_KEY_ID"),
-    )  # None: as the machine's own role allows
+    )  # None: the role of the machine
     aws_secret_access_key: SecretStr | None = Field(
         None,
         validation_alias=AliasChoices(
             "aws_secret_access_key", "WEFT_AWS_SECRET_ACCESS_KEY", "AWS_SECRET_ACCESS_KEY"
         ),
     )
-    min_free_bytes: int = Field(256 * 2**20, ge=0)  # with less room on a local disk, jobs are refused
+    min_free_bytes: int = Field(256 * 2**20, ge=0)  # free disk space below which jobs are refused
 
-    lease_s: float = Field(30.0, gt=0)  # a job whose worker is silent for so long is given to another
+    lease_s: float = Field(30.0, gt=0)  # without a heartbeat for this long a job goes to another worker
     heartbeat_s: float = Field(5.0, gt=0)
-    max_attempts: int = Field(3, ge=1)  # a job that kills its worker so often is failed
-    max_pending: int = Field(256, ge=1)  # jobs waiting, all owners together
-    max_active_per_owner: int = Field(64, ge=1)  # queued + processing
-    record_ttl_s: int = Field(7 * 86_400, ge=60)  # an ended job is forgotten after
+    max_attempts: int = Field(3, ge=1)  # attempts of a job before it fails
+    max_pending: int = Field(256, ge=1)  # waiting jobs of all owners
+    max_active_per_owner: int = Field(64, ge=1)  # queued and processing
+    record_ttl_s: int = Field(7 * 86_400, ge=60)  # lifetime of the record of an ended job
     events_kept: int = Field(256, ge=16)  # per job, for replay
-    result_ttl_s: int = Field(86_400, ge=60)  # files of an ended job, and the cache of results
+    result_ttl_s: int = Field(86_400, ge=60)  # files of an ended job, and the result cache
     once_ttl_s: int = Field(86_400, ge=60)  # an Idempotency-Key
-    webhook_hosts: tuple[str, ...] = ()  # that may be told of endings: example.org, *.example.org, *
-    cache: bool = True  # answer a repeated request of one owner, seed included, with the files there are
+    webhook_hosts: tuple[str, ...] = ()  # allowed targets of webhooks: example.org, *.example.org, *
+    cache: bool = True  # answer an owner's identical request (same seed) with the existing files
 
-    submits_per_minute: int = Field(60, ge=1)  # of one owner; counted only where a key is demanded
-    reads_per_minute: int = Field(1200, ge=1)  # of one owner; a page asks about two times a second
-    logins_per_minute: int = Field(10, ge=1)  # and wrong keys, from one address
-    max_concurrent_calls: int = Field(512, ge=1)  # that ask for pictures, of all owners on all replicas
-    max_call_s: float = Field(420.0, gt=0)  # until an answer begins, whatever headers a client sends
+    submits_per_minute: int = Field(60, ge=1)  # of one owner; counted only while a key is required
+    reads_per_minute: int = Field(1200, ge=1)  # of one owner; the page sends about two per second
+    logins_per_minute: int = Field(10, ge=1)  # and wrong keys, of one address
+    max_concurrent_calls: int = Field(512, ge=1)  # that submit jobs, of all owners on all replicas
+    max_call_s: float = Field(420.0, gt=0)  # until an answer begins, whatever timeout header a client sends
 
     max_body_bytes: int = Field(32 * 2**20, ge=1024)
     max_json_depth: int = Field(32, ge=4)
-    sync_wait_s: float = Field(300.0, gt=0)  # how long the synchronous dialects wait for a job
+    sync_wait_s: float = Field(300.0, gt=0)  # that synchronous endpoints wait for a job
 
-    fetch_hosts: str = (
-        ""  # whose URLs of LoRAs are opened: "example.org, *.example.com", "*"; empty: nobody's
-    )
-    fetch_timeout_s: float = Field(120.0, gt=0)  # for one file, from the first byte to the last
-    hub_loras: bool = False  # open LoRAs of huggingface.co by id
+    fetch_hosts: str = ""  # hosts whose LoRA URLs are opened: "example.org, *.example.com", "*"; empty: none
+    fetch_timeout_s: float = Field(120.0, gt=0)  # for one file, from first to last byte
+    hub_loras: bool = False  # accept LoRAs of huggingface.co by id
     hf_token: SecretStr | None = Field(
         None,
         validation_alias=AliasChoices("hf_token", "WEFT_HF_TOKEN", "HF_TOKEN", "HUGGINGFACE_HUB_TOKEN"),
-    )  # goes to huggingface.co only
+    )  # sent to huggingface.co only
     max_adapter_bytes: int = Field(512 * 2**20, ge=1024, le=512 * 2**20)
     max_adapters_per_owner: int = Field(1000, ge=1)
 
     @model_validator(mode="after")
     def _leases_outlive_heartbeats(self) -> Self:
         if self.heartbeat_s > self.lease_s / 2:
-            raise ValueError("heartbeat_s must be at most half of lease_s, or one late beat loses the job")
+            raise ValueError("heartbeat_s must be at most half of lease_s, or a late heartbeat loses the job")
         if self.max_call_s <= self.sync_wait_s:
-            raise ValueError("max_call_s must be more than sync_wait_s, or no long wait could be answered")
+            raise ValueError("max_call_s must be more than sync_wait_s, or long waits could not be answered")
         return self
 
     @classmethod
     def load(cls, **values: object) -> Self:
         """Settings from `values`, the environment and configs/service.yaml, in this order.
 
-        Relative folders lie under the repository, whatever the working directory of the process is.
+        Relative folders are relative to the repository, not to the working directory.
 
         Raises BadRequest naming the variable or key that is unknown or not valid.
         """
@@ -153,7 +151,7 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # pydantic passes these by name
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (
@@ -173,7 +171,7 @@ class Settings(BaseSettings):
 
     @property
     def results_options(self) -> dict[str, Any]:
-        """What fsspec is told of that place, beside its URL."""
+        """Further arguments of fsspec for `results_root`."""
         if not self.results_root.startswith("s3://"):
             return {}
         key, secret = self.aws_access_key_id, self.aws_secret_access_key
@@ -182,21 +180,21 @@ class Settings(BaseSettings):
             "secret": None if secret is None else secret.get_secret_value(),
             "endpoint_url": self.s3_endpoint_url or None,
             "client_kwargs": {"region_name": self.s3_region} if self.s3_region else {},
-            # makers of other S3s know no checksums in trailers, which is what newer clients send
+            # S3-compatible storages do not accept checksums in trailers, which newer clients send
             "config_kwargs": {
                 "request_checksum_calculation": "when_required",
                 "response_checksum_validation": "when_required",
                 "signature_version": "s3v4",
-                "retries": {"total_max_attempts": 2},  # a worker tries its whole job again by itself
+                "retries": {"total_max_attempts": 2},  # a worker retries the whole job by itself
             },
         }
 
     @property
     def adapter_cache(self) -> Path:
-        """Where replicas keep LoRA files that they fetched."""
+        """Folder in which replicas cache LoRA files."""
         return self.data_dir / "adapter-cache"
 
     @property
     def auth_disabled(self) -> bool:
-        """Nobody needs a key: only on loopback, and only when none is set."""
+        """Whether no key is required; then only loopback is answered."""
         return self.api_key is None

@@ -6,8 +6,6 @@ import asyncio
 import hashlib
 import os
 import re
-import secrets
-import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
@@ -22,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from deployments.protocol.errors import BadRequest, Internal, NotFound
 from serve_app.job_ids import JOB_ID_PATTERN, is_job_id
+from serve_app.storage.local_files import free_bytes, link_file, write_file
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -97,7 +96,7 @@ class ResultStore:
         """Write a file; it is durable and complete when this returns."""
         full = self._full(path)
         if self._local:
-            await _in_thread(self._put_local, full, data)
+            await _in_thread(write_file, Path(full), data)
         else:
             await _in_thread(self._fs.pipe_file, full, data, **self._s3_headers(path))
         return StoredFile(path, len(data), hashlib.sha256(data).hexdigest())
@@ -116,8 +115,10 @@ class ResultStore:
     async def copy(self, source: str, target: str) -> None:
         """Give a file a second name, without a copy of its bytes where possible. Raises NotFound."""
         try:
-            copier = self._link_local if self._local else self._fs.cp_file
-            await _in_thread(copier, self._full(source), self._full(target))
+            if self._local:
+                await _in_thread(link_file, Path(self._full(source)), Path(self._full(target)))
+            else:
+                await _in_thread(self._fs.cp_file, self._full(source), self._full(target))
         except FileNotFoundError:
             raise NotFound("the file is no longer stored") from None
 
@@ -170,7 +171,7 @@ class ResultStore:
         """Whether there is disk space for new jobs; always true for object stores."""
         if not self._local:
             return True
-        return await _in_thread(self._free_bytes) >= self._min_free_bytes
+        return await _in_thread(free_bytes, Path(self._root)) >= self._min_free_bytes
 
     def _full(self, path: str) -> str:
         if not PATH.fullmatch(path):
@@ -188,47 +189,6 @@ class ResultStore:
         if not is_job_id(job_id):
             raise NotFound("there is no such job")
         return job_id
-
-    def _put_local(self, full: str, data: bytes) -> None:
-        """Write a temporary file, flush it and rename it: a crash leaves the complete file or none."""
-        target = Path(full)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        try:
-            with unfinished.open("xb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-            unfinished.replace(target)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-        directory = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)  # makes the rename durable
-        finally:
-            os.close(directory)
-
-    def _link_local(self, source: str, target: str) -> None:
-        """Link the file under a second name; this is safe because files are replaced and never changed."""
-        folder = Path(target).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source, target)
-        except FileExistsError:  # an attempt has written it, and its commit is not known here
-            return
-        except FileNotFoundError:
-            with suppress(OSError):
-                folder.rmdir()
-            raise
-        except OSError:  # the file system has no hard links
-            self._put_local(target, Path(source).read_bytes())
-            return
-        directory = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
 
     def _sweep(self, job_id: str, keep: frozenset[str]) -> None:
         for directory in (f"{self._root}/outputs/{job_id}", f"{self._root}/inputs/{job_id}"):
@@ -275,12 +235,6 @@ class ResultStore:
 
     def _exists(self, full: str) -> bool:
         return bool(self._fs.exists(full))
-
-    def _free_bytes(self) -> int:
-        folder = Path(self._root)
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
 
 
 async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -1,14 +1,13 @@
-"""The only file that opens addresses which others name: guarded against reaching our own network (SSRF).
+"""Opens URLs that callers supply, without access to private networks (SSRF). No other module opens such URLs.
 
-A name is resolved once, every answer is checked, and the checked address is dialled, while Host and TLS keep
-the name: what DNS says a moment later does not matter. Every redirect goes through the same gate.
+A host name is resolved once, every address is checked, and a checked address is connected to, while Host and
+TLS keep the name: a later DNS answer has no effect. Redirects are checked in the same way.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-import ipaddress
 import re
 import socket
 import ssl
@@ -22,6 +21,7 @@ import httpcore
 import httpx
 
 from deployments.protocol.errors import BadRequest, Forbidden, Overloaded, TooLarge
+from serve_app.storage.public_addresses import is_public
 
 T = TypeVar("T")
 
@@ -33,37 +33,21 @@ PORTS = {"https": 443, "http": 80}
 HOST = re.compile(r"(?=.{1,253}\Z)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]")
 PATTERN = re.compile(r"\*|(\*\.)?[a-z0-9_.-]+")
 
-# `is_global` calls several of these global; see RFC 6890 and the metadata services of the clouds
-_REFUSED_V4 = tuple(
-    ipaddress.IPv4Network(text)
-    for text in (
-        "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "168.63.129.16/32", "169.254.0.0/16",
-        "172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15",
-        "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/3",
-    )
-)  # fmt: skip
-_PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
-_REFUSED_V6 = tuple(
-    ipaddress.IPv6Network(text)
-    for text in ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")  # Teredo is in the first
-)
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # the one that leads to the public IPv4 network
-
 Resolve = Callable[[str, int], Awaitable[list[str]]]  # (host, port) -> every address it has
 OnProgress = Callable[[int, int | None], object]  # (bytes received, bytes in all if they are known)
 
 
 class Unreachable(Overloaded):
-    """The other side does not answer, or not in time; it may later."""
+    """The remote server does not answer in time; it may later."""
 
 
 @dataclass(frozen=True, slots=True)
 class FetchedFile:
-    """A file that came in whole."""
+    """A complete file."""
 
     data: bytes
     sha256: str
-    url: str  # where it was found, after redirects
+    url: str  # after redirects
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +70,8 @@ class _Address:
 class UrlFetcher:
     """Opens URLs of allowed hosts only.
 
-    hosts: `example.org`, `*.example.org` (below it), or `*` (every public host); none: nothing is opened.
-    plain_http: port 80 as well. resolve, network, tls: for tests, which have no public address.
+    hosts: `example.org`, `*.example.org` (subdomains), or `*` (every public host); none: no URL is opened.
+    plain_http: allow http on port 80 as well.  resolve, network, tls: replaced by tests.
     """
 
     def __init__(
@@ -102,7 +86,7 @@ class UrlFetcher:
         self._hosts = tuple(host.strip().lower().rstrip(".") for host in hosts)
         for pattern in self._hosts:
             if not PATTERN.fullmatch(pattern):
-                raise BadRequest(f"{pattern!r} names no host; write example.org, *.example.org or *")
+                raise BadRequest(f"{pattern!r} is no host; write example.org, *.example.org or *")
         self._plain_http = plain_http
         self._resolve = resolve or _resolve
         self._network = network or httpcore.AnyIOBackend()
@@ -113,7 +97,7 @@ class UrlFetcher:
         return bool(self._hosts)
 
     def check(self, url: str) -> str:
-        """The URL as it will be opened. Raises BadRequest or Forbidden with the rule that it breaks."""
+        """The URL in the form that is opened. Raises BadRequest or Forbidden naming the rule it violates."""
         return self._address(url).url
 
     async def get(
@@ -125,18 +109,18 @@ class UrlFetcher:
         headers: Mapping[str, str] | None = None,
         on_progress: OnProgress | None = None,
     ) -> FetchedFile:
-        """The file behind the URL, at most 3 redirects away. `Authorization` goes to its own host only.
+        """The file at the URL, after at most 3 redirects. `Authorization` is sent to the first host only.
 
-        Raises BadRequest or Forbidden for an address that is not allowed or a file that is not there,
-        TooLarge past max_bytes, Unreachable past timeout_s (of everything) or when the line breaks.
+        Raises BadRequest or Forbidden for a URL that is not allowed or a missing file, TooLarge above
+        max_bytes, Unreachable after timeout_s (in total) or when the connection fails.
         """
         first = self._address(url)
         return await _in_time(self._get(first, max_bytes, dict(headers or {}), on_progress), timeout_s, first)
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float = 5.0) -> int:
-        """The status the other side answers with; the rest of its answer is not read. Follows no redirect.
+        """The status of the answer, whose body is not read. Redirects are not followed.
 
-        Raises BadRequest or Forbidden for an address that is not allowed, Unreachable.
+        Raises BadRequest or Forbidden for a URL that is not allowed, Unreachable.
         """
         address = self._address(url)
         return await _in_time(self._post(address, body, dict(headers)), timeout_s, address)
@@ -168,7 +152,7 @@ class UrlFetcher:
     async def _call(
         self, method: str, address: _Address, headers: Mapping[str, str], body: bytes | None = None
     ) -> AsyncIterator[httpcore.Response]:
-        """One request over a connection of its own to an address that was checked for it."""
+        """One request on a connection of its own to a checked address."""
         if self._tls is None:
             self._tls = httpx.create_ssl_context()
         guard = _CheckedNetwork(self._network, await self._checked(address))
@@ -212,7 +196,7 @@ class UrlFetcher:
         return _Address(parts.scheme, host, quoted)
 
     async def _checked(self, address: _Address) -> list[str]:
-        """All addresses of the host, if every one is public."""
+        """The addresses of the host. Raises Forbidden unless all of them are public."""
         try:
             found = await self._resolve(address.host, address.port)
         except OSError as error:
@@ -220,12 +204,12 @@ class UrlFetcher:
         if not found:
             raise BadRequest(f"there is no host {address.host}")
         if not all(is_public(ip) for ip in found):
-            raise Forbidden(f"{address.host} leads to an address that is not public; it is not opened")
+            raise Forbidden(f"{address.host} resolves to an address that is not public; it is not opened")
         return found
 
 
 class _CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """Dials the checked addresses, whatever host is asked for."""
+    """Connects to the checked addresses instead of the host of a request."""
 
     def __init__(self, network: httpcore.AsyncNetworkBackend, addresses: list[str]) -> None:
         self._network = network
@@ -233,9 +217,9 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
 
     async def connect_tcp(
         self,
-        host: str,
+        host: str,  # the signature is that of the base class
         port: int,
-        timeout: float | None = None,  # noqa: ASYNC109  # as the base class has it
+        timeout: float | None = None,  # noqa: ASYNC109
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
@@ -248,25 +232,8 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
         return await self._network.connect_tcp(last, port, timeout=timeout)
 
 
-def is_public(address: str) -> bool:
-    """Whether this IP address is one of the public internet, and not a way into ours."""
-    try:
-        ip = ipaddress.ip_address(address)
-    except ValueError:  # also with a zone: fe80::1%eth0
-        return False
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped is not None:
-            ip = ip.ipv4_mapped
-        elif ip in _NAT64:
-            ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        else:
-            refused = any(ip in network for network in _REFUSED_V6)
-            return ip in _PUBLIC_V6 and ip.is_global and not refused
-    return ip.is_global and not any(ip in network for network in _REFUSED_V4)
-
-
 def _host(name: str) -> str:
-    """The host in ASCII, if it is a name: no literal addresses, however they are written."""
+    """The host name in ASCII. Raises BadRequest for literal addresses in any spelling."""
     try:
         host = name.encode("idna").decode("ascii").lower().rstrip(".")
     except UnicodeError:
@@ -291,11 +258,11 @@ async def _resolve(host: str, port: int) -> list[str]:
 async def _read(
     response: httpcore.Response, address: _Address, max_bytes: int, on_progress: OnProgress | None
 ) -> bytes:
-    """The body. Raises before it is read where the head says enough."""
+    """The body. Raises before reading it when the status or a header already forbids it."""
     if response.status != 200:
         raise BadRequest(f"{address.host} answers {response.status}; check the address and who may read it")
     if _header(response, b"content-encoding").lower() not in ("", "identity"):
-        raise BadRequest(f"{address.host} sends a compressed body, though asked for a plain one")
+        raise BadRequest(f"{address.host} sends a compressed body, though an uncompressed one was requested")
     stated = _header(response, b"content-length")
     total = int(stated) if stated.isdigit() else None
     too_large = TooLarge(f"the file of {address.host} is over the limit of {max_bytes} bytes")

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from deployments.protocol.errors import BadRequest, Forbidden, TooLarge
-from serve_app.storage.url_fetcher import Unreachable, UrlFetcher, is_public
+from serve_app.storage.public_addresses import is_public
+from serve_app.storage.url_fetcher import Unreachable, UrlFetcher
 from tests.patience import patience
 from tests.serving.remote_server import PUBLIC, RemoteServer, certificate, page, redirect
 
