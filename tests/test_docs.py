@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from deployments.observability.declarations import METRICS
 from serve_app.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -200,6 +201,17 @@ def test_every_make_target_that_is_named_exists(page: str) -> None:
 @pytest.mark.parametrize("page", pages())
 def test_every_setting_that_is_named_exists(page: str) -> None:
     assert unknown_settings(read(page)) == []
+
+
+def metric_descriptions(text: str) -> dict[str, str]:
+    """What the tables of a page say of each metric."""
+    return dict(re.findall(r"^\| `(weft_\w+)` \|[^|]*\|[^|]*\| (.*) \|$", text, re.MULTILINE))
+
+
+def test_the_docs_describe_each_metric_as_its_help_text_does() -> None:
+    described = metric_descriptions(read("docs/metrics.md"))
+
+    assert described == {name: metric.description for name, metric in METRICS.items()}
 
 
 def test_the_glossary_has_thirty_terms_in_order_each_once() -> None:
