@@ -1,62 +1,62 @@
-"""Who waits how long: nobody is starved by somebody with many jobs, and estimates are honest."""
+"""Start-time fair queueing: equal shares for owners, weights for priorities, exact scores (no server)."""
 
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from collections import Counter, defaultdict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.protocol.errors import Overloaded
 from deployments.protocol.request import Priority
-from serve_app.job_ids import new_job_id
-from serve_app.jobs.job import JobError, NewJob, SubmitOptions
-from serve_app.jobs.store.fair_queue import assign_tag, start_tag_of
-from serve_app.jobs.store.keys import Keys
-from serve_app.jobs.store.start_estimate import Capacity, Throughput
-from serve_app.jobs.store.store import JobStore
-from serve_app.jobs.worker.dispatch import Dispatcher
-from serve_app.settings import Settings
-from tests.serving.fakes import MODEL, eventually, resolved
-from tests.serving.jobs.test_dispatch import ended, submitted
+from serve_app.jobs.store.fair_queue import (
+    ARRIVALS,
+    COST,
+    HEAD_START,
+    RESOLUTION,
+    QueueTag,
+    assign_tag,
+    flow_of,
+    start_tag_of,
+)
 
 OWNERS = ("heavy", "light", "third")
 ACCEPT = st.tuples(st.just("accept"), st.sampled_from(OWNERS))
 CLAIM = st.tuples(st.just("claim"), st.just(""))
+PRIORITIES: list[Priority] = ["low", "normal", "high"]
 
 
 class Queue:
     """A model's queue as the store keeps it."""
 
     def __init__(self) -> None:
-        self.now = 0.0
-        self.finish_tag = Counter[str]()
+        self.virtual_time = 0.0
+        self.finish_tags: defaultdict[str, float] = defaultdict(float)
         self.arrivals = 0
         self.waiting: list[tuple[float, str, Priority]] = []
 
     def accept(self, owner: str, priority: Priority = "normal") -> None:
-        flow = f"{priority}:{owner}"
+        flow = flow_of(owner, priority)
         if not self.waiting:
-            self.finish_tag.clear()
-        turn = assign_tag(self.now, self.finish_tag[flow], self.arrivals, priority)
+            self.finish_tags.clear()
+        tag = assign_tag(self.virtual_time, self.finish_tags[flow], self.arrivals, priority)
         self.arrivals += 1
-        self.finish_tag[flow] = turn.finish_tag  # type: ignore[assignment]
-        heapq.heappush(self.waiting, (turn.score, owner, priority))
+        self.finish_tags[flow] = tag.finish_tag
+        heapq.heappush(self.waiting, (tag.score, owner, priority))
 
     def claim(self) -> str:
         score, owner, priority = heapq.heappop(self.waiting)
-        self.now = max(self.now, start_tag_of(score, priority))
+        self.virtual_time = max(self.virtual_time, start_tag_of(score, priority))
         return owner
 
 
 @given(st.lists(st.one_of(ACCEPT, CLAIM), max_size=200))
-def test_who_comes_with_one_job_waits_for_at_most_two_of_everybody_else(
+def test_an_owner_with_one_job_waits_for_at_most_two_jobs_of_each_other_owner(
     schedule: list[tuple[str, str]],
 ) -> None:
     queue = Queue()
-    overtaken: dict[str, Counter[str]] = {}  # per owner whose first job waits: who was served since
+    overtaken: dict[str, Counter[str]] = {}  # by owner whose first job waits: jobs served since, by owner
 
     for action, owner in schedule:
         if action == "accept":
@@ -68,11 +68,11 @@ def test_who_comes_with_one_job_waits_for_at_most_two_of_everybody_else(
             overtaken.pop(served, None)
             for since in overtaken.values():
                 since[served] += 1
-                assert since[served] <= 2  # one, and one more for who was just served
+                assert since[served] <= 2  # one, and one more for the owner that was just served
 
 
 @given(st.integers(1, 40), st.integers(1, 40))
-def test_two_owners_with_jobs_waiting_are_served_in_turns(first: int, second: int) -> None:
+def test_two_owners_with_jobs_waiting_are_served_alternately(first: int, second: int) -> None:
     queue = Queue()
     for _ in range(first):
         queue.accept("first")
@@ -106,73 +106,54 @@ def test_an_urgent_job_comes_before_a_hundred_owners_with_one_job_each() -> None
     assert queue.claim() == "operator"
 
 
-async def test_the_store_serves_a_newcomer_before_the_rest_of_a_long_queue(store: JobStore) -> None:
-    for _ in range(20):
-        await store.accept(NewJob(new_job_id(), "heavy", resolved()))
-    first = await store.leases.claim({MODEL: 1})
-    newcomer = await store.accept(NewJob(new_job_id(), "light", resolved()))
-
-    position = await store.position(newcomer)
-    owners = [claim.job.owner for _ in range(3) if (claim := await store.leases.claim({MODEL: 1}))]
-
-    assert first is not None
-    assert position in (1, 2)
-    assert "light" in owners[:2]
-
-
-async def test_a_job_that_is_given_back_keeps_its_turn(store: JobStore) -> None:
-    ids = [(await store.accept(NewJob(new_job_id(), "heavy", resolved()))).id for _ in range(4)]
-    claim = await store.leases.claim({MODEL: 1})
-    assert claim is not None
-
-    await store.leases.requeue(claim, JobError("model_unavailable", "lost"))
-
-    again = await store.leases.claim({MODEL: 1})
-    assert again is not None
-    assert again.job.id == ids[0]
-
-
 @pytest.mark.parametrize(
-    ("position", "capacity", "recent_s", "expected"),
-    [
-        (1, Capacity(2, 1), (), 0.0),  # there is a free slot
-        (1, Capacity(2, 0), (), None),  # nothing is known of this model
-        (3, Capacity(0, 0), (4.0,), None),  # no dispatcher has told of capacity
-        (3, Capacity(2, 0), (4.0, 8.0), 9.0),
-        (3, Capacity(2, 1), (4.0, 8.0), 6.0),
-    ],
+    ("virtual_time", "finish_tag", "priority", "start_tag"),
+    [(0.0, 0.0, "normal", 0.0), (3.0, 2.0, "normal", 3.0), (3.0, 7.0, "low", 7.0), (4.0, 4.25, "high", 4.25)],
 )
-def test_an_estimate_is_made_of_recent_times_and_room_or_not_at_all(
-    position: int, capacity: Capacity, recent_s: tuple[float, ...], expected: float | None
+def test_a_flow_starts_at_the_virtual_time_or_after_its_last_job(
+    virtual_time: float, finish_tag: float, priority: Priority, start_tag: float
 ) -> None:
-    assert Throughput(capacity, recent_s).starts_in_s(position) == expected
+    tag = assign_tag(virtual_time, finish_tag, 0, priority)
+
+    assert tag == QueueTag(start_tag + HEAD_START[priority], start_tag + COST[priority])
 
 
-async def test_a_model_whose_queue_is_too_long_refuses_and_says_when_to_come_back(
-    store: JobStore, settings: Settings
+@given(st.integers(0, 2**30), st.integers(0, 2**21), st.sampled_from(PRIORITIES))
+def test_the_start_tag_is_recovered_exactly_from_a_score(
+    quarters: int, arrival: int, priority: Priority
 ) -> None:
-    await store.throughput.report("a dispatcher", {MODEL: Capacity(4, 0)})
-    await store.redis.lpush(Keys(settings.redis_prefix).durations(MODEL), "60.0")
-    waiting = await store.accept(NewJob(new_job_id(), "heavy", resolved()))
+    start_tag = quarters * RESOLUTION
 
-    estimate = await store.throughput.starts_in_s(waiting.request.model, 1)
-    with pytest.raises(Overloaded, match="would wait about") as refusal:
-        await store.accept(NewJob(new_job_id(), "light", resolved(), options=SubmitOptions(max_wait_s=1.0)))
-    patient = await store.accept(
-        NewJob(new_job_id(), "light", resolved(), options=SubmitOptions(max_wait_s=600.0))
-    )
+    tag = assign_tag(start_tag, 0.0, arrival, priority)
 
-    assert estimate == 15.0
-    assert refusal.value.retry_after_s == pytest.approx(29.0)
-    assert await store.position(patient) == 2
+    assert start_tag_of(tag.score, priority) == start_tag
+    assert tag.finish_tag == start_tag + COST[priority]
 
 
-async def test_a_dispatcher_tells_of_its_room_and_how_long_jobs_took(
-    store: JobStore, dispatcher: Dispatcher
+@given(st.integers(0, ARRIVALS - 2), st.integers(0, 2**30), st.sampled_from(PRIORITIES))
+def test_equal_start_tags_are_served_in_the_order_of_arrival(
+    arrival: int, quarters: int, priority: Priority
 ) -> None:
-    job = await ended(store, await submitted(store))
+    start_tag = quarters * RESOLUTION
+    first = assign_tag(start_tag, 0.0, arrival, priority)
+    second = assign_tag(start_tag, 0.0, arrival + 1, priority)
 
-    async def is_told() -> bool:
-        return await store.throughput.starts_in_s(job.request.model, 1) == 0.0
+    assert first.score < second.score
+    assert second.score < assign_tag(start_tag + RESOLUTION, 0.0, 0, priority).score
 
-    await eventually(is_told)
+
+def test_arrival_numbers_start_again() -> None:
+    assert assign_tag(1.0, 0.0, ARRIVALS + 3, "normal") == assign_tag(1.0, 0.0, 3, "normal")
+
+
+def test_costs_and_head_starts_are_multiples_of_the_resolution() -> None:
+    assert all(value % RESOLUTION == 0 for value in (*COST.values(), *HEAD_START.values()))
+    assert COST["normal"] / COST["high"] == COST["low"] / COST["normal"] == 4
+    assert HEAD_START["high"] < HEAD_START["normal"] == 0 < HEAD_START["low"]
+
+
+def test_flows_of_owners_and_priorities_are_distinct() -> None:
+    names = {flow_of(owner, priority) for owner in ("a", "b") for priority in PRIORITIES}
+
+    assert len(names) == 6
+    assert flow_of("ada", "low") == "low:ada"

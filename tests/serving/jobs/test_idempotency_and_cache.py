@@ -270,14 +270,17 @@ async def test_when_the_leader_is_cancelled_the_oldest_follower_takes_its_place(
     await service.cancel(leader.id, OWNER)
     await at_the_gate(store, models, heir.id)
     assert (await store.get(third.id)).leader == heir.id
+    fourth = await service.submit(SEEDED, OWNER)
+    assert fourth.leader == heir.id, "the new leader answers the cache key"
 
     models.gate.set()
-    jobs = [await ended(store, job.id) for job in (leader, heir, third)]
+    jobs = [await ended(store, job.id) for job in (leader, heir, third, fourth)]
     await dispatcher.drain()
     await task
 
-    assert [job.state.value for job in jobs] == ["cancelled", "completed", "completed"]
-    assert [job.cached for job in jobs] == [False, False, True]
+    assert [job.state.value for job in jobs] == ["cancelled", *["completed"] * 3]
+    assert [job.cached for job in jobs] == [False, False, True, True]
+    assert len(models.requests) == 1 + running, "only the leaders ran"
 
 
 async def test_a_follower_may_be_cancelled_alone(
