@@ -25,7 +25,7 @@ async def register(http_request: Request, caller: CurrentCaller) -> LoraOut:
     """
     body = await read_json_or_form(http_request, RegisterLoraBody, FILES)
     if body.public and not caller.is_admin:
-        raise Forbidden("only an admin may register an adapter for everybody; leave public out")
+        raise Forbidden("only an admin may register an adapter for all users; leave public out")
     spec = body.to_spec()
     preview = None
     if body.preview is not None:

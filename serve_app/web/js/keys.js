@@ -4,7 +4,7 @@
  * @typedef {object} Shortcut
  * @property {string} key          KeyboardEvent.key
  * @property {boolean} [command]   with Ctrl (or Cmd)
- * @property {() => boolean} run   false: not ours right now, let the browser have it
+ * @property {() => boolean} run   false: not handled now; the browser handles it
  */
 
 /**

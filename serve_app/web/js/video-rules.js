@@ -159,7 +159,7 @@ function moveFields({ zoom, panX, panY }) {
 }
 
 /**
- * What the form holds of a video after "Use again". A job does not tell its picture nor its ends: those
+ * What the form holds of a video after "Use again". A job's record has neither its picture nor its ends: those
  * that stand in the form stay.
  *
  * @param {import("./types.js").JobRequest} request

@@ -240,8 +240,8 @@ async def test_a_service_full_of_calls_answers_with_retry_after(
     client: httpx.AsyncClient, accounts: AccountStore, settings: Settings, redis: Redis
 ):
     ann = await key_of(accounts, "ann")
-    crowd = {f"call{n}": 9e12 for n in range(settings.max_concurrent_calls)}
-    await redis.zadd(f"{settings.redis_prefix}calls", crowd)
+    others = {f"call{n}": 9e12 for n in range(settings.max_concurrent_calls)}
+    await redis.zadd(f"{settings.redis_prefix}calls", others)
 
     refused = await client.post("/api/generate/image", json=SUBMIT, headers=bearer(ann))
     await redis.zrem(f"{settings.redis_prefix}calls", "call0")

@@ -1,4 +1,4 @@
-"""Every bad request is a 4xx that names cause and cure; none is a 500, and none leaves a job behind."""
+"""Every bad request is a 4xx that names the cause and the fix; none is a 500, and none leaves a job."""
 
 import base64
 import json

@@ -35,7 +35,7 @@ ANY_FAMILY = "transformer.transformer_blocks.0.attn.to_q"
 INK, FOG = lora_file(7, layer=ANY_FAMILY), lora_file(8, layer=ANY_FAMILY)
 SHIPPED = "models/tiny-flux-schnell/loras/lora_night/pytorch_lora_weights.safetensors"
 AS_TEXT = base64.b64encode(INK).decode()
-DOORS = {  # path -> the model that is asked for there
+ENDPOINTS = {  # path -> the model that the calls name
     "/api/generate/image": "sketch",
     "/generate-image": "sketch",
     "/api/generate/video": "tiny-wan",
@@ -99,20 +99,20 @@ async def asked_for(client: httpx.AsyncClient, answer: httpx.Response) -> dict[s
     return {**request, "loras": {lora["sha256"]: lora["weight"] for lora in request["loras"]}}
 
 
-@pytest.mark.parametrize("path", DOORS)
+@pytest.mark.parametrize("path", ENDPOINTS)
 async def test_json_asks_for_a_lora_in_any_way(client: httpx.AsyncClient, path: str) -> None:
     for way, body in WAYS.items():
-        answer = await client.post(path, json={"prompt": "a fox", "model": DOORS[path], **body})
+        answer = await client.post(path, json={"prompt": "a fox", "model": ENDPOINTS[path], **body})
 
         request = await asked_for(client, answer)
         assert request["loras"] == {digest(INK): 0.8}, way
         assert request["prompt"] == "a fox", way
 
 
-@pytest.mark.parametrize("path", DOORS)
+@pytest.mark.parametrize("path", ENDPOINTS)
 async def test_a_form_asks_for_a_lora_in_any_way(client: httpx.AsyncClient, path: str) -> None:
     for way, fields in FORM_WAYS.items():
-        form = {"prompt": "a fox", "model": DOORS[path], **fields}
+        form = {"prompt": "a fox", "model": ENDPOINTS[path], **fields}
         parts = {name: (None if isinstance(value, str) else name, value) for name, value in form.items()}
 
         answer = await client.post(path, files=parts)  # type: ignore[arg-type]  # texts without a file name
@@ -122,9 +122,13 @@ async def test_a_form_asks_for_a_lora_in_any_way(client: httpx.AsyncClient, path
         assert request["prompt"] == "a fox", way
 
 
-@pytest.mark.parametrize("path", DOORS)
+@pytest.mark.parametrize("path", ENDPOINTS)
 async def test_several_add_up_whichever_way_they_are_named(client: httpx.AsyncClient, path: str) -> None:
-    body = {"prompt": "a fox <lora:fog:-0.5>", "model": DOORS[path], "lora": {"name": "ink", "scale": 1.5}}
+    body = {
+        "prompt": "a fox <lora:fog:-0.5>",
+        "model": ENDPOINTS[path],
+        "lora": {"name": "ink", "scale": 1.5},
+    }
 
     request = await asked_for(client, await client.post(path, json=body))
 
@@ -180,10 +184,10 @@ BAD_OBJECTS: list[tuple[Any, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize("path", DOORS)
+@pytest.mark.parametrize("path", ENDPOINTS)
 async def test_a_bad_object_is_refused_by_its_field(client: httpx.AsyncClient, path: str) -> None:
     for lora, param, part in BAD_OBJECTS:
-        answer = await client.post(path, json={"prompt": "a fox", "model": DOORS[path], "lora": lora})
+        answer = await client.post(path, json={"prompt": "a fox", "model": ENDPOINTS[path], "lora": lora})
 
         error = answer.json()["error"]
         assert answer.status_code in (400, 404, 422)
@@ -201,7 +205,7 @@ async def test_a_wrong_shape_is_refused_in_every_dialect_before_there_is_a_job(
         BuiltInLoras(state.cards.values()), no_replicas, layers
     )
     async with client_of(create_app(replace(state, lora_service=lora_service))) as client:
-        for path, model in DOORS.items():
+        for path, model in ENDPOINTS.items():
             for way in ({"loras": "ink"}, {"lora_base64": AS_TEXT}):
                 answer = await client.post(path, json={"prompt": "a fox", "model": model, **way})
 

@@ -1,4 +1,4 @@
-"""Whatever our own description allows or forbids, no call is answered by a fault of ours."""
+"""No call, allowed or forbidden by the OpenAPI description, is answered with a 500."""
 
 from __future__ import annotations
 
@@ -62,17 +62,17 @@ class Service(threading.Thread):
             return dict.fromkeys(CARDS, "ready")
 
         limits = {"max_pending": 100_000, "max_active_per_owner": 100_000, "min_free_bytes": 0}
-        ours = Settings(data_dir=self._folder, redis_prefix="weft:fuzz:", ui=False, **limits)  # type: ignore[arg-type]
+        settings = Settings(data_dir=self._folder, redis_prefix="weft:fuzz:", ui=False, **limits)  # type: ignore[arg-type]
         async with connect(self._valkey_url) as redis:
-            store, results = JobStore(redis, ours), ResultStore(str(self._folder / "results"), 0)
-            job_service = JobService(store, results, CARDS, ours)
-            dispatcher = Dispatcher(store, results, FakeModel(), ours)
+            store, results = JobStore(redis, settings), ResultStore(str(self._folder / "results"), 0)
+            job_service = JobService(store, results, CARDS, settings)
+            dispatcher = Dispatcher(store, results, FakeModel(), settings)
             working = asyncio.create_task(dispatcher.run())
             app = create_app(
                 ApiState(
                     job_service=job_service,
                     cards=CARDS,
-                    settings=ours,
+                    settings=settings,
                     model_states=model_states,
                     accounts=redis,
                 )

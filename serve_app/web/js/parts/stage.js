@@ -12,7 +12,7 @@ import { createStages } from "./stages.js";
 
 /**
  * What the stage may ask of the page.
- * @typedef {object} Deeds
+ * @typedef {object} Actions
  * @property {() => void} cancel
  * @property {(prompt: string) => void} sample
  * @property {(job: Job, seed: string) => void} again      fill the form from a job
@@ -44,9 +44,9 @@ import { createStages } from "./stages.js";
 /**
  * @param {ReturnType<typeof import("./pictures.js").createPictures>} pictures
  * @param {import("../workspace.js").Words} words  of the page
- * @param {Deeds} deeds
+ * @param {Actions} actions
  */
-export function createStage(pictures, words, deeds) {
+export function createStage(pictures, words, actions) {
   const banner = h(
     "p",
     { class: "banner", role: "status", hidden: true },
@@ -93,7 +93,7 @@ export function createStage(pictures, words, deeds) {
       case "processing":
         return running(job);
       case "completed": {
-        const result = createResult(job, { pictures, onAgain: deeds.again, onSaved: deeds.saved });
+        const result = createResult(job, { pictures, onAgain: actions.again, onSaved: actions.saved });
         return {
           content: [result.above, h("div", { class: "below" }, ...warnings(job), ...result.below)],
           save: result.save,
@@ -107,7 +107,7 @@ export function createStage(pictures, words, deeds) {
               t("cancelled.title"),
               t("cancelled.text"),
               caption(job),
-              button("again", t("fix.again"), () => deeds.retry(job)),
+              button("again", t("fix.again"), () => actions.retry(job)),
             ),
           ],
         };
@@ -124,7 +124,7 @@ export function createStage(pictures, words, deeds) {
       const prompt = t(key);
       return h(
         "button",
-        { type: "button", class: "sample", on: { click: () => deeds.sample(prompt) } },
+        { type: "button", class: "sample", on: { click: () => actions.sample(prompt) } },
         prompt,
       );
     });
@@ -154,7 +154,7 @@ export function createStage(pictures, words, deeds) {
     const bar = h("progress", { max: 100, "aria-label": t("stage.label") });
     const stages = job.kind === "video" ? createStages() : null;
     const facts = h("p", { class: "facts" });
-    const cancel = h("button", { type: "button", class: "plain", on: { click: deeds.cancel } });
+    const cancel = h("button", { type: "button", class: "plain", on: { click: actions.cancel } });
     /** @param {Job} now */
     const update = (now) => {
       if (now.preview !== null && preview.src !== now.preview) {
@@ -200,34 +200,34 @@ export function createStage(pictures, words, deeds) {
    * @returns {Scene}
    */
   function problemScene(problem, size, model, job) {
-    const cure = remedy(problem, size, model === null ? null : deeds.sizes(model), deeds.hasField);
+    const suggestion = remedy(problem, size, model === null ? null : actions.sizes(model), actions.hasField);
     const detail = problem.code === "network" ? t("error.network.text") : problem.message;
-    const { node, leave } = fix(cure, job);
+    const { node, leave } = fix(suggestion, job);
     const content = [message("alert", t(titleOf(problem.code)), detail, job && caption(job), node)];
     return leave === undefined ? { content } : { content, leave };
   }
 
   /**
-   * @param {import("./remedy.js").Remedy} cure
+   * @param {import("./remedy.js").Remedy} suggestion
    * @param {Job | null} job
    * @returns {{ node: Node | null, leave?: () => void }}
    */
-  function fix(cure, job) {
-    switch (cure.kind) {
+  function fix(suggestion, job) {
+    switch (suggestion.kind) {
       case "again":
-        return { node: button("again", t("fix.again"), () => deeds.retry(job)) };
+        return { node: button("again", t("fix.again"), () => actions.retry(job)) };
       case "smaller":
         return {
-          node: button("again", t("fix.smaller", { width: cure.width, height: cure.height }), () =>
-            deeds.smaller(job, cure),
+          node: button("again", t("fix.smaller", { width: suggestion.width, height: suggestion.height }), () =>
+            actions.smaller(job, suggestion),
           ),
         };
       case "key":
-        return { node: button("key", t("fix.key"), deeds.key) };
+        return { node: button("key", t("fix.key"), actions.key) };
       case "field":
-        return { node: button("again", t("fix.field"), () => deeds.field(cure.param)) };
+        return { node: button("again", t("fix.field"), () => actions.field(suggestion.param)) };
       case "wait":
-        return countdown(cure.seconds, () => deeds.retry(job));
+        return countdown(suggestion.seconds, () => actions.retry(job));
       case "none":
         return { node: null };
     }

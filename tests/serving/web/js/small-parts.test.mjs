@@ -64,7 +64,7 @@ test("single-key shortcuts rest while typing or when switched off", () => {
 });
 
 test("each error has its own suggested fix", () => {
-  const cure = (code, more = {}) =>
+  const suggestion = (code, more = {}) =>
     remedy(
       { code, message: "", param: null, retryAfterS: null, ...more },
       { width: 1024, height: 1024 },
@@ -72,13 +72,13 @@ test("each error has its own suggested fix", () => {
       (param) => param === "seed",
     );
 
-  assert.deepEqual(cure("out_of_memory"), { kind: "smaller", width: 512, height: 512 });
-  assert.deepEqual(cure("unauthorized"), { kind: "key" });
-  assert.deepEqual(cure("rate_limited", { retryAfterS: 2.5 }), { kind: "wait", seconds: 3 });
-  assert.deepEqual(cure("overloaded"), { kind: "again" });
-  assert.deepEqual(cure("bad_request", { param: "seed" }), { kind: "field", param: "seed" });
-  assert.deepEqual(cure("bad_request", { param: "strength" }), { kind: "none" });
-  assert.deepEqual(cure("something_new"), { kind: "again" });
+  assert.deepEqual(suggestion("out_of_memory"), { kind: "smaller", width: 512, height: 512 });
+  assert.deepEqual(suggestion("unauthorized"), { kind: "key" });
+  assert.deepEqual(suggestion("rate_limited", { retryAfterS: 2.5 }), { kind: "wait", seconds: 3 });
+  assert.deepEqual(suggestion("overloaded"), { kind: "again" });
+  assert.deepEqual(suggestion("bad_request", { param: "seed" }), { kind: "field", param: "seed" });
+  assert.deepEqual(suggestion("bad_request", { param: "strength" }), { kind: "none" });
+  assert.deepEqual(suggestion("something_new"), { kind: "again" });
   assert.equal(titleOf("something_new"), "error.internal");
 });
 
