@@ -7,10 +7,13 @@ import subprocess
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from deployments.observability.declarations import METRICS
+from serve_app.api.app import create_app
+from serve_app.api.state import ApiState
 from serve_app.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -212,6 +215,48 @@ def test_the_docs_describe_each_metric_as_its_help_text_does() -> None:
     described = metric_descriptions(read("docs/metrics.md"))
 
     assert described == {name: metric.description for name, metric in METRICS.items()}
+
+
+@pytest.fixture(scope="module")
+def openapi() -> dict[str, Any]:
+    """What GET /openapi.json answers."""
+
+    async def states() -> dict[str, str]:
+        return {}
+
+    services: Any = None  # the description calls none
+    state = ApiState(job_service=services, cards={}, settings=Settings.load(), model_states=states)
+    described: dict[str, Any] = create_app(state).openapi()
+    return described
+
+
+def routes(text: str) -> set[str]:
+    """Paths with the names of their parameters left out."""
+    return {re.sub(r"{[^}]*}", "{}", path) for path in re.findall(r"(?<![\w.}/:$])/[a-z][\w{}/.-]*", text)}
+
+
+def test_the_api_page_names_every_route_and_no_other(openapi: dict[str, Any]) -> None:
+    named = routes("\n".join(line for _, line in prose(read("docs/api.md"))))
+    served = routes("\n".join(openapi["paths"]))
+
+    assert served <= named
+    beside = {"/docs", "/openapi.json", "/ui/", "/v1/", "/ws/{}"}  # not described by OpenAPI
+    assert named - served == beside
+
+
+def test_the_api_page_names_every_field_of_a_request(openapi: dict[str, Any]) -> None:
+    words = set(re.findall(r"\w+", read("docs/api.md")))
+    contents = [
+        content["schema"]
+        for path, methods in openapi["paths"].items()
+        for method in methods.values()
+        for content in method.get("requestBody", {}).get("content", {}).values()
+        if not path.startswith(("/admin/", "/auth/"))
+    ]
+
+    fields = {field.partition("[")[0] for schema in contents for field in schema["properties"]}
+    assert len(fields) > 40
+    assert fields - words == set()
 
 
 def test_the_glossary_has_thirty_terms_in_order_each_once() -> None:
