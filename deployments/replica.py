@@ -47,7 +47,7 @@ class ModelReplica:
         encoder: Encoder | DeploymentHandle[Any] | None = None,
         fetch_adapter: LoraFileReader | None = None,
         adapter_folder: str | None = None,
-        lora_pool: object = None,
+        lora_pool: object = None,  # noqa: ARG002  naming it binds the deployment
     ) -> None:
         """cards: the first is loaded now, the others when asked for; its `serving` section applies to all.
 

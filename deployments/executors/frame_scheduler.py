@@ -48,13 +48,11 @@ class FrameScheduler:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _events(self) -> AsyncIterator[Event | FrameReady]:
-        started = delivered = 0  # frames
+        delivered = 0  # frames
         ready: dict[int, FrameReady] = {}  # by frame; these wait for an earlier one
         seen: set[type] = set()
         while delivered < self._count:
-            while started < min(self._count, delivered + self._window):
-                self._tasks.add(asyncio.create_task(self._forward_events(started)))
-                started += 1
+            self._start_frames(delivered + self._window)
             frame, item = await self._pending_events.get()
             match item:
                 case FrameReady():
@@ -75,6 +73,11 @@ class FrameScheduler:
                     return
                 case BaseException():
                     raise item
+
+    def _start_frames(self, end: int) -> None:
+        """Start every frame before `end` that has not been started."""
+        for frame in range(len(self._tasks), min(self._count, end)):
+            self._tasks.add(asyncio.create_task(self._forward_events(frame)))
 
     async def _forward_events(self, frame: int) -> None:
         try:

@@ -81,7 +81,7 @@ class _FluxControlNets(FluxMultiControlNetModel):
         self,
         hidden_states: Tensor,
         controlnet_cond: list[Tensor],
-        controlnet_mode: object,
+        controlnet_mode: object,  # noqa: ARG002  diffusers passes it
         conditioning_scale: list[float],
         encoder_hidden_states: Tensor,
         pooled_projections: Tensor,

@@ -117,7 +117,7 @@ class DiffusersModel:
         else:
             progress.resumable = can_resume(pipeline, request)
             if progress.latents is not None:
-                arguments |= remaining(progress, request, pipeline._execution_device)
+                arguments |= remaining(progress, request, pipeline._execution_device)  # noqa: SLF001  no public name
             result = pipeline(**arguments, callback_on_step_end=step_callback(on_step, progress))
         if films:
             return [latent_decoder.latent_decoder(pipeline, result.frames)]
@@ -211,7 +211,7 @@ def _built(pipeline_class: Any, source: Any, additions: dict[str, nn.Module]) ->
 
     Built by its constructor: from_pipe would cast the shared modules to float32 (diffusers 0.42).
     """
-    modules, options = pipeline_class._get_signature_keys(pipeline_class)
+    modules, options = pipeline_class._get_signature_keys(pipeline_class)  # noqa: SLF001  no public name
     parts = {name: part for name, part in source.components.items() if name in modules} | additions
     config = {name: source.config[name] for name in options if name in source.config}
     built = pipeline_class(**parts, **{k: v for k, v in config.items() if k not in parts})

@@ -134,7 +134,9 @@ def _unpacked(pipeline: Any, latents: Tensor, width: int, height: int) -> Tensor
     if latents.ndim == 4:
         return latents[0]
     if latents.ndim == 3 and hasattr(pipeline, "_unpack_latents"):
-        unpacked: Tensor = pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
+        unpacked: Tensor = pipeline._unpack_latents(  # noqa: SLF001  no public name
+            latents, height, width, pipeline.vae_scale_factor
+        )
         return unpacked[0] if unpacked.ndim == 4 else None
     return None
 

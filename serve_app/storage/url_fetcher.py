@@ -217,11 +217,11 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
 
     async def connect_tcp(
         self,
-        host: str,  # the signature is that of the base class
+        host: str,  # noqa: ARG002  the signature is that of the base class
         port: int,
         timeout: float | None = None,  # noqa: ASYNC109
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+        local_address: str | None = None,  # noqa: ARG002
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,  # noqa: ARG002
     ) -> httpcore.AsyncNetworkStream:
         *others, last = self._addresses
         for address in others:

@@ -227,7 +227,7 @@ class PlainAttention:
         attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,  # noqa: ARG002  diffusers passes it
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         query = attn.norm_q(attn.to_q(hidden_states).unflatten(-1, (HEADS, HEAD_SIZE)))
@@ -274,7 +274,7 @@ class Flow:
         blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
         for block in transformer.single_transformer_blocks:
             block.act_mlp = Gelu()
-        torch._dynamo.config.recompile_limit = 64  # one graph per block and text length
+        torch._dynamo.config.recompile_limit = 64  # noqa: SLF001  one graph per block and text length
         self.blocks = [torch.compile(block, dynamic=False) for block in blocks] if compiled else blocks
         self.angles: dict[int, tuple[Tensor, Tensor]] = {}
 

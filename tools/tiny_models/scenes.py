@@ -340,7 +340,7 @@ def _pattern_mask(thing: Thing, side_px: int) -> Image.Image:
     return Image.fromarray(inked.astype(np.uint8) * 255)
 
 
-def silhouette(thing: Thing, side_px: int, *, details: bool = True) -> Image.Image:
+def silhouette(thing: Thing, side_px: int, *, details: bool = True) -> Image.Image:  # noqa: C901  16 shapes
     """The mask of one object, mode L, side_px square, 255 inside; details are the holes of doors and eyes."""
     mask = Image.new("L", (side_px, side_px), 0)
     pen = ImageDraw.Draw(mask)

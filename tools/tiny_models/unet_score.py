@@ -62,7 +62,7 @@ def refined(
 
     Pictures, not latents: diffusers takes a tensor for latents only if it has 4 channels; these have 16.
     """
-    return generate_pictures(refiner, prompts, image=pictures, strength=REFINE_STRENGTH)
+    return generate_pictures(refiner, prompts, seed, image=pictures, strength=REFINE_STRENGTH)
 
 
 def overlap(picture: Image.Image, thing: Thing) -> float:

@@ -294,7 +294,7 @@ class ConvolutionMuon(torch.optim.Optimizer):
         super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
         """One step; every update has the size of one of AdamW's (root mean square 0.2)."""
         for group in self.param_groups:
             for weight in group["params"]:

@@ -218,7 +218,7 @@ class VideoFlow:
     def __init__(self, transformer: VideoTransformer, *, compiled: bool = False) -> None:
         self.transformer = transformer
         self.block = torch.compile(_block, dynamic=False) if compiled else _block
-        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.recompile_limit = 64  # noqa: SLF001  one graph per block
         shape = torch.empty(1, 1, LATENT_FRAMES, LATENT_PX, LATENT_PX)
         cosine, sine = transformer.rope(shape)
         self.angles = cosine[..., 0::2].bfloat16(), sine[..., 1::2].bfloat16()  # (1, tokens, 1, 20)
