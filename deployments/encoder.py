@@ -1,4 +1,4 @@
-"""VideoEncoder: what a CPU replica does that turns frames into video files; app.py makes the deployment."""
+"""VideoEncoder: the Serve class that turns frames into video files on a CPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
+from deployments.media.video_spec import Frames, Segment, VideoFiles, VideoSpec
 from deployments.observability.metrics import Reporter, Sample, join_serve_log
 from deployments.protocol.log_context import LogContext, bind
-
-if TYPE_CHECKING:
-    from deployments.media.video_spec import Frames, Segment, VideoFiles, VideoSpec
 
 T = TypeVar("T")
 
@@ -26,10 +24,10 @@ class VideoEncoder:
     """Encodes segments and joins them. It keeps nothing between calls, so any replica may take any call."""
 
     def __init__(self, threads: int = 1, concurrency: int = 2) -> None:
-        """threads: of one segment's encoding.
-        at_once: segments encoded at the same time; where one ends, another fills the cores.
+        """threads: for the encoding of one segment.
+        concurrency: segments encoded at the same time; where one ends, another keeps the cores busy.
         """
-        from deployments.media import movie
+        from deployments.media import movie  # here and not above: building the graph must not load FFmpeg
 
         join_serve_log()
         self._movie = movie
@@ -41,9 +39,12 @@ class VideoEncoder:
     async def segment(
         self, spec: VideoSpec, index: int, *chunks: Frames, log_context: LogContext | None = None
     ) -> Segment:
-        """Segment `index` of the video, from its frames in order. origin: what log lines tell of it."""
-        work = partial(self._movie.encode_segment, spec, index, chunks, self._threads)
-        segment = await self._run(work, log_context)
+        """Encode segment `index` of the video, given its frames in order.
+
+        log_context: ids for the log lines of this call. Raises Internal for frames of another segment.
+        """
+        encode = partial(self._movie.encode_segment, spec, index, chunks, self._threads)
+        segment = await self._run(encode, log_context)
         self._frames += segment.frames
         self._report()
         logger.info("segment encoded", extra={"index": index, "frames": segment.frames})
@@ -52,24 +53,24 @@ class VideoEncoder:
     async def join(
         self, spec: VideoSpec, segments: Sequence[Segment], *, log_context: LogContext | None = None
     ) -> VideoFiles:
-        """The finished video and its stills."""
+        """The finished video and its stills. Raises Internal when a segment is missing."""
         files = await self._run(partial(self._movie.join, spec, segments), log_context)
         self._videos += 1
         self._report()
         return files
 
-    async def _run(self, work: Callable[[], T], log_context: LogContext | None) -> T:
+    async def _run(self, function: Callable[[], T], log_context: LogContext | None) -> T:
         if log_context is not None:
             bind(log_context)  # this call has a task, and so a context, of its own
         loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-        return await loop.run_in_executor(self._workers, context.run, self._timed, work)
+        return await loop.run_in_executor(self._workers, context.run, self._timed, function)
 
-    def _timed(self, work: Callable[[], T]) -> T:
-        began = time.monotonic()
+    def _timed(self, function: Callable[[], T]) -> T:
+        started = time.monotonic()
         try:
-            return work()
+            return function()
         finally:
-            self._busy_s += time.monotonic() - began
+            self._busy_s += time.monotonic() - started
 
     def _report(self) -> None:
         self._reporter.report(

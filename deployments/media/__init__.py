@@ -1,1 +1,1 @@
-"""Finished and given pictures as files."""
+"""Pictures and videos as files: decoding inputs, encoding results, control maps."""

@@ -1,4 +1,4 @@
-"""Control maps: what a ControlNet follows, made of a plain picture or taken as it is."""
+"""Control maps for ControlNets, made from a plain picture or used as sent."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from deployments.media import decode
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import Control, ControlType
 
-Depth = npt.NDArray[np.floating[Any]]  # (height, width); more is nearer
+Depth = npt.NDArray[np.floating[Any]]  # (height, width); larger is nearer
 Person = npt.NDArray[np.floating[Any]]  # (17, 3): x and y in pixels and a score 0..1 per COCO key point
 Point = tuple[float, float]  # x and y in pixels
-Preprocessor = Callable[[Image.Image], Any]  # gives a Depth, or a list of Person
+Preprocessor = Callable[[Image.Image], Any]  # returns a Depth, or a list of Person
 
 CANNY_LOW, CANNY_HIGH = 100, 200  # thresholds of the edges that public ControlNets were trained on
-BLACK, WHITE = 16, 239  # grey values up to and from which JPEG leaves black and white
+BLACK, WHITE = 16, 239  # grey values that JPEG may make of black (at most) and white (at least)
 MIN_SCORE = 0.3  # key points below it are not drawn
 # OpenPose's 18 key points as COCO's 17: nose, neck (between the shoulders), right arm, left arm, right
 # leg, left leg, eyes, ears
@@ -43,10 +43,10 @@ COLOURS = (
 def control_map(
     control: Control, width: int, height: int, field: str, preprocessors: Mapping[ControlType, Preprocessor]
 ) -> Image.Image:
-    """The control picture as a ControlNet wants it: RGB, width x height pixels.
+    """The control map for a ControlNet: RGB, width x height pixels.
 
-    finders: what finds depth and people; edges need none.
-    Raises BadRequest or TooLarge as `decode.picture` does, and BadRequest where nothing can be found.
+    field: name of the picture in errors. preprocessors: estimate depth and poses; edges need none.
+    Raises BadRequest or TooLarge as `decode.picture` does, BadRequest when the map cannot be made.
     """
     picture = decode.picture(control.image, width, height, field)
     if control.is_map:
@@ -57,20 +57,20 @@ def control_map(
         return edge_map(picture)
     if control.type not in preprocessors:
         raise BadRequest(
-            f"the {control.type} of a plain picture cannot be found here; send a {control.type} map "
+            f"this model makes no {control.type} map from a plain picture; send a {control.type} map "
             "and say is_map: true",
             param=field,
         )
-    found = preprocessors[control.type](picture)
+    estimate = preprocessors[control.type](picture)
     if control.type == "depth":
-        return depth_map(found)
-    if not found:
-        raise BadRequest(f"{field} shows nobody whose pose could be found; send a pose map", param=field)
-    return pose_map(found, width, height)
+        return depth_map(estimate)
+    if not estimate:
+        raise BadRequest(f"no person was detected in {field}; send a pose map", param=field)
+    return pose_map(estimate, width, height)
 
 
 def is_edge_map(picture: Image.Image) -> bool:
-    """Whether a picture is nearly only black and white, and more black than white: edges, not a photo."""
+    """Whether a picture is almost only black and white, and more black than white: edges, not a photo."""
     channels = np.asarray(picture.convert("RGB"))
     black = (channels <= BLACK).all(axis=2).mean()
     white = (channels >= WHITE).all(axis=2).mean()
@@ -78,7 +78,7 @@ def is_edge_map(picture: Image.Image) -> bool:
 
 
 def edge_map(picture: Image.Image) -> Image.Image:
-    """Canny's edges, white on black, RGB, of the picture's size."""
+    """Canny edges, white on black, RGB, in the size of the picture."""
     import cv2
 
     edges = cv2.Canny(np.asarray(picture.convert("L")), CANNY_LOW, CANNY_HIGH)
@@ -86,14 +86,14 @@ def edge_map(picture: Image.Image) -> Image.Image:
 
 
 def depth_map(depth: Depth) -> Image.Image:
-    """Depth as grey values, RGB: the nearest point white, the farthest black."""
+    """Depth as grey values, RGB: the nearest point is white, the farthest black."""
     low, high = float(depth.min()), float(depth.max())
     scale = 255.0 / (high - low) if high > low else 0.0
     return Image.fromarray(((depth - low) * scale).round().astype(np.uint8)).convert("RGB")
 
 
 def pose_map(people: Sequence[Person], width: int, height: int) -> Image.Image:
-    """People as OpenPose's coloured skeletons on black, RGB."""
+    """People as coloured OpenPose skeletons on black, RGB."""
     canvas = Image.new("RGB", (width, height))
     draw = ImageDraw.Draw(canvas)
     thickness = max(2.0, 4.0 * math.sqrt(width * height) / 512)  # radius in pixels; 4 at 512x512
@@ -113,14 +113,14 @@ def pose_map(people: Sequence[Person], width: int, height: int) -> Image.Image:
 
 
 def _openpose(person: Person) -> list[Point | None]:
-    """The 18 points; None for those that were not seen."""
+    """The 18 key points; None for those with a low score."""
 
-    def seen(index: int) -> Point | None:
+    def point(index: int) -> Point | None:
         x, y, score = (float(value) for value in person[index])
         return (x, y) if score >= MIN_SCORE else None
 
-    points = [None if index is None else seen(index) for index in COCO_OF_OPENPOSE]
-    left, right = (seen(index) for index in COCO_SHOULDERS)
+    points = [None if index is None else point(index) for index in COCO_OF_OPENPOSE]
+    left, right = (point(index) for index in COCO_SHOULDERS)
     if left is not None and right is not None:
         points[NECK] = ((left[0] + right[0]) / 2, (left[1] + right[1]) / 2)
     return points

@@ -1,4 +1,4 @@
-"""Pictures that a caller sent, decoded to plain pixels of the size the request asks for."""
+"""Pictures sent by a caller, decoded to pixels of the size of the request."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from deployments.validation.image_header import read_image_size
 
 
 def picture(data: bytes, width: int, height: int, field: str) -> Image.Image:
-    """RGB, width x height pixels; EXIF and ICC are dropped, transparency lies on white.
+    """RGB, width x height pixels. EXIF and ICC are removed, transparent pixels are blended with white.
 
-    Raises BadRequest or TooLarge as `read_image_size` does, or when the body is broken.
+    Raises BadRequest or TooLarge as `read_image_size` does, BadRequest also for broken image data.
     """
     return own_size(data, field).resize((width, height), Image.Resampling.LANCZOS)
 
 
 def own_size(data: bytes, field: str) -> Image.Image:
-    """RGB as `picture` gives it, in the size it has in the file."""
+    """RGB as `picture` returns it, in the size of the file."""
     read_image_size(data, field)
     return decoder_pool().decode(data, DecodeMode.picture, field)
 
 
 def mask(data: bytes, width: int, height: int, field: str) -> Image.Image:
-    """L, width x height pixels, only 0 (keep) and 255 (paint anew)."""
+    """L, width x height pixels, only 0 (keep) and 255 (repaint)."""
     read_image_size(data, field)
     grey = (
         decoder_pool().decode(data, DecodeMode.mask, field).resize((width, height), Image.Resampling.NEAREST)

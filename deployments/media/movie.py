@@ -1,7 +1,7 @@
-"""Video files out of frames: segments that are encoded each by itself, and joined without encoding again.
+"""Video files from frames: segments that are encoded separately and joined without encoding again.
 
-A segment depends on nothing but its frames, so any process may encode it, in any order, and once more if the
-process dies. Joining copies packets.
+A segment depends only on its frames, so any process may encode it, in any order, and again if the process
+dies. Joining copies packets.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ USUAL_CODEC = {"mp4": "h264", "webm": "vp9"}
 
 
 def encode_segment(spec: VideoSpec, index: int, chunks: Sequence[Frames], threads: int) -> Segment:
-    """Segment `index` of the video from its frames, given in one or several arrays (n, H, W, 3) of RGB.
+    """Segment `index` of the video from its frames, given as arrays (n, H, W, 3) of RGB.
 
-    Raises Internal when the frames are not those of this segment.
+    Raises Internal when number or size of the frames do not match the segment.
     """
     first = index * SEGMENT_FRAMES
     expected = min(SEGMENT_FRAMES, spec.num_frames - first)
@@ -55,10 +55,10 @@ def encode_segment(spec: VideoSpec, index: int, chunks: Sequence[Frames], thread
     frames = [frame for chunk in chunks for frame in chunk]
     wanted = set(spec.tiles)
     buffer = io.BytesIO()
-    # colours are converted beside the encoder, as the ffmpeg program does it
-    with av.open(buffer, "w", format=spec.format) as container, ThreadPoolExecutor(1) as beside:
+    # colours are converted in a second thread, as the ffmpeg program does
+    with av.open(buffer, "w", format=spec.format) as container, ThreadPoolExecutor(1) as converter:
         stream = _stream(container, spec, threads)
-        for picture in beside.map(partial(_picture, VideoReformatter()), frames, range(given)):
+        for picture in converter.map(partial(_picture, VideoReformatter()), frames, range(given)):
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
     return Segment(
@@ -71,15 +71,15 @@ def encode_segment(spec: VideoSpec, index: int, chunks: Sequence[Frames], thread
 
 
 def join(spec: VideoSpec, segments: Sequence[Segment]) -> VideoFiles:
-    """The whole video of all its segments, in order, with poster, thumbnail and spritesheet.
+    """The whole video from all its segments in order, with poster, thumbnail and spritesheet.
 
-    An MP4 has its index in front, so that it plays before it is loaded.
+    An MP4 file starts with its index, so that it plays before it is loaded.
     Raises Internal when a segment is missing.
     """
     if [segment.index for segment in segments] != list(range(spec.segments)):
-        raise Internal(f"segments {[s.index for s in segments]} are no whole video of {spec.segments}")
+        raise Internal(f"segments {[s.index for s in segments]} are not all {spec.segments} of the video")
     poster = segments[0].poster
-    assert poster is not None, "the first segment brings the poster"
+    assert poster is not None, "the first segment contains the poster"
     tiles = [tile for segment in segments for _, tile in sorted(segment.tiles.items())]
     sheet = _sheet(tiles)
     first_frame = Image.open(io.BytesIO(poster)).convert("RGB")
@@ -94,13 +94,13 @@ def join(spec: VideoSpec, segments: Sequence[Segment]) -> VideoFiles:
 
 def _joined(spec: VideoSpec, segments: Sequence[Segment]) -> bytes:
     options = {"movflags": "faststart"} if spec.format == "mp4" else {}
-    with tempfile.TemporaryDirectory(prefix="weft-video-") as folder:  # faststart reads what it wrote
+    with tempfile.TemporaryDirectory(prefix="weft-video-") as folder:  # faststart reads the file again
         path = Path(folder) / f"video.{spec.format}"
         with av.open(str(path), "w", format=spec.format, options=options) as container:
             container.metadata["comment"] = spec.comment
             container.metadata["description"] = spec.description
             parts = [av.open(io.BytesIO(segment.data), format=spec.format) for segment in segments]
-            # opaque: packets are copied, so no encoder is looked up by the name of the decoder
+            # opaque: packets are copied, so no encoder is searched by the name of the decoder
             stream: Any = container.add_stream_from_template(parts[0].streams.video[0], opaque=True)
             for packet in _timed(spec, parts):
                 packet.stream = stream
@@ -111,28 +111,28 @@ def _joined(spec: VideoSpec, segments: Sequence[Segment]) -> bytes:
 
 
 def _timed(spec: VideoSpec, parts: Sequence[Any]) -> list[Any]:
-    """The packets of all segments, to be decoded and shown at the pace of the whole video.
+    """The packets of all segments, with the timestamps of the whole video.
 
-    Segments of different lengths delay their first frame differently, which would leave holes.
+    Segments of different lengths delay their first frame differently, which would leave gaps.
     """
-    packets: list[tuple[Any, int]] = []  # with the number of their frame
+    packets: list[tuple[Any, int]] = []  # with the index of their frame
     for index, part in enumerate(parts):
         for packet in part.demux(part.streams.video[0]):
-            if packet.pts is not None:  # None: the demuxer's mark of the end
+            if packet.pts is not None:  # None marks the end of the stream
                 number = round(packet.pts * packet.time_base * spec.fps)
                 packets.append((packet, index * SEGMENT_FRAMES + number))
     if len(packets) != spec.num_frames:
-        raise Internal(f"the segments hold {len(packets)} frames of {spec.num_frames}")
-    delay = max(place - number for place, (_, number) in enumerate(packets))
-    for place, (packet, number) in enumerate(packets):
+        raise Internal(f"the segments contain {len(packets)} frames of {spec.num_frames}")
+    delay = max(position - number for position, (_, number) in enumerate(packets))
+    for position, (packet, number) in enumerate(packets):
         ticks = 1 / (packet.time_base * spec.fps)
-        packet.pts, packet.dts = round(number * ticks), round((place - delay) * ticks)
+        packet.pts, packet.dts = round(number * ticks), round((position - delay) * ticks)
         packet.duration = round(ticks)
     return [packet for packet, _ in packets]
 
 
 def _stream(container: Any, spec: VideoSpec, threads: int) -> Any:
-    """An encoder in the container: CRF by the wanted quality, BT.709 as every player expects of RGB video."""
+    """An encoder in the container: CRF by the requested quality, BT.709 as players expect for RGB sources."""
     name = spec.codec or USUAL_CODEC[spec.format]
     crf = f"{WORST_CRF[name] + (BEST_CRF[name] - WORST_CRF[name]) * spec.quality / 100:.0f}"
     match name:
@@ -141,7 +141,7 @@ def _stream(container: Any, spec: VideoSpec, threads: int) -> Any:
         case "vp9":
             options = {"b": "0", "deadline": "good", "cpu-used": "5", "row-mt": "1", "tile-columns": "2"}
         case _:
-            os.environ.setdefault("SVT_LOG", "1")  # only errors; it would print its settings for each segment
+            os.environ.setdefault("SVT_LOG", "1")  # only errors; by default it prints its settings
             options = {"preset": "8", "svtav1-params": f"lp={threads}"}
     options |= {"crf": crf, "g": str(SEGMENT_FRAMES)}
     stream = container.add_stream(ENCODERS[name], rate=spec.fps, options=options)
@@ -156,7 +156,7 @@ def _stream(container: Any, spec: VideoSpec, threads: int) -> Any:
 
 
 def _picture(reformatter: VideoReformatter, frame: Frames, number: int) -> av.VideoFrame:
-    """One RGB frame (H, W, 3) in the colours of the file, to be shown as `number`-th."""
+    """The RGB frame (H, W, 3) with index `number`, in the colour space of the file."""
     picture = reformatter.reformat(
         av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24"),
         format="yuv420p",

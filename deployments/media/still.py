@@ -1,4 +1,4 @@
-"""A finished picture as a PNG, JPEG or WebP file that says how it was made."""
+"""Finished pictures as PNG, JPEG or WebP files that contain their generation settings."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _EXIF_IFD = 0x8769
 def encode(
     image: Image.Image, output: OutputOptions, parameters: str, metadata: Mapping[str, object]
 ) -> bytes:
-    """The file's bytes. PNG holds text chunks `parameters` (A1111's form) and `weft` (JSON); JPEG and
-    WebP hold the A1111 text as EXIF UserComment, as A1111 does.
+    """The file's bytes. PNG files contain the text chunks `parameters` (A1111's form) and `weft` (JSON); JPEG
+    and WebP files contain the A1111 text as EXIF UserComment, as A1111 does.
     """
     buffer = io.BytesIO()
     if output.format == "png":
         info = PngInfo()
         info.add_itxt("parameters", parameters)
         info.add_itxt("weft", json.dumps(metadata, ensure_ascii=False))
-        # level 1: level 6 takes 5x the time for 8 % of the bytes of a 1024 px picture
+        # level 6 takes 5 times as long and saves 8 % of the bytes of a 1024 px picture
         image.save(buffer, "PNG", pnginfo=info, compress_level=1)
     else:
         exif = Image.Exif()
@@ -41,7 +41,7 @@ def encode(
 
 
 def preview(pixels: npt.NDArray[np.uint8], width: int, height: int) -> bytes:
-    """A rough look (H, W, 3), one pixel per latent, as a small WebP of the picture's shape."""
+    """A preview (H, W, 3) with one pixel per latent as a small WebP file with the shape of the picture."""
     scale = min(1.0, PREVIEW_SIDE / max(width, height))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     buffer = io.BytesIO()
@@ -50,7 +50,7 @@ def preview(pixels: npt.NDArray[np.uint8], width: int, height: int) -> bytes:
 
 
 def thumbnail(image: Image.Image) -> tuple[bytes, int, int]:
-    """A WebP of at most 320 px a side, its width and height."""
+    """A WebP file of at most 320 px per side, its width and its height."""
     small = image.copy()
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -59,7 +59,7 @@ def thumbnail(image: Image.Image) -> tuple[bytes, int, int]:
 
 
 def a1111_parameters(request: ResolvedRequest, seed: int, version: str) -> str:
-    """The generation settings in the text form that A1111 and its readers use."""
+    """The generation settings in the text form of A1111, which other programs read too."""
     settings: dict[str, object] = {
         "Steps": request.num_inference_steps,
         "Sampler": request.scheduler,
@@ -96,7 +96,7 @@ def _quoted(value: object) -> str:
 
 
 def metadata(request: ResolvedRequest, seed: int, version: str, generation_s: float) -> dict[str, object]:
-    """Everything needed to make the same picture again, as JSON."""
+    """The settings needed to generate the same picture again, as JSON."""
     bulky: dict[str, Any] = {
         "edit": {"image", "mask_image"},
         "controls": {"__all__": {"image"}},

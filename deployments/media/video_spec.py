@@ -1,4 +1,4 @@
-"""What travels between a video model and the encoder: the order, encoded segments, finished files."""
+"""What model replicas and the encoder exchange: the video's specification, segments, finished files."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ import numpy.typing as npt
 from deployments.protocol.errors import BadRequest
 
 Frames = npt.NDArray[np.uint8]  # (n, height, width, 3), RGB
-SEGMENT_FRAMES = 32  # encoded by themselves, each beginning with a key frame: 2 s at Wan's 16 frames a second
-SHEET_TILES = 25  # at most, in rows of 5
+SEGMENT_FRAMES = 32  # each segment starts with a key frame; 2 s at the 16 frames per second of Wan
+SHEET_TILES = 25  # at most
 SHEET_COLUMNS = 5
 MIN_SIDE, MAX_SIDE = 16, 8192  # pixels
 
 
 @dataclass(frozen=True, slots=True)
 class VideoSpec:
-    """The video file that shall be made."""
+    """The video file to make."""
 
-    width: int  # pixels; both even, because the colours of yuv420p have half the resolution
+    width: int  # pixels; both even, because colours in yuv420p have half the resolution
     height: int
     num_frames: int
     fps: int
     format: Literal["mp4", "webm"] = "mp4"
     quality: int = 80  # 1..100
-    comment: str = ""  # both go into the container
+    comment: str = ""  # written into the container, as is the description
     description: str = ""
-    codec: Literal["h264", "vp9", "av1"] | None = None  # None: the usual one of the format
+    codec: Literal["h264", "vp9", "av1"] | None = None  # None: the default of the format
 
     def __post_init__(self) -> None:
-        """Raises BadRequest for what cannot be encoded."""
+        """Raises BadRequest for a size, length or rate that cannot be encoded."""
         if self.width % 2 or self.height % 2 or min(self.width, self.height) < MIN_SIDE:
             raise BadRequest(
                 f"a video of {self.width}x{self.height} cannot be encoded; both must be even and at least "
@@ -55,25 +55,25 @@ class VideoSpec:
 
     @property
     def tiles(self) -> list[int]:
-        """Numbers of the frames that the spritesheet shows."""
+        """Indices of the frames in the spritesheet."""
         count = min(self.num_frames, SHEET_TILES)
         return [round(tile * (self.num_frames - 1) / max(1, count - 1)) for tile in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Some frames in a row as a small video file of their own, and what they give to stills."""
+    """Consecutive frames as a small video file of their own, and their share of the stills."""
 
-    index: int  # frames index * SEGMENT_FRAMES and on
+    index: int  # its first frame is index * SEGMENT_FRAMES
     frames: int
     data: bytes
-    tiles: Mapping[int, Frames]  # small pictures (h, w, 3) by number of frame
-    poster: bytes | None  # JPEG of the video's first frame, from the first segment
+    tiles: Mapping[int, Frames]  # small pictures (h, w, 3) by index of the frame
+    poster: bytes | None  # JPEG of the video's first frame; None in all segments but the first
 
 
 @dataclass(frozen=True, slots=True)
 class Still:
-    """A picture file."""
+    """A picture file made from a video."""
 
     media_type: str
     data: bytes
@@ -83,7 +83,7 @@ class Still:
 
 @dataclass(frozen=True, slots=True)
 class VideoFiles:
-    """A finished video and its pictures."""
+    """A finished video file and its stills."""
 
     video: bytes
     poster: Still

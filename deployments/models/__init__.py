@@ -1,1 +1,1 @@
-"""Weights: where they are, what device they go to, how they are loaded."""
+"""Models: where their weights are, how they are loaded, and what is kept with them on the device."""

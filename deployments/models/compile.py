@@ -1,4 +1,4 @@
-"""torch.compile for the blocks that a denoiser repeats; the node keeps what the compiler makes."""
+"""torch.compile for the repeated blocks of a denoiser; see weight_cache for where its code is kept."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 
 
 def compile_blocks(pipeline: Any) -> None:
-    """Have the repeated blocks of its denoisers compiled when they first run, for any size and prompt.
+    """Have the repeated blocks of the denoisers compiled at their first run, for any size and prompt.
 
-    Torch makes one graph for a single row and one for several, so both must run before anybody waits.
-
-    Raises ModelUnavailable where diffusers does not say what a denoiser repeats.
+    torch makes one graph for a batch of one and one for larger batches; run both before requests arrive.
+    Raises ModelUnavailable where diffusers does not say which blocks a denoiser repeats.
     """
-    parts = {name: getattr(pipeline, name, None) for name in DENOISERS}
-    found: dict[str, Any] = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-    for name, part in found.items():
-        if not getattr(part, "_repeated_blocks", None):
+    components = {name: getattr(pipeline, name, None) for name in DENOISERS}
+    denoisers: dict[str, Any] = {name: c for name, c in components.items() if isinstance(c, nn.Module)}
+    for name, denoiser in denoisers.items():
+        if not getattr(denoiser, "_repeated_blocks", None):
             raise ModelUnavailable(
-                f"{type(part).__name__} cannot be compiled: diffusers does not say which blocks it repeats; "
+                f"{type(denoiser).__name__} cannot be compiled: diffusers does not name its repeated blocks; "
                 "take compile out of the card"
             )
-        part.compile_repeated_blocks(dynamic=True)
-        logger.info("blocks will be compiled", extra={"part": name})
+        denoiser.compile_repeated_blocks(dynamic=True)
+        logger.info("blocks are compiled at their first run", extra={"component": name})

@@ -1,4 +1,4 @@
-"""The device this process may use."""
+"""The device that this process may use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def best_device() -> torch.device:
 
 
 def memory_bytes(device: torch.device) -> int | None:
-    """What weights may take of a GPU: nine tenths of it, the rest is for activations; None elsewhere."""
+    """Bytes of a GPU that weights may take: nine tenths, the rest is for activations. None elsewhere."""
     if device.type != "cuda":
         return None
     return int(0.9 * torch.cuda.get_device_properties(device).total_memory)

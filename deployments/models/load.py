@@ -16,14 +16,14 @@ from deployments.protocol.errors import ModelUnavailable
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]  # relative weights paths stand under the repository
+ROOT = Path(__file__).resolve().parents[2]  # relative paths of weights start at the repository
 CONTROLNETS: dict[str, Any] = {"sd": ControlNetModel, "sdxl": ControlNetModel, "flux": FluxControlNetModel}
 
 
 def folder_of(weights: Weights, index: str = "model_index.json") -> Path | None:
-    """The local folder, checked to hold the file `index`; None for weights of the hub.
+    """The local folder, which contains the file `index`; None for weights of the hub.
 
-    Raises ModelUnavailable naming the folder and what should be there.
+    Raises ModelUnavailable naming the folder and the missing file.
     """
     if weights.path is None:
         return None
@@ -49,11 +49,11 @@ def _fetched(url: str) -> Path:
 
 
 def load_pipeline(weights: Weights, device: torch.device, *, while_serving: bool = False) -> Any:
-    """The pipeline that the weights' own model_index.json names, on `device`; safetensors only.
+    """The pipeline named in the model_index.json of the weights, on `device`. Reads safetensors only.
 
-    while_serving: other threads are at work. Loading in another dtype than float32 would change torch's
-    default dtype for all threads meanwhile (diffusers 0.42, transformers 5), so it is loaded as float32
-    and cast, which takes twice the host memory.
+    while_serving: other threads are working. Loading in a dtype other than float32 would change torch's
+    default dtype for all threads meanwhile (diffusers 0.42, transformers 5), so the weights are loaded as
+    float32 and cast, which takes twice the host memory.
     Raises ModelUnavailable when a file is missing, a download fails or a licence is not accepted.
     """
     dtype: torch.dtype = getattr(torch, weights.dtype)
@@ -63,8 +63,8 @@ def load_pipeline(weights: Weights, device: torch.device, *, while_serving: bool
         pipeline = pipeline.to(dtype)
     vae = getattr(pipeline, "vae", None)
     if vae is not None and "force_upcast" in vae.config:
-        # img2img pipelines would cast the shared VAE to float32 and back while others use it; it is
-        # there for float16's range, and bfloat16 has float32's
+        # img2img pipelines would cast the shared VAE to float32 and back while other requests use it. The
+        # option exists for the range of float16; bfloat16 has the range of float32
         vae.register_to_config(force_upcast=False)
     return pipeline if device.type == "cpu" else pipeline.to(device)
 
@@ -72,10 +72,10 @@ def load_pipeline(weights: Weights, device: torch.device, *, while_serving: bool
 def load_controlnet(weights: Weights, family: Family, device: torch.device) -> nn.Module:
     """A ControlNet for models of `family`, on `device`. May be called while other threads are at work.
 
-    Raises ModelUnavailable as load_pipeline does, and for a family without ControlNets here.
+    Raises ModelUnavailable as load_pipeline does, and for a family whose ControlNets are not supported.
     """
     if family not in CONTROLNETS:
-        raise ModelUnavailable(f"there are no ControlNets for {family} here; take controls out of the card")
+        raise ModelUnavailable(f"ControlNets for {family} are not supported; take controls out of the card")
     options: dict[str, Any] = {"torch_dtype": torch.float32, "use_safetensors": True}  # as in load_pipeline
     net: nn.Module = _from_pretrained(
         CONTROLNETS[family], weights, folder_of(weights, "config.json"), options
@@ -85,7 +85,7 @@ def load_controlnet(weights: Weights, family: Family, device: torch.device) -> n
 
 
 def _from_pretrained(kind: Any, weights: Weights, folder: Path | None, options: dict[str, Any]) -> Any:
-    """What `kind` makes of the folder or of the hub's files."""
+    """An object of class `kind`, loaded from the folder or from the hub."""
     if weights.repo is not None:
         options = options | {"revision": weights.revision, "variant": weights.variant}
     try:

@@ -1,4 +1,4 @@
-"""Models loaded in one replica: the least recently used makes room, one in use never does."""
+"""Models loaded in one replica: the least recently used idle one is unloaded to make space for another."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ T = TypeVar("T")
 class _CachedModel(Generic[T]):
     model: T
     size_bytes: int
-    users: int = 0
+    users: int = 0  # a model in use is pinned
 
 
 class ModelCache(Generic[T]):
-    """At most `limit` models of at most `max_bytes` together. Used from one event loop.
+    """At most `limit` models of at most `max_bytes` in total. Used from one event loop.
 
-    Loading and unloading run in a thread, one at a time, so that requests of loaded models go on.
+    Loading and unloading run in a thread, one at a time, so that requests for loaded models continue.
+    An OrderedDict and no cachetools.LRUCache, because eviction skips pinned models and may have to wait.
     """
 
     def __init__(
@@ -38,9 +39,9 @@ class ModelCache(Generic[T]):
         max_bytes: int | None = None,
         expected_bytes: Callable[[str], int] = lambda _name: 0,
     ) -> None:
-        """expected_bytes: of a model that is not loaded yet; size_of: of one that is.
+        """size_of: bytes of a loaded model; expected_bytes: of one that is not loaded yet, by name.
 
-        max_bytes: None for no bound but the number.
+        max_bytes: None for no limit.
         """
         self._load = load
         self._unload = unload
@@ -49,7 +50,7 @@ class ModelCache(Generic[T]):
         self._max_bytes = max_bytes
         self._expected_bytes = expected_bytes
         self._entries: OrderedDict[str, _CachedModel[T]] = OrderedDict()
-        self._loading = asyncio.Lock()  # of the one that loads
+        self._loading = asyncio.Lock()
         self._released = asyncio.Event()
 
     @property
@@ -59,19 +60,19 @@ class ModelCache(Generic[T]):
 
     @property
     def models(self) -> list[T]:
-        """All that are loaded."""
+        """All loaded models."""
         return [entry.model for entry in list(self._entries.values())]
 
     def put(self, name: str, model: T) -> None:
-        """A model that was loaded before anybody asked."""
+        """Add a model that was loaded elsewhere, such as at the start."""
         self._entries[name] = _CachedModel(model, self._size_of(model))
 
     @asynccontextmanager
     async def using(self, name: str) -> AsyncGenerator[T]:
-        """The model, loaded if need be; it stays as long as the block runs. Errors of `load` pass through."""
+        """The model, loaded if necessary and pinned while the block runs. Raises what `load` raises."""
         entry = self._entries.get(name)
         if entry is None:
-            entry = await self._fetch(name)
+            entry = await self._load_pinned(name)
         else:
             entry.users += 1
         self._entries.move_to_end(name)
@@ -81,19 +82,19 @@ class ModelCache(Generic[T]):
             entry.users -= 1
             self._released.set()
 
-    async def _fetch(self, name: str) -> _CachedModel[T]:
+    async def _load_pinned(self, name: str) -> _CachedModel[T]:
         async with self._loading:
             entry = self._entries.get(name)
             if entry is None:
-                await self._make_room(self._expected_bytes(name))
+                await self._make_space(self._expected_bytes(name))
                 model = await asyncio.to_thread(self._load, name)
                 entry = self._entries[name] = _CachedModel(model, self._size_of(model))
-                logger.info("model loaded", extra={"model": name, "bytes": entry.size_bytes})
+                logger.info("model added to the cache", extra={"model": name, "bytes": entry.size_bytes})
             entry.users += 1
             return entry
 
-    async def _make_room(self, needed_bytes: int) -> None:
-        """Unload idle models until one more fits, waiting for one to fall idle."""
+    async def _make_space(self, needed_bytes: int) -> None:
+        """Unload idle models until one more fits; waits while none is idle."""
         while self._entries and not self._fits(needed_bytes):
             idle = next((name for name, entry in self._entries.items() if not entry.users), None)
             if idle is None:

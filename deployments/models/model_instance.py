@@ -1,12 +1,11 @@
-"""One model on the device with all that its requests need; loaded and unloaded as a whole."""
+"""One model on the device with everything that its requests need; loaded and unloaded as a whole."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,28 +23,16 @@ from deployments.models.preprocessors import lazy_preprocessors
 from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.pipelines.previews import Previewer
 from deployments.pipelines.prompt_cache import PromptCache
-from deployments.protocol.card import ModelCard, Serving
-from deployments.protocol.request import ControlType, Task
+from deployments.protocol.card import ModelCard
+from deployments.protocol.request import Task
 
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
 
 
-def _pipeline_tasks(card: ModelCard) -> list[Task]:
-    """Those that a pipeline does; frame-wise videos are made of pictures."""
-    framewise = {Task.t2v, Task.i2v} if card.videos is not None and card.videos.framewise else set()
-    return [Task(task) for task in card.tasks if task not in framewise]
-
-
-def _room(serving: Serving) -> LoraCacheLimits:
-    return LoraCacheLimits(
-        serving.adapters_on_device, serving.adapters_in_memory, serving.adapter_memory_mib * MIB
-    )
-
-
 class ModelInstance:
-    """The card's model, its prompt cache, previewer and control map finders."""
+    """A card's model on the device, with its caches, previewer and preprocessors."""
 
     def __init__(
         self,
@@ -56,15 +43,16 @@ class ModelInstance:
         while_serving: bool,
         lora_files: LoraFileReader | None = None,
     ) -> None:
-        """Loads at once. refiner: the card that card.refiner names; loaded when a request asks for it.
+        """Load the model. refiner: the card that card.refiner names; loaded when a request needs it.
 
-        while_serving: other threads are at work, see load_pipeline.
-        lora_files: of LoRAs that requests only name; without it they must send the file along.
-        Raises ModelUnavailable when the weights cannot be had.
+        while_serving: whether other threads are working, see load_pipeline.
+        lora_files: reads the files of LoRAs that a request only names; without it, requests bring the files.
+        Raises ModelUnavailable when the weights cannot be loaded.
         """
         started = time.monotonic()
+        serving = card.serving
         pipeline = load_pipeline(card.weights, device, while_serving=while_serving)
-        if card.serving.compile:
+        if serving.compile:
             compile_blocks(pipeline)
         self.card = card
         self.pipelines = DiffusersModel(
@@ -77,40 +65,48 @@ class ModelInstance:
             else partial(load_pipeline, refiner.weights, device, while_serving=True),
         )
         self.previewer = Previewer.fitted_to(pipeline)
-        self.prompts = PromptCache(card.serving.prompt_cache_mib * MIB)
-        self.preprocessors: Mapping[ControlType, Callable[..., Any]] = lazy_preprocessors(
-            card.controls, device
-        )
-        parts = {name: part for name, part in pipeline.components.items() if name in PARTS}
+        self.prompts = PromptCache(serving.prompt_cache_mib * MIB)
+        self.preprocessors = lazy_preprocessors(card.controls, device)
+        components = {name: c for name, c in pipeline.components.items() if name in PARTS}
         self.batched_lora = BatchedLora(
-            {name: part for name, part in parts.items() if isinstance(part, nn.Module)},
-            deterministic=card.serving.deterministic,
+            {name: c for name, c in components.items() if isinstance(c, nn.Module)},
+            deterministic=serving.deterministic,
+        )
+        lora_limits = LoraCacheLimits(
+            serving.adapters_on_device, serving.adapters_in_memory, serving.adapter_memory_mib * MIB
         )
         self.loras = LoraCache(
-            pipeline, self.batched_lora, device, lora_files or LoraFileCache(None, 0), _room(card.serving)
+            pipeline, self.batched_lora, device, lora_files or LoraFileCache(None, 0), lora_limits
         )
-        self._restores: list[Callable[[], None]] = [self.loras.close, self.batched_lora.unhook]
+        self._undo: list[Callable[[], None]] = [self.loras.close, self.batched_lora.unhook]
         self._intercept(self.pipelines.modules)
         self.pipelines.on_new_modules = self._intercept
         logger.info("model loaded", extra={"model": card.id, "seconds": time.monotonic() - started})
 
     @property
     def size_bytes(self) -> int:
-        """Of all weights on the device."""
+        """Size of all weights on the device; weights that modules share count once."""
         parameters = {id(p): p for module in self.pipelines.modules for p in module.parameters()}
-        return sum(p.numel() * p.element_size() for p in parameters.values())
+        return sum(parameter.nbytes for parameter in parameters.values())
 
     def unload(self) -> None:
-        """Let the memory go. Nobody may use the model any more."""
-        for restore in self._restores:
-            restore()
-        self._restores.clear()
+        """Free the memory. The model must not be used any more."""
+        for undo in self._undo:
+            undo()
+        self._undo.clear()
         self.prompts.clear()
         self.pipelines.modules.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
     def _intercept(self, modules: list[nn.Module]) -> None:
-        self._restores.append(intercept(modules))
+        """Let the calls of these modules park in the engine."""
+        self._undo.append(intercept(modules))
         if self.card.serving.deterministic:
-            self._restores.append(pad_small_linears(modules))
+            self._undo.append(pad_small_linears(modules))
+
+
+def _pipeline_tasks(card: ModelCard) -> list[Task]:
+    """The card's tasks for which a pipeline is needed; frame-wise videos consist of pictures."""
+    framewise = {Task.t2v, Task.i2v} if card.videos is not None and card.videos.framewise else set()
+    return [Task(task) for task in card.tasks if task not in framewise]

@@ -1,4 +1,4 @@
-"""Models that find depth and people in plain pictures, for control maps; loaded when first asked."""
+"""Models that estimate depth and poses in plain pictures, for control maps; loaded at their first call."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from deployments.protocol.request import ControlType
 
 logger = logging.getLogger(__name__)
 
-MAX_PEOPLE = 16  # in one picture; the surest ones
+MAX_PEOPLE = 16  # in one picture, those with the highest scores
 MIN_PERSON_SCORE = 0.3
 BOX_MARGIN = 1.25  # ViTPose was trained on boxes a quarter larger than the person
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # ImageNet's
@@ -37,85 +37,87 @@ Floats = npt.NDArray[np.floating[Any]]
 def lazy_preprocessors(
     controls: Mapping[ControlType, ControlNet], device: torch.device
 ) -> dict[ControlType, Callable[[Image.Image], Any]]:
-    """What finds the depth and the people of a plain picture, for the kinds that the card has a model for.
+    """Preprocessors for the types of control picture whose models the card names: depth, pose.
 
-    Each may be called from any thread, one call at a time runs. The model is loaded by the first call,
-    which raises ModelUnavailable if it cannot be.
+    Each may be called from any thread; one call runs at a time. The first call loads the model and raises
+    ModelUnavailable if that fails.
     """
-    made: dict[ControlType, Callable[[Image.Image], Any]] = {}
+    preprocessors: dict[ControlType, Callable[[Image.Image], Any]] = {}
     depth, pose = controls.get("depth"), controls.get("pose")
     if depth is not None and depth.preprocessor is not None:
-        made["depth"] = _LazyPreprocessor(partial(load_depth_estimator, depth.preprocessor, device))
+        preprocessors["depth"] = _LazyPreprocessor(partial(load_depth_estimator, depth.preprocessor, device))
     if pose is not None and pose.preprocessor is not None and pose.detector is not None:
-        made["pose"] = _LazyPreprocessor(
+        preprocessors["pose"] = _LazyPreprocessor(
             partial(load_pose_estimator, pose.preprocessor, pose.detector, device)
         )
-    return made
+    return preprocessors
 
 
 class _LazyPreprocessor:
-    """A finder that is loaded by its first call; one call at a time."""
+    """A preprocessor that is loaded by its first call; one call at a time."""
 
     def __init__(self, load: Callable[[], Callable[[Image.Image], Any]]) -> None:
         self._load = load
-        self._find: Callable[[Image.Image], Any] | None = None
+        self._preprocess: Callable[[Image.Image], Any] | None = None
         self._lock = threading.Lock()
 
     def __call__(self, picture: Image.Image) -> Any:
         with self._lock:
-            if self._find is None:
-                self._find = self._load()
+            if self._preprocess is None:
+                self._preprocess = self._load()
             with torch.inference_mode():
-                return self._find(picture)
+                return self._preprocess(picture)
 
 
 def load_depth_estimator(weights: Weights, device: torch.device) -> Callable[[Image.Image], Floats]:
-    """Depth of a picture: (height, width), more is nearer (such as Depth Anything gives)."""
+    """A function from a picture to its depth (height, width), larger is nearer, by such as Depth Anything."""
     model, processor = _load(AutoModelForDepthEstimation, weights, device), _processor(weights)
 
-    def find(picture: Image.Image) -> Floats:
+    def estimate(picture: Image.Image) -> Floats:
         inputs = processor(images=picture, return_tensors="pt").to(device, model.dtype)
         outputs = model(**inputs)
-        (answer,) = processor.post_process_depth_estimation(
+        (result,) = processor.post_process_depth_estimation(
             outputs, target_sizes=[(picture.height, picture.width)]
         )
-        depth: Floats = answer["predicted_depth"].float().cpu().numpy()
+        depth: Floats = result["predicted_depth"].float().cpu().numpy()
         return depth
 
-    return find
+    return estimate
 
 
 def load_pose_estimator(
     weights: Weights, detector_weights: Weights, device: torch.device
 ) -> Callable[[Image.Image], list[Floats]]:
-    """Key points of the people in a picture: for each (17, 3), x and y in pixels and a score."""
+    """A function from a picture to its people: for each (17, 3), x and y in pixels and a score."""
     detector = _load(AutoModelForObjectDetection, detector_weights, device)
     processor = _processor(detector_weights)
     model = _load(VitPoseForPoseEstimation, weights, device)
     person_labels = {label for label, name in detector.config.id2label.items() if name == "person"}
 
-    def find(picture: Image.Image) -> list[Floats]:
+    def estimate(picture: Image.Image) -> list[Floats]:
         inputs = processor(images=picture, return_tensors="pt").to(device, detector.dtype)
-        (found,) = processor.post_process_object_detection(
+        (detected,) = processor.post_process_object_detection(
             detector(**inputs),
             target_sizes=torch.tensor([(picture.height, picture.width)]),
             threshold=MIN_PERSON_SCORE,
         )
         people = [
             (float(score), box.float().cpu().numpy())
-            for score, label, box in zip(found["scores"], found["labels"], found["boxes"], strict=True)
+            for score, label, box in zip(
+                detected["scores"], detected["labels"], detected["boxes"], strict=True
+            )
             if int(label) in person_labels
         ]
         people.sort(key=lambda person: -person[0])
         return [_key_points(model, picture, box, device) for _, box in people[:MAX_PEOPLE]]
 
-    return find
+    return estimate
 
 
 def _key_points(model: Any, picture: Image.Image, box: Floats, device: torch.device) -> Floats:
-    """(17, 3) of the person in `box` (left, top, right, bottom in pixels).
+    """Key points (17, 3) of the person in `box` (left, top, right, bottom in pixels).
 
-    Done here and not by transformers' image processor, which needs SciPy.
+    Computed here and not by the image processor of transformers, which needs SciPy.
     """
     rows, columns = model.config.backbone_config.image_size
     left, top, right, bottom = padded_box(box, columns / rows)
@@ -135,7 +137,7 @@ def _key_points(model: Any, picture: Image.Image, box: Floats, device: torch.dev
 
 
 def padded_box(box: Floats, aspect: float) -> tuple[float, float, float, float]:
-    """The box with ViTPose's margin, widened or heightened to width / height = aspect."""
+    """The box with the margin of ViTPose, extended to width / height = aspect."""
     left, top, right, bottom = (float(side) for side in box)
     width, height = max(right - left, 1.0), max(bottom - top, 1.0)
     width, height = max(width, height * aspect), max(height, width / aspect)
@@ -145,9 +147,9 @@ def padded_box(box: Floats, aspect: float) -> tuple[float, float, float, float]:
 
 
 def peaks(heatmaps: Floats) -> Floats:
-    """(n, 3): where each of (n, rows, columns) heatmaps is highest, as parts 0..1 of its sides, and how high.
+    """(n, 3): x and y (0..1 of the sides) and value of the maximum of each of (n, rows, columns) heatmaps.
 
-    A quarter cell is added towards the higher neighbour, as is usual.
+    A quarter of a cell is added towards the higher neighbour, as is usual.
     """
     count, rows, columns = heatmaps.shape
     points = np.zeros((count, 3))
@@ -163,7 +165,7 @@ def peaks(heatmaps: Floats) -> Floats:
 
 
 def _load(kind: Any, weights: Weights, device: torch.device) -> Any:
-    """The model on the device. Loaded as float32: another dtype would become all threads' default."""
+    """The model on the device. Loaded as float32: another dtype would become the default of all threads."""
     model = _from_pretrained(kind, weights, {"dtype": torch.float32, "use_safetensors": True})
     logger.info("preprocessor loaded", extra={"weights": weights.path or weights.repo})
     return model.to(device, getattr(torch, weights.dtype)).eval()

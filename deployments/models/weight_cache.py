@@ -1,4 +1,4 @@
-"""A card's weights on this node: fetched once from the hub or a bucket, whichever replica comes first."""
+"""Weights on this node: downloaded once from the hub or a bucket, by the first replica that needs them."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ from deployments.protocol.errors import ModelUnavailable
 
 logger = logging.getLogger(__name__)
 
-FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # of a hub repository that is no pipeline
+FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # in a hub repository of a single module
 MODEL_CACHE = "WEFT_MODEL_CACHE"  # Settings.model_cache; Ray's processes inherit it
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # torch's own setting
 
 
 def fetch(weights: Weights, *, pipeline: bool) -> None:
-    """Have them on this node; quick where they are. pipeline: a whole one, not a single module.
+    """Download the weights to this node, if they are not complete here already.
 
+    pipeline: whether they are a whole pipeline, not a single module.
     Raises ModelUnavailable with the reason.
     """
-    began = time.monotonic()
+    started = time.monotonic()
     name = weights.path or weights.repo
     try:
         if weights.repo is not None:
@@ -39,14 +40,15 @@ def fetch(weights: Weights, *, pipeline: bool) -> None:
             local_folder(str(weights.path))
     except (OSError, ValueError, ImportError) as error:
         raise ModelUnavailable(f"the weights {name} cannot be fetched: {error}") from error
-    logger.info("weights are here", extra={"weights": name, "seconds": round(time.monotonic() - began, 3)})
+    seconds = round(time.monotonic() - started, 3)
+    logger.info("weights are complete", extra={"weights": name, "seconds": seconds})
 
 
 def local_folder(url: str) -> Path:
-    """The folder at this fsspec URL (s3://, gs://, file://, ...) as one on this node, fetched if need be.
+    """The local copy of the folder at this fsspec URL (s3://, gs://, file://, ...), downloaded if missing.
 
-    It is there whole or not at all; others on this node who want it at the same time wait for the first.
-    Raises FileNotFoundError when there is nothing at the URL, OSError, ImportError without its driver.
+    It is complete or absent; other processes on this node that need it meanwhile wait for the download.
+    Raises FileNotFoundError when the URL has no folder, other OSErrors, ImportError without its driver.
     """
     folder = _cache() / hashlib.sha256(url.encode()).hexdigest()[:24]
     if folder.is_dir():
@@ -56,7 +58,7 @@ def local_folder(url: str) -> Path:
         if folder.is_dir():
             return folder
         partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)  # of one that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         filesystem, path = fsspec.core.url_to_fs(url)
         if not filesystem.isdir(path):
             raise FileNotFoundError(f"there is no folder at {url}")
@@ -66,7 +68,7 @@ def local_folder(url: str) -> Path:
 
 
 def _from_hub(weights: Weights, *, pipeline: bool) -> None:
-    """Into the hub's own cache (HF_HOME), which locks by itself."""
+    """Download into the hub's own cache (HF_HOME), which has locks of its own."""
     options: dict[str, Any] = {"revision": weights.revision}
     if pipeline:
         from diffusers import DiffusionPipeline
@@ -81,7 +83,7 @@ def _from_hub(weights: Weights, *, pipeline: bool) -> None:
 def keep_compiled_code() -> None:
     """Have torch's compiler keep its code on this node, for replicas that start later.
 
-    Call it before torch is imported, which else chooses a temporary folder for good.
+    Call this before torch is imported: at its import, torch chooses a temporary folder otherwise.
     """
     os.environ.setdefault(COMPILED, str(_cache() / "compiled"))
 
@@ -92,7 +94,7 @@ def _cache() -> Path:
 
 @contextmanager
 def _file_lock(lock: Path) -> Iterator[None]:
-    """Among the processes of this node; a killed one lets go."""
+    """Hold a lock among the processes of this node. It is released when its process is killed."""
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

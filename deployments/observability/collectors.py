@@ -1,4 +1,4 @@
-"""The numbers of a model's replica, read from its parts for `telemetry`."""
+"""Current values of a replica's metrics, collected from the engine, the models, the process and the GPU."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from deployments.engine.worker import Worker
 from deployments.models.model_instance import ModelInstance
 from deployments.observability.metrics import Sample
 
-STATM = Path("/proc/self/statm")  # Linux: pages, the second number resident
+STATM = Path("/proc/self/statm")  # on Linux; its second number counts resident pages
 
 
 def worker_samples(worker: Worker) -> Iterator[Sample]:
-    """What the engine does and did."""
+    """Load and totals of the engine."""
     (running, waiting), stats = worker.load, worker.stats
     yield Sample("weft_requests_running", running)
     yield Sample("weft_requests_waiting", waiting)
@@ -27,35 +27,39 @@ def worker_samples(worker: Worker) -> Iterator[Sample]:
     yield Sample("weft_batches_halved", stats.halved_batches)
     for kind, number in stats.failures.copy().items():
         yield Sample("weft_requests_failed", number, {"kind": kind})
-    for what, (number, seconds) in stats.forwards.items():
-        labels = {"model": what.model, "module": what.module, "size": what.size, "rows": str(what.batch_size)}
+    for forward, (number, seconds) in stats.forwards.items():
+        labels = {
+            "model": forward.model,
+            "module": forward.module,
+            "size": forward.size,
+            "rows": str(forward.batch_size),
+        }
         yield Sample("weft_forwards", number, labels)
         yield Sample("weft_forward_seconds", seconds, labels)
 
 
 def model_samples(models: Iterable[ModelInstance]) -> Iterator[Sample]:
-    """What the loaded models hold, and how their caches do."""
-    for loaded in models:
-        model = {"model": loaded.card.id}
-        prompts, lora_cache = loaded.prompts, loaded.loras
-        uses, held = lora_cache.stats, lora_cache.usage
-        yield Sample("weft_model_bytes", loaded.size_bytes, model)
+    """Size of the loaded models and use of their caches."""
+    for instance in models:
+        model = {"model": instance.card.id}
+        prompts, stats, usage = instance.prompts, instance.loras.stats, instance.loras.usage
+        yield Sample("weft_model_bytes", instance.size_bytes, model)
         yield Sample("weft_prompts_cached", prompts.hits, model)
         yield Sample("weft_prompts_encoded", prompts.misses, model)
         yield Sample("weft_prompt_cache_bytes", prompts.bytes, model)
-        yield Sample("weft_adapter_uses", uses.on_device, {**model, "level": "device"})
-        yield Sample("weft_adapter_uses", uses.in_memory, {**model, "level": "memory"})
-        yield Sample("weft_adapter_uses", uses.from_files, {**model, "level": "file"})
-        yield Sample("weft_adapters_evicted", uses.evicted, model)
-        yield Sample("weft_adapters_held", held.on_device, {**model, "level": "device"})
-        yield Sample("weft_adapters_held", held.in_memory, {**model, "level": "memory"})
-        on_device = held.device_bytes + held.stacked_bytes
+        yield Sample("weft_adapter_uses", stats.on_device, {**model, "level": "device"})
+        yield Sample("weft_adapter_uses", stats.in_memory, {**model, "level": "memory"})
+        yield Sample("weft_adapter_uses", stats.from_files, {**model, "level": "file"})
+        yield Sample("weft_adapters_evicted", stats.evicted, model)
+        yield Sample("weft_adapters_held", usage.on_device, {**model, "level": "device"})
+        yield Sample("weft_adapters_held", usage.in_memory, {**model, "level": "memory"})
+        on_device = usage.device_bytes + usage.stacked_bytes
         yield Sample("weft_adapter_bytes", on_device, {**model, "level": "device"})
-        yield Sample("weft_adapter_bytes", held.memory_bytes, {**model, "level": "memory"})
+        yield Sample("weft_adapter_bytes", usage.memory_bytes, {**model, "level": "memory"})
 
 
 def memory_samples(device: torch.device) -> Iterator[Sample]:
-    """What this process and its device have."""
+    """Memory of this process and of its GPU; nothing of the GPU on a CPU."""
     if STATM.exists():
         pages = int(STATM.read_text().split()[1])
         yield Sample("weft_host_bytes", pages * os.sysconf("SC_PAGE_SIZE"))

@@ -1,1 +1,1 @@
-"""From a request to a diffusers pipeline call: class, noise scheduler, arguments."""
+"""From a request to a call of a diffusers pipeline: its class, noise scheduler, arguments and callbacks."""

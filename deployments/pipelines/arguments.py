@@ -1,4 +1,4 @@
-"""A request in the words of one pipeline's __call__."""
+"""The arguments of a pipeline's __call__ for a request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from deployments.protocol.request import ResolvedRequest
 
 @cache
 def parameters_of(pipeline_class: type) -> frozenset[str]:
-    """Names that the pipeline's __call__ takes."""
+    """Names of the parameters of the pipeline's __call__."""
     return frozenset(inspect.signature(pipeline_class.__call__).parameters)
 
 
@@ -26,10 +26,10 @@ def call_arguments(
     mask: Image.Image | None,
     maps: Sequence[Image.Image] = (),
 ) -> dict[str, Any]:
-    """Keyword arguments for the request, only those that this pipeline knows.
+    """Keyword arguments for the request, only those that this pipeline has parameters for.
 
-    image, mask, maps: RGB, L and RGB pictures of the request's size, one map per control picture.
-    Generators are CPU ones, one per picture: seed + i gives picture i, on any device.
+    image, mask, maps: RGB, L and RGB pictures of the request's size; one map per control picture.
+    There is one generator per picture, on the CPU, so that seed + i gives picture i on any device.
     """
     known = parameters_of(pipeline_class)
     arguments: dict[str, Any] = {
@@ -49,9 +49,9 @@ def call_arguments(
     }
     if request.video is not None:
         arguments["num_frames"] = request.video.num_frames
-        arguments["frame_rate"] = request.video.fps  # LTX moves at the pace it is told
+        arguments["frame_rate"] = request.video.fps  # LTX adapts the motion to it
     if maps:
-        # Stable Diffusion's text-to-image pipelines call the control picture just image
+        # text-to-image pipelines of Stable Diffusion take the control picture as image
         arguments["control_image" if "control_image" in known else "image"] = list(maps)
         arguments["controlnet_conditioning_scale"] = [control.weight for control in request.controls]
         arguments["control_guidance_start"] = [control.start for control in request.controls]

@@ -1,8 +1,8 @@
-"""ControlNets of one request, behind the interface of diffusers' wrappers for several of them.
+"""The ControlNets of one request, with the interface of diffusers' wrappers for several ControlNets.
 
-Weights and spans are applied here and not inside the nets: every forward of a net has scale 1, so that
-requests of different weights share it, and a net whose part of the steps is over is not run at all.
-Both give what diffusers gives: it multiplies a net's outputs by the scale as its last operation.
+Weights and spans of steps are applied here and not inside the nets: every forward of a net has scale 1, so
+that requests with different weights share it, and a net does not run outside of its span. The results equal
+those of diffusers, which multiplies a net's outputs by the scale as its last operation.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Samples = list[Tensor] | None
 def controlnets(nets: Sequence[nn.Module], modes: Sequence[int | None]) -> Any:
     """One nn.Module over the shared `nets`, in the order of the request's control pictures.
 
-    modes: for each which mode of a union net (FLUX) it is; None for nets of one kind.
+    modes: per net, the mode of a union ControlNet (FLUX); None for other nets.
     """
     if isinstance(nets[0], FluxControlNetModel):
         return _FluxControlNets(nets, modes)
@@ -28,7 +28,7 @@ def controlnets(nets: Sequence[nn.Module], modes: Sequence[int | None]) -> Any:
 
 
 class _ControlNets(MultiControlNetModel):
-    """For Stable Diffusion's pipelines, which call it once per step."""
+    """For pipelines of Stable Diffusion, which call it once per step."""
 
     nets: Any  # nn.ModuleList
 
@@ -46,8 +46,8 @@ class _ControlNets(MultiControlNetModel):
         guess_mode: bool = False,
         return_dict: bool = True,
     ) -> tuple[Samples, Tensor | None]:
-        """Residuals for the UNet's down blocks and its middle; None where no net has a say."""
-        assert not return_dict, "the pipelines take the plain tuple"
+        """Residuals for the down blocks and the middle block of the UNet; None when no net runs."""
+        assert not return_dict, "the pipelines expect a tuple"
         down: Samples = None
         middle: Tensor | None = None
         for net, picture, scale in zip(self.nets, controlnet_cond, conditioning_scale, strict=True):
@@ -69,7 +69,7 @@ class _ControlNets(MultiControlNetModel):
 
 
 class _FluxControlNets(FluxMultiControlNetModel):
-    """For FLUX's pipelines, which call it once per step."""
+    """For pipelines of FLUX, which call it once per step."""
 
     nets: Any  # nn.ModuleList
 
@@ -92,8 +92,8 @@ class _FluxControlNets(FluxMultiControlNetModel):
         joint_attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> tuple[Samples, Samples]:
-        """Residuals for the double and the single blocks; None where no net has a say."""
-        assert not return_dict, "the pipelines take the plain tuple"
+        """Residuals for the double and the single blocks; None when no net runs."""
+        assert not return_dict, "the pipelines expect a tuple"
         blocks: Samples = None
         single_blocks: Samples = None
         for net, picture, mode, scale in zip(
@@ -124,9 +124,9 @@ def _add(total: Samples, samples: Sequence[Tensor] | None, scale: float) -> Samp
     if samples is None:
         return total
     scaled = [sample * scale for sample in samples]
-    return scaled if total is None else [one + other for one, other in zip(total, scaled, strict=True)]
+    return scaled if total is None else [a + b for a, b in zip(total, scaled, strict=True)]
 
 
 def _mode_of_rows(mode: int | None, hidden_states: Tensor) -> Tensor:
-    """(rows, 1), as a union net takes it."""
+    """The mode as a union ControlNet expects it, (rows, 1)."""
     return torch.full((hidden_states.shape[0], 1), mode or 0, device=hidden_states.device)

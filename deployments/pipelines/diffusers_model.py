@@ -1,4 +1,4 @@
-"""A loaded model: for every request a pipeline object of its own over shared weights."""
+"""A loaded model, which gives every request a pipeline object of its own over shared weights."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class DiffusersModel:
         load_controlnet: Callable[[Weights], nn.Module] | None = None,
         load_refiner: Callable[[], Any] | None = None,
     ) -> None:
-        """controls: the card's, loaded by load_controlnet. load_refiner gives an image-to-image pipeline."""
+        """controls: of the card, for load_controlnet. load_refiner returns an image-to-image pipeline."""
         self._pipeline = pipeline
         self._templates = {task: _template(pipeline, task) for task in tasks}
         self._controls = dict(controls or {})
@@ -65,10 +65,10 @@ class DiffusersModel:
         self.on_new_modules: Callable[[list[nn.Module]], object] = lambda _modules: None
 
     def prepare(self, request: ResolvedRequest) -> None:
-        """Load the ControlNets and the refiner that the request needs; quick when they are there.
+        """Load the ControlNets and the refiner that the request needs; returns at once when they are loaded.
 
-        Meant for a thread that nobody waits for: `call` does it too, but all requests wait meanwhile.
-        Raises ModelUnavailable when they cannot be loaded, BadRequest for those that the card lacks.
+        Call it in a thread of its own: `call` does it too, but then all requests wait for it.
+        Raises ModelUnavailable when they cannot be loaded, BadRequest for those that are not in the card.
         """
         if self._is_ready(request):
             return
@@ -76,7 +76,7 @@ class DiffusersModel:
             for control in request.controls:
                 self._load_net(control.type)
             if request.refiner is not None and self._refiner is None:
-                self._take_refiner(request)
+                self._load_refiner_of(request)
 
     def call(
         self,
@@ -90,25 +90,27 @@ class DiffusersModel:
         progress: Progress | None = None,
         attach: Callable[[Any], None] = lambda _pipeline: None,
     ) -> list[Any]:
-        """Run the request's own, unmodified pipeline call; num_images pictures in order of seed.
+        """Call the request's own, unmodified pipeline. Returns num_images pictures in the order of their
+        seeds; for a video, one LatentDecoder, whose frames are not decoded yet.
 
-        image, mask, maps: RGB, L and RGB, of the request's size; a map for every control picture.
-        A video is one video.LatentDecoder, still to be decoded.
-        output_type: "latent" gives tensors without decoding. Strength 0 gives the picture back
-        untouched, which diffusers refuses to do ("number of steps is < 1").
-        progress: kept up to date; if it holds latents, the call goes on from there.
-        attach: given the request's pipeline object before it is called.
-        Raises Internal when the latents are not finite at the end: the picture would be black.
+        image, mask, maps: RGB, L and RGB, of the request's size; one map per control picture.
+        on_step: called after every step.
+        output_type: "latent" returns tensors without decoding.
+        progress: updated after every step; if it holds latents, the call continues from them.
+        attach: called with the request's pipeline object before that is called.
+        With strength 0 the picture is returned unchanged, for which diffusers would raise ("number of steps
+        is < 1"). Raises NotFinite when the latents are not finite at the end, BadRequest when the safety
+        checker of the model rejects the picture.
         """
         if image is not None and request.edit is not None and request.edit.strength == 0:
             return [image.copy() for _ in range(request.num_images)]
         pipeline = self.pipeline_for(request)
         attach(pipeline)
         arguments = call_arguments(type(pipeline), request, image, mask, maps)
-        films = request.task in (Task.t2v, Task.i2v)
-        arguments["output_type"] = latent_decoder.output_type(pipeline) if films else output_type
-        if films and request.video is not None:
-            arguments["num_frames"] = latent_decoder.frames_to_ask(pipeline, request.video.num_frames)
+        makes_video = request.task in (Task.t2v, Task.i2v)
+        arguments["output_type"] = latent_decoder.output_type(pipeline) if makes_video else output_type
+        if makes_video and request.video is not None:
+            arguments["num_frames"] = latent_decoder.requested_frames(pipeline, request.video.num_frames)
         progress = progress or Progress()
         if request.refiner is not None:
             refiner = _own_copy(self._refiner, request.scheduler)
@@ -117,19 +119,19 @@ class DiffusersModel:
         else:
             progress.resumable = can_resume(pipeline, request)
             if progress.latents is not None:
-                arguments |= remaining(progress, request, pipeline._execution_device)  # noqa: SLF001  no public name
+                arguments |= remaining(progress, request, pipeline.device)
             result = pipeline(**arguments, callback_on_step_end=step_callback(on_step, progress))
-        if films:
+        if makes_video:
             return [latent_decoder.latent_decoder(pipeline, result.frames)]
         if any(result.get("nsfw_content_detected") or ()):
             raise BadRequest(
-                "the model's own safety checker blacked the picture out; change the prompt or the seed",
+                "the safety checker of the model rejected the picture; change the prompt or the seed",
                 param="prompt",
             )
         return list(result.images)
 
     def pipeline_for(self, request: ResolvedRequest) -> Any:
-        """A shallow copy: weights shared, run-time state, noise scheduler and ControlNets its own."""
+        """A shallow copy: weights are shared; state, noise scheduler and ControlNets are of its own."""
         self.prepare(request)
         template = self._templates.get(request.task)
         if template is None:
@@ -154,24 +156,25 @@ class DiffusersModel:
             raise BadRequest(f"this model takes no control picture of type {kind}", param="control_type")
         if entry.weights not in self._nets:
             net = self._load_controlnet(entry.weights)
-            self._adopt([net])
-            self._nets[entry.weights] = net  # last: others look for it without the lock
+            self._register([net])
+            self._nets[entry.weights] = net  # last, because _is_ready reads it without the lock
 
-    def _take_refiner(self, request: ResolvedRequest) -> None:
+    def _load_refiner_of(self, request: ResolvedRequest) -> None:
         if self._load_refiner is None:
             raise BadRequest(f"{request.model} has no refiner; leave refiner out", param="refiner")
         refiner = self._load_refiner()
         ensemble.share_equal_parts(refiner, self._pipeline)
         template = _template(refiner, Task.i2i)
-        self._adopt([part for part in _modules(refiner) if not any(part is one for one in self.modules)])
+        known = {id(module) for module in self.modules}
+        self._register([module for module in _modules(refiner) if id(module) not in known])
         self._refiner = template
 
-    def _adopt(self, modules: list[nn.Module]) -> None:
+    def _register(self, modules: list[nn.Module]) -> None:
         self.modules.extend(modules)
         self.on_new_modules(modules)
 
     def _control_template(self, task: Task) -> Any:
-        """The task's pipeline with ControlNets; the nets in it are replaced for every request."""
+        """The pipeline for the task with ControlNets; every request's copy gets its own nets."""
         if task not in self._control_templates:
             name = type(self._pipeline).__name__.replace("Pipeline", "ControlNetPipeline")
             pipeline_class = _get_task_class(_MAPPINGS[task], name)
@@ -181,13 +184,13 @@ class DiffusersModel:
 
 
 def _modules(pipeline: Any) -> list[nn.Module]:
-    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    return [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
 
 
 def _own_copy(template: Any, scheduler: str) -> Any:
     """A copy with a noise scheduler of its own.
 
-    Set past DiffusionPipeline.__setattr__, which would rewrite the shared config.
+    Set in vars(): DiffusionPipeline.__setattr__ would change the shared config.
     """
     pipeline = copy.copy(template)
     vars(pipeline)["scheduler"] = noise_scheduler(scheduler, template.scheduler)
@@ -195,7 +198,7 @@ def _own_copy(template: Any, scheduler: str) -> Any:
 
 
 def _template(pipeline: Any, task: Task) -> Any:
-    """The pipeline of diffusers that does `task`, over the very same components."""
+    """The pipeline of diffusers for `task`, over the same components."""
     pipeline_class: Any
     if task in (Task.t2v, Task.i2v):
         pipeline_class = latent_decoder.video_class(type(pipeline), task)
@@ -209,7 +212,7 @@ def _template(pipeline: Any, task: Task) -> Any:
 def _built(pipeline_class: Any, source: Any, additions: dict[str, nn.Module]) -> Any:
     """A pipeline of this class over the components of `source`.
 
-    Built by its constructor: from_pipe would cast the shared modules to float32 (diffusers 0.42).
+    Built with its constructor: from_pipe would cast the shared modules to float32 (diffusers 0.42).
     """
     modules, options = pipeline_class._get_signature_keys(pipeline_class)  # noqa: SLF001  no public name
     parts = {name: part for name, part in source.components.items() if name in modules} | additions

@@ -1,4 +1,4 @@
-"""SDXL's ensemble of experts: the base model makes the first part of the steps, the refiner the rest."""
+"""Ensemble of experts of SDXL: the base model runs the first part of the steps, the refiner the rest."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def run(
     on_step: Callable[[int, int], None],
     progress: Progress,
 ) -> Any:
-    """The refiner's answer. Latents go from one pipeline to the other; nothing is decoded in between.
+    """The refiner's result. The base pipeline's latents are passed to it without decoding.
 
-    base, refiner: the request's own pipelines. arguments: those of the base's call.
-    Raises BadRequest when one of both would have no step to run.
+    base, refiner: the request's own pipelines. arguments: of the call of the base pipeline.
+    Raises BadRequest when one of them would have no step to run.
     """
     start = request.refiner
     assert start is not None, "the request asks for the refiner"
@@ -48,40 +48,40 @@ def run(
         callback_on_step_end=step_callback(on_step, progress, after=second),
     ).images
     refining = call_arguments(type(refiner), request, latents, None)
-    # the same generators go on: fresh ones would give the noise of the first latents again
+    # the same generators continue: new ones would repeat the noise of the first latents
     refining |= {"generator": arguments["generator"], "output_type": arguments["output_type"]}
     return refiner(**refining, denoising_start=start, callback_on_step_end=step_callback(on_step, progress))
 
 
 def share_equal_parts(refiner: Any, base: Any) -> None:
-    """Give the refiner the base's own text encoder and VAE where its copies are equal, to save memory
-    and let both share forwards."""
+    """Let the refiner use the text encoder and the VAE of the base model where they are equal, which saves
+    memory and lets both share forwards."""
     for name in ("text_encoder_2", "vae"):
-        mine, others = getattr(refiner, name, None), getattr(base, name, None)
-        if mine is not None and others is not None and _equal(mine, others):
-            setattr(refiner, name, others)
+        own, shared = getattr(refiner, name, None), getattr(base, name, None)
+        if own is not None and shared is not None and _equal(own, shared):
+            setattr(refiner, name, shared)
 
 
 def _equal(one: nn.Module, other: nn.Module) -> bool:
     if type(one) is not type(other):
         return False
-    mine, others = one.state_dict(), other.state_dict()
-    return mine.keys() == others.keys() and all(
-        mine[name].dtype == others[name].dtype and torch.equal(mine[name], others[name]) for name in mine
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
     )
 
 
 def _steps_before(scheduler: Any, request: ResolvedRequest, start: float) -> int:
-    """Steps that a pipeline runs with denoising_end."""
+    """Number of steps that a pipeline runs with denoising_end."""
     timesteps, cutoff = _timesteps(scheduler, request, start)
     return int((timesteps >= cutoff).sum())
 
 
 def _steps_after(scheduler: Any, request: ResolvedRequest, start: float) -> int:
-    """Steps that a pipeline runs with denoising_start."""
+    """Number of steps that a pipeline runs with denoising_start."""
     timesteps, cutoff = _timesteps(scheduler, request, start)
     count = int((timesteps < cutoff).sum())
-    # a scheduler of second order calls the model twice per step: diffusers begins with a whole one
+    # a noise scheduler of second order calls the model twice per step: diffusers starts with a whole step
     return count + 1 if scheduler.order == 2 and count % 2 == 0 else count
 
 

@@ -1,4 +1,4 @@
-"""Video pipelines: their class for a task, and their frames, decoded part by part where the VAE lets us."""
+"""Video pipelines: their class for a task, and their frames, decoded in parts where the VAE allows it."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from typing import Any, Protocol
 
 import diffusers
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from deployments.media.video_spec import Frames
 from deployments.protocol.errors import ModelUnavailable
 from deployments.protocol.request import Task
 
-Frames = npt.NDArray[np.uint8]  # (n, H, W, 3)
-CHUNK_FRAMES = 8  # of a video that its VAE gives as a whole
+CHUNK_FRAMES = 8  # frames per call of a video that its pipeline decoded as a whole
 
 
 class LatentDecoder(Protocol):
-    """A video that is denoised. `take` is called by one thread at a time, not the engine's."""
+    """The frames of a denoised video. One thread at a time calls `next_frames`, never the engine's."""
 
     total: int  # frames
 
     def next_frames(self) -> Frames | None:
-        """The next frames; None after the last."""
+        """The next frames (n, H, W, 3); None after the last."""
 
 
 def video_class(pipeline_class: type, task: Task) -> type:
-    """The pipeline of diffusers that does `task` with this one's components.
+    """The pipeline of diffusers for `task` with the components of this one.
 
     Raises ModelUnavailable when diffusers has none.
     """
@@ -44,22 +43,22 @@ def video_class(pipeline_class: type, task: Task) -> type:
     return found
 
 
-def frames_to_ask(pipeline: Any, frames: int) -> int:
-    """The num_frames with which the pipeline gives so many.
+def requested_frames(pipeline: Any, frames: int) -> int:
+    """The num_frames with which the pipeline returns so many.
 
-    HunyuanVideo's first image-to-video model puts the picture before its frames, and the pipeline cuts off
-    that latent.
+    The first image-to-video model of HunyuanVideo places the picture before its frames, and the pipeline
+    removes that latent.
     """
     return frames + pipeline.vae.temporal_compression_ratio if _cuts_first_latent(pipeline) else frames
 
 
 def output_type(pipeline: Any) -> str:
-    """What to ask the pipeline for, so that `reel` can make frames of it."""
+    """The output_type with which the pipeline must be called, so that `latent_decoder` can use its result."""
     return "pt" if _streaming_decoder(pipeline) is None else "latent"
 
 
 def latent_decoder(pipeline: Any, output: Tensor) -> LatentDecoder:
-    """The frames of what the pipeline gave; call it in the fiber, on the engine's thread and stream.
+    """The decoder for a pipeline's result; call it in the fiber, on the engine's thread and stream.
 
     output: latents (1, C, F, h, w), or frames (1, F, 3, H, W) in 0..1.
     """
@@ -68,7 +67,7 @@ def latent_decoder(pipeline: Any, output: Tensor) -> LatentDecoder:
 
 
 def _streaming_decoder(pipeline: Any) -> Callable[[Any, Tensor], LatentDecoder] | None:
-    """What decodes its latents part by part to the bits of its own decoding; None: nothing does."""
+    """The decoder in parts that is bit-equal to the VAE's own decoding; None if there is none."""
     vae = pipeline.vae
     if vae.use_tiling or vae.use_slicing:
         return None
@@ -89,28 +88,28 @@ def _cuts_first_latent(pipeline: Any) -> bool:
 
 
 class _DecodedFrames:
-    """Frames that were decoded all at once, as uint8."""
+    """Frames that the pipeline decoded as a whole."""
 
     def __init__(self, frames: Frames) -> None:
         self.total = len(frames)
         self._frames = frames
-        self._taken = 0
+        self._returned = 0
 
     def next_frames(self) -> Frames | None:
-        chunk = self._frames[self._taken : self._taken + CHUNK_FRAMES]
-        self._taken += len(chunk)
+        chunk = self._frames[self._returned : self._returned + CHUNK_FRAMES]
+        self._returned += len(chunk)
         return chunk if len(chunk) else None
 
 
 class _StreamingDecoder(ABC):
-    """Latents and how far they are decoded, on a stream of their own beside the steps of others."""
+    """Decodes latents in parts, on a CUDA stream of its own parallel to the steps of other requests."""
 
     def __init__(self, vae: Any, latents: Tensor, total: int) -> None:
-        """latents: (1, C, F, h, w), as the decoder takes them."""
+        """latents: (1, C, F, h, w), scaled as the decoder expects them. total: frames of the video."""
         self.total = total
         self._vae = vae
         self._latents = latents
-        self._place = 0
+        self._position = 0
         self._stream = None
         if latents.is_cuda:
             self._stream = torch.cuda.Stream(latents.device)
@@ -120,28 +119,28 @@ class _StreamingDecoder(ABC):
     @torch.inference_mode()
     def next_frames(self) -> Frames | None:
         with torch.cuda.stream(self._stream):
-            while self._place < self._latents.shape[2]:
+            while self._position < self._latents.shape[2]:
                 decoded = self._next()
                 if decoded.shape[2]:
                     video = decoded.clamp(-1.0, 1.0)[0].permute(1, 0, 2, 3)  # (F, 3, H, W)
                     return _pixels((video * 0.5 + 0.5).clamp(0, 1))
-        self._forget()
+        self._clear()
         return None
 
     @abstractmethod
     def _next(self) -> Tensor:
-        """Decode from self._place, and move it. Returns (1, 3, frames, H, W), perhaps of no frame."""
+        """Decode from self._position and advance it. Returns (1, 3, frames, H, W), frames may be 0."""
 
     @abstractmethod
-    def _forget(self) -> None:
-        """Drop what was kept of the past."""
+    def _clear(self) -> None:
+        """Free what was kept of earlier parts."""
 
 
 class _CausalDecoder(_StreamingDecoder):
-    """Decodes latents of Wan's VAE one by one, with a feature cache of its own: the same bits as
-    `vae.decode` of all at once, which does the same and joins the frames.
+    """Decodes latents of Wan's VAE one by one, with a feature cache of its own. Bit-equal to `vae.decode`,
+    which does the same and joins the frames.
 
-    The cache on the VAE itself is left to whoever encodes pictures meanwhile.
+    The cache in the VAE itself is not used, because other requests encode pictures with it meanwhile.
     """
 
     def __init__(self, vae: Any, latents: Tensor) -> None:
@@ -150,31 +149,31 @@ class _CausalDecoder(_StreamingDecoder):
         latents = latents.to(vae.dtype)
         shape = (1, vae.config.z_dim, 1, 1, 1)
         mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device, latents.dtype)
-        spread = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents.device, latents.dtype)
+        inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents.device, latents.dtype)
         frames = 1 + vae.config.scale_factor_temporal * (latents.shape[2] - 1)
-        super().__init__(vae, vae.post_quant_conv(latents / spread + mean), frames)
+        super().__init__(vae, vae.post_quant_conv(latents / inverse_std + mean), frames)
 
     def _next(self) -> Tensor:
-        latent = self._latents[:, :, self._place : self._place + 1]
+        latent = self._latents[:, :, self._position : self._position + 1]
         decoded: Tensor = self._vae.decoder(
-            latent, feat_cache=self._cache, feat_idx=[0], first_chunk=self._place == 0
+            latent, feat_cache=self._cache, feat_idx=[0], first_chunk=self._position == 0
         )
-        self._place += 1
+        self._position += 1
         patch = self._vae.config.patch_size
         return decoded if patch is None else _unpatchify(decoded, patch)
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         self._cache.clear()
 
 
 class _OverlappingDecoder(_StreamingDecoder):
-    """Decodes HunyuanVideo's latents in parts that overlap and are blended, one by one: the same bits as
-    `vae.decode`, which decodes all parts so and then joins them.
+    """Decodes latents of HunyuanVideo in parts that overlap and are blended. Bit-equal to `vae.decode`, which
+    decodes all parts in this way and then joins them.
     """
 
     def __init__(self, vae: Any, latents: Tensor) -> None:
         frames = 1 + vae.temporal_compression_ratio * (latents.shape[2] - 1)
-        self._before: Tensor | None = None
+        self._previous: Tensor | None = None
         super().__init__(vae, latents.to(vae.dtype) / vae.config.scaling_factor, frames)
 
     def _next(self) -> Tensor:
@@ -182,22 +181,22 @@ class _OverlappingDecoder(_StreamingDecoder):
         length = vae.tile_sample_min_num_frames // vae.temporal_compression_ratio
         stride = vae.tile_sample_stride_num_frames // vae.temporal_compression_ratio
         if count <= length:
-            self._place = count
+            self._position = count
             return vae.decoder(vae.post_quant_conv(self._latents))  # type: ignore[no-any-return]
-        part = self._latents[:, :, self._place : self._place + length + 1]
+        part = self._latents[:, :, self._position : self._position + length + 1]
         decoded = vae.decoder(vae.post_quant_conv(part))
         shown = vae.tile_sample_stride_num_frames
-        if self._before is None:
+        if self._previous is None:
             shown += 1
-        else:  # the first latent of a part only sets the scene
+        else:  # the first latent of a part only gives context
             overlap = vae.tile_sample_min_num_frames - vae.tile_sample_stride_num_frames
-            decoded = vae.blend_t(self._before, decoded[:, :, 1:], overlap)
-        self._before = decoded
-        self._place += stride
+            decoded = vae.blend_t(self._previous, decoded[:, :, 1:], overlap)
+        self._previous = decoded
+        self._position += stride
         return decoded[:, :, :shown]  # type: ignore[no-any-return]
 
-    def _forget(self) -> None:
-        self._before = None
+    def _clear(self) -> None:
+        self._previous = None
 
 
 def _pixels(video: Tensor) -> Frames:
@@ -206,7 +205,7 @@ def _pixels(video: Tensor) -> Frames:
 
 
 def _unpatchify(decoded: Tensor, size: int) -> Tensor:
-    """(B, C x size x size, F, H, W) to (B, C, F, H x size, W x size), as Wan 2.2's VAE folds its pixels."""
+    """(B, C x size x size, F, H, W) to (B, C, F, H x size, W x size), as the VAE of Wan 2.2 folds pixels."""
     batch, channels, frames, height, width = decoded.shape
     colours = channels // size**2
     folded = decoded.view(batch, colours, size, size, frames, height, width)

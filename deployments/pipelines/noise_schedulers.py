@@ -1,4 +1,4 @@
-"""Noise schedulers by the names that requests use."""
+"""Noise schedulers by the names used in requests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from deployments.protocol.errors import BadRequest
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 
-# name -> (diffusers class, what it changes in the model's own scheduler config)
+# name -> (diffusers class, changes to the config of the model's own noise scheduler)
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     # for models that predict noise (or velocity, or the picture)
     "euler": ("EulerDiscreteScheduler", {}),
@@ -47,10 +47,10 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def noise_scheduler(name: str, own: Any) -> Any:
-    """A fresh noise scheduler for one request; they keep state, so none is ever shared.
+    """A new noise scheduler for one request; they have state, so requests never share one.
 
-    own: the model's scheduler, copied for "auto" and the source of the config otherwise.
-    Raises BadRequest for a name that is not in SCHEDULERS, or does not suit what the model predicts.
+    own: the model's noise scheduler, copied for "auto", and the source of the config otherwise.
+    Raises BadRequest for a name that is not in SCHEDULERS or does not match what the model predicts.
     """
     if name == "auto":
         return copy.deepcopy(own)
@@ -60,15 +60,15 @@ def noise_scheduler(name: str, own: Any) -> Any:
         )
     flow = predicts_flow(own)
     if name.startswith("flow_") is not flow:
-        able = (other for other in SCHEDULERS if other.startswith("flow_") is flow)
+        usable = (other for other in SCHEDULERS if other.startswith("flow_") is flow)
         raise BadRequest(
             f"scheduler {name!r} is for models that predict {'noise' if flow else 'flow'}, and this one "
-            f"predicts {'flow' if flow else 'noise'}; use auto or one of {', '.join(able)}",
+            f"predicts {'flow' if flow else 'noise'}; use auto or one of {', '.join(usable)}",
             param="scheduler",
         )
     class_name, changes = SCHEDULERS[name]
     if "use_flow_sigmas" in changes:
-        changes = changes | {"flow_shift": own.config.get("shift", 1.0)}  # the same number by another name
+        changes = changes | {"flow_shift": own.config.get("shift", 1.0)}  # the same number under another name
     kind: Any = getattr(diffusers, class_name)
     known = inspect.signature(kind.__init__).parameters
     config = {key: value for key, value in own.config.items() if key in known or key.startswith("_")}
@@ -76,7 +76,7 @@ def noise_scheduler(name: str, own: Any) -> Any:
 
 
 def predicts_flow(scheduler: Any) -> bool:
-    """Whether a model with this noise scheduler predicts the way from noise to picture, not the noise."""
+    """Whether a model with this noise scheduler predicts the flow from noise to picture, not the noise."""
     config = scheduler.config
     return (
         type(scheduler).__name__.startswith("FlowMatch")

@@ -1,6 +1,6 @@
-"""A rough look at an unfinished picture: the clean latents that the model predicts, through a linear map.
+"""Previews of unfinished pictures: the clean latents that the model predicts, mapped linearly to colours.
 
-The map is fitted to the model's own VAE when it is loaded: each latent's colour is a weighted sum of its
+The map is fitted to the model's own VAE when it is loaded: the colour of each latent is a weighted sum of its
 channels. That costs a matrix product of 17 x 3, where a decoder would cost about as much as a step.
 """
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 PreviewPixels = npt.NDArray[np.uint8]  # (H, W, 3), one pixel per latent
 FIT_PICTURES, FIT_LATENTS = 8, 16  # pictures of 16 x 16 latents: 2,048 samples for 17 weights
 RIDGE = 1e-3  # of a channel's mean square
-# noise schedulers whose samples are clean + sigma * noise; the others keep the variance at 1
+# noise schedulers whose samples are clean + sigma * noise; those of the others have variance 1
 SIGMA_SPACE = frozenset(
     """
     EulerDiscreteScheduler EulerAncestralDiscreteScheduler HeunDiscreteScheduler LMSDiscreteScheduler
@@ -32,16 +32,16 @@ SIGMA_SPACE = frozenset(
 
 
 class Previewer:
-    """Latents of one model to small pictures."""
+    """Maps latents of one model to small pictures."""
 
     def __init__(self, weights: Tensor) -> None:
-        """weights: (channels + 1, 3), the last row for a constant; colours -1..1."""
+        """weights: (channels + 1, 3), the last row is the constant; colours are -1..1."""
         self._weights = weights
 
     @classmethod
     @torch.inference_mode()
     def fitted_to(cls, pipeline: Any) -> Previewer | None:
-        """Least squares over synthetic pictures; None where the VAE is not one for single pictures."""
+        """Fit by least squares over synthetic pictures; None when the VAE is not one for single pictures."""
         vae = getattr(pipeline, "vae", None)
         if type(vae).__name__ not in ("AutoencoderKL", "AutoencoderTiny") or vae is None:
             return None
@@ -58,7 +58,7 @@ class Previewer:
         return cls(_least_squares(with_constant.double(), colours.double()).float())
 
     def preview(self, latents: Tensor) -> PreviewPixels:
-        """latents: (C, H, W) in the pipeline's scale, finite or not."""
+        """The picture of latents (C, H, W) in the pipeline's scale, finite or not."""
         flat = latents.float().cpu().permute(1, 2, 0)  # (H, W, C)
         colours = flat @ self._weights[:-1] + self._weights[-1]
         return np.asarray(((colours.nan_to_num() + 1) * 127.5).clamp(0, 255).byte().numpy())
@@ -67,7 +67,7 @@ class Previewer:
 def _least_squares(samples: Tensor, colours: Tensor) -> Tensor:
     """Weights (channels, 3) of samples (n, channels) for colours (n, 3), with a small ridge.
 
-    Channels that our pictures never move would else get weights of any size, which real latents show.
+    Without it, channels that the synthetic pictures do not use would get arbitrarily large weights.
     """
     gram = samples.T @ samples
     ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
@@ -80,13 +80,13 @@ def watch(
 ) -> None:
     """Have `show` called with the predicted clean latents (C, H, W) of the first picture.
 
-    pipeline: a request's own object with a noise scheduler of its own; width, height: pixels.
-    wanted: asked at every step of the noise scheduler.
+    pipeline: a request's own object with a noise scheduler of its own; width, height: in pixels.
+    wanted: called at every step of the noise scheduler; `show` is called for True.
     """
     scheduler = pipeline.scheduler
     step = scheduler.step
 
-    @functools.wraps(step)  # pipelines look at its signature for `eta` and `generator`
+    @functools.wraps(step)  # pipelines inspect its signature for `eta` and `generator`
     def watched(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
         if wanted():
             clean = predicted_clean(scheduler, model_output[:1], timestep, sample[:1])
@@ -98,9 +98,9 @@ def watch(
 
 
 def predicted_clean(scheduler: Any, output: Tensor, timestep: Any, sample: Tensor) -> Tensor | None:
-    """What the model takes the finished latents for, given its output for `sample` at `timestep`.
+    """The finished latents that the model predicts by its output for `sample` at `timestep`.
 
-    None for a noise scheduler whose arithmetic is not known here.
+    None for a noise scheduler whose arithmetic is not implemented here.
     """
     kind = scheduler.config.get("prediction_type", "flow_prediction")
     if "FlowMatch" in type(scheduler).__name__ or kind == "flow_prediction":
@@ -130,7 +130,7 @@ def _sigma_now(scheduler: Any, timestep: Any) -> float:
 
 
 def _unpacked(pipeline: Any, latents: Tensor, width: int, height: int) -> Tensor | None:
-    """(C, H, W) of latents (1, C, H, W) or of tokens as FLUX packs them."""
+    """Latents (C, H, W) from (1, C, H, W), or from tokens as FLUX packs them; None for other shapes."""
     if latents.ndim == 4:
         return latents[0]
     if latents.ndim == 3 and hasattr(pipeline, "_unpack_latents"):
@@ -142,7 +142,7 @@ def _unpacked(pipeline: Any, latents: Tensor, width: int, height: int) -> Tensor
 
 
 def _synthetic_pictures(count: int, side: int) -> Tensor:
-    """(count, 3, side, side) in -1..1: flat patches and slopes of random colours."""
+    """(count, 3, side, side) in -1..1: flat patches and gradients of random colours."""
     generator = torch.Generator().manual_seed(0)
     patches = torch.rand(count, 3, 8, 8, generator=generator) * 2 - 1
     flat = functional.interpolate(patches, size=(side, side), mode="nearest")

@@ -1,70 +1,68 @@
-"""Prompt embeddings remembered by what was encoded, bounded by bytes."""
+"""Cache of prompt embeddings, keyed by the encoder and its arguments, bounded by bytes."""
 
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import cache
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 class PromptCache:
-    """The answers of `encode_prompt`, least recently used out first. One per model, one thread.
+    """Results of `encode_prompt`, the least recently used evicted first. One per model, used by one thread.
 
-    An answer is shared by all requests that ask the same, so 64 requests with one prompt hold its
-    embeddings once. No pipeline of diffusers changes them in place.
+    Requests with equal prompts share one result, so 64 of them hold its embeddings once. No pipeline of
+    diffusers changes them in place.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._answers: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self.bytes = 0
+        """max_bytes: 0 turns the cache off."""
+        self._results: LRUCache[Hashable, Any] = LRUCache(max_bytes, getsizeof=_size_bytes)
         self.hits = 0
         self.misses = 0
 
-    def attach(self, pipeline: Any, variant: Hashable = None) -> None:
-        """Let this pipeline object (not its class) ask the cache first; without encode_prompt: nothing.
+    @property
+    def bytes(self) -> int:
+        """Size of all cached embeddings."""
+        return int(self._results.currsize)
 
-        variant: what else the answers depend on, such as the LoRAs on the text encoders.
+    def attach(self, pipeline: Any, variant: Hashable = None) -> None:
+        """Let this pipeline object (not its class) look into the cache first, if it has encode_prompt.
+
+        variant: what else the result depends on, such as the LoRAs on the text encoders.
         """
         encode = getattr(pipeline, "encode_prompt", None)
-        if encode is None or not self._max_bytes:
+        if encode is None or not self._results.maxsize:
             return
         function = getattr(encode, "__func__", encode)
 
-        def remembered(*args: Any, **kwargs: Any) -> Any:
+        def cached_encode(*args: Any, **kwargs: Any) -> Any:
             key = _key(function, args, kwargs)
-            if key is None:  # a picture or ready-made embeddings go in: not ours to remember
+            if key is None:  # a picture or finished embeddings among the arguments
                 return encode(*args, **kwargs)
-            return self._answer((key, variant), lambda: encode(*args, **kwargs))
+            return self._result((key, variant), lambda: encode(*args, **kwargs))
 
-        vars(pipeline)["encode_prompt"] = remembered
-
-    def _answer(self, key: Hashable, encode: Any) -> Any:
-        known = self._answers.get(key)
-        if known is not None:
-            self._answers.move_to_end(key)
-            self.hits += 1
-            return known[0]
-        self.misses += 1
-        answer = encode()  # other fibers run meanwhile; one of them may ask the same
-        size = _bytes_of(answer)
-        if key not in self._answers and size <= self._max_bytes:
-            self._answers[key] = (answer, size)
-            self.bytes += size
-            while self.bytes > self._max_bytes:
-                _, (_, freed) = self._answers.popitem(last=False)
-                self.bytes -= freed
-        return answer
+        vars(pipeline)["encode_prompt"] = cached_encode
 
     def clear(self) -> None:
-        """Forget everything, as after a change of the text encoders' weights."""
-        self._answers.clear()
-        self.bytes = 0
+        """Remove all results, as after a change of the text encoders' weights."""
+        self._results.clear()
+
+    def _result(self, key: Hashable, encode: Callable[[], Any]) -> Any:
+        result = self._results.get(key)
+        if result is not None:
+            self.hits += 1
+            return result
+        self.misses += 1
+        result = encode()  # other fibers run meanwhile; one of them may encode the same prompt
+        if key not in self._results and _size_bytes(result) <= self._results.maxsize:
+            self._results[key] = result
+        return result
 
 
 @cache
@@ -75,31 +73,27 @@ def _signature(function: Any) -> inspect.Signature:
 def _key(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable | None:
     """The function and all its arguments; None if one of them is more than text and numbers."""
     bound = _signature(function).bind_partial(None, *args, **kwargs).arguments
-    parts: list[Hashable] = [function]
+    components: list[Hashable] = [function]
     for name, value in bound.items():
-        plain = _plain(value)
-        if plain is _UNKNOWN:
+        hashable = _hashable(value)
+        if hashable is _UNHASHABLE:
             return None
-        parts.append((name, plain))
-    return tuple(parts)
+        components.append((name, hashable))
+    return tuple(components)
 
 
-_UNKNOWN: Any = object()
+_UNHASHABLE: Any = object()
 
 
-def _plain(value: Any) -> Any:
+def _hashable(value: Any) -> Any:
+    """The value with lists as tuples; _UNHASHABLE for other types than text, numbers, device and dtype."""
     if isinstance(value, list | tuple):
-        items = tuple(_plain(item) for item in value)
-        return _UNKNOWN if _UNKNOWN in items else items
+        items = tuple(_hashable(item) for item in value)
+        return _UNHASHABLE if _UNHASHABLE in items else items
     known = isinstance(value, str | bool | int | float | torch.device | torch.dtype)
-    return value if value is None or known else _UNKNOWN
+    return value if value is None or known else _UNHASHABLE
 
 
-def _bytes_of(answer: Any) -> int:
-    if isinstance(answer, Tensor):
-        return answer.numel() * answer.element_size()
-    if isinstance(answer, Mapping):
-        return sum(_bytes_of(item) for item in answer.values())
-    if isinstance(answer, list | tuple):
-        return sum(_bytes_of(item) for item in answer)
-    return 0
+def _size_bytes(result: Any) -> int:
+    """Size of all tensors in the result."""
+    return sum(leaf.nbytes for leaf in tree_leaves(result) if isinstance(leaf, Tensor))

@@ -1,7 +1,7 @@
-"""A denoising loop stopped between two steps, and the same loop gone on with elsewhere.
+"""Stopping a denoising loop between two steps and continuing it on another replica.
 
-Possible where a pipeline takes latents and the noise levels that are left, and its noise scheduler keeps no
-history: FLUX text-to-image. The finished picture has the bits of an uninterrupted run.
+Possible for pipelines that take latents and the remaining noise levels, with a noise scheduler that keeps no
+history: FLUX text-to-image. The picture is bit-equal to that of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ RESUMABLE = frozenset({"FluxPipeline"})
 
 @dataclass(slots=True)
 class Progress:
-    """How far a request's denoising is; its pipeline call keeps it up to date."""
+    """How far the denoising of a request is; updated by its pipeline call after every step."""
 
-    step: int = 0  # steps done
+    step: int = 0  # finished steps
     latents: Tensor | None = None  # after that step, as the pipeline packs them; never changed in place
     resumable: bool = False
 
     def save(self) -> bytes | None:
-        """For `restore`; None where nothing is done yet or the pipeline cannot go on from there."""
+        """The state for `restore`; None before the first step and for pipelines that cannot be resumed."""
         if not self.resumable or self.latents is None:
             return None
         step = torch.tensor(self.step)
@@ -38,24 +38,24 @@ class Progress:
 
 
 def restore(state: bytes, request: ResolvedRequest) -> Progress | None:
-    """What `save` gave; None if it does not fit the request, which then starts anew."""
+    """The progress from the bytes of `save`; None if it does not match the request, which then restarts."""
     try:
         tensors = tensors_of(state)
         latents, step = tensors["latents"], int(tensors["step"])
     except (SafetensorError, KeyError, ValueError, RuntimeError):
         return None
-    fits = 0 < step < request.num_inference_steps and latents.shape[0] == request.num_images
-    return Progress(step, latents) if fits else None
+    matches = 0 < step < request.num_inference_steps and latents.shape[0] == request.num_images
+    return Progress(step, latents) if matches else None
 
 
 def can_resume(pipeline: Any, request: ResolvedRequest) -> bool:
-    """Whether this pipeline object can go on from latents for this request."""
+    """Whether this pipeline object can continue from latents for this request."""
     return type(pipeline).__name__ in RESUMABLE and request.scheduler == "auto" and not request.controls
 
 
 def remaining(progress: Progress, request: ResolvedRequest, device: torch.device) -> dict[str, Any]:
-    """Call arguments that make the pipeline go on after `progress.step`."""
-    assert progress.latents is not None, "restore gives latents"
+    """Call arguments that let the pipeline continue after `progress.step`."""
+    assert progress.latents is not None, "restore returns latents"
     steps = request.num_inference_steps
     sigmas = np.linspace(1.0, 1 / steps, steps)[progress.step :]
     return {

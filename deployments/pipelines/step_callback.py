@@ -1,4 +1,4 @@
-"""A pipeline's callback at the end of each step: counts, keeps the latents, looks at the last ones."""
+"""A pipeline's callback after each step: counts steps, keeps the latents, checks the last ones for NaN."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from deployments.protocol.errors import NotFinite
 def step_callback(
     on_step: Callable[[int, int], None], progress: Progress, *, after: int = 0
 ) -> Callable[..., dict[str, Any]]:
-    """For `callback_on_step_end`. Steps count on from those that `progress` has done.
+    """A function for `callback_on_step_end`, which updates `progress` and calls `on_step`.
 
-    after: steps that another pipeline will run after this one.
+    on_step: called with finished steps and all steps. after: steps of another pipeline after this one.
+    The function raises NotFinite when the latents are not finite after the last step of all.
     """
     before = progress.step
 
     def at_step_end(pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         last = step + 1 == pipe.num_timesteps
         if last and not after:
-            _check(tensors["latents"])
+            _check_finite(tensors["latents"])
         progress.step, progress.latents = before + step + 1, tensors["latents"]
         on_step(progress.step, before + pipe.num_timesteps + after)
         return tensors
@@ -31,9 +32,9 @@ def step_callback(
     return at_step_end
 
 
-def _check(latents: torch.Tensor) -> None:
+def _check_finite(latents: torch.Tensor) -> None:
     if not bool(torch.isfinite(latents).all()):
         raise NotFinite(
-            "the model gave numbers that are not finite (NaN), so the picture would be black; "
+            "the model returned numbers that are not finite (NaN), so the picture would be black; "
             "another seed, less guidance or a card with dtype float32 may help"
         )

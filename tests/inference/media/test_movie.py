@@ -131,7 +131,7 @@ def test_a_video_with_a_missing_segment_is_never_joined() -> None:
     spec = VideoSpec(64, 48, 96, 8)
     first, _, third = segments_of(spec, clip(96))
 
-    with pytest.raises(Internal, match="no whole video"):
+    with pytest.raises(Internal, match="are not all 3 of the video"):
         movie.join(spec, [first, third])
 
 

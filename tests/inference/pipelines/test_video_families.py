@@ -130,7 +130,7 @@ def diffusers_own(pipeline: Any, frames: int, image: bool) -> Any:
             height=SIDE,
             num_inference_steps=2,
             guidance_scale=3.0,
-            num_frames=videos.frames_to_ask(made, frames),
+            num_frames=videos.requested_frames(made, frames),
             generator=torch.Generator().manual_seed(3),
             max_sequence_length=256,
             output_type="np",
