@@ -12,8 +12,8 @@ from functools import partial
 from typing import TypeVar
 
 from deployments.media.video_spec import Frames, Segment, VideoFiles, VideoSpec
-from deployments.observability.metrics import Reporter, Sample, join_serve_log
-from deployments.protocol.log_context import LogContext, bind
+from deployments.observability.metrics import Reporter, Sample
+from deployments.protocol.log_context import LogContext, bind, join_serve_log
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ class VideoEncoder:
         """
         from deployments.media import movie  # here and not above: building the graph must not load FFmpeg
 
-        join_serve_log()
+        join_serve_log("deployments")
         self._movie = movie
         self._threads = threads
         self._workers = ThreadPoolExecutor(concurrency, thread_name_prefix="encode")
@@ -75,8 +75,8 @@ class VideoEncoder:
     def _report(self) -> None:
         self._reporter.report(
             (
-                Sample("weft_encoder_frames", self._frames),
-                Sample("weft_encoder_seconds", self._busy_s),
-                Sample("weft_encoder_videos", self._videos),
+                Sample("weft_encoder_frames_total", self._frames),
+                Sample("weft_encoder_seconds_total", self._busy_s),
+                Sample("weft_encoder_videos_total", self._videos),
             )
         )

@@ -21,11 +21,11 @@ from deployments.executors.video_encoding import Encoder
 from deployments.executors.warm_up import warm_up
 from deployments.loras.file_reader import LoraFileReader
 from deployments.models.weight_cache import keep_compiled_code
-from deployments.observability.metrics import Reporter, Sample, join_serve_log
+from deployments.observability.metrics import Reporter, Sample
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import NotFound, WeftError
 from deployments.protocol.events import Event, Failed
-from deployments.protocol.log_context import LogContext, bind
+from deployments.protocol.log_context import LogContext, bind, join_serve_log
 from deployments.protocol.request import GenerationRequest, ResolvedRequest
 from deployments.validation.resolve import resolve
 
@@ -62,7 +62,7 @@ class ModelReplica:
         """
         began = time.monotonic()
         os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # a model folder may hold code; never run it
-        join_serve_log()
+        join_serve_log("deployments")
         first = cards[0]
         if first.serving.compile:
             keep_compiled_code()  # read by torch when it is imported

@@ -109,11 +109,11 @@ class Runtime:
         yield from collectors.model_samples(self.models.models)
         yield from collectors.memory_samples(self._device)
         for model, (times, seconds) in list(self._loads.items()):
-            yield Sample("weft_model_loads", times, {"model": model})
-            yield Sample("weft_model_load_seconds", seconds, {"model": model})
+            yield Sample("weft_model_loads_total", times, {"model": model})
+            yield Sample("weft_model_load_seconds_total", seconds, {"model": model})
         if self.encoder is not None:
-            yield Sample("weft_video_frames_decoded", self.decode_thread.frames)
-            yield Sample("weft_video_decode_seconds", self.decode_thread.seconds)
+            yield Sample("weft_video_frames_decoded_total", self.decode_thread.frames)
+            yield Sample("weft_video_decode_seconds_total", self.decode_thread.seconds)
 
     def layer_shapes(self, model_id: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the layers that a LoRA may change, by component and path; empty before it is loaded."""

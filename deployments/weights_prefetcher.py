@@ -14,9 +14,10 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deployments.models.weight_cache import fetch
-from deployments.observability.metrics import Reporter, Sample, join_serve_log
+from deployments.observability.metrics import Reporter, Sample
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Internal, ModelUnavailable
+from deployments.protocol.log_context import join_serve_log
 
 POLL_S = 5.0  # interval at which the nodes are listed
 RETRY_S = 60.0  # from a failed download to the next attempt on the node
@@ -34,7 +35,7 @@ class WeightsPrefetcher:
         self, cards: Sequence[ModelCard], poll_s: float = POLL_S
     ) -> None:
         """cards: models whose weights are downloaded, in this order."""
-        join_serve_log()
+        join_serve_log("deployments")
         self._cards = list(cards)
         self._poll_s = poll_s
         self._states: dict[str, str] = {}  # by node id, see status

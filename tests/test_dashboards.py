@@ -13,7 +13,7 @@ import yaml
 from deployments.observability.declarations import INFERENCE_METRICS, METRICS, SERVING_METRICS
 
 ROOT = Path(__file__).parent.parent
-SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+SUFFIXES = {"counter": ("",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
 EXPORTED = {  # as Ray's agent writes them
     f"ray_{metric.name}{suffix}": metric for metric in METRICS.values() for suffix in SUFFIXES[metric.kind]
 }

@@ -1,1 +1,1 @@
-"""Metrics of a replica, and where its log lines go."""
+"""Metrics: the declarations of both layers, samples of a replica, and their export through Ray."""

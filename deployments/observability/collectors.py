@@ -21,12 +21,12 @@ def worker_samples(worker: Worker) -> Iterator[Sample]:
     yield Sample("weft_requests_running", running)
     yield Sample("weft_requests_waiting", waiting)
     yield Sample("weft_slots", worker.slots)
-    yield Sample("weft_requests", stats.requests)
-    yield Sample("weft_requests_handed_back", stats.preempted)
-    yield Sample("weft_steps", stats.steps)
-    yield Sample("weft_batches_halved", stats.halved_batches)
+    yield Sample("weft_requests_total", stats.requests)
+    yield Sample("weft_requests_handed_back_total", stats.preempted)
+    yield Sample("weft_steps_total", stats.steps)
+    yield Sample("weft_batches_halved_total", stats.halved_batches)
     for kind, number in stats.failures.copy().items():
-        yield Sample("weft_requests_failed", number, {"kind": kind})
+        yield Sample("weft_requests_failed_total", number, {"kind": kind})
     for forward, (number, seconds) in stats.forwards.items():
         labels = {
             "model": forward.model,
@@ -34,8 +34,8 @@ def worker_samples(worker: Worker) -> Iterator[Sample]:
             "size": forward.size,
             "rows": str(forward.batch_size),
         }
-        yield Sample("weft_forwards", number, labels)
-        yield Sample("weft_forward_seconds", seconds, labels)
+        yield Sample("weft_forwards_total", number, labels)
+        yield Sample("weft_forward_seconds_total", seconds, labels)
 
 
 def model_samples(models: Iterable[ModelInstance]) -> Iterator[Sample]:
@@ -44,13 +44,13 @@ def model_samples(models: Iterable[ModelInstance]) -> Iterator[Sample]:
         model = {"model": instance.card.id}
         prompts, stats, usage = instance.prompts, instance.loras.stats, instance.loras.usage
         yield Sample("weft_model_bytes", instance.size_bytes, model)
-        yield Sample("weft_prompts_cached", prompts.hits, model)
-        yield Sample("weft_prompts_encoded", prompts.misses, model)
+        yield Sample("weft_prompts_cached_total", prompts.hits, model)
+        yield Sample("weft_prompts_encoded_total", prompts.misses, model)
         yield Sample("weft_prompt_cache_bytes", prompts.bytes, model)
-        yield Sample("weft_adapter_uses", stats.on_device, {**model, "level": "device"})
-        yield Sample("weft_adapter_uses", stats.in_memory, {**model, "level": "memory"})
-        yield Sample("weft_adapter_uses", stats.from_files, {**model, "level": "file"})
-        yield Sample("weft_adapters_evicted", stats.evicted, model)
+        yield Sample("weft_adapter_uses_total", stats.on_device, {**model, "level": "device"})
+        yield Sample("weft_adapter_uses_total", stats.in_memory, {**model, "level": "memory"})
+        yield Sample("weft_adapter_uses_total", stats.from_files, {**model, "level": "file"})
+        yield Sample("weft_adapters_evicted_total", stats.evicted, model)
         yield Sample("weft_adapters_held", usage.on_device, {**model, "level": "device"})
         yield Sample("weft_adapters_held", usage.in_memory, {**model, "level": "memory"})
         on_device = usage.device_bytes + usage.stacked_bytes

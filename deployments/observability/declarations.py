@@ -16,7 +16,7 @@ LONG_SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 6
 class Metric:
     """A declared metric."""
 
-    name: str  # Ray exports it as ray_<name>
+    name: str  # as exported at /metrics; Ray exports it as ray_<name>
     kind: Literal["counter", "gauge", "histogram"]
     description: str  # the HELP text
     labels: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ def _by_name(*metrics: Metric) -> dict[str, Metric]:
 
 
 _HTTP_METRICS = (
-    _counter("weft_http_requests", "HTTP requests answered.", "method", "route", "status"),
+    _counter("weft_http_requests_total", "HTTP requests answered.", "method", "route", "status"),
     _histogram(
         "weft_http_request_seconds",
         "Time from an HTTP request to the last byte of its answer; an event stream lasts as long as its job.",
@@ -48,15 +48,15 @@ _HTTP_METRICS = (
         "route",
     ),
     _counter(
-        "weft_refusals",
+        "weft_refusals_total",
         "HTTP requests answered with an error, by its kind: rate_limited, overloaded, bad_request, ...",
         "kind",
     ),
 )
 _JOB_METRICS = (
-    _counter("weft_jobs_submitted", "Jobs accepted.", "model", "task"),
+    _counter("weft_jobs_submitted_total", "Jobs accepted.", "model", "task"),
     _counter(
-        "weft_jobs_same",
+        "weft_jobs_same_total",
         "Accepted jobs that did not run: files copied from an earlier job, or joined to a running one.",
         "model",
         "how",
@@ -65,21 +65,21 @@ _JOB_METRICS = (
         "weft_job_submit_seconds", "Time from a parsed request to the durable record of its job.", SECONDS
     ),
     _counter(
-        "weft_jobs_finished_observed",
+        "weft_jobs_finished_observed_total",
         "Ends of jobs that were delivered to a client that waited or listened.",
         "state",
     ),
     _gauge("weft_jobs_queued", "Jobs waiting in the job store, as each dispatcher counts them.", "model"),
     _gauge("weft_jobs_running", "Jobs running on this dispatcher.", "model"),
     _gauge("weft_slots_free", "Further jobs that this dispatcher could send to a model.", "model"),
-    _counter("weft_jobs_ended", "Jobs ended, by state and kind of error.", "model", "state", "error"),
+    _counter("weft_jobs_ended_total", "Jobs ended, by state and kind of error.", "model", "state", "error"),
     _counter(
-        "weft_attempts_given_back",
+        "weft_attempts_given_back_total",
         "Attempts whose job returned to the queue because its replica was draining or lost.",
         "model",
     ),
     _counter(
-        "weft_leases_lost",
+        "weft_leases_lost_total",
         "Jobs whose lease expired without a heartbeat of their worker, found by this dispatcher.",
         "model",
     ),
@@ -100,18 +100,19 @@ _ENGINE_METRICS = (
     _gauge("weft_requests_running", "Requests that hold a slot of this replica."),
     _gauge("weft_requests_waiting", "Requests on this replica that wait for a slot."),
     _gauge("weft_slots", "Maximum number of requests that this replica runs at once."),
-    _counter("weft_requests", "Requests ended on this replica, completed or not."),
+    _counter("weft_requests_total", "Requests ended on this replica, completed or not."),
     _counter(
-        "weft_requests_failed",
+        "weft_requests_failed_total",
         "Requests failed on this replica. not_finite: NaN in the result; out_of_memory: too large alone.",
         "kind",
     ),
     _counter(
-        "weft_requests_handed_back", "Requests returned by this replica to the queue when it was stopped."
+        "weft_requests_handed_back_total",
+        "Requests returned by this replica to the queue when it was stopped.",
     ),
-    _counter("weft_steps", "Denoising steps finished, of all requests on this replica."),
+    _counter("weft_steps_total", "Denoising steps finished, of all requests on this replica."),
     _counter(
-        "weft_forwards",
+        "weft_forwards_total",
         "Forward passes. size: side of the square with as many pixels, rounded up to 256; rows: batch size.",
         "model",
         "module",
@@ -119,7 +120,7 @@ _ENGINE_METRICS = (
         "rows",
     ),
     _counter(
-        "weft_forward_seconds",
+        "weft_forward_seconds_total",
         "Time spent in forward passes. size: side of the square with as many pixels; rows: batch size.",
         "model",
         "module",
@@ -127,16 +128,18 @@ _ENGINE_METRICS = (
         "rows",
     ),
     _counter(
-        "weft_batches_halved",
+        "weft_batches_halved_total",
         "Batched forward passes that ran out of memory and were repeated in two halves.",
     ),
-    _counter("weft_video_frames_decoded", "Video frames decoded from latents on this replica."),
-    _counter("weft_video_decode_seconds", "Time spent decoding video frames from latents on this replica."),
+    _counter("weft_video_frames_decoded_total", "Video frames decoded from latents on this replica."),
+    _counter(
+        "weft_video_decode_seconds_total", "Time spent decoding video frames from latents on this replica."
+    ),
 )
 _MODEL_METRICS = (
     _gauge("weft_model_bytes", "Size of the weights of a loaded model on the device.", "model"),
-    _counter("weft_model_loads", "Loads of a model by this replica.", "model"),
-    _counter("weft_model_load_seconds", "Time spent loading a model by this replica.", "model"),
+    _counter("weft_model_loads_total", "Loads of a model by this replica.", "model"),
+    _counter("weft_model_load_seconds_total", "Time spent loading a model by this replica.", "model"),
     _gauge(
         "weft_cold_start_seconds",
         "Duration of the phases of this replica's start: imports, load, warm_up.",
@@ -148,16 +151,20 @@ _MODEL_METRICS = (
         "what",
     ),
     _gauge("weft_host_bytes", "Resident memory of this replica's process."),
-    _counter("weft_prompts_cached", "Prompts whose embeddings were found in the cache.", "model"),
-    _counter("weft_prompts_encoded", "Prompts encoded because their embeddings were not cached.", "model"),
+    _counter("weft_prompts_cached_total", "Prompts whose embeddings were found in the cache.", "model"),
+    _counter(
+        "weft_prompts_encoded_total", "Prompts encoded because their embeddings were not cached.", "model"
+    ),
     _gauge("weft_prompt_cache_bytes", "Size of the cached prompt embeddings.", "model"),
     _counter(
-        "weft_adapter_uses",
+        "weft_adapter_uses_total",
         "LoRAs used by requests, by where they were found: device, memory, file.",
         "model",
         "level",
     ),
-    _counter("weft_adapters_evicted", "LoRAs removed from the device to make space for others.", "model"),
+    _counter(
+        "weft_adapters_evicted_total", "LoRAs removed from the device to make space for others.", "model"
+    ),
     _gauge(
         "weft_adapters_held", "Number of LoRAs in the cache, on the device and in memory.", "model", "level"
     ),
@@ -166,11 +173,11 @@ _MODEL_METRICS = (
     ),
 )
 _ENCODER_METRICS = (
-    _counter("weft_encoder_frames", "Video frames encoded by a VideoEncoder."),
+    _counter("weft_encoder_frames_total", "Video frames encoded by a VideoEncoder."),
     _counter(
-        "weft_encoder_seconds", "Time spent encoding video, the sum over all workers of a VideoEncoder."
+        "weft_encoder_seconds_total", "Time spent encoding video, the sum over all workers of a VideoEncoder."
     ),
-    _counter("weft_encoder_videos", "Video files joined from their segments by a VideoEncoder."),
+    _counter("weft_encoder_videos_total", "Video files joined from their segments by a VideoEncoder."),
 )
 _WEIGHTS_METRICS = (
     _gauge("weft_nodes_with_weights", "Nodes on which WeightsFetcher has downloaded all weights."),

@@ -9,16 +9,10 @@ from typing import NamedTuple
 
 from deployments.observability.declarations import METRICS
 from deployments.observability.ray_metrics import RayMeter
-from deployments.protocol import log_context
 
 REPORT_INTERVAL_S = 2.0  # shorter than the interval at which Ray's agent collects
 
 logger = logging.getLogger(__name__)
-
-
-def join_serve_log() -> None:
-    """Send the log lines of `deployments` to the handlers that Serve gave this replica."""
-    log_context.join_serve_log("deployments")
 
 
 class Sample(NamedTuple):

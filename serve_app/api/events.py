@@ -76,7 +76,7 @@ async def _stream(caller: CallerContext, job_id: str, since: str | None) -> Asyn
 async def event_body(event: Event, caller: CallerContext, job_id: str) -> dict[str, Any]:
     """The event as JSON; the last event of a completed job carries the job itself."""
     if isinstance(event, ENDINGS):
-        caller.state.metrics.add("weft_jobs_finished_observed", state=NAMES[type(event)])
+        caller.state.metrics.add("weft_jobs_finished_observed_total", state=NAMES[type(event)])
     match event:
         case JobQueued():
             return {"status": "queued", "position": event.position, **_resumed_progress(event)}

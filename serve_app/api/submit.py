@@ -81,7 +81,9 @@ def _idempotency_key(caller: CallerContext, body: SubmitBody) -> IdempotencyKey 
 
 def _count(caller: CallerContext, job: Job, seconds: float) -> None:
     metrics, model = caller.state.metrics, job.request.model
-    metrics.add("weft_jobs_submitted", model=model, task=job.request.task.value)
+    metrics.add("weft_jobs_submitted_total", model=model, task=job.request.task.value)
     metrics.observe("weft_job_submit_seconds", seconds)
     if job.cached_from is not None or job.leader is not None:
-        metrics.add("weft_jobs_same", model=model, how="joined" if job.cached_from is None else "copied")
+        metrics.add(
+            "weft_jobs_same_total", model=model, how="joined" if job.cached_from is None else "copied"
+        )

@@ -39,7 +39,7 @@ class HttpMetricsMiddleware:
     def _count(self, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "unmatched")  # mounts and 404s have no route
         method = scope["method"] if scope["method"] in METHODS else "OTHER"  # a client may invent any
-        self.metrics.add("weft_http_requests", method=method, route=route, status=str(status))
+        self.metrics.add("weft_http_requests_total", method=method, route=route, status=str(status))
         self.metrics.observe("weft_http_request_seconds", seconds, route=route)
         if (kind := error_kind_of(scope)) is not None:
-            self.metrics.add("weft_refusals", kind=kind)
+            self.metrics.add("weft_refusals_total", kind=kind)

@@ -60,7 +60,7 @@ async def generate_images(http_request: Request, caller: CurrentCaller) -> Image
         return render(late, http_request.scope, status=504)
     except ConnectionAbortedError:
         return Response(status_code=499)  # the client is gone: this is for the log and the metrics
-    caller.state.metrics.add("weft_jobs_finished_observed", state=job.state.value)
+    caller.state.metrics.add("weft_jobs_finished_observed_total", state=job.state.value)
     _require_completed(job)
     return ImagesResponse(
         created=int(job.created_at),
@@ -149,7 +149,7 @@ async def _stream(caller: CallerContext, job: Job) -> AsyncGenerator[bytes]:
                 shown += 1
             ended = ended or isinstance(event, ENDINGS)
         job = (await caller.job_service.get(job.id, caller.owner)).job
-        caller.state.metrics.add("weft_jobs_finished_observed", state=job.state.value)
+        caller.state.metrics.add("weft_jobs_finished_observed_total", state=job.state.value)
         _require_completed(job)
         for image in await _images(caller, job, as_url=False):
             yield _event(_completed_image(job, image))

@@ -191,7 +191,7 @@ class Dispatcher:
             return
         self._reap_at = now + self._settings.heartbeat_s
         for job in await self._store.leases.reap():
-            self._meter.add("weft_leases_lost", model=job.request.model)
+            self._meter.add("weft_leases_lost_total", model=job.request.model)
             logger.warning(
                 "a lease expired", extra={"job_id": job.id, "attempt": job.attempt, "state": job.state}
             )

@@ -32,10 +32,10 @@ def count_attempt_end(meter: Meter, job: Job) -> None:
     """Count a job that ended or was released; observe its times unless it copied files."""
     model = job.request.model
     if not job.state.ended:
-        meter.add("weft_attempts_given_back", model=model)
+        meter.add("weft_attempts_given_back_total", model=model)
         return
     meter.add(
-        "weft_jobs_ended", model=model, state=job.state.value, error=job.error.kind if job.error else ""
+        "weft_jobs_ended_total", model=model, state=job.state.value, error=job.error.kind if job.error else ""
     )
     if job.cached_from is None and job.started_at is not None:
         meter.observe("weft_job_wait_seconds", job.started_at - job.created_at, model=model)

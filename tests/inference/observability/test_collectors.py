@@ -91,11 +91,11 @@ def test_counters_are_told_what_came_since_and_gauges_as_they_are(told: Told) ->
     reporter = Reporter()
 
     for steps in (0, 3, 3, 10):
-        reporter.report([Sample("weft_steps", steps), Sample("weft_slots", 4)])
+        reporter.report([Sample("weft_steps_total", steps), Sample("weft_slots", 4)])
 
-    assert [call for call in told.calls if call[0] == "weft_steps"] == [
-        ("weft_steps", 3, {}),
-        ("weft_steps", 7, {}),
+    assert [call for call in told.calls if call[0] == "weft_steps_total"] == [
+        ("weft_steps_total", 3, {}),
+        ("weft_steps_total", 7, {}),
     ]
     assert [call for call in told.calls if call[0] == "weft_slots"] == [("weft_slots", 4, {})] * 4
 
@@ -169,10 +169,10 @@ async def test_a_worker_tells_requests_steps_forwards_and_failures(worker: Worke
     await run(worker, rows=3)  # never fits
     await run(worker, error=NotFinite("NaN"))
 
-    assert values(worker, "weft_requests") == {(): 3}
-    assert values(worker, "weft_requests_failed") == {("out_of_memory",): 1, ("not_finite",): 1}
-    assert values(worker, "weft_steps") == {(): 2}
-    assert values(worker, "weft_forwards") == {
+    assert values(worker, "weft_requests_total") == {(): 3}
+    assert values(worker, "weft_requests_failed_total") == {("out_of_memory",): 1, ("not_finite",): 1}
+    assert values(worker, "weft_steps_total") == {(): 2}
+    assert values(worker, "weft_forwards_total") == {
         ("tiny", "Doubling.forward", "256", "2"): 1,
         ("tiny", "Doubling.forward", "256", "1"): 1,
     }
@@ -198,7 +198,7 @@ async def test_what_a_draining_worker_hands_back_is_counted(worker: Worker) -> N
     go_on.set()
     await task
 
-    assert values(worker, "weft_requests_handed_back") == {(): 1}
+    assert values(worker, "weft_requests_handed_back_total") == {(): 1}
 
 
 async def test_lines_from_within_a_pipeline_name_the_job_of_their_own_fiber(

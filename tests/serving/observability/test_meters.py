@@ -42,13 +42,13 @@ def test_every_declared_metric_takes_numbers_with_its_labels() -> None:
 
 def test_an_undeclared_label_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"[Ll]abel"):
-        LocalMeter().add("weft_jobs_submitted", model="x", prompt="a red fox")
+        LocalMeter().add("weft_jobs_submitted_total", model="x", prompt="a red fox")
 
 
 def test_several_meters_get_the_same_values() -> None:
     first, second = LocalMeter(), LocalMeter()
 
-    Meters((first, second, RayMeter())).add("weft_refusals", kind="rate_limited")
+    Meters((first, second, RayMeter())).add("weft_refusals_total", kind="rate_limited")
 
     assert value(first, "weft_refusals_total", kind="rate_limited") == 1.0
     assert value(second, "weft_refusals_total", kind="rate_limited") == 1.0
