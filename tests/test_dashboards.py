@@ -57,7 +57,7 @@ def test_expressions_name_exported_metrics_and_their_labels(expression: str) -> 
     assert expression.count("(") == expression.count(")")
 
 
-def test_every_metric_is_shown_somewhere_or_told_of_in_the_docs() -> None:
+def test_the_docs_name_every_metric() -> None:
     text = (ROOT / "docs/metrics.md").read_text()
 
     named = set(re.findall(r"`(weft_\w+)`", text))
@@ -65,13 +65,13 @@ def test_every_metric_is_shown_somewhere_or_told_of_in_the_docs() -> None:
     assert named == set(METRICS)
 
 
-def test_the_docs_tell_each_metrics_labels_as_declared() -> None:
+def test_the_docs_list_the_labels_of_each_metric_as_declared() -> None:
     text = (ROOT / "docs/metrics.md").read_text()
     rows = re.findall(r"^\| `(weft_\w+)` \| (\w+) \| ([^|]*) \|", text, re.MULTILINE)
 
-    told = {name: (kind, tuple(re.findall(r"\w+", labels))) for name, kind, labels in rows}
+    documented = {name: (kind, tuple(re.findall(r"\w+", labels))) for name, kind, labels in rows}
 
-    assert told == {name: (metric.kind, metric.labels) for name, metric in METRICS.items()}
+    assert documented == {name: (metric.kind, metric.labels) for name, metric in METRICS.items()}
 
 
 def test_panels_lie_beside_each_other_and_ids_differ() -> None:

@@ -315,7 +315,7 @@ def test_secrets_are_not_replaced_by_a_second_call(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("group", PODS)
-def test_pods_run_as_nobody_in_particular_and_are_watched(group: str) -> None:
+def test_pods_run_as_an_unprivileged_user_and_have_probes(group: str) -> None:
     spec = PODS[group]["spec"]
     (container,) = spec["containers"]
 

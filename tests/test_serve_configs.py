@@ -125,7 +125,7 @@ def test_serving_of_a_card_may_be_otherwise_in_the_file_and_a_mistake_in_it_is_n
         app.build_model(ModelArgs.model_validate({"models": [{"id": "tiny-sd", "serving": {}}]}))
 
 
-def test_a_mistake_in_a_card_that_stands_in_the_file_is_told_alone() -> None:
+def test_a_mistake_in_a_card_inside_the_file_is_reported_alone() -> None:
     card = yaml.safe_load((ROOT / "configs/models/tiny-sd15.yaml").read_text(encoding="utf-8"))
 
     with pytest.raises(ValidationError) as raised:

@@ -14,8 +14,8 @@ from PIL import Image
 from tests.graph.running import until
 
 
-def submit(client: httpx.Client, **wish: Any) -> str:
-    answer = client.post("/api/generate/image", json={"model": "tiny-flux-schnell", **wish})
+def submit(client: httpx.Client, **fields: Any) -> str:
+    answer = client.post("/api/generate/image", json={"model": "tiny-flux-schnell", **fields})
     assert answer.status_code == 202, answer.text
     job_id: str = answer.json()["id"]
     return job_id
@@ -39,19 +39,19 @@ def picture(client: httpx.Client, job: dict[str, Any], index: int = 0) -> Image.
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """What a wish gives when nobody dies, and how long that takes."""
+    """The result of a request when no process dies, and how long it takes."""
 
     image: Image.Image
     seconds: float
 
     @classmethod
-    def of(cls, client: httpx.Client, **wish: Any) -> Undisturbed:
+    def of(cls, client: httpx.Client, **fields: Any) -> Undisturbed:
         began = time.monotonic()
-        job = ended(client, submit(client, **wish))
+        job = ended(client, submit(client, **fields))
         return cls(picture(client, job), time.monotonic() - began)
 
 
-def told(client: httpx.Client, job_id: str, kind: str) -> list[dict[str, Any]]:
+def events_of(client: httpx.Client, job_id: str, kind: str) -> list[dict[str, Any]]:
     """Data of all events of this kind in the stream of a job that has ended."""
     answer = client.get(f"/api/generate/{job_id}/events")
     assert answer.status_code == 200

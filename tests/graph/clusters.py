@@ -30,7 +30,7 @@ LOGICAL = {"CPU": 8, "GPU": 1}  # of a worker; nothing of it need be there
 
 class RayCluster:
     """A head without GPUs that serves HTTP, and workers of one logical GPU each: added by hand, or by Ray's
-    autoscaler where `autoscaled` tells how many there may be.
+    autoscaler where `autoscaled` says how many there may be.
 
     with RayCluster(folder) as cluster: ...
 
@@ -50,7 +50,7 @@ class RayCluster:
             "WEFT_LEASE_S": str(3 * slowness()),
             "WEFT_HEARTBEAT_S": "0.5",
             "WEFT_READS_PER_MINUTE": "100000",  # tests ask often
-            "WEFT_CACHE": "false",  # the same request again shall run again
+            "WEFT_CACHE": "false",  # a repeated request must run again
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             "PYTHONPATH": str(ROOT),
             **RAY,

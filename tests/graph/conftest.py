@@ -42,7 +42,7 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         "WEFT_LEASE_S": str(3 * slowness()),
         "WEFT_HEARTBEAT_S": "0.5",
         "WEFT_READS_PER_MINUTE": "100000",  # tests ask often
-        "WEFT_CACHE": "false",  # the same request again shall run again
+        "WEFT_CACHE": "false",  # a repeated request must run again
         "WEFT_TRACE_DIR": str(data / "traces"),
         "WEFT_MODEL_CACHE": str(data / "models"),
         "RAY_metrics_report_interval_ms": "1000",  # ten seconds are long for a test
@@ -79,7 +79,7 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 @pytest.fixture(autouse=True)
 def a_service_that_answers(request: pytest.FixtureRequest) -> None:
-    """One test that leaves the shared service broken shall not cost every later one its patience."""
+    """Skip the wait of all later tests when one has left the shared service broken."""
     if "service" in request.fixturenames:
         request.getfixturevalue("service").require(request.node.nodeid)
 

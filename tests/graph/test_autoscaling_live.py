@@ -1,4 +1,4 @@
-"""The policy inside Serve: jobs wake a sleeping model, a crowd gets a second replica, later none is left."""
+"""The policy inside Serve: jobs wake a sleeping model, many get a second replica, and none is left later."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.ray
 
 NAME = "napping"
 KNOBS = {
-    "utilization": 0.05,  # some seconds of work are a crowd
+    "utilization": 0.05,  # some seconds of work need a second replica
     "rate_window_s": 10.0,
     "near_window_s": 5.0,
     "drain_s": 20.0,
@@ -61,8 +61,8 @@ def replicas() -> int:
 
 
 def submit(client: httpx.Client, steps: int, seed: int) -> str:
-    wish = {"model": NAME, "prompt": "a red circle", "num_inference_steps": steps, "seed": seed}
-    answer = client.post("/api/generate/image", json=wish)
+    fields = {"model": NAME, "prompt": "a red circle", "num_inference_steps": steps, "seed": seed}
+    answer = client.post("/api/generate/image", json=fields)
     assert answer.status_code == 202, answer.text
     job_id: str = answer.json()["id"]
     return job_id
@@ -80,9 +80,9 @@ def test_from_none_to_many_and_back(client: httpx.Client) -> None:
     until(lambda: replicas() == 1, "a request wakes one replica")
     until(lambda: completed(client, first), "it is served")
 
-    crowd = [submit(client, 60, seed) for seed in range(1, 13)]
+    others = [submit(client, 60, seed) for seed in range(1, 13)]
     until(lambda: replicas() == 2, "jobs in the store get more replicas")
-    for job in crowd:
+    for job in others:
         until(lambda job=job: completed(client, job), "all are served")  # type: ignore[misc]
 
-    until(lambda: replicas() == 0, "nobody is left when nothing is to be done")
+    until(lambda: replicas() == 0, "the model scales to zero without work")

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.graph.calls import Undisturbed, ended, picture, submit, told
+from tests.graph.calls import Undisturbed, ended, events_of, picture, submit
 from tests.graph.running import Service, kill, until
 
 pytestmark = pytest.mark.ray
@@ -68,7 +68,7 @@ def test_a_killed_ingress_replica_loses_no_job(service: Service, client: httpx.C
 
     kill(service.pid_of("Ingress"))
 
-    what = "the other replica tells that the job completed"
+    what = "the other replica reports that the job completed"
     until(lambda: told_by_a_fresh_client(service, job_id, "completed"), what)
 
 
@@ -88,7 +88,7 @@ def test_a_killed_part_of_serve_comes_back_and_no_job_notices(actor: str, servic
 
 
 def told_by_a_fresh_client(service: Service, job_id: str, status: str) -> dict[str, Any] | None:
-    """The job, once it is so; None as well while nobody answers."""
+    """The job, once it is so; None also while no server answers."""
     with service.client() as fresh:
         try:
             answer = fresh.get(f"/api/generate/{job_id}")
@@ -131,7 +131,7 @@ def test_a_replica_that_is_stopped_hands_its_job_on_where_it_stands(
     service.stop_gracefully("slow-flux")
     kill(stopped)  # Serve's controller would do that next
     job = ended(client, job_id)
-    steps = [event["step"] for event in told(client, job_id, "step")]
+    steps = [event["step"] for event in events_of(client, job_id, "step")]
 
     assert job["status"] == "completed"
     assert picture(client, job).tobytes() == undisturbed.tobytes()

@@ -14,7 +14,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeInstanceDetails
 
 from serve_app.ray_serve import local_cluster
-from tests.graph.calls import ended, picture, told
+from tests.graph.calls import ended, events_of, picture
 from tests.graph.running import PATIENCE_S, ROOT, Service, kill, until
 
 pytestmark = pytest.mark.ray
@@ -34,7 +34,7 @@ Pids = dict[tuple[str, str], list[int]]  # by application and deployment
 
 
 def tiny_card(card_id: str, tiny: str, **serving: Any) -> dict[str, Any]:
-    """The card of a shipped tiny model under another id, on a GPU that only Ray's books know."""
+    """The card of a shipped tiny model under another id, on a GPU that exists for Ray only."""
     card: dict[str, Any] = yaml.safe_load((ROOT / f"configs/models/{tiny}.yaml").read_text(encoding="utf-8"))
     card["serving"] = {"num_gpus": 1, "num_cpus": 0.1, "slots": 8, "max_rows": 8, "warm_up": False} | serving
     if tiny == "tiny-sd15":  # what it stands for makes pictures only
@@ -92,9 +92,9 @@ class Fleet:
         ids = {card["id"] for each in added for card in each["args"]["models"]}
         until(lambda: ids <= self.models().keys() <= ids | WEIGHTS.keys(), "the gateway knows its models")
 
-    def submit(self, model: str, **wish: Any) -> str:
+    def submit(self, model: str, **fields: Any) -> str:
         """Id of the accepted job. Each ingress replica learns of a new model within 2 s, by itself."""
-        body = {"model": model, "prompt": "a red circle", **wish}
+        body = {"model": model, "prompt": "a red circle", **fields}
 
         def accepted() -> httpx.Response | None:
             answer = self.client.post("/api/generate/image", json=body)
@@ -133,7 +133,7 @@ class Fleet:
         }
 
     def picture(self, job: dict[str, Any]) -> bytes:
-        """Its pixels: the file also tells how long it took."""
+        """Its pixels: the file also contains how long it took."""
         with self._service.client() as client:
             return picture(client, job).tobytes()
 
@@ -189,7 +189,7 @@ def test_models_come_change_and_go_and_no_other_replica_notices(fleet: Fleet) ->
     assert len(added[place]) == 1
     assert not set(added[place]) & set(changed[place])
     assert "there is no model 'newcomer' here; there is dreamshaper-8, flux.1-dev, " in message
-    until(lambda: "newcomer" not in fleet.client.get("/v1/models").text, "the lists tell it too")
+    until(lambda: "newcomer" not in fleet.client.get("/v1/models").text, "the list of models shows it too")
 
 
 def test_jobs_of_a_model_that_goes_wait_until_it_comes_back(fleet: Fleet) -> None:
@@ -212,9 +212,9 @@ def test_one_of_each_kind_is_killed_in_mid_job_and_every_job_ends_once(
     fleet: Fleet, service: Service
 ) -> None:
     fleet.deploy(fleet.model(slow_card("crowd", slots=2, num_gpus=0, min_replicas=3, max_replicas=3)))
-    wish = {"num_inference_steps": 200, "seed": 5}
-    undisturbed = fleet.picture(ended(fleet.client, fleet.submit("crowd", **wish)))
-    jobs = [fleet.submit("crowd", **wish) for _ in range(9)]
+    fields = {"num_inference_steps": 200, "seed": 5}
+    undisturbed = fleet.picture(ended(fleet.client, fleet.submit("crowd", **fields)))
+    jobs = [fleet.submit("crowd", **fields) for _ in range(9)]
 
     def running() -> int:
         steps = [fleet.client.get(f"/api/generate/{job}").json()["step"] for job in jobs]
@@ -238,5 +238,5 @@ def test_one_of_each_kind_is_killed_in_mid_job_and_every_job_ends_once(
     assert [job["status"] for job in done] == ["completed"] * 9
     assert {fleet.picture(job) for job in done} == {undisturbed}
     with httpx.Client(base_url=f"{service.url}/fleet", timeout=PATIENCE_S) as client:
-        assert [len(told(client, job, "completed")) for job in jobs] == [1] * 9
+        assert [len(events_of(client, job, "completed")) for job in jobs] == [1] * 9
     fleet.deploy()

@@ -1,4 +1,4 @@
-"""What a running Weft tells of itself: numbers at Ray's port, log lines with their job, and traces."""
+"""What a running Weft exports: metrics at Ray's port, log lines with their job, and traces."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def work(service: Service) -> Iterator[dict[str, Any]]:
     with service.client() as client:
         before = scraped()
         headers = {"x-request-id": "metrics-test-0001"}
-        wish = {"model": "tiny-flux-schnell", "prompt": "a red circle", "loras": "night:1.0"}
+        fields = {"model": "tiny-flux-schnell", "prompt": "a red circle", "loras": "night:1.0"}
         for seed in (5, 6):
-            answer = client.post("/api/generate/image", json=wish | {"seed": seed}, headers=headers)
+            answer = client.post("/api/generate/image", json=fields | {"seed": seed}, headers=headers)
             picture = ended(client, answer.json()["id"])
         film = {"model": "tiny-wan", "prompt": "a red circle", "seed": 3, "steps": 2, "num_frames": 17}
         video = ended(client, client.post("/api/generate/video", json=film, headers=headers).json()["id"])
@@ -74,7 +74,7 @@ def test_every_usual_metric_is_exported_and_moves(work: dict[str, Any]) -> None:
 
     def standing_still() -> list[str]:
         for name, series in scraped().items():
-            seen.setdefault(name, {}).update(series)  # Ray forgets a gauge that was not told again in time
+            seen.setdefault(name, {}).update(series)  # Ray drops a gauge that is not reported again in time
         return [
             name
             for name in sorted(USUAL)
@@ -105,7 +105,7 @@ def log_lines(job_id: str) -> list[dict[str, Any]]:
     return found
 
 
-def test_lines_of_a_job_name_it_and_its_request_on_both_floors(work: dict[str, Any]) -> None:
+def test_lines_of_a_job_name_it_and_its_request_in_both_layers(work: dict[str, Any]) -> None:
     def deployments() -> dict[str, set[str]]:
         by_deployment: dict[str, set[str]] = {}
         for line in log_lines(work["video"]):
@@ -141,7 +141,7 @@ def test_one_trace_leads_from_the_ingress_over_dispatcher_and_model_to_the_encod
         done = {"tiny-wan", "VideoEncoder"} <= replicas and ours <= set(names)
         return names if done else None
 
-    until(whole, "all four have told their spans")
+    until(whole, "all four have written their spans")
 
 
 def test_weights_are_fetched_to_the_nodes_before_a_replica_starts(service: Service, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_weights_are_fetched_to_the_nodes_before_a_replica_starts(service: Servi
         handle = serve.run(fetcher.bind([nowhere], 0.1), name="fetcher", route_prefix=None)
         reasons = until(
             lambda: [reason for reason in handle.status.remote().result().values() if "nothing" in reason],
-            "the failure is told",
+            "the failure is logged",
         )
         assert "cannot be fetched: there is no folder at" in reasons[0]
     finally:

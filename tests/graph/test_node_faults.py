@@ -21,7 +21,7 @@ WISH = {"model": MODEL, "prompt": "a red circle", "num_inference_steps": 300, "s
 
 
 def patient_get(client: httpx.Client, path: str) -> dict[str, object]:
-    """The JSON there; empty while nobody answers."""
+    """The JSON there; empty while no server answers."""
     try:
         answer = client.get(path)
     except httpx.TransportError:

@@ -53,11 +53,11 @@ def test_two_picture_models_share_one_replica_and_a_video_model_sleeps_beside_th
 
     awake = {"flux.1-schnell": "ready", "sdxl-base-1.0": "ready", "tiny-wan": "idle"}
     until(lambda: states() == awake, "all is as the file says")
-    wishes = [
+    bodies = [
         {"model": model, "prompt": "a red circle", "num_inference_steps": 4, "seed": 1}
         for model in ("flux.1-schnell", "sdxl-base-1.0")
     ]
-    accepted = [client.post("/api/generate/image", json=wish) for wish in wishes]
+    accepted = [client.post("/api/generate/image", json=fields) for fields in bodies]
     jobs = [ended(client, answer.json()["id"]) for answer in accepted]
 
     assert [job["status"] for job in jobs] == ["completed"] * 2

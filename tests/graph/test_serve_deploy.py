@@ -1,4 +1,4 @@
-"""`serve deploy serve_config.yaml` on a Ray cluster that somebody else started, with their own REDIS_URL."""
+"""`serve deploy serve_config.yaml` on a Ray cluster that was started separately, with its own REDIS_URL."""
 
 from __future__ import annotations
 

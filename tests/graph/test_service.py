@@ -52,12 +52,12 @@ def test_the_picture_says_how_it_was_made(client: httpx.Client) -> None:
 
 
 def test_the_same_seed_gives_the_same_picture_alone_and_in_a_crowd(client: httpx.Client) -> None:
-    wish = {"prompt": "a yellow square on a blue background", "seed": 7}
-    alone = picture(client, ended(client, submit(client, **wish)))
+    fields = {"prompt": "a yellow square on a blue background", "seed": 7}
+    alone = picture(client, ended(client, submit(client, **fields)))
 
-    crowd = [submit(client, prompt="two red stars", seed=n) for n in range(8)]
-    together = picture(client, ended(client, submit(client, **wish)))
-    for job_id in crowd:
+    others = [submit(client, prompt="two red stars", seed=n) for n in range(8)]
+    together = picture(client, ended(client, submit(client, **fields)))
+    for job_id in others:
         ended(client, job_id)
 
     difference = max(
@@ -111,7 +111,7 @@ def test_progress_is_streamed_and_can_be_replayed_from_any_replica(client: httpx
     names, ids = read(None)
     again, _ = read(ids[5])  # another connection: either ingress replica may answer
 
-    assert names.count("step") == 21, "step 0 tells how many there will be"
+    assert names.count("step") == 21, "step 0 says how many there will be"
     assert names[-1] == "completed"
     assert again == names[6:]
 
@@ -158,14 +158,14 @@ def test_the_openai_sdk_works_unchanged(service: Service) -> None:
 def test_bad_input_is_refused_before_any_job_exists(client: httpx.Client) -> None:
     before = client.get("/api/generate/", params={"limit": 1}).json()
 
-    for wish in (
+    for fields in (
         {"prompt": "x", "model": "unknown"},
         {"prompt": "x", "width": 77},
         {"prompt": "x", "seed": -1},
         {"prompt": "x" * 100_000},
         {"prompt": "x", "image": "bm90IGEgcGljdHVyZQ=="},
     ):
-        answer = client.post("/api/generate/image", json={"model": "tiny-flux-schnell", **wish})
+        answer = client.post("/api/generate/image", json={"model": "tiny-flux-schnell", **fields})
         assert 400 <= answer.status_code < 500, answer.text
         assert answer.json()["error"]["message"]
 

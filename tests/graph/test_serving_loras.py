@@ -23,9 +23,9 @@ WAN_WIDTH = 160  # of the tiny video model's attention
 WEIGHTS = "models/tiny-flux-schnell/loras/lora_{}/pytorch_lora_weights.safetensors"
 
 
-def painted(client: httpx.Client, **wish: Any) -> np.ndarray:
+def pixels_of(client: httpx.Client, **fields: Any) -> np.ndarray:
     """The picture of one job, as floats of 0 to 255."""
-    job = ended(client, submit(client, **{"prompt": PROMPT, "seed": 7, **wish}))
+    job = ended(client, submit(client, **{"prompt": PROMPT, "seed": 7, **fields}))
     assert job["status"] == "completed", job["error"]
     return np.asarray(picture(client, job), dtype=float)
 
@@ -43,10 +43,10 @@ def frames_of(client: httpx.Client, job_id: str) -> np.ndarray:
 
 
 def test_an_adapter_by_name_changes_the_picture_as_it_was_trained_to(client: httpx.Client) -> None:
-    plain = painted(client)
-    night = painted(client, loras=[{"id": "night", "weight": 1.0}])
-    off = painted(client, loras=[{"id": "night", "weight": 0.0}])
-    again = painted(client)
+    plain = pixels_of(client)
+    night = pixels_of(client, loras=[{"id": "night", "weight": 1.0}])
+    off = pixels_of(client, loras=[{"id": "night", "weight": 0.0}])
+    again = pixels_of(client)
 
     assert night.mean() < 0.8 * plain.mean()
     assert np.abs(off - plain).max() <= 1
@@ -54,9 +54,9 @@ def test_an_adapter_by_name_changes_the_picture_as_it_was_trained_to(client: htt
 
 
 def test_two_adapters_act_at_once_each_with_its_weight(client: httpx.Client) -> None:
-    night = painted(client, loras="night:1.0")
-    both = painted(client, loras="night:1.0, mosaic:1.0")
-    by_prompt = painted(client, prompt=f"{PROMPT} <lora:night:1><lora:mosaic:1>")
+    night = pixels_of(client, loras="night:1.0")
+    both = pixels_of(client, loras="night:1.0, mosaic:1.0")
+    by_prompt = pixels_of(client, prompt=f"{PROMPT} <lora:night:1><lora:mosaic:1>")
 
     assert np.abs(both - night).mean() > 2
     assert (by_prompt == both).all()
@@ -68,8 +68,8 @@ def test_an_uploaded_adapter_serves_until_it_is_deleted(client: httpx.Client) ->
     name = {"name": "my mosaic", "trigger_words": "mosaic"}
     registered = client.post("/api/loras", files={"file": changed}, data=name).json()
 
-    own = painted(client, loras="my mosaic:1.0")
-    shipped = painted(client, loras="mosaic:1.0")
+    own = pixels_of(client, loras="my mosaic:1.0")
+    shipped = pixels_of(client, loras="mosaic:1.0")
     deleted = client.delete(f"/api/loras/{registered['id']}")
     gone = client.post("/api/generate/image", json={"prompt": PROMPT, "loras": "my mosaic:1.0"})
 
@@ -82,13 +82,13 @@ def test_a_deleted_adapter_leaves_every_replica(client: httpx.Client) -> None:
     file = (ROOT / WEIGHTS.format("night")).read_bytes()
     changed = file[:-2] + b"\x01\x3a"
     registered = client.post("/api/loras", files={"file": changed}, data={"name": "dusk"}).json()
-    painted(client, loras="dusk:1.0")
+    pixels_of(client, loras="dusk:1.0")
     kept = Path(os.environ["WEFT_DATA_DIR"]) / "adapter-cache" / f"{registered['sha256']}.safetensors"
     assert kept.read_bytes() == changed
 
     assert client.delete("/api/loras/dusk").status_code == 200
 
-    assert until(lambda: not kept.exists(), "the replica was told to forget it")
+    assert until(lambda: not kept.exists(), "the replica unloads the LoRA")
 
 
 def test_a_wrong_shape_is_refused_before_the_job_is_accepted(client: httpx.Client) -> None:
@@ -96,7 +96,7 @@ def test_a_wrong_shape_is_refused_before_the_job_is_accepted(client: httpx.Clien
     file = save(
         {f"{layer}.lora_A.weight": torch.zeros(4, 3072), f"{layer}.lora_B.weight": torch.zeros(3072, 4)}
     )
-    assert until(lambda: "tiny-flux-schnell" in ready(client), "the model can tell its layers")
+    assert until(lambda: "tiny-flux-schnell" in ready(client), "the model can report its layer shapes")
     before = len(client.get("/api/generate/").json()["jobs"])
 
     answer = client.post(
@@ -121,12 +121,12 @@ def test_a_video_takes_an_adapter_in_both_dialects(client: httpx.Client) -> None
             tensors[f"{layer}.lora_A.weight"] = torch.randn(4, WAN_WIDTH, generator=draw)
             tensors[f"{layer}.lora_B.weight"] = torch.randn(WAN_WIDTH, 4, generator=draw)
     client.post("/api/loras", files={"file": save(tensors)}, data={"name": "shiver"}).raise_for_status()
-    wish = {"model": "tiny-wan", "prompt": "a red circle moving left", "seed": 3}
+    fields = {"model": "tiny-wan", "prompt": "a red circle moving left", "seed": 3}
     small = {"num_frames": 5, "num_inference_steps": 1}
 
-    plain = client.post("/api/generate/video", json=wish | small).json()["id"]
-    native = client.post("/api/generate/video", json=wish | small | {"loras": "shiver:1.0"}).json()["id"]
-    omni = client.post("/v1/videos", json=wish | small | {"lora": {"name": "shiver"}}).json()["id"]
+    plain = client.post("/api/generate/video", json=fields | small).json()["id"]
+    native = client.post("/api/generate/video", json=fields | small | {"loras": "shiver:1.0"}).json()["id"]
+    omni = client.post("/v1/videos", json=fields | small | {"lora": {"name": "shiver"}}).json()["id"]
 
     frames = [frames_of(client, job_id) for job_id in (plain, native, omni)]
     assert np.abs(frames[1] - frames[0]).mean() > 2

@@ -1,4 +1,4 @@
-"""A model that draws one-colour pictures in no time, and fails, dawdles or dies when told to."""
+"""A fake model that returns one-colour images at once, and can be made to fail, wait or die."""
 
 from __future__ import annotations
 

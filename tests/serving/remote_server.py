@@ -1,4 +1,4 @@
-"""A web server of somebody else: TLS on loopback, under names that DNS would give public addresses."""
+"""A remote web server for tests: TLS on loopback, under names that resolve to public addresses."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class RemoteServer(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         self.dialled.append(host)
         if host != PUBLIC:
-            raise httpcore.ConnectError("there is nobody here")
+            raise httpcore.ConnectError("no server listens here")
         assert self._server is not None
         own = self._server.sockets[0].getsockname()[1]
         return await self._network.connect_tcp("127.0.0.1", own, timeout=timeout)

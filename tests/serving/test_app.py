@@ -1,4 +1,4 @@
-"""The roof: what may be put into serve_config.yaml, and what is refused with its reason."""
+"""The composition root: what a Serve config file may contain, and what is refused with its reason."""
 
 from __future__ import annotations
 

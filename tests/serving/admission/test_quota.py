@@ -25,13 +25,13 @@ NOON_US = 1_795_262_400_000_000  # 2026-11-21 12:00 UTC
 ARTIFACT = StoredArtifact(0, "image", "outputs/x/1-0.png", "image/png", 3, "abc", 64, 64, 7)
 
 
-def wish(images: int = 1) -> ResolvedRequest:
+def request_for(images: int = 1) -> ResolvedRequest:
     return resolved().model_copy(update={"num_images": images})
 
 
 async def submitted(store: JobStore, images: int = 1, per_day: int = 4) -> Job:
     return await store.accept(
-        NewJob(new_job_id(), OWNER, wish(images), options=SubmitOptions(images_per_day=per_day))
+        NewJob(new_job_id(), OWNER, request_for(images), options=SubmitOptions(images_per_day=per_day))
     )
 
 
@@ -46,7 +46,7 @@ async def used(redis: Redis, settings: Settings) -> int:
     return sum(int(count) for count in counts.values())
 
 
-def test_a_refusal_tells_what_is_left_and_when_the_next_day_begins() -> None:
+def test_a_refusal_says_what_is_left_and_when_the_next_day_begins() -> None:
     with pytest.raises(QuotaExceeded, match="2 left of your 5") as refusal:
         reserve(5, {day_of(NOON_US): "3"}, 3, NOON_US)
 
@@ -87,7 +87,7 @@ async def test_the_same_job_accepted_twice_is_counted_once(
 ) -> None:
     job = await submitted(store, images=2)
 
-    await store.accept(NewJob(job.id, OWNER, wish(2), options=SubmitOptions(images_per_day=4)))
+    await store.accept(NewJob(job.id, OWNER, request_for(2), options=SubmitOptions(images_per_day=4)))
 
     assert await used(redis, settings) == 2
 

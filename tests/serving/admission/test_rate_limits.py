@@ -13,7 +13,7 @@ from tests.serving.conftest import MakeSettings
 from tests.serving.fakes import keys_without_ttl
 
 
-async def test_replicas_let_in_the_limit_together_and_tell_when_to_come_back(
+async def test_replicas_share_the_limit_and_say_when_to_try_again(
     redis: Redis, make_settings: MakeSettings
 ) -> None:
     settings = make_settings(submits_per_minute=7)
@@ -61,14 +61,14 @@ async def test_a_slot_is_given_back_when_a_call_ends_however_it_ends(
     settings = make_settings(max_concurrent_calls=2)
     ours, theirs = RateLimiter(redis, settings), RateLimiter(redis, settings)
 
-    async def crowd() -> None:
+    async def callers() -> None:
         async with ours.slot(), theirs.slot():
             with pytest.raises(Overloaded):
                 await theirs.slot().__aenter__()
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        await crowd()
+        await callers()
 
     async with ours.slot(), theirs.slot():
         pass

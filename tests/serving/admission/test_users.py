@@ -1,4 +1,4 @@
-"""Users in the books."""
+"""Users in the account store."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def test_a_user_gets_a_key_that_opens_until_it_is_revoked(
 
 
 @pytest.mark.usefixtures("environment")
-def test_what_cannot_be_done_is_told_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_that_fails_has_status_1_and_a_reason(capsys: pytest.CaptureFixture[str]) -> None:
     main(["users", "add", "bob@example.org"])
 
     statuses = [
@@ -55,10 +55,10 @@ def test_what_cannot_be_done_is_told_and_fails(capsys: pytest.CaptureFixture[str
         main(["keys", "revoke", "wf_000000000000"]),
     ]
 
-    told = capsys.readouterr().err
+    errors = capsys.readouterr().err
     assert statuses == [1] * 6
-    assert "there is a user with the e-mail bob@example.org" in told
-    assert "scopes are some of read, generate" in told
+    assert "there is a user with the e-mail bob@example.org" in errors
+    assert "scopes are some of read, generate" in errors
 
 
 async def test_the_key_of_another_prefix_does_not_open(redis: Redis, settings: Settings) -> None:

@@ -62,7 +62,7 @@ def test_a_gateway_serves_the_applications_that_name_it_and_no_other() -> None:
     assert fleet.routes["tiny-sd15"].loras == fleet.routes["tiny-sd15"].deployment == "tiny-sd15"
 
 
-def test_cards_come_and_go_under_a_mapping_that_somebody_holds() -> None:
+def test_a_mapping_of_cards_follows_models_that_come_and_go() -> None:
     fleet = FleetRoutes("weft")
     cards = ServedCards(fleet)
 
@@ -149,6 +149,6 @@ def test_video_models_take_loras_like_all_other_requests() -> None:
     assert routes_of(parsed(card("plain", lora="none")), "weft")["plain"].loras is None
 
 
-def test_a_card_may_not_be_called_as_the_lora_deployment_of_another() -> None:
+def test_a_card_may_not_have_the_name_of_the_lora_deployment_of_another() -> None:
     with pytest.raises(BadRequest, match="'lora-one' is the deployment for the LoRAs of 'one'"):
         routes_of(parsed(card("one"), card("lora-one")), "weft")

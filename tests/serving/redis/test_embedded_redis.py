@@ -1,4 +1,4 @@
-"""The bundled Valkey: one per directory, durable, shut to all but us."""
+"""The bundled Valkey: one per directory, durable, and closed to other users."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_second_start_on_one_directory_is_refused(tmp_path: Path) -> None:
         assert answers(url)
 
 
-def test_the_server_of_a_killed_parent_is_ended_before_a_new_one_starts(tmp_path: Path) -> None:
+def test_the_server_of_a_killed_parent_is_terminated_before_a_new_one_starts(tmp_path: Path) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", KILLED_PARENT, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -163,7 +163,7 @@ def test_the_account_may_not(valkey_url: str, command: tuple[str, ...]) -> None:
         client.execute_command(*command)
 
 
-def test_nobody_enters_without_the_secret(valkey_url: str) -> None:
+def test_a_client_without_the_secret_is_refused(valkey_url: str) -> None:
     socket = valkey_url.partition("@")[2]
 
     with (
@@ -182,7 +182,7 @@ def test_only_our_user_can_read_the_directory(tmp_path: Path) -> None:
             assert stat.S_IMODE((directory / name).stat().st_mode) == 0o600
 
 
-def test_it_does_not_hear_the_terminals_interrupt(tmp_path: Path) -> None:
+def test_the_terminals_interrupt_does_not_reach_it(tmp_path: Path) -> None:
     server = EmbeddedRedis(tmp_path)
     server.start()
     try:

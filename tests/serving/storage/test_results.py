@@ -127,7 +127,7 @@ async def test_an_empty_job_leaves_no_folder(results: ResultStore, tmp_path: Pat
     assert not (tmp_path / "results" / "outputs" / JOB).exists()
 
 
-async def test_too_little_room_is_told(tmp_path: Path) -> None:
+async def test_too_little_free_space_is_reported(tmp_path: Path) -> None:
     assert await ResultStore(str(tmp_path), min_free_bytes=1).free_space_ok()
     assert not await ResultStore(str(tmp_path), min_free_bytes=2**60).free_space_ok()
     assert await ResultStore("memory://anywhere", min_free_bytes=2**60).free_space_ok()

@@ -26,7 +26,7 @@ from tests.serving.jobs.test_dispatch import ended
 from tests.serving.storage.s3 import BUCKET, KEYS, s3_server
 from tests.serving.storage.test_results import JOB, OTHER, image
 
-WISH = GenerationRequest(model=MODEL, prompt="x")
+REQUEST = GenerationRequest(model=MODEL, prompt="x")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ async def test_a_sweep_keeps_what_was_committed(bucket: ResultStore) -> None:
     await bucket.sweep(JOB)
 
 
-async def test_old_jobs_are_told_by_their_files(bucket: ResultStore) -> None:
+async def test_old_jobs_are_recognised_by_their_files(bucket: ResultStore) -> None:
     await bucket.put(image(1), b"x")
 
     assert await bucket.jobs_older_than(3600.0) == []
@@ -122,7 +122,7 @@ async def test_a_whole_job_in_a_bucket(store: JobStore, bucket: ResultStore, in_
     began = time.time()
 
     async with running(Dispatcher(store, bucket, FakeModels(), in_a_bucket)):
-        job = await ended(store, (await job_service.submit(WISH, OWNER)).id)
+        job = await ended(store, (await job_service.submit(REQUEST, OWNER)).id)
         _, data = await job_service.artifact(job.id, OWNER, 0)
         await job_service.delete(job.id, OWNER)
 
@@ -132,7 +132,7 @@ async def test_a_whole_job_in_a_bucket(store: JobStore, bucket: ResultStore, in_
     await job_service.aclose()
 
 
-async def test_the_owner_gets_a_link_to_a_picture_and_nobody_else(
+async def test_only_the_owner_gets_a_link_to_an_image(
     store: JobStore, bucket: ResultStore, in_a_bucket: Settings
 ) -> None:
     async def no_models() -> dict[str, str]:
@@ -143,8 +143,8 @@ async def test_the_owner_gets_a_link_to_a_picture_and_nobody_else(
         ApiState(job_service=job_service, cards={MODEL: CARD}, settings=in_a_bucket, model_states=no_models)
     )
     async with running(Dispatcher(store, bucket, FakeModels(), in_a_bucket)):
-        theirs = await ended(store, (await job_service.submit(WISH, "somebody else")).id)
-        mine = await ended(store, (await job_service.submit(WISH, LOCAL)).id)
+        theirs = await ended(store, (await job_service.submit(REQUEST, "another owner")).id)
+        mine = await ended(store, (await job_service.submit(REQUEST, LOCAL)).id)
     async with client_of(app) as client:
         answer = await client.get(f"/api/results/{mine.id}/0/link", params={"for_s": 60})
         refused = await client.get(f"/api/results/{theirs.id}/0/link")
@@ -162,6 +162,6 @@ async def test_the_owner_gets_a_link_to_a_picture_and_nobody_else(
 async def test_a_directory_has_no_links(store: JobStore, results: ResultStore, settings: Settings) -> None:
     job_service = JobService(store, results, {MODEL: CARD}, settings)
     async with running(Dispatcher(store, results, FakeModels(), settings)):
-        job = await ended(store, (await job_service.submit(WISH, OWNER)).id)
+        job = await ended(store, (await job_service.submit(REQUEST, OWNER)).id)
 
     assert await job_service.link(job.id, OWNER, 0, "image", 60.0) is None

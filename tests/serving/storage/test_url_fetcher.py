@@ -57,13 +57,13 @@ async def test_a_file_comes_with_its_digest_under_its_own_name(
     assert remote.dialled == [PUBLIC]
 
 
-async def test_progress_is_told_with_the_size_of_the_whole(remote: RemoteServer, fetcher: UrlFetcher) -> None:
+async def test_progress_is_reported_with_the_total_size(remote: RemoteServer, fetcher: UrlFetcher) -> None:
     remote.pages["/a.safetensors"] = page(b"x" * 800)
-    told: list[tuple[int, int | None]] = []
+    reports: list[tuple[int, int | None]] = []
 
-    await fetcher.get(URL, **LIMITS, on_progress=lambda done, total: told.append((done, total)))
+    await fetcher.get(URL, **LIMITS, on_progress=lambda done, total: reports.append((done, total)))
 
-    assert told[-1] == (800, 800)
+    assert reports[-1] == (800, 800)
 
 
 async def test_another_address_is_tried_when_the_first_does_not_answer(
@@ -335,7 +335,9 @@ async def test_a_server_that_is_not_who_it_says_is_not_talked_to(remote: RemoteS
     assert remote.heads == []
 
 
-async def test_a_post_tells_the_status_and_follows_nothing(remote: RemoteServer, fetcher: UrlFetcher) -> None:
+async def test_a_post_returns_the_status_and_follows_no_redirect(
+    remote: RemoteServer, fetcher: UrlFetcher
+) -> None:
     remote.pages["/hook"] = redirect("https://files.example.org/else", status="307 Temporary Redirect")
 
     status = await fetcher.post(
