@@ -82,7 +82,7 @@ def job_from(job_id: str, fields: Mapping[str, str]) -> Job:
         id=job_id,
         owner=fields["owner"],
         state=JobState(fields["state"]),
-        request=ResolvedRequest.model_validate_json(fields["request"]),
+        request=_request_from(fields["request"]),
         created_at=int(fields["created_us"]) / 1e6,
         warnings=ADJUSTMENTS.validate_json(fields["warnings"]),
         attempt=int(fields["attempt"]),
@@ -106,6 +106,11 @@ def job_from(job_id: str, fields: Mapping[str, str]) -> Job:
         request_id=fields.get("request_id", ""),
         trace=fields.get("trace", ""),
     )
+
+
+def _request_from(text: str) -> ResolvedRequest:
+    """The request of a record; records from before 0.1.0 hold one more field of a video, which is null."""
+    return ResolvedRequest.model_validate_json(text.replace(',"frame":null', "", 1))
 
 
 def _seconds(microseconds: str | None) -> float | None:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 import pytest
 
 from deployments.protocol.errors import Internal, OutOfMemory
+from deployments.protocol.request import ResolvedVideo
 from deployments.validation.resolve import Adjustment
 from serve_app.admission.quota import Charge
 from serve_app.job_ids import is_job_id, new_job_id
@@ -102,6 +103,17 @@ def test_a_new_record_reads_back_as_the_job() -> None:
     assert (job.warnings, job.cache_key, job.webhook) == ((adjustment,), "ck", "https://receiver.example")
     assert (job.leader, job.cached_from, job.request_id, job.trace) == ("b", "c", "r1", "t1")
     assert (job.attempt, job.failures, job.percent) == (0, 0, 0)
+
+
+def test_the_record_of_a_video_from_before_0_1_0_is_read() -> None:
+    request = resolved().model_copy(update={"video": ResolvedVideo(num_frames=5, fps=8)})
+    fields_of = record.new_fields(NewJob("a" * 32, OWNER, request), NOW_US)
+    older = json.loads(fields_of["request"])
+    older["video"]["frame"] = None
+
+    job = record.job_from("a" * 32, fields_of | {"request": json.dumps(older, separators=(",", ":"))})
+
+    assert job.request == request
 
 
 def test_a_record_without_options_has_no_empty_fields() -> None:
