@@ -17,7 +17,7 @@ import ledger
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tests.chaos.runner import LEASE_S, ZOMBIE_S, Chaos, Tally
+from tests.chaos.runner import LEASE_S, ZOMBIE_S, Chaos, ChaosReport
 
 MEANING = {
     "worker": f"from kill -9 of a dispatcher until its jobs run elsewhere; leases of {LEASE_S} s",
@@ -34,29 +34,29 @@ def main() -> None:
     parser.add_argument("--outage", type=float, default=3.0, help="seconds that the store hangs at a time")
     parser.add_argument("--keep", action="store_true", help="record the figures")
     options = parser.parse_args()
-    tallies = []
+    reports = []
     for seed in range(1, options.seeds + 1):
         with tempfile.TemporaryDirectory() as folder:
             chaos = Chaos(Path(folder), seed, jobs=options.jobs, hang_s=options.outage)
-            tallies.append(asyncio.run(chaos.run()))
-        print(tallies[-1], flush=True)
-    _report(tallies, options.keep)
-    sys.exit(any(tally.broken for tally in tallies))
+            reports.append(asyncio.run(chaos.run()))
+        print(reports[-1], flush=True)
+    _report(reports, options.keep)
+    sys.exit(any(report.broken for report in reports))
 
 
-def _report(tallies: list[Tally], keep: bool) -> None:
+def _report(reports: list[ChaosReport], keep: bool) -> None:
     """Print one row per figure; record it if `keep`."""
-    kills = {kind: sum(tally.kills[kind] for tally in tallies) for kind in tallies[0].kills}
+    kills = {kind: sum(report.kills[kind] for report in reports) for kind in reports[0].kills}
     notes = ", ".join(f"{number} x {kind}" for kind, number in kills.items())
     for name, total in {
-        "chaos_accepted": sum(tally.accepted for tally in tallies),
-        "chaos_lost": sum(tally.lost for tally in tallies),
-        "chaos_double": sum(tally.double for tally in tallies),
-        "chaos_unreadable": sum(tally.unreadable for tally in tallies),
+        "chaos_accepted": sum(report.accepted for report in reports),
+        "chaos_lost": sum(report.lost for report in reports),
+        "chaos_double": sum(report.double for report in reports),
+        "chaos_unreadable": sum(report.unreadable for report in reports),
     }.items():
-        _row(keep, name, [float(total)], "jobs", len(tallies), notes)
+        _row(keep, name, [float(total)], "jobs", len(reports), notes)
     for kind in kills:
-        seconds = [second for tally in tallies for second in tally.recovery_s.get(kind, [])]
+        seconds = [second for report in reports for second in report.recovery_s.get(kind, [])]
         if seconds:
             _row(keep, f"chaos_recovery_{kind}_s", seconds, "s", len(seconds), MEANING[kind])
 

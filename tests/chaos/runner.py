@@ -1,4 +1,4 @@
-"""Jobs while dispatchers and the store are killed and stopped at random; then every promise is counted."""
+"""Jobs while dispatchers and the store are killed and stopped at random; then broken promises are counted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from deployments.protocol.errors import Overloaded, WeftError
 from serve_app.job_ids import new_job_id
 from serve_app.jobs import events
 from serve_app.jobs.job import IdempotencyKey, JobState, NewJob, SubmitOptions
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.store import JobStore
 from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.redis.transactions import connect
@@ -35,8 +35,8 @@ SETTLE_S = patience(4)
 
 
 @dataclass
-class Tally:
-    """What was done to the system, and what became of the jobs."""
+class ChaosReport:
+    """Faults that were injected, and what became of the jobs."""
 
     seed: int
     accepted: int = 0
@@ -54,10 +54,10 @@ class Tally:
 
 
 class Chaos:
-    """One run over a folder of its own."""
+    """One run in its own folder."""
 
     def __init__(self, folder: Path, seed: int, *, jobs: int, workers: int = 3, hang_s: float = 3.0) -> None:
-        self.tally = Tally(seed)
+        self.report = ChaosReport(seed)
         self._random = random.Random(seed)
         self._server = EmbeddedRedis(folder / "store")
         self._settings = Settings(
@@ -65,7 +65,7 @@ class Chaos:
             data_dir=folder,
             lease_s=LEASE_S,
             heartbeat_s=0.3,
-            max_attempts=1000,  # the killing is ours, not the jobs'
+            max_attempts=1000,  # the workers are killed by the test, not by the jobs
             max_pending=10_000,
             max_active_per_owner=10_000,
         )
@@ -77,8 +77,8 @@ class Chaos:
         self._struck = asyncio.Event()
         self._watchers: set[asyncio.Task[None]] = set()
 
-    async def run(self) -> Tally:
-        """The tally, once every accepted job has ended or SETTLE_S are over."""
+    async def run(self) -> ChaosReport:
+        """The report, once every accepted job has ended or SETTLE_S are over."""
         url = self._server.start()
         try:
             self._workers = [self._spawn() for _ in range(self._number)]
@@ -98,7 +98,7 @@ class Chaos:
                 worker.kill()
                 worker.wait()
             self._server.stop()
-        return self.tally
+        return self.report
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "tests.chaos.worker", self._server.url]
@@ -110,27 +110,27 @@ class Chaos:
         )
 
     async def _submit(self, store: JobStore) -> None:
-        """Each wish until it is accepted, under one Idempotency-Key, as a careful client does."""
+        """Each request until it is accepted, under one Idempotency-Key, as a careful client does."""
         for number in range(self._jobs):
-            idempotency_key = IdempotencyKey(f"wish {number}", "the same body")
+            idempotency_key = IdempotencyKey(f"request {number}", "the same body")
             while True:
                 try:
                     job = await store.accept(
                         NewJob(
                             new_job_id(),
                             f"owner {number % 5}",
-                            resolved(f"wish {number}"),
+                            resolved(f"request {number}"),
                             (),
                             SubmitOptions(idempotency_key=idempotency_key),
                         )
                     )
                     break
                 except Overloaded:
-                    self.tally.refused += 1
+                    self.report.refused += 1
                     await asyncio.sleep(0.05)
             self._ids.append(job.id)
             await asyncio.sleep(self._random.uniform(0.0, 0.1))
-        self.tally.accepted = len(self._ids)
+        self.report.accepted = len(self._ids)
 
     async def _mischief(self) -> None:
         acts = [self._kill_worker, self._kill_worker, self._zombie, self._kill_store, self._hang_store]
@@ -140,7 +140,7 @@ class Chaos:
             await self._random.choice(acts)()
 
     async def _held(self) -> dict[str, int]:
-        """Attempts by job id, of all that run now; none while the store is away."""
+        """Attempts by job id, of all that run now; none while the store is unreachable."""
         with suppress(WeftError, RedisError):
             ids = await self._store.redis.zrange(Keys(self._settings.redis_prefix).running, 0, -1)
             return {job_id: (await self._store.get(job_id)).attempt for job_id in ids}
@@ -151,7 +151,7 @@ class Chaos:
         self._watchers.add(watcher)
 
     async def _recovered(self, struck: str, held: dict[str, int]) -> None:
-        """Note the seconds until the store answers and these attempts have ended, or given way to others."""
+        """Record the seconds until the store answers and these attempts have ended or were replaced."""
         began = time.monotonic()
         while time.monotonic() < began + SETTLE_S:
             try:
@@ -165,7 +165,7 @@ class Chaos:
             except WeftError:
                 pass
             await asyncio.sleep(0.02)
-        self.tally.recovery_s.setdefault(struck, []).append(time.monotonic() - began)
+        self.report.recovery_s.setdefault(struck, []).append(time.monotonic() - began)
 
     async def _kill_worker(self) -> None:
         number = self._random.randrange(len(self._workers))
@@ -174,11 +174,11 @@ class Chaos:
         self._watch("worker", held)
         self._workers[number].wait()
         self._workers[number] = self._spawn()
-        self.tally.kills["worker"] += 1
+        self.report.kills["worker"] += 1
 
     async def _zombie(self) -> None:
-        """Stopped past its lease, then it goes on as if nothing had been."""
-        self.tally.kills["zombie"] += 1
+        """Stopped past its lease, then continued."""
+        self.report.kills["zombie"] += 1
         worker = self._random.choice(self._workers)
         held = await self._held()
         worker.send_signal(signal.SIGSTOP)
@@ -191,14 +191,14 @@ class Chaos:
     async def _kill_store(self) -> None:
         with suppress(ProcessLookupError):
             os.kill(self._server.pid, signal.SIGKILL)
-            self.tally.kills["store"] += 1
+            self.report.kills["store"] += 1
             self._watch("store")
 
     async def _hang_store(self) -> None:
         pid = self._server.pid
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
-            self.tally.kills["hang"] += 1
+            self.report.kills["hang"] += 1
             self._watch("hang")
             try:
                 await asyncio.sleep(self._hang_s)
@@ -216,21 +216,21 @@ class Chaos:
             await asyncio.sleep(0.1)
 
     async def _count(self, store: JobStore) -> None:
-        tally, results = self.tally, ResultStore(self._settings.results_root)
-        tally.double += len(self._ids) - len(set(self._ids))
+        report, results = self.report, ResultStore(self._settings.results_root)
+        report.double += len(self._ids) - len(set(self._ids))
         for job_id in self._ids:
             try:
                 job = await store.get(job_id)
             except WeftError:
-                tally.lost += 1
+                report.lost += 1
                 continue
-            tally.states[job.state] = tally.states.get(job.state, 0) + 1
-            told = [event for _, event in await store.events(job_id)]
-            endings = sum(isinstance(event, events.ENDINGS) for event in told)
-            tally.lost += not job.state.ended
-            tally.double += endings > 1
+            report.states[job.state] = report.states.get(job.state, 0) + 1
+            published = [event for _, event in await store.events(job_id)]
+            endings = sum(isinstance(event, events.ENDINGS) for event in published)
+            report.lost += not job.state.ended
+            report.double += endings > 1
             if job.state is JobState.completed:
-                tally.unreadable += not await _readable(results, job.artifacts)
+                report.unreadable += not await _readable(results, job.artifacts)
 
 
 async def _readable(results: ResultStore, artifacts: tuple[object, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""A model whose file was cut or changed on its disk says so, and the others go on."""
+"""A model whose file was cut or changed on disk reports it, and the others continue."""
 
 from __future__ import annotations
 

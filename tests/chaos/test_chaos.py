@@ -1,4 +1,4 @@
-"""Whatever single process dies, every accepted job ends once. `make chaos` runs it for long."""
+"""Every accepted job ends once, whatever single process dies. `make chaos` runs it longer."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ JOBS = int(os.environ.get("CHAOS_JOBS", "25"))
 
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_every_accepted_job_ends_once_though_processes_die_at_random(seed: int, tmp_path: Path) -> None:
-    tally = await Chaos(tmp_path, seed, jobs=JOBS).run()
+    report = await Chaos(tmp_path, seed, jobs=JOBS).run()
 
-    assert (tally.lost, tally.double, tally.unreadable) == (0, 0, 0), tally
-    assert tally.states == {JobState.completed: JOBS}
+    assert (report.lost, report.double, report.unreadable) == (0, 0, 0), report
+    assert report.states == {JobState.completed: JOBS}
 
 
-async def test_a_job_that_kills_its_worker_three_times_is_failed_and_others_go_on(
+async def test_a_job_that_kills_its_worker_three_times_fails_and_others_continue(
     tmp_path: Path,
     make_settings: MakeSettings,  # noqa: F811
 ) -> None:
@@ -77,7 +77,7 @@ def work(url: str, settings: Settings, limit_s: float) -> int:
         worker.wait()
 
 
-async def test_a_full_disk_under_the_store_refuses_jobs_and_loses_none(
+async def test_a_full_disk_under_the_store_rejects_jobs_and_loses_none(
     tmp_path: Path,
     make_settings: MakeSettings,  # noqa: F811
 ) -> None:
@@ -111,7 +111,7 @@ async def test_a_full_disk_under_the_store_refuses_jobs_and_loses_none(
     assert states == {JobState.queued}
 
 
-async def test_a_full_disk_under_the_results_fails_the_job_leaves_no_part_of_a_file_and_passes(
+async def test_a_full_disk_under_the_results_fails_the_job_and_leaves_no_partial_file(
     tmp_path: Path,
     make_settings: MakeSettings,  # noqa: F811
 ) -> None:
@@ -152,7 +152,7 @@ async def test_a_full_disk_under_the_results_fails_the_job_leaves_no_part_of_a_f
     assert kept == {before.id, after.id}
 
 
-async def test_a_store_whose_last_write_was_torn_starts_with_all_that_came_before(
+async def test_a_store_whose_last_write_was_torn_starts_with_all_earlier_writes(
     tmp_path: Path,
     make_settings: MakeSettings,  # noqa: F811
 ) -> None:

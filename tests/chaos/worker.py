@@ -1,4 +1,4 @@
-"""A dispatcher in a process of its own, with a model that takes a moment; killed by whoever tests."""
+"""A dispatcher in a process of its own, with a model that takes a moment; tests kill it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from serve_app.storage.results import ResultStore
 from tests.serving.fakes import FakeModels
 
 STEP_S = 0.02
-POISON = "poison"  # a prompt that kills whoever runs it
+POISON = "poison"  # a prompt that kills its worker
 
 
 class SlowModels(FakeModels):

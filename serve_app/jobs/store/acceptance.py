@@ -14,7 +14,7 @@ from deployments.protocol.errors import Conflict, Overloaded, RateLimited
 from serve_app.admission import quota
 from serve_app.jobs.job import IdempotencyKey, Job, JobState, NewJob
 from serve_app.jobs.store.fair_queue import assign_tag, flow_of
-from serve_app.jobs.store.keys import Keys, key_digest
+from serve_app.jobs.store.key_names import Keys, key_digest
 from serve_app.jobs.store.record import IDEMPOTENCY_RECORD, job_from
 from serve_app.jobs.store.throughput import ThroughputStats
 from serve_app.jobs.store.transitions import Placement, Transitions

@@ -8,7 +8,7 @@ from typing import cast
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.reads import read_group, read_job
 from serve_app.jobs.store.transitions import Transitions
 from serve_app.redis.transactions import begin, clock_us, redis_errors, transact

@@ -13,7 +13,7 @@ from redis.typing import EncodableT, FieldT
 from serve_app.admission import quota
 from serve_app.jobs import events
 from serve_app.jobs.job import Job
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.settings import Settings
 
 NEW_WORK = "new"  # the wake-up on the work channel that is no job id

@@ -13,7 +13,7 @@ from deployments.protocol.errors import NotFound
 from serve_app.jobs import events
 from serve_app.jobs.job import Job, JobError, JobState, ResumePoint, StoredArtifact
 from serve_app.jobs.store.fair_queue import start_tag_of
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.reads import read_group, read_job
 from serve_app.jobs.store.record import job_from
 from serve_app.jobs.store.throughput import ThroughputStats

@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
 from serve_app.jobs.job import Job
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.record import job_from
 from serve_app.redis.transactions import begin, clock_us, get_hash, redis_errors, transact
 

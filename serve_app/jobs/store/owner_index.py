@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from deployments.protocol.errors import BadRequest
 from serve_app.job_ids import JOB_ID_PATTERN
 from serve_app.jobs.job import Job, JobState
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.record import job_from
 
 CHUNK = 100  # index entries read at once

@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from deployments.protocol.request import ResolvedRequest
 from serve_app.jobs.store.cache_keys import compute_cache_key
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.redis.transactions import redis_errors
 from serve_app.settings import Settings
 

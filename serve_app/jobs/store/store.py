@@ -18,7 +18,7 @@ from serve_app.jobs import events as job_events
 from serve_app.jobs.job import Job, JobState, NewJob
 from serve_app.jobs.store.acceptance import Acceptance
 from serve_app.jobs.store.file_expiry import FileExpiry
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.leases import Leases
 from serve_app.jobs.store.outbox import Outbox
 from serve_app.jobs.store.owner_index import JobPage, OwnerIndex

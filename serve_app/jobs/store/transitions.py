@@ -16,7 +16,7 @@ from serve_app.jobs import events
 from serve_app.jobs.job import Job, JobError, JobState, NewJob, ResumePoint
 from serve_app.jobs.store.fair_queue import QueueTag, flow_of
 from serve_app.jobs.store.indexes import Indexes, as_pairs
-from serve_app.jobs.store.keys import Keys, key_digest
+from serve_app.jobs.store.key_names import Keys, key_digest
 from serve_app.jobs.store.record import (
     ARTIFACTS,
     ERROR,

@@ -81,7 +81,7 @@ class Dispatcher:
                 while not self._draining:
                     try:
                         await self._reap()
-                        await self._claim_what_fits()
+                        await self._claim_jobs()
                         await self._report_capacity()
                     except WeftError as error:
                         logger.warning("no jobs can be claimed: %s", error.message)
@@ -105,7 +105,7 @@ class Dispatcher:
             for task in late:  # their leases will expire
                 task.cancel()
 
-    async def _claim_what_fits(self) -> None:
+    async def _claim_jobs(self) -> None:
         while not self._draining and (free := self._free_slots() | self._free_copiers()):
             claim = await self._store.leases.claim(free)
             if claim is None:

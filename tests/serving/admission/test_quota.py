@@ -15,7 +15,7 @@ from deployments.protocol.request import ResolvedRequest
 from serve_app.admission.quota import DAY_S, Charge, day_of, old_days, refund, reserve
 from serve_app.job_ids import new_job_id
 from serve_app.jobs.job import Job, JobError, JobState, NewJob, StoredArtifact, SubmitOptions
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.leases import Claim
 from serve_app.jobs.store.store import JobStore
 from serve_app.settings import Settings

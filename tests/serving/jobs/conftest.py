@@ -1,4 +1,4 @@
-"""A desk, and dispatchers that run for the length of a test."""
+"""A job service, and dispatchers that run for the length of a test."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.serving.fakes import CARD, FakeModels
 
 @asynccontextmanager
 async def running(dispatcher: Dispatcher) -> AsyncIterator[Dispatcher]:
-    """The dispatcher at work until the block ends."""
+    """A running dispatcher until the block ends."""
     task = asyncio.create_task(dispatcher.run())
     try:
         yield dispatcher

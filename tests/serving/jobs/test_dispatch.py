@@ -42,7 +42,7 @@ async def ended(store: JobStore, job_id: str) -> Job:
     return await store.get(job_id)
 
 
-async def at_the_gate(store: JobStore, models: FakeModels, job_id: str) -> None:
+async def before_the_last_step(store: JobStore, models: FakeModels, job_id: str) -> None:
     """The job runs and waits before its last step."""
 
     async def is_there() -> bool:
@@ -67,7 +67,7 @@ async def test_a_job_becomes_a_stored_picture(
     assert (artifact.seed, artifact.width, artifact.media_type) == (7, 64, "image/png")
 
 
-async def test_the_story_of_a_job_is_told_in_order(store: JobStore, dispatcher: Dispatcher) -> None:
+async def test_the_events_of_a_job_come_in_order(store: JobStore, dispatcher: Dispatcher) -> None:
     job = await ended(store, await submitted(store))
 
     assert [event for _, event in await store.events(job.id)] == [
@@ -99,7 +99,7 @@ async def test_models_never_get_more_than_they_take(
     assert models.most_running == 3
 
 
-async def test_given_pictures_arrive_at_the_model_and_are_removed_at_the_end(
+async def test_input_images_reach_the_model_and_are_removed_at_the_end(
     store: JobStore, results: ResultStore, dispatcher: Dispatcher, models: FakeModels, tmp_path: Path
 ) -> None:
     edit = ResolvedEdit(image=picture("blue"), mask_image=picture("white"), strength=0.5)
@@ -147,7 +147,7 @@ async def test_a_replica_lost_every_time_fails_the_job_with_the_reason(
     ],
     ids=["failed", "refused", "bug"],
 )
-async def test_what_will_not_pass_is_not_tried_again(
+async def test_a_permanent_failure_is_not_retried(
     store: JobStore,
     dispatcher: Dispatcher,
     models: FakeModels,
@@ -164,7 +164,7 @@ async def test_what_will_not_pass_is_not_tried_again(
     assert "a bug" not in job.error.message
 
 
-async def test_a_model_is_told_whose_work_it_does(
+async def test_a_model_gets_the_owner_of_each_request(
     store: JobStore, dispatcher: Dispatcher, models: FakeModels
 ) -> None:
     await ended(store, await submitted(store))
@@ -174,12 +174,12 @@ async def test_a_model_is_told_whose_work_it_does(
 
 @pytest.fixture
 def slow_recovery(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits for recovery comes too late."""
+    """Waiting for recovery would exceed the test's time."""
     monkeypatch.setattr(attempt_module, "RETRY_FIRST_S", 60.0)
     monkeypatch.setattr(attempt_module, "RETRY_MAX_S", 60.0)
 
 
-async def test_a_stopped_replica_hands_its_work_over_and_it_goes_on_at_once_from_there(
+async def test_a_stopped_replica_hands_over_its_state_and_the_job_continues_at_once(
     store: JobStore, dispatcher: Dispatcher, models: FakeModels, slow_recovery: None, tmp_path: Path
 ) -> None:
     models.troubles = [events.Handover(2, b"2")]
@@ -214,7 +214,7 @@ async def test_replicas_may_be_stopped_more_often_than_a_job_may_fail(
     assert models.resumed == [None, b"1", b"2", b"2", b"3"]
 
 
-async def test_a_job_whose_handover_is_cancelled_or_fails_leaves_no_file(
+async def test_a_resumed_job_that_is_cancelled_or_fails_leaves_no_file(
     store: JobStore,
     settings: Settings,
     results: ResultStore,
@@ -228,7 +228,7 @@ async def test_a_job_whose_handover_is_cancelled_or_fails_leaves_no_file(
     async with running(Dispatcher(store, results, models, settings)):
         failed = await ended(store, await submitted(store))
     waiting = await submitted(store)
-    taken_by_model = await handed_over_by(store, results, waiting, b"2")
+    taken_by_model = await first_resume_point(store, results, waiting, b"2")
 
     await service.cancel(waiting, OWNER)
 
@@ -237,8 +237,8 @@ async def test_a_job_whose_handover_is_cancelled_or_fails_leaves_no_file(
     assert not (tmp_path / "results" / taken_by_model.path).exists()
 
 
-async def handed_over_by(store: JobStore, results: ResultStore, job_id: str, state: bytes) -> ResumePoint:
-    """The handover of a first attempt; the job waits again."""
+async def first_resume_point(store: JobStore, results: ResultStore, job_id: str, state: bytes) -> ResumePoint:
+    """The resume point of a first attempt; the job waits again."""
     claim = await store.leases.claim({MODEL: 1})
     assert claim is not None
     file = await results.put(handover_path(job_id, claim.attempt), state)
@@ -250,7 +250,7 @@ async def handed_over_by(store: JobStore, results: ResultStore, job_id: str, sta
 
 
 @pytest.mark.parametrize("harm", ["missing", "broken"])
-async def test_a_lost_handover_begins_anew_and_progress_waits_to_be_caught_up_with(
+async def test_a_lost_resume_state_restarts_the_job_and_progress_does_not_go_back(
     store: JobStore,
     settings: Settings,
     results: ResultStore,
@@ -259,7 +259,7 @@ async def test_a_lost_handover_begins_anew_and_progress_waits_to_be_caught_up_wi
     harm: str,
 ) -> None:
     job_id = await submitted(store)
-    file = tmp_path / "results" / (await handed_over_by(store, results, job_id, b"2")).path
+    file = tmp_path / "results" / (await first_resume_point(store, results, job_id, b"2")).path
     file.unlink()
     if harm == "broken":
         file.write_bytes(b"3")
@@ -273,7 +273,7 @@ async def test_a_lost_handover_begins_anew_and_progress_waits_to_be_caught_up_wi
     assert steps[0] == 2
 
 
-async def test_after_a_counted_failure_nothing_handed_over_is_used_again(
+async def test_after_a_counted_failure_no_resume_state_is_used(
     store: JobStore, dispatcher: Dispatcher, models: FakeModels, quick_retries: None
 ) -> None:
     models.troubles = [events.Handover(2, b"2"), ModelUnavailable("lost")]
@@ -283,14 +283,14 @@ async def test_after_a_counted_failure_nothing_handed_over_is_used_again(
     assert (job.state, job.failures, models.resumed) == (JobState.completed, 1, [None, b"2", None])
 
 
-async def test_draining_a_dispatcher_keeps_what_was_handed_over(
+async def test_draining_a_dispatcher_keeps_the_resume_point(
     store: JobStore, settings: Settings, results: ResultStore, models: FakeModels
 ) -> None:
     models.gate.clear()
     job_id = await submitted(store)
-    await handed_over_by(store, results, job_id, b"2")
+    await first_resume_point(store, results, job_id, b"2")
     async with running(Dispatcher(store, results, models, settings)):
-        await at_the_gate(store, models, job_id)
+        await before_the_last_step(store, models, job_id)
     models.gate.set()
 
     async with running(Dispatcher(store, results, models, settings)):
@@ -299,7 +299,7 @@ async def test_draining_a_dispatcher_keeps_what_was_handed_over(
     assert (job.state, models.resumed) == (JobState.completed, [b"2", b"2"])
 
 
-async def test_a_worker_that_lost_its_job_takes_its_handover_along(
+async def test_a_worker_that_lost_its_job_removes_its_resume_state(
     store: JobStore, settings: Settings, results: ResultStore, models: FakeModels, tmp_path: Path
 ) -> None:
     models.troubles = [events.Handover(2, b"2")]
@@ -308,7 +308,7 @@ async def test_a_worker_that_lost_its_job_takes_its_handover_along(
 
     class Robbed(ResultStore):
         async def put(self, path: str, data: bytes) -> StoredFile:
-            await store.redis.hincrby(key, "attempt", 1)  # somebody else has it by now
+            await store.redis.hincrby(key, "attempt", 1)  # another worker has it by now
             return await super().put(path, data)
 
     robbed = Robbed(str(tmp_path / "results"), min_free_bytes=0)
@@ -318,7 +318,7 @@ async def test_a_worker_that_lost_its_job_takes_its_handover_along(
     assert list((tmp_path / "results" / "inputs" / job_id).iterdir()) == []
 
 
-async def test_others_go_on_while_one_fails(
+async def test_other_jobs_continue_while_one_fails(
     store: JobStore, dispatcher: Dispatcher, models: FakeModels
 ) -> None:
     models.troubles = [ZeroDivisionError("a bug")]
@@ -333,10 +333,10 @@ async def test_a_running_job_is_cancelled_at_once_and_frees_its_slot(
     store: JobStore, make_settings: MakeSettings, results: ResultStore, models: FakeModels
 ) -> None:
     models.gate.clear()
-    slow_heart = make_settings(heartbeat_s=3600.0, lease_s=7200.0)  # so only the wakeup can do it
+    slow_heart = make_settings(heartbeat_s=3600.0, lease_s=7200.0)  # so only the wake-up can do it
     async with running(Dispatcher(store, results, models, slow_heart)):
         job_id = await submitted(store)
-        await at_the_gate(store, models, job_id)
+        await before_the_last_step(store, models, job_id)
 
         await store.cancel(job_id)
         job = await ended(store, job_id)
@@ -353,7 +353,7 @@ async def test_a_silent_model_keeps_its_lease(
     models.gate.clear()
     async with running(Dispatcher(store, results, models, short)):
         job_id = await submitted(store)
-        await at_the_gate(store, models, job_id)
+        await before_the_last_step(store, models, job_id)
         asyncio.get_running_loop().call_later(0.9 * slowness(), models.gate.set)  # three leases later
 
         job = await ended(store, job_id)
@@ -380,7 +380,7 @@ async def test_slow_storage_costs_no_lease(
     assert (job.state, job.attempt, len(models.requests)) == (JobState.completed, 1, 1)
 
 
-async def test_a_dispatchers_own_clock_decides_nothing(
+async def test_leases_do_not_depend_on_the_clock_of_a_dispatcher(
     store: JobStore,
     settings: Settings,
     results: ResultStore,
@@ -416,13 +416,13 @@ async def test_a_job_that_runs_too_long_is_stopped_and_says_so(
     assert models.closed_early == 1
 
 
-async def test_draining_gives_jobs_back_at_once_and_costs_them_nothing(
+async def test_draining_releases_jobs_at_once_and_costs_them_no_attempt(
     store: JobStore, settings: Settings, results: ResultStore, models: FakeModels
 ) -> None:
     models.gate.clear()
     async with running(Dispatcher(store, results, models, settings)) as dispatcher:
         job_id = await submitted(store)
-        await at_the_gate(store, models, job_id)
+        await before_the_last_step(store, models, job_id)
 
         await dispatcher.drain()
 
@@ -439,7 +439,7 @@ async def test_a_cancelled_run_drains_too(
     models.gate.clear()
     task = asyncio.create_task(Dispatcher(store, results, models, settings).run())
     job_id = await submitted(store)
-    await at_the_gate(store, models, job_id)
+    await before_the_last_step(store, models, job_id)
 
     task.cancel()
     await asyncio.wait({task})
@@ -453,7 +453,7 @@ async def test_a_worker_that_lost_its_job_stops_and_leaves_no_files(
     models.gate.clear()
     async with running(Dispatcher(store, results, models, settings)) as dispatcher:
         job_id = await submitted(store)
-        await at_the_gate(store, models, job_id)
+        await before_the_last_step(store, models, job_id)
         await results.put(f"outputs/{job_id}/1-0.png", b"of the lost attempt")
 
         await store.redis.hincrby(f"{settings.redis_prefix}job:{job_id}", "attempt", 1)
@@ -493,7 +493,7 @@ async def test_a_claim_follows_a_submit_without_polling(
     monkeypatch.setattr(dispatch_module, "POLL_S", 3600.0)
     slow = make_settings(heartbeat_s=3600.0, lease_s=7200.0)
     async with running(Dispatcher(store, results, models, slow)):
-        await ended(store, await submitted(store))  # it listens by now
+        await ended(store, await submitted(store))  # it is subscribed by now
         for _ in range(10):
             job = await ended(store, await submitted(store))
             assert job.started_at is not None

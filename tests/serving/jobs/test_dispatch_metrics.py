@@ -1,4 +1,4 @@
-"""What a dispatcher counts, and whose work it says it does."""
+"""What a dispatcher counts, and the log context it gives to the model."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def test_ends_waits_and_queues_are_counted_by_model(
     assert meter.registry.get_sample_value("weft_jobs_queued", {"model": MODEL}) is not None
 
 
-async def test_what_a_stopped_replica_hands_over_counts_as_given_back(
+async def test_a_handover_of_a_stopped_replica_counts_as_released(
     store: JobStore, results: ResultStore, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attempt_module, "RETRY_FIRST_S", 0.001)
@@ -74,7 +74,7 @@ async def test_what_a_stopped_replica_hands_over_counts_as_given_back(
     assert counted(meter, "weft_jobs_ended_total", state="completed", error="") == 1
 
 
-async def test_a_worker_that_fell_silent_is_counted_by_who_finds_it(
+async def test_a_lost_lease_is_counted_by_the_dispatcher_that_reaps_it(
     make_settings: MakeSettings, store: JobStore, results: ResultStore
 ) -> None:
     settings, meter = make_settings(lease_s=0.2 * slowness(), heartbeat_s=0.05), LocalMeter()
@@ -89,7 +89,7 @@ async def test_a_worker_that_fell_silent_is_counted_by_who_finds_it(
 
 
 class Noting(FakeModels):
-    """Notes whose work each call is."""
+    """Records the log context of each call."""
 
     def __init__(self) -> None:
         super().__init__({MODEL: 4})
@@ -101,7 +101,7 @@ class Noting(FakeModels):
             yield event
 
 
-async def test_the_model_is_called_in_the_name_of_the_job_and_of_the_request_that_brought_it(
+async def test_the_model_is_called_with_the_log_context_of_the_job_and_its_http_request(
     store: JobStore,
     results: ResultStore,
     settings: Settings,

@@ -13,7 +13,7 @@ from serve_app.jobs import events as job_events
 from serve_app.jobs import follow as follow_module
 from serve_app.jobs.follow import FROM_START, StreamEntry, follow, wait
 from serve_app.jobs.job import JobError, JobState, NewJob
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.leases import Claim
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.store.wakeups import Wakeups
@@ -39,11 +39,11 @@ async def claimed(store: JobStore) -> Claim:
     return claim
 
 
-async def collected(told: AsyncIterator[StreamEntry]) -> list[StreamEntry]:
-    return [event async for event in told]
+async def collected(entries: AsyncIterator[StreamEntry]) -> list[StreamEntry]:
+    return [event async for event in entries]
 
 
-async def test_a_follower_sees_the_whole_story_live(store: JobStore, wakeups: Wakeups) -> None:
+async def test_a_follower_receives_all_events_live(store: JobStore, wakeups: Wakeups) -> None:
     job_id = await accepted(store)
     story = asyncio.create_task(collected(follow(store, wakeups, job_id)))
 
@@ -72,7 +72,7 @@ async def test_following_again_after_an_id_misses_and_repeats_nothing(
         assert await collected(follow(store, wakeups, job_id, event_id)) == everything[number + 1 :]
 
 
-async def test_the_ending_is_told_to_whoever_has_seen_it_already(store: JobStore, wakeups: Wakeups) -> None:
+async def test_the_ending_is_sent_again_to_a_follower_that_has_it(store: JobStore, wakeups: Wakeups) -> None:
     job_id = await accepted(store)
     await store.cancel(job_id)
     last_id, _ = (await store.events(job_id))[-1]
@@ -84,7 +84,7 @@ async def test_the_ending_is_told_to_whoever_has_seen_it_already(store: JobStore
     "ending",
     [job_events.JobCompleted(2.0), job_events.Failed("internal", "why", retryable=False, param="seed")],
 )
-async def test_the_ending_is_told_though_the_events_are_forgotten(
+async def test_the_ending_is_sent_though_the_stream_was_deleted(
     store: JobStore, wakeups: Wakeups, settings: Settings, ending: job_events.Event
 ) -> None:
     job_id = await accepted(store)
@@ -98,7 +98,7 @@ async def test_the_ending_is_told_though_the_events_are_forgotten(
     assert await collected(follow(store, wakeups, job_id)) == [(FROM_START, ending)]
 
 
-async def test_positions_are_told_again_when_they_change(
+async def test_positions_are_sent_again_when_they_change(
     store: JobStore, wakeups: Wakeups, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(follow_module, "POLL_S", 0.02)
@@ -158,7 +158,7 @@ async def test_waiting_gives_up_in_time_with_the_job_as_it_is(store: JobStore, w
     assert (await wait(store, wakeups, job_id, 0.05)).state is JobState.queued
 
 
-async def test_followers_of_nothing_and_from_nowhere_are_told_so(store: JobStore, wakeups: Wakeups) -> None:
+async def test_an_unknown_job_and_a_malformed_event_id_are_errors(store: JobStore, wakeups: Wakeups) -> None:
     job_id = await accepted(store)
 
     with pytest.raises(NotFound):
@@ -167,7 +167,7 @@ async def test_followers_of_nothing_and_from_nowhere_are_told_so(store: JobStore
         await collected(follow(store, wakeups, job_id, "yesterday"))
 
 
-async def test_a_hint_for_one_job_wakes_nobody_else(store: JobStore, wakeups: Wakeups) -> None:
+async def test_a_wakeup_for_one_job_wakes_no_other_follower(store: JobStore, wakeups: Wakeups) -> None:
     await wakeups.ensure_subscribed()
     with wakeups.subscribe("mine") as mine, wakeups.subscribe("other") as other:
         mine.clear()

@@ -1,4 +1,4 @@
-"""The same call again, and the same picture again: one job, one piece of work, and nobody else's."""
+"""Repeated calls and repeated requests: one job, one generation, never across owners."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from serve_app.storage.results import ResultStore, StoredFile
 from tests.serving.conftest import MakeSettings
 from tests.serving.fakes import CARD, MODEL, OWNER, FakeModels, eventually, keys_without_ttl, picture
 from tests.serving.jobs.conftest import running
-from tests.serving.jobs.test_dispatch import at_the_gate, ended
+from tests.serving.jobs.test_dispatch import before_the_last_step, ended
 
 SEEDED = GenerationRequest(model=MODEL, prompt="a cat", seed=7)
 DRAWN = GenerationRequest(model=MODEL, prompt="a cat")
-ONCE = IdempotencyKey("order 1", "digest of the body")
+KEY = IdempotencyKey("order 1", "digest of the body")
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def weights(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make_desk(
+def make_service(
     store: JobStore, results: ResultStore, settings: Settings, weights: Path
 ) -> Callable[[JobStore], JobService]:
     card = CARD.model_copy(update={"weights": Weights(path=str(weights))})
@@ -48,21 +48,21 @@ def make_desk(
 
 
 @pytest.fixture
-def service(store: JobStore, make_desk: Callable[[JobStore], JobService]) -> JobService:
-    return make_desk(store)
+def service(store: JobStore, make_service: Callable[[JobStore], JobService]) -> JobService:
+    return make_service(store)
 
 
 # ---- Idempotency-Key ------------------------------------------------------------------------------
 
 
 async def test_fifty_duplicate_submits_through_two_processes_give_one_job(
-    store: JobStore, settings: Settings, valkey_url: str, make_desk: Callable[[JobStore], JobService]
+    store: JobStore, settings: Settings, valkey_url: str, make_service: Callable[[JobStore], JobService]
 ) -> None:
     async with connect(valkey_url) as other:
-        desks = [make_desk(store), make_desk(JobStore(other, settings))]
+        services = [make_service(store), make_service(JobStore(other, settings))]
 
         jobs = await asyncio.gather(
-            *(desks[i % 2].submit(DRAWN, OWNER, idempotency_key=ONCE) for i in range(50))
+            *(services[i % 2].submit(DRAWN, OWNER, idempotency_key=KEY) for i in range(50))
         )
 
     assert len({job.id for job in jobs}) == 1
@@ -70,39 +70,39 @@ async def test_fifty_duplicate_submits_through_two_processes_give_one_job(
     assert await store.throughput.queued([MODEL]) == {MODEL: 1}
 
 
-async def test_a_duplicate_after_the_end_tells_the_job_as_it_ended(
+async def test_a_duplicate_after_the_end_returns_the_ended_job(
     service: JobService, store: JobStore, dispatcher: Dispatcher
 ) -> None:
-    first = await ended(store, (await service.submit(DRAWN, OWNER, idempotency_key=ONCE)).id)
+    first = await ended(store, (await service.submit(DRAWN, OWNER, idempotency_key=KEY)).id)
 
-    again = await service.submit(DRAWN, OWNER, idempotency_key=ONCE)
+    again = await service.submit(DRAWN, OWNER, idempotency_key=KEY)
 
     assert again == first
     assert again.state is JobState.completed
 
 
-async def test_a_key_that_came_with_another_body_is_refused(service: JobService) -> None:
-    await service.submit(DRAWN, OWNER, idempotency_key=ONCE)
+async def test_a_key_that_was_used_with_another_body_is_a_conflict(service: JobService) -> None:
+    await service.submit(DRAWN, OWNER, idempotency_key=KEY)
 
     with pytest.raises(Conflict, match="another request") as refusal:
-        await service.submit(DRAWN, OWNER, idempotency_key=IdempotencyKey(ONCE.key, "another digest"))
+        await service.submit(DRAWN, OWNER, idempotency_key=IdempotencyKey(KEY.key, "another digest"))
 
     assert refusal.value.param == "Idempotency-Key"
 
 
-async def test_keys_of_different_owners_have_nothing_to_do_with_each_other(service: JobService) -> None:
+async def test_equal_keys_of_different_owners_are_independent(service: JobService) -> None:
     mine, theirs = [
-        await service.submit(DRAWN, owner, idempotency_key=ONCE) for owner in (OWNER, "somebody else")
+        await service.submit(DRAWN, owner, idempotency_key=KEY) for owner in (OWNER, "another owner")
     ]
 
     assert mine.id != theirs.id
 
 
-async def test_a_duplicate_leaves_no_pictures_of_its_own(service: JobService, tmp_path: Path) -> None:
-    wish = DRAWN.model_copy(update={"edit": Edit(image=picture())})
-    first = await service.submit(wish, OWNER, idempotency_key=ONCE)
+async def test_a_duplicate_leaves_no_input_images(service: JobService, tmp_path: Path) -> None:
+    request = DRAWN.model_copy(update={"edit": Edit(image=picture())})
+    first = await service.submit(request, OWNER, idempotency_key=KEY)
 
-    await service.submit(wish, OWNER, idempotency_key=ONCE)
+    await service.submit(request, OWNER, idempotency_key=KEY)
 
     assert [folder.name for folder in (tmp_path / "results" / "inputs").iterdir()] == [first.id]
 
@@ -112,15 +112,15 @@ async def test_a_duplicate_is_answered_though_the_queue_is_full(
 ) -> None:
     settings = make_settings(max_pending=1)
     service = JobService(JobStore(store.redis, settings), results, {MODEL: CARD}, settings)
-    first = await service.submit(DRAWN, OWNER, idempotency_key=ONCE)
+    first = await service.submit(DRAWN, OWNER, idempotency_key=KEY)
 
-    assert (await service.submit(DRAWN, OWNER, idempotency_key=ONCE)).id == first.id
+    assert (await service.submit(DRAWN, OWNER, idempotency_key=KEY)).id == first.id
 
 
 # ---- result cache ---------------------------------------------------------------------------------
 
 
-async def test_a_repeated_request_is_answered_by_files_of_its_own_without_the_model(
+async def test_a_repeated_request_gets_copies_of_the_files_without_the_model(
     service: JobService, store: JobStore, dispatcher: Dispatcher, models: FakeModels
 ) -> None:
     first = await ended(store, (await service.submit(SEEDED, OWNER)).id)
@@ -134,13 +134,13 @@ async def test_a_repeated_request_is_answered_by_files_of_its_own_without_the_mo
     assert (await service.artifact(second.id, OWNER, 0))[1] == picture()
 
 
-async def test_a_cached_answer_needs_no_room_at_the_model(
+async def test_a_cached_answer_needs_no_slot_of_the_model(
     service: JobService, store: JobStore, dispatcher: Dispatcher, models: FakeModels
 ) -> None:
     await ended(store, (await service.submit(SEEDED, OWNER)).id)
     models.gate.clear()
     for _ in range(models.slots[MODEL]):
-        await at_the_gate(store, models, (await service.submit(DRAWN, OWNER)).id)
+        await before_the_last_step(store, models, (await service.submit(DRAWN, OWNER)).id)
 
     again = await ended(store, (await service.submit(SEEDED, OWNER)).id)
     models.gate.set()
@@ -148,13 +148,13 @@ async def test_a_cached_answer_needs_no_room_at_the_model(
     assert again.cached
 
 
-async def test_a_drawn_seed_another_owner_and_other_words_are_misses(
+async def test_a_random_seed_another_owner_and_another_prompt_are_misses(
     service: JobService, store: JobStore, dispatcher: Dispatcher
 ) -> None:
     await ended(store, (await service.submit(SEEDED, OWNER)).id)
 
     others = [
-        await service.submit(SEEDED, "somebody else"),
+        await service.submit(SEEDED, "another owner"),
         await service.submit(SEEDED.model_copy(update={"prompt": "a dog"}), OWNER),
         await service.submit(SEEDED.model_copy(update={"seed": 8}), OWNER),
         await service.submit(DRAWN, OWNER),
@@ -174,7 +174,7 @@ async def test_changed_weights_are_a_miss(
     assert not again.cached
 
 
-async def test_priority_and_previews_are_no_other_picture(
+async def test_priority_and_previews_do_not_change_the_result(
     service: JobService, store: JobStore, dispatcher: Dispatcher
 ) -> None:
     await ended(store, (await service.submit(SEEDED, OWNER)).id)
@@ -193,7 +193,7 @@ async def empty_cache(service: JobService, first: Job) -> None:
 
 
 @pytest.mark.parametrize("forget", [delete_job, empty_cache])
-async def test_what_was_deleted_is_not_in_the_cache(
+async def test_a_deleted_job_is_not_in_the_cache(
     forget: Callable[[JobService, Job], Awaitable[None]],
     service: JobService,
     store: JobStore,
@@ -208,7 +208,7 @@ async def test_what_was_deleted_is_not_in_the_cache(
     assert len(models.requests) == 2
 
 
-async def test_lost_files_of_a_twin_are_made_anew(
+async def test_lost_cached_files_are_generated_again(
     service: JobService, store: JobStore, results: ResultStore, dispatcher: Dispatcher, models: FakeModels
 ) -> None:
     first = await ended(store, (await service.submit(SEEDED, OWNER)).id)
@@ -228,7 +228,7 @@ async def test_identical_requests_in_progress_are_run_once_and_end_together(
 ) -> None:
     models.gate.clear()
     leader = await service.submit(SEEDED, OWNER)
-    await at_the_gate(store, models, leader.id)
+    await before_the_last_step(store, models, leader.id)
     followers = [await service.submit(SEEDED, OWNER) for _ in range(5)]
     states = {(await store.get(job.id)).state for job in followers}
 
@@ -243,7 +243,7 @@ async def test_identical_requests_in_progress_are_run_once_and_end_together(
     assert await keys_without_ttl(store.redis, settings.redis_prefix) == [f"{settings.redis_prefix}secret"]
 
 
-async def test_a_follower_has_its_leaders_place_in_the_queue(service: JobService) -> None:
+async def test_a_follower_has_its_leaders_position_in_the_queue(service: JobService) -> None:
     await service.submit(DRAWN, OWNER)
     await service.submit(SEEDED, OWNER)
 
@@ -262,19 +262,19 @@ async def test_when_the_leader_is_cancelled_the_oldest_follower_takes_its_place(
     settings: Settings,
 ) -> None:
     models.gate.clear()
-    leader, heir, third = [await service.submit(SEEDED, OWNER) for _ in range(3)]
+    leader, new_leader, third = [await service.submit(SEEDED, OWNER) for _ in range(3)]
     dispatcher = Dispatcher(store, results, models, settings)
     task = asyncio.create_task(dispatcher.run())
     if running:
-        await at_the_gate(store, models, leader.id)
+        await before_the_last_step(store, models, leader.id)
     await service.cancel(leader.id, OWNER)
-    await at_the_gate(store, models, heir.id)
-    assert (await store.get(third.id)).leader == heir.id
+    await before_the_last_step(store, models, new_leader.id)
+    assert (await store.get(third.id)).leader == new_leader.id
     fourth = await service.submit(SEEDED, OWNER)
-    assert fourth.leader == heir.id, "the new leader answers the cache key"
+    assert fourth.leader == new_leader.id, "the new leader answers the cache key"
 
     models.gate.set()
-    jobs = [await ended(store, job.id) for job in (leader, heir, third, fourth)]
+    jobs = [await ended(store, job.id) for job in (leader, new_leader, third, fourth)]
     await dispatcher.drain()
     await task
 
@@ -314,22 +314,22 @@ async def test_when_the_leader_fails_for_good_so_do_its_followers(
     assert len(models.requests) == 2
     assert (again.state, again.cached) == (JobState.completed, False)
     for job in failed:
-        told = [event for _, event in await store.events(job.id)]
-        assert isinstance(told[-1], job_events.Failed)
+        published = [event for _, event in await store.events(job.id)]
+        assert isinstance(published[-1], job_events.Failed)
 
 
 async def test_a_leader_that_ran_too_long_fails_alone(
     service: JobService, store: JobStore, models: FakeModels, results: ResultStore, settings: Settings
 ) -> None:
     models.gate.clear()
-    leader, heir, third = [await service.submit(SEEDED, OWNER) for _ in range(3)]
+    leader, new_leader, third = [await service.submit(SEEDED, OWNER) for _ in range(3)]
     limits = {MODEL: 0.2}
     async with running(Dispatcher(store, results, models, settings, time_limits_s=limits)):
         await eventually(lambda: bool(models.requests))
-        limits[MODEL] = 60.0  # of whoever comes next
+        limits[MODEL] = 60.0  # of the next attempt
         late = await ended(store, leader.id)
         models.gate.set()
-        jobs = [await ended(store, job.id) for job in (heir, third)]
+        jobs = [await ended(store, job.id) for job in (new_leader, third)]
 
     assert (late.state, late.error and late.error.kind) == (JobState.failed, "internal")
     assert [job.state for job in jobs] == [JobState.completed] * 2
@@ -365,7 +365,7 @@ async def test_a_leader_whose_files_could_not_be_stored_fails_alone(
     assert not lucky.cached
 
 
-async def test_a_follower_forgets_a_leader_that_was_deleted(
+async def test_a_follower_drops_a_leader_that_was_deleted(
     service: JobService, store: JobStore, dispatcher: Dispatcher
 ) -> None:
     first = await ended(store, (await service.submit(SEEDED, OWNER)).id)

@@ -28,7 +28,7 @@ from serve_app.jobs.job import (
     SubmitOptions,
 )
 from serve_app.jobs.store import record
-from serve_app.jobs.store.keys import Keys, key_digest
+from serve_app.jobs.store.key_names import Keys, key_digest
 from serve_app.jobs.webhook_events import event_body, owner_secret, signature_headers
 from tests.serving.fakes import MODEL, OWNER, resolved
 

@@ -1,4 +1,4 @@
-"""What an owner may do at the desk, and what others may not."""
+"""What an owner may do with jobs, and what others may not."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tests.patience import patience
 from tests.serving.conftest import MakeSettings
 from tests.serving.fakes import CARD, MODEL, OWNER, FakeModels, picture, resolved
 
-WISH = GenerationRequest(model=MODEL, prompt="a cat")
+REQUEST = GenerationRequest(model=MODEL, prompt="a cat")
 
 
-async def test_a_wish_becomes_a_job_in_which_everything_is_decided(service: JobService) -> None:
-    job = await service.submit(WISH, OWNER)
+async def test_a_request_becomes_a_job_with_every_parameter_resolved(service: JobService) -> None:
+    job = await service.submit(REQUEST, OWNER)
 
     view = await service.get(job.id, OWNER)
     assert (view.job, view.position) == (job, 1)
     assert (job.request.width, job.request.num_inference_steps) == (64, 4)
 
 
-async def test_every_wish_without_a_seed_gets_one_of_its_own(service: JobService) -> None:
-    jobs = [await service.submit(WISH, OWNER) for _ in range(3)]
+async def test_every_request_without_a_seed_gets_a_random_one(service: JobService) -> None:
+    jobs = [await service.submit(REQUEST, OWNER) for _ in range(3)]
 
     assert len({job.request.seed for job in jobs}) == 3
 
@@ -45,25 +45,25 @@ async def test_an_alias_names_the_same_model(service: JobService) -> None:
     assert job.request.model == MODEL
 
 
-async def test_corrections_are_kept_with_the_job_and_logged(
+async def test_adjustments_are_stored_with_the_job_and_logged(
     service: JobService, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        job = await service.submit(WISH.model_copy(update={"num_inference_steps": 30}), OWNER)
+        job = await service.submit(REQUEST.model_copy(update={"num_inference_steps": 30}), OWNER)
 
     assert job.request.num_inference_steps == 4
     assert [warning.code for warning in job.warnings] == ["steps_corrected"]
     assert "FLUX requires exactly 4 steps. Overriding 30 -> 4" in caplog.messages
 
 
-async def test_an_unknown_model_and_a_bad_wish_are_refused(service: JobService) -> None:
+async def test_an_unknown_model_and_a_bad_request_are_rejected(service: JobService) -> None:
     with pytest.raises(NotFound, match=MODEL):
         await service.submit(GenerationRequest(model="unknown", prompt="x"), OWNER)
     with pytest.raises(BadRequest):
         await service.submit(GenerationRequest(model=MODEL, prompt=" "), OWNER)
 
 
-async def test_given_pictures_are_kept_out_of_the_record(service: JobService, tmp_path: Path) -> None:
+async def test_input_images_are_kept_out_of_the_record(service: JobService, tmp_path: Path) -> None:
     edit = Edit(image=picture(), mask_image=picture("white"))
 
     job = await service.submit(GenerationRequest(model=MODEL, prompt="x", edit=edit), OWNER)
@@ -74,7 +74,7 @@ async def test_given_pictures_are_kept_out_of_the_record(service: JobService, tm
     assert {file.name for file in stored.iterdir()} == {"image", "mask_image"}
 
 
-async def test_control_pictures_are_kept_out_of_the_record_and_put_back_in_order() -> None:
+async def test_control_images_are_detached_and_attached_in_order() -> None:
     controls = tuple(
         Control(image=picture(colour), type="canny", weight=weight)
         for colour, weight in (("red", 0.5), ("blue", 1.5))
@@ -90,33 +90,33 @@ async def test_control_pictures_are_kept_out_of_the_record_and_put_back_in_order
     assert len(detached.model_dump_json()) < 1_000
 
 
-async def test_a_refused_job_leaves_no_pictures(
+async def test_a_rejected_job_leaves_no_input_images(
     store: JobStore, results: ResultStore, make_settings: MakeSettings, tmp_path: Path
 ) -> None:
     settings = make_settings(max_active_per_owner=1)
     service = JobService(JobStore(store.redis, settings), results, {MODEL: CARD}, settings)
-    await service.submit(WISH, OWNER)
+    await service.submit(REQUEST, OWNER)
 
     with pytest.raises(RateLimited):
-        await service.submit(WISH.model_copy(update={"edit": Edit(image=picture())}), OWNER)
+        await service.submit(REQUEST.model_copy(update={"edit": Edit(image=picture())}), OWNER)
 
     assert list((tmp_path / "results" / "inputs").iterdir()) == []
 
 
-async def test_a_nearly_full_disk_refuses_jobs(store: JobStore, settings: Settings, tmp_path: Path) -> None:
+async def test_a_nearly_full_disk_rejects_jobs(store: JobStore, settings: Settings, tmp_path: Path) -> None:
     full = ResultStore(str(tmp_path), min_free_bytes=2**60)
     service = JobService(store, full, {MODEL: CARD}, settings)
 
     with pytest.raises(Overloaded, match="too little disk space"):
-        await service.submit(WISH, OWNER)
+        await service.submit(REQUEST, OWNER)
     with pytest.raises(Overloaded, match="too little disk space"):
         await service.health()
 
 
 @pytest.mark.parametrize("which", ["foreign", "unknown", "malformed"])
 @pytest.mark.parametrize("way", ["get", "cancel", "delete", "wait", "follow", "artifact"])
-async def test_a_job_that_is_not_yours_looks_like_none(service: JobService, which: str, way: str) -> None:
-    foreign = (await service.submit(WISH, "somebody else")).id
+async def test_a_job_of_another_owner_is_not_found(service: JobService, which: str, way: str) -> None:
+    foreign = (await service.submit(REQUEST, "another owner")).id
     job_id = {"foreign": foreign, "unknown": new_job_id(), "malformed": "../x"}[which]
     ways: dict[str, Callable[[], Awaitable[object]]] = {
         "get": lambda: service.get(job_id, OWNER),
@@ -134,16 +134,16 @@ async def test_a_job_that_is_not_yours_looks_like_none(service: JobService, whic
 
 
 async def test_a_list_holds_only_your_jobs(service: JobService) -> None:
-    mine = await service.submit(WISH, OWNER)
-    await service.submit(WISH, "somebody else")
+    mine = await service.submit(REQUEST, OWNER)
+    await service.submit(REQUEST, "another owner")
 
     page = await service.list(OWNER, limit=10)
 
     assert page.jobs == (mine,)
 
 
-async def test_a_waiting_job_is_cancelled_with_its_pictures(service: JobService, tmp_path: Path) -> None:
-    job = await service.submit(WISH.model_copy(update={"edit": Edit(image=picture())}), OWNER)
+async def test_a_waiting_job_is_cancelled_with_its_input_images(service: JobService, tmp_path: Path) -> None:
+    job = await service.submit(REQUEST.model_copy(update={"edit": Edit(image=picture())}), OWNER)
 
     assert (await service.cancel(job.id, OWNER)).state is JobState.cancelled
 
@@ -151,16 +151,16 @@ async def test_a_waiting_job_is_cancelled_with_its_pictures(service: JobService,
 
 
 async def test_an_active_job_is_not_deleted(service: JobService) -> None:
-    job = await service.submit(WISH, OWNER)
+    job = await service.submit(REQUEST, OWNER)
 
     with pytest.raises(Conflict, match="cancel it first"):
         await service.delete(job.id, OWNER)
 
 
-async def test_a_deleted_job_takes_its_files_along(
+async def test_deleting_a_job_removes_its_files(
     service: JobService, dispatcher: Dispatcher, tmp_path: Path
 ) -> None:
-    job = await service.wait((await service.submit(WISH, OWNER)).id, OWNER, patience())
+    job = await service.wait((await service.submit(REQUEST, OWNER)).id, OWNER, patience())
     assert (tmp_path / "results" / job.artifacts[0].path).exists()
 
     await service.delete(job.id, OWNER)
@@ -170,10 +170,10 @@ async def test_a_deleted_job_takes_its_files_along(
         await service.get(job.id, OWNER)
 
 
-async def test_a_finished_picture_is_fetched_and_others_are_not_found(
+async def test_a_finished_image_is_read_and_others_are_not_found(
     service: JobService, dispatcher: Dispatcher
 ) -> None:
-    job = await service.wait((await service.submit(WISH, OWNER)).id, OWNER, patience())
+    job = await service.wait((await service.submit(REQUEST, OWNER)).id, OWNER, patience())
 
     artifact, data = await service.artifact(job.id, OWNER, 0)
 
@@ -185,17 +185,17 @@ async def test_a_finished_picture_is_fetched_and_others_are_not_found(
         await service.artifact(job.id, OWNER, 0, "thumbnail")
 
 
-async def test_a_picture_asked_for_too_early_is_a_conflict(service: JobService) -> None:
-    job = await service.submit(WISH, OWNER)
+async def test_an_image_read_too_early_is_a_conflict(service: JobService) -> None:
+    job = await service.submit(REQUEST, OWNER)
 
     with pytest.raises(Conflict):
         await service.artifact(job.id, OWNER, 0)
 
 
-async def test_following_at_the_desk_tells_the_whole_story(
+async def test_following_at_the_service_gives_all_events(
     service: JobService, dispatcher: Dispatcher, models: FakeModels
 ) -> None:
-    job = await service.submit(WISH, OWNER)
+    job = await service.submit(REQUEST, OWNER)
 
     story = [event async for _, event in service.follow(job.id, OWNER)]
 
@@ -204,5 +204,5 @@ async def test_following_at_the_desk_tells_the_whole_story(
     assert [event.step for event in story if isinstance(event, events.Step)] == [0, 1, 2, 3, 4]
 
 
-async def test_a_healthy_desk_says_nothing(service: JobService) -> None:
+async def test_a_healthy_service_raises_nothing(service: JobService) -> None:
     await service.health()

@@ -13,7 +13,7 @@ from deployments.validation.resolve import Adjustment
 from serve_app.job_ids import new_job_id
 from serve_app.jobs import events
 from serve_app.jobs.job import JobError, JobState, NewJob, StoredArtifact
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.leases import Claim, StaleClaim
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.store.transitions import Placement
@@ -21,7 +21,7 @@ from serve_app.settings import Settings
 from tests.serving.conftest import MakeSettings
 from tests.serving.fakes import MODEL, OWNER, keys_without_ttl, resolved
 
-ROOM = {MODEL: 1}
+ONE_SLOT = {MODEL: 1}
 ARTIFACT = StoredArtifact(0, "image", "outputs/x/1-0.png", "image/png", 3, "abc", 64, 64, 7)
 BROKEN = JobError("model_unavailable", "the replica was lost")
 
@@ -42,7 +42,7 @@ async def let_the_lease_run_out(redis: Redis, settings: Settings, job_id: str) -
     await redis.zadd(keys.running, {job_id: 1})
 
 
-async def told(store: JobStore, job_id: str) -> list[events.Event]:
+async def published(store: JobStore, job_id: str) -> list[events.Event]:
     return [event for _, event in await store.events(job_id)]
 
 
@@ -55,7 +55,7 @@ async def test_an_accepted_job_is_read_back_as_it_was(store: JobStore) -> None:
     assert await store.get(job.id) == job
     assert (job.state, job.request, job.warnings) == (JobState.queued, request, warnings)
     assert await store.position(job) == 1
-    assert await told(store, job.id) == [events.JobQueued(1)]
+    assert await published(store, job.id) == [events.JobQueued(1)]
 
 
 async def test_accepting_the_same_id_again_changes_nothing(store: JobStore) -> None:
@@ -72,9 +72,7 @@ async def test_an_unknown_job_is_not_found(store: JobStore) -> None:
         await store.get(new_job_id())
 
 
-async def test_a_full_queue_refuses_with_a_time_to_come_back(
-    redis: Redis, make_settings: MakeSettings
-) -> None:
+async def test_a_full_queue_rejects_with_a_time_to_retry(redis: Redis, make_settings: MakeSettings) -> None:
     store = JobStore(redis, make_settings(max_pending=2))
     await accepted(store, owner="one")
     await accepted(store, owner="two", model="other")
@@ -99,20 +97,20 @@ async def test_an_owner_has_a_limit_that_concurrent_submits_cannot_pass(
 
     refused = [answer for answer in answers if isinstance(answer, RateLimited)]
     assert len(refused) == 24 - 5
-    await accepted(stores[0], owner="somebody else")
+    await accepted(stores[0], owner="another owner")
 
 
 async def test_accepts_for_several_owners_in_several_processes_never_wait_for_each_other(
     redis: Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = JobStore(redis, settings), JobStore(redis, settings)
-    await accepted(here, owner="one")  # somebody waits, as under load
+    await accepted(here, owner="one")  # a job waits, as under load
     door = here._acceptance
-    place, looks = door._placement, 0
+    place, reads = door._placement, 0
 
     async def slow(*of_the_job: Any) -> Placement:
-        nonlocal looks
-        looks += 1
+        nonlocal reads
+        reads += 1
         found = await place(*of_the_job)
         await accepted(there, owner="two")
         await claimed(there)
@@ -121,7 +119,7 @@ async def test_accepts_for_several_owners_in_several_processes_never_wait_for_ea
     monkeypatch.setattr(door, "_placement", slow)
     await accepted(here, owner="three")
 
-    assert looks == 1, "it was not disturbed"
+    assert reads == 1, "it was not disturbed"
 
 
 async def test_a_running_job_counts_for_its_owner_until_it_ends(
@@ -138,7 +136,7 @@ async def test_a_running_job_counts_for_its_owner_until_it_ends(
     await accepted(store)
 
 
-async def test_jobs_are_claimed_oldest_first_across_models_with_room(store: JobStore) -> None:
+async def test_jobs_are_claimed_oldest_first_across_models_with_free_slots(store: JobStore) -> None:
     first = await accepted(store, model="a")
     second = await accepted(store, model="b")
     third = await accepted(store, model="a")
@@ -148,7 +146,7 @@ async def test_jobs_are_claimed_oldest_first_across_models_with_room(store: JobS
     assert [claim and claim.job.id for claim in order] == [first, second, third, None]
 
 
-async def test_only_models_with_room_are_claimed_for(store: JobStore) -> None:
+async def test_only_models_with_free_slots_are_claimed_for(store: JobStore) -> None:
     await accepted(store, model="full")
 
     assert await store.leases.claim({"full": 0, "other": 3}) is None
@@ -159,7 +157,7 @@ async def test_a_job_is_claimed_once_by_many_dispatchers(store: JobStore) -> Non
     for _ in range(5):
         await accepted(store)
 
-    claims = await asyncio.gather(*(store.leases.claim(ROOM) for _ in range(12)))
+    claims = await asyncio.gather(*(store.leases.claim(ONE_SLOT) for _ in range(12)))
 
     won = [claim.job.id for claim in claims if claim]
     assert len(won) == len(set(won)) == 5
@@ -188,20 +186,20 @@ async def test_a_completed_job_names_its_files(store: JobStore) -> None:
     assert job.started_at is not None
     assert job.completed_at is not None
     assert job.created_at <= job.started_at <= job.completed_at
-    assert await told(store, job.id) == [
+    assert await published(store, job.id) == [
         events.JobQueued(1),
         events.JobStarted(1),
         events.JobCompleted(1.5),
     ]
 
 
-async def test_a_failed_job_says_why(store: JobStore) -> None:
+async def test_a_failed_job_keeps_its_error(store: JobStore) -> None:
     await accepted(store)
 
     job = await store.leases.fail(await claimed(store), JobError("out_of_memory", "too big", "width"))
 
     assert await store.get(job.id) == job
-    assert (await told(store, job.id))[-1] == events.Failed(
+    assert (await published(store, job.id))[-1] == events.Failed(
         "out_of_memory", "too big", retryable=False, param="width"
     )
 
@@ -216,10 +214,10 @@ async def test_progress_never_goes_back_within_an_attempt(store: JobStore) -> No
 
     job = await store.get(claim.job.id)
     assert (job.step, job.steps, job.percent) == (3, 5, 60)
-    assert (await told(store, job.id))[-1] == events.Step(3, 4)
+    assert (await published(store, job.id))[-1] == events.Step(3, 4)
 
 
-async def test_a_lost_job_comes_back_at_its_old_place(
+async def test_a_lost_job_returns_at_its_old_position(
     store: JobStore, redis: Redis, settings: Settings
 ) -> None:
     lost = await accepted(store)
@@ -248,18 +246,20 @@ async def test_a_heartbeat_saves_a_job_whose_lease_ran_out(
     assert await store.leases.reap() == []
 
 
-async def test_a_lease_renewed_while_the_reaper_looks_is_left_alone(
+async def test_a_lease_renewed_while_the_reaper_reads_is_left_alone(
     store: JobStore, redis: Redis, settings: Settings
 ) -> None:
     job_id = await accepted(store)
     await claimed(store)
-    await redis.zadd(Keys(settings.redis_prefix).running, {job_id: 1})  # what the reaper saw before
+    await redis.zadd(Keys(settings.redis_prefix).running, {job_id: 1})  # what the reaper read before
 
     assert await store.leases.reap() == []
     assert (await store.get(job_id)).state is JobState.processing
 
 
-async def test_a_late_worker_is_refused_everything(store: JobStore, redis: Redis, settings: Settings) -> None:
+async def test_no_write_of_a_stale_claim_is_accepted(
+    store: JobStore, redis: Redis, settings: Settings
+) -> None:
     job_id = await accepted(store)
     zombie = await claimed(store)
     await let_the_lease_run_out(redis, settings, job_id)
@@ -272,7 +272,7 @@ async def test_a_late_worker_is_refused_everything(store: JobStore, redis: Redis
             await store.leases.complete(zombie, [ARTIFACT], 1.0)
         with pytest.raises(StaleClaim):
             await store.leases.fail(zombie, BROKEN)
-        await store.leases.claim(ROOM)
+        await store.leases.claim(ONE_SLOT)
 
     with pytest.raises(StaleClaim):
         await store.leases.requeue(zombie, BROKEN)
@@ -294,7 +294,7 @@ async def test_a_job_that_kills_its_workers_is_given_up(
     assert job.error is not None
     assert job.error.kind == "internal"
     assert "lost 3 times" in job.error.message
-    assert await store.leases.claim(ROOM) is None
+    assert await store.leases.claim(ONE_SLOT) is None
 
 
 async def test_a_drained_attempt_does_not_count(store: JobStore, settings: Settings) -> None:
@@ -308,7 +308,7 @@ async def test_a_drained_attempt_does_not_count(store: JobStore, settings: Setti
     assert claim.job.failures == 0
 
 
-async def test_a_job_given_back_too_often_fails_with_the_last_reason(
+async def test_a_job_released_too_often_fails_with_the_last_reason(
     store: JobStore, settings: Settings
 ) -> None:
     await accepted(store)
@@ -325,8 +325,8 @@ async def test_a_waiting_job_is_cancelled_at_once(store: JobStore) -> None:
     job = await store.cancel(job_id)
 
     assert job.state is JobState.cancelled
-    assert await store.leases.claim(ROOM) is None
-    assert await told(store, job_id) == [events.JobQueued(1), events.JobCancelled()]
+    assert await store.leases.claim(ONE_SLOT) is None
+    assert await published(store, job_id) == [events.JobQueued(1), events.JobCancelled()]
 
 
 async def test_a_running_job_is_marked_and_ends_as_cancelled_even_if_it_completes(
@@ -384,7 +384,7 @@ async def test_a_write_whose_answer_was_lost_may_be_repeated(store: JobStore, en
     first = await writes[ending]()
 
     assert await writes[ending]() == first
-    endings = [event for event in await told(store, first.id) if isinstance(event, events.ENDINGS)]
+    endings = [event for event in await published(store, first.id) if isinstance(event, events.ENDINGS)]
     assert len(endings) == (0 if ending == "requeue" else 1)
 
 
@@ -442,16 +442,16 @@ async def test_no_key_stays_for_ever_once_the_jobs_have_ended(
 
 async def test_lists_come_newest_first_page_by_page(store: JobStore) -> None:
     ids = [await accepted(store) for _ in range(7)]
-    await accepted(store, owner="somebody else")
-    seen: list[str] = []
+    await accepted(store, owner="another owner")
+    listed: list[str] = []
     cursor: str | None = None
 
     for _ in range(3):
         page = await store.page(OWNER, cursor=cursor, limit=3)
-        seen += [job.id for job in page.jobs]
+        listed += [job.id for job in page.jobs]
         cursor = page.next_cursor
 
-    assert seen == ids[::-1]
+    assert listed == ids[::-1]
     assert cursor is None
 
 
@@ -479,19 +479,19 @@ async def test_jobs_of_the_same_microsecond_are_all_listed(
 ) -> None:
     ids = {await accepted(store) for _ in range(5)}
     await redis.zadd(Keys(settings.redis_prefix).owner(OWNER), dict.fromkeys(ids, 1_000))
-    seen: list[str] = []
+    listed: list[str] = []
     cursor: str | None = None
 
     for _ in range(5):
         page = await store.page(OWNER, cursor=cursor, limit=1)
-        seen += [job.id for job in page.jobs]
+        listed += [job.id for job in page.jobs]
         cursor = page.next_cursor
 
-    assert set(seen) == ids
+    assert set(listed) == ids
     assert cursor is None
 
 
-async def test_a_forgotten_job_leaves_the_list(store: JobStore, redis: Redis, settings: Settings) -> None:
+async def test_an_expired_job_leaves_the_list(store: JobStore, redis: Redis, settings: Settings) -> None:
     keys = Keys(settings.redis_prefix)
     forgotten = await accepted(store)
     await store.cancel(forgotten)
@@ -502,7 +502,7 @@ async def test_a_forgotten_job_leaves_the_list(store: JobStore, redis: Redis, se
 
 
 @pytest.mark.parametrize("cursor", ["", "x", "1-2", "99999999999999999999-" + "0" * 32, "' OR 1"])
-async def test_a_foreign_cursor_is_a_bad_request(store: JobStore, cursor: str) -> None:
+async def test_a_malformed_cursor_is_a_bad_request(store: JobStore, cursor: str) -> None:
     with pytest.raises(BadRequest, match="cursor"):
         await store.page(OWNER, cursor=cursor)
 
@@ -534,4 +534,4 @@ async def test_a_preview_survives_the_store(store: JobStore) -> None:
 
     await store.leases.heartbeat(claim, pending_events=[preview])
 
-    assert (await told(store, claim.job.id))[-1] == preview
+    assert (await published(store, claim.job.id))[-1] == preview

@@ -1,4 +1,4 @@
-"""Whatever callers and workers do, in whatever order, the store keeps its word (reliability invariants)."""
+"""The store's invariants hold whatever callers and workers do, in any order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from serve_app.jobs import events as job_events
 from serve_app.jobs.job import COPY_QUEUE, IdempotencyKey, Job, JobError, JobState, NewJob, SubmitOptions
 from serve_app.jobs.store import cache_keys
 from serve_app.jobs.store import leases as leases_module
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.leases import Claim, StaleClaim
 from serve_app.jobs.store.record import job_from
 from serve_app.jobs.store.store import JobStore
@@ -44,7 +44,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     url: str  # set by the test
     jobs: Any = Bundle("jobs")
-    claims: Any = Bundle("claims")  # held for ever: that is what makes zombies
+    claims: Any = Bundle("claims")  # never dropped: old ones act as stale workers
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class StoreMachine(RuleBasedStateMachine):
     def accept(
         self, owner: str, model: str, prompt: str, seeded: bool, priority: Priority, key: str | None
     ) -> Any:
-        """A call with or without an Idempotency-Key, for a picture that may have been asked for before."""
+        """A call with or without an Idempotency-Key, for a result that may have been requested before."""
         if self.sync.scard(self.keys.active(owner)) >= 6:
             return hypothesis.stateful.multiple()
         request = resolved(prompt, model=model).model_copy(update={"priority": priority})
@@ -208,9 +208,9 @@ class StoreMachine(RuleBasedStateMachine):
         self._run(self.store.leases.reap())
 
     @invariant()
-    def word_is_kept(self) -> None:
+    def invariants_hold(self) -> None:
         known = sorted(self.known)
-        with self.sync.pipeline(transaction=True) as pipe:  # one look, one round trip
+        with self.sync.pipeline(transaction=True) as pipe:  # one consistent read, one round trip
             for key in (self.keys.pending, self.keys.running, *map(self.keys.pending_of, QUEUES)):
                 pipe.zrange(key, 0, -1)
             for owner in OWNERS:
@@ -224,7 +224,7 @@ class StoreMachine(RuleBasedStateMachine):
         pending, running = set(indexes[0]), set(indexes[1])
         per_model, active = indexes[2 : 2 + len(QUEUES)], set().union(*indexes[2 + len(QUEUES) :])
         jobs = [job_from(job_id, fields) for job_id, fields in zip(known, each[::3], strict=True)]
-        told = {
+        published = {
             job.id: [job_events.decode(fields) for _, fields in entries]
             for job, entries in zip(jobs, each[1::3], strict=True)
         }
@@ -235,9 +235,9 @@ class StoreMachine(RuleBasedStateMachine):
         assert queued == pending == set(itertools.chain(*per_model))
         assert processing == running
         assert active == queued | processing | following
-        self._company_is_kept({job.id: job for job in jobs}, followers)
+        self._groups_are_consistent({job.id: job for job in jobs}, followers)
         for job in jobs:
-            events = told[job.id]
+            events = published[job.id]
             endings = [event for event in events if isinstance(event, job_events.ENDINGS)]
             assert len(endings) == job.state.ended  # once, and never again
             assert not endings or events[-1] is endings[0]
@@ -250,15 +250,15 @@ class StoreMachine(RuleBasedStateMachine):
                 assert job.step >= self.steps.get(attempt, 0)
                 self.steps[attempt] = job.step
 
-    def _company_is_kept(self, jobs: dict[str, Job], followers: dict[str, list[str]]) -> None:
-        """Who waits for another's files waits for an identical job of the same owner that will tell."""
+    def _groups_are_consistent(self, jobs: dict[str, Job], followers: dict[str, list[str]]) -> None:
+        """A job that waits for files waits for an identical unfinished job of the same owner."""
         for job in jobs.values():
             other = jobs[job.leader or job.cached_from or job.id]
-            assert other.owner == job.owner, "nobody gets files of somebody else"
+            assert other.owner == job.owner, "files never cross owners"
             wanted, got = self.requests[job.id], self.requests[other.id]
             assert (wanted.prompt, wanted.model) == (got.prompt, got.model)
             if job.leader is not None and job.state is JobState.queued:
-                assert not other.state.ended, "its leader has ended and told nothing"
+                assert not other.state.ended, "its leader has ended without resolving it"
                 assert job.id in followers[other.id]
             if job.cached_from is not None and not job.state.ended:
                 assert other.state is JobState.completed
@@ -270,7 +270,7 @@ def machine(valkey_url: str) -> type[StoreMachine]:
     return StoreMachine
 
 
-def test_the_store_keeps_its_word_under_any_schedule(machine: type[StoreMachine]) -> None:
+def test_the_invariants_hold_under_any_schedule(machine: type[StoreMachine]) -> None:
     run_state_machine_as_test(machine, settings=schedules(EXAMPLES))
 
 
@@ -292,20 +292,20 @@ def without_fence(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_owner_in_the_cache_key(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = cache_keys.compute_cache_key
     monkeypatch.setattr(
-        cache_keys, "compute_cache_key", lambda secret, owner, *rest: whole(secret, "everybody", *rest)
+        cache_keys, "compute_cache_key", lambda secret, owner, *rest: whole(secret, "all owners", *rest)
     )
 
 
 # what a schedule leaves open when it fails is closed by the collector
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("mutate", [without_fence, without_owner_in_the_cache_key])
-def test_the_machine_finds_what_is_broken_on_purpose(
+def test_the_machine_finds_deliberate_faults(
     machine: type[StoreMachine], mutate: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mutate(monkeypatch)
     quickly = hypothesis.settings(schedules(400), phases=[hypothesis.Phase.generate])
 
-    # SystemError: CPython 3.11 may stumble in ast.parse while hypothesis reads the source of what it found
+    # SystemError: CPython 3.11 may fail in ast.parse while hypothesis reads the source of what it found
     with pytest.raises((AssertionError, ExceptionGroup, SystemError)):
         run_state_machine_as_test(machine, settings=quickly)
     gc.collect()

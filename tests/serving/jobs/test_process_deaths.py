@@ -1,4 +1,4 @@
-"""kill -9 of the store or of a dispatcher in mid-job: the job finishes all the same, once."""
+"""kill -9 of the store or of a dispatcher during a job: the job still finishes, once."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from tests.patience import patience, slowness
 from tests.serving.conftest import MakeSettings
 from tests.serving.fakes import CARD, MODEL, OWNER, FakeModels, eventually, picture, resolved
 from tests.serving.jobs.conftest import running
-from tests.serving.jobs.test_dispatch import at_the_gate, ended, submitted
-from tests.serving.jobs.test_job_service import WISH
+from tests.serving.jobs.test_dispatch import before_the_last_step, ended, submitted
+from tests.serving.jobs.test_job_service import REQUEST
 
 DOOMED = """
 import asyncio, sys
@@ -69,8 +69,8 @@ def kill(server: EmbeddedRedis) -> None:
 
 
 async def endings(store: JobStore, job_id: str) -> int:
-    told = await store.events(job_id)
-    return sum(isinstance(event, events.ENDINGS) for _, event in told)
+    entries = await store.events(job_id)
+    return sum(isinstance(event, events.ENDINGS) for _, event in entries)
 
 
 async def test_a_job_survives_the_death_of_the_store(
@@ -81,8 +81,8 @@ async def test_a_job_survives_the_death_of_the_store(
     service: JobService,
 ) -> None:
     models.gate.clear()
-    job_id = (await service.submit(WISH, OWNER)).id
-    await at_the_gate(store, models, job_id)
+    job_id = (await service.submit(REQUEST, OWNER)).id
+    await before_the_last_step(store, models, job_id)
     story = asyncio.create_task(collected(service, job_id))
 
     kill(own_valkey)
@@ -99,7 +99,7 @@ async def collected(service: JobService, job_id: str) -> list[events.Event]:
     return [event async for _, event in service.follow(job_id, OWNER)]
 
 
-async def test_everything_goes_on_after_an_outage_and_nothing_accepted_is_lost(
+async def test_work_continues_after_an_outage_and_no_accepted_job_is_lost(
     store: JobStore, dispatcher: Dispatcher, own_valkey: EmbeddedRedis
 ) -> None:
     ids: list[str] = []
@@ -132,13 +132,13 @@ async def answering(store: JobStore) -> None:
     await eventually(answers)
 
 
-async def test_a_store_that_is_away_refuses_politely(
+async def test_an_unreachable_store_is_an_overload_error(
     store: JobStore, results: ResultStore, settings: Settings, own_valkey: EmbeddedRedis
 ) -> None:
     service = JobService(store, results, {MODEL: CARD}, settings)
     own_valkey.stop()
 
-    for call in (service.submit(WISH, OWNER), service.list(OWNER), service.health()):
+    for call in (service.submit(REQUEST, OWNER), service.list(OWNER), service.health()):
         with pytest.raises(Overloaded, match="not reachable") as refusal:
             await asyncio.wait_for(call, patience())
         assert refusal.value.retry_after_s
@@ -153,7 +153,7 @@ async def test_a_job_survives_the_death_of_its_dispatcher(
     arguments = (own_valkey.url, settings.model_dump_json())
     doomed = await asyncio.create_subprocess_exec(sys.executable, "-c", DOOMED, *arguments)
     models = FakeModels()
-    await at_the_gate(store, models, job_id)
+    await before_the_last_step(store, models, job_id)
 
     doomed.send_signal(signal.SIGKILL)
     await doomed.wait()
@@ -174,7 +174,7 @@ async def test_a_zombie_dispatcher_changes_nothing(
     arguments = (own_valkey.url, settings.model_dump_json())
     zombie = await asyncio.create_subprocess_exec(sys.executable, "-c", DOOMED, *arguments)
     models = FakeModels()
-    await at_the_gate(store, models, job_id)
+    await before_the_last_step(store, models, job_id)
 
     zombie.send_signal(signal.SIGSTOP)
     async with running(Dispatcher(store, results, models, settings)):

@@ -7,7 +7,7 @@ import pytest
 from deployments.protocol.errors import Overloaded
 from serve_app.job_ids import new_job_id
 from serve_app.jobs.job import JobError, NewJob, SubmitOptions
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.start_estimate import Capacity
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.dispatch import Dispatcher

@@ -1,4 +1,4 @@
-"""What is removed when its time is up, and what is not."""
+"""What is removed after its retention time, and what is not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deployments.protocol.request import Edit, GenerationRequest
 from serve_app.job_ids import new_job_id
 from serve_app.jobs.job import Job, JobState, NewJob, SubmitOptions
 from serve_app.jobs.service import JobService
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.jobs.worker.maintenance import Maintenance
@@ -38,7 +38,7 @@ def retention(store: JobStore, results: ResultStore) -> Retention:
 
 
 async def a_day_passes(redis: Redis, keys: Keys, job: Job) -> None:
-    """As if the server's clock had jumped; its own clock is the only one that is asked."""
+    """As if the server's clock had jumped; no other clock is read."""
     assert await redis.zscore(keys.expiring, job.id) == pytest.approx((job.completed_at + DAY_S) * 1e6)
     await redis.zadd(keys.expiring, {job.id: 1})
 
@@ -47,7 +47,7 @@ def files(results: Path) -> list[Path]:
     return [path for path in results.rglob("*") if path.is_file()]
 
 
-async def test_files_go_after_a_day_and_the_record_stays(
+async def test_files_are_removed_after_a_day_and_the_record_stays(
     store: JobStore,
     dispatcher: Dispatcher,
     service: JobService,
@@ -84,7 +84,7 @@ async def test_a_sweep_that_was_interrupted_is_finished_by_the_next(
     assert await redis.zcard(keys.expiring) == 0
 
 
-async def test_files_whose_record_went_first_go_as_well(
+async def test_files_whose_record_expired_first_are_removed_too(
     store: JobStore, dispatcher: Dispatcher, retention: Retention, redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
     job = await ended(store, await submitted(store))
@@ -96,7 +96,7 @@ async def test_files_whose_record_went_first_go_as_well(
     assert files(tmp_path / "results") == []
 
 
-async def test_orphans_go_when_no_job_could_still_need_them(
+async def test_orphans_are_removed_when_no_job_could_need_them(
     store: JobStore, results: ResultStore, dispatcher: Dispatcher, retention: Retention, tmp_path: Path
 ) -> None:
     job = await ended(store, await submitted(store))
@@ -123,8 +123,8 @@ async def test_a_deleted_job_leaves_no_file_and_no_key_of_its_own(
     settings: Settings,
     tmp_path: Path,
 ) -> None:
-    wish = GenerationRequest(model=MODEL, prompt="x", edit=Edit(image=picture()))
-    job = await ended(store, (await service.submit(wish, OWNER)).id)
+    request = GenerationRequest(model=MODEL, prompt="x", edit=Edit(image=picture()))
+    job = await ended(store, (await service.submit(request, OWNER)).id)
 
     await service.delete(job.id, OWNER)
 
@@ -133,12 +133,12 @@ async def test_a_deleted_job_leaves_no_file_and_no_key_of_its_own(
     assert await keys_without_ttl(redis, settings.redis_prefix) == []
 
 
-async def test_a_chore_is_one_dispatchers_at_a_time(store: JobStore) -> None:
+async def test_a_maintenance_task_is_acquired_by_one_dispatcher_at_a_time(store: JobStore) -> None:
     assert [await store.try_acquire("sweep", 60.0) for _ in range(3)] == [True, False, False]
     assert await store.try_acquire("orphans", 60.0)
 
 
-async def test_one_round_of_chores_delivers_and_sweeps(
+async def test_one_round_of_maintenance_delivers_and_sweeps(
     store: JobStore, results: ResultStore, settings: Settings, redis: Redis, keys: Keys
 ) -> None:
     job = await store.accept(NewJob(new_job_id(), OWNER, resolved(), options=SubmitOptions(webhook=URL)))

@@ -1,4 +1,4 @@
-"""Signatures of links: nothing but the very link opens."""
+"""Signatures of links: any change of a link invalidates it."""
 
 from __future__ import annotations
 

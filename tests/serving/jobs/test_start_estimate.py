@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.start_estimate import (
     CAPACITY_TTL_S,
     NO_CAPACITY,

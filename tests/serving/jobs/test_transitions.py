@@ -22,7 +22,7 @@ from serve_app.jobs.job import (
 )
 from serve_app.jobs.store.fair_queue import QueueTag
 from serve_app.jobs.store.indexes import NEW_WORK
-from serve_app.jobs.store.keys import Keys, key_digest
+from serve_app.jobs.store.key_names import Keys, key_digest
 from serve_app.jobs.store.record import IDEMPOTENCY_RECORD, job_from
 from serve_app.jobs.store.transitions import EVENTS_TTL_S, CoalescedGroup, Placement, Transitions
 from serve_app.settings import Settings

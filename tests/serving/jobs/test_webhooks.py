@@ -1,4 +1,4 @@
-"""The owner of a job hears of its ending, from us for sure, and once more rather than never."""
+"""Webhooks: signed, delivered at least once, and given up in the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from deployments.protocol.errors import Forbidden
 from deployments.protocol.request import ResolvedVideo
 from serve_app.job_ids import new_job_id
 from serve_app.jobs.job import Job, JobError, NewJob, SubmitOptions
-from serve_app.jobs.store.keys import Keys
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.outbox import HOLD_S
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.webhook_events import owner_secret
@@ -28,7 +28,7 @@ CALLER = openai.OpenAI(api_key="none", base_url="http://127.0.0.1:9")
 
 
 class Receiver:
-    """Takes what is posted and answers as told; an exception is raised instead."""
+    """Records what is posted and answers with the next status; an exception is raised instead."""
 
     def __init__(self, *answers: int | Exception) -> None:
         self.answers = list(answers)
@@ -80,21 +80,21 @@ async def test_openais_sdk_accepts_what_we_sign(store: JobStore) -> None:
     assert (event.type, event.data.id) == ("image.completed", job.id)
 
 
-async def test_openais_sdk_refuses_what_somebody_else_signed(store: JobStore) -> None:
+async def test_openais_sdk_refuses_another(store: JobStore) -> None:
     receiver = Receiver()
     await completed(store)
     await WebhookDeliverer(store.outbox, receiver, SECRET).deliver()
     _, body, headers = receiver.posted[0]
 
     for secret, text in (
-        (owner_secret(SECRET, "somebody else"), body),
+        (owner_secret(SECRET, "another owner"), body),
         (owner_secret(SECRET, OWNER), body + b" "),
     ):
         with pytest.raises(openai.InvalidWebhookSignatureError):
             CALLER.webhooks.unwrap(text.decode(), headers, secret=secret)
 
 
-async def test_every_ending_is_told_once_and_says_which_it_was(store: JobStore) -> None:
+async def test_every_ending_is_delivered_once_with_its_state(store: JobStore) -> None:
     await completed(store)
     await waiting(store)
     claim = await store.leases.claim({MODEL: 1})
@@ -114,8 +114,8 @@ async def test_every_ending_is_told_once_and_says_which_it_was(store: JobStore) 
     }
 
 
-async def test_a_video_is_called_one_and_prompts_are_not_told(store: JobStore) -> None:
-    video = resolved("a secret wish").model_copy(update={"video": ResolvedVideo(num_frames=9, fps=8)})
+async def test_the_event_names_a_video_and_omits_the_prompt(store: JobStore) -> None:
+    video = resolved("a secret prompt").model_copy(update={"video": ResolvedVideo(num_frames=9, fps=8)})
     await store.accept(NewJob(new_job_id(), OWNER, video, options=SubmitOptions(webhook=URL)))
     claim = await store.leases.claim({MODEL: 1})
     assert claim is not None
@@ -125,10 +125,10 @@ async def test_a_video_is_called_one_and_prompts_are_not_told(store: JobStore) -
     await WebhookDeliverer(store.outbox, receiver, SECRET).deliver()
 
     assert receiver.events[0]["type"] == "video.completed"
-    assert b"secret wish" not in receiver.posted[0][1]
+    assert b"secret prompt" not in receiver.posted[0][1]
 
 
-async def test_a_refused_delivery_is_tried_again_later_under_the_same_id(
+async def test_a_rejected_delivery_is_retried_later_with_the_same_id(
     store: JobStore, redis: Redis, keys: Keys
 ) -> None:
     receiver = Receiver(503, Forbidden("not allowed"), 200)
@@ -146,7 +146,7 @@ async def test_a_refused_delivery_is_tried_again_later_under_the_same_id(
 
 
 @pytest.mark.parametrize(("answers", "tries"), [([500] * 20, len(RETRY_DELAYS_S) + 1), ([410], 1)])
-async def test_a_receiver_that_never_takes_it_is_given_up(
+async def test_a_receiver_that_never_accepts_is_given_up(
     store: JobStore, redis: Redis, keys: Keys, answers: list[int], tries: int
 ) -> None:
     receiver = Receiver(*answers)
@@ -160,22 +160,22 @@ async def test_a_receiver_that_never_takes_it_is_given_up(
     assert len(receiver.posted) == tries
 
 
-async def test_a_courier_that_dies_with_a_parcel_leaves_it_to_another(
+async def test_an_entry_of_a_dead_deliverer_is_delivered_by_another(
     store: JobStore, redis: Redis, keys: Keys
 ) -> None:
     receiver = Receiver()
     await completed(store)
-    taken = await store.outbox.claim_due()
+    claimed = await store.outbox.claim_due()
 
     early = await WebhookDeliverer(store.outbox, receiver, SECRET).deliver()
     await due_now(redis, keys)
     late = await WebhookDeliverer(store.outbox, receiver, SECRET).deliver()
 
-    assert (len(taken), early, late) == (1, 0, 1)
+    assert (len(claimed), early, late) == (1, 0, 1)
     assert HOLD_S > 2 * POST_TIMEOUT_S
 
 
-async def test_a_deleted_job_is_not_told_of_any_more(
+async def test_no_webhook_is_delivered_for_a_deleted_job(
     store: JobStore, redis: Redis, settings: Settings
 ) -> None:
     receiver = Receiver()
@@ -185,8 +185,8 @@ async def test_a_deleted_job_is_not_told_of_any_more(
     assert await keys_without_ttl(redis, settings.redis_prefix) == []
 
 
-async def test_each_owner_has_a_secret_of_its_own_in_the_standards_form() -> None:
-    mine, theirs = owner_secret(SECRET, OWNER), owner_secret(SECRET, "somebody else")
+async def test_each_owner_has_a_secret_in_the_form_of_the_standard() -> None:
+    mine, theirs = owner_secret(SECRET, OWNER), owner_secret(SECRET, "another owner")
 
     assert mine != theirs
     assert mine.startswith("whsec_")
