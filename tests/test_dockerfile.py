@@ -42,7 +42,7 @@ def test_the_image_is_built_in_stages_from_a_pinned_python(instructions: list[tu
     assert arguments["DEVICE"] == "cpu"
 
 
-def test_it_runs_as_an_ordinary_user_and_tells_its_health(instructions: list[tuple[str, str]]) -> None:
+def test_it_runs_as_an_ordinary_user_and_reports_its_health(instructions: list[tuple[str, str]]) -> None:
     last = dict(last_stage(instructions))
 
     uid, _, gid = last["USER"].partition(":")

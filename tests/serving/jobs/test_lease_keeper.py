@@ -22,6 +22,7 @@ from serve_app.jobs.worker.lease_keeper import (
     outage_pauses,
 )
 from serve_app.redis.transactions import StoreUnreachable
+from tests.patience import patience
 from tests.serving.fakes import OWNER, eventually, resolved
 
 CLAIM = Claim(Job("a" * 32, OWNER, JobState.processing, resolved(), 0.0, attempt=1))
@@ -66,7 +67,7 @@ class Kept:
 
     async def close(self) -> None:
         self.keeper.close()
-        await asyncio.wait_for(self.task, 10)
+        await asyncio.wait_for(self.task, patience())
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +165,7 @@ async def test_a_requested_cancellation_aborts_the_attempt_and_the_lease_is_kept
 async def test_a_stale_claim_aborts_the_attempt_and_ends_the_heartbeats() -> None:
     kept = Kept(FakeLeases(StaleClaim("another has it")), heartbeat_s=0.01)
 
-    await asyncio.wait_for(kept.task, 10)
+    await asyncio.wait_for(kept.task, patience())
 
     assert kept.reasons == [AbortReason.stale_claim]
     assert kept.leases.calls == 1

@@ -18,6 +18,7 @@ from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore, input_path
+from tests.patience import patience
 from tests.serving.api.conftest import client_of
 from tests.serving.conftest import MakeSettings
 from tests.serving.fakes import CARD, MODEL, OWNER, FakeModels, picture
@@ -152,7 +153,7 @@ async def test_only_the_owner_gets_a_link_to_an_image(
     assert answer.status_code == 200, answer.text
     async with httpx.AsyncClient() as anybody:
         assert (await anybody.get(answer.json()["url"])).content == picture()
-    assert answer.json()["expires_at"] == pytest.approx(time.time() + 60, abs=30)
+    assert answer.json()["expires_at"] == pytest.approx(time.time() + 60, abs=patience())
     assert refused.status_code == 404
     for job in (mine, theirs):
         await bucket.sweep(job.id)
