@@ -15,7 +15,7 @@ from redis.asyncio.client import Pipeline
 
 from deployments.protocol.errors import BadRequest, NotFound, Unauthorized
 from serve_app.admission.principals import Scope
-from serve_app.redis.transactions import begin, redis_errors, transact
+from serve_app.redis.transactions import begin, clock_us, redis_errors, time_us, transact
 
 SECRET_BYTES = 32
 FORM = re.compile(r"wf_([0-9a-f]{12})\.([A-Za-z0-9_-]{43})")
@@ -135,8 +135,8 @@ class ApiKeys:
             async with self._redis.pipeline(transaction=False) as pipe:
                 pipe.hgetall(self._key(prefix))
                 pipe.time()
-                fields, (seconds, microseconds) = await pipe.execute()
-        return fields, int(seconds) + int(microseconds) / 1e6
+                fields, now = await pipe.execute()
+        return fields, time_us(now) / 1e6
 
     def _key(self, prefix: str) -> str:
         """HASH: a key."""
@@ -154,8 +154,7 @@ def _digest(secret: str) -> str:
 
 
 async def _now(pipe: Pipeline) -> float:
-    seconds, microseconds = await pipe.time()
-    return int(seconds) + int(microseconds) / 1e6
+    return await clock_us(pipe) / 1e6
 
 
 def _api_key(prefix: str, fields: Mapping[str, str]) -> ApiKey:

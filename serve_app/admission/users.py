@@ -14,7 +14,7 @@ from redis.asyncio.client import Pipeline
 
 from deployments.protocol.errors import BadRequest, Conflict, NotFound
 from serve_app.admission.principals import Role
-from serve_app.redis.transactions import begin, redis_errors, transact
+from serve_app.redis.transactions import begin, clock_s, redis_errors, transact
 
 EMAIL = re.compile(r"[^@\s\x00-\x1f]{1,64}@[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*")
 NAME_MAX_CHARS = 100
@@ -62,7 +62,7 @@ class Users:
             known = await pipe.get(taken)
             if known not in (None, user_id):
                 raise Conflict(f"there is a user with the e-mail {email}", param="email")
-            seconds, _ = await pipe.time()
+            created_s = await clock_s(pipe)
             fields = {
                 "name": name,
                 "email": email,
@@ -70,7 +70,7 @@ class Users:
                 "images_per_day": "" if images_per_day is None else str(images_per_day),
                 "disabled": "0",
                 "epoch": "0",
-                "created": str(seconds),
+                "created": str(created_s),
             }
             begin(pipe)
             pipe.set(taken, user_id)

@@ -16,7 +16,7 @@ from redis.asyncio.client import Pipeline
 from deployments.protocol.errors import Conflict, NotFound, Overloaded, QuotaExceeded
 from deployments.protocol.request import DIGEST
 from serve_app.loras.record import LORA_RECORD, PUBLIC, LoraRecord, lora_id
-from serve_app.redis.transactions import StoreUnreachable, begin, redis_errors, transact
+from serve_app.redis.transactions import StoreUnreachable, begin, clock_s, redis_errors, transact
 
 HOLD_S = 900  # a hold that its process never released expires
 REMOVAL_S = 120  # so does a removal
@@ -53,7 +53,7 @@ class LoraRegistry:
                     f"there are {self._max_per_owner} adapters, which is the limit; delete one first"
                 )
             before = None if known is None else LORA_RECORD.validate_json(known)
-            created = float((await pipe.time())[0]) if before is None else before.created_at
+            created = float(await clock_s(pipe)) if before is None else before.created_at
             shown = preview is not None or (before is not None and before.preview)
             kept = replace(record, created_at=created, preview=shown)
             begin(pipe)
@@ -131,7 +131,7 @@ class LoraRegistry:
         async def decide(pipe: Pipeline) -> None:
             if await pipe.exists(removal):
                 raise Overloaded("this adapter is being deleted right now; try again", retry_after_s=1.0)
-            now = float((await pipe.time())[0])
+            now = float(await clock_s(pipe))
             begin(pipe)
             pipe.zadd(held, {token: now + HOLD_S})
             pipe.zremrangebyscore(held, "-inf", now)
@@ -151,7 +151,7 @@ class LoraRegistry:
         held, removal, token = self._held(digest), self._removal(digest), secrets.token_hex(8)
 
         async def decide(pipe: Pipeline) -> bool:
-            now = float((await pipe.time())[0])
+            now = float(await clock_s(pipe))
             if await pipe.zcount(held, now, "inf") or await pipe.get(removal) not in (None, token):
                 return False
             begin(pipe)

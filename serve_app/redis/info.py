@@ -9,6 +9,8 @@ from typing import Any
 
 import redis
 
+from serve_app.redis.transactions import time_us
+
 TIMEOUT_S = 5.0
 
 
@@ -34,7 +36,7 @@ def query_info(url: str, prefix: str) -> RedisInfo:
         ) as client:
             client.ping()
             before = time.time()
-            seconds, microseconds = client.time()
+            now_us = time_us(client.time())
             here = (before + time.time()) / 2
             info: dict[str, Any] = {}
             with contextlib.suppress(redis.exceptions.NoPermissionError):
@@ -51,7 +53,7 @@ def query_info(url: str, prefix: str) -> RedisInfo:
                 scripts=_allowed(client, "EVAL", "return 1", "0"),
                 foreign_keys=_allowed(client, "EXISTS", f"not-{prefix}"),
                 admin=_allowed(client, "CONFIG", "GET", "maxmemory"),
-                clock_ahead_s=int(seconds) + int(microseconds) / 1e6 - here,
+                clock_ahead_s=now_us / 1e6 - here,
             )
     except (redis.exceptions.RedisError, OSError, ValueError) as error:
         raise RuntimeError(f"{type(error).__name__}: {error}") from None

@@ -95,10 +95,15 @@ async def get_hash(redis: Redis | Pipeline, key: str) -> dict[str, str]:
     return cast(dict[str, str], await redis.hgetall(key))
 
 
+def time_us(reply: tuple[int, int]) -> int:
+    """Microseconds since 1970 of a reply to the command TIME."""
+    seconds, microseconds = reply
+    return int(seconds) * 1_000_000 + int(microseconds)
+
+
 async def clock_us(redis: Redis | Pipeline) -> int:
     """The server's clock in microseconds; the clocks of workers may differ or jump."""
-    seconds, microseconds = await redis.time()
-    return int(seconds) * 1_000_000 + int(microseconds)
+    return time_us(await redis.time())
 
 
 async def clock_s(redis: Redis | Pipeline) -> int:
