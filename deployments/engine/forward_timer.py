@@ -1,4 +1,4 @@
-"""How long forwards take, without waiting for them: wall time on a CPU, events on a GPU."""
+"""The seconds that forwards take, measured without waiting for them: wall time on a CPU, events on a GPU."""
 
 from __future__ import annotations
 
@@ -11,46 +11,47 @@ import torch
 
 from deployments.engine.step_scheduler import ScheduledJob
 
-# (module, key, rows, seconds, jobs, now) of a finished forward
+# (module, key, batch size, seconds, jobs, now) of a finished forward
 Report = Callable[[str, Hashable, int, float, Sequence[ScheduledJob], float], None]
 
 
 class ForwardTimer:
     """Measures one forward after the other; on a GPU it also keeps the CPU at most one forward ahead.
 
-    Further ahead, a request that arrives would wait behind forwards that were queued long ago.
+    Further ahead, the first call of a new request would wait behind forwards queued long before it.
     """
 
     def __init__(self, report: Report, device: torch.device, now: Callable[[], float]) -> None:
+        """report: called for every forward, on a GPU one or two forwards later."""
         self._report = report
         self._now = now
         self._events = device.type == "cuda"
         self._began_s = 0.0
         self._begin: Any = None
-        self._running: deque[tuple[str, Hashable, int, Sequence[ScheduledJob], Any, Any]] = (
-            deque()
-        )  # with both events
+        # forwards queued on the GPU: what to report, and the events of their begin and end
+        self._queued: deque[tuple[str, Hashable, int, Sequence[ScheduledJob], Any, Any]] = deque()
 
     def start(self) -> None:
         """A forward begins."""
         if not self._events:
             self._began_s = time.perf_counter()
             return
-        while len(self._running) > 1:
-            self._collect()
+        while len(self._queued) > 1:
+            self._report_first()
         self._begin = torch.cuda.Event(enable_timing=True)
         self._begin.record()
 
     def stop(self, module: str, key: Hashable, batch_size: int, jobs: Sequence[ScheduledJob]) -> None:
-        """It has been computed (CPU) or queued (GPU)."""
+        """The forward has been computed (CPU) or queued (GPU)."""
         if not self._events:
             self._report(module, key, batch_size, time.perf_counter() - self._began_s, jobs, self._now())
             return
         end = torch.cuda.Event(enable_timing=True)
         end.record()
-        self._running.append((module, key, batch_size, jobs, self._begin, end))
+        self._queued.append((module, key, batch_size, jobs, self._begin, end))
 
-    def _collect(self) -> None:
-        module, key, batch_size, jobs, begin, end = self._running.popleft()
+    def _report_first(self) -> None:
+        """Wait for the first queued forward and report it."""
+        module, key, batch_size, jobs, begin, end = self._queued.popleft()
         end.synchronize()
         self._report(module, key, batch_size, begin.elapsed_time(end) / 1000, jobs, self._now())

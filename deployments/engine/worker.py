@@ -112,7 +112,12 @@ class _Stop:
     pass
 
 
-_Command = _Submit | _Cancel | _RunFunction | _Drain | _Stop
+@dataclass(frozen=True, slots=True)
+class _Wake:
+    """The auxiliary lane's forward is done."""
+
+
+_Command = _Submit | _Cancel | _RunFunction | _Drain | _Stop | _Wake
 
 
 class Worker:
@@ -139,6 +144,7 @@ class Worker:
         self._stopping = False
         self._busy_since: float | None = None  # when the piece of work at hand began
         self.stats = engine.stats
+        engine.on_auxiliary_done = lambda: self._inbox.put(_Wake())
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
@@ -239,7 +245,7 @@ class Worker:
                     self._start_waiting()
                     if not self._engine.idle:
                         self._busy_since = time.monotonic()
-                        moved = self._engine.step()
+                        moved = self._engine.step(block=False)
                         self._busy_since = None
                         self._publish_finished(moved)
         except BaseException:  # the outermost loop: whatever broke the engine ends this replica
@@ -257,7 +263,8 @@ class Worker:
 
     def _process_commands(self) -> bool:
         """Read the inbox empty, waiting for the first order if there is nothing to do. False: stop."""
-        wait = self._engine.idle and not self._waiting
+        can_start = self._waiting and len(self._running) < self._slots
+        wait = not can_start and (self._engine.idle or self._engine.waits_for_auxiliary)
         while True:
             try:
                 command = self._inbox.get(block=wait)
@@ -275,6 +282,8 @@ class Worker:
                     self._drain(grace_s)
                 case _Stop():
                     return False
+                case _Wake():
+                    pass
 
     def _accept(self, submission: _Submission) -> None:
         """Queue the work and tell its place, or refuse it if the wait would be too long."""

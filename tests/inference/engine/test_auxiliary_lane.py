@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,8 +38,10 @@ class Decoder(nn.Module):
         self.rows: list[int] = []
         self.threads: set[str] = set()
         self.room = 10**6  # rows that fit "the device"
+        self.began: Callable[[], object] = lambda: None  # called when a forward begins
 
     def forward(self, sample: Tensor) -> Tensor:
+        self.began()
         assert self.may.wait(PATIENCE_S)
         self.rows.append(sample.shape[0])
         self.threads.add(threading.current_thread().name)
@@ -174,6 +177,53 @@ def test_a_failure_aside_is_the_guilty_requests_own(model: TinyModel, engine: En
     assert fiber.failure is not None
     assert "fewer pictures" in str(fiber.failure)
     assert float(other.result[0, 0]) == 1.0
+
+
+async def test_a_request_cancelled_while_it_is_decoded_frees_its_slot(model: TinyModel) -> None:
+    scheduler = Together(8)
+    worker = Worker(Engine(scheduler, auxiliary_lane=True), scheduler, slots=1)
+    decoder = model.vae.decoder
+    decoder.may.clear()
+    decoding = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    decoder.began = lambda: loop.call_soon_threadsafe(decoding.set)
+
+    first = worker.submit(lambda _emit: model.generate(0.0, 1)(), ScheduledJob())
+    reading = asyncio.create_task(anext(first))
+    await decoding.wait()
+    await reading
+    await first.aclose()
+    second = worker.submit(lambda _emit: model.denoiser(torch.zeros(1, 2)), ScheduledJob())
+    decoder.may.set()
+
+    async with asyncio.timeout(PATIENCE_S):
+        items = [item async for item in second]
+    assert isinstance(items[-1], Finished)
+    worker.stop()
+
+
+async def test_a_request_that_arrives_during_a_decode_alone_starts_at_once(
+    model: TinyModel,
+) -> None:
+    scheduler = Together(8)
+    worker = Worker(Engine(scheduler, auxiliary_lane=True), scheduler, slots=2)
+    decoder = model.vae.decoder
+    decoder.may.clear()
+    decoding = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    decoder.began = lambda: loop.call_soon_threadsafe(decoding.set)
+
+    first = worker.submit(lambda _emit: model.generate(0.0, 1)(), ScheduledJob())
+    await anext(first)
+    await decoding.wait()
+    async with asyncio.timeout(PATIENCE_S / 2):
+        second = [item async for item in worker.submit(lambda _emit: 7, ScheduledJob())]
+    decoder.may.set()
+    rest = [item async for item in first]
+
+    assert isinstance(second[-1], Finished)
+    assert isinstance(rest[-1], Finished)
+    worker.stop()
 
 
 async def test_a_worker_hands_back_at_once_what_it_was_decoding(model: TinyModel) -> None:

@@ -1,0 +1,206 @@
+"""A lane: parked calls, whose forwards run one after the other for the calls that the scheduler picks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from deployments.engine.batch_buckets import BucketProver
+from deployments.engine.call import ModuleCall, Seam
+from deployments.engine.engine_stats import EngineStats
+from deployments.engine.fiber import Fiber
+from deployments.engine.forward_runner import Forward, ForwardOutcome, ForwardRunner
+from deployments.engine.out_of_memory import as_out_of_memory, free_device_memory, is_out_of_memory
+from deployments.engine.stacking import Unsplittable
+from deployments.engine.step_scheduler import ParkedCall, StepScheduler
+
+logger = logging.getLogger(__name__)
+
+
+class Lane:
+    """Parked fibers, and the forwards for their calls. All methods run on the engine's thread."""
+
+    def __init__(
+        self,
+        scheduler: StepScheduler,
+        runner: ForwardRunner,
+        stats: EngineStats,
+        park: Callable[[Sequence[Fiber]], None],
+        *,
+        deterministic: bool,
+        observes_backlog: bool,
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """park: takes fibers that have been resumed, to the lane of their next call.
+
+        deterministic: only batch sizes that are proven to give the same bits (batch_buckets.py).
+        observes_backlog: the scheduler may learn from this lane's calls how much work waits.
+        """
+        self._scheduler = scheduler
+        self._runner = runner
+        self._stats = stats
+        self._park = park
+        self._observes_backlog = observes_backlog
+        self._now = now
+        self._prover: BucketProver | None = None
+        if deterministic:
+            set_buckets = runner.deferred(scheduler.set_buckets)
+            self._prover = BucketProver(scheduler.max_batch_size, set_buckets)
+        self._fibers: list[Fiber] = []
+        self._calls: list[ParkedCall] = []  # of these fibers, for the scheduler
+        self._parked = 0  # so far
+        self._in_flight: Sequence[Fiber] = ()
+        self._cancelled: dict[Fiber, BaseException] = {}  # of those in flight
+        self._unsplittable: set[str] = set()  # seams whose outputs have no rows
+        self._logged: set[str] = set()  # seams logged for unknown arguments
+        self.forwards = 0  # so far
+        self.rows = 0  # of these forwards together, without padding
+
+    @property
+    def waiting(self) -> bool:
+        """Whether calls wait for a forward."""
+        return bool(self._fibers)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no call waits and no forward runs."""
+        return not self._fibers and not self._runner.busy
+
+    @property
+    def busy(self) -> bool:
+        """Whether a forward is in flight."""
+        return self._runner.busy
+
+    @property
+    def busy_since(self) -> float | None:
+        """time.monotonic() when the forward on another thread began; None if there is none."""
+        return self._runner.busy_since
+
+    def add(self, fiber: Fiber, call: ModuleCall) -> None:
+        """Take a fiber that has parked for this call."""
+        key = call.key
+        if key is None or call.seam.name in self._unsplittable:
+            key = None
+            self._log_unknown_arguments(call.seam)
+        self._parked += 1
+        self._fibers.append(fiber)
+        self._calls.append(ParkedCall(key, call.batch_size, self._parked, fiber.job))
+
+    def cancel(self, fiber: Fiber, error: BaseException) -> bool:
+        """End a fiber of this lane, now or when its forward is done. False: it is not on this lane."""
+        if fiber in self._in_flight:
+            self._cancelled[fiber] = error
+        elif fiber in self._fibers:
+            index = self._fibers.index(fiber)
+            del self._fibers[index], self._calls[index]
+            fiber.end(error)
+        else:
+            return False
+        return True
+
+    def step(self, *, block: bool = False) -> list[Fiber]:
+        """Finish the forward in flight if it is done, and start the next. Returns the fibers that moved on.
+
+        block: wait for the forward in flight.
+        """
+        moved = self._finish(block=block)
+        if self._fibers and not self._runner.busy:
+            observe = self._observes_backlog
+            self._launch(self._take(self._scheduler.pick(self._calls, self._now(), observe=observe)))
+            moved += self._finish(block=False)
+        return moved
+
+    def close(self) -> None:
+        """End the runner's thread after the forward in flight."""
+        self._runner.close()
+
+    def _take(self, picked: Sequence[int]) -> list[Fiber]:
+        """Remove the fibers at these indices; they keep the order of the indices."""
+        chosen = [self._fibers[i] for i in picked]
+        if len(picked) == len(self._fibers):
+            self._fibers, self._calls = [], []
+        else:
+            taken = set(picked)
+            self._fibers = [fiber for i, fiber in enumerate(self._fibers) if i not in taken]
+            self._calls = [call for i, call in enumerate(self._calls) if i not in taken]
+        return chosen
+
+    def _launch(self, fibers: Sequence[Fiber]) -> None:
+        """Start one forward for the calls of these fibers."""
+        calls = [fiber.call for fiber in fibers if fiber.call is not None]  # all of them: they are parked
+        first = calls[0]
+        self.forwards += 1
+        self.rows += sum([call.batch_size for call in calls])
+        may_merge = first.key is not None and first.seam.name not in self._unsplittable
+        self._in_flight = fibers
+        self._runner.submit(Forward(fibers, calls, self._prover if may_merge else None))
+
+    def _finish(self, *, block: bool) -> list[Fiber]:
+        """Resume the fibers of the forward in flight; after a failure, find out whose it is."""
+        outcome = self._runner.collect(block=block)
+        if outcome is None:
+            return []
+        self._in_flight = ()
+        moved = list(outcome.fibers)
+        if self._cancelled:
+            outcome = self._without_cancelled(outcome)
+        fibers, failure = outcome.fibers, outcome.failure
+        if failure is not None and len(fibers) > 1:
+            failure.__traceback__ = None  # it would keep the failed forward's tensors
+            self._retry_in_parts(fibers, failure)
+        elif failure is not None:
+            _fail(fibers, failure)
+            self._park(fibers)
+        else:
+            for fiber, output in zip(fibers, outcome.outputs, strict=True):
+                fiber.resume(output)
+            self._park(fibers)
+        return moved
+
+    def _without_cancelled(self, outcome: ForwardOutcome) -> ForwardOutcome:
+        """The outcome of the fibers that go on; the others have been ended."""
+        cancelled, self._cancelled = self._cancelled, {}
+        outputs = outcome.outputs or [None] * len(outcome.fibers)
+        kept = [pair for pair in zip(outcome.fibers, outputs, strict=True) if pair[0] not in cancelled]
+        for fiber, error in cancelled.items():
+            fiber.end(error)
+        return ForwardOutcome([fiber for fiber, _ in kept], [output for _, output in kept], outcome.failure)
+
+    def _retry_in_parts(self, fibers: Sequence[Fiber], error: Exception) -> None:
+        """After a failed joint forward: in halves if memory ran out, else call by call, so that only the
+        call that fails alone fails."""
+        calls = [fiber.call for fiber in fibers if fiber.call is not None]
+        seam, rows = calls[0].seam, sum([call.batch_size for call in calls])
+        parts: Sequence[Sequence[Fiber]] = [[fiber] for fiber in fibers]
+        if is_out_of_memory(error):
+            logger.warning("out of memory, the batch is halved", extra={"seam": seam.name, "rows": rows})
+            self._scheduler.record_out_of_memory(calls[0].key, rows)
+            self._stats.halved_batches += 1
+            free_device_memory()
+            middle = (len(fibers) + 1) // 2
+            parts = (fibers[:middle], fibers[middle:])
+        else:
+            if isinstance(error, Unsplittable):
+                self._unsplittable.add(seam.name)
+            extra = {"seam": seam.name, "rows": rows, "error": repr(error)}
+            logger.warning("a joint forward failed, its calls run alone", extra=extra)
+        for part in parts:
+            self._launch(part)
+            self._finish(block=True)
+
+    def _log_unknown_arguments(self, seam: Seam) -> None:
+        """Log once per seam why its calls run alone."""
+        if seam.mergeable and seam.name not in self._logged:
+            self._logged.add(seam.name)
+            logger.info("a call with unknown arguments runs alone", extra={"seam": seam.name})
+
+
+def _fail(fibers: Sequence[Fiber], failure: Exception) -> None:
+    """Raise the failure of a call that ran alone in its fiber, if that was not cancelled."""
+    for fiber in fibers:
+        if is_out_of_memory(failure) and fiber.call is not None:
+            free_device_memory()
+            fiber.fail(as_out_of_memory(fiber.call, failure))
+        else:
+            fiber.fail(failure)
