@@ -35,7 +35,6 @@ from typing import Any
 import ledger
 import numpy as np
 from ray.serve import autoscaling_policy as rays
-from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 
 from serve_app.ray_serve.autoscaling import (
@@ -45,6 +44,13 @@ from serve_app.ray_serve.autoscaling import (
     REQUEST_S,
     BacklogPolicy,
     ReportedDemand,
+)
+from serve_app.ray_serve.private_api import (
+    DeploymentID,
+    ReplicaID,
+    TimeStampedValue,
+    apply_autoscaling_config,
+    queue_length_policy,
 )
 
 PLOT = Path(__file__).parent / "plots" / "autoscaling.svg"
@@ -310,7 +316,7 @@ def weft(requests: Sequence[Request], cold_start_s: float, **params: float) -> O
         downscale_to_zero_delay_s=0.0,
     )
     policy = BacklogPolicy(**params)
-    cluster = Cluster(requests, config, rays._apply_autoscaling_config(policy), cold_start_s, store=True)
+    cluster = Cluster(requests, config, apply_autoscaling_config(policy), cold_start_s, store=True)
     policy.read_demand = lambda *_: cluster.demand()
     return _run(cluster)
 
@@ -318,7 +324,7 @@ def weft(requests: Sequence[Request], cold_start_s: float, **params: float) -> O
 def rays_default(requests: Sequence[Request], cold_start_s: float) -> Outcome:
     """Ray's policy function with its default values."""
     config = AutoscalingConfig(min_replicas=0, max_replicas=MOST)
-    policy = rays._apply_autoscaling_config(rays._core_replica_queue_length_policy)
+    policy = apply_autoscaling_config(queue_length_policy)
     return _run(Cluster(requests, config, policy, cold_start_s, store=False))
 
 
@@ -327,7 +333,7 @@ def rays_tuned(requests: Sequence[Request], cold_start_s: float) -> Outcome:
     config = AutoscalingConfig(
         min_replicas=0, max_replicas=MOST, target_ongoing_requests=0.7, upscale_delay_s=0.0
     )
-    policy = rays._apply_autoscaling_config(rays._core_replica_queue_length_policy)
+    policy = apply_autoscaling_config(queue_length_policy)
     return _run(Cluster(requests, config, policy, cold_start_s, store=False))
 
 

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import ledger
-from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.config import AutoscalingConfig, AutoscalingContext
 from redis.asyncio import Redis
 from store import MODEL, accept
@@ -26,6 +25,7 @@ from serve_app.ray_serve.autoscaling import (
     BacklogPolicy,
     ReportedDemand,
 )
+from serve_app.ray_serve.private_api import DeploymentID, ReplicaID, TimeStampedValue
 from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.redis.transactions import connect
 from serve_app.settings import Settings

@@ -12,13 +12,16 @@ from typing import Any
 from ray import serve
 from ray._private.worker import global_worker
 from ray.experimental.internal_kv import _internal_kv_put, internal_kv_get_gcs_client
+
+# how Serve's controller calls an autoscaling policy, for simulations and tests
+from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue  # noqa: F401
+from ray.serve.autoscaling_policy import _apply_autoscaling_config as apply_autoscaling_config  # noqa: F401
+from ray.serve.autoscaling_policy import _core_replica_queue_length_policy as queue_length_policy  # noqa: F401
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeDeploySchema, ServeInstanceDetails
 
-LOOPBACK_NODE = {
-    "_node_ip_address": "127.0.0.1"
-}  # options of ray.init: the node's processes bind to loopback
+LOOPBACK_NODE = {"_node_ip_address": "127.0.0.1"}  # of ray.init: the node's processes bind to loopback
 
 
 def deploy_applications(schema: ServeDeploySchema) -> None:

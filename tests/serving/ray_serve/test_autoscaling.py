@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
-from ray.serve.autoscaling_policy import _apply_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
 from deployments.protocol.card import Serving
@@ -32,6 +30,12 @@ from serve_app.ray_serve.autoscaling import (
     ReportedDemand,
     Scaler,
     autoscaling_policy,
+)
+from serve_app.ray_serve.private_api import (
+    DeploymentID,
+    ReplicaID,
+    TimeStampedValue,
+    apply_autoscaling_config,
 )
 
 MOST = 50
@@ -288,7 +292,7 @@ def test_ray_runs_it_pickled_by_value_and_as_the_app_configures_it() -> None:
     made = sent.get_policy()(**sent.policy_kwargs)
     assert made._params.idle_s == 5.0
     made.read_demand = lambda *_: ReportedDemand(waiting=1000, running=0, at=0.0)
-    replicas, _ = _apply_autoscaling_config(made)(context(1.0, target=0))
+    replicas, _ = apply_autoscaling_config(made)(context(1.0, target=0))
     assert 1 < replicas <= MOST
 
 

@@ -25,7 +25,7 @@ from serve_app.ray_serve import private_api
 ROOT = Path(__file__).parents[3]
 HOME = Path("serve_app/ray_serve/private_api.py")
 CHANGED = "Ray has changed a name that serve_app/ray_serve/private_api.py uses: "
-DOCUMENTED_VARIABLES = {"RAY_AUTH_MODE", "RAY_ADDRESS"}
+DOCUMENTED_VARIABLES = {"RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED"}
 
 
 def parameters(function: Any) -> set[str]:
@@ -83,6 +83,17 @@ def test_serve_logs_where_our_lines_join_it() -> None:
     assert SERVE_LOGGER_NAME == "ray.serve", "Serve's logger has another name: change join_serve_log"
 
 
+def test_a_policy_can_be_run_as_serves_controller_runs_it() -> None:
+    assert parameters(private_api.apply_autoscaling_config) == {"policy_func"}, CHANGED + "the policy wrapper"
+    assert "ctx" in parameters(private_api.queue_length_policy), CHANGED + "Ray's default policy"
+    for kind, names in {
+        private_api.DeploymentID: {"name", "app_name"},
+        private_api.ReplicaID: {"unique_id", "deployment_id"},
+        private_api.TimeStampedValue: {"timestamp", "value"},
+    }.items():
+        assert names <= parameters(kind), CHANGED + kind.__name__
+
+
 def test_the_hook_runs_before_the_shutdown_of_a_replica_and_nothing_runs_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -137,8 +148,8 @@ def private_names(tree: ast.AST) -> Iterator[tuple[int, str]]:
 
 def test_no_other_module_uses_a_private_name_of_ray() -> None:
     found = []
-    for package in ("serve_app", "deployments"):
-        for path in sorted((ROOT / package).rglob("*.py")):
+    for folder in ("serve_app", "deployments", "benchmarks", "examples", "tools"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
             if (module := path.relative_to(ROOT)) != HOME:
                 tree = ast.parse(path.read_text(encoding="utf-8"))
                 found += [f"{module}:{line} {name}" for line, name in private_names(tree)]
