@@ -45,8 +45,8 @@ class ModelReplica:
         on_stop: Callable[[Callable[[], None]], object] | None = None,
         *,
         encoder: Encoder | DeploymentHandle[Any] | None = None,
-        fetch_adapter: LoraFileReader | None = None,
-        adapter_folder: str | None = None,
+        lora_files: LoraFileReader | None = None,
+        lora_folder: str | None = None,
         lora_pool: object = None,  # noqa: ARG002  naming it binds the deployment
     ) -> None:
         """cards: the first is loaded now, the others when asked for; its `serving` section applies to all.
@@ -54,8 +54,8 @@ class ModelReplica:
         refiners: by card id, the card that card.refiner names.
         on_stop: takes a function that it calls when the replica is going to be stopped.
         encoder: the VideoEncoder deployment, or a local one; needed for videos.
-        fetch_adapter: reads LoRA files by digest; without it, requests must bring their files.
-        adapter_folder: keeps fetched LoRA files; replicas on one machine may share it.
+        lora_files: reads LoRA files by digest; without it, requests must bring their files.
+        lora_folder: keeps fetched LoRA files; replicas on one machine may share it.
         lora_pool: a deployment bound to the same Serve application by being named here; never called.
 
         Raises ModelUnavailable when the weights cannot be loaded.
@@ -75,8 +75,8 @@ class ModelReplica:
         self._runtime = Runtime(
             cards,
             refiners or {},
-            lora_source=fetch_adapter,
-            lora_folder=None if adapter_folder is None else Path(adapter_folder),
+            lora_files=lora_files,
+            lora_folder=None if lora_folder is None else Path(lora_folder),
             encoder=RemoteEncoder(encoder) if isinstance(encoder, DeploymentHandle) else encoder,
         )
         loaded = time.monotonic()

@@ -39,7 +39,7 @@ class Runtime:
         cards: Sequence[ModelCard],
         refiners: Mapping[str, ModelCard],
         *,
-        lora_source: LoraFileReader | None,
+        lora_files: LoraFileReader | None,
         lora_folder: Path | None,
         encoder: Encoder | None,
     ) -> None:
@@ -52,7 +52,7 @@ class Runtime:
         self._cards = {card.id: card for card in cards}
         self._refiners = refiners
         self._device = best_device()
-        self._lora_files = LoraFileCache(lora_folder, serving.adapter_disk_mib * MIB, lora_source)
+        self._lora_files = LoraFileCache(lora_folder, serving.adapter_disk_mib * MIB, lora_files)
         self._loads: dict[str, tuple[int, float]] = {}  # by model: how often it was loaded here, and seconds
         self.models: ModelCache[ModelInstance] = ModelCache(
             self._load,

@@ -116,8 +116,8 @@ def _gateway(
 def _lora_source(settings: Settings, gateway: str | None = None) -> dict[str, Any]:
     """Arguments of a replica with LoRAs. gateway: the application with their files; None: the model's."""
     return {
-        "fetch_adapter": LoraFileClient(gateway),
-        "adapter_folder": str(settings.adapter_cache),
+        "lora_files": LoraFileClient(gateway),
+        "lora_folder": str(settings.adapter_cache),
     }
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from tests.graph.calls import ended, picture, submit
 from tests.graph.running import ROOT, until
-from tests.inference.films import film
+from tests.inference.video_files import decode_video
 
 pytestmark = pytest.mark.ray
 
@@ -39,7 +39,7 @@ def frames_of(client: httpx.Client, job_id: str) -> np.ndarray:
     """The video of a job, as floats of 0 to 255."""
     job = ended(client, job_id)
     assert job["status"] == "completed", job["error"]
-    return np.asarray(film(client.get(job["artifacts"][0]["url"]).content).frames, dtype=float)
+    return np.asarray(decode_video(client.get(job["artifacts"][0]["url"]).content).frames, dtype=float)
 
 
 def test_an_adapter_by_name_changes_the_picture_as_it_was_trained_to(client: httpx.Client) -> None:

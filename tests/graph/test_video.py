@@ -11,7 +11,7 @@ import pytest
 
 from tests.graph.calls import ended
 from tests.graph.running import PATIENCE_S, Service, kill
-from tests.inference.films import Film, decibels, film
+from tests.inference.video_files import DecodedVideo, decibels, decode_video
 
 pytestmark = pytest.mark.ray
 
@@ -20,7 +20,7 @@ SAME_FRAMES_DB = 33.0  # two encodings of the same frames
 
 
 @pytest.fixture(scope="module")
-def undisturbed(service: Service) -> Iterator[Film]:
+def undisturbed(service: Service) -> Iterator[DecodedVideo]:
     """The video that the openai SDK orders, waits for and downloads."""
     with openai.OpenAI(api_key="none", base_url=f"{service.url}/v1", timeout=PATIENCE_S) as sdk:
         extra = {"seed": "3", "num_inference_steps": "2", "num_frames": "65"}
@@ -28,7 +28,7 @@ def undisturbed(service: Service) -> Iterator[Film]:
             prompt=str(WISH["prompt"]), model="tiny-wan", size="64x64", extra_body=extra
         )
         assert video.status == "completed", video.error
-        yield film(sdk.videos.download_content(video.id).content)
+        yield decode_video(sdk.videos.download_content(video.id).content)
 
 
 def begun(client: httpx.Client, **changes: Any) -> str:
@@ -41,16 +41,16 @@ def begun(client: httpx.Client, **changes: Any) -> str:
     return job_id
 
 
-def video_of(client: httpx.Client, job_id: str) -> Film:
+def video_of(client: httpx.Client, job_id: str) -> DecodedVideo:
     job = ended(client, job_id)
     assert job["status"] == "completed", job["error"]
     (video,) = job["artifacts"]
-    return film(client.get(video["url"]).content)
+    return decode_video(client.get(video["url"]).content)
 
 
 @pytest.mark.parametrize(("victim", "fps"), [("VideoEncoder", 11), ("tiny-wan", 12)])
 def test_a_video_survives_kill_9_in_its_middle(
-    victim: str, fps: int, undisturbed: Film, service: Service, client: httpx.Client
+    victim: str, fps: int, undisturbed: DecodedVideo, service: Service, client: httpx.Client
 ) -> None:
     job_id = begun(client, fps=fps)  # another pace: the same request would be answered from the cache
 

@@ -40,16 +40,21 @@ class Family:
     def requests(self) -> list[Arguments]:
         """Text-to-image calls of different steps, guidance, seeds, prompts, numbers and sizes."""
         several = "num_videos_per_prompt" if self.output == "frames" else "num_images_per_prompt"
-        wishes: list[dict[str, Any]] = []
+        calls: list[dict[str, Any]] = []
         for number, steps in enumerate((2, 4, 3, 3, 2)):
-            wish = {**self.common, **self.size, "prompt": PROMPTS[number % 3], "num_inference_steps": steps}
+            arguments = {
+                **self.common,
+                **self.size,
+                "prompt": PROMPTS[number % 3],
+                "num_inference_steps": steps,
+            }
             if self.guidance is not None:
-                wish[self.guidance] = self.guidances[number % len(self.guidances)]
-            wishes.append(wish)
-        wishes[2][several] = 2
+                arguments[self.guidance] = self.guidances[number % len(self.guidances)]
+            calls.append(arguments)
+        calls[2][several] = 2
         if self.other_size is not None:
-            wishes += [{**wishes[0], **self.other_size}, {**wishes[1], **self.other_size}]
-        return wishes
+            calls += [{**calls[0], **self.other_size}, {**calls[1], **self.other_size}]
+        return calls
 
 
 def _flow(**options: Any) -> FlowMatchEulerDiscreteScheduler:

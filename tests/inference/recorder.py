@@ -12,7 +12,7 @@ from deployments.media.video_spec import Frames, Segment, VideoFiles, VideoSpec
 
 
 class Recorder:
-    """Can be told to wait (`gate`) or to fail (`failure`)."""
+    """An encoder that records its frames, and that a test can let wait (`gate`) or fail (`failure`)."""
 
     def __init__(self) -> None:
         self._encoder = VideoEncoder()
@@ -37,6 +37,6 @@ class Recorder:
     async def join(self, spec: VideoSpec, segments: Sequence[Segment]) -> VideoFiles:
         return await self._encoder.join(spec, segments)
 
-    def taken(self, fps: int) -> Frames:
-        """The frames of the one video of this pace."""
+    def frames_of(self, fps: int) -> Frames:
+        """The frames of the only video with this many frames per second."""
         return np.concatenate(self.frames[fps])

@@ -39,7 +39,7 @@ def model() -> Iterator[ModelReplica]:
     made.__del__()
 
 
-def wish(**changes: Any) -> GenerationRequest:
+def make_request(**changes: Any) -> GenerationRequest:
     return GenerationRequest(**({"model": CARD.id, "prompt": "a red circle", "seed": 5} | SMALL | changes))
 
 
@@ -54,7 +54,7 @@ def pixels(data: bytes) -> npt.NDArray[np.int16]:
 
 
 async def events_of(model: ModelReplica, /, **changes: Any) -> list[Event]:
-    return [event async for event in model.generate(wish(**changes))]
+    return [event async for event in model.generate(make_request(**changes))]
 
 
 async def pictures_of(model: ModelReplica, /, **changes: Any) -> list[Artifact]:
@@ -113,7 +113,7 @@ async def test_without_a_seed_every_request_draws_another(model: ModelReplica) -
     assert first.seed != second.seed
 
 
-async def test_too_many_steps_are_corrected_here_too_because_handle_calls_skip_http(
+async def test_too_many_steps_are_reduced_here_too_because_handle_calls_skip_http(
     model: ModelReplica,
 ) -> None:
     events = await events_of(model, num_inference_steps=30)
@@ -134,14 +134,14 @@ async def test_an_edit_runs_its_part_of_the_steps_at_the_pictures_size(
     assert (events[5].width, events[5].height) == (96, 64)
 
 
-async def test_started_tells_the_steps_that_an_edit_really_runs(model: ModelReplica) -> None:
+async def test_started_has_the_steps_that_an_edit_really_runs(model: ModelReplica) -> None:
     events = await events_of(model, edit=Edit(image=png(), strength=0.3))
 
     steps = [event for event in events if isinstance(event, Step)]
     assert events[1] == Started(len(steps))
 
 
-async def test_strength_zero_gives_the_picture_back(model: ModelReplica) -> None:
+async def test_strength_zero_returns_the_picture(model: ModelReplica) -> None:
     (picture,) = await pictures_of(model, edit=Edit(image=png(), strength=0.0))
 
     assert np.array_equal(pixels(picture.data), pixels(png()))
@@ -172,7 +172,7 @@ async def test_bad_input_is_one_failed_event_that_names_the_field(
 
 
 async def test_closing_the_stream_frees_the_slot(model: ModelReplica) -> None:
-    stream = model.generate(wish(num_images=4, width=128, height=128))
+    stream = model.generate(make_request(num_images=4, width=128, height=128))
     first = await anext(stream)
     busy = await model.status()
 
@@ -183,7 +183,7 @@ async def test_closing_the_stream_frees_the_slot(model: ModelReplica) -> None:
     assert isinstance((await events_of(model))[-1], Done)
 
 
-async def test_a_replica_whose_weights_are_missing_says_where_it_looked() -> None:
+async def test_missing_weights_are_named_in_the_error() -> None:
     nowhere = CARD.weights.model_copy(update={"path": "models/nowhere"})
 
     with pytest.raises(ModelUnavailable, match=r"models/nowhere: model_index\.json is missing"):
@@ -227,7 +227,7 @@ async def test_previews_change_nothing_in_the_picture(model: ModelReplica) -> No
     assert np.array_equal(pixels(with_previews[0].data), pixels(without[0].data))
 
 
-async def test_a_prompt_is_encoded_once_for_all_who_ask_it(model: ModelReplica) -> None:
+async def test_equal_prompts_are_encoded_once(model: ModelReplica) -> None:
     async with model._runtime.models.using(CARD.id) as loaded:
         prompts = loaded.prompts
     before = prompts.hits, prompts.misses
@@ -255,7 +255,7 @@ async def test_latents_that_are_not_finite_are_reported(
     assert "not finite" in events[-1].message
 
 
-async def test_a_replica_with_several_cards_loads_on_demand_and_lets_the_oldest_go() -> None:
+async def test_a_replica_with_several_cards_loads_on_demand_and_unloads_the_oldest() -> None:
     serving = CARD.serving.model_copy(update={"models_loaded": 1, "warm_up": False})
     cards = [CARD.model_copy(update={"id": name, "serving": serving}) for name in ("first", "second")]
     replica = ModelReplica(cards)
@@ -274,17 +274,17 @@ async def test_a_replica_with_several_cards_loads_on_demand_and_lets_the_oldest_
         replica.__del__()
 
 
-async def test_a_drained_request_goes_on_elsewhere_with_the_same_picture(model: ModelReplica) -> None:
+async def test_a_drained_request_continues_elsewhere_with_the_same_picture(model: ModelReplica) -> None:
     card = CARD.model_copy(
         update={
             "steps": CARD.steps.model_copy(update={"max": 50}),
             "serving": CARD.serving.model_copy(update={"warm_up": False}),
         }
     )
-    wish_ = wish(num_inference_steps=40, output=OutputOptions(format="png"))
+    request = make_request(num_inference_steps=40, output=OutputOptions(format="png"))
     draining = ModelReplica([card])
     seen: list[Event] = []
-    async for event in draining.generate(wish_):
+    async for event in draining.generate(request):
         seen.append(event)
         if event == Step(5, 40):
             draining.drain(grace_s=0.0)
@@ -297,16 +297,16 @@ async def test_a_drained_request_goes_on_elsewhere_with_the_same_picture(model: 
     assert 5 <= handover.step < 40
 
     other = ModelReplica([card])
-    resumed = [event async for event in other.generate(wish_, resume=handover.state)]
-    whole = [event async for event in other.generate(wish_)]
-    anew = [event async for event in other.generate(wish_, resume=b"broken")]
+    resumed = [event async for event in other.generate(request, resume=handover.state)]
+    whole = [event async for event in other.generate(request)]
+    restarted = [event async for event in other.generate(request, resume=b"broken")]
     other.__del__()
 
     steps = [event.step for event in resumed if isinstance(event, Step)]
     assert steps == list(range(handover.step + 1, 41))
     pictures = [
         next(pixels(event.data) for event in events if isinstance(event, Artifact))
-        for events in (resumed, whole, anew)
+        for events in (resumed, whole, restarted)
     ]
     assert np.array_equal(pictures[0], pictures[1])
     assert np.array_equal(pictures[1], pictures[2])

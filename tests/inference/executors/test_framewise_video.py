@@ -20,8 +20,8 @@ from deployments.protocol.card import Videos, load_card
 from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Started, Step
 from deployments.protocol.request import Edit, GenerationRequest, ResolvedVideo, Video
 from deployments.replica import ModelReplica
-from tests.inference.films import ROOT, Frames, clip, film, png
 from tests.inference.recorder import Recorder
+from tests.inference.video_files import ROOT, Frames, clip, decode_video, png
 from tests.serving.fakes import eventually
 
 VIDEOS = Videos(num_frames=9, fps=8, max_frames=64, max_frame_pixels=64 * 64 * 64, framewise=True)
@@ -47,13 +47,13 @@ def model(loaded: ModelReplica, recorder: Recorder) -> ModelReplica:
     return loaded
 
 
-def wish(**changes: Any) -> GenerationRequest:
+def make_request(**changes: Any) -> GenerationRequest:
     known = {"model": CARD.id, "prompt": "a red circle", "seed": 5, "width": 64, "height": 64}
     return GenerationRequest(**(known | changes))
 
 
 async def events_of(model: ModelReplica, **changes: Any) -> list[Event]:
-    return [event async for event in model.generate(wish(**changes))]
+    return [event async for event in model.generate(make_request(**changes))]
 
 
 async def picture_of(model: ModelReplica, **changes: Any) -> Frames:
@@ -66,7 +66,7 @@ def furthest(one: Frames, other: Frames) -> int:
     return int(np.abs(one.astype(np.int16) - other.astype(np.int16)).max())
 
 
-async def test_every_frame_is_told_and_the_file_holds_them_in_order(
+async def test_every_step_is_reported_and_the_file_has_all_frames(
     model: ModelReplica, recorder: Recorder
 ) -> None:
     events = await events_of(model, video=Video(num_frames=40, fps=10))
@@ -75,50 +75,50 @@ async def test_every_frame_is_told_and_the_file_holds_them_in_order(
     steps = [event for event in events if isinstance(event, Step)]
     assert steps == [Step(step, 160) for step in range(1, 161)]
     (video,) = (e for e in events if isinstance(e, Artifact) and e.kind == "video")
-    assert len(film(video.data).frames) == 40
+    assert len(decode_video(video.data).frames) == 40
     assert isinstance(events[-1], Done)
     assert events[-1].generation_s > 0
 
 
-async def test_the_path_begins_and_ends_at_the_pictures_of_its_two_seeds(
+async def test_the_first_and_last_frame_are_the_pictures_of_the_two_seeds(
     model: ModelReplica, recorder: Recorder
 ) -> None:
     await events_of(model, video=Video(num_frames=5, fps=11, end_seed=77))
 
-    frames = recorder.taken(11)
+    frames = recorder.frames_of(11)
     assert furthest(frames[0], await picture_of(model)) <= 1
     assert furthest(frames[-1], await picture_of(model, seed=77)) <= 1
     assert all(furthest(a, b) > 1 for a, b in pairwise(frames))
 
 
-async def test_the_path_may_lead_from_one_prompt_to_another(model: ModelReplica, recorder: Recorder) -> None:
+async def test_frames_may_go_from_one_prompt_to_another(model: ModelReplica, recorder: Recorder) -> None:
     await events_of(model, video=Video(num_frames=5, fps=12, end_prompt="a blue star"))
 
-    frames = recorder.taken(12)
+    frames = recorder.frames_of(12)
     assert furthest(frames[0], await picture_of(model)) <= 1
     assert furthest(frames[-1], await picture_of(model, prompt="a blue star")) <= 1
     assert furthest(frames[1], frames[0]) > 1
 
 
-async def test_without_an_end_the_path_leads_to_the_next_seed(
+async def test_without_an_end_the_last_frame_is_the_picture_of_the_next_seed(
     model: ModelReplica, recorder: Recorder
 ) -> None:
     await events_of(model, video=Video(num_frames=3, fps=13))
 
-    assert furthest(recorder.taken(13)[-1], await picture_of(model, seed=6)) <= 1
+    assert furthest(recorder.frames_of(13)[-1], await picture_of(model, seed=6)) <= 1
 
 
-async def test_a_picture_to_start_from_is_kept_as_far_as_strength_says(
+async def test_frames_start_from_a_given_picture_by_its_strength(
     model: ModelReplica, recorder: Recorder
 ) -> None:
     edit = Edit(image=png(), strength=0.5)
 
     await events_of(model, edit=edit, video=Video(num_frames=3, fps=14))
 
-    assert furthest(recorder.taken(14)[0], await picture_of(model, edit=edit)) <= 1
+    assert furthest(recorder.frames_of(14)[0], await picture_of(model, edit=edit)) <= 1
 
 
-async def test_every_frame_is_painted_from_what_the_moving_view_sees(
+async def test_every_frame_starts_from_what_the_moving_camera_sees(
     model: ModelReplica, recorder: Recorder
 ) -> None:
     start, way = Edit(image=png(96, 96), strength=0.5), {"zoom": 2.0, "pan_x": 0.25}
@@ -132,24 +132,24 @@ async def test_every_frame_is_painted_from_what_the_moving_view_sees(
         64,
     )
     last = Edit(image=_file(seen), strength=0.5)
-    frames = recorder.taken(15)
+    frames = recorder.frames_of(15)
     assert furthest(frames[0], await picture_of(model, edit=start)) <= 1
     assert furthest(frames[2], await picture_of(model, edit=last)) <= 1
     assert furthest(frames[1], frames[2]) > 1
 
 
-async def test_without_a_picture_the_view_moves_over_that_of_the_prompt(
+async def test_without_a_picture_the_camera_moves_over_that_of_the_prompt(
     model: ModelReplica, recorder: Recorder
 ) -> None:
     events = await events_of(model, video=Video(num_frames=3, fps=16, zoom=0.5))
 
     first = Edit(image=_file(Image.fromarray(await picture_of(model))), strength=CARD.strength)
-    frames = recorder.taken(16)
+    frames = recorder.frames_of(16)
     assert furthest(frames[0], await picture_of(model, edit=first)) <= 1
     assert furthest(frames[2], frames[0]) > 1
-    told = [event for event in events if isinstance(event, Queued | Started | Step)]
+    delivered = [event for event in events if isinstance(event, Queued | Started | Step)]
     steps = 4 + 3 * 3
-    assert told == [Queued(0, 0.0), Started(steps), *(Step(step, steps) for step in range(1, steps + 1))]
+    assert delivered == [Queued(0, 0.0), Started(steps), *(Step(step, steps) for step in range(1, steps + 1))]
 
 
 def _file(picture: Image.Image) -> bytes:
@@ -158,7 +158,7 @@ def _file(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-async def test_the_frames_of_one_request_are_woven_together(model: ModelReplica) -> None:
+async def test_frames_of_one_request_share_forwards(model: ModelReplica) -> None:
     engine = model._runtime.worker._engine
     before = engine.rows, engine.forwards
 
@@ -169,7 +169,7 @@ async def test_the_frames_of_one_request_are_woven_together(model: ModelReplica)
 
 
 async def test_closing_the_stream_cancels_all_frames(model: ModelReplica) -> None:
-    async with aclosing(model.generate(wish(video=Video(num_frames=64)))) as events:
+    async with aclosing(model.generate(make_request(video=Video(num_frames=64)))) as events:
         async for event in events:
             if isinstance(event, Step):
                 break
@@ -178,7 +178,7 @@ async def test_closing_the_stream_cancels_all_frames(model: ModelReplica) -> Non
     assert isinstance((await events_of(model))[-1], Done)
 
 
-def test_between_two_noises_lies_noise() -> None:
+def test_slerp_of_two_noises_is_noise() -> None:
     one, other = (torch.randn(4, 16, 64, 64, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
 
     middle = slerp(one, other, 0.5)
@@ -194,7 +194,7 @@ def frame(index: int, **camera: float) -> VideoFrame:
     return VideoFrame(ResolvedVideo(num_frames=3, fps=8, **camera), index)  # type: ignore[arg-type]
 
 
-def test_the_view_begins_with_the_whole_picture_and_zooms_by_equal_factors() -> None:
+def test_the_camera_starts_with_the_whole_picture_and_zooms_by_equal_factors() -> None:
     picture = Image.fromarray(clip(1, 64, 96)[0])
 
     first, middle, last = (camera_view(picture, frame(index, zoom=4.0), 48, 32) for index in range(3))
@@ -204,7 +204,7 @@ def test_the_view_begins_with_the_whole_picture_and_zooms_by_equal_factors() -> 
     assert last == picture.resize((48, 32), Image.Resampling.LANCZOS, box=(36, 24, 60, 40))
 
 
-def test_past_its_edges_a_picture_is_mirrored() -> None:
+def test_a_picture_is_mirrored_beyond_its_edges() -> None:
     pixels = clip(1, 64, 64)[0]
     picture = Image.fromarray(pixels)
 
@@ -217,7 +217,7 @@ def test_past_its_edges_a_picture_is_mirrored() -> None:
     assert np.array_equal(np.asarray(further)[32:96, 32:96], pixels)
 
 
-def test_the_widest_and_furthest_view_still_has_the_size_of_the_request() -> None:
+def test_the_widest_view_has_the_size_of_the_request() -> None:
     picture = Image.fromarray(clip(1, 50, 70)[0])
 
     for camera in ({"zoom": 0.25, "pan_x": -1.0, "pan_y": 1.0}, {"zoom": 4.0, "pan_x": 1.0}):
@@ -237,7 +237,7 @@ class Counted(list[int]):
         self.most = max(self.most, len(self))
 
 
-def painter(order: list[int], running: list[int], failing: int | None = None) -> Any:
+def frame_runner(order: list[int], running: list[int], failing: int | None = None) -> Any:
     """Frames that finish in this order, whatever the order they begin in."""
     turn = asyncio.Condition()
     finished: list[int] = []
@@ -246,7 +246,7 @@ def painter(order: list[int], running: list[int], failing: int | None = None) ->
         running.append(frame)
         try:
             yield Started(1)
-            await asyncio.sleep(0)  # whoever else has begun comes this far
+            await asyncio.sleep(0)  # lets all started frames reach this line
             async with turn:
                 await turn.wait_for(lambda: finished == order[: order.index(frame)])
                 if frame == failing:
@@ -261,28 +261,28 @@ def painter(order: list[int], running: list[int], failing: int | None = None) ->
     return run_frame
 
 
-async def test_frames_come_in_their_order_however_they_finish() -> None:
-    async with FrameScheduler(painter([3, 1, 0, 2], []), 4, window=4) as events:
-        told = [event async for event in events]
+async def test_frames_are_delivered_in_order_however_they_finish() -> None:
+    async with FrameScheduler(frame_runner([3, 1, 0, 2], []), 4, window=4) as events:
+        delivered = [event async for event in events]
 
-    assert told[0] == Started(1)
-    assert [e.image.getpixel((0, 0))[0] for e in told if isinstance(e, FrameReady)] == [0, 1, 2, 3]  # type: ignore[index]
+    assert delivered[0] == Started(1)
+    assert [e.image.getpixel((0, 0))[0] for e in delivered if isinstance(e, FrameReady)] == [0, 1, 2, 3]  # type: ignore[index]
 
 
-async def test_no_more_frames_are_under_way_than_the_window_lets() -> None:
+async def test_no_more_frames_run_than_the_window_allows() -> None:
     running = Counted()
-    async with FrameScheduler(painter(list(range(20)), running), 20, window=3) as events:
-        painted = [event async for event in events if isinstance(event, FrameReady)]
+    async with FrameScheduler(frame_runner(list(range(20)), running), 20, window=3) as events:
+        ready = [event async for event in events if isinstance(event, FrameReady)]
 
-    assert len(painted) == 20
+    assert len(ready) == 20
     assert (running.most, list(running)) == (3, [])
 
 
-async def test_the_first_failure_ends_it_all() -> None:
+async def test_the_first_failure_ends_the_video() -> None:
     running: list[int] = []
-    async with FrameScheduler(painter([0, 1, 2, 3], running, failing=1), 4, window=4) as events:
-        told = [event async for event in events]
+    async with FrameScheduler(frame_runner([0, 1, 2, 3], running, failing=1), 4, window=4) as events:
+        delivered = [event async for event in events]
 
-    assert isinstance(told[-1], Failed)
-    assert [type(event) for event in told].count(FrameReady) == 1
+    assert isinstance(delivered[-1], Failed)
+    assert [type(event) for event in delivered].count(FrameReady) == 1
     assert running == []

@@ -17,7 +17,7 @@ from deployments.executors.video_encoding import SEGMENTS_IN_FLIGHT, EncodingSes
 from deployments.media.video_spec import SEGMENT_FRAMES, Frames, Segment, VideoFiles, VideoSpec
 from deployments.protocol.errors import Internal, ModelUnavailable
 from deployments.protocol.log_context import LogContext
-from tests.inference.films import clip, decibels, film
+from tests.inference.video_files import clip, decibels, decode_video
 from tests.serving.fakes import eventually
 
 
@@ -57,13 +57,13 @@ async def test_frames_in_chunks_of_any_size_become_the_whole_video(size: int) ->
             await work.add(frames[start : start + size])
         files = await work.files()
 
-    shown = film(files.video).frames
+    shown = decode_video(files.video).frames
     assert shown.shape == frames.shape
     assert min(decibels(a, b) for a, b in zip(shown, frames, strict=True)) > 33
     assert work.encoded == 70
 
 
-async def test_encoding_begins_before_the_last_frame_is_there(gated: Gated) -> None:
+async def test_encoding_starts_before_the_last_frame(gated: Gated) -> None:
     async with EncodingSession(gated, VideoSpec(64, 48, 129, 8)) as work:
         await work.add(clip(SEGMENT_FRAMES))
         await eventually(lambda: gated.asked == [0], 60)
@@ -88,7 +88,7 @@ async def test_decoding_waits_when_the_encoder_is_behind(gated: Gated) -> None:
         assert work.encoded == SEGMENT_FRAMES
 
 
-async def test_leaving_early_cancels_what_is_under_way(gated: Gated) -> None:
+async def test_leaving_early_cancels_running_calls(gated: Gated) -> None:
     async with EncodingSession(gated, VideoSpec(64, 48, 129, 8)) as work:
         await work.add(clip(SEGMENT_FRAMES))
         await eventually(lambda: gated.asked == [0], 60)
@@ -116,7 +116,7 @@ class Response:
 
 
 class Handle:
-    """A Serve handle whose calls end as told, one after the other."""
+    """A Serve handle whose calls return or raise the given results, one after the other."""
 
     def __init__(self, *outcomes: Any) -> None:
         self.responses = [Response(outcome) for outcome in outcomes]
@@ -128,7 +128,7 @@ class Handle:
         return self.responses[len(self.calls) - 1]
 
 
-FOOTAGE, FRAMES = VideoSpec(64, 48, 8, 8), clip(8)
+SPEC, FRAMES = VideoSpec(64, 48, 8, 8), clip(8)
 
 
 @pytest.fixture(autouse=True)
@@ -140,35 +140,35 @@ async def test_a_segment_whose_encoder_died_is_sent_again_with_the_same_frames()
     segment = Segment(0, 8, b"", {}, b"")
     handle = Handle(ActorDiedError(), ActorDiedError(), segment)
 
-    answer = await RemoteEncoder(handle).segment(FOOTAGE, 0, FRAMES)
+    answer = await RemoteEncoder(handle).segment(SPEC, 0, FRAMES)
 
     assert answer is segment
     assert all(np.array_equal(call[2], FRAMES) for call in handle.calls)
     assert len(handle.calls) == 3
 
 
-async def test_an_encoder_that_dies_every_time_fails_as_worth_another_try() -> None:
+async def test_an_encoder_that_dies_every_time_is_a_retryable_failure() -> None:
     handle = Handle(*[ActorDiedError()] * encoder_client.TRIES)
 
     with pytest.raises(ModelUnavailable, match="lost 4 times") as failure:
-        await RemoteEncoder(handle).segment(FOOTAGE, 0, FRAMES)
+        await RemoteEncoder(handle).segment(SPEC, 0, FRAMES)
 
     assert failure.value.retryable
 
 
-async def test_what_the_encoder_refuses_is_not_tried_again() -> None:
+async def test_an_error_of_the_encoder_itself_is_not_retried() -> None:
     refusal = RayTaskError("segment", "traceback", Internal("segment 0 needs 8 frames"))
     handle = Handle(refusal)
 
     with pytest.raises(Internal, match="needs 8 frames"):
-        await RemoteEncoder(handle).segment(FOOTAGE, 0, FRAMES)
+        await RemoteEncoder(handle).segment(SPEC, 0, FRAMES)
 
     assert len(handle.calls) == 1
 
 
 async def test_a_cancelled_wait_cancels_the_call_on_its_replica() -> None:
     handle = Handle(None)
-    waiting = asyncio.create_task(RemoteEncoder(handle).segment(FOOTAGE, 0, FRAMES))
+    waiting = asyncio.create_task(RemoteEncoder(handle).segment(SPEC, 0, FRAMES))
     await eventually(lambda: bool(handle.calls), 60)
 
     waiting.cancel()

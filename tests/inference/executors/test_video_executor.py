@@ -24,13 +24,13 @@ from deployments.protocol.errors import Internal, ModelUnavailable
 from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Stage, Started, Step
 from deployments.protocol.request import Edit, GenerationRequest, Task, Video
 from deployments.replica import ModelReplica
-from tests.inference.films import ROOT, Frames, decibels, film, png
 from tests.inference.recorder import Recorder
+from tests.inference.video_files import ROOT, Frames, decibels, decode_video, png
 from tests.patience import patience
 from tests.serving.fakes import eventually
 
 CARD = load_card(ROOT / "configs/models/tiny-wan.yaml")
-PAINTER = load_card(ROOT / "configs/models/tiny-sd15.yaml")
+SD15 = load_card(ROOT / "configs/models/tiny-sd15.yaml")
 CODEC_DB = 30.0
 
 
@@ -46,7 +46,7 @@ def both() -> Iterator[ModelReplica]:
     """One replica with a model of videos and one of pictures."""
     group = CARD.serving.model_copy(update={"group": "both", "models_loaded": 2})
     made = ModelReplica(
-        [card.model_copy(update={"serving": group}) for card in (CARD, PAINTER)], encoder=Recorder()
+        [card.model_copy(update={"serving": group}) for card in (CARD, SD15)], encoder=Recorder()
     )
     yield made
     made.__del__()
@@ -63,13 +63,13 @@ def model(loaded: ModelReplica, recorder: Recorder) -> ModelReplica:
     return loaded
 
 
-def wish(**changes: Any) -> GenerationRequest:
+def make_request(**changes: Any) -> GenerationRequest:
     known = {"model": CARD.id, "prompt": "a red circle moving left", "seed": 5, "num_inference_steps": 3}
     return GenerationRequest(**(known | {"video": Video(num_frames=5)} | changes))
 
 
 def stream(model: ModelReplica, **changes: Any) -> AsyncGenerator[Event]:
-    return model.generate(wish(**changes))
+    return model.generate(make_request(**changes))
 
 
 async def events_of(model: ModelReplica, **changes: Any) -> list[Event]:
@@ -81,7 +81,7 @@ def file(events: Sequence[Event], kind: str = "video") -> Artifact:
     return found
 
 
-async def test_a_video_is_denoised_decoded_and_encoded_and_told_so(model: ModelReplica) -> None:
+async def test_a_video_is_denoised_decoded_and_encoded_with_progress(model: ModelReplica) -> None:
     events = await events_of(model, video=Video(num_frames=41))
 
     assert events[:2] == [Queued(0, 0.0), Started(3)]
@@ -95,9 +95,7 @@ async def test_a_video_is_denoised_decoded_and_encoded_and_told_so(model: ModelR
     assert isinstance(events[-1], Done)
 
 
-async def test_the_file_holds_the_very_frames_that_diffusers_makes(
-    model: ModelReplica, recorder: Recorder
-) -> None:
+async def test_the_file_has_the_frames_of_diffusers(model: ModelReplica, recorder: Recorder) -> None:
     async with model._runtime.models.using(CARD.id) as held:
         pipeline = held.pipelines.pipeline_for(_fitted(model))
     with torch.inference_mode():
@@ -116,8 +114,8 @@ async def test_the_file_holds_the_very_frames_that_diffusers_makes(
     events = await events_of(model, video=Video(num_frames=17, fps=12))
 
     expected = np.round(own * 255).astype(np.int16)
-    assert np.abs(recorder.taken(12).astype(np.int16) - expected).max() <= 1
-    shown = film(file(events).data)
+    assert np.abs(recorder.frames_of(12).astype(np.int16) - expected).max() <= 1
+    shown = decode_video(file(events).data)
     assert shown.frames.shape == expected.shape
     assert min(decibels(a, b) for a, b in zip(shown.frames, expected, strict=True)) > CODEC_DB
     assert (shown.duration_s, shown.pixel_format) == (pytest.approx(17 / 12, abs=0.01), "yuv420p")
@@ -126,10 +124,10 @@ async def test_the_file_holds_the_very_frames_that_diffusers_makes(
 def _fitted(model: ModelReplica) -> Any:
     from deployments.validation.resolve import resolve
 
-    return resolve(wish(), CARD, fresh_seed=0).request
+    return resolve(make_request(), CARD, fresh_seed=0).request
 
 
-async def test_decoding_latent_by_latent_gives_the_bits_of_decoding_at_once(model: ModelReplica) -> None:
+async def test_decoding_latent_by_latent_is_bit_equal_to_decoding_at_once(model: ModelReplica) -> None:
     async with model._runtime.models.using(CARD.id) as held:
         pipeline = held.pipelines.pipeline_for(_fitted(model))
     latents = torch.randn(1, 16, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -137,46 +135,44 @@ async def test_decoding_latent_by_latent_gives_the_bits_of_decoding_at_once(mode
         whole = pipeline.video_processor.postprocess_video(pipeline.vae.decode(latents).sample, "np")[0]
         two = [latent_decoder(pipeline, latents), latent_decoder(pipeline, latents)]
 
-        taken = [[one.next_frames() for one in two] for _ in range(5)]  # the two in turns
+        chunks_of_both = [[one.next_frames() for one in two] for _ in range(5)]  # the two in turns
 
-    assert taken[-1] == [None, None]
-    for chunks in zip(*taken[:-1], strict=True):
+    assert chunks_of_both[-1] == [None, None]
+    for chunks in zip(*chunks_of_both[:-1], strict=True):
         assert np.array_equal(np.concatenate(chunks), np.round(whole * 255).astype(np.uint8))
 
 
-async def test_four_different_videos_at_once_are_what_each_is_alone(
+async def test_four_different_videos_in_one_batch_equal_each_alone(
     model: ModelReplica, recorder: Recorder
 ) -> None:
-    wishes = [
+    requests = [
         {"prompt": "a blue star", "seed": 1, "num_inference_steps": 2, "video": Video(num_frames=5, fps=21)},
         {"prompt": "a circle", "seed": 2, "num_inference_steps": 5, "video": Video(num_frames=5, fps=22)},
         {"guidance_scale": 1.0, "num_inference_steps": 4, "video": Video(num_frames=5, fps=23)},
         {"negative_prompt": "red", "scheduler": "flow_euler", "video": Video(num_frames=9, fps=24)},
     ]
     alone = []
-    for changes in wishes:
+    for changes in requests:
         await events_of(model, **changes)
-        alone.append(recorder.taken(changes["video"].fps))  # type: ignore[union-attr]
+        alone.append(recorder.frames_of(changes["video"].fps))  # type: ignore[union-attr]
     recorder.frames.clear()
 
-    await asyncio.gather(*(events_of(model, **changes) for changes in wishes))
+    await asyncio.gather(*(events_of(model, **changes) for changes in requests))
 
-    together = [recorder.taken(changes["video"].fps) for changes in wishes]  # type: ignore[union-attr]
+    together = [recorder.frames_of(changes["video"].fps) for changes in requests]  # type: ignore[union-attr]
     assert [len(frames) for frames in together] == [5, 5, 5, 9]
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
 
 
 @pytest.mark.parametrize("count", [1, 129])
-async def test_one_frame_is_a_video_and_so_are_129(
-    count: int, model: ModelReplica, recorder: Recorder
-) -> None:
+async def test_videos_may_have_one_frame_or_129(count: int, model: ModelReplica, recorder: Recorder) -> None:
     events = await events_of(
         model, video=Video(num_frames=count, fps=25), num_inference_steps=1, guidance_scale=1.0
     )
 
-    shown = film(file(events).data)
-    assert len(shown.frames) == len(recorder.taken(25)) == count
-    pairs = zip(shown.frames, recorder.taken(25), strict=True)
+    shown = decode_video(file(events).data)
+    assert len(shown.frames) == len(recorder.frames_of(25)) == count
+    pairs = zip(shown.frames, recorder.frames_of(25), strict=True)
     assert min(decibels(a, b) for a, b in pairs) > CODEC_DB
     assert shown.times_s == pytest.approx([k / 25 for k in range(count)], abs=1e-3)
 
@@ -211,18 +207,18 @@ class _Held:
 
 
 @pytest.mark.parametrize("long", ["video", "picture"])
-async def test_a_short_one_runs_between_the_steps_of_a_long_one_and_changes_nothing(
+async def test_a_short_request_runs_between_the_steps_of_a_long_one_and_changes_nothing(
     long: str, both: ModelReplica, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both._runtime.encoder = recorder
     steps = {kind: 12 if kind == long else 2 for kind in ("video", "picture")}
     small = {"width": 64, "height": 64}
-    wishes = {
-        "video": wish(num_inference_steps=steps["video"], video=Video(num_frames=5, fps=26)),
-        "picture": wish(model=PAINTER.id, num_inference_steps=steps["picture"], video=None, **small),
+    requests = {
+        "video": make_request(num_inference_steps=steps["video"], video=Video(num_frames=5, fps=26)),
+        "picture": make_request(model=SD15.id, num_inference_steps=steps["picture"], video=None, **small),
     }
-    alone = {kind: [event async for event in both.generate(wishes[kind])] for kind in wishes}
-    frames_alone = recorder.taken(26)
+    alone = {kind: [event async for event in both.generate(requests[kind])] for kind in requests}
+    frames_alone = recorder.frames_of(26)
     recorder.frames.clear()
     made: list[bool] = []  # in the engine's own order: whether each step was one of the long one
 
@@ -231,10 +227,10 @@ async def test_a_short_one_runs_between_the_steps_of_a_long_one_and_changes_noth
         return Step(step, all_steps)
 
     monkeypatch.setattr("deployments.executors.denoise.Step", noted)
-    told: dict[str, list[Event]] = {}
+    events_together: dict[str, list[Event]] = {}
 
     async def follow(kind: str) -> None:
-        told[kind] = [event async for event in both.generate(wishes[kind])]
+        events_together[kind] = [event async for event in both.generate(requests[kind])]
 
     async with _Held(both) as engine, asyncio.TaskGroup() as group:
         for arrived, kind in enumerate((long, "picture" if long == "video" else "video"), 1):
@@ -244,9 +240,9 @@ async def test_a_short_one_runs_between_the_steps_of_a_long_one_and_changes_noth
 
     assert made.count(False) >= 2
     assert made[-1] is True, "the long one came first, and the short one passed it at a step"
-    assert np.array_equal(recorder.taken(26), frames_alone)
-    together, lonely = (_pixels(file(run["picture"], "image").data) for run in (told, alone))
-    assert np.array_equal(together, lonely)
+    assert np.array_equal(recorder.frames_of(26), frames_alone)
+    together, separate = (_pixels(file(run["picture"], "image").data) for run in (events_together, alone))
+    assert np.array_equal(together, separate)
 
 
 def _pixels(data: bytes) -> Frames:
@@ -256,11 +252,11 @@ def _pixels(data: bytes) -> Frames:
 async def test_the_container_says_how_it_was_made(model: ModelReplica) -> None:
     artifact = file(await events_of(model, video=Video(num_frames=5, format="webm")))
 
-    told = film(artifact.data).metadata
+    metadata = decode_video(artifact.data).metadata
     assert artifact.media_type == "video/webm"
-    assert told["comment"].startswith("a red circle moving left\nSteps: 3")
-    assert "Frames: 5, FPS: 8" in told["comment"]
-    facts = json.loads(told["description"])
+    assert metadata["comment"].startswith("a red circle moving left\nSteps: 3")
+    assert "Frames: 5, FPS: 8" in metadata["comment"]
+    facts = json.loads(metadata["description"])
     assert (facts["seed"], facts["video"]["num_frames"]) == (5, 5)
     assert artifact.metadata["seed"] == 5
 
@@ -358,14 +354,14 @@ async def test_a_video_begins_with_the_given_picture(loaded: ModelReplica, tmp_p
     recorder = Recorder()
     model = ModelReplica([CARD.model_copy(update={"weights": weights, "tasks": ["i2v"]})], encoder=recorder)
     try:
-        for pace, side in ((31, 64), (32, 96)):
+        for fps, side in ((31, 64), (32, 96)):
             edit = Edit(image=png(side, side))
             events = await events_of(
-                model, edit=edit, width=64, height=64, video=Video(num_frames=5, fps=pace)
+                model, edit=edit, width=64, height=64, video=Video(num_frames=5, fps=fps)
             )
             assert isinstance(events[-1], Done), events[-1]
     finally:
         model.__del__()
 
-    assert recorder.taken(31).shape == (5, 64, 64, 3)
-    assert not np.array_equal(recorder.taken(31), recorder.taken(32)), "the picture acts"
+    assert recorder.frames_of(31).shape == (5, 64, 64, 3)
+    assert not np.array_equal(recorder.frames_of(31), recorder.frames_of(32)), "the picture acts"

@@ -1,4 +1,4 @@
-"""Control maps: edges, depth and poses of plain pictures, and maps that are taken as they are."""
+"""Control maps: edges, depth and poses of plain pictures, and maps that are used as sent."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_plain_picture_becomes_its_edges() -> None:
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP"])
-def test_an_edge_map_is_recognized_and_taken_as_it_is(form: str) -> None:
+def test_an_edge_map_is_recognized_and_not_changed(form: str) -> None:
     edges = edge_map(drawing())
 
     assert is_edge_map(edges)
@@ -114,7 +114,7 @@ def test_photos_and_drawings_are_no_edge_maps(picture: Image.Image) -> None:
     assert not is_edge_map(picture)
 
 
-def test_the_caller_has_the_last_word_on_what_is_a_map() -> None:
+def test_is_map_of_the_caller_overrides_the_detection() -> None:
     edges = edge_map(drawing())
 
     assert np.array_equal(pixels(made(file(drawing()), is_map=True)), pixels(drawing()))
@@ -126,7 +126,7 @@ def test_a_map_is_brought_to_the_requests_size(kind: str) -> None:
     assert made(file(drawing((320, 200))), kind, is_map=True).size == (128, 96)
 
 
-def test_without_a_model_for_it_a_plain_picture_is_refused_with_the_way_out() -> None:
+def test_a_plain_picture_without_a_preprocessor_is_refused_with_advice() -> None:
     with pytest.raises(BadRequest, match="send a depth map and say is_map: true") as caught:
         made(file(drawing()), "depth")
 
@@ -201,14 +201,14 @@ def test_two_people_are_both_drawn() -> None:
     assert np.array_equal(both, np.maximum(*apart))
 
 
-def test_a_picture_without_people_is_refused_with_the_way_out() -> None:
+def test_a_picture_without_people_is_refused_with_advice() -> None:
     control = Control(image=file(drawing()), type="pose")
 
     with pytest.raises(BadRequest, match=r"no person was detected in .*; send a pose map"):
         control_map(control, 128, 96, "control_image", {"pose": lambda _: []})
 
 
-def test_a_peak_is_told_as_part_of_the_heatmaps_sides_a_quarter_cell_towards_its_neighbour() -> None:
+def test_a_peak_is_a_part_of_the_sides_a_quarter_cell_towards_its_neighbour() -> None:
     heatmap = np.zeros((1, 9, 5))
     heatmap[0, 4, 2], heatmap[0, 4, 3] = 0.8, 0.4
 
@@ -315,7 +315,7 @@ def test_people_are_found_by_the_cards_models(folder: Path, monkeypatch: pytest.
     assert {points.shape for points in people} == {(17, 3)}
 
 
-def test_a_card_without_preprocessors_finds_nothing() -> None:
+def test_a_card_without_preprocessors_has_none() -> None:
     entry = ControlNet(weights=Weights(path="net"), licence=LICENCE)
 
     assert lazy_preprocessors({"canny": entry, "depth": entry, "pose": entry}, CPU) == {}

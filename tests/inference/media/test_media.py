@@ -154,7 +154,7 @@ def test_a_given_picture_becomes_rgb_of_the_size_asked_for(form: str) -> None:
     assert (image.mode, image.size) == ("RGB", (32, 16))
 
 
-def test_a_photo_taken_askew_is_turned_upright() -> None:
+def test_a_photo_is_rotated_by_its_exif_orientation() -> None:
     exif = Image.Exif()
     exif[0x0112] = TURNED_RIGHT
     askew = file(halves("RGB", RED, BLUE), "JPEG", exif=exif, quality=100, subsampling=0)
@@ -174,14 +174,14 @@ def test_a_photo_taken_askew_is_turned_upright() -> None:
     ],
     ids=["rgba", "grey with alpha", "palette"],
 )
-def test_what_is_transparent_lies_on_white(given: Image.Image) -> None:
+def test_transparent_pixels_become_white(given: Image.Image) -> None:
     image = decode.picture(file(given, "PNG"), 64, 32, "image")
 
     assert image.getpixel((60, 16)) == WHITE
     assert image.getpixel((4, 16)) != WHITE
 
 
-def test_a_transparent_colour_of_a_png_without_alpha_lies_on_white() -> None:
+def test_a_transparent_colour_of_a_png_without_alpha_becomes_white() -> None:
     data = file(halves("RGB", RED, BLUE), "PNG", transparency=BLUE)
 
     image = decode.picture(data, 64, 32, "image")
@@ -215,7 +215,7 @@ def test_a_coloured_mask_counts_by_its_brightness() -> None:
     assert [mask.getpixel((x, 16)) for x in (0, 63)] == [0, 255]
 
 
-# --- files that nobody should open ------------------------------------------------------------------------
+# --- dangerous files ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("read", [decode.picture, decode.mask], ids=["picture", "mask"])

@@ -14,9 +14,9 @@ from PIL import Image
 from deployments.media import movie
 from deployments.media.video_spec import SEGMENT_FRAMES, Segment, VideoSpec
 from deployments.protocol.errors import BadRequest, Internal
-from tests.inference.films import Frames, clip, decibels, film
+from tests.inference.video_files import Frames, clip, decibels, decode_video
 
-CODEC_DB = 33.0  # a frame against itself after the codec; against its neighbours it is below 25
+CODEC_DB = 33.0  # a frame against itself after the codec; against its neighbours: below 25
 
 
 def segments_of(spec: VideoSpec, frames: Frames, threads: int = 1) -> list[Segment]:
@@ -26,10 +26,10 @@ def segments_of(spec: VideoSpec, frames: Frames, threads: int = 1) -> list[Segme
 
 @pytest.mark.parametrize(("form", "codec"), [("mp4", None), ("webm", None), ("webm", "av1")])
 @pytest.mark.parametrize("count", [1, 17, 32, 33, 129])
-def test_every_frame_comes_out_again_in_its_place(count: int, form: Any, codec: Any) -> None:
+def test_every_frame_is_decoded_in_its_order(count: int, form: Any, codec: Any) -> None:
     frames, spec = clip(count), VideoSpec(64, 48, count, 24, form, codec=codec)
 
-    shown = film(movie.join(spec, segments_of(spec, frames)).video)
+    shown = decode_video(movie.join(spec, segments_of(spec, frames)).video)
 
     assert len(shown.frames) == count
     assert min(decibels(a, b) for a, b in zip(shown.frames, frames, strict=True)) > CODEC_DB
@@ -40,12 +40,10 @@ def test_every_frame_comes_out_again_in_its_place(count: int, form: Any, codec: 
     ("form", "codec", "decoder"),
     [("mp4", "h264", "h264"), ("webm", "vp9", "vp9"), ("webm", "av1", "av1")],
 )
-def test_a_player_finds_pace_length_pixels_and_colours_as_they_should_be(
-    form: Any, codec: Any, decoder: str
-) -> None:
+def test_frame_rate_length_pixels_and_colours_are_as_requested(form: Any, codec: Any, decoder: str) -> None:
     spec = VideoSpec(64, 48, 65, 8, form, codec=codec)
 
-    shown = film(movie.join(spec, segments_of(spec, clip(65))).video)
+    shown = decode_video(movie.join(spec, segments_of(spec, clip(65))).video)
 
     assert shown.times_s == pytest.approx([k / 8 for k in range(65)], abs=1e-3)
     assert shown.duration_s == pytest.approx(65 / 8, abs=0.01)
@@ -66,7 +64,7 @@ def test_an_mp4_plays_before_it_is_loaded() -> None:
 def test_the_file_says_how_it_was_made(form: str) -> None:
     spec = VideoSpec(64, 48, 2, 8, form, comment="ein Fuchs\nSteps: 3", description='{"seed": 7}')  # type: ignore[arg-type]
 
-    shown = film(movie.join(spec, segments_of(spec, clip(2))).video)
+    shown = decode_video(movie.join(spec, segments_of(spec, clip(2))).video)
 
     assert shown.metadata["comment"] == "ein Fuchs\nSteps: 3"
     assert shown.metadata["description"] == '{"seed": 7}'
@@ -78,7 +76,7 @@ def test_frames_may_come_in_any_chunks() -> None:
     segment = movie.encode_segment(spec, 0, [frames[:1], frames[1:9], frames[9:]], 1)
 
     # not compared byte by byte: x264 with AVX-512 does not repeat itself to the bit
-    shown = film(segment.data).frames
+    shown = decode_video(segment.data).frames
     assert min(decibels(a, b) for a, b in zip(shown, frames, strict=True)) > CODEC_DB
 
 
@@ -90,7 +88,7 @@ def test_higher_quality_is_nearer_to_the_frames_and_larger(form: Any, codec: Any
         spec = VideoSpec(64, 48, 16, 8, form, quality, codec=codec)
         files.append(movie.join(spec, segments_of(spec, frames)).video)
 
-    likeness = [decibels(film(data).frames, frames) for data in files]
+    likeness = [decibels(decode_video(data).frames, frames) for data in files]
 
     assert likeness == sorted(likeness)
     assert [len(data) for data in files] == sorted(len(data) for data in files)
@@ -135,7 +133,7 @@ def test_a_video_with_a_missing_segment_is_never_joined() -> None:
         movie.join(spec, [first, third])
 
 
-def test_what_travels_loads_no_av() -> None:
+def test_the_exchanged_types_load_no_av() -> None:
     code = "import sys, deployments.media.video_spec; sys.exit('av' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -22,7 +22,7 @@ from deployments.protocol.errors import ModelUnavailable
 from tests.inference import tiny
 
 ROOT = Path(__file__).parents[3]
-# a replica in a process of its own, that tells its pictures and what the compiler did
+# a replica in a process of its own, which prints its pictures and the counters of the compiler
 REPLICA = """
 import asyncio, io, json, sys
 from pathlib import Path
@@ -36,8 +36,8 @@ from deployments.protocol.request import GenerationRequest
 
 
 async def picture(model, seed, **size):
-    wish = GenerationRequest(model="tiny", prompt="a red circle", seed=seed, num_inference_steps=2, **size)
-    async for event in model.generate(wish):
+    request = GenerationRequest(model="tiny", prompt="a red circle", seed=seed, num_inference_steps=2, **size)
+    async for event in model.generate(request):
         if isinstance(event, Artifact) and event.kind == "image":
             return Image.open(io.BytesIO(event.data)).convert("RGB").tobytes().hex()
 
@@ -52,11 +52,11 @@ model = ModelReplica([load_card(Path(sys.argv[1]))])  # imports torch
 from torch._dynamo.utils import counters
 
 graphs = counters["stats"].get("unique_graphs", 0)
-told = asyncio.run(pictures(model))
-told["graphs"] = graphs
-told["later_graphs"] = counters["stats"].get("unique_graphs", 0) - graphs
-told["compiled"] = counters["inductor"]["fxgraph_cache_miss"]
-print(json.dumps(told))
+report = asyncio.run(pictures(model))
+report["graphs"] = graphs
+report["later_graphs"] = counters["stats"].get("unique_graphs", 0) - graphs
+report["compiled"] = counters["inductor"]["fxgraph_cache_miss"]
+print(json.dumps(report))
 """
 
 
@@ -79,12 +79,14 @@ def replica(folder: Path, *, compiled: bool) -> dict[str, Any]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return told
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for CPUs with g++, which is not here")
-def test_compiled_blocks_paint_the_same_in_any_batch_and_are_compiled_once_per_node(tmp_path: Path) -> None:
+def test_compiled_blocks_give_equal_pictures_in_any_batch_and_are_compiled_once_per_node(
+    tmp_path: Path,
+) -> None:
     pipeline = tiny.flux(guidance=False)
     config = dict(pipeline.transformer.config) | {"num_layers": 1, "num_single_layers": 0}  # compiles sooner
     pipeline.transformer = FluxTransformer2DModel.from_config(config)
@@ -94,7 +96,7 @@ def test_compiled_blocks_paint_the_same_in_any_batch_and_are_compiled_once_per_n
     first = replica(tmp_path, compiled=True)
     second = replica(tmp_path, compiled=True)
 
-    assert first["together"] == first["alone"], "neighbours change no bit"
+    assert first["together"] == first["alone"], "other requests of the batch change no bit"
     assert differ_at_most_by(1, first["alone"], plain["alone"]), "the compiler rounds otherwise, no more"
     assert (plain["graphs"], first["graphs"], second["graphs"]) == (0, 2, 2), "for one row and for several"
     assert first["later_graphs"] == second["later_graphs"] == 0, "another size needs no other"
@@ -108,7 +110,7 @@ def differ_at_most_by(levels: int, ours: list[str], theirs: list[str]) -> bool:
     return all(abs(one - other) <= levels for one, other in pairs)
 
 
-def test_a_denoiser_that_says_nothing_of_its_blocks_is_refused_by_name() -> None:
+def test_a_denoiser_that_does_not_name_its_blocks_is_refused() -> None:
     class Plain(nn.Module):
         pass
 
@@ -132,7 +134,7 @@ def test_a_card_that_cannot_be_compiled_is_refused(serving: dict[str, object], r
         Serving.model_validate(serving | {"compile": True})
 
 
-def test_a_model_that_no_warm_up_runs_is_not_compiled() -> None:
+def test_a_model_without_warm_up_is_not_compiled() -> None:
     card = yaml.safe_load((ROOT / "configs/models/tiny-wan.yaml").read_text())
     card["serving"] |= {"lora": "none", "compile": True}
 

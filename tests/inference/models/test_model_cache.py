@@ -39,7 +39,7 @@ async def use(model_cache: ModelCache[str], name: str) -> str:
         return model
 
 
-async def test_the_least_recently_used_makes_room() -> None:
+async def test_the_least_recently_used_model_is_unloaded() -> None:
     library = Library()
     model_cache = library.model_cache(limit=2)
 
@@ -64,7 +64,7 @@ async def test_a_model_in_use_stays_and_the_next_one_waits_for_it() -> None:
     assert library.log == ["+a", "-a", "+b"]
 
 
-async def test_memory_is_counted_beside_the_number() -> None:
+async def test_memory_is_limited_as_well_as_the_number() -> None:
     library = Library()
     model_cache = library.model_cache(limit=3, max_bytes=9, size_of=SIZES.__getitem__)
 
@@ -75,7 +75,7 @@ async def test_memory_is_counted_beside_the_number() -> None:
     assert model_cache.loaded == {"large": 8}
 
 
-async def test_many_who_ask_at_once_load_it_once() -> None:
+async def test_concurrent_requests_load_a_model_once() -> None:
     library = Library()
     model_cache = library.model_cache()
 
@@ -83,7 +83,7 @@ async def test_many_who_ask_at_once_load_it_once() -> None:
     assert library.log == ["+a"]
 
 
-async def test_a_model_that_cannot_be_loaded_takes_no_place() -> None:
+async def test_a_model_that_cannot_be_loaded_is_not_counted() -> None:
     library = Library()
     model_cache = library.model_cache(limit=1)
 

@@ -1,4 +1,4 @@
-"""Code that lies beside a model's weights never runs."""
+"""Code in the folder of a model's weights never runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ except ValueError as error:
 """
 
 
-def test_a_snapshot_with_a_pipeline_of_its_own_is_refused_even_by_those_who_trust_it(tmp_path: Path) -> None:
+def test_a_snapshot_with_a_pipeline_of_its_own_is_refused_even_with_trust_remote_code(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()

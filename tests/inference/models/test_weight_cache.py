@@ -24,7 +24,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_model_at_an_address_is_fetched_and_loaded(cache: Path) -> None:
+def test_a_model_at_a_url_is_downloaded_and_loaded(cache: Path) -> None:
     weights = Weights(path=f"file://{ROOT}/models/tiny-flux-schnell", dtype="float32")
 
     pipeline = load_pipeline(weights, torch.device("cpu"))
@@ -36,7 +36,7 @@ def test_a_model_at_an_address_is_fetched_and_loaded(cache: Path) -> None:
     ).read_bytes()
 
 
-def test_many_who_want_the_same_fetch_it_once(cache: Path) -> None:
+def test_concurrent_downloads_of_one_model_run_once(cache: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe("/bucket/model/model_index.json", b"{}")
     memory.pipe("/bucket/model/unet/weights.safetensors", b"\0" * 1000)
@@ -51,7 +51,7 @@ def test_many_who_want_the_same_fetch_it_once(cache: Path) -> None:
     assert weight_cache.local_folder("memory://bucket/model") == folder, "the bucket is not asked again"
 
 
-def test_what_a_killed_fetch_left_is_not_taken_for_a_model(cache: Path) -> None:
+def test_a_partial_download_is_not_used(cache: Path) -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe("/bucket/other/model_index.json", b"{}")
     whole = weight_cache.local_folder("memory://bucket/other")
@@ -65,7 +65,7 @@ def test_what_a_killed_fetch_left_is_not_taken_for_a_model(cache: Path) -> None:
     assert [path.name for path in again.iterdir()] == ["model_index.json"]
 
 
-def test_an_address_without_weights_is_told_with_its_name(cache: Path) -> None:
+def test_a_url_without_weights_is_named_in_the_error(cache: Path) -> None:
     with pytest.raises(ModelUnavailable, match="memory://bucket/nothing cannot be fetched"):
         weight_cache.fetch(Weights(path="memory://bucket/nothing"), pipeline=True)
 
@@ -93,7 +93,9 @@ def test_a_card_lists_all_its_weights_once() -> None:
 def test_weights_go_to_gpu_nodes_or_to_all_where_there_are_none(
     nodes: dict[str, int], wanted: list[str]
 ) -> None:
-    told = [{"NodeID": name, "Alive": True, "Resources": {"GPU": gpus}} for name, gpus in nodes.items()]
+    nodes_of_ray = [
+        {"NodeID": name, "Alive": True, "Resources": {"GPU": gpus}} for name, gpus in nodes.items()
+    ]
     dead = {"NodeID": "dead", "Alive": False, "Resources": {"GPU": 8}}
 
-    assert target_nodes([*told, dead]) == wanted
+    assert target_nodes([*nodes_of_ray, dead]) == wanted

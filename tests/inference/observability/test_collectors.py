@@ -1,4 +1,4 @@
-"""Numbers of the workshop: what an engine counts, and how they are told."""
+"""Metrics of the inference layer: what the engine counts, and how it is reported to Ray."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.patience import patience
 
 
 @pytest.mark.parametrize(
-    ("width", "height", "frames", "told"),
+    ("width", "height", "frames", "expected"),
     [
         (128, 128, None, "256"),
         (512, 512, None, "512"),
@@ -39,8 +39,8 @@ from tests.patience import patience
         (832, 480, 1, "768x1"),
     ],
 )
-def test_sizes_fall_into_few_classes(width: int, height: int, frames: int | None, told: str) -> None:
-    assert size_class(width, height, frames) == told
+def test_there_are_few_size_classes(width: int, height: int, frames: int | None, expected: str) -> None:
+    assert size_class(width, height, frames) == expected
 
 
 def test_forwards_are_counted_by_module_size_and_rows() -> None:
@@ -55,7 +55,7 @@ def test_forwards_are_counted_by_module_size_and_rows() -> None:
     }
 
 
-class Told:
+class RecordedMetrics:
     """Stands in for Ray's metrics: Ray's own would need a cluster to be read."""
 
     def __init__(self) -> None:
@@ -68,11 +68,11 @@ class Told:
         return self._metric(name)
 
     def _metric(self, name: str) -> Any:
-        told = self
+        recorded = self
 
         class One:
             def inc(self, value: float, labels: dict[str, str]) -> None:
-                told.calls.append((name, value, labels))
+                recorded.calls.append((name, value, labels))
 
             set = inc
 
@@ -80,27 +80,27 @@ class Told:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch) -> Told:
-    made = Told()
+def recorded(monkeypatch: pytest.MonkeyPatch) -> RecordedMetrics:
+    made = RecordedMetrics()
     monkeypatch.setattr("ray.serve.metrics.Counter", made.Counter)
     monkeypatch.setattr("ray.serve.metrics.Gauge", made.Gauge)
     return made
 
 
-def test_counters_are_told_what_came_since_and_gauges_as_they_are(told: Told) -> None:
+def test_counters_are_reported_by_their_increase_and_gauges_by_their_value(recorded: RecordedMetrics) -> None:
     reporter = Reporter()
 
     for steps in (0, 3, 3, 10):
         reporter.report([Sample("weft_steps_total", steps), Sample("weft_slots", 4)])
 
-    assert [call for call in told.calls if call[0] == "weft_steps_total"] == [
+    assert [call for call in recorded.calls if call[0] == "weft_steps_total"] == [
         ("weft_steps_total", 3, {}),
         ("weft_steps_total", 7, {}),
     ]
-    assert [call for call in told.calls if call[0] == "weft_slots"] == [("weft_slots", 4, {})] * 4
+    assert [call for call in recorded.calls if call[0] == "weft_slots"] == [("weft_slots", 4, {})] * 4
 
 
-def test_a_reading_that_fails_once_does_not_end_the_reports(told: Told) -> None:
+def test_a_failed_collection_does_not_end_the_reports(recorded: RecordedMetrics) -> None:
     reporter, told_again, calls = Reporter(interval_s=0.001), threading.Event(), 0
 
     def read() -> list[Sample]:
@@ -117,7 +117,7 @@ def test_a_reading_that_fails_once_does_not_end_the_reports(told: Told) -> None:
     reporter.stop()
 
 
-def test_rays_own_metrics_take_every_declared_one() -> None:
+def test_ray_accepts_every_declared_metric() -> None:
     reporter = Reporter()
 
     reporter.report(
@@ -126,7 +126,7 @@ def test_rays_own_metrics_take_every_declared_one() -> None:
 
 
 class Doubling(nn.Module):
-    """Doubles; has no room for more than two rows."""
+    """Doubles its input; runs out of memory with more than two rows."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         if len(hidden_states) > 2:
@@ -164,7 +164,7 @@ def values(worker: Worker, name: str) -> dict[tuple[str, ...], float]:
     return {tuple(sample.labels.values()): sample.value for sample in found}
 
 
-async def test_a_worker_tells_requests_steps_forwards_and_failures(worker: Worker) -> None:
+async def test_a_worker_counts_requests_steps_forwards_and_failures(worker: Worker) -> None:
     await run(worker, rows=2)
     await run(worker, rows=3)  # never fits
     await run(worker, error=NotFinite("NaN"))
@@ -180,7 +180,7 @@ async def test_a_worker_tells_requests_steps_forwards_and_failures(worker: Worke
     assert values(worker, "weft_slots") == {(): 4}
 
 
-async def test_what_a_draining_worker_hands_back_is_counted(worker: Worker) -> None:
+async def test_requests_returned_by_a_draining_worker_are_counted(worker: Worker) -> None:
     entered, go_on = threading.Event(), threading.Event()
 
     def work(_emit: Emit) -> None:

@@ -71,7 +71,7 @@ def depth(**changes: Any) -> Control:
     return Control(image=b"", type="depth", **changes)
 
 
-def wish(task: Task = Task.t2i, **changes: Any) -> ResolvedRequest:
+def make_request(task: Task = Task.t2i, **changes: Any) -> ResolvedRequest:
     facts = {
         "model": "tiny",
         "prompt": "a fox",
@@ -154,14 +154,14 @@ def ignore(_step: int, _steps: int) -> None:
 
 
 def latents(
-    model: DiffusersModel, request: ResolvedRequest, told: Callable[[int, int], None] = ignore
+    model: DiffusersModel, request: ResolvedRequest, on_step: Callable[[int, int], None] = ignore
 ) -> torch.Tensor:
     """The request's final latents."""
     image = PICTURE if request.edit else None
     mask = MASK if request.task is Task.inpaint else None
     maps = [MAPS[control.type] for control in request.controls]
     with torch.inference_mode():
-        return torch.stack(model.call(request, told, image, mask, maps, output_type="latent"))
+        return torch.stack(model.call(request, on_step, image, mask, maps, output_type="latent"))
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -188,13 +188,13 @@ PLAIN = {
     ],
     ids=["one", "weighted part", "two", "three with one off"],
 )
-def test_controlled_pictures_are_those_of_the_plain_diffusers_pipeline(
+def test_controlled_pictures_equal_those_of_the_diffusers_pipeline(
     family: str, controls: tuple[Control, ...], request: pytest.FixtureRequest
 ) -> None:
     model: DiffusersModel = request.getfixturevalue(family)
-    wanted = wish(controls=controls, num_images=2)
+    wanted = make_request(controls=controls, num_images=2)
     model.prepare(wanted)
-    parts = model.pipeline_for(wish()).components
+    parts = model.pipeline_for(make_request()).components
     plain = PLAIN[family](**parts, controlnet=[NETS[family][control.type] for control in controls])
     plain.set_progress_bar_config(disable=True)
     picture = "control_image" if family == "flux" else "image"
@@ -218,7 +218,7 @@ def test_controlled_pictures_are_those_of_the_plain_diffusers_pipeline(
     assert error(latents(model, wanted), expected) <= TOLERANCE
 
 
-def test_a_union_net_is_told_which_kind_of_picture_it_gets() -> None:
+def test_a_union_net_gets_the_mode_of_each_control_picture() -> None:
     union = flux_controlnet(6, num_mode=3)
     entries = {
         kind: ControlNet(weights=CONTROLS["canny"].weights, mode=mode, licence=LICENCE)
@@ -227,8 +227,8 @@ def test_a_union_net_is_told_which_kind_of_picture_it_gets() -> None:
     model = DiffusersModel(
         tiny.flux().to(dtype=torch.float64), [Task.t2i], controls=entries, load_controlnet=lambda _: union
     )
-    wanted = wish(controls=(canny(weight=0.8), depth(weight=0.5)))
-    plain = FluxControlNetPipeline(**model.pipeline_for(wish()).components, controlnet=[union, union])
+    wanted = make_request(controls=(canny(weight=0.8), depth(weight=0.5)))
+    plain = FluxControlNetPipeline(**model.pipeline_for(make_request()).components, controlnet=[union, union])
     plain.set_progress_bar_config(disable=True)
 
     with torch.inference_mode():
@@ -246,7 +246,9 @@ def test_a_union_net_is_told_which_kind_of_picture_it_gets() -> None:
         ).images
 
     assert error(latents(model, wanted), expected) <= TOLERANCE
-    assert error(latents(model, wish(controls=(canny(weight=0.8), canny(weight=0.5)))), expected) > 1e-6
+    assert (
+        error(latents(model, make_request(controls=(canny(weight=0.8), canny(weight=0.5)))), expected) > 1e-6
+    )
 
 
 UNION = (("canny", 0), ("depth", 2))
@@ -256,14 +258,14 @@ UNION = (("canny", 0), ("depth", 2))
 def test_the_ensemble_is_diffusers_base_and_refiner_one_after_the_other(
     sdxl: DiffusersModel, scheduler: str
 ) -> None:
-    wanted = wish(refiner=0.6, num_inference_steps=7, scheduler=scheduler, negative_prompt="grey")
-    told: list[tuple[int, int]] = []
+    wanted = make_request(refiner=0.6, num_inference_steps=7, scheduler=scheduler, negative_prompt="grey")
+    steps_seen: list[tuple[int, int]] = []
 
-    got = latents(sdxl, wanted, lambda step, steps: told.append((step, steps)))
+    got = latents(sdxl, wanted, lambda step, steps: steps_seen.append((step, steps)))
 
-    base, second = sdxl.pipeline_for(wish(scheduler=scheduler)), refiner()
+    base, second = sdxl.pipeline_for(make_request(scheduler=scheduler)), refiner()
     second.set_progress_bar_config(disable=True)
-    second.scheduler = sdxl.pipeline_for(wish(scheduler=scheduler)).scheduler
+    second.scheduler = sdxl.pipeline_for(make_request(scheduler=scheduler)).scheduler
     generator = [torch.Generator().manual_seed(5)]
     counted: list[int] = []
 
@@ -284,21 +286,24 @@ def test_the_ensemble_is_diffusers_base_and_refiner_one_after_the_other(
         half = base(**shared, width=64, height=64, denoising_end=0.6).images
         expected = second(**shared, image=half, denoising_start=0.6).images
     assert error(got, expected) <= TOLERANCE
-    assert told == [(step, len(counted)) for step in range(1, len(counted) + 1)]
+    assert steps_seen == [(step, len(counted)) for step in range(1, len(counted) + 1)]
 
 
 def test_refine_is_image_to_image_with_the_refiners_weights() -> None:
     model = DiffusersModel(refiner(), [Task.refine, Task.i2i])
 
-    refined = latents(model, wish(Task.refine))
+    refined = latents(model, make_request(Task.refine))
 
-    assert error(refined, latents(model, wish(Task.i2i, edit=ResolvedEdit(image=b"", strength=0.5)))) == 0
+    assert (
+        error(refined, latents(model, make_request(Task.i2i, edit=ResolvedEdit(image=b"", strength=0.5))))
+        == 0
+    )
 
 
 # --- in one batch -----------------------------------------------------------------------------------------
 
 
-def woven(
+def run_together(
     models: list[DiffusersModel], works: list[Callable[[], torch.Tensor]]
 ) -> tuple[list[torch.Tensor], Engine]:
     """What each piece of work gives when all run at once, and the engine that ran them."""
@@ -319,14 +324,14 @@ def woven(
     return [fiber.result for fiber in fibers], engine
 
 
-def assert_same_together_as_alone(wishes: list[tuple[DiffusersModel, ResolvedRequest]]) -> Engine:
-    works = [lambda model=model, request=request: latents(model, request) for model, request in wishes]
+def assert_same_together_as_alone(requests: list[tuple[DiffusersModel, ResolvedRequest]]) -> Engine:
+    works = [lambda model=model, request=request: latents(model, request) for model, request in requests]
     alone = [work() for work in works]
-    models = list({id(model): model for model, _ in wishes}.values())
+    models = list({id(model): model for model, _ in requests}.values())
 
-    together, engine = woven(models, works)
+    together, engine = run_together(models, works)
 
-    for (_, request), got, expected in zip(wishes, together, alone, strict=True):
+    for (_, request), got, expected in zip(requests, together, alone, strict=True):
         assert error(got, expected) <= TOLERANCE, request
     assert engine.rows > 1.3 * engine.forwards, "forwards must really be shared"
     return engine
@@ -345,31 +350,33 @@ CONTROLLED: list[dict[str, Any]] = [
 
 
 @every_family
-def test_controlled_and_plain_requests_of_all_tasks_share_forwards_and_stay_what_they_are_alone(
+def test_controlled_and_plain_requests_of_all_tasks_share_forwards_and_equal_each_alone(
     model: DiffusersModel,
 ) -> None:
-    assert_same_together_as_alone([(model, wish(**changes)) for changes in CONTROLLED])
+    assert_same_together_as_alone([(model, make_request(**changes)) for changes in CONTROLLED])
 
 
-def test_ensemble_refine_and_control_share_forwards_and_stay_what_they_are_alone(
+def test_ensemble_refine_and_control_share_forwards_and_equal_each_alone(
     sdxl: DiffusersModel,
 ) -> None:
     refine = DiffusersModel(refiner(), [Task.refine])
-    plain = [(sdxl, wish(**changes)) for changes in CONTROLLED[2:7:2]]
-    both = [(sdxl, wish(refiner=0.5, seed=20 + n, scheduler=s)) for n, s in enumerate(["auto", "euler_a"])]
-    controlled = (sdxl, wish(refiner=0.75, controls=(canny(weight=0.5),), num_inference_steps=6))
-    refined = [(refine, wish(Task.refine, seed=seed)) for seed in (1, 2)]
+    plain = [(sdxl, make_request(**changes)) for changes in CONTROLLED[2:7:2]]
+    both = [
+        (sdxl, make_request(refiner=0.5, seed=20 + n, scheduler=s)) for n, s in enumerate(["auto", "euler_a"])
+    ]
+    controlled = (sdxl, make_request(refiner=0.75, controls=(canny(weight=0.5),), num_inference_steps=6))
+    refined = [(refine, make_request(Task.refine, seed=seed)) for seed in (1, 2)]
 
     assert_same_together_as_alone([*plain, *both, controlled, *refined])
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl", "flux"])
-def test_random_mixtures_stay_what_they_are_alone(family: str, request: pytest.FixtureRequest) -> None:
+def test_random_mixtures_equal_each_alone(family: str, request: pytest.FixtureRequest) -> None:
     model: DiffusersModel = request.getfixturevalue(family)
     rng = random.Random(family)
     for _ in range(2):
-        wishes = [
-            wish(
+        requests = [
+            make_request(
                 rng.choice([Task.t2i, Task.i2i, Task.inpaint]),
                 controls=tuple(
                     Control(
@@ -387,12 +394,14 @@ def test_random_mixtures_stay_what_they_are_alone(family: str, request: pytest.F
             )
             for _ in range(6)
         ]
-        assert_same_together_as_alone([(model, wanted) for wanted in wishes])
+        assert_same_together_as_alone([(model, wanted) for wanted in requests])
 
 
 @every_family
 def test_requests_of_different_weights_share_every_forward_of_a_net(model: DiffusersModel) -> None:
-    pair = [wish(controls=(canny(weight=weight),), seed=seed) for weight, seed in ((0.3, 1), (1.6, 2))]
+    pair = [
+        make_request(controls=(canny(weight=weight),), seed=seed) for weight, seed in ((0.3, 1), (1.6, 2))
+    ]
     model.prepare(pair[0])
 
     engine = assert_same_together_as_alone([(model, wanted) for wanted in pair])
@@ -402,14 +411,16 @@ def test_requests_of_different_weights_share_every_forward_of_a_net(model: Diffu
 
 def rows_per_picture(model: DiffusersModel) -> float:
     """Rows of a solo request over its forwards, which two of a kind double."""
-    _, engine = woven([model], [lambda: latents(model, wish(controls=(canny(),)))])
+    _, engine = run_together([model], [lambda: latents(model, make_request(controls=(canny(),)))])
     return engine.rows / engine.forwards
 
 
 @every_family
-def test_a_net_does_not_run_where_it_has_no_say(model: DiffusersModel) -> None:
+def test_a_net_does_not_run_outside_of_its_span(model: DiffusersModel) -> None:
     def forwards(**changes: Any) -> int:
-        _, engine = woven([model], [lambda: latents(model, wish(controls=(canny(**changes),)))])
+        _, engine = run_together(
+            [model], [lambda: latents(model, make_request(controls=(canny(**changes),)))]
+        )
         return engine.forwards
 
     assert forwards() - forwards(end=0.5) == 2  # of four steps
@@ -419,7 +430,7 @@ def test_a_net_does_not_run_where_it_has_no_say(model: DiffusersModel) -> None:
 # --- loading ----------------------------------------------------------------------------------------------
 
 
-def test_nets_and_refiner_are_loaded_once_and_their_modules_told() -> None:
+def test_nets_and_refiner_are_loaded_once_and_their_modules_registered() -> None:
     loaded: list[str] = []
     nets = NETS["sdxl"]
 
@@ -434,20 +445,24 @@ def test_nets_and_refiner_are_loaded_once_and_their_modules_told() -> None:
         load_controlnet=load,
         load_refiner=refiner,
     )
-    told: list[list[nn.Module]] = []
-    model.on_new_modules = told.append
+    registered: list[list[nn.Module]] = []
+    model.on_new_modules = registered.append
     before = list(model.modules)
 
-    for wanted in (wish(), wish(controls=(canny(), canny())), wish(controls=(canny(),), refiner=0.5)):
+    for wanted in (
+        make_request(),
+        make_request(controls=(canny(), canny())),
+        make_request(controls=(canny(),), refiner=0.5),
+    ):
         model.prepare(wanted)
         model.prepare(wanted)
 
     assert loaded == ["canny"]
-    assert [[type(module).__name__ for module in modules] for modules in told] == [
+    assert [[type(module).__name__ for module in modules] for modules in registered] == [
         ["ControlNetModel"],
         ["UNet2DConditionModel"],  # text encoder and VAE are the base's own
     ]
-    assert model.modules == [*before, *told[0], *told[1]]
+    assert model.modules == [*before, *registered[0], *registered[1]]
 
 
 def test_many_threads_that_need_a_net_load_it_once() -> None:
@@ -462,7 +477,7 @@ def test_many_threads_that_need_a_net_load_it_once() -> None:
 
     def prepare() -> None:
         started.wait()
-        model.prepare(wish(controls=(canny(),)))
+        model.prepare(make_request(controls=(canny(),)))
 
     threads = [threading.Thread(target=prepare) for _ in range(4)]
     for thread in threads:
@@ -480,9 +495,11 @@ def test_many_threads_that_need_a_net_load_it_once() -> None:
         ({"refiner": 0.8}, "has no refiner", "refiner"),
     ],
 )
-def test_what_a_model_lacks_is_refused(changes: dict[str, Any], says: str, param: str) -> None:
+def test_controls_and_refiners_that_a_model_lacks_are_refused(
+    changes: dict[str, Any], says: str, param: str
+) -> None:
     with pytest.raises(BadRequest, match=says) as caught:
-        DiffusersModel(tiny.sd(), [Task.t2i]).prepare(wish(**changes))
+        DiffusersModel(tiny.sd(), [Task.t2i]).prepare(make_request(**changes))
 
     assert caught.value.param == param
 
@@ -492,7 +509,7 @@ def test_an_ensemble_that_leaves_one_without_a_step_is_refused(
     sdxl: DiffusersModel, start: float, idle: str
 ) -> None:
     with pytest.raises(BadRequest, match=f"leave none for {idle}") as caught:
-        latents(sdxl, wish(refiner=start))
+        latents(sdxl, make_request(refiner=start))
 
     assert caught.value.param == "refiner"
 
@@ -524,7 +541,7 @@ def test_a_controlnet_is_loaded_in_the_cards_dtype_for_its_family(folder: Path) 
     assert not net.training
 
 
-def test_loading_beside_running_requests_leaves_torchs_default_dtype_alone(
+def test_loading_during_requests_does_not_change_the_default_dtype_of_torch(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_to: list[torch.dtype] = []
@@ -548,7 +565,7 @@ def test_a_controlnet_whose_files_are_missing_is_named(folder: Path) -> None:
         load_controlnet(weights_in(folder, "nowhere"), "sdxl", CPU)
 
 
-def test_a_family_without_controlnets_says_so(folder: Path) -> None:
+def test_controlnets_of_an_unsupported_family_are_refused(folder: Path) -> None:
     with pytest.raises(ModelUnavailable, match="no ControlNets for hunyuan_video"):
         load_controlnet(weights_in(folder, "canny"), "hunyuan_video", CPU)
 
@@ -578,7 +595,7 @@ def png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-async def told(model: ModelReplica, **changes: Any) -> list[Event]:
+async def events_of(model: ModelReplica, **changes: Any) -> list[Event]:
     facts = {"model": "sdxl", "prompt": "a fox", "seed": 5, "num_inference_steps": 5}
     return [event async for event in model.generate(GenerationRequest(**(facts | changes)))]
 
@@ -589,13 +606,13 @@ def picture_in(events: list[Event]) -> npt.NDArray[np.int16]:
 
 
 async def test_control_and_refiner_run_from_request_to_file(served: ModelReplica) -> None:
-    plain = await told(served)
+    plain = await events_of(served)
     photo = Control(image=png(PICTURE.resize((96, 64))), type="canny")
     edges = Control(image=png(edge_map(PICTURE.resize((96, 64)))), type="canny")
 
-    controlled = await told(served, controls=[photo])
-    by_map = await told(served, controls=[edges])
-    refined = await told(served, refiner=0.6, width=64, height=64)
+    controlled = await events_of(served, controls=[photo])
+    by_map = await events_of(served, controls=[edges])
+    refined = await events_of(served, refiner=0.6, width=64, height=64)
 
     assert picture_in(controlled).shape == (64, 96, 3)
     assert np.array_equal(picture_in(controlled), picture_in(by_map))
@@ -603,10 +620,10 @@ async def test_control_and_refiner_run_from_request_to_file(served: ModelReplica
     assert [event.step for event in refined if isinstance(event, Step)] == [1, 2, 3, 4, 5]
 
 
-async def test_the_files_metadata_tells_the_control_but_not_its_picture(served: ModelReplica) -> None:
+async def test_metadata_contains_the_control_without_its_picture(served: ModelReplica) -> None:
     control = Control(image=png(EDGES), type="canny", weight=0.5)
 
-    events = await told(served, controls=[control], refiner=0.6)
+    events = await events_of(served, controls=[control], refiner=0.6)
 
     (artifact,) = [event for event in events if isinstance(event, Artifact) and event.kind == "image"]
     assert artifact.metadata["controls"] == [
@@ -630,10 +647,10 @@ async def test_the_files_metadata_tells_the_control_but_not_its_picture(served: 
         ({"refiner": 0.9999}, "leave none for the refiner", "refiner"),
     ],
 )
-async def test_what_cannot_be_served_is_one_failed_event_that_names_the_field(
+async def test_an_unsupported_request_is_one_failed_event_that_names_the_field(
     served: ModelReplica, changes: dict[str, Any], says: str, param: str
 ) -> None:
-    events = await told(served, **changes)
+    events = await events_of(served, **changes)
 
     assert isinstance(events[-1], Failed)
     assert says in events[-1].message

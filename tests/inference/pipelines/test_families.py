@@ -20,7 +20,7 @@ def outcome_of(name: str) -> Outcome:
     return OUTCOMES[name]
 
 
-@pytest.mark.filterwarnings("default")  # the libraries' own, about sizes that nobody trains with
+@pytest.mark.filterwarnings("default")  # of the libraries, about unusually small sizes
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_mixed_batch_equals_its_requests_alone_and_shares_forwards(name: str) -> None:
     outcome = outcome_of(name)
@@ -33,7 +33,7 @@ def test_a_mixed_batch_equals_its_requests_alone_and_shares_forwards(name: str) 
 
 
 @pytest.mark.filterwarnings("default")
-def test_the_page_of_families_tells_what_was_measured() -> None:
+def test_the_page_of_families_is_up_to_date() -> None:
     outcomes = {name: outcome_of(name) for name in FAMILIES}
 
     assert PAGE.read_text() == page(outcomes), "run: python -m tests.inference.families_table"

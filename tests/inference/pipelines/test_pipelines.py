@@ -75,7 +75,7 @@ def model(request: pytest.FixtureRequest) -> DiffusersModel:
 every_family = pytest.mark.parametrize("model", ["flux", "sdxl", "sd"], indirect=True)
 
 
-def wish(task: Task = Task.t2i, **changes: Any) -> ResolvedRequest:
+def make_request(task: Task = Task.t2i, **changes: Any) -> ResolvedRequest:
     facts = {
         "model": "tiny",
         "prompt": "a fox",
@@ -106,7 +106,7 @@ def ignore(_step: int, _steps: int) -> None:
     indirect=["model"],
 )
 def test_a_task_picks_the_families_own_pipeline_class(model: DiffusersModel, prefix: str) -> None:
-    classes = [type(model.pipeline_for(wish(task))).__name__ for task in tiny.IMAGE_TASKS]
+    classes = [type(model.pipeline_for(make_request(task))).__name__ for task in tiny.IMAGE_TASKS]
 
     image_to_image = f"{prefix}Img2ImgPipeline"
     assert classes == [f"{prefix}Pipeline", image_to_image, f"{prefix}InpaintPipeline", image_to_image]
@@ -118,17 +118,17 @@ def test_a_refiner_is_an_image_to_image_pipeline_from_the_start() -> None:
 
     model = DiffusersModel(refiner, [Task.i2i])
 
-    assert type(model.pipeline_for(wish(Task.i2i))) is StableDiffusionXLImg2ImgPipeline
+    assert type(model.pipeline_for(make_request(Task.i2i))) is StableDiffusionXLImg2ImgPipeline
     with pytest.raises(BadRequest, match="cannot do t2i"):
-        model.pipeline_for(wish())
+        model.pipeline_for(make_request())
 
 
 @every_family
 def test_every_request_has_a_pipeline_of_its_own_over_shared_weights(model: DiffusersModel) -> None:
     first, second, edit = (
-        model.pipeline_for(wish()),
-        model.pipeline_for(wish()),
-        model.pipeline_for(wish(Task.i2i)),
+        model.pipeline_for(make_request()),
+        model.pipeline_for(make_request()),
+        model.pipeline_for(make_request(Task.i2i)),
     )
 
     assert first is not second
@@ -141,8 +141,8 @@ def test_every_request_has_a_pipeline_of_its_own_over_shared_weights(model: Diff
 
 
 @pytest.mark.parametrize("pipeline", [FluxPipeline, StableDiffusionXLPipeline, StableDiffusionPipeline])
-def test_a_pipeline_is_called_only_with_names_that_it_knows(pipeline: type) -> None:
-    arguments = call_arguments(pipeline, wish(Task.inpaint, negative_prompt="grey"), PICTURE, MASK)
+def test_a_pipeline_is_called_only_with_parameters_it_has(pipeline: type) -> None:
+    arguments = call_arguments(pipeline, make_request(Task.inpaint, negative_prompt="grey"), PICTURE, MASK)
 
     assert set(arguments) <= parameters_of(pipeline)
     assert not {"image", "mask_image", "strength"} & set(arguments)
@@ -150,19 +150,19 @@ def test_a_pipeline_is_called_only_with_names_that_it_knows(pipeline: type) -> N
 
 
 def test_text_length_goes_to_flux_and_not_to_stable_diffusion() -> None:
-    assert call_arguments(FluxPipeline, wish(), None, None)["max_sequence_length"] == 32
-    assert "max_sequence_length" not in call_arguments(StableDiffusionPipeline, wish(), None, None)
+    assert call_arguments(FluxPipeline, make_request(), None, None)["max_sequence_length"] == 32
+    assert "max_sequence_length" not in call_arguments(StableDiffusionPipeline, make_request(), None, None)
 
 
 def test_an_edit_passes_picture_and_strength() -> None:
-    arguments = call_arguments(StableDiffusionXLImg2ImgPipeline, wish(Task.i2i), PICTURE, None)
+    arguments = call_arguments(StableDiffusionXLImg2ImgPipeline, make_request(Task.i2i), PICTURE, None)
 
     assert arguments["image"] is PICTURE
     assert arguments["strength"] == 0.7
 
 
 def test_every_picture_of_a_request_has_its_own_generator() -> None:
-    generators = call_arguments(FluxPipeline, wish(num_images=3), None, None)["generator"]
+    generators = call_arguments(FluxPipeline, make_request(num_images=3), None, None)["generator"]
 
     assert [generator.initial_seed() for generator in generators] == [5, 6, 7]
     assert {generator.device.type for generator in generators} == {"cpu"}
@@ -173,7 +173,7 @@ def test_every_picture_of_a_request_has_its_own_generator() -> None:
 
 @every_family
 def test_no_two_requests_share_a_noise_scheduler(model: DiffusersModel) -> None:
-    schedulers = [model.pipeline_for(wish(task)).scheduler for task in (*tiny.IMAGE_TASKS, Task.t2i)]
+    schedulers = [model.pipeline_for(make_request(task)).scheduler for task in (*tiny.IMAGE_TASKS, Task.t2i)]
 
     assert len(set(map(id, schedulers))) == len(schedulers)
     assert len({type(scheduler) for scheduler in schedulers}) == 1
@@ -181,17 +181,17 @@ def test_no_two_requests_share_a_noise_scheduler(model: DiffusersModel) -> None:
 
 @every_family
 def test_a_run_leaves_the_models_own_noise_scheduler_untouched(model: DiffusersModel) -> None:
-    before = model.pipeline_for(wish()).scheduler.timesteps
+    before = model.pipeline_for(make_request()).scheduler.timesteps
 
-    model.call(wish(), ignore)
+    model.call(make_request(), ignore)
 
-    assert torch.equal(model.pipeline_for(wish()).scheduler.timesteps, before)
+    assert torch.equal(model.pipeline_for(make_request()).scheduler.timesteps, before)
 
 
 def test_a_scheduler_is_chosen_by_name_and_keeps_the_models_noise_levels(sdxl: DiffusersModel) -> None:
     own, chosen = (
-        sdxl.pipeline_for(wish()).scheduler,
-        sdxl.pipeline_for(wish(scheduler="dpmpp_2m_karras")).scheduler,
+        sdxl.pipeline_for(make_request()).scheduler,
+        sdxl.pipeline_for(make_request(scheduler="dpmpp_2m_karras")).scheduler,
     )
 
     assert type(chosen).__name__ == "DPMSolverMultistepScheduler"
@@ -201,7 +201,7 @@ def test_a_scheduler_is_chosen_by_name_and_keeps_the_models_noise_levels(sdxl: D
 
 def test_an_unknown_scheduler_is_refused_with_the_names_there_are(sdxl: DiffusersModel) -> None:
     with pytest.raises(BadRequest, match="use auto, euler") as caught:
-        sdxl.pipeline_for(wish(scheduler="magic"))
+        sdxl.pipeline_for(make_request(scheduler="magic"))
 
     assert caught.value.param == "scheduler"
 
@@ -267,8 +267,8 @@ RUNS = [(family, name) for family, card_id in FAMILY.items() for name in CARDS[c
 
 
 @pytest.mark.parametrize(("model", "name"), RUNS, indirect=["model"])
-def test_every_scheduler_of_a_family_paints_three_steps(model: DiffusersModel, name: str) -> None:
-    (image,) = model.call(wish(scheduler=name), ignore)
+def test_every_scheduler_of_a_family_runs_three_steps(model: DiffusersModel, name: str) -> None:
+    (image,) = model.call(make_request(scheduler=name), ignore)
 
     assert image.size == (64, 64)
     assert pixels(image).std() > 0
@@ -326,41 +326,43 @@ def test_a_flow_scheduler_keeps_the_models_shift() -> None:
 
 @every_family
 @pytest.mark.parametrize("task", tiny.IMAGE_TASKS)
-def test_every_task_paints_the_size_and_number_asked_for(model: DiffusersModel, task: Task) -> None:
-    images = model.call(wish(task, num_images=2), ignore, *GIVEN[task])
+def test_every_task_returns_the_requested_size_and_number(model: DiffusersModel, task: Task) -> None:
+    images = model.call(make_request(task, num_images=2), ignore, *GIVEN[task])
 
     assert [image.size for image in images] == [(64, 64), (64, 64)]
     assert not np.array_equal(pixels(images[0]), pixels(images[1]))
 
 
 @every_family
-def test_every_step_is_told_once_and_in_order(model: DiffusersModel) -> None:
-    told: list[tuple[int, int]] = []
+def test_every_step_is_reported_once_and_in_order(model: DiffusersModel) -> None:
+    steps_seen: list[tuple[int, int]] = []
 
-    model.call(wish(scheduler="auto"), lambda step, steps: told.append((step, steps)))
+    model.call(make_request(scheduler="auto"), lambda step, steps: steps_seen.append((step, steps)))
 
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert steps_seen == [(1, 3), (2, 3), (3, 3)]
 
 
 @every_family
 @pytest.mark.parametrize("task", [Task.i2i, Task.inpaint])
-def test_strength_zero_gives_the_picture_back_for_every_seed(model: DiffusersModel, task: Task) -> None:
+def test_strength_zero_returns_the_picture_for_every_seed(model: DiffusersModel, task: Task) -> None:
     edit = ResolvedEdit(image=b"", mask_image=b"" if task is Task.inpaint else None, strength=0.0)
 
-    images = model.call(wish(num_images=2, edit=edit), ignore, *GIVEN[task])
+    images = model.call(make_request(num_images=2, edit=edit), ignore, *GIVEN[task])
 
     assert [np.array_equal(pixels(image), pixels(PICTURE)) for image in images] == [True, True]
     assert all(image is not PICTURE for image in images)
 
 
 @pytest.fixture
-def woven(model: DiffusersModel) -> Iterator[Callable[[list[Task]], list[Image.Image]]]:
+def run_together(model: DiffusersModel) -> Iterator[Callable[[list[Task]], list[Image.Image]]]:
     """Runs one request per task at once, their forwards shared."""
     restore = intercept(model.modules)
 
     def run(tasks: list[Task]) -> list[Image.Image]:
         engine = Engine(StepScheduler(max_batch_size=8))
-        fibers = [Fiber(lambda task=task: model.call(wish(task), ignore, *GIVEN[task])[0]) for task in tasks]
+        fibers = [
+            Fiber(lambda task=task: model.call(make_request(task), ignore, *GIVEN[task])[0]) for task in tasks
+        ]
         for fiber in fibers:
             engine.start(fiber)
         while not engine.idle:
@@ -372,13 +374,13 @@ def woven(model: DiffusersModel) -> Iterator[Callable[[list[Task]], list[Image.I
 
 
 @every_family
-def test_text_image_and_inpainting_requests_at_once_paint_what_each_paints_alone(
-    model: DiffusersModel, woven: Callable[[list[Task]], list[Image.Image]]
+def test_text_image_and_inpainting_requests_in_one_batch_equal_each_alone(
+    model: DiffusersModel, run_together: Callable[[list[Task]], list[Image.Image]]
 ) -> None:
     with torch.inference_mode():
-        alone = [model.call(wish(task), ignore, *GIVEN[task])[0] for task in tiny.IMAGE_TASKS]
+        alone = [model.call(make_request(task), ignore, *GIVEN[task])[0] for task in tiny.IMAGE_TASKS]
 
-        together = woven(tiny.IMAGE_TASKS)
+        together = run_together(tiny.IMAGE_TASKS)
 
     for image, expected in zip(together, alone, strict=True):
         assert np.abs(pixels(image) - pixels(expected)).max() <= 1

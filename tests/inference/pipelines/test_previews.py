@@ -45,7 +45,7 @@ def in_sigma_space(scheduler: Any) -> bool:
 
 
 @pytest.mark.parametrize("name", FLOW_SCHEDULERS)
-def test_so_it_does_with_flows(name: str) -> None:
+def test_a_perfect_flow_model_shows_the_clean_picture_at_every_step(name: str) -> None:
     scheduler = noise_scheduler(name, FlowMatchEulerDiscreteScheduler(shift=3.0))
     scheduler.set_timesteps(10)
     clean, noise = torch.randn(1, 16, 8, 8), torch.randn(1, 16, 8, 8)
@@ -57,7 +57,7 @@ def test_so_it_does_with_flows(name: str) -> None:
     assert torch.allclose(seen, clean, atol=1e-3)
 
 
-def test_channels_that_no_picture_of_ours_moves_have_no_say() -> None:
+def test_channels_that_the_synthetic_pictures_do_not_use_have_no_weight() -> None:
     torch.manual_seed(0)
     moved = torch.randn(200, 3, dtype=torch.float64)
     still = 1e-9 * torch.randn(200, 2, dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_channels_that_no_picture_of_ours_moves_have_no_say() -> None:
     assert weights[3:].abs().max() < 1e-3
 
 
-def test_a_look_survives_numbers_that_are_not_finite() -> None:
+def test_a_preview_accepts_numbers_that_are_not_finite() -> None:
     previewer = Previewer.fitted_to(tiny.sd())
     assert previewer is not None
 

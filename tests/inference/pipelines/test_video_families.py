@@ -21,8 +21,8 @@ from deployments.protocol.events import Done, Stage
 from deployments.protocol.request import Edit, GenerationRequest, Task, Video
 from deployments.replica import ModelReplica
 from tests.inference import families
-from tests.inference.films import ROOT, png
 from tests.inference.recorder import Recorder
+from tests.inference.video_files import ROOT, png
 
 WAN = load_card(ROOT / "configs/models/tiny-wan.yaml")
 SIDE = 32
@@ -77,7 +77,7 @@ def hunyuan_from_a_picture(condition: str) -> Any:
     ],
     ids=["LTX", "LTX-i2v", "HunyuanVideo", "HunyuanVideo-i2v-33ch", "HunyuanVideo-i2v-16ch"],
 )
-async def test_a_video_has_the_frames_that_diffusers_makes(
+async def test_a_video_has_the_frames_of_diffusers(
     build: Callable[[], Any], frames: int, image: bool, decodes: list[int], tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ async def test_a_video_has_the_frames_that_diffusers_makes(
     )
     recorder = Recorder()
     model = ModelReplica([card], encoder=recorder)
-    wish = GenerationRequest(
+    request = GenerationRequest(
         model=card.id,
         prompt="a cat",
         seed=3,
@@ -105,7 +105,7 @@ async def test_a_video_has_the_frames_that_diffusers_makes(
         video=Video(num_frames=frames),
     )
     try:
-        events = [event async for event in model.generate(wish)]
+        events = [event async for event in model.generate(request)]
     finally:
         model.__del__()
 
@@ -113,7 +113,7 @@ async def test_a_video_has_the_frames_that_diffusers_makes(
     assert [e.done for e in events if isinstance(e, Stage) and e.name == "decode"] == decodes
     expected = np.round(diffusers_own(pipeline, frames, image) * 255).astype(np.int16)
     assert len(expected) == frames
-    assert np.abs(recorder.taken(8).astype(np.int16) - expected).max() <= 1
+    assert np.abs(recorder.frames_of(8).astype(np.int16) - expected).max() <= 1
     assert expected.std() > 5, "the frames show something"
 
 
@@ -121,7 +121,7 @@ def diffusers_own(pipeline: Any, frames: int, image: bool) -> Any:
     """Frames (n, H, W, 3) in 0..1 of the pipeline called as its documentation says."""
     made = videos.video_class(type(pipeline), Task.i2v if image else Task.t2v)(**pipeline.components)
     made.set_progress_bar_config(disable=True)
-    pace = {"frame_rate": 8} if "LTX" in type(made).__name__ else {}
+    frame_rate = {"frame_rate": 8} if "LTX" in type(made).__name__ else {}
     picture = {"image": Image.open(io.BytesIO(png(SIDE, SIDE))).convert("RGB")} if image else {}
     with torch.inference_mode():
         return made(
@@ -134,6 +134,6 @@ def diffusers_own(pipeline: Any, frames: int, image: bool) -> Any:
             generator=torch.Generator().manual_seed(3),
             max_sequence_length=256,
             output_type="np",
-            **pace,
+            **frame_rate,
             **picture,
         ).frames[0]

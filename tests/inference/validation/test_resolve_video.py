@@ -11,7 +11,7 @@ from deployments.protocol.card import ModelCard, Sizes, Videos, load_card
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import Control, Edit, GenerationRequest, ResolvedRequest, Task, Video
 from deployments.validation.resolve import denoising_steps, resolve
-from tests.inference.films import ROOT, png
+from tests.inference.video_files import ROOT, png
 
 WAN = load_card(ROOT / "configs/models/tiny-wan.yaml").model_copy(
     update={"tasks": ["t2v", "i2v"], "max_images": 4}

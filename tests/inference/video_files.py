@@ -1,4 +1,4 @@
-"""Frames that tell which they are, and what a video file holds."""
+"""Frames to encode, and what a video file contains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def clip(count: int, height: int = 48, width: int = 64) -> Frames:
-    """(count, height, width, 3): waves that move, each frame another."""
+    """(count, height, width, 3): moving waves, so that every frame is different."""
     rows, columns = np.mgrid[0:height, 0:width]
     frames = [
         np.stack(
@@ -46,8 +46,8 @@ def decibels(frames: npt.NDArray[Any], others: npt.NDArray[Any]) -> float:
 
 
 @dataclass(frozen=True)
-class Film:
-    """What a player finds in a video file."""
+class DecodedVideo:
+    """The contents of a video file, as a player reads them."""
 
     frames: Frames
     times_s: list[float]
@@ -59,12 +59,12 @@ class Film:
     metadata: dict[str, str]
 
 
-def film(data: bytes) -> Film:
+def decode_video(data: bytes) -> DecodedVideo:
     with av.open(io.BytesIO(data)) as container:
         stream = container.streams.video[0]
         codec = stream.codec_context
         shown = list(container.decode(stream))
-        return Film(
+        return DecodedVideo(
             np.stack([f.to_ndarray(format="rgb24", src_colorspace="ITU709") for f in shown]),
             [float(frame.time or 0.0) for frame in shown],
             str(codec.pix_fmt),
