@@ -25,7 +25,7 @@ from deployments.protocol.events import (
     Started,
     Step,
 )
-from deployments.protocol.request import Edit, GenerationRequest, OutputOptions
+from deployments.protocol.request import Edit, GenerationRequest, Lora, OutputOptions
 from deployments.replica import ModelReplica
 
 CARD = load_card(Path(__file__).parents[2] / "configs/models/tiny-flux-schnell.yaml")
@@ -310,3 +310,24 @@ async def test_a_drained_request_continues_elsewhere_with_the_same_picture(model
     ]
     assert np.array_equal(pictures[0], pictures[1])
     assert np.array_equal(pictures[1], pictures[2])
+
+
+# --- routing by LoRA ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("routed_by", "announced"), [("a" * 64, ["a" * 64]), ("b" * 64, []), ("", [])])
+async def test_a_replica_announces_the_lora_by_which_a_request_was_routed_to_it(
+    model: ModelReplica, monkeypatch: pytest.MonkeyPatch, routed_by: str, announced: list[str]
+) -> None:
+    known: list[str] = []
+
+    async def announce(digest: str) -> str:
+        known.append(digest)
+        return digest
+
+    monkeypatch.setattr("ray.serve.get_multiplexed_model_id", lambda: routed_by)
+    monkeypatch.setattr(model, "_announce_lora", announce)
+
+    await events_of(model, loras=(Lora(id="a" * 64),))
+
+    assert known == announced

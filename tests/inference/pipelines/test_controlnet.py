@@ -566,11 +566,11 @@ def test_a_controlnet_whose_files_are_missing_is_named(folder: Path) -> None:
 
 
 def test_controlnets_of_an_unsupported_family_are_refused(folder: Path) -> None:
-    with pytest.raises(ModelUnavailable, match="no ControlNets for hunyuan_video"):
+    with pytest.raises(ModelUnavailable, match="ControlNets for hunyuan_video are not supported"):
         load_controlnet(weights_in(folder, "canny"), "hunyuan_video", CPU)
 
 
-# --- the whole workshop -----------------------------------------------------------------------------------
+# --- the whole replica ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,76 @@
+"""The thread that decodes videos: whose turn it is, what it counts, and when it is regarded as hung."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from deployments.executors.decode_thread import DecodeThread
+from deployments.media.video_spec import Frames
+from deployments.protocol.errors import ModelUnavailable, OutOfMemory
+from tests.serving.fakes import eventually
+
+
+class Decoder:
+    """Returns its chunks one after the other, then None; raises `error` instead if it has one."""
+
+    def __init__(self, *lengths: int, error: Exception | None = None) -> None:
+        self.total = sum(lengths)
+        self._chunks = [np.zeros((length, 4, 4, 3), np.uint8) for length in lengths]
+        self._error = error
+
+    def next_frames(self) -> Frames | None:
+        if self._error is not None:
+            raise self._error
+        return self._chunks.pop(0) if self._chunks else None
+
+
+class Hanging(Decoder):
+    """Decodes nothing until it is released."""
+
+    released = threading.Event()
+
+    def next_frames(self) -> None:
+        self.released.wait(60)
+
+
+async def test_two_videos_take_turns_and_their_frames_are_counted() -> None:
+    thread, first, second = DecodeThread(60.0), Decoder(1, 4), Decoder(2)
+
+    lengths = []
+    for decoder in (first, second, first, second, first):
+        frames = await thread.next_frames(decoder)
+        lengths.append(None if frames is None else len(frames))
+
+    assert lengths == [1, 2, 4, None, None]
+    assert thread.frames == 7
+    assert thread.seconds > 0
+
+
+async def test_a_lack_of_memory_is_an_error_of_the_request_and_the_thread_continues() -> None:
+    thread = DecodeThread(60.0)
+
+    with pytest.raises(OutOfMemory, match="fewer frames or a smaller size"):
+        await thread.next_frames(Decoder(1, error=torch.OutOfMemoryError("CUDA out of memory")))
+
+    assert await thread.next_frames(Decoder(3)) is not None
+    thread.check()
+
+
+async def test_a_decoder_that_hangs_fails_the_check_until_it_returns() -> None:
+    thread, hanging = DecodeThread(0.0), Hanging(1)
+    thread.check()
+
+    call = asyncio.create_task(thread.next_frames(hanging))
+    await eventually(lambda: thread._busy_since is not None, quiet_s=4)
+    await asyncio.sleep(0.001)
+
+    with pytest.raises(ModelUnavailable, match="decoder hangs"):
+        thread.check()
+    hanging.released.set()
+    await call
+    thread.check()
