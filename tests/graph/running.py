@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent.parent
 PATIENCE_S = patience(8)
 RAY = {
     "RAY_AUTH_MODE": "disabled",  # else a token file is written to the home directory
-    "RAY_worker_niceness": "0",  # else other processes of the suite push replicas aside
+    "RAY_worker_niceness": "0",  # else other processes of the suite get the CPU first
 }
 
 

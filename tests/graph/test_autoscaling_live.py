@@ -16,7 +16,7 @@ from tests.graph.running import PATIENCE_S, ROOT, Service, until
 pytestmark = pytest.mark.ray
 
 NAME = "napping"
-KNOBS = {
+AUTOSCALING = {
     "utilization": 0.05,  # some seconds of work need a second replica
     "rate_window_s": 10.0,
     "near_window_s": 5.0,
@@ -43,7 +43,7 @@ def client(service: Service) -> Iterator[httpx.Client]:
         "warm_up": False,
         "min_replicas": 0,
         "max_replicas": 2,
-        "autoscaling": KNOBS,
+        "autoscaling": AUTOSCALING,
     }
     args = AppArgs.model_validate({"models": [card], "settings": {"redis_prefix": f"weft:{NAME}:"}})
     serve.run(build(args), name=NAME, route_prefix=f"/{NAME}")

@@ -16,7 +16,7 @@ from tests.graph.running import Service, kill, until
 
 pytestmark = pytest.mark.ray
 
-WISH = {"model": "slow-flux", "prompt": "a red circle", "num_inference_steps": 300, "seed": 5}
+REQUEST = {"model": "slow-flux", "prompt": "a red circle", "num_inference_steps": 300, "seed": 5}
 
 
 def victims(service: Service) -> dict[str, Callable[[], int]]:
@@ -30,7 +30,7 @@ def victims(service: Service) -> dict[str, Callable[[], int]]:
 @pytest.fixture(scope="module")
 def undisturbed(service: Service) -> Undisturbed:
     with service.client() as client:
-        return Undisturbed.of(client, **WISH)
+        return Undisturbed.of(client, **REQUEST)
 
 
 @pytest.mark.parametrize("victim", ["the dispatcher", "the model replica", "Valkey"])
@@ -42,7 +42,7 @@ def test_a_job_survives_kill_9_of(
     record_property: Callable[[str, object], None],
 ) -> None:
     began = time.monotonic()
-    job_id = submit(client, **WISH)
+    job_id = submit(client, **REQUEST)
     until(lambda: client.get(f"/api/generate/{job_id}").json()["step"] > 5, "the job runs")
 
     kill(victims(service)[victim]())
@@ -64,30 +64,30 @@ def test_a_new_job_is_served_after_all_of_that(client: httpx.Client) -> None:
 
 
 def test_a_killed_ingress_replica_loses_no_job(service: Service, client: httpx.Client) -> None:
-    job_id = submit(client, **WISH)
+    job_id = submit(client, **REQUEST)
 
     kill(service.pid_of("Ingress"))
 
     what = "the other replica reports that the job completed"
-    until(lambda: told_by_a_fresh_client(service, job_id, "completed"), what)
+    until(lambda: seen_by_a_fresh_client(service, job_id, "completed"), what)
 
 
 @pytest.mark.parametrize("actor", ["ProxyActor", "ServeController"])
 def test_a_killed_part_of_serve_comes_back_and_no_job_notices(actor: str, service: Service) -> None:
     with service.client() as before:
-        job_id = submit(before, **WISH)
+        job_id = submit(before, **REQUEST)
     (victim,) = service.pids_with(f"ray::{actor}")
 
     kill(victim)
 
-    job = until(lambda: told_by_a_fresh_client(service, job_id, "completed"), "the job completes")
+    job = until(lambda: seen_by_a_fresh_client(service, job_id, "completed"), "the job completes")
     until(lambda: service.pids_with(f"ray::{actor}"), f"{actor} is back", every_s=0.5)
     with service.client() as after:
         assert ended(after, submit(after, prompt="a blue star"))["status"] == "completed"
     assert len(job["artifacts"]) == 1
 
 
-def told_by_a_fresh_client(service: Service, job_id: str, status: str) -> dict[str, Any] | None:
+def seen_by_a_fresh_client(service: Service, job_id: str, status: str) -> dict[str, Any] | None:
     """The job, once it is so; None also while no server answers."""
     with service.client() as fresh:
         try:
@@ -122,7 +122,7 @@ def test_a_client_that_leaves_a_synchronous_call_cancels_its_job(
 def test_a_replica_that_is_stopped_hands_its_job_on_where_it_stands(
     service: Service, client: httpx.Client
 ) -> None:
-    long = WISH | {"num_inference_steps": 900}
+    long = REQUEST | {"num_inference_steps": 900}
     undisturbed = picture(client, ended(client, submit(client, **long)))
     job_id = submit(client, **long)
     until(lambda: client.get(f"/api/generate/{job_id}").json()["step"] > 300, "the job runs")

@@ -211,10 +211,10 @@ def test_jobs_of_a_model_that_goes_wait_until_it_comes_back(fleet: Fleet) -> Non
 def test_one_of_each_kind_is_killed_in_mid_job_and_every_job_ends_once(
     fleet: Fleet, service: Service
 ) -> None:
-    fleet.deploy(fleet.model(slow_card("crowd", slots=2, num_gpus=0, min_replicas=3, max_replicas=3)))
+    fleet.deploy(fleet.model(slow_card("replicated", slots=2, num_gpus=0, min_replicas=3, max_replicas=3)))
     fields = {"num_inference_steps": 200, "seed": 5}
-    undisturbed = fleet.picture(ended(fleet.client, fleet.submit("crowd", **fields)))
-    jobs = [fleet.submit("crowd", **fields) for _ in range(9)]
+    undisturbed = fleet.picture(ended(fleet.client, fleet.submit("replicated", **fields)))
+    jobs = [fleet.submit("replicated", **fields) for _ in range(9)]
 
     def running() -> int:
         steps = [fleet.client.get(f"/api/generate/{job}").json()["step"] for job in jobs]
@@ -222,7 +222,7 @@ def test_one_of_each_kind_is_killed_in_mid_job_and_every_job_ends_once(
 
     until(lambda: running() >= 3, "several run")
     pids = fleet.pids()
-    for place in ((GATEWAY, "Ingress"), (GATEWAY, "Dispatcher"), ("model-crowd", "crowd")):
+    for place in ((GATEWAY, "Ingress"), (GATEWAY, "Dispatcher"), ("model-replicated", "replicated")):
         kill(pids[place][0])
 
     def look(job: str) -> dict[str, Any] | None:

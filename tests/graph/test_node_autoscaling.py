@@ -17,7 +17,7 @@ pytestmark = pytest.mark.ray
 
 NODES = 2
 SLOTS = 2  # of one replica
-WISH = {"prompt": "a red circle", "num_inference_steps": 100}
+REQUEST = {"prompt": "a red circle", "num_inference_steps": 100}
 SOON = {  # instead of the minutes of an installation
     "min_replicas": 0,
     "max_replicas": NODES,
@@ -48,7 +48,7 @@ def test_nodes_and_replicas_appear_with_jobs_and_go_back_to_none(
                 states = [client.get(f"/api/generate/{job}").json()["status"] for job in jobs]
                 at_work = len(states) - states.count("completed")
                 for _ in range(2 * SLOTS * NODES - at_work):  # more than one node can take
-                    jobs.append(submit(client, **WISH, model=model, seed=len(jobs)))
+                    jobs.append(submit(client, **REQUEST, model=model, seed=len(jobs)))
                 homes.update(replica["node_id"] for replica in cluster.replicas(model))
                 return len(homes) == NODES
 

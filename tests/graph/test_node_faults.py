@@ -17,7 +17,7 @@ pytestmark = pytest.mark.ray
 
 Record = Callable[[str, object], None]
 MODEL = "slow-flux"
-WISH = {"model": MODEL, "prompt": "a red circle", "num_inference_steps": 300, "seed": 5}
+REQUEST = {"model": MODEL, "prompt": "a red circle", "num_inference_steps": 300, "seed": 5}
 
 
 def patient_get(client: httpx.Client, path: str) -> dict[str, object]:
@@ -30,7 +30,7 @@ def patient_get(client: httpx.Client, path: str) -> dict[str, object]:
 
 
 def running_job(client: httpx.Client, **changes: object) -> str:
-    job_id = submit(client, **(WISH | changes))
+    job_id = submit(client, **(REQUEST | changes))
     until(lambda: client.get(f"/api/generate/{job_id}").json()["step"] > 5, "the job runs")
     return job_id
 
@@ -52,7 +52,7 @@ def client(ray_cluster: RayCluster) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def undisturbed(client: httpx.Client) -> Undisturbed:
-    return Undisturbed.of(client, **WISH)
+    return Undisturbed.of(client, **REQUEST)
 
 
 def test_a_job_survives_kill_9_of_its_node(
@@ -104,7 +104,7 @@ def test_a_new_version_deployed_under_load_loses_no_accepted_job(
         with httpx.Client(base_url=ray_cluster.url, timeout=PATIENCE_S) as own:
             while not updated.wait(0.5):
                 try:
-                    answer = own.post("/api/generate/image", json=WISH | {"num_inference_steps": 50})
+                    answer = own.post("/api/generate/image", json=REQUEST | {"num_inference_steps": 50})
                 except httpx.TransportError:
                     continue  # not accepted
                 if answer.status_code == 202:

@@ -51,7 +51,7 @@ def test_the_picture_says_how_it_was_made(client: httpx.Client) -> None:
     assert (facts["seed"], facts["model"]) == (42, "tiny-flux-schnell")
 
 
-def test_the_same_seed_gives_the_same_picture_alone_and_in_a_crowd(client: httpx.Client) -> None:
+def test_the_same_seed_gives_the_same_picture_alone_and_in_a_batch(client: httpx.Client) -> None:
     fields = {"prompt": "a yellow square on a blue background", "seed": 7}
     alone = picture(client, ended(client, submit(client, **fields)))
 

@@ -15,7 +15,7 @@ from tests.inference.video_files import DecodedVideo, decibels, decode_video
 
 pytestmark = pytest.mark.ray
 
-WISH = {"model": "tiny-wan", "prompt": "a red circle moving left", "seed": 3, "steps": 2, "num_frames": 65}
+REQUEST = {"model": "tiny-wan", "prompt": "a red circle moving left", "seed": 3, "steps": 2, "num_frames": 65}
 SAME_FRAMES_DB = 33.0  # two encodings of the same frames
 
 
@@ -25,7 +25,7 @@ def undisturbed(service: Service) -> Iterator[DecodedVideo]:
     with openai.OpenAI(api_key="none", base_url=f"{service.url}/v1", timeout=PATIENCE_S) as sdk:
         extra = {"seed": "3", "num_inference_steps": "2", "num_frames": "65"}
         video = sdk.videos.create_and_poll(
-            prompt=str(WISH["prompt"]), model="tiny-wan", size="64x64", extra_body=extra
+            prompt=str(REQUEST["prompt"]), model="tiny-wan", size="64x64", extra_body=extra
         )
         assert video.status == "completed", video.error
         yield decode_video(sdk.videos.download_content(video.id).content)
@@ -33,7 +33,7 @@ def undisturbed(service: Service) -> Iterator[DecodedVideo]:
 
 def begun(client: httpx.Client, **changes: Any) -> str:
     """A job that has finished denoising: its frames are being decoded and encoded."""
-    answer = client.post("/api/generate/video", json=WISH | changes)
+    answer = client.post("/api/generate/video", json=REQUEST | changes)
     assert answer.status_code == 202, answer.text
     job_id: str = answer.json()["id"]
     with client.stream("GET", f"/api/generate/{job_id}/events") as events:

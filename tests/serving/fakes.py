@@ -23,7 +23,7 @@ CARD = ModelCard(
     id=MODEL,
     name="Fake",
     family="flux",
-    aliases=["somebody/fake-model"],
+    aliases=["someone/fake-model"],
     weights=Weights(path="models/fake"),
     tasks=["t2i", "i2i", "inpaint"],
     steps=Steps(min=4, default=4, max=4),

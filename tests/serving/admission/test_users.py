@@ -55,6 +55,6 @@ async def test_what_is_not_valid_is_refused(users: Users, name: str, email: str,
 
 
 async def test_a_user_who_never_was_is_not_found(users: Users) -> None:
-    for name in ("0" * 16, "nobody@example.org", ""):
+    for name in ("0" * 16, "stranger@example.org", ""):
         with pytest.raises(NotFound):
             await users.find(name)

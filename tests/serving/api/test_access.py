@@ -106,7 +106,7 @@ async def test_admin_routes_are_for_admins_with_the_scope_alone(
     app: FastAPI, client: httpx.AsyncClient, accounts: AccountStore
 ):
     plain_user = await key_of(
-        accounts, "nobody", Scope.read, Scope.generate, Scope.admin
+        accounts, "user", Scope.read, Scope.generate, Scope.admin
     )  # the role does not allow it
     careful = await key_of(accounts, "careful", Scope.read, Scope.generate, role=Role.admin)
     boss = await key_of(accounts, "boss", *Scope, role=Role.admin)

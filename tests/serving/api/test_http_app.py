@@ -215,7 +215,7 @@ async def test_it_is_ready_while_its_models_are_scaled_to_zero_or_none_would_eve
     assert (answer.status_code, answer.json()["ready"]) == (200, True)
 
 
-async def test_without_room_for_pictures_it_is_not_ready_and_refuses_jobs(state: ApiState, store: JobStore):
+async def test_without_space_for_images_it_is_not_ready_and_refuses_jobs(state: ApiState, store: JobStore):
     full = ResultStore(state.settings.results_root, min_free_bytes=2**60)
     job_service = JobService(store, full, CARDS, state.settings)
     async with client_of(create_app(replace(state, job_service=job_service))) as client:

@@ -175,7 +175,7 @@ async def test_a_path_in_vllms_object_is_that_of_a_shipped_adapter(client: httpx
 
 BAD_OBJECTS: list[tuple[Any, str, str]] = [
     ({"scale": 1.0}, "lora", "needs a name or a path"),
-    ({"name": "nobody"}, "lora.name", "there is no adapter 'nobody'"),
+    ({"name": "unknown"}, "lora.name", "there is no adapter 'unknown'"),
     ({"name": "ink", "scale": 3}, "lora.scale", "less than or equal to 2"),
     ({"name": "ink", "strength": 1}, "lora.strength", "not a field"),
     ("ink", "lora", "cannot be read as JSON"),

@@ -338,7 +338,7 @@ async def test_adapters_add_up_from_the_list_and_the_prompt(
     [
         ({"loras": [{"id": "unheard-of"}]}, 404, "loras", "GET /api/loras"),
         ({"prompt": "a fox <lora:unheard-of:1>"}, 404, "prompt", "unheard-of"),
-        ({"loras": [{"id": "ink"}, {"id": "nobody"}]}, 404, "loras.1", "nobody"),
+        ({"loras": [{"id": "ink"}, {"id": "unknown"}]}, 404, "loras.1", "unknown"),
         ({"loras": [{"id": "ink", "weight": 2.5}]}, 422, "loras.0.weight", "less than or equal to 2"),
         ({"loras": "ink:9"}, 422, "loras.weight", "less than or equal to 2"),
         ({"prompt": "a fox <lora:ink:-9>"}, 422, "prompt", "-2 to 2"),

@@ -48,7 +48,7 @@ def test_a_command_that_fails_has_status_1_and_a_reason(capsys: pytest.CaptureFi
 
     statuses = [
         main(["users", "add", "BOB@example.org"]),
-        main(["users", "add", "nobody"]),
+        main(["users", "add", "unnamed"]),
         main(["users", "disable", "carol@example.org"]),
         main(["keys", "create", "bob@example.org", "--scopes", "everything"]),
         main(["keys", "create", "bob@example.org", "--scopes", "admin"]),

@@ -113,7 +113,7 @@ def test_bounds_hold_whatever_is_seen(data: st.DataObject, minimum: int, maximum
 @settings(deadline=None)
 @given(st.floats(1, 5000), st.integers(1, 20))
 def test_starting_replicas_count_as_capacity(backlog_s: float, running: int) -> None:
-    """Nobody is asked for twice: with those on the way that were asked for, no more are."""
+    """Replicas that are starting are not requested again."""
     scaler = Scaler(AutoscalingParams())
     target = scaler.decide(Observation(0.0, running, running, 0.0, backlog_s), 0, 10_000)
     for second in range(1, 30):  # they are still starting, and the others work
@@ -122,7 +122,7 @@ def test_starting_replicas_count_as_capacity(backlog_s: float, running: int) -> 
         assert scaler.decide(observed, 0, 10_000) == target
 
 
-def test_a_cold_start_is_not_answered_with_a_crowd() -> None:
+def test_a_cold_start_is_not_answered_with_many_replicas() -> None:
     """Ray's default grows with the queue while replicas load; here they are known to be coming."""
     fluid = Fluid(running=4, cold_start_s=150.0)
     fluid.run(1200, rate=3.0)
