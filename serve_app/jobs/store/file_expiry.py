@@ -8,19 +8,19 @@ from typing import cast
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
+from serve_app.jobs.store.endings import Endings
 from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.reads import read_group, read_job
-from serve_app.jobs.store.transitions import Transitions
 from serve_app.redis.transactions import begin, clock_us, redis_errors, transact
 
 
 class FileExpiry:
     """Says which files are to be removed, and records their removal. Raises StoreUnreachable."""
 
-    def __init__(self, redis: Redis, keys: Keys, transitions: Transitions) -> None:
+    def __init__(self, redis: Redis, keys: Keys, endings: Endings) -> None:
         self._redis = redis
         self._keys = keys
-        self._transitions = transitions
+        self._endings = endings
 
     async def due(self, at_most: int = 64) -> list[str]:
         """Ids of ended jobs whose files are to be removed."""
@@ -39,7 +39,7 @@ class FileExpiry:
             job = await read_job(pipe, self._keys, job_id)
             group = await read_group(pipe, self._keys, job)
             begin(pipe)
-            self._transitions.expire_files(pipe, job, group)
+            self._endings.expire_files(pipe, job, group)
 
         await transact(self._redis, [self._keys.job(job_id)], decide)
 

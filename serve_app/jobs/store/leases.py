@@ -12,12 +12,13 @@ from redis.asyncio.client import Pipeline
 from deployments.protocol.errors import NotFound
 from serve_app.jobs import events
 from serve_app.jobs.job import Job, JobError, JobState, ResumePoint, StoredArtifact
+from serve_app.jobs.store.endings import CoalescedGroup
 from serve_app.jobs.store.fair_queue import start_tag_of
 from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.reads import read_group, read_job
 from serve_app.jobs.store.record import job_from
 from serve_app.jobs.store.throughput import ThroughputStats
-from serve_app.jobs.store.transitions import CoalescedGroup, Transitions
+from serve_app.jobs.store.transitions import Transitions
 from serve_app.redis.transactions import begin, clock_us, get_hash, redis_errors, transact
 
 HEADS = 4  # first jobs read per queue, so that dispatchers that collide claim the next one
@@ -128,11 +129,11 @@ class Leases:
 
         def finish(pipe: Pipeline, job: Job, now_us: int, group: CoalescedGroup) -> Job:
             if job.cancel_requested:
-                return self._transitions.end(pipe, job, JobState.cancelled, now_us, group)
+                return self._transitions.endings.end(pipe, job, JobState.cancelled, now_us, group)
             done = replace(job, artifacts=tuple(artifacts), generation_s=generation_s)
             if job.cached_from is None:
                 self._throughput.record_duration(pipe, job.request.model, generation_s)
-            return self._transitions.end(pipe, done, JobState.completed, now_us, group)
+            return self._transitions.endings.end(pipe, done, JobState.completed, now_us, group)
 
         return await self._finish(claim, finish)
 
@@ -144,9 +145,9 @@ class Leases:
 
         def finish(pipe: Pipeline, job: Job, now_us: int, group: CoalescedGroup) -> Job:
             if job.cancel_requested:
-                return self._transitions.end(pipe, job, JobState.cancelled, now_us, group)
+                return self._transitions.endings.end(pipe, job, JobState.cancelled, now_us, group)
             failed = replace(job, error=error)
-            return self._transitions.end(
+            return self._transitions.endings.end(
                 pipe, failed, JobState.failed, now_us, group, fails_followers=fails_followers
             )
 
@@ -156,7 +157,7 @@ class Leases:
         """The ended job, after its worker has stopped."""
 
         def finish(pipe: Pipeline, job: Job, now_us: int, group: CoalescedGroup) -> Job:
-            return self._transitions.end(pipe, job, JobState.cancelled, now_us, group)
+            return self._transitions.endings.end(pipe, job, JobState.cancelled, now_us, group)
 
         return await self._finish(claim, finish)
 

@@ -9,9 +9,9 @@ from redis.asyncio.client import Pipeline
 
 from deployments.protocol.errors import NotFound
 from serve_app.jobs.job import Job
+from serve_app.jobs.store.endings import NO_GROUP, CoalescedGroup
 from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.record import job_from
-from serve_app.jobs.store.transitions import NO_GROUP, CoalescedGroup
 from serve_app.redis.transactions import get_hash
 
 NO_SUCH_JOB = "no such job; it may have been deleted or forgotten, or it is not yours"

@@ -48,7 +48,7 @@ class JobStore:
         self.leases = Leases(redis, keys, transitions, self.throughput)
         self.cache = ResultCache(redis, keys, settings)
         self.outbox = Outbox(redis, keys)
-        self.file_expiry = FileExpiry(redis, keys, transitions)
+        self.file_expiry = FileExpiry(redis, keys, transitions.endings)
         self._acceptance = Acceptance(redis, keys, settings, transitions, self.throughput)
 
     def work_wakeups(self) -> Wakeups:
@@ -125,7 +125,7 @@ class JobStore:
                 group = await read_group(pipe, self._keys, job)
                 now_us = await clock_us(pipe)
                 begin(pipe)
-                return self._transitions.end(pipe, job, JobState.cancelled, now_us, group)
+                return self._transitions.endings.end(pipe, job, JobState.cancelled, now_us, group)
             begin(pipe)
             return self._transitions.request_cancel(pipe, job)
 
@@ -140,7 +140,7 @@ class JobStore:
                 raise Conflict(f"the job is {job.state.value}; cancel it first")
             group = await read_group(pipe, self._keys, job)
             begin(pipe)
-            self._transitions.delete(pipe, job, group)
+            self._transitions.endings.delete(pipe, job, group)
 
         await transact(self.redis, [self._keys.job(job_id)], decide)
 

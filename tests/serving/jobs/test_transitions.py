@@ -20,11 +20,12 @@ from serve_app.jobs.job import (
     StoredArtifact,
     SubmitOptions,
 )
+from serve_app.jobs.store.endings import EVENTS_TTL_S, CoalescedGroup
 from serve_app.jobs.store.fair_queue import QueueTag
 from serve_app.jobs.store.indexes import NEW_WORK
 from serve_app.jobs.store.key_names import Keys, key_digest
 from serve_app.jobs.store.record import IDEMPOTENCY_RECORD, job_from
-from serve_app.jobs.store.transitions import EVENTS_TTL_S, CoalescedGroup, Placement, Transitions
+from serve_app.jobs.store.transitions import Placement, Transitions
 from serve_app.settings import Settings
 from tests.serving.fakes import MODEL, OWNER, resolved
 from tests.serving.jobs.memory_pipe import MemoryPipe
@@ -353,7 +354,7 @@ def test_a_completed_job_keeps_its_files_and_gets_a_time_to_live(
 ) -> None:
     job = replace(running(pipe, transitions), artifacts=(artifact("image"),), generation_s=1.5)
 
-    left = transitions.end(cast(Any, pipe), job, JobState.completed, NOW_US + 9)
+    left = transitions.endings.end(cast(Any, pipe), job, JobState.completed, NOW_US + 9)
 
     assert (left.state, left.completed_at, left.percent) == (JobState.completed, (NOW_US + 9) / 1e6, 100)
     assert stored(pipe) == left
@@ -370,7 +371,7 @@ def test_a_completed_job_keeps_its_files_and_gets_a_time_to_live(
 def test_a_webhook_enters_the_outbox_with_the_ending(pipe: MemoryPipe, transitions: Transitions) -> None:
     job = running(pipe, transitions, webhook="https://receiver.example")
 
-    transitions.end(cast(Any, pipe), job, JobState.cancelled, NOW_US + 9)
+    transitions.endings.end(cast(Any, pipe), job, JobState.cancelled, NOW_US + 9)
 
     assert pipe.zsets[KEYS.outbox] == {"a": NOW_US + 9}
     assert pipe.ttl_s[KEYS.outbox] == SETTINGS.record_ttl_s
@@ -387,7 +388,7 @@ def test_what_was_not_delivered_is_given_back(
     job = transitions.accept(cast(Any, pipe), new(), NOW_US, placement(), charge)
     job = replace(transitions.claim(cast(Any, pipe), job, NOW_US, 5.0), artifacts=artifacts, generation_s=1.0)
 
-    transitions.end(cast(Any, pipe), job, JobState.completed, NOW_US)
+    transitions.endings.end(cast(Any, pipe), job, JobState.completed, NOW_US)
 
     assert pipe.hashes[KEYS.quota(OWNER)] == {"2026-11-30": used}
 
@@ -396,7 +397,7 @@ def test_a_cancelled_follower_leaves_its_leader(pipe: MemoryPipe, transitions: T
     accepted(pipe, transitions, "a", cache_key="ck")
     follower = following(pipe, transitions, "b", "a")
 
-    transitions.end(cast(Any, pipe), follower, JobState.cancelled, NOW_US)
+    transitions.endings.end(cast(Any, pipe), follower, JobState.cancelled, NOW_US)
 
     assert pipe.zsets[KEYS.followers("a")] == {}
     assert pipe.strings[KEYS.cache_key("ck")] == "a"
@@ -412,7 +413,9 @@ def coalesced(pipe: MemoryPipe, transitions: Transitions) -> tuple[Job, Coalesce
 def test_followers_of_a_completed_leader_copy_its_files(pipe: MemoryPipe, transitions: Transitions) -> None:
     leader, group = coalesced(pipe, transitions)
 
-    transitions.end(cast(Any, pipe), replace(leader, generation_s=1.0), JobState.completed, NOW_US, group)
+    transitions.endings.end(
+        cast(Any, pipe), replace(leader, generation_s=1.0), JobState.completed, NOW_US, group
+    )
 
     for job_id in ("b", "c"):
         job = stored(pipe, job_id)
@@ -428,7 +431,7 @@ def test_followers_of_a_failed_leader_fail_for_the_same_cause(
 ) -> None:
     leader, group = coalesced(pipe, transitions)
 
-    transitions.end(cast(Any, pipe), replace(leader, error=LOST), JobState.failed, NOW_US, group)
+    transitions.endings.end(cast(Any, pipe), replace(leader, error=LOST), JobState.failed, NOW_US, group)
 
     for job_id in ("b", "c"):
         assert (stored(pipe, job_id).state, stored(pipe, job_id).error) == (JobState.failed, LOST)
@@ -445,7 +448,7 @@ def test_the_oldest_follower_becomes_the_new_leader_and_takes_over_the_cache_key
     leader, group = coalesced(pipe, transitions)
 
     leader = replace(leader, error=LOST)
-    transitions.end(cast(Any, pipe), leader, state, NOW_US, group, fails_followers=False)
+    transitions.endings.end(cast(Any, pipe), leader, state, NOW_US, group, fails_followers=False)
 
     assert (stored(pipe, "b").leader, stored(pipe, "b").cached_from) == (None, None)
     assert pipe.zsets[KEYS.pending_of(MODEL)] == {"b": TAG.score}
@@ -464,9 +467,9 @@ def test_a_job_that_does_not_answer_its_cache_key_leaves_it_alone(
     group = replace(group, is_leader=False)
 
     for state in (JobState.cancelled, JobState.failed):
-        ended = transitions.end(cast(Any, pipe), replace(leader, error=LOST), state, NOW_US, group)
-        transitions.expire_files(cast(Any, pipe), ended, group)
-        transitions.delete(cast(Any, pipe), ended, group)
+        ended = transitions.endings.end(cast(Any, pipe), replace(leader, error=LOST), state, NOW_US, group)
+        transitions.endings.expire_files(cast(Any, pipe), ended, group)
+        transitions.endings.delete(cast(Any, pipe), ended, group)
 
     assert pipe.strings[KEYS.cache_key("ck")] == "another"
 
@@ -476,7 +479,9 @@ def test_a_cancelled_leader_without_followers_gives_its_cache_key_up(
 ) -> None:
     leader = running(pipe, transitions, "a", cache_key="ck")
 
-    transitions.end(cast(Any, pipe), leader, JobState.cancelled, NOW_US, CoalescedGroup(is_leader=True))
+    transitions.endings.end(
+        cast(Any, pipe), leader, JobState.cancelled, NOW_US, CoalescedGroup(is_leader=True)
+    )
 
     assert not pipe.exists(KEYS.cache_key("ck"))
 
@@ -484,13 +489,15 @@ def test_a_cancelled_leader_without_followers_gives_its_cache_key_up(
 def completed(pipe: MemoryPipe, transitions: Transitions) -> Job:
     job = running(pipe, transitions, "a", cache_key="ck", webhook="https://receiver.example")
     job = replace(job, artifacts=(artifact("image"),), generation_s=1.0)
-    return transitions.end(cast(Any, pipe), job, JobState.completed, NOW_US, CoalescedGroup(is_leader=True))
+    return transitions.endings.end(
+        cast(Any, pipe), job, JobState.completed, NOW_US, CoalescedGroup(is_leader=True)
+    )
 
 
 def test_nothing_of_a_deleted_job_remains(pipe: MemoryPipe, transitions: Transitions) -> None:
     job = completed(pipe, transitions)
 
-    transitions.delete(cast(Any, pipe), job, CoalescedGroup(is_leader=True))
+    transitions.endings.delete(cast(Any, pipe), job, CoalescedGroup(is_leader=True))
 
     gone = (KEYS.job("a"), KEYS.events("a"), KEYS.cache_key("ck"), KEYS.expiring, KEYS.outbox)
     assert [key for key in (*gone, KEYS.owner(OWNER)) if pipe.exists(key)] == []
@@ -499,7 +506,7 @@ def test_nothing_of_a_deleted_job_remains(pipe: MemoryPipe, transitions: Transit
 def test_a_job_without_files_is_copied_no_more(pipe: MemoryPipe, transitions: Transitions) -> None:
     job = completed(pipe, transitions)
 
-    transitions.expire_files(cast(Any, pipe), job, CoalescedGroup(is_leader=True))
+    transitions.endings.expire_files(cast(Any, pipe), job, CoalescedGroup(is_leader=True))
 
     assert (stored(pipe).files_expired, stored(pipe).artifacts) == (True, ())
     assert not pipe.exists(KEYS.cache_key("ck"))
