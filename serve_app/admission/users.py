@@ -46,12 +46,7 @@ class Users:
         self, name: str, email: str, role: Role = Role.user, images_per_day: int | None = None
     ) -> User:
         """The new user. Raises Conflict when the e-mail address is in use, BadRequest for invalid values."""
-        email = email.strip().lower()
-        if not EMAIL.fullmatch(email):
-            raise BadRequest("that is no e-mail address; write it as name@example.org", param="email")
-        name = name.strip()
-        if not 1 <= len(name) <= NAME_MAX_CHARS or not name.isprintable():
-            raise BadRequest(f"a name has 1 to {NAME_MAX_CHARS} printable characters", param="name")
+        email, name = _checked_email(email), _checked_name(name)
         if images_per_day is not None and images_per_day < 0:
             raise BadRequest(
                 "images_per_day must be 0 or more; leave it out for no limit", param="images_per_day"
@@ -130,6 +125,21 @@ class Users:
     def _email(self, email: str) -> str:
         """STRING: id of the user with this e-mail address, which is hashed as it is the caller's text."""
         return f"{self._prefix}email:{hashlib.sha256(email.encode()).hexdigest()}"
+
+
+def _checked_name(text: str) -> str:
+    name = text.strip()
+    if not 1 <= len(name) <= NAME_MAX_CHARS or not name.isprintable():
+        raise BadRequest(f"a name has 1 to {NAME_MAX_CHARS} printable characters", param="name")
+    return name
+
+
+def _checked_email(text: str) -> str:
+    """The address in lower case."""
+    email = text.strip().lower()
+    if not EMAIL.fullmatch(email):
+        raise BadRequest("that is no e-mail address; write it as name@example.org", param="email")
+    return email
 
 
 def _known(user_id: str, fields: Mapping[str, str]) -> User:
