@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -19,20 +18,18 @@ from deployments.executors.run import Run
 from deployments.executors.video_encoding import Encoder
 from deployments.loras.file_cache import LoraFileCache
 from deployments.loras.file_reader import LoraFileReader
-from deployments.models.hardware import best_device, memory_bytes
-from deployments.models.model_cache import ModelCache
-from deployments.models.model_instance import ModelInstance
+from deployments.models.model_loader import ModelLoader
 from deployments.observability import collectors
 from deployments.observability.metrics import Sample
 from deployments.protocol.card import ModelCard
 from deployments.protocol.events import Event
 from deployments.protocol.request import ResolvedRequest
 
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
 
 
 class Runtime:
-    """Loads the models of one replica and runs requests on them. Used from one event loop."""
+    """The models, threads and files of one replica, and the requests that run on them. For one event loop."""
 
     def __init__(
         self,
@@ -47,25 +44,14 @@ class Runtime:
 
         Raises ModelUnavailable when the weights cannot be loaded.
         """
-        first, serving = cards[0], cards[0].serving
+        serving = cards[0].serving
         torch.set_num_threads(max(1, int(serving.num_cpus)))  # Ray sets 1 for small replicas
-        self._cards = {card.id: card for card in cards}
-        self._refiners = refiners
-        self._device = best_device()
         self._lora_files = LoraFileCache(lora_folder, serving.adapter_disk_mib * MIB, lora_files)
-        self._loads: dict[str, tuple[int, float]] = {}  # by model: how often it was loaded here, and seconds
-        self.models: ModelCache[ModelInstance] = ModelCache(
-            self._load,
-            ModelInstance.unload,
-            lambda model: model.size_bytes,
-            limit=serving.models_loaded,
-            max_bytes=memory_bytes(self._device),
-            expected_bytes=lambda name: int(self._cards[name].vram_gib * GIB),
-        )
-        self.models.put(first.id, self._load(first.id, while_serving=False))
+        self._loader = ModelLoader(cards, refiners, self._lora_files)
+        self.models = self._loader.open_cache(serving.models_loaded)
         scheduler = StepScheduler(serving.max_rows)
         engine = Engine(
-            scheduler, deterministic=serving.deterministic, auxiliary_lane=True, device=self._device
+            scheduler, deterministic=serving.deterministic, auxiliary_lane=True, device=self._loader.device
         )
         self.worker = Worker(engine, scheduler, slots=serving.slots, watchdog_s=serving.watchdog_s)
         self.encoder = encoder
@@ -107,8 +93,8 @@ class Runtime:
         """Current values of the metrics of the engine, the models, the decoder and the memory."""
         yield from collectors.worker_samples(self.worker)
         yield from collectors.model_samples(self.models.models)
-        yield from collectors.memory_samples(self._device)
-        for model, (times, seconds) in list(self._loads.items()):
+        yield from collectors.memory_samples(self._loader.device)
+        for model, (times, seconds) in list(self._loader.loads.items()):
             yield Sample("weft_model_loads_total", times, {"model": model})
             yield Sample("weft_model_load_seconds_total", seconds, {"model": model})
         if self.encoder is not None:
@@ -132,16 +118,3 @@ class Runtime:
         """Raises ModelUnavailable when a thread is dead or hangs."""
         self.worker.check()
         self.decode_thread.check()
-
-    def _load(self, name: str, *, while_serving: bool = True) -> ModelInstance:
-        card, began = self._cards[name], time.monotonic()
-        model = ModelInstance(
-            card,
-            self._refiners.get(name),
-            self._device,
-            while_serving=while_serving,
-            lora_files=self._lora_files,
-        )
-        times, seconds = self._loads.get(name, (0, 0.0))
-        self._loads[name] = (times + 1, seconds + time.monotonic() - began)
-        return model

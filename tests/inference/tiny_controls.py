@@ -18,7 +18,7 @@ CONTROLS: dict[ControlType, ControlNet] = {
 
 
 def flux_controlnet(seed: int, *, num_mode: int | None = None) -> FluxControlNetModel:
-    """num_mode: kinds of control picture that a union net tells apart."""
+    """num_mode: number of types of control picture of a union net."""
     torch.manual_seed(seed)
     config = {k: v for k, v in tiny.flux().transformer.config.items() if k != "out_channels"}
     net = FluxControlNetModel.from_config(config, num_layers=1, num_single_layers=1, num_mode=num_mode)

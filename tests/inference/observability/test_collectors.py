@@ -101,19 +101,19 @@ def test_counters_are_reported_by_their_increase_and_gauges_by_their_value(recor
 
 
 def test_a_failed_collection_does_not_end_the_reports(recorded: RecordedMetrics) -> None:
-    reporter, told_again, calls = Reporter(interval_s=0.001), threading.Event(), 0
+    reporter, reported_again, calls = Reporter(interval_s=0.001), threading.Event(), 0
 
     def read() -> list[Sample]:
         nonlocal calls
         calls += 1
         if calls == 1:
             raise RuntimeError("a part was being replaced")
-        told_again.set()
+        reported_again.set()
         return [Sample("weft_slots", 1)]
 
     reporter.start(read)
 
-    assert told_again.wait(patience())
+    assert reported_again.wait(patience())
     reporter.stop()
 
 
