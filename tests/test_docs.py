@@ -259,6 +259,19 @@ def test_the_api_page_names_every_field_of_a_request(openapi: dict[str, Any]) ->
     assert fields - words == set()
 
 
+def test_the_structure_page_names_every_package_and_loose_module_of_both_layers() -> None:
+    named = set(CODE.findall(read("docs/structure.md")))
+    top = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for layer in ("serve_app", "deployments")
+        for path in (ROOT / layer).iterdir()
+        if not path.name.startswith((".", "_"))
+    }
+
+    assert len(top) > 20
+    assert top - named == set()
+
+
 def test_the_glossary_has_thirty_terms_in_order_each_once() -> None:
     terms = re.findall(r"^\| ([a-z][a-z ,]*) \|", read("docs/glossary.md"), re.MULTILINE)[1:]
 
