@@ -28,7 +28,8 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
-from deployments.engine.step_scheduler import ParkedCall, ScheduledJob, StepScheduler
+from deployments.engine.scheduled_job import ParkedCall, ScheduledJob
+from deployments.engine.step_scheduler import StepScheduler
 
 STEPS = {4: 0.3, 8: 0.2, 20: 0.25, 28: 0.15, 50: 0.1}
 GUIDANCES = (1.0, 2.5, 3.5, 5.0, 7.0)

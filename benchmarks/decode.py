@@ -22,7 +22,8 @@ from deployments.engine.batch_buckets import pad_small_linears
 from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
-from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
+from deployments.engine.scheduled_job import ScheduledJob
+from deployments.engine.step_scheduler import StepScheduler
 from deployments.models.load import load_pipeline
 from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.protocol.card import load_card

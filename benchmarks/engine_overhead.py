@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
-from deployments.engine.step_scheduler import ParkedCall, ScheduledJob, StepScheduler
+from deployments.engine.scheduled_job import ParkedCall, ScheduledJob
+from deployments.engine.step_scheduler import StepScheduler
 
 ACTIVE = (1, 2, 4, 8, 16, 32, 64)
 ROWS = 8  # of a forward, in measure_active

@@ -37,7 +37,8 @@ from deployments.engine.batch_buckets import pad_small_linears
 from deployments.engine.engine import Engine
 from deployments.engine.intercept import intercept
 from deployments.engine.lora_rows import run_with_lora_rows
-from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
+from deployments.engine.scheduled_job import ScheduledJob
+from deployments.engine.step_scheduler import StepScheduler
 from deployments.engine.worker import Emit, Worker
 from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.cache import LoraCache, LoraCacheLimits

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import ledger
 
-from deployments.engine.step_scheduler import ParkedCall, ScheduledJob, StepScheduler
+from deployments.engine.scheduled_job import ParkedCall, ScheduledJob
+from deployments.engine.step_scheduler import StepScheduler
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.inference.engine.simulation import (

@@ -1,4 +1,4 @@
-"""How long a forward of so many rows takes, learned while serving (pure: no torch, no clock)."""
+"""Seconds of a forward by batch size, learned while serving (pure: no torch, no clock)."""
 
 from __future__ import annotations
 
@@ -7,46 +7,52 @@ from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-KNEE_FRACTION = 0.97  # of the best rows per second: the smallest such number of rows is the knee
-KEYS = 256
-PROBE_EVERY = 256  # forwards of one key between two looks at a bigger number of rows
-RELEARN_AFTER = 3  # surprising times in a row mean that the machine has changed
+KNEE_FRACTION = 0.97  # of the best rows per second: the smallest batch size with as many is the knee
+MAX_KEYS = 256  # the keys used last are kept
+PROBE_EVERY = 256  # forwards of one key between two trials of a larger batch size
+RELEARN_AFTER = 3  # outliers in a row mean that the machine has changed
 
 
 @dataclass(slots=True)
 class _CostCurve:
-    seconds: dict[int, float] = field(default_factory=dict)  # by rows
-    seen_once: set[int] = field(default_factory=set)  # numbers of rows seen once only
-    buckets: tuple[int, ...] = ()  # the only numbers of rows that run; empty: every one
-    cap: int | None = None  # more rows ran out of memory
-    outliers: int = 0
+    """What is known of the forwards of one key."""
+
+    seconds: dict[int, float] = field(default_factory=dict)  # by batch size
+    seen_once: set[int] = field(default_factory=set)  # batch sizes
+    buckets: tuple[int, ...] = ()  # the only batch sizes that run, ascending; empty: all
+    cap: int | None = None  # larger batch sizes ran out of memory
+    outliers: int = 0  # in a row
     forwards: int = 0
-    target: int = 1  # rows that the next forward should have at most
-    seconds_per_row: float | None = None  # of one row at the best rows per second seen
+    target: int = 1  # batch size that the next forward should have at most
+    seconds_per_row: float | None = None  # at the best rows per second seen
 
 
 class CostModel:
-    """Seconds by (key, rows), and the number of rows that pays; the 256 keys used last are kept."""
+    """Seconds by key and batch size, and the batch size that pays."""
 
     def __init__(self, max_batch_size: int) -> None:
-        self._max_rows = max_batch_size
+        self._max_batch_size = max_batch_size
         self._curves: OrderedDict[Hashable, _CostCurve] = OrderedDict()
 
     def set_buckets(self, key: Hashable, buckets: Sequence[int]) -> None:
+        """Forwards of this key are padded to the next of these batch sizes."""
         curve = self._curve(key)
         curve.buckets = tuple(sorted(buckets))
         curve.target = self._target(curve)
 
     def cap(self, key: Hashable, batch_size: int) -> None:
-        """No forward of this key shall have more rows."""
+        """No forward of this key should be larger."""
         curve = self._curve(key)
         curve.cap = batch_size if curve.cap is None else min(batch_size, curve.cap)
-        curve.seconds = {count: seconds for count, seconds in curve.seconds.items() if count <= curve.cap}
+        curve.seconds = {size: seconds for size, seconds in curve.seconds.items() if size <= curve.cap}
         curve.target = self._target(curve)
 
     def record(self, key: Hashable, batch_size: int, seconds: float) -> None:
-        """Of the first two times the shorter is believed (the other had to warm up), later ones move it
-        by a quarter; three far ones in a row forget all."""
+        """Learn one forward.
+
+        Of the first two times of a batch size the shorter counts (the other included a warm-up), later ones
+        move it by a quarter; after three in a row that differ by more than twice, the key is learned anew.
+        """
         curve = self._curve(key)
         curve.forwards += 1
         batch_size = _padded(curve.buckets, batch_size)
@@ -64,30 +70,30 @@ class CostModel:
             curve.outliers += 1
             if curve.outliers >= RELEARN_AFTER:
                 curve.outliers = 0
-                curve.seconds, curve.seen_once = {}, set()  # from one row on
+                curve.seconds, curve.seen_once = {}, set()
         curve.seconds_per_row = min((s / n for n, s in curve.seconds.items()), default=curve.seconds_per_row)
         curve.target = self._target(curve)
 
-    def batch_size(self, key: Hashable) -> int:
-        """Rows that a forward of this key should have at most: the knee, or a bigger number to try."""
+    def best_batch_size(self, key: Hashable) -> int:
+        """Rows that a forward of this key should have at most: the knee, or a larger batch size to try."""
         curve = self._curves.get(key)
         return 1 if curve is None else curve.target
 
     def seconds_per_row(self, key: Hashable) -> float | None:
-        """Seconds of one row at the best rows per second seen; None before the first forward."""
+        """Seconds at the best rows per second seen; None before the first forward."""
         curve = self._curves.get(key)
         return None if curve is None else curve.seconds_per_row
 
     def seconds(self, key: Hashable, batch_size: float) -> float | None:
-        """Seconds of a forward of so many rows, on straight lines between the known ones."""
+        """Seconds of a forward, interpolated between the batch sizes seen; None before the first forward."""
         curve = self._curves.get(key)
         if curve is None or not curve.seconds:
             return None
-        known = sorted(curve.seconds)
-        index = min(max(bisect_left(known, batch_size), 1), len(known) - 1)
-        if len(known) == 1:
-            return curve.seconds[known[0]] * max(1.0, batch_size / known[0])
-        low, high = known[index - 1], known[index]
+        sizes = sorted(curve.seconds)
+        if len(sizes) == 1:
+            return curve.seconds[sizes[0]] * max(1.0, batch_size / sizes[0])
+        index = min(max(bisect_left(sizes, batch_size), 1), len(sizes) - 1)
+        low, high = sizes[index - 1], sizes[index]
         fast, slow = curve.seconds[low], curve.seconds[high]
         return max(fast / 2, fast + (batch_size - low) * (slow - fast) / (high - low))
 
@@ -95,25 +101,22 @@ class CostModel:
         curve = self._curves.get(key)
         if curve is None:
             curve = self._curves[key] = _CostCurve()
-            if len(self._curves) > KEYS:
+            if len(self._curves) > MAX_KEYS:
                 self._curves.popitem(last=False)
         else:
             self._curves.move_to_end(key)
         return curve
 
     def _target(self, curve: _CostCurve) -> int:
-        most = self._max_rows if curve.cap is None else min(curve.cap, self._max_rows)
-        return max(1, min(most, self._best_or_next(curve)))
+        most = self._max_batch_size if curve.cap is None else min(curve.cap, self._max_batch_size)
+        return max(1, min(most, self._knee_or_next(curve)))
 
-    def _best_or_next(self, curve: _CostCurve) -> int:
+    def _knee_or_next(self, curve: _CostCurve) -> int:
+        """The knee; or a larger batch size, if the largest known is the knee, not certain or long ago."""
         if not curve.seconds:
             return self._next(curve, 0)
-        best = max(batch_size / seconds for batch_size, seconds in curve.seconds.items())
-        knee = min(
-            batch_size
-            for batch_size, seconds in curve.seconds.items()
-            if batch_size / seconds >= KNEE_FRACTION * best
-        )
+        best = max(size / seconds for size, seconds in curve.seconds.items())
+        knee = min(size for size, seconds in curve.seconds.items() if size / seconds >= KNEE_FRACTION * best)
         largest = max(curve.seconds)
         if largest in curve.seen_once:
             return largest
@@ -122,9 +125,9 @@ class CostModel:
         return knee
 
     def _next(self, curve: _CostCurve, batch_size: int) -> int:
-        """The number of rows to try after this one: the next allowed, or twice as many."""
+        """The batch size to try after this one: the next bucket, or twice as many rows."""
         if curve.buckets:
-            return next((count for count in curve.buckets if count > batch_size), curve.buckets[-1])
+            return next((size for size in curve.buckets if size > batch_size), curve.buckets[-1])
         return max(1, 2 * batch_size)
 
 

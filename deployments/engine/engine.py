@@ -12,7 +12,8 @@ from deployments.engine.fiber import Fiber, FiberCancelled
 from deployments.engine.forward_runner import ForwardRunner, InlineRunner, ThreadRunner
 from deployments.engine.forward_timer import ForwardTimer
 from deployments.engine.lane import Lane
-from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
+from deployments.engine.scheduled_job import ScheduledJob
+from deployments.engine.step_scheduler import StepScheduler
 
 
 class Engine:

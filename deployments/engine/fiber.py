@@ -9,7 +9,7 @@ from typing import Any
 from greenlet import getcurrent, greenlet
 
 from deployments.engine.call import ModuleCall
-from deployments.engine.step_scheduler import ScheduledJob
+from deployments.engine.scheduled_job import ScheduledJob
 
 
 class FiberCancelled(BaseException):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deployments.engine.step_scheduler import ScheduledJob
+from deployments.engine.scheduled_job import ScheduledJob
 
 # (module, key, batch size, seconds, jobs, now) of a finished forward
 Report = Callable[[str, Hashable, int, float, Sequence[ScheduledJob], float], None]

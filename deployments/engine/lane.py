@@ -12,8 +12,9 @@ from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber
 from deployments.engine.forward_runner import Forward, ForwardOutcome, ForwardRunner
 from deployments.engine.out_of_memory import as_out_of_memory, free_device_memory, is_out_of_memory
+from deployments.engine.scheduled_job import ParkedCall
 from deployments.engine.stacking import Unsplittable
-from deployments.engine.step_scheduler import ParkedCall, StepScheduler
+from deployments.engine.step_scheduler import StepScheduler
 
 logger = logging.getLogger(__name__)
 

@@ -1,24 +1,27 @@
-"""When jobs will start and end if nobody else comes (pure: no torch, no clock)."""
+"""When jobs will start and end if no other job is submitted (pure: no torch, no clock)."""
 
 from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
-EVENTS = 128  # ends of jobs that are followed one by one; whatever comes later is laid end to end
+MAX_ENDS = 128  # ends of jobs that are simulated one by one; later work is laid end to end
+
+_by_score = attrgetter("score")
 
 
 @dataclass(slots=True)
 class SimulatedJob:
-    """A job's steps to come. `foresee` counts them down."""
+    """A job's remaining steps. `simulate` changes steps, work_s, starts_s and ends_s."""
 
     score: float  # smaller runs earlier
     steps: int
-    batch_size: int
-    max_batch_size: int  # that a forward of this shape has
-    work_s: float  # of the device, for all its steps
-    shape: Hashable  # tasks of equal shape share forwards
+    rows: int  # of its costliest call
+    max_batch_size: int  # rows of a forward of this shape
+    work_s: float  # device seconds of all its steps
+    shape: Hashable  # jobs of equal shape share forwards
     starts_s: float = 0.0
     ends_s: float = 0.0
 
@@ -35,52 +38,49 @@ def simulate(
     """
     running = sorted((job for job in active if job.steps > 0), key=_by_score)
     known: dict[tuple[Hashable, int], float] = {}
-    clock, started = 0.0, 0
-    for _ in range(EVENTS):
+    clock_s, started = 0.0, 0
+    for _ in range(MAX_ENDS):
         while started < len(queued) and len(running) < slots:
-            queued[started].starts_s = clock
+            queued[started].starts_s = clock_s
             insort(running, queued[started], key=_by_score)
             started += 1
         if not running:
             return
-        group = _group(running)
-        steps = min(job.steps for job in group)
-        seen = group[0].shape, sum(job.batch_size for job in group)
-        if seen not in known:
-            known[seen] = step_s(*seen)
-        clock += steps * known[seen]
-        for job in group:
+        batch = _batch(running)
+        steps = min(job.steps for job in batch)
+        forward = batch[0].shape, sum(job.rows for job in batch)
+        if forward not in known:
+            known[forward] = step_s(*forward)
+        clock_s += steps * known[forward]
+        for job in batch:
             job.steps -= steps
             job.work_s -= job.work_s * steps / (job.steps + steps)
             if not job.steps:
-                job.ends_s = clock
+                job.ends_s = clock_s
         running = [job for job in running if job.steps]
-    _lay_end_to_end(running, queued[started:], clock)
+    _lay_end_to_end(running, queued[started:], clock_s)
 
 
-def _by_score(job: SimulatedJob) -> float:
-    return job.score
-
-
-def _group(running: Sequence[SimulatedJob]) -> list[SimulatedJob]:
-    """The first and those that fit into its forwards."""
+def _batch(running: Sequence[SimulatedJob]) -> list[SimulatedJob]:
+    """The first job and those that fit into its forwards."""
     first = running[0]
-    group, room = [first], first.max_batch_size - first.batch_size
+    batch, free = [first], first.max_batch_size - first.rows
     for job in running[1:]:
-        if job.batch_size <= room and job.shape == first.shape:
-            group.append(job)
-            room -= job.batch_size
-    return group
+        if job.rows <= free and job.shape == first.shape:
+            batch.append(job)
+            free -= job.rows
+    return batch
 
 
-def _lay_end_to_end(running: Sequence[SimulatedJob], waiting: Sequence[SimulatedJob], clock: float) -> None:
-    ends = []
+def _lay_end_to_end(running: Sequence[SimulatedJob], waiting: Sequence[SimulatedJob], clock_s: float) -> None:
+    """Let the jobs run one after the other; each waiting one starts when a slot is free."""
+    ends_s = []
     for job in running:
-        clock += job.work_s
-        job.ends_s = clock
-        ends.append(clock)
+        clock_s += job.work_s
+        job.ends_s = clock_s
+        ends_s.append(clock_s)
     for number, job in enumerate(waiting):
-        clock += job.work_s
-        job.starts_s = ends[number]
-        job.ends_s = clock
-        ends.append(clock)
+        clock_s += job.work_s
+        job.starts_s = ends_s[number]
+        job.ends_s = clock_s
+        ends_s.append(clock_s)

@@ -20,7 +20,8 @@ import torch
 from deployments.engine.engine import Engine
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber, FiberCancelled
-from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
+from deployments.engine.scheduled_job import ScheduledJob
+from deployments.engine.step_scheduler import StepScheduler
 from deployments.protocol.errors import (
     BadRequest,
     Internal,

@@ -10,7 +10,7 @@ from typing import Any
 
 from deployments.engine.engine_stats import size_class
 from deployments.engine.fiber import use_lora_set
-from deployments.engine.step_scheduler import ScheduledJob
+from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.worker import Checkpointed, Emit, Finished
 from deployments.executors.inputs import decode_inputs
 from deployments.executors.previews import PreviewReady, attach_previews, encode_preview

@@ -17,7 +17,8 @@ from deployments.engine.batch_buckets import pad_small_linears
 from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
-from deployments.engine.step_scheduler import ParkedCall, ScheduledJob, StepScheduler
+from deployments.engine.scheduled_job import ParkedCall, ScheduledJob
+from deployments.engine.step_scheduler import StepScheduler
 from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.protocol.request import Control, ControlType, ResolvedEdit, ResolvedRequest, Task

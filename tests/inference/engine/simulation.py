@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
 from typing import Protocol
 
-from deployments.engine.step_scheduler import ParkedCall, ScheduledJob
+from deployments.engine.scheduled_job import ParkedCall, ScheduledJob
 
 Curve = Callable[[int], float]  # rows -> seconds
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber, FiberCancelled
 from deployments.engine.intercept import intercept
-from deployments.engine.step_scheduler import ScheduledJob
+from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.worker import Emit, Finished, Worker
 from deployments.protocol.events import Failed, Step
 from tests.inference.engine.together import Together

@@ -8,7 +8,9 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import pytest
 
-from deployments.engine.step_scheduler import MAX_BOOST_S, ParkedCall, ScheduledJob, StepScheduler
+from deployments.engine.policy import MAX_BOOST_S
+from deployments.engine.scheduled_job import ParkedCall, ScheduledJob
+from deployments.engine.step_scheduler import StepScheduler
 from tests.inference.engine.simulation import (
     MIXED,
     SATURATED,

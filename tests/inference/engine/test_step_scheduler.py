@@ -6,15 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.engine.cost_model import KEYS
-from deployments.engine.step_scheduler import (
-    MAX_BOOST_S,
-    SHAPES,
-    USERS,
-    ParkedCall,
-    ScheduledJob,
-    StepScheduler,
-)
+from deployments.engine.cost_model import MAX_KEYS
+from deployments.engine.fair_share import MAX_USERS
+from deployments.engine.policy import MAX_BOOST_S
+from deployments.engine.scheduled_job import ParkedCall, ScheduledJob
+from deployments.engine.step_costs import MAX_SHAPES
+from deployments.engine.step_scheduler import StepScheduler
 from tests.inference.engine.simulation import SATURATED, UNSATURATED, Curve
 
 
@@ -224,14 +221,14 @@ def test_a_forward_is_charged_to_its_own_jobs_by_their_pictures() -> None:
 
 def test_what_is_learned_is_bounded() -> None:
     scheduler = StepScheduler(max_batch_size=1)
-    for number in range(2 * USERS):
+    for number in range(2 * MAX_USERS):
         job = ScheduledJob(user=str(number), shape=number, steps=2)
         serve(scheduler, job, (str(number), 0.1))
         serve(scheduler, job, (str(number), 0.1))
 
-    assert len(scheduler._shape_costs) == SHAPES
-    assert len(scheduler._users) == USERS
-    assert len(scheduler._cost_model._curves) == KEYS
+    assert len(scheduler._step_costs._shapes) == MAX_SHAPES
+    assert len(scheduler._fair_share._clocks) == MAX_USERS
+    assert len(scheduler._cost_model._curves) == MAX_KEYS
 
 
 @given(

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
+from deployments.engine.scheduled_job import ScheduledJob
+from deployments.engine.step_scheduler import StepScheduler
 from deployments.engine.worker import Finished, Worker
 from tests.inference.engine.test_worker import everything, steps, worker
 from tests.patience import patience

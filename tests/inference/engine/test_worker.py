@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from deployments.engine.engine import Engine
 from deployments.engine.intercept import intercept
-from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
+from deployments.engine.scheduled_job import ScheduledJob
+from deployments.engine.step_scheduler import StepScheduler
 from deployments.engine.worker import Checkpointed, Emit, Finished, Work, Worker
 from deployments.protocol.errors import BadRequest, ModelUnavailable, Overloaded
 from deployments.protocol.events import Failed, Queued, Started, Step

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from deployments.engine.step_scheduler import ParkedCall, StepScheduler
+from deployments.engine.scheduled_job import ParkedCall
+from deployments.engine.step_scheduler import StepScheduler
 
 
 class Together(StepScheduler):

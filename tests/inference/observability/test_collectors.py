@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from deployments.engine.engine import Engine
 from deployments.engine.engine_stats import EngineStats, ForwardLabels, size_class
 from deployments.engine.intercept import intercept
-from deployments.engine.step_scheduler import ScheduledJob, StepScheduler
+from deployments.engine.scheduled_job import ScheduledJob
+from deployments.engine.step_scheduler import StepScheduler
 from deployments.engine.worker import Emit, Worker
 from deployments.observability import collectors
 from deployments.observability.declarations import INFERENCE_METRICS
