@@ -106,9 +106,9 @@ class Engine:
 
         block: wait for the auxiliary lane if there is nothing else to do.
         """
-        moved: list[Fiber] = []
-        if self._auxiliary is not self._steps:
-            moved = self._auxiliary.step(block=block and not self._steps.waiting)
+        if self._auxiliary is self._steps:
+            return self._steps.step()
+        moved = self._auxiliary.step(block=block and not self._steps.waiting)
         return moved + self._steps.step()
 
     def close(self) -> None:

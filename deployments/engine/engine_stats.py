@@ -1,34 +1,34 @@
-"""What an engine has done so far, in plain numbers for whoever counts (pure: no torch, no clock, no Ray)."""
+"""Counters of an engine, for the metrics of its replica (pure: no torch, no clock, no Ray)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil, log2, sqrt
 
-SIDE = 256  # sizes are told in multiples of it
+SIDE = 256  # pixels; size classes are multiples of it
 MAX_SIDE = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardLabels:
-    """What forwards are told apart by; few values each."""
+    """The labels under which forwards are counted."""
 
     module: str
     model: str
     size: str  # see size_class
-    batch_size: int  # that ran, with the padding
+    batch_size: int  # with padding
 
 
 class EngineStats:
-    """Only grows. The engine's thread writes it; others read it at any time."""
+    """Counters that only grow. Written by the engine's thread, read by any."""
 
     def __init__(self) -> None:
-        self._forwards: dict[tuple[str, tuple[str, str], int], list[float]] = {}  # number, seconds
+        self._forwards: dict[tuple[str, tuple[str, str], int], list[float]] = {}  # count, seconds
         self.steps = 0  # denoising steps finished, of all requests
         self.requests = 0  # ended, of any kind
         self.failures: dict[str, int] = {}  # by kind of error
         self.halved_batches = 0  # joint forwards that ran out of memory and were run in halves
-        self.preempted = 0  # requests, because the replica stopped
+        self.preempted = 0  # requests that other replicas continue, because this one stopped
 
     def record_forward(self, module: str, labels: tuple[str, str], batch_size: int, seconds: float) -> None:
         """One forward. labels: model and size of the first of its requests."""

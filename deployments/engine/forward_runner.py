@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,32 +25,28 @@ SetBuckets = Callable[[Hashable, Sequence[int]], None]
 
 @dataclass(slots=True)
 class Forward:
-    """What one forward computes. Not frozen, as ForwardOutcome: that costs 1 us per step."""
+    """One forward for parked calls: what it computes, then what became of it. Its runner sets the results."""
 
     fibers: Sequence[Fiber]
     calls: Sequence[ModuleCall]  # of these fibers, with equal keys if there are many
     prover: BucketProver | None  # pads to a proven bucket; None: the calls run as they are
+    outputs: Sequence[Any] = ()  # one per fiber, unless it failed
+    failure: Exception | None = None
 
-    def run(self) -> tuple[list[Any], int]:
-        """One output per call, and the batch size that ran."""
+    def run(self) -> int:
+        """Set `outputs`; returns the batch size that ran."""
         calls = self.calls
         if self.prover is not None:
-            return self.prover.forward(calls, stack(calls))
-        first, sizes = calls[0], [call.batch_size for call in calls]
-        lora_sets = [call.lora_set for call in calls]
+            self.outputs, batch_size = self.prover.forward(calls, stack(calls))
+            return batch_size
+        first = calls[0]
         if len(calls) == 1:
-            return [run_with_lora_rows(lora_sets, sizes, first.run)], sizes[0]
+            self.outputs = [run_with_lora_rows([first.lora_set], [first.batch_size], first.run)]
+            return first.batch_size
+        sizes, lora_sets = [call.batch_size for call in calls], [call.lora_set for call in calls]
         output = run_with_lora_rows(lora_sets, sizes, lambda: first.seam.function(**stack(calls)))
-        return split(output, sizes), sum(sizes)
-
-
-@dataclass(slots=True)
-class ForwardOutcome:
-    """What became of one forward: one output per fiber, or the error."""
-
-    fibers: Sequence[Fiber]
-    outputs: list[Any]
-    failure: Exception | None
+        self.outputs = split(output, sizes)
+        return sum(sizes)
 
 
 class ForwardRunner(Protocol):
@@ -60,13 +56,13 @@ class ForwardRunner(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether a forward has no outcome yet."""
+        """Whether a forward has no results yet."""
 
     def submit(self, forward: Forward) -> None:
         """Run one forward; the runner must not be busy."""
 
-    def collect(self, *, block: bool) -> ForwardOutcome | None:
-        """The outcome of the last forward, once; None if there is none. block: wait for it."""
+    def collect(self, *, block: bool) -> Forward | None:
+        """The forward that was submitted, once it has its results; None if there is none. block: wait."""
 
     def deferred(self, set_buckets: SetBuckets) -> SetBuckets:
         """A function that a prover may call while its forward runs."""
@@ -83,24 +79,22 @@ class InlineRunner:
 
     def __init__(self, timer: ForwardTimer) -> None:
         self._timer = timer
-        self._outcome: ForwardOutcome | None = None
+        self._done: Forward | None = None
 
     def submit(self, forward: Forward) -> None:
-        outputs: list[Any] = []
-        failure: Exception | None = None
+        self._done = forward
         self._timer.start()
         try:
-            outputs, batch_size = forward.run()
+            batch_size = forward.run()
         except Exception as error:
-            failure = error
+            forward.failure = error
         else:
             first = forward.calls[0]
             self._timer.stop(first.seam.name, first.key, batch_size, [fiber.job for fiber in forward.fibers])
-        self._outcome = ForwardOutcome(forward.fibers, outputs, failure)
 
-    def collect(self, *, block: bool) -> ForwardOutcome | None:  # noqa: ARG002 there is nothing to wait for
-        outcome, self._outcome = self._outcome, None
-        return outcome
+    def collect(self, *, block: bool) -> Forward | None:  # noqa: ARG002 there is nothing to wait for
+        forward, self._done = self._done, None
+        return forward
 
     def deferred(self, set_buckets: SetBuckets) -> SetBuckets:
         return set_buckets
@@ -126,7 +120,7 @@ class ThreadRunner:
         self._report = report
         self._now = now
         self._on_done = on_done
-        self._running: Future[tuple[ForwardOutcome, int, float]] | None = None
+        self._running: tuple[Forward, Future[tuple[int, float]]] | None = None
         self._buckets: deque[tuple[SetBuckets, Hashable, Sequence[int]]] = deque()  # found on the thread
         self.busy_since: float | None = None
 
@@ -137,28 +131,27 @@ class ThreadRunner:
     def submit(self, forward: Forward) -> None:
         ready = None if self._stream is None else torch.cuda.current_stream().record_event()
         self.busy_since = time.monotonic()
-        self._running = self._thread.submit(self._run, forward, ready)
-        self._running.add_done_callback(lambda _future: self._on_done())
+        future = self._thread.submit(self._run, forward, ready)
+        self._running = forward, future
+        future.add_done_callback(lambda _future: self._on_done())
 
-    def collect(self, *, block: bool) -> ForwardOutcome | None:
-        if self._running is None or not (block or self._running.done()):
+    def collect(self, *, block: bool) -> Forward | None:
+        if self._running is None or not (block or self._running[1].done()):
             return None
-        wait([self._running])
-        outcome, batch_size, seconds = self._running.result()
+        forward, future = self._running
+        batch_size, seconds = future.result()
         self._running, self.busy_since = None, None
         while self._buckets:
             set_buckets, key, buckets = self._buckets.popleft()
             set_buckets(key, buckets)
-        if outcome.failure is None:
-            call = outcome.fibers[0].call
-            assert call is not None
-            jobs = [fiber.job for fiber in outcome.fibers]
-            self._report(call.seam.name, call.key, batch_size, seconds, jobs, self._now())
+        if forward.failure is None:
+            first, jobs = forward.calls[0], [fiber.job for fiber in forward.fibers]
+            self._report(first.seam.name, first.key, batch_size, seconds, jobs, self._now())
         if self._stream is not None:  # their memory is reused only when the engine's stream has used them
-            for tensor in tree_leaves(outcome.outputs):
+            for tensor in tree_leaves(forward.outputs):
                 if isinstance(tensor, Tensor):
                     tensor.record_stream(torch.cuda.current_stream())
-        return outcome
+        return forward
 
     def deferred(self, set_buckets: SetBuckets) -> SetBuckets:
         return lambda key, buckets: self._buckets.append((set_buckets, key, buckets))
@@ -167,21 +160,18 @@ class ThreadRunner:
         """End the thread after the current forward."""
         self._thread.shutdown(wait=False)
 
-    def _run(self, forward: Forward, ready: Any) -> tuple[ForwardOutcome, int, float]:
-        """The outcome, the batch size that ran and the seconds it took. Runs on the thread."""
+    def _run(self, forward: Forward, ready: Any) -> tuple[int, float]:
+        """The batch size that ran and the seconds it took. Runs on the thread."""
         began_s, batch_size = time.perf_counter(), 0
-        outputs: list[Any] = []
-        failure: Exception | None = None
         try:
             with torch.inference_mode(), torch.cuda.stream(self._stream):
                 if self._stream is not None:
                     self._stream.wait_event(ready)
-                outputs, batch_size = forward.run()
+                batch_size = forward.run()
                 if self._stream is not None:
                     self._stream.synchronize()
         except Exception as error:
-            failure = error
-        if failure is not None:
-            failure.__traceback__ = None  # it would keep the failed forward's tensors
-        outcome = ForwardOutcome(forward.fibers, outputs, failure)
-        return outcome, batch_size, time.perf_counter() - began_s
+            forward.failure = error
+        if forward.failure is not None:
+            forward.failure.__traceback__ = None  # it would keep the failed forward's tensors
+        return batch_size, time.perf_counter() - began_s

@@ -10,7 +10,7 @@ from deployments.engine.batch_buckets import BucketProver
 from deployments.engine.call import ModuleCall, Seam
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber
-from deployments.engine.forward_runner import Forward, ForwardOutcome, ForwardRunner
+from deployments.engine.forward_runner import Forward, ForwardRunner
 from deployments.engine.out_of_memory import as_out_of_memory, free_device_memory, is_out_of_memory
 from deployments.engine.scheduled_job import ParkedCall
 from deployments.engine.stacking import Unsplittable
@@ -105,10 +105,10 @@ class Lane:
 
         block: wait for the forward in flight.
         """
-        moved = self._finish(block=block)
+        moved = self._finish(block=block) if self._in_flight else []
         if self._fibers and not self._runner.busy:
-            observe = self._observes_backlog
-            self._launch(self._take(self._scheduler.pick(self._calls, self._now(), observe=observe)))
+            picked = self._scheduler.pick(self._calls, self._now(), observe=self._observes_backlog)
+            self._launch(self._take(picked))
             moved += self._finish(block=False)
         return moved
 
@@ -133,20 +133,22 @@ class Lane:
         first = calls[0]
         self.forwards += 1
         self.rows += sum([call.batch_size for call in calls])
-        may_merge = first.key is not None and first.seam.name not in self._unsplittable
+        prover = self._prover
+        if first.key is None or first.seam.name in self._unsplittable:
+            prover = None
         self._in_flight = fibers
-        self._runner.submit(Forward(fibers, calls, self._prover if may_merge else None))
+        self._runner.submit(Forward(fibers, calls, prover))
 
     def _finish(self, *, block: bool) -> list[Fiber]:
         """Resume the fibers of the forward in flight; after a failure, find out whose it is."""
-        outcome = self._runner.collect(block=block)
-        if outcome is None:
+        forward = self._runner.collect(block=block)
+        if forward is None:
             return []
         self._in_flight = ()
-        moved = list(outcome.fibers)
+        moved = list(forward.fibers)
         if self._cancelled:
-            outcome = self._without_cancelled(outcome)
-        fibers, failure = outcome.fibers, outcome.failure
+            self._end_cancelled(forward)
+        fibers, failure = forward.fibers, forward.failure
         if failure is not None and len(fibers) > 1:
             failure.__traceback__ = None  # it would keep the failed forward's tensors
             self._retry_in_parts(fibers, failure)
@@ -154,19 +156,20 @@ class Lane:
             _fail(fibers, failure)
             self._park(fibers)
         else:
-            for fiber, output in zip(fibers, outcome.outputs, strict=True):
+            for fiber, output in zip(fibers, forward.outputs, strict=True):
                 fiber.resume(output)
             self._park(fibers)
         return moved
 
-    def _without_cancelled(self, outcome: ForwardOutcome) -> ForwardOutcome:
-        """The outcome of the fibers that go on; the others have been ended."""
+    def _end_cancelled(self, forward: Forward) -> None:
+        """End the fibers that were cancelled during the forward, and take them out of it."""
         cancelled, self._cancelled = self._cancelled, {}
-        outputs = outcome.outputs or [None] * len(outcome.fibers)
-        kept = [pair for pair in zip(outcome.fibers, outputs, strict=True) if pair[0] not in cancelled]
+        kept = [i for i, fiber in enumerate(forward.fibers) if fiber not in cancelled]
+        forward.fibers = [forward.fibers[i] for i in kept]
+        if forward.outputs:
+            forward.outputs = [forward.outputs[i] for i in kept]
         for fiber, error in cancelled.items():
             fiber.end(error)
-        return ForwardOutcome([fiber for fiber, _ in kept], [output for _, output in kept], outcome.failure)
 
     def _retry_in_parts(self, fibers: Sequence[Fiber], error: Exception) -> None:
         """After a failed joint forward: in halves if memory ran out, else call by call, so that only the

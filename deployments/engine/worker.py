@@ -1,4 +1,4 @@
-"""The one thread that owns the device: takes work from asyncio, gives back an async iterator of events."""
+"""The engine's thread: takes work from asyncio and returns an async iterator of its events."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ from deployments.protocol.errors import (
 )
 from deployments.protocol.events import Failed, Queued, Started, Step
 
-MIN_SLOWDOWN = 4  # a request alone may take so many times its share of full forwards
+MIN_SLOWDOWN = 4  # a request alone takes at most so many times its share of full forwards
 
 logger = logging.getLogger(__name__)
 
 Emit = Callable[[Any], None]
-Work = Callable[[Emit], Any]  # runs as a fiber; tells its progress through the argument
+Work = Callable[[Emit], Any]  # runs as a fiber; emits its progress through the argument
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """The fiber's return value; always the last item where nothing failed."""
+    """The last item of work that did not fail."""
 
-    value: Any
+    value: Any  # what the work returned
     queued_s: float
     run_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpointed:
-    """The worker drains or stops: what `snapshot` gave, or None. Failed follows."""
+    """The worker drains or stops: what `snapshot` returned, or None. Failed follows."""
 
     state: Any
 
@@ -67,17 +67,18 @@ class _Submission:
     max_wait_s: float | None
     snapshot: Callable[[], Any] | None
     stats: EngineStats
-    context: contextvars.Context  # of whoever submitted: what its log lines are told by
+    context: contextvars.Context  # of the submitter; has the ids for log lines
     items: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
     started_at: float = 0.0
     fiber: Fiber | None = None
 
     def publish(self, item: Any) -> None:
+        """Hand the item to the submitter's event loop."""
         with suppress(RuntimeError):  # the caller's loop may be closed by now
             self.loop.call_soon_threadsafe(self.items.put_nowait, item)
 
     def emit(self, item: Any) -> None:
-        """What the work itself tells; its steps are also progress for the scheduler."""
+        """Publish an item of the work itself; its steps are also progress for the scheduler."""
         if isinstance(item, Step):
             self.job.steps_done, self.job.steps = item.step, item.steps
             self.stats.steps += 1
@@ -96,7 +97,7 @@ class _Cancel:
 
 @dataclass(frozen=True, slots=True)
 class _RunFunction:
-    """A function for the worker's thread, such as cutting the seams of a model loaded later."""
+    """A function for the worker's thread, such as intercepting the modules of another model."""
 
     function: Callable[[], Any]
     done: asyncio.Future[Any]
@@ -129,8 +130,7 @@ class Worker:
     ) -> None:
         """scheduler: the engine's own.
 
-        watchdog_s: a single piece of work (one forward, one stretch of pipeline code) that takes longer
-        is taken for hung; `check` then says so.
+        watchdog_s: `check` raises when one forward, or the pipeline code between two, takes longer.
         """
         self._engine = engine
         self._scheduler = scheduler
@@ -143,7 +143,7 @@ class Worker:
         self._jobs: set[ScheduledJob] = set()  # of those
         self._recent_s: deque[float] = deque(maxlen=32)  # work of the latest submitted
         self._stopping = False
-        self._busy_since: float | None = None  # when the piece of work at hand began
+        self._busy_since: float | None = None  # time.monotonic() when the current step began
         self.stats = engine.stats
         engine.on_auxiliary_done = lambda: self._inbox.put(_Wake())
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -160,12 +160,12 @@ class Worker:
 
     @property
     def load(self) -> tuple[int, int]:
-        """Requests that run and requests that wait for a slot, as the engine's thread last left it."""
+        """Requests that run and requests that wait for a slot."""
         return len(self._running), len(self._waiting)
 
     def work_seconds(self) -> tuple[float, float, float]:
-        """Seconds of work: done ever, left of what is open, and the mean of a request; the last is 0 before
-        the first. To be asked where requests are submitted."""
+        """Device seconds: done so far, left in open requests, and the mean of the last 32 requests (0 before
+        the first). Called on the thread of the submitters."""
         mean_s = sum(self._recent_s) / len(self._recent_s) if self._recent_s else 0.0
         return self._scheduler.work_done_s, self._scheduler.work_left_s([*self._jobs]), mean_s
 
@@ -190,12 +190,13 @@ class Worker:
         max_wait_s: float | None = None,
         snapshot: Callable[[], Any] | None = None,
     ) -> AsyncGenerator[Any]:
-        """Queued, Started, whatever the work emits, then Finished or Failed.
+        """Yields Queued, Started, what the work emits, then Finished or Failed.
 
-        max_wait_s: refuse with Overloaded if a slot is expected to come free only after that.
-        snapshot: gives the state of the running work for a resume elsewhere, or None; asked when the
-        worker drains, on its thread, while the work is parked.
-        Closing the iterator cancels the work: at once if it waits, else at its parking place.
+        max_wait_s: fail with Overloaded if a slot is expected to be free only later.
+        snapshot: returns the state of the running work, to resume it on another replica, or None; called on
+        the worker's thread while the work is parked, when the worker drains or stops.
+        Closing the iterator cancels the work, before it starts or at its next parked call.
+        Raises ModelUnavailable if the worker hangs, is dead or shuts down.
         """
         self.check()
         if self._stopping:
@@ -219,7 +220,7 @@ class Worker:
             self._inbox.put(_Cancel(submission))  # without effect on work that is over
 
     async def run_on_thread(self, function: Callable[[], Any]) -> Any:
-        """The function's result, run on the worker's thread between two forwards."""
+        """The function's result or error; it runs on the worker's thread between two forwards."""
         self.check()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Any] = loop.create_future()
@@ -227,12 +228,12 @@ class Worker:
         return await done
 
     def drain(self, grace_s: float) -> None:
-        """Take nothing new; hand back what waits and what would not end within `grace_s`, at once."""
+        """Refuse new work; preempt at once what waits and what would not end within `grace_s` seconds."""
         self._stopping = True
         self._inbox.put(_Drain(grace_s))
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """End the thread after the step at hand; whatever still runs fails as retryable."""
+        """End the thread after the current step; what still runs fails as retryable."""
         self._stopping = True
         self._inbox.put(_Stop())
         self._thread.join(timeout_s)
@@ -249,13 +250,15 @@ class Worker:
                         moved = self._engine.step(block=False)
                         self._busy_since = None
                         self._publish_finished(moved)
-        except BaseException:  # the outermost loop: whatever broke the engine ends this replica
+        except BaseException:  # the outermost loop: an error of the engine itself ends this replica
             logger.exception("the engine's thread died")
             failed = Failed.of(
                 ModelUnavailable("the engine failed; the replica is being replaced, try again")
             )
             for submission in itertools.chain(self._running.values(), self._waiting):
-                submission.publish(failed)  # no handover: one of them may have broken it, which must count
+                submission.publish(
+                    failed
+                )  # not preempted: one of them may be the cause, so the retry must count
         else:
             for submission in itertools.chain(self._running.values(), self._waiting):
                 _preempt(submission)
@@ -263,7 +266,7 @@ class Worker:
         self._stopping = True
 
     def _process_commands(self) -> bool:
-        """Read the inbox empty, waiting for the first order if there is nothing to do. False: stop."""
+        """Execute all commands in the inbox; wait for one if there is nothing else to do. False: stop."""
         can_start = self._waiting and len(self._running) < self._slots
         wait = not can_start and (self._engine.idle or self._engine.waits_for_auxiliary)
         while True:
@@ -287,7 +290,7 @@ class Worker:
                     pass
 
     def _accept(self, submission: _Submission) -> None:
-        """Queue the work and tell its place, or refuse it if the wait would be too long."""
+        """Queue the work and publish its place, or refuse it if the wait would be too long."""
         queued = [*(waiting.job for waiting in self._waiting), submission.job]
         if len(self._running) + len(queued) <= self._slots:
             submission.publish(Queued(0, 0.0))
@@ -308,6 +311,7 @@ class Worker:
         self._waiting.append(submission)
 
     def _start_waiting(self) -> None:
+        """Fill the free slots."""
         while self._waiting and len(self._running) < self._slots:
             now = time.monotonic()
             self._busy_since = now
@@ -329,12 +333,12 @@ class Worker:
             self._publish_finished([fiber])
 
     def _publish_finished(self, fibers: list[Fiber]) -> None:
-        """Tell the outcome of those that are over."""
+        """Publish the outcome of those that are done."""
         for fiber in fibers:
             if not fiber.done:
                 continue
             submission = self._running.pop(fiber, None)
-            if submission is None:  # it was handed back while its call was computed aside
+            if submission is None:  # preempted while its call ran on the auxiliary lane
                 continue
             self.stats.requests += 1
             if fiber.failure is not None:
@@ -350,13 +354,14 @@ class Worker:
 
     def _cancel(self, submission: _Submission) -> None:
         if submission.fiber is None:
-            with suppress(ValueError):  # it was refused or has been told already
+            with suppress(ValueError):  # it was refused, preempted or has ended
                 self._waiting.remove(submission)
         elif submission.fiber in self._running:
             self._engine.cancel(submission.fiber)
             self._publish_finished([submission.fiber])
 
     def _drain(self, grace_s: float) -> None:
+        """Preempt all but the running work that ends within `grace_s` seconds."""
         self.stats.preempted += len(self._waiting)
         for submission in self._waiting:
             _preempt(submission)
@@ -364,7 +369,7 @@ class Worker:
         for fiber, submission in list(self._running.items()):
             left_s = self._scheduler.remaining_s(submission.job)
             if left_s is not None and left_s * max(MIN_SLOWDOWN, len(self._running)) < grace_s:
-                continue  # ends in time even if nothing is shared
+                continue  # ends in time even if no forward is shared
             del self._running[fiber]
             self.stats.preempted += 1
             _preempt(submission)
@@ -372,15 +377,15 @@ class Worker:
 
 
 def _preempt(submission: _Submission) -> None:
-    """End a request here, through no fault of its own; its state goes along where the work can give one."""
+    """End a request with its checkpoint, if its work has one, and a retryable failure."""
     state = None
     if submission.snapshot is not None and submission.fiber is not None:
         try:
             state = submission.snapshot()
         except Exception:
-            logger.exception("a request's state could not be saved; it starts anew elsewhere")
+            logger.exception("a request's state could not be saved; the next replica starts it anew")
     submission.publish(Checkpointed(state))
-    reason = ModelUnavailable("the replica is shutting down; the request goes on elsewhere")
+    reason = ModelUnavailable("the replica is shutting down; the request continues on another replica")
     submission.publish(Failed.of(reason))
 
 
@@ -403,7 +408,7 @@ def _run_function(command: _RunFunction) -> None:
 
 
 def _as_weft_error(error: BaseException) -> WeftError:
-    """A fiber's error in the words of the tree. Diffusers raises ValueError for arguments it refuses."""
+    """A fiber's error as one of protocol.errors. Diffusers raises ValueError for invalid arguments."""
     if isinstance(error, WeftError):
         return error
     if isinstance(error, FiberCancelled):
