@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: serve test fleets rehearsal exact chaos check format types lint audit bench clean
+.PHONY: serve test fleets rehearsal exact chaos mutants check format types lint audit bench clean
 
 serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+C
 	@$(BIN)/weft serve
@@ -28,6 +28,10 @@ exact: $(VENV)/.test ## 1,000 random schedules against each request alone (an ho
 chaos: $(VENV)/.test ## 2,000 random schedules of the job store, then processes killed at random (5 minutes)
 	@CHAOS_EXAMPLES=2000 CHAOS_SEEDS=1,2,3,4,5 CHAOS_JOBS=120 $(BIN)/python -m pytest --timeout 0 --session-timeout 86400 \
 	  tests/serving/jobs/test_job_store_properties.py tests/chaos
+
+mutants: $(VENV)/.test ## which changes of the engine and the jobs no test notices (hours); MODULES=deployments/engine/call.py
+	@$(PIP) --editable '.[dev,mutants]'
+	@$(BIN)/python -m tools.mutants $(MODULES)
 
 check: lint types test fleets ## what a change must pass
 
