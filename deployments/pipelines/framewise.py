@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from deployments.protocol.request import ResolvedVideo
 
@@ -119,8 +120,8 @@ def _interpolate(
     start: Any, end: Any, position: float, between: Callable[[Tensor, Tensor, float], Tensor]
 ) -> Any:
     """`start` with its tensors interpolated towards those of `end`, which has the same structure."""
-    if isinstance(start, Tensor):
-        return between(start, end, position)
-    if isinstance(start, tuple | list):
-        return type(start)(_interpolate(a, b, position, between) for a, b in zip(start, end, strict=True))
-    return start
+
+    def leaf(a: Any, b: Any) -> Any:
+        return between(a, b, position) if isinstance(a, Tensor) else a
+
+    return tree_map(leaf, start, end)
