@@ -1,4 +1,4 @@
-"""Runs the frames of a frame-wise video some at a time, in any order, and gives them back in theirs."""
+"""Runs the frames of a frame-wise video some at a time, in any order, and delivers them in order."""
 
 from __future__ import annotations
 

@@ -44,8 +44,8 @@ def model_samples(models: Iterable[ModelInstance]) -> Iterator[Sample]:
         model = {"model": instance.card.id}
         prompts, stats, usage = instance.prompts, instance.loras.stats, instance.loras.usage
         yield Sample("weft_model_bytes", instance.size_bytes, model)
-        yield Sample("weft_prompts_cached_total", prompts.hits, model)
-        yield Sample("weft_prompts_encoded_total", prompts.misses, model)
+        yield Sample("weft_prompt_cache_hits_total", prompts.hits, model)
+        yield Sample("weft_prompt_cache_misses_total", prompts.misses, model)
         yield Sample("weft_prompt_cache_bytes", prompts.bytes, model)
         yield Sample("weft_adapter_uses_total", stats.on_device, {**model, "level": "device"})
         yield Sample("weft_adapter_uses_total", stats.in_memory, {**model, "level": "memory"})

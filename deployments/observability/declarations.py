@@ -151,9 +151,9 @@ _MODEL_METRICS = (
         "what",
     ),
     _gauge("weft_host_bytes", "Resident memory of this replica's process."),
-    _counter("weft_prompts_cached_total", "Prompts whose embeddings were found in the cache.", "model"),
+    _counter("weft_prompt_cache_hits_total", "Prompts whose embeddings were found in the cache.", "model"),
     _counter(
-        "weft_prompts_encoded_total", "Prompts encoded because their embeddings were not cached.", "model"
+        "weft_prompt_cache_misses_total", "Prompts encoded because their embeddings were not cached.", "model"
     ),
     _gauge("weft_prompt_cache_bytes", "Size of the cached prompt embeddings.", "model"),
     _counter(
