@@ -256,9 +256,7 @@ class Worker:
                 ModelUnavailable("the engine failed; the replica is being replaced, try again")
             )
             for submission in itertools.chain(self._running.values(), self._waiting):
-                submission.publish(
-                    failed
-                )  # not preempted: one of them may be the cause, so the retry must count
+                submission.publish(failed)  # not preempted: one may be the cause, so the retry must count
         else:
             for submission in itertools.chain(self._running.values(), self._waiting):
                 _preempt(submission)

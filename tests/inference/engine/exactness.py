@@ -23,18 +23,18 @@ from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.protocol.request import Control, ControlType, ResolvedEdit, ResolvedRequest, Task
 
-PROMPTS = ("a cat", "two dogs on a red hill", "rain", "a house by the sea, at night, in the style of nobody")
-PICTURE = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 40).convert("RGB")
+PROMPTS = ("a cat", "two dogs on a red hill", "rain", "a house by the sea, at night, in the style of no one")
+IMAGE = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 40).convert("RGB")
 MASK = Image.new("L", (64, 64)).point(lambda _: 0)
 MASK.paste(255, (0, 0, 32, 64))
 MAPS: dict[ControlType, Image.Image] = {
-    "canny": PICTURE.convert("L").point(lambda value: 255 if value > 60 else 0).convert("RGB"),
+    "canny": IMAGE.convert("L").point(lambda value: 255 if value > 60 else 0).convert("RGB"),
     "depth": Image.linear_gradient("L").resize((64, 64)).convert("RGB"),
 }
 
 
 class AnyOrder(StepScheduler):
-    """Picks any call and any number of its likes: no picture may depend on the policy."""
+    """Picks any call and any number of calls of its key: no image may depend on the policy."""
 
     def __init__(self, max_batch_size: int, rng: random.Random) -> None:
         super().__init__(max_batch_size)
@@ -42,12 +42,12 @@ class AnyOrder(StepScheduler):
 
     def pick(self, waiting: Sequence[ParkedCall], now: float = 0.0, *, observe: bool = True) -> list[int]:
         order = self._rng.sample(range(len(waiting)), len(waiting))
-        picked, room = [order[0]], self._rng.randint(1, self.max_batch_size) - waiting[order[0]].batch_size
+        picked, free = [order[0]], self._rng.randint(1, self.max_batch_size) - waiting[order[0]].batch_size
         for i in order[1:]:
-            alike = waiting[i].key is not None and waiting[i].key == waiting[order[0]].key
-            if alike and waiting[i].batch_size <= room:
+            same_key = waiting[i].key is not None and waiting[i].key == waiting[order[0]].key
+            if same_key and waiting[i].batch_size <= free:
                 picked.append(i)
-                room -= waiting[i].batch_size
+                free -= waiting[i].batch_size
         return picked
 
 
@@ -87,7 +87,7 @@ class Bench:
 
         def call() -> Answer:
             pipeline = self.model.pipeline_for(request)
-            image = PICTURE.resize((request.width, request.height)) if request.edit else None
+            image = IMAGE.resize((request.width, request.height)) if request.edit else None
             mask = MASK.resize((request.width, request.height)) if request.task is Task.inpaint else None
             size = request.width, request.height
             maps = [MAPS[control.type].resize(size) for control in request.controls]
@@ -107,7 +107,7 @@ class Bench:
         return call
 
     def expected(self, request: ResolvedRequest) -> Answer:
-        """The answer alone: of the plain pipeline, or of a fresh deterministic engine without company."""
+        """The answer alone: of the plain pipeline, or of a deterministic engine with no other."""
         if request not in self.alone:
             if not self.deterministic:
                 self.alone[request] = self.work(request)()
@@ -196,7 +196,7 @@ def some_request(
     text_tokens: int | None,
     controls: tuple[tuple[ControlType, ...], ...] = ((),),
 ) -> ResolvedRequest:
-    """A wish of any task, size, length and seed; controls: kinds of control pictures, one of these."""
+    """A request of any task, size, length and seed; controls: kinds of control pictures, one of these."""
     edit = rng.choice([None, None, b"", b"mask"])
     request = ResolvedRequest(
         model="tiny",

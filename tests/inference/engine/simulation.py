@@ -83,10 +83,10 @@ def run(
             queued.append(coming[arrived])
             arrived += 1
         while queued and active < slots:
-            place = 0
+            chosen = 0
             if active + len(queued) > slots and len(queued) > 1:
-                place = policy.next_job(queued, [call.job for call in waiting if call.job], now)
-            job = queued.pop(place)
+                chosen = policy.next_job(queued, [call.job for call in waiting if call.job], now)
+            job = queued.pop(chosen)
             waiting.append(ParkedCall(job.shape, job.batch_size, order, job))
             order, active = order + 1, active + 1
         picked = set(policy.pick(waiting, now))

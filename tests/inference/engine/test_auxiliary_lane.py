@@ -1,4 +1,4 @@
-"""A VAE works beside the steps of others: nobody waits for it but its own request."""
+"""The auxiliary lane: a VAE runs in parallel to the steps of other requests, and delays none of them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Decoder(nn.Module):
         self.may.set()
         self.rows: list[int] = []
         self.threads: set[str] = set()
-        self.room = 10**6  # rows that fit "the device"
+        self.max_rows = 10**6  # rows that fit "the device"
         self.began: Callable[[], object] = lambda: None  # called when a forward begins
 
     def forward(self, sample: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Decoder(nn.Module):
         assert self.may.wait(PATIENCE_S)
         self.rows.append(sample.shape[0])
         self.threads.add(threading.current_thread().name)
-        if sample.shape[0] > self.room:
+        if sample.shape[0] > self.max_rows:
             raise torch.OutOfMemoryError(f"{sample.shape[0]} rows")
         return sample * 10
 
@@ -97,7 +97,7 @@ def run_out(engine: Engine) -> None:
         engine.step()
 
 
-def test_steps_go_on_while_a_picture_is_decoded(model: TinyModel, engine: Engine) -> None:
+def test_steps_go_on_while_an_image_is_decoded(model: TinyModel, engine: Engine) -> None:
     decoder = model.vae.decoder
     decoder.may.clear()
     short, long = Fiber(model.generate(0.0, steps=1)), Fiber(model.generate(5.0, steps=40))
@@ -110,18 +110,18 @@ def test_steps_go_on_while_a_picture_is_decoded(model: TinyModel, engine: Engine
     decoder.may.set()
     run_out(engine)
 
-    assert decoded_before == [], "all steps of the longer one were done before the first picture was decoded"
+    assert decoded_before == [], "all steps of the longer one were done before the first image was decoded"
     assert torch.equal(short.result, torch.full((1, 2), 10.0))
     assert torch.equal(long.result, torch.full((1, 2), 450.0))
     assert threading.current_thread().name not in decoder.threads
 
 
-def test_pictures_that_wait_for_the_place_are_decoded_together(model: TinyModel, engine: Engine) -> None:
+def test_images_that_wait_for_the_lane_are_decoded_together(model: TinyModel, engine: Engine) -> None:
     model.vae.decoder.may.clear()
     fibers = [Fiber(model.generate(float(i), steps=1 if i == 0 else 2)) for i in range(4)]
     for fiber in fibers:
         engine.start(fiber)
-    engine.step()  # all take a step: the first picture goes aside when the next step looks there
+    engine.step()  # all take a step: the next step starts the decode of the first image
     engine.step()  # the other three take their second
 
     model.vae.decoder.may.set()
@@ -131,7 +131,7 @@ def test_pictures_that_wait_for_the_place_are_decoded_together(model: TinyModel,
     assert [float(fiber.result[0, 0]) for fiber in fibers] == [10.0, 30.0, 40.0, 50.0]
 
 
-def test_a_picture_cancelled_while_it_is_decoded_ends_and_harms_nobody(
+def test_an_image_cancelled_while_it_is_decoded_ends_and_affects_no_other(
     model: TinyModel, engine: Engine
 ) -> None:
     model.vae.decoder.may.clear()
@@ -141,7 +141,7 @@ def test_a_picture_cancelled_while_it_is_decoded_ends_and_harms_nobody(
     engine.step()
     other = Fiber(model.generate(7.0, steps=3))
     engine.start(other)
-    engine.step()  # both pictures are aside now
+    engine.step()  # both images are on the auxiliary lane now
 
     engine.cancel(fibers[0])
     over_at_once = fibers[0].done
@@ -154,8 +154,8 @@ def test_a_picture_cancelled_while_it_is_decoded_ends_and_harms_nobody(
     assert float(other.result[0, 0]) == 100.0
 
 
-def test_too_many_pictures_for_the_memory_are_decoded_in_halves(model: TinyModel, engine: Engine) -> None:
-    model.vae.decoder.room = 2
+def test_too_many_images_for_the_memory_are_decoded_in_halves(model: TinyModel, engine: Engine) -> None:
+    model.vae.decoder.max_rows = 2
     fibers = [Fiber(model.generate(float(i), steps=1)) for i in range(4)]
     for fiber in fibers:
         engine.start(fiber)
@@ -166,8 +166,8 @@ def test_too_many_pictures_for_the_memory_are_decoded_in_halves(model: TinyModel
     assert [float(fiber.result[0, 0]) for fiber in fibers] == [10.0, 20.0, 30.0, 40.0]
 
 
-def test_a_failure_aside_is_the_guilty_requests_own(model: TinyModel, engine: Engine) -> None:
-    model.vae.decoder.room = 0
+def test_a_failed_decode_fails_its_own_request_only(model: TinyModel, engine: Engine) -> None:
+    model.vae.decoder.max_rows = 0
     fiber, other = Fiber(model.generate(1.0, steps=1)), Fiber(lambda: model.denoiser(torch.zeros(1, 2)))
     for one in (fiber, other):
         engine.start(one)
@@ -226,7 +226,7 @@ async def test_a_request_that_arrives_during_a_decode_alone_starts_at_once(
     worker.stop()
 
 
-async def test_a_worker_hands_back_at_once_what_it_was_decoding(model: TinyModel) -> None:
+async def test_a_draining_worker_preempts_at_once_what_it_was_decoding(model: TinyModel) -> None:
     scheduler = Together(8)
     worker = Worker(Engine(scheduler, auxiliary_lane=True), scheduler, slots=2)
     decoder = model.vae.decoder
@@ -244,7 +244,7 @@ async def test_a_worker_hands_back_at_once_what_it_was_decoding(model: TinyModel
         if isinstance(item, Step):
             break
     steps_seen = 0
-    async for item in others:  # by now the first one is aside
+    async for item in others:  # by now the first is on the auxiliary lane
         steps_seen += isinstance(item, Step)
         if steps_seen == 3:
             break

@@ -134,10 +134,10 @@ class Arguments:
         }
 
     def _value(self, name: str, index: int, batch_size: int, new: bool) -> Any:
-        place = (name, index, batch_size)
-        if new or place not in self._made:
-            self._made[place] = VALUES[name][index](batch_size)
-        return self._made[place]
+        variant = (name, index, batch_size)
+        if new or variant not in self._made:
+            self._made[variant] = VALUES[name][index](batch_size)
+        return self._made[variant]
 
 
 @settings(max_examples=300)

@@ -61,7 +61,7 @@ def test_calls_that_differ_in_what_a_batch_shares_have_different_keys(
 @pytest.mark.parametrize(
     "strange",
     [
-        {"nobody_knows": torch.zeros(1)},
+        {"not_listed": torch.zeros(1)},
         {"attention_kwargs": {"mask": torch.zeros(1)}},
         {"guidance": torch.zeros(3)},
         {"img_shapes": [[(1, 4, 4)], [(1, 6, 6)]]},
@@ -69,11 +69,11 @@ def test_calls_that_differ_in_what_a_batch_shares_have_different_keys(
         {"use_cache": True},
     ],
 )
-def test_a_call_that_is_not_understood_fits_with_nobody(strange: dict[str, Any]) -> None:
+def test_a_call_with_unknown_arguments_has_no_key(strange: dict[str, Any]) -> None:
     assert call(seam(), hidden_states=rows(1, 4), **strange).key is None
 
 
-def test_none_is_as_good_as_nothing_only_where_it_is_the_default() -> None:
+def test_none_equals_a_missing_argument_only_where_it_is_the_default() -> None:
     where = seam("Transformer", "guidance")
     plain = call(where, hidden_states=rows(1, 4))
 

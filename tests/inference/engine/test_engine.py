@@ -26,7 +26,7 @@ class Denoiser(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[int] = []
-        self.room = 10**6  # rows that fit "the device"
+        self.max_rows = 10**6  # rows that fit "the device"
 
     def forward(
         self,
@@ -38,7 +38,7 @@ class Denoiser(nn.Module):
     ) -> tuple[Tensor]:
         rows = hidden_states.shape[0]
         self.seen.append(rows)
-        if rows > self.room:
+        if rows > self.max_rows:
             raise torch.OutOfMemoryError(f"{rows} rows")
         if bool((hidden_states == 13).any()):
             raise ArithmeticError("thirteen")
@@ -110,7 +110,7 @@ def test_an_error_in_a_pipelines_own_code_fails_only_its_fiber(denoiser: Denoise
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_the_limit_remembered(denoiser: Denoiser) -> None:
-    denoiser.room = 3
+    denoiser.max_rows = 3
     engine = Engine(Together(8))
 
     fibers = run(engine, [loop(denoiser, i + 0.25) for i in range(8)])
@@ -121,7 +121,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_limit_remembered(denoiser: 
 
 
 def test_a_single_call_that_does_not_fit_fails_alone_with_advice(denoiser: Denoiser) -> None:
-    denoiser.room = 3
+    denoiser.max_rows = 3
 
     small, big = run(Engine(Together(8)), [loop(denoiser, 1.0), loop(denoiser, 1.0, rows=4)])
 

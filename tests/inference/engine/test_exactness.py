@@ -128,13 +128,13 @@ def test_with_deterministic_rows_not_a_bit_differs(make: Any, dtype: torch.dtype
     assert bench.rows > 1.2 * bench.forwards, "the schedules must really share forwards"
 
 
-def test_decoding_aside_changes_no_bit() -> None:
+def test_decoding_on_the_auxiliary_lane_changes_no_bit() -> None:
     bench = flux_bench(torch.float32, deterministic=True, decode=True, auxiliary_lane=True)
 
     assert compare(bench, max(2, SCHEDULES // 25), None) > 2
 
 
-def test_pictures_of_equal_token_count_and_different_shape_are_not_merged() -> None:
+def test_images_of_equal_token_count_and_different_shape_are_not_merged() -> None:
     bench = flux_bench(torch.float64)
     tall, wide = sized(bench, (64, 96)), sized(bench, (96, 64))
 

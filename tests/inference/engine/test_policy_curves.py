@@ -97,7 +97,7 @@ def test_throughput_of_a_full_queue_is_that_of_the_best_static_batch(curve: Curv
     assert 160 * 20 / max(finished.values()) >= 0.97 * batch_size / curve(batch_size)
 
 
-def test_nobody_starves_under_overload_of_several_shapes_and_users() -> None:
+def test_no_job_starves_under_overload_of_several_shapes_and_users() -> None:
     """Three of the worst off beside endless short jobs of a class higher."""
     old = [
         ScheduledJob("greedy", priority=0, steps=50, shape="512"),
@@ -151,19 +151,19 @@ def test_high_priority_waits_least_and_low_priority_most() -> None:
 
 
 def test_deadlines_that_can_be_kept_are_kept_more_often() -> None:
-    def kept(told: bool) -> int:
+    def kept(known: bool) -> int:
         jobs = load(0.9, SATURATED, 2)
         due = {job: job.submitted_at + 3 * job.steps * 0.243 + 2 for job in jobs[::4]}
         for job, deadline in due.items():
-            job.deadline = deadline if told else None
+            job.deadline = deadline if known else None
         finished = run(StepScheduler(8), jobs, SATURATED)
         return sum(finished[job] <= deadline for job, deadline in due.items())
 
-    assert kept(told=True) >= 0.95 * 75
-    assert kept(told=True) > kept(told=False)
+    assert kept(known=True) >= 0.95 * 75
+    assert kept(known=True) > kept(known=False)
 
 
-def test_deadlines_that_are_lost_delay_nobody() -> None:
+def test_deadlines_that_are_lost_delay_no_other() -> None:
     lost = load(0.8, SATURATED, 0)
     for job in lost:
         job.deadline = job.submitted_at + 0.1
@@ -220,8 +220,8 @@ def test_the_forecast_errs_by_a_tenth_of_the_time_until_all_is_done(
     ]
     assert statistics.mean(ends) <= 0.1 * took
     freed = [end - 1e4 for end in finished.values()]  # one slot each
-    told = sorted(forecast.starts_in_s for forecast in forecasts)
-    starts = [abs(start - free) for start, free in zip(told, freed, strict=False)]
+    expected = sorted(forecast.starts_in_s for forecast in forecasts)
+    starts = [abs(start - free) for start, free in zip(expected, freed, strict=False)]
     assert statistics.mean(starts) <= 0.1 * took
 
 

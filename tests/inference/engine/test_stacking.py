@@ -36,7 +36,7 @@ def test_every_kind_of_argument_is_stacked_in_its_own_way() -> None:
     assert merged["down_block_additional_residuals"][0].tolist() == [[1.0], [2.0], [2.0]]
 
 
-def test_lists_with_an_entry_per_picture_are_joined_and_dealt() -> None:
+def test_lists_with_one_tensor_per_row_are_joined_and_split() -> None:
     where = seam("ZImageTransformer2DModel")
     calls = [
         call(where, x=[rows(4, 1, value=i) for i in group], t=torch.tensor(group), cap_feats=[rows(5, 2)] * 2)

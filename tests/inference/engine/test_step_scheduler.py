@@ -106,7 +106,7 @@ def test_a_key_that_ran_out_of_memory_gets_half_the_rows() -> None:
     assert rows_picked(scheduler) == 4
 
 
-def test_only_equal_keys_share_and_no_key_shares_with_nobody() -> None:
+def test_only_equal_keys_share_and_a_call_without_key_shares_with_none() -> None:
     scheduler = learned(lambda batch_size: 0.1 + 0.001 * batch_size)
 
     assert scheduler.pick([ParkedCall("a", 1, 0), ParkedCall("b", 1, 1), ParkedCall("a", 1, 2)], 0.0) == [
@@ -236,7 +236,7 @@ def test_what_is_learned_is_bounded() -> None:
     st.sampled_from([-1, 0, 1]),
     st.lists(st.tuples(st.integers(1, 50), st.sampled_from([-1, 0, 1]), st.booleans()), max_size=20),
 )
-def test_nobody_is_overtaken_by_jobs_submitted_after_the_bound(
+def test_no_job_is_overtaken_by_jobs_submitted_after_the_bound(
     steps: int, priority: int, others: list[tuple[int, int, bool]]
 ) -> None:
     scheduler = learned(SATURATED)

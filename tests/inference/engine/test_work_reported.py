@@ -1,4 +1,4 @@
-"""What a replica tells the autoscaling policy: work done, work left, and a request's mean."""
+"""What a replica reports to the autoscaling policy: work done, work left, and the mean of a request."""
 
 from __future__ import annotations
 

@@ -191,7 +191,9 @@ async def test_work_that_would_wait_too_long_is_refused_with_a_time_to_come_back
         await items.aclose()
 
 
-async def test_a_draining_worker_hands_back_what_would_not_end_in_time_with_its_state(worker: Worker) -> None:
+async def test_a_draining_worker_preempts_what_would_not_end_in_time(
+    worker: Worker,
+) -> None:
     orders_given = threading.Event()
     long = worker.submit(steps(10**9), ScheduledJob(steps=10**9, shape="s"), snapshot=lambda: b"state")
     short = worker.submit(steps(60, pause_after=20, until=orders_given), ScheduledJob(steps=60, shape="s"))
@@ -214,7 +216,7 @@ async def test_a_draining_worker_hands_back_what_would_not_end_in_time_with_its_
         await anext(worker.submit(steps(1), ScheduledJob()))
 
 
-async def test_what_a_draining_worker_hands_back_is_no_longer_computed(worker: Worker) -> None:
+async def test_what_a_draining_worker_preempts_is_no_longer_computed(worker: Worker) -> None:
     ended = threading.Event()
 
     def endless(emit: Emit) -> float:
