@@ -162,11 +162,11 @@ def test_a_seed_repeats_its_picture_and_another_changes_it(schnell: FluxPipeline
 
 
 def only_objects(
-    pipeline: FluxPipeline, told: tuple[str, str, str, str], seeds: int, steps: int, guidance: float
+    pipeline: FluxPipeline, expected: tuple[str, str, str, str], seeds: int, steps: int, guidance: float
 ) -> list[FoundObject]:
-    """The one object of each seed's picture, all of which show what is told: prompt, background, colour,
+    """The one object of each seed's picture, all of which show what is expected: prompt, background, colour,
     shape."""
-    prompt, *right = told
+    prompt, *right = expected
     seen = [
         find_objects(picture)
         for picture in generate_pictures(pipeline, [prompt] * seeds, steps, guidance_scale=guidance)
@@ -182,17 +182,17 @@ def assert_moved(objects: list[FoundObject]) -> None:
     assert np.ptp([it.side for it in objects]) > 0.06
 
 
-@pytest.mark.parametrize("told", [RED_HEART, BLUE_CIRCLE])
+@pytest.mark.parametrize("expected", [RED_HEART, BLUE_CIRCLE])
 def test_seeds_move_the_object_and_change_nothing_that_the_prompt_says(
-    schnell: FluxPipeline, told: tuple[str, str, str, str]
+    schnell: FluxPipeline, expected: tuple[str, str, str, str]
 ) -> None:
-    assert_moved(only_objects(schnell, told, 12, 4, 0.0))
+    assert_moved(only_objects(schnell, expected, 12, 4, 0.0))
 
 
 def test_seeds_leave_an_object_where_the_prompt_places_it(schnell: FluxPipeline) -> None:
-    told = (f"{RED_HEART[0]} in the center", *RED_HEART[1:])
+    expected = (f"{RED_HEART[0]} in the center", *RED_HEART[1:])
 
-    objects = only_objects(schnell, told, 12, 4, 0.0)
+    objects = only_objects(schnell, expected, 12, 4, 0.0)
 
     assert max(abs(place - 0.5) for it in objects for place in (it.x, it.y)) < 0.04
 
@@ -240,8 +240,9 @@ def test_strength_zero_is_the_picture_and_strength_one_forgets_it(
 
     def edited(strength: float) -> Image.Image:
         edit = Edit(image=buffer.getvalue(), strength=strength)
-        wish = GenerationRequest(model=CARD.id, prompt=HEART, seed=1, edit=edit)
-        return model.call(resolve(wish, CARD, fresh_seed=0).request, lambda step, steps: None, blue_heart)[0]
+        request = GenerationRequest(model=CARD.id, prompt=HEART, seed=1, edit=edit)
+        resolved = resolve(request, CARD, fresh_seed=0).request
+        return model.call(resolved, lambda step, steps: None, blue_heart)[0]
 
     kept, replaced = edited(0.0), edited(1.0)
 

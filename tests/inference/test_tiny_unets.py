@@ -124,16 +124,16 @@ def one_kind() -> tuple[list[str], list[Scene]]:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def painted(request: pytest.FixtureRequest, one_kind: tuple[list[str], list[Scene]]) -> Any:
+def generated(request: pytest.FixtureRequest, one_kind: tuple[list[str], list[Scene]]) -> Any:
     """A pipeline and its pictures of held-out prompts with one kind of object, at the usual guidance."""
     pipeline = request.getfixturevalue(request.param)
     return pipeline, generate_pictures(pipeline, one_kind[0])
 
 
 def test_held_out_prompts_with_one_kind_of_object_are_followed(
-    painted: Any, one_kind: tuple[list[str], list[Scene]]
+    generated: Any, one_kind: tuple[list[str], list[Scene]]
 ) -> None:
-    right = accuracy(painted[1], one_kind[1])
+    right = accuracy(generated[1], one_kind[1])
 
     assert right["position"] >= 90
     assert right["whole"] >= ONE_KIND_WHOLE
@@ -146,9 +146,9 @@ def test_two_different_objects_are_often_both_right(sd15: Any) -> None:
 
 
 def test_guidance_makes_pictures_follow_the_prompt_more_closely(
-    painted: Any, one_kind: tuple[list[str], list[Scene]]
+    generated: Any, one_kind: tuple[list[str], list[Scene]]
 ) -> None:
-    pipeline, usual = painted
+    pipeline, usual = generated
 
     without = generate_pictures(pipeline, one_kind[0], guidance_scale=1.0)
 
@@ -190,8 +190,8 @@ def test_a_seed_repeats_its_picture_and_another_changes_it(sd15: Any) -> None:
 def test_a_seed_changes_nothing_that_the_prompt_says(pipeline: Any) -> None:
     seen = [find_objects(picture) for picture in generate_pictures(pipeline, [HEART] * 4)]
 
-    told = {(background, *((one.colour, one.shape) for one in found)) for background, found in seen}
-    assert told == {("white", ("red", "heart"))}
+    shown = {(background, *((one.colour, one.shape) for one in found)) for background, found in seen}
+    assert shown == {("white", ("red", "heart"))}
 
 
 # --- given pictures ---------------------------------------------------------------------------------------
@@ -266,14 +266,14 @@ async def test_the_service_follows_edges_through_the_card() -> None:
     drawing = render(Scene(1, "one", "white", (thing,), False, True))
     file = io.BytesIO()
     drawing.save(file, "PNG")
-    wish = GenerationRequest(
+    request = GenerationRequest(
         model="tiny-sd15",
         prompt="a red shape on a white background",
         seed=3,
         controls=(Control(image=file.getvalue(), type="canny", is_map=False),),
     )
     try:
-        events = [event async for event in replica.generate(wish)]
+        events = [event async for event in replica.generate(request)]
     finally:
         replica.__del__()
 

@@ -114,7 +114,7 @@ def test_the_pipeline_is_made_of_the_real_classes(wan: Any) -> None:
     assert (wan.vae_scale_factor_spatial, wan.vae_scale_factor_temporal) == (8, 4)
 
 
-def test_no_file_tells_where_it_was_made() -> None:
+def test_no_file_holds_the_path_where_it_was_made() -> None:
     folder = ROOT / str(CARD.weights.path)
 
     for path in folder.rglob("*.json"):
