@@ -32,6 +32,7 @@ class CostModel:
 
     def __init__(self, max_batch_size: int) -> None:
         self._max_batch_size = max_batch_size
+        # not cachetools' LRUCache, whose lookups take 1 us each: there are several per step
         self._curves: OrderedDict[Hashable, _CostCurve] = OrderedDict()
 
     def set_buckets(self, key: Hashable, buckets: Sequence[int]) -> None:

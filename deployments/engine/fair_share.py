@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+
+from cachetools import LRUCache
 
 from deployments.engine.policy import MAX_BOOST_S
 from deployments.engine.scheduled_job import ScheduledJob, UserClock
@@ -19,7 +20,7 @@ class FairShare:
     """
 
     def __init__(self) -> None:
-        self._clocks: OrderedDict[str, UserClock] = OrderedDict()
+        self._clocks: LRUCache[str, UserClock] = LRUCache(MAX_USERS)
         self._active_users = 1
 
     def observe(self, users: Iterable[str]) -> None:
@@ -54,9 +55,5 @@ class FairShare:
         clock = self._clocks.get(job.user)
         if clock is None:
             clock = self._clocks[job.user] = UserClock()
-            if len(self._clocks) > MAX_USERS:
-                self._clocks.popitem(last=False)
-        else:
-            self._clocks.move_to_end(job.user)
         job.user_clock = clock
         return clock

@@ -29,6 +29,7 @@ class StepCosts:
 
     def __init__(self, cost_model: CostModel) -> None:
         self._cost_model = cost_model
+        # not cachetools' LRUCache: reading, which happens for every job, must not refresh an entry
         self._shapes: OrderedDict[Hashable, _ShapeCost] = OrderedDict()
         self._unlearned_step_s = UNLEARNED_STEP_S
 
