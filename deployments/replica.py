@@ -82,10 +82,8 @@ class ModelReplica:
         loaded = time.monotonic()
         if on_stop is not None:
             on_stop(lambda: self.drain(STOP_GRACE_S))
-        if first.serving.warm_up:  # in a thread: Serve calls the constructor inside a running event loop
-            generate = partial(self.generate, unlimited_wait=True)
-            with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as thread:
-                thread.submit(asyncio.run, warm_up(first, generate)).result()
+        if first.serving.warm_up:
+            self._warm_up(first)
         self.start_phases = {  # seconds
             "imports": imported - began,
             "load": loaded - imported,
@@ -175,6 +173,12 @@ class ModelReplica:
             self._reporter.stop()
         if hasattr(self, "_runtime"):
             self._runtime.worker.stop()
+
+    def _warm_up(self, card: ModelCard) -> None:
+        """Run the warm-up requests, in a thread: Serve calls the constructor inside a running event loop."""
+        generate = partial(self.generate, unlimited_wait=True)
+        with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as thread:
+            thread.submit(asyncio.run, warm_up(card, generate)).result()
 
     def _card_of(self, request: GenerationRequest) -> ModelCard:
         for card in self._cards.values():
