@@ -25,7 +25,9 @@ class MemoryPipe:
         ) or bool(self.streams.get(key))
 
     def hset(self, key: str, field: str = "", value: str = "", mapping: Mapping[Any, Any] = {}) -> None:
-        self.hashes[key] |= {field: value} if field else {str(k): str(v) for k, v in mapping.items()}
+        fields = {field: value} if field else dict(mapping)
+        assert all(isinstance(text, str) and text for text in fields.values()), "a server stores strings"
+        self.hashes[key] |= fields
 
     def hdel(self, key: str, *fields: str) -> None:
         for field in fields:
@@ -38,6 +40,7 @@ class MemoryPipe:
         self.zsets[key] |= scores
 
     def zrem(self, key: str, member: str) -> None:
+        assert isinstance(member, str)
         self.zsets[key].pop(member, None)
 
     def zremrangebyscore(self, key: str, low: float, high: float) -> None:
@@ -70,6 +73,7 @@ class MemoryPipe:
                 kind.pop(key, None)  # type: ignore[attr-defined]
 
     def expire(self, key: str, ttl_s: int) -> None:
+        assert isinstance(ttl_s, int)
         if self.exists(key):
             self.ttl_s[key] = ttl_s
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pytest
@@ -106,6 +107,21 @@ def test_a_digest_is_of_the_body_and_what_goes_with_it() -> None:
     assert body_digest(body) != body_digest(Body(prompt="a dog"))
     assert body_digest(body) != body_digest(Body(prompt="a cat", image=b"x"))
     assert len(body_digest(body)) == 64
+
+
+def test_the_order_of_models_does_not_matter() -> None:
+    one, other = {"a": "1", "b": "2"}, {"b": "2", "a": "1"}
+
+    assert key(resolved(), models=one) == key(resolved(), models=other)
+    assert key(resolved(), models=one) != key(resolved(), models={"a": "2", "b": "1"})
+
+
+def test_the_canonical_form_is_sorted_compact_json_with_digests_for_bytes() -> None:
+    digest = hashlib.sha256(b"x").hexdigest()
+
+    assert cache_keys._canonical({"b": b"x", "a": [1, None]}) == (
+        f'{{"a":[1,null],"b":"sha256:{digest}"}}'.encode()
+    )
 
 
 def test_only_bytes_are_digested_beside_json() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from serve_app.jobs import events
-from serve_app.jobs.job import percent_done
+from serve_app.jobs.job import Job, JobError, JobState, percent_done
+from tests.serving.fakes import OWNER, resolved
 
 EVENTS = [
     events.JobQueued(3, 2, 4),
@@ -53,6 +54,22 @@ def test_stored_names_are_the_names_on_the_wire() -> None:
 )
 def test_percent_of_an_event(event: events.Event, percent: int | None) -> None:
     assert events.percent(event) == percent
+
+
+def ended(state: JobState, error: JobError | None = None) -> Job:
+    return Job("a" * 32, OWNER, state, resolved(), 0.0, error=error)
+
+
+def test_the_ending_of_a_job_follows_from_its_record() -> None:
+    error = JobError("out_of_memory", "too big", "width", 2.0)
+    failed = events.Failed("out_of_memory", "too big", retryable=False, param="width", retry_after_s=2.0)
+
+    assert events.ending_event(ended(JobState.completed)) == events.JobCompleted(0.0)
+    assert events.ending_event(ended(JobState.failed, error)) == failed
+    assert events.ending_event(ended(JobState.cancelled)) == events.JobCancelled()
+    for job in (ended(JobState.queued), ended(JobState.processing)):
+        with pytest.raises(AssertionError, match=f"job {job.id} has not ended"):
+            events.ending_event(job)
 
 
 @pytest.mark.parametrize(

@@ -321,6 +321,14 @@ def test_the_last_counted_failure_ends_the_job(pipe: MemoryPipe, transitions: Tr
     assert published(pipe)[-1] == events.Failed("model_unavailable", "lost", retryable=True)
 
 
+def test_progress_of_a_released_job_is_that_of_its_resume_point(
+    pipe: MemoryPipe, transitions: Transitions
+) -> None:
+    left = release(pipe, transitions, running(pipe, transitions), resume_point=RESUME)
+
+    assert (left.step, left.steps) == (RESUME.step, RESUME.steps)
+
+
 def test_an_uncounted_failure_never_ends_the_job(pipe: MemoryPipe, transitions: Transitions) -> None:
     job = replace(running(pipe, transitions), failures=SETTINGS.max_attempts - 1)
 
@@ -456,6 +464,73 @@ def test_the_oldest_follower_becomes_the_new_leader_and_takes_over_the_cache_key
     assert pipe.zsets[KEYS.followers("b")] == {"c": NOW_US + 1}
     assert not pipe.exists(KEYS.followers("a"))
     assert pipe.strings[KEYS.cache_key("ck")] == "b", "the next identical request must join the new leader"
+    assert KEYS.cache_key("ck") not in pipe.ttl_s
+
+
+@pytest.mark.parametrize("fails_followers", [True, False])
+def test_the_last_failure_of_a_leader_resolves_its_followers(
+    pipe: MemoryPipe, transitions: Transitions, fails_followers: bool
+) -> None:
+    leader, group = coalesced(pipe, transitions)
+    leader = replace(leader, failures=SETTINGS.max_attempts - 1)
+
+    release(pipe, transitions, leader, group=group, fails_followers=fails_followers)
+
+    expected = JobState.failed if fails_followers else JobState.queued
+    assert stored(pipe, "b").state is expected
+    assert not pipe.exists(KEYS.followers("a"))
+
+
+def test_followers_fail_with_their_leader_unless_said_otherwise(
+    pipe: MemoryPipe, transitions: Transitions
+) -> None:
+    leader, group = coalesced(pipe, transitions)
+    leader = replace(leader, failures=SETTINGS.max_attempts - 1)
+
+    release(pipe, transitions, leader, group=group)
+
+    assert stored(pipe, "b").state is stored(pipe, "c").state is JobState.failed
+    assert stored(pipe, "b").leader == "a", "the record keeps what it waited for"
+    assert not pipe.zsets[KEYS.followers("a")]
+
+
+def test_a_leader_that_was_to_be_cancelled_is_replaced_when_it_is_released(
+    pipe: MemoryPipe, transitions: Transitions
+) -> None:
+    leader, group = coalesced(pipe, transitions)
+
+    release(pipe, transitions, replace(leader, cancel_requested=True), group=group)
+
+    assert pipe.strings[KEYS.cache_key("ck")] == "b"
+    assert stored(pipe, "c").leader == "b"
+
+
+def test_a_cancelled_job_leaves_the_queue(pipe: MemoryPipe, transitions: Transitions) -> None:
+    job = accepted(pipe, transitions)
+    old_us = NOW_US - 2 * SETTINGS.record_ttl_s * 1_000_000
+    pipe.zsets[KEYS.owner(OWNER)]["old"] = old_us
+
+    transitions.endings.end(cast(Any, pipe), job, JobState.cancelled, NOW_US)
+
+    assert (pipe.zsets[KEYS.pending], pipe.zsets[KEYS.pending_of(MODEL)]) == ({}, {})
+    assert "old" not in pipe.zsets[KEYS.owner(OWNER)]
+    assert stored(pipe).error is None
+
+
+def test_only_a_failed_job_has_an_error(pipe: MemoryPipe, transitions: Transitions) -> None:
+    job = replace(running(pipe, transitions), error=LOST)
+
+    transitions.endings.end(cast(Any, pipe), job, JobState.cancelled, NOW_US)
+
+    assert stored(pipe).error is None
+
+
+def test_a_job_without_a_cache_key_touches_none(pipe: MemoryPipe, transitions: Transitions) -> None:
+    job = replace(running(pipe, transitions), generation_s=1.0)
+    pipe.strings[KEYS.cache_key("ck")] = "another"
+
+    transitions.endings.end(cast(Any, pipe), job, JobState.completed, NOW_US)
+
     assert KEYS.cache_key("ck") not in pipe.ttl_s
 
 
