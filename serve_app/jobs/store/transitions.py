@@ -182,17 +182,22 @@ class Transitions:
             return self.endings.end(
                 pipe, failed, JobState.failed, now_us, group, fails_followers=fails_followers
             )
-        waiting = {"state": JobState.queued.value, "step": str(step), "steps": str(steps)}
-        if kept is None:
-            pipe.hdel(self._keys.job(job.id), "resume_point")
+        return self._requeue(pipe, job)
+
+    def _requeue(self, pipe: Pipeline, job: Job) -> Job:
+        """Into its queue with its old score; without a lease, and with its resume point if it has one."""
+        key = self._keys.job(job.id)
+        fields = {"state": JobState.queued.value, "step": str(job.step), "steps": str(job.steps)}
+        if job.resume_point is None:
+            pipe.hdel(key, "resume_point")
         else:
-            waiting["resume_point"] = RESUME_POINT.dump_json(kept).decode()
-        pipe.hset(self._keys.job(job.id), mapping=as_pairs(waiting))
-        pipe.hdel(self._keys.job(job.id), "cached_from")
+            fields["resume_point"] = RESUME_POINT.dump_json(job.resume_point).decode()
+        pipe.hset(key, mapping=as_pairs(fields))
+        pipe.hdel(key, "cached_from")
         self._indexes.end_lease(pipe, job.id)
         self._indexes.enqueue(pipe, job)
         # position 1 is a guess; followers receive the real one when they next poll
-        self._indexes.publish(pipe, job.id, events.JobQueued(1, step, steps))
+        self._indexes.publish(pipe, job.id, events.JobQueued(1, job.step, job.steps))
         return replace(job, state=JobState.queued)
 
     def _advance_flow(self, pipe: Pipeline, job: Job, placement: Placement) -> None:

@@ -78,7 +78,7 @@ class MemoryPipe:
             self.ttl_s[key] = ttl_s
 
     def xadd(self, key: str, fields: Mapping[Any, Any], maxlen: int, approximate: bool) -> None:
-        assert not approximate
+        assert approximate is False
         self.streams[key].append({str(k): str(v) for k, v in fields.items()})
         self.streams[key] = self.streams[key][-maxlen:]
 
