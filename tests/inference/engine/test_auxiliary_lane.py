@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -48,6 +48,20 @@ class Decoder(nn.Module):
         if sample.shape[0] > self.max_rows:
             raise torch.OutOfMemoryError(f"{sample.shape[0]} rows")
         return sample * 10
+
+
+class Recorder(Together):
+    """Notes the keys that buckets are set for, and on which threads."""
+
+    def __init__(self, max_batch_size: int) -> None:
+        super().__init__(max_batch_size)
+        self.keys: set[Hashable] = set()
+        self.threads: set[str] = set()
+
+    def set_buckets(self, key: Hashable | None, buckets: Sequence[int]) -> None:
+        self.keys.add(key)
+        self.threads.add(threading.current_thread().name)
+        super().set_buckets(key, buckets)
 
 
 class AutoencoderKL(nn.Module):
@@ -179,6 +193,18 @@ def test_a_failed_decode_fails_its_own_request_only(model: TinyModel, engine: En
     assert float(other.result[0, 0]) == 1.0
 
 
+def test_buckets_proven_on_the_lane_reach_the_scheduler_on_the_engines_thread(model: TinyModel) -> None:
+    scheduler = Recorder(8)
+    engine = Engine(scheduler, deterministic=True, auxiliary_lane=True)
+    engine.start(Fiber(model.generate(0.0, steps=1)))
+
+    run_out(engine)
+    engine.close()
+
+    assert len(scheduler.keys) == 2, "of the denoiser and of the decoder"
+    assert scheduler.threads == {threading.current_thread().name}
+
+
 async def test_a_request_cancelled_while_it_is_decoded_frees_its_slot(model: TinyModel) -> None:
     scheduler = Together(8)
     worker = Worker(Engine(scheduler, auxiliary_lane=True), scheduler, slots=1)
@@ -206,7 +232,10 @@ async def test_a_request_that_arrives_during_a_decode_alone_starts_at_once(
     model: TinyModel,
 ) -> None:
     scheduler = Together(8)
-    worker = Worker(Engine(scheduler, auxiliary_lane=True), scheduler, slots=2)
+    engine = Engine(scheduler, auxiliary_lane=True)
+    steps, step = [], engine.step
+    engine.step = lambda **options: steps.append(None) or step(**options)  # type: ignore[method-assign, func-returns-value]
+    worker = Worker(engine, scheduler, slots=2)
     decoder = model.vae.decoder
     decoder.may.clear()
     decoding = asyncio.Event()
@@ -216,11 +245,13 @@ async def test_a_request_that_arrives_during_a_decode_alone_starts_at_once(
     first = worker.submit(lambda _emit: model.generate(0.0, 1)(), ScheduledJob())
     await anext(first)
     await decoding.wait()
+    await asyncio.sleep(0.05)
     async with asyncio.timeout(PATIENCE_S / 2):
         second = [item async for item in worker.submit(lambda _emit: 7, ScheduledJob())]
     decoder.may.set()
     rest = [item async for item in first]
 
+    assert len(steps) < 10, "the worker waits, it does not poll"
     assert isinstance(second[-1], Finished)
     assert isinstance(rest[-1], Finished)
     worker.stop()

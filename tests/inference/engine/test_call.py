@@ -73,6 +73,10 @@ def test_a_call_with_unknown_arguments_has_no_key(strange: dict[str, Any]) -> No
     assert call(seam(), hidden_states=rows(1, 4), **strange).key is None
 
 
+def test_a_timestep_per_token_of_one_row_does_not_serve_two_rows() -> None:
+    assert call(seam(), hidden_states=rows(2, 4), timestep=rows(1, 3)).key is None
+
+
 def test_none_equals_a_missing_argument_only_where_it_is_the_default() -> None:
     where = seam("Transformer", "guidance")
     plain = call(where, hidden_states=rows(1, 4))

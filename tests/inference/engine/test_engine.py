@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import weakref
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -292,6 +294,25 @@ def test_64_active_requests_hold_their_latents_their_embeddings_and_one_stack_of
     latents, embeddings, time = 64 * 64 * 4, 32 * 64 * 4, 4
     assert 64 * (latents + embeddings) <= held <= 64 * (latents + 2 * embeddings + time)
     assert tensor_bytes() == before
+
+
+def test_a_request_that_is_done_holds_no_tensor_of_its_calls_though_its_context_lives(
+    denoiser: Denoiser,
+) -> None:
+    ids = torch.zeros(1, 2)
+    held, engine = weakref.ref(ids), Engine(Together(8))
+    fiber = Fiber(loop(denoiser, 1.0, img_ids=ids))
+    fiber.gr_context = context = copy_context()
+
+    engine.start(fiber)
+    while not engine.idle:
+        engine.step()
+    result, fiber, ids = fiber.result, None, None  # type: ignore[assignment]
+    gc.collect()
+
+    assert result is not None
+    assert context is not None
+    assert held() is None
 
 
 def test_two_thousand_short_requests_leave_nothing_behind(guided: Guided) -> None:

@@ -60,6 +60,17 @@ def test_times_of_every_token_are_kept() -> None:
     assert stack(calls)["timestep"].tolist() == [[1.0] * 3, [2.0] * 3]
 
 
+def test_constant_arguments_in_another_order_are_stacked_in_that_order() -> None:
+    where, texts = seam(), [rows(1, 3, value=i) for i in (1.0, 2.0)]
+
+    def stacked(order: list[Tensor]) -> list[float]:
+        calls = [call(where, hidden_states=rows(1, 4), encoder_hidden_states=text) for text in order]
+        return stack(calls)["encoder_hidden_states"][:, 0].tolist()
+
+    assert stacked(texts) == [1.0, 2.0]
+    assert stacked(texts[::-1]) == [2.0, 1.0]
+
+
 def test_constant_arguments_are_stacked_once_and_let_go_with_the_first_of_them() -> None:
     where, texts = seam(), [rows(1, 3, value=i) for i in (1.0, 2.0)]
 
