@@ -183,6 +183,15 @@ def test_a_claim_takes_the_job_out_of_the_queues_under_a_lease(
     assert published(pipe)[-1] == events.JobStarted(1, 0, 0)
 
 
+def test_a_claim_renews_the_life_of_the_queues_tags(pipe: MemoryPipe, transitions: Transitions) -> None:
+    job = accepted(pipe, transitions)
+    pipe.ttl_s.clear()
+
+    transitions.claim(cast(Any, pipe), job, NOW_US, 5.0)
+
+    assert pipe.ttl_s == {KEYS.fair_queue(MODEL): SETTINGS.record_ttl_s}
+
+
 def test_a_claimed_copy_leaves_the_virtual_time_of_its_model(
     pipe: MemoryPipe, transitions: Transitions
 ) -> None:
