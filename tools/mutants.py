@@ -6,8 +6,8 @@
 
 mutmut changes one expression at a time and runs the tests that reach it.  A change that no test notices
 survives.  The known survivors are listed in tests/mutants.txt; another one fails this command, and one that
-is gone leaves the list: it only shrinks.  An interrupted run continues where it stopped, as long as neither
-the tests nor the selected modules change.
+is gone leaves the list: it only shrinks.  An interrupted run continues where it stopped, as long as the
+tests do not change.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def survivors(group: Group, modules: list[str], processes: int) -> dict[str, Cou
     _copy_repository(folder)
     (folder / "setup.cfg").write_text(_settings(group, modules), encoding="utf-8")
     state = folder / "state.txt"
-    fingerprint = _fingerprint(folder, group, modules)
+    fingerprint = _fingerprint(folder, group)
     if state.exists() and state.read_text(encoding="utf-8") != fingerprint:
         shutil.rmtree(folder / "mutants", ignore_errors=True)
     state.write_text(fingerprint, encoding="utf-8")
@@ -189,11 +189,11 @@ def _settings(group: Group, modules: list[str]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _fingerprint(folder: Path, group: Group, modules: list[str]) -> str:
-    """Changes when a result of an earlier run may no longer hold: other tests, or other modules."""
+def _fingerprint(folder: Path, group: Group) -> str:
+    """Changes when a result of an earlier run may no longer hold, because the tests are others."""
     paths = [folder / name for name in group.tests]
     files = sorted({file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])})
-    digest = hashlib.sha256("\n".join(modules).encode())
+    digest = hashlib.sha256()
     for file in [*files, *sorted((folder / "tests").glob("*.py"))]:
         digest.update(file.read_bytes())
     return digest.hexdigest()
@@ -209,6 +209,8 @@ def _surviving(folder: Path, module: str) -> Iterator[str]:
     codes = json.loads(results.read_text(encoding="utf-8"))["exit_code_by_key"]
     with chdir(folder):
         for name, code in codes.items():
+            if code is None:
+                sys.exit(f"{module} is not finished: run this command again")
             if code not in DETECTED:
                 yield f"{_function(name)}: {_change(get_diff_for_mutant(name, path=module))}"
 
