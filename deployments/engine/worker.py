@@ -58,7 +58,7 @@ class Checkpointed:
 
 
 @dataclass(slots=True, eq=False)
-class _Submission:
+class _WorkItem:
     """One submitted piece of work. The worker's thread changes it; asyncio only reads `items`."""
 
     work: Work
@@ -87,12 +87,12 @@ class _Submission:
 
 @dataclass(frozen=True, slots=True)
 class _Submit:
-    submission: _Submission
+    submission: _WorkItem
 
 
 @dataclass(frozen=True, slots=True)
 class _Cancel:
-    submission: _Submission
+    submission: _WorkItem
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +137,8 @@ class Worker:
         self._slots = slots
         self._watchdog_s = watchdog_s
         self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._waiting: list[_Submission] = []
-        self._running: dict[Fiber, _Submission] = {}
+        self._waiting: list[_WorkItem] = []
+        self._running: dict[Fiber, _WorkItem] = {}
         self._open = 0  # submitted and not yet ended; counted on the asyncio side
         self._jobs: set[ScheduledJob] = set()  # of those
         self._recent_s: deque[float] = deque(maxlen=32)  # work of the latest submitted
@@ -203,7 +203,7 @@ class Worker:
             raise ModelUnavailable("this replica is shutting down; try again")
         job.submitted_at = time.monotonic()
         loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-        submission = _Submission(work, job, loop, max_wait_s, snapshot, self.stats, context)
+        submission = _WorkItem(work, job, loop, max_wait_s, snapshot, self.stats, context)
         self._open += 1
         self._jobs.add(job)
         self._inbox.put(_Submit(submission))
@@ -287,7 +287,7 @@ class Worker:
                 case _Wake():
                     pass
 
-    def _accept(self, submission: _Submission) -> None:
+    def _accept(self, submission: _WorkItem) -> None:
         """Queue the work and publish its place, or refuse it if the wait would be too long."""
         queued = [*(waiting.job for waiting in self._waiting), submission.job]
         if len(self._running) + len(queued) <= self._slots:
@@ -350,7 +350,7 @@ class Worker:
             queued_s = submission.started_at - submission.job.submitted_at
             submission.publish(Finished(fiber.result, queued_s, now - submission.started_at))
 
-    def _cancel(self, submission: _Submission) -> None:
+    def _cancel(self, submission: _WorkItem) -> None:
         if submission.fiber is None:
             with suppress(ValueError):  # it was refused, preempted or has ended
                 self._waiting.remove(submission)
@@ -374,7 +374,7 @@ class Worker:
             self._engine.cancel(fiber)
 
 
-def _preempt(submission: _Submission) -> None:
+def _preempt(submission: _WorkItem) -> None:
     """End a request with its checkpoint, if its work has one, and a retryable failure."""
     state = None
     if submission.snapshot is not None and submission.fiber is not None:
