@@ -196,3 +196,26 @@ def test_pauses_of_an_outage_double_up_to_the_longest(monkeypatch: pytest.Monkey
 
     assert [next(pauses) for _ in range(7)] == [0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0]
     assert (OUTAGE_FIRST_S, OUTAGE_MAX_S) == (0.05, 1.0)
+
+
+async def test_events_published_during_an_outage_are_bounded_to_the_latest() -> None:
+    leases = FakeLeases(AWAY)
+    kept = Kept(leases)
+    many = [events.Step(step, 999) for step in range(2 * PENDING_EVENTS_KEPT)]
+    for event in many:
+        kept.keeper.publish(event)
+
+    await eventually(lambda: leases.beats != [])
+    await kept.close()
+
+    assert leases.published == many[-PENDING_EVENTS_KEPT:]
+
+
+async def test_a_second_outage_is_survived_like_the_first() -> None:
+    leases = FakeLeases(AWAY, False, AWAY, AWAY)
+    kept = Kept(leases, heartbeat_s=0.001)
+
+    await eventually(lambda: leases.calls >= 5)
+    await kept.close()
+
+    assert kept.reasons == []
