@@ -12,6 +12,7 @@ import torch
 from deployments.executors.decode_thread import DecodeThread
 from deployments.media.video_spec import Frames
 from deployments.protocol.errors import ModelUnavailable, OutOfMemory
+from tests.patience import patience
 from tests.serving.fakes import eventually
 
 
@@ -35,7 +36,7 @@ class Hanging(Decoder):
     released = threading.Event()
 
     def next_frames(self) -> None:
-        self.released.wait(60)
+        self.released.wait(patience())
 
 
 async def test_two_videos_take_turns_and_their_frames_are_counted() -> None:
