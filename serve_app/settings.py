@@ -87,7 +87,7 @@ class Settings(BaseSettings):
     record_ttl_s: int = Field(7 * 86_400, ge=60)  # lifetime of the record of an ended job
     events_kept: int = Field(256, ge=16)  # per job, for replay
     result_ttl_s: int = Field(86_400, ge=60)  # files of an ended job, and the result cache
-    once_ttl_s: int = Field(86_400, ge=60)  # an Idempotency-Key
+    idempotency_ttl_s: int = Field(86_400, ge=60)  # how long an Idempotency-Key is remembered
     webhook_hosts: tuple[str, ...] = ()  # allowed targets of webhooks: example.org, *.example.org, *
     cache: bool = True  # answer an owner's identical request (same seed) with the existing files
 

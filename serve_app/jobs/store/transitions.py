@@ -74,7 +74,9 @@ class Transitions:
         if key is not None:
             first = IDEMPOTENCY_RECORD.dump_json(IdempotencyRecord.of(job.id, key)).decode()
             pipe.set(
-                keys.idempotency_key(job.owner, key_digest(key.key)), first, ex=self._settings.once_ttl_s
+                keys.idempotency_key(job.owner, key_digest(key.key)),
+                first,
+                ex=self._settings.idempotency_ttl_s,
             )
         if placement.needs_model:
             if job.cache_key is not None:

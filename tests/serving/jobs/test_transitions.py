@@ -127,7 +127,7 @@ def test_an_idempotency_key_is_recorded_with_the_digest_of_the_body(
     key = KEYS.idempotency_key(OWNER, key_digest("k1"))
     first = IDEMPOTENCY_RECORD.validate_json(pipe.strings[key])
     assert (first.job, first.digest) == ("a", "body")
-    assert pipe.ttl_s[key] == SETTINGS.once_ttl_s
+    assert pipe.ttl_s[key] == SETTINGS.idempotency_ttl_s
 
 
 def test_a_charge_is_counted_and_kept_in_the_record(pipe: MemoryPipe, transitions: Transitions) -> None:
