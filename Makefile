@@ -19,8 +19,8 @@ test: $(VENV)/.test ## set up, then the suite; `make fleets` and `make rehearsal
 fleets: $(VENV)/.test ## the shipped fleet, clusters of several nodes, a batch as a Ray job (15 minutes on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fleet tests/graph
 
-rehearsal: $(VENV)/.test ## every tiny model trained for a few steps, as README of models/ says (some minutes)
-	@$(BIN)/python -m pytest -m rehearsal tests/tools
+rehearsal: $(VENV)/.test ## every tiny model trained for a few steps, compiled, in two processes (half an hour on a busy machine)
+	@$(BIN)/python -m pytest -m rehearsal --timeout 7200 tests/tools
 
 exact: $(VENV)/.test ## 1,000 random schedules against each request alone (an hour of one core)
 	@$(BIN)/python benchmarks/exact.py
