@@ -7,11 +7,13 @@ starts dozens of processes: it has a second try, and the summary counts those.
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import Any
 
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
+from tests import service_settings
 from tests.patience import slowness
 
 RAY_TESTS = "tests/graph/"
@@ -29,6 +31,15 @@ class RayTestsInOneProcess(LoadFileScheduling):
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayTestsInOneProcess:
     return RayTestsInOneProcess(config, log)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Tests that run after those of the graph in the same process do not see its service's settings."""
+    if item.nodeid.startswith(RAY_TESTS):
+        return (yield)
+    with service_settings.hidden():
+        return (yield)
 
 
 class ImmediateFailureReport:

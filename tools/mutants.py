@@ -63,10 +63,10 @@ GROUPS = (
     Group(  # decisions: their tests take seconds
         "engine-rules",
         "deployments/engine",
-        _tests("tests/inference/engine", "batch_buckets batch_key call stacking step_scheduler"),
+        _tests("tests/inference/engine", "batch_buckets batch_key call policy stacking step_scheduler"),
         frozenset(
-            """argument_roles batch_buckets batch_key call call_signature cost_model engine_stats lora_rows
-            simulate stacking step_scheduler""".split()
+            """argument_roles batch_buckets batch_key call call_signature cost_model engine_stats fair_share
+            lora_rows policy scheduled_job simulate stacking step_costs step_scheduler""".split()
         ),
     ),
     Group(
@@ -82,8 +82,8 @@ GROUPS = (
             "cache_keys events fair_queue job lease_keeper signed_links start_estimate transitions",
         ),
         frozenset(
-            """cache_keys events fair_queue job lease_keeper signed_links start_estimate throughput
-            transitions""".split()
+            """cache_keys endings events fair_queue indexes job lease_keeper signed_links start_estimate
+            throughput transitions""".split()
         ),
     ),
     Group("jobs", "serve_app/jobs", ("tests/serving/jobs",)),

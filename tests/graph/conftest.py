@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 import yaml
 
 from serve_app.redis.embedded import EmbeddedRedis
+from tests import service_settings
 from tests.graph.clusters import RayCluster
 from tests.graph.running import RAY, ROOT, Service, free_port
 from tests.patience import slowness
@@ -50,7 +50,6 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         "PYTHONPATH": str(ROOT),
         **RAY,
     }
-    before = dict(os.environ)
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     config["http_options"]["port"] = port
     config["tracing_config"] = {
@@ -60,10 +59,10 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     }
     config["applications"][0]["args"]["models"] = ["tiny-flux-schnell", "slow-flux", "tiny-wan"]
     config["applications"][0]["deployments"] = [{"name": "Ingress", "num_replicas": 2}]  # override by name
-    os.environ.update(settings)
+    service_settings.apply(settings)
     valkey = EmbeddedRedis(data)
     try:
-        os.environ["REDIS_URL"] = valkey.start()
+        service_settings.apply({"REDIS_URL": valkey.start()})
         from serve_app.ray_serve import local_cluster
 
         gpus = {f"accelerator_type:{name}": 1 for name in ("A10G", "A100", "H100")}  # as Ray counts them
@@ -73,8 +72,7 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
             yield Service(f"http://127.0.0.1:{port}", valkey, config)
     finally:
         valkey.stop()
-        os.environ.clear()
-        os.environ.update(before)
+        service_settings.remove()
 
 
 @pytest.fixture(autouse=True)
