@@ -83,7 +83,7 @@ GROUPS = (
         ),
         frozenset(
             """cache_keys endings events fair_queue indexes job lease_keeper signed_links start_estimate
-            throughput transitions""".split()
+            transitions""".split()
         ),
     ),
     Group("jobs", "serve_app/jobs", ("tests/serving/jobs",)),
