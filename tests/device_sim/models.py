@@ -1,0 +1,229 @@
+"""Pipelines of the published sizes without weights, as from_pretrained gives them for the repositories.
+
+The configurations are those of the repositories' config.json; tokenizers are those of the tiny models that
+ship, which give the same numbers of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from tests.device_sim.device import SimulatedDevice
+from tests.device_sim.forwards import measure
+
+TINY_MODELS = Path(__file__).parents[2] / "models"
+
+Build = Callable[[Any, Any], Any]  # a module from its class and its configuration
+
+CARDS = {  # by short name
+    "flux": "flux.1-dev",
+    "schnell": "flux.1-schnell",
+    "sdxl": "sdxl-base-1.0",
+    "sd15": "stable-diffusion-v1.5",
+}
+
+SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+
+
+def install(device: SimulatedDevice) -> None:
+    """Have from_pretrained of diffusers build modules on the device instead of reading weights."""
+    build = _builder(device)
+
+    def load_pipeline(repo: Any, **_: Any) -> Any:
+        pipeline = PIPELINES[str(repo)](build)
+        measure(
+            [part for part in pipeline.components.values() if isinstance(part, nn.Module)],
+            device.measurements,
+        )
+        return pipeline
+
+    def load_controlnet(repo: Any, **_: Any) -> Any:
+        kind, config = CONTROLNETS[str(repo)]
+        net = build(kind, config)
+        measure([net], device.measurements)
+        return net
+
+    loaders: list[Any] = [diffusers.ControlNetModel, diffusers.FluxControlNetModel]
+    for kind in loaders:
+        kind.from_pretrained = load_controlnet
+    pipeline_class: Any = diffusers.DiffusionPipeline
+    pipeline_class.from_pretrained = load_pipeline
+    without_weights: Any = transformers.PreTrainedModel
+    without_weights.init_weights = lambda self: None
+
+
+def _builder(device: SimulatedDevice) -> Build:
+    def build(kind: Any, config: Any) -> Any:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with torch.device("cuda"):
+                is_transformers = isinstance(config, transformers.PreTrainedConfig)
+                module = kind(config) if is_transformers else kind.from_config(config)
+        finally:
+            torch.set_default_dtype(before)
+        module.eval()
+        for weight in [*module.parameters(), *module.buffers()]:
+            if weight.is_floating_point():
+                weight.requires_grad_(False)
+            device.memory.hold(weight)
+        vars(module)["to"] = lambda *_args, **_kwargs: module  # it has the device and the dtype already
+        return module
+
+    return build
+
+
+def _tokenizer(model: str, folder: str = "tokenizer") -> Any:
+    return transformers.AutoTokenizer.from_pretrained(str(TINY_MODELS / model / folder))
+
+
+def _vae(build: Build, channels: int, scaling_factor: float, shift_factor: float | None = None) -> Any:
+    """AutoencoderKL of Stable Diffusion (4 channels) and FLUX (16)."""
+    with_convolutions = channels == 4
+    return build(
+        diffusers.AutoencoderKL,
+        {
+            "latent_channels": channels,
+            "block_out_channels": [128, 256, 512, 512],
+            "down_block_types": ["DownEncoderBlock2D"] * 4,
+            "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "layers_per_block": 2,
+            "use_quant_conv": with_convolutions,
+            "use_post_quant_conv": with_convolutions,
+            "scaling_factor": scaling_factor,
+            "shift_factor": shift_factor,
+            "sample_size": 1024,
+        },
+    )
+
+
+def _clip_config(width: int, layers: int, projection: int) -> Any:
+    return transformers.CLIPTextConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        projection_dim=projection,
+        bos_token_id=512,  # of the tiny models' tokenizers
+        eos_token_id=513,
+        pad_token_id=513,
+    )
+
+
+def _clip_l(build: Build) -> Any:
+    return build(transformers.CLIPTextModel, _clip_config(768, 12, 768))
+
+
+def _flux(build: Build, *, guidance: bool) -> Any:
+    t5 = transformers.T5Config(
+        d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, feed_forward_proj="gated-gelu"
+    )
+    transformer = {
+        "in_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": guidance,
+        "axes_dims_rope": [16, 56, 56],
+    }
+    shift = {"shift": 3.0, "use_dynamic_shifting": True} if guidance else {"shift": 1.0}
+    return diffusers.FluxPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**shift),
+        vae=_vae(build, 16, 0.3611, 0.1159),
+        text_encoder=_clip_l(build),
+        tokenizer=_tokenizer("tiny-flux-dev"),
+        text_encoder_2=build(transformers.T5EncoderModel, t5),
+        tokenizer_2=_tokenizer("tiny-flux-dev", "tokenizer_2"),
+        transformer=build(diffusers.FluxTransformer2DModel, transformer),
+    )
+
+
+SDXL_UNET = {
+    "sample_size": 128,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+def _sdxl(build: Build) -> Any:
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="leading", **SD_BETAS)
+    return diffusers.StableDiffusionXLPipeline(
+        vae=_vae(build, 4, 0.13025),
+        text_encoder=_clip_l(build),
+        text_encoder_2=build(transformers.CLIPTextModelWithProjection, _clip_config(1280, 32, 1280)),
+        tokenizer=_tokenizer("tiny-sdxl-base"),
+        tokenizer_2=_tokenizer("tiny-sdxl-base", "tokenizer_2"),
+        unet=build(diffusers.UNet2DConditionModel, SDXL_UNET),
+        scheduler=scheduler,
+    )
+
+
+def _sd15(build: Build) -> Any:
+    unet = {
+        "sample_size": 64,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "layers_per_block": 2,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 768,
+    }
+    return diffusers.StableDiffusionPipeline(
+        vae=_vae(build, 4, 0.18215),
+        text_encoder=_clip_l(build),
+        tokenizer=_tokenizer("tiny-sd15"),
+        unet=build(diffusers.UNet2DConditionModel, unet),
+        scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, **SD_BETAS),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+PIPELINES: Mapping[str, Callable[[Build], Any]] = {
+    "black-forest-labs/FLUX.1-dev": lambda build: _flux(build, guidance=True),
+    "black-forest-labs/FLUX.1-schnell": lambda build: _flux(build, guidance=False),
+    "stabilityai/stable-diffusion-xl-base-1.0": _sdxl,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": _sd15,
+}
+
+FLUX_CONTROLNET = {
+    "in_channels": 64,
+    "num_layers": 6,
+    "num_single_layers": 0,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": [16, 56, 56],
+}
+SDXL_CONTROLNET = {
+    name: SDXL_UNET[name]
+    for name in SDXL_UNET
+    if name not in ("sample_size", "out_channels", "up_block_types", "down_block_types")
+} | {"down_block_types": SDXL_UNET["down_block_types"]}
+
+CONTROLNETS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
+    "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0": (diffusers.FluxControlNetModel, FLUX_CONTROLNET),
+    "diffusers/controlnet-canny-sdxl-1.0": (diffusers.ControlNetModel, SDXL_CONTROLNET),
+}
