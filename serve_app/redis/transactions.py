@@ -6,7 +6,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar, cast
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -71,18 +71,30 @@ async def transact(redis: Redis, watch: list[str], decide: Callable[[Pipeline], 
     Raises StoreUnreachable, and Overloaded after MAX_TRIES conflicts.
     """
     for tries in range(MAX_TRIES):
-        with redis_errors():
-            async with redis.pipeline(transaction=True) as pipe:
-                try:
-                    await pipe.watch(*watch)
-                    result = await decide(pipe)
-                    if len(pipe):
-                        await pipe.execute()
-                    return result
-                except WatchError:
-                    pass
+        with suppress(WatchError):
+            return await _transact_once(redis, watch, decide)
         await asyncio.sleep(random.uniform(0.0, 0.0005 * 2 ** min(tries, 6)))
     raise Overloaded("the job store is busy; try again", retry_after_s=1.0)
+
+
+async def transact_unless_conflict(
+    redis: Redis, watch: list[str], decide: Callable[[Pipeline], Awaitable[T]]
+) -> T | None:
+    """As `transact`, but None after the first conflict: for callers that have something else to try."""
+    with suppress(WatchError):
+        return await _transact_once(redis, watch, decide)
+    return None
+
+
+async def _transact_once(redis: Redis, watch: list[str], decide: Callable[[Pipeline], Awaitable[T]]) -> T:
+    """The result of `decide`. Raises WatchError after a conflict, and when the connection was lost."""
+    with redis_errors():
+        async with redis.pipeline(transaction=True) as pipe:
+            await pipe.watch(*watch)
+            result = await decide(pipe)
+            if len(pipe):
+                await pipe.execute()
+            return result
 
 
 def begin(pipe: Pipeline) -> None:

@@ -19,7 +19,14 @@ from serve_app.jobs.store.reads import read_group, read_job
 from serve_app.jobs.store.record import job_from
 from serve_app.jobs.store.throughput import ThroughputStats
 from serve_app.jobs.store.transitions import Transitions
-from serve_app.redis.transactions import begin, clock_us, get_hash, redis_errors, transact
+from serve_app.redis.transactions import (
+    begin,
+    clock_us,
+    get_hash,
+    redis_errors,
+    transact,
+    transact_unless_conflict,
+)
 
 HEADS = 4  # first jobs read per queue, so that dispatchers that collide claim the next one
 CLAIM_ROUNDS = 8
@@ -87,7 +94,11 @@ class Leases:
         )
 
     async def _claim_one(self, job_id: str, queue: str) -> Claim | None:
-        """The claim, or None when another worker was faster. Watches only the hash: queues always change."""
+        """The claim, or None when another worker was faster. Watches only the hash: queues always change.
+
+        A conflict means that the job was claimed or cancelled just now, so it is not tried again: with eight
+        workers at one queue, second tries were most of the transactions.
+        """
         keys = self._keys
 
         async def decide(pipe: Pipeline) -> Claim | None:
@@ -103,7 +114,7 @@ class Leases:
             begin(pipe)
             return Claim(self._transitions.claim(pipe, job, now_us, virtual_time))
 
-        return await transact(self._redis, [keys.job(job_id)], decide)
+        return await transact_unless_conflict(self._redis, [keys.job(job_id)], decide)
 
     async def heartbeat(
         self, claim: Claim, *, step: int = 0, steps: int = 0, pending_events: Sequence[events.Event] = ()
