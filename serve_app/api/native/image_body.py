@@ -68,6 +68,8 @@ class ImageBody(NativeFields):
     GET /api/models/ lists what each model allows; values that a model replaces come back as warnings.
     """
 
+    kind = "image"
+
     num_images: int = Field(1, description="Images; their seeds count up from `seed`.")
     output_format: PictureFormat = "png"
     output_quality: int = Field(95, ge=1, le=100, description="JPEG and WebP only.")

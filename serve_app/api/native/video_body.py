@@ -25,6 +25,8 @@ class VideoBody(NativeFields):
     GET /api/models/ lists what each model allows, under `videos`.
     """
 
+    kind = "video"
+
     num_frames: int | None = Field(None, description="Frames; the model lists which numbers it can make.")
     seconds: Seconds | None = Field(
         None, gt=0, le=600, description="Instead of num_frames; the nearest number of frames is taken."

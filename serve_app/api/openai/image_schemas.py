@@ -13,6 +13,8 @@ from serve_app.api.schemas.job import WarningOut
 class OpenAIImageBody(OpenAIFields):
     """OpenAI's fields, and those that vLLM-Omni and SGLang added."""
 
+    kind = "openai image"
+
     n: int | None = Field(None, ge=1, le=10, description="Number of images.")
     response_format: Literal["url", "b64_json"] | None = Field(
         None, description="b64_json by default; a url needs the same key."

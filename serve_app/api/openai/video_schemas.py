@@ -30,6 +30,8 @@ class ImageReference(Strict):
 class OpenAIVideoBody(OpenAIFields):
     """OpenAI's fields, and those that vLLM-Omni added."""
 
+    kind = "openai video"
+
     seconds: Seconds | None = Field(None, gt=0, le=600, description="As text or number.")
     input_reference: ImageBytes | ImageReference | None = Field(
         None, repr=False, description="The first frame: a file, base64, or {image_url: a data URL}."
@@ -75,6 +77,8 @@ class VideoRemixBody(Strict):
 
 class RemixRequest(SubmitDefaults):
     """A finished video's request with another prompt."""
+
+    kind = "openai remix"
 
     prompt: str
     original: ResolvedRequest
@@ -126,6 +130,8 @@ class VideoExtendBody(VideoEditBody):
 
 class ExtendRequest(SubmitDefaults):
     """A video that begins with the last frame of the original and leads to the new prompt."""
+
+    kind = "openai extension"
 
     original: ResolvedRequest
     prompt: str

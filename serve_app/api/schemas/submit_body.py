@@ -1,6 +1,6 @@
 """What `submit` needs of a request body, whatever dialect it was written in."""
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from deployments.protocol.request import ControlType, GenerationRequest, Strict, Task
 from serve_app.jobs.store.cache_keys import body_digest
@@ -43,6 +43,8 @@ class SubmitBody(Protocol):
 class SubmitDefaults(Strict):
     """The answers of a body that has no control images, refiner, webhook or LoRAs."""
 
+    kind: ClassVar[str]  # of the body in its digest: another one would change the digests of stored keys
+
     @property
     def control_types(self) -> set[ControlType]:
         return set()
@@ -59,4 +61,4 @@ class SubmitDefaults(Strict):
         return ()
 
     def digest(self) -> str:
-        return body_digest(self, kind=type(self).__name__)
+        return body_digest(self, kind=self.kind)

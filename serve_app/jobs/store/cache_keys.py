@@ -30,8 +30,12 @@ CODE_VERSION = f"weft {__version__}, diffusers {version('diffusers')}, torch {ve
 
 
 def body_digest(body: BaseModel, **also: str | None) -> str:
-    """SHA-256 of a request body and of `also`; images count by their content."""
-    return hashlib.sha256(_canonical({"body": body.model_dump(), "also": also})).hexdigest()
+    """SHA-256 of a request body and of `also`; images count by their content.
+
+    A default counts as absent, so that a new field of a later version leaves the digest of an old body.
+    """
+    given = body.model_dump(exclude_defaults=True)
+    return hashlib.sha256(_canonical({"body": given, "also": also})).hexdigest()
 
 
 def compute_cache_key(

@@ -6,6 +6,10 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from serve_app.api.native.image_body import ImageBody
+from serve_app.api.native.video_body import VideoBody
+from serve_app.api.openai.image_schemas import OpenAIImageBody
+from serve_app.api.openai.video_schemas import ExtendRequest, OpenAIVideoBody, RemixRequest
 from tests.serving.api.calls import ended, submitted
 from tests.serving.api.conftest import client_of
 from tests.serving.api.fake_model import FakeModel
@@ -32,6 +36,34 @@ async def test_another_call_under_the_same_key_is_refused_with_the_reason(client
     assert answer.status_code == 409
     assert answer.json()["error"]["param"] == "Idempotency-Key"
     assert "new key" in answer.json()["error"]["message"]
+
+
+async def test_another_kind_of_call_under_the_same_key_is_refused(client: httpx.AsyncClient):
+    await client.post("/api/generate/image", json=BODY, headers=HEADER)
+
+    answer = await client.post("/v1/images/generations", json=BODY, headers=HEADER)
+
+    assert answer.status_code == 409
+
+
+def test_the_digest_of_a_body_survives_another_name_of_its_class():
+    class Renamed(ImageBody):
+        pass
+
+    assert Renamed(**BODY).digest() == ImageBody(**BODY).digest()
+
+
+def test_each_kind_of_body_has_a_digest_of_its_own():
+    kinds = [
+        (ImageBody, "image"),
+        (VideoBody, "video"),
+        (OpenAIImageBody, "openai image"),
+        (OpenAIVideoBody, "openai video"),
+        (RemixRequest, "openai remix"),
+        (ExtendRequest, "openai extension"),
+    ]
+
+    assert [body.kind for body, _ in kinds] == [kind for _, kind in kinds]
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "two words"])

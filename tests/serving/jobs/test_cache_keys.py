@@ -109,6 +109,14 @@ def test_a_digest_is_of_the_body_and_what_goes_with_it() -> None:
     assert len(body_digest(body)) == 64
 
 
+def test_a_field_that_a_later_version_adds_leaves_the_digest_of_an_old_body() -> None:
+    class LaterBody(Body):
+        exact: str | None = None
+
+    assert body_digest(LaterBody(prompt="a cat")) == body_digest(Body(prompt="a cat"))
+    assert body_digest(LaterBody(prompt="a cat", exact="strict")) != body_digest(Body(prompt="a cat"))
+
+
 def test_the_order_of_models_does_not_matter() -> None:
     one, other = {"a": "1", "b": "2"}, {"b": "2", "a": "1"}
 
