@@ -92,3 +92,29 @@ def test_no_code_evaluates_or_loads_what_can_run_code() -> None:
             given = {keyword.arg: keyword.value for keyword in node.keywords}
             for danger in ("trust_remote_code", "allow_pickle"):
                 assert danger not in given, f"{path}:{node.lineno} sets {danger}"
+
+
+def test_what_ray_has_for_unpickling_is_only_used_to_register_a_module() -> None:
+    # the import contract sees only the top of a foreign package: `ray`, not `ray.cloudpickle`
+    unpicklers = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
+    uses = set()
+
+    for path in MODULES:
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            match node:
+                case ast.Import() | ast.ImportFrom():
+                    names = {part for alias in node.names for part in alias.name.split(".")}
+                    if isinstance(node, ast.ImportFrom) and node.module is not None:
+                        names.update(node.module.split("."))
+                case ast.Attribute(ast.Name(name) | ast.Attribute(attr=name)):
+                    names = {name}
+                case _:
+                    continue
+            if names & unpicklers:
+                uses.add((str(path), ast.unparse(node)))
+
+    scaler = "serve_app/ray_serve/autoscaling.py"
+    assert uses == {
+        (scaler, "from ray import cloudpickle"),
+        (scaler, "cloudpickle.register_pickle_by_value"),
+    }
