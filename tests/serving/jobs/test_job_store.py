@@ -474,6 +474,42 @@ async def test_lists_are_filtered_by_state_and_model(store: JobStore) -> None:
     assert len(done.jobs) == 1
 
 
+async def test_a_rare_filter_is_answered_in_short_pages_that_lead_to_the_end(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.jobs.store.owner_index.CHUNK", 2)
+    monkeypatch.setattr("serve_app.jobs.store.owner_index.CHUNKS", 2)
+    rare = {number: await accepted(store, model="ab"[number in {0, 7}]) for number in range(12)}
+    pages: list[list[str]] = []
+    cursor: str | None = None
+
+    for _ in range(4):
+        page = await store.page(OWNER, cursor=cursor, limit=5, model="b")
+        pages.append([job.id for job in page.jobs])
+        cursor = page.next_cursor
+
+    assert pages == [[], [rare[7]], [rare[0]], []]
+    assert cursor is None
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 5, 6, 7])
+async def test_every_job_is_listed_once_whatever_the_size_of_a_page(
+    store: JobStore, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr("serve_app.jobs.store.owner_index.CHUNK", 3)
+    ids = [await accepted(store) for _ in range(6)]
+    listed: list[str] = []
+    cursor: str | None = None
+
+    for _ in range(-(-len(ids) // limit)):
+        page = await store.page(OWNER, cursor=cursor, limit=limit)
+        listed += [job.id for job in page.jobs]
+        cursor = page.next_cursor
+
+    assert listed == ids[::-1]
+    assert cursor is None
+
+
 async def test_jobs_of_the_same_microsecond_are_all_listed(
     store: JobStore, redis: Redis, settings: Settings
 ) -> None:
@@ -503,8 +539,10 @@ async def test_an_expired_job_leaves_the_list(store: JobStore, redis: Redis, set
 
 @pytest.mark.parametrize("cursor", ["", "x", "1-2", "99999999999999999999-" + "0" * 32, "' OR 1"])
 async def test_a_malformed_cursor_is_a_bad_request(store: JobStore, cursor: str) -> None:
-    with pytest.raises(BadRequest, match="cursor"):
+    with pytest.raises(BadRequest, match="cursor") as refusal:
         await store.page(OWNER, cursor=cursor)
+
+    assert refusal.value.param == "cursor"
 
 
 async def test_events_are_replayed_after_an_id_and_bounded(redis: Redis, make_settings: MakeSettings) -> None:

@@ -138,6 +138,14 @@ async def test_a_maintenance_task_is_acquired_by_one_dispatcher_at_a_time(store:
     assert await store.try_acquire("orphans", 60.0)
 
 
+async def test_a_maintenance_task_of_a_dead_dispatcher_is_acquired_by_another_in_time(
+    store: JobStore, redis: Redis, keys: Keys
+) -> None:
+    await store.try_acquire("sweep", 60.0)
+
+    assert 0 < await redis.pttl(keys.maintenance_lock("sweep")) <= 60_000
+
+
 async def test_one_round_of_maintenance_delivers_and_sweeps(
     store: JobStore, results: ResultStore, settings: Settings, redis: Redis, keys: Keys
 ) -> None:

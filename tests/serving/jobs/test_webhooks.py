@@ -185,6 +185,18 @@ async def test_no_webhook_is_delivered_for_a_deleted_job(
     assert await keys_without_ttl(redis, settings.redis_prefix) == []
 
 
+async def test_a_job_deleted_during_its_delivery_is_not_retried(
+    store: JobStore, redis: Redis, keys: Keys
+) -> None:
+    job = await completed(store)
+    [entry] = await store.outbox.claim_due()
+    await store.delete(job.id)
+
+    await store.outbox.retry_later(entry, 5.0)
+
+    assert await redis.zcard(keys.outbox) == 0
+
+
 async def test_each_owner_has_a_secret_in_the_form_of_the_standard() -> None:
     mine, theirs = owner_secret(SECRET, OWNER), owner_secret(SECRET, "another owner")
 
