@@ -1,8 +1,9 @@
-"""A real Valkey for the whole session; every test has its own key prefix and its own folder."""
+"""A real Valkey for the whole session, a key prefix and a folder per test, and a remote web server."""
 
 from __future__ import annotations
 
 import itertools
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
 from tests.patience import slowness
+from tests.serving.remote_server import RemoteServer, certificate
 
 _PREFIXES = (f"weft:test{number}:" for number in itertools.count())
 
@@ -62,3 +64,16 @@ def store(redis: Redis, settings: Settings) -> JobStore:
 @pytest.fixture
 def results(tmp_path: Path) -> ResultStore:
     return ResultStore(str(tmp_path / "results"), min_free_bytes=0)
+
+
+@pytest.fixture(scope="session")
+def certified(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    return certificate(tmp_path_factory.mktemp("far"))
+
+
+@pytest.fixture
+async def remote(certified: tuple[ssl.SSLContext, ssl.SSLContext]) -> AsyncIterator[RemoteServer]:
+    server = RemoteServer(certified)
+    await server.start()
+    yield server
+    await server.stop()

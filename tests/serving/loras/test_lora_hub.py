@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import ssl
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -12,22 +10,9 @@ from deployments.protocol.errors import BadRequest
 from serve_app.loras.hub import HOSTS, fetch_from_hub
 from serve_app.storage.url_fetcher import UrlFetcher
 from tests.patience import patience
-from tests.serving.remote_server import RemoteServer, certificate, page, redirect
+from tests.serving.remote_server import RemoteServer, page, redirect
 
 LIMITS = {"max_bytes": 1000, "timeout_s": patience()}
-
-
-@pytest.fixture(scope="module")
-def certified(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    return certificate(tmp_path_factory.mktemp("far"))
-
-
-@pytest.fixture
-async def remote(certified: tuple[ssl.SSLContext, ssl.SSLContext]) -> AsyncIterator[RemoteServer]:
-    server = RemoteServer(certified)
-    await server.start()
-    yield server
-    await server.stop()
 
 
 @pytest.fixture

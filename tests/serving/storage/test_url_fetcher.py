@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import gzip
 import hashlib
-import ssl
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -14,23 +12,10 @@ from deployments.protocol.errors import BadRequest, Forbidden, TooLarge
 from serve_app.storage.public_addresses import is_public
 from serve_app.storage.url_fetcher import Unreachable, UrlFetcher
 from tests.patience import patience
-from tests.serving.remote_server import PUBLIC, RemoteServer, certificate, page, redirect
+from tests.serving.remote_server import PUBLIC, RemoteServer, page, redirect
 
 URL = "https://files.example.org/a.safetensors"
 LIMITS = {"max_bytes": 1000, "timeout_s": patience()}
-
-
-@pytest.fixture(scope="module")
-def certified(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    return certificate(tmp_path_factory.mktemp("far"))
-
-
-@pytest.fixture
-async def remote(certified: tuple[ssl.SSLContext, ssl.SSLContext]) -> AsyncIterator[RemoteServer]:
-    server = RemoteServer(certified)
-    await server.start()
-    yield server
-    await server.stop()
 
 
 @pytest.fixture
