@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overloaded, RateLimited
+from deployments.protocol.errors import (
+    BadRequest,
+    Conflict,
+    Forbidden,
+    NotFound,
+    Overloaded,
+    RateLimited,
+    Unauthorized,
+    WeftError,
+)
 from deployments.protocol.request import Control, Edit, GenerationRequest, ResolvedEdit
 from serve_app.job_ids import new_job_id
 from serve_app.jobs import events, inputs
 from serve_app.jobs.job import JobState
 from serve_app.jobs.service import JobService
+from serve_app.jobs.store.start_estimate import Capacity
 from serve_app.jobs.store.store import JobStore
+from serve_app.jobs.webhook_events import owner_secret
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
@@ -114,7 +126,7 @@ async def test_a_nearly_full_disk_rejects_jobs(store: JobStore, settings: Settin
 
 
 @pytest.mark.parametrize("which", ["foreign", "unknown", "malformed"])
-@pytest.mark.parametrize("way", ["get", "cancel", "delete", "wait", "follow", "artifact"])
+@pytest.mark.parametrize("way", ["get", "cancel", "delete", "wait", "follow", "artifact", "link", "sign"])
 async def test_a_job_of_another_owner_is_not_found(service: JobService, which: str, way: str) -> None:
     foreign = (await service.submit(REQUEST, "another owner")).id
     job_id = {"foreign": foreign, "unknown": new_job_id(), "malformed": "../x"}[which]
@@ -125,6 +137,8 @@ async def test_a_job_of_another_owner_is_not_found(service: JobService, which: s
         "wait": lambda: service.wait(job_id, OWNER, 1.0),
         "follow": lambda: anext(service.follow(job_id, OWNER)),
         "artifact": lambda: service.artifact(job_id, OWNER, 0),
+        "link": lambda: service.link(job_id, OWNER, 0, "image", 60.0),
+        "sign": lambda: service.sign(job_id, OWNER, 0, "image", round(time.time()) + 60),
     }
 
     with pytest.raises(NotFound) as refusal:
@@ -140,6 +154,37 @@ async def test_a_list_holds_only_your_jobs(service: JobService) -> None:
     page = await service.list(OWNER, limit=10)
 
     assert page.jobs == (mine,)
+
+
+async def test_a_list_is_filtered_and_read_page_by_page(service: JobService) -> None:
+    jobs = [await service.submit(REQUEST, OWNER) for _ in range(3)]
+    await service.cancel(jobs[1].id, OWNER)
+
+    first = await service.list(OWNER, limit=2)
+    second = await service.list(OWNER, limit=2, cursor=first.next_cursor)
+    waiting = await service.list(OWNER, state=JobState.queued)
+
+    assert [job.id for job in (*first.jobs, *second.jobs)] == [job.id for job in reversed(jobs)]
+    assert [job.id for job in waiting.jobs] == [jobs[2].id, jobs[0].id]
+    assert (await service.list(OWNER, model="another model")).jobs == ()
+
+
+async def test_a_waiting_job_is_shown_with_its_position_and_when_it_starts(
+    service: JobService, store: JobStore
+) -> None:
+    jobs = [await service.submit(REQUEST, OWNER) for _ in range(2)]
+    await store.throughput.report("a dispatcher", {MODEL: Capacity(1, 1)})
+    async with store.redis.pipeline() as pipe:
+        store.throughput.record_duration(pipe, MODEL, 8.0)
+        await pipe.execute()
+
+    first, second = [await service.get(job.id, OWNER) for job in jobs]
+    await service.cancel(jobs[0].id, OWNER)
+    ended = await service.get(jobs[0].id, OWNER)
+
+    assert (first.position, first.starts_in_s) == (1, 0.0)
+    assert (second.position, second.starts_in_s) == (2, 8.0)
+    assert (ended.job.state, ended.position, ended.starts_in_s) == (JobState.cancelled, None, None)
 
 
 async def test_a_waiting_job_is_cancelled_with_its_input_images(service: JobService, tmp_path: Path) -> None:
@@ -192,6 +237,88 @@ async def test_an_image_read_too_early_is_a_conflict(service: JobService) -> Non
         await service.artifact(job.id, OWNER, 0)
 
 
+async def test_a_part_of_a_finished_image_is_read(service: JobService, dispatcher: Dispatcher) -> None:
+    job = await service.wait((await service.submit(REQUEST, OWNER)).id, OWNER, patience())
+
+    assert await service.artifact_part(job.artifacts[0], 1, 3) == picture()[1:4]
+
+
+async def test_results_on_a_local_disk_have_no_url_of_their_own(
+    service: JobService, dispatcher: Dispatcher
+) -> None:
+    job = await service.wait((await service.submit(REQUEST, OWNER)).id, OWNER, patience())
+
+    assert await service.link(job.id, OWNER, 0, "image", 60.0) is None
+    with pytest.raises(NotFound, match="no image number 1"):
+        await service.link(job.id, OWNER, 1, "image", 60.0)
+
+
+async def test_a_signed_link_opens_one_file_until_it_expires(
+    service: JobService, dispatcher: Dispatcher
+) -> None:
+    job = await service.wait((await service.submit(REQUEST, OWNER)).id, OWNER, patience())
+    later, earlier = round(time.time()) + 3_600, round(time.time()) - 1
+    signature = await service.sign(job.id, OWNER, 0, "image", later)
+    expired = await service.sign(job.id, OWNER, 0, "image", earlier)
+
+    shared = await service.shared(job.id, 0, "image", later, signature)
+
+    assert shared == job
+    for index, kind, expires_at, given in [
+        (1, "image", later, signature),
+        (0, "thumbnail", later, signature),
+        (0, "image", later + 1, signature),
+        (0, "image", earlier, expired),
+        (0, "image", later, expired),
+    ]:
+        with pytest.raises(Unauthorized, match="not valid, or has expired"):
+            await service.shared(job.id, index, kind, expires_at, given)
+
+
+async def test_a_file_that_does_not_exist_is_not_signed(service: JobService, dispatcher: Dispatcher) -> None:
+    job = await service.wait((await service.submit(REQUEST, OWNER)).id, OWNER, patience())
+
+    with pytest.raises(NotFound, match="no thumbnail number 0"):
+        await service.sign(job.id, OWNER, 0, "thumbnail", round(time.time()) + 60)
+
+
+async def test_each_owner_reads_the_secret_of_its_own_webhooks(service: JobService, store: JobStore) -> None:
+    mine, theirs = await service.webhook_secret(OWNER), await service.webhook_secret("another owner")
+
+    assert mine == owner_secret(await store.cache.secret(), OWNER)
+    assert mine != theirs
+
+
+async def test_webhooks_are_off_while_no_host_is_allowed(service: JobService) -> None:
+    with pytest.raises(Forbidden, match="webhooks are off here") as refusal:
+        await service.submit(REQUEST, OWNER, webhook="https://receiver.example/hooks")
+
+    assert refusal.value.param == "webhook_url"
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("https://other.example/hooks", Forbidden),
+        ("http://receiver.example/hooks", BadRequest),
+    ],
+)
+async def test_a_webhook_is_checked_before_the_job_is_accepted(
+    store: JobStore, results: ResultStore, make_settings: MakeSettings, url: str, error: type[WeftError]
+) -> None:
+    settings = make_settings(webhook_hosts=["receiver.example"])
+    service = JobService(JobStore(store.redis, settings), results, {MODEL: CARD}, settings)
+
+    with pytest.raises(error) as refusal:
+        await service.submit(REQUEST, OWNER, webhook=url)
+    job = await service.submit(REQUEST, OWNER, webhook="https://RECEIVER.example/hooks")
+
+    assert refusal.value.param == "webhook_url"
+    assert len(refusal.value.message) > 20
+    assert job.webhook == "https://receiver.example/hooks"
+    assert (await service.list(OWNER)).jobs == (job,)
+
+
 async def test_following_at_the_service_gives_all_events(
     service: JobService, dispatcher: Dispatcher, models: FakeModels
 ) -> None:
@@ -202,6 +329,15 @@ async def test_following_at_the_service_gives_all_events(
     assert isinstance(story[0], events.JobQueued)
     assert isinstance(story[-1], events.JobCompleted)
     assert [event.step for event in story if isinstance(event, events.Step)] == [0, 1, 2, 3, 4]
+
+
+async def test_following_continues_after_an_event(service: JobService, dispatcher: Dispatcher) -> None:
+    job = await service.wait((await service.submit(REQUEST, OWNER)).id, OWNER, patience())
+    story = [entry async for entry in service.follow(job.id, OWNER)]
+
+    rest = [entry async for entry in service.follow(job.id, OWNER, after=story[1][0])]
+
+    assert rest == story[2:]
 
 
 async def test_a_healthy_service_raises_nothing(service: JobService) -> None:

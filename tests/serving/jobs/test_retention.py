@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 from pathlib import Path
 
@@ -18,9 +20,10 @@ from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.jobs.worker.maintenance import Maintenance
 from serve_app.jobs.worker.retention import Retention
+from serve_app.redis.transactions import StoreUnreachable
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
-from tests.serving.fakes import MODEL, OWNER, keys_without_ttl, picture, resolved
+from tests.serving.fakes import MODEL, OWNER, eventually, keys_without_ttl, picture, resolved
 from tests.serving.jobs.test_dispatch import ended, submitted
 from tests.serving.jobs.test_webhooks import URL, Receiver
 
@@ -158,3 +161,54 @@ async def test_one_round_of_maintenance_delivers_and_sweeps(
 
     assert len(receiver.posted) == 1
     assert (await store.get(job.id)).files_expired
+
+
+async def test_rounds_of_maintenance_sweep_once_a_minute(
+    store: JobStore, results: ResultStore, settings: Settings, redis: Redis, keys: Keys
+) -> None:
+    maintenance = Maintenance(store, results, Receiver(), settings)
+    await maintenance.run_once()
+    job = await store.accept(NewJob(new_job_id(), OWNER, resolved()))
+    await store.cancel(job.id)
+    await redis.zadd(keys.expiring, {job.id: 1})
+
+    await maintenance.run_once()
+    early = (await store.get(job.id)).files_expired
+    await redis.delete(keys.maintenance_lock("sweep"))
+    await maintenance.run_once()
+
+    assert (early, (await store.get(job.id)).files_expired) == (False, True)
+    assert await redis.exists(keys.maintenance_lock("orphans"))
+
+
+@pytest.mark.parametrize("error", [StoreUnreachable("gone"), RuntimeError("a bug")])
+async def test_no_error_ends_maintenance(
+    store: JobStore,
+    results: ResultStore,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    receiver = Receiver()
+    maintenance = Maintenance(store, results, receiver, settings)
+    monkeypatch.setattr("serve_app.jobs.worker.maintenance.ROUND_S", 0.02)
+    acquire, errors = store.try_acquire, [error, error]
+
+    async def failing_acquire(name: str, for_s: float) -> bool:
+        if errors:
+            raise errors.pop()
+        return await acquire(name, for_s)
+
+    monkeypatch.setattr(store, "try_acquire", failing_acquire)
+    job = await store.accept(NewJob(new_job_id(), OWNER, resolved(), options=SubmitOptions(webhook=URL)))
+
+    with caplog.at_level(logging.INFO):
+        task = asyncio.create_task(maintenance.run())
+        await eventually(lambda: not errors)
+        await store.cancel(job.id)
+        await eventually(lambda: len(receiver.posted) == 1)
+        task.cancel()
+
+    kinds = {"maintenance waits: gone", "a maintenance task failed; it is tried again later"}
+    assert len([message for message in caplog.messages if message in kinds]) == 2
