@@ -53,6 +53,8 @@ class Group:
     folder: str
     tests: tuple[str, ...]
     modules: frozenset[str] = frozenset()  # without `.py`; empty: all that no other group of the folder names
+    left_out: tuple[str, ...] = ()  # tests that take seconds: each mutant that survives would run them
+    test_limit_s: int = 60  # a mutant may hang
 
 
 def _tests(folder: str, names: str) -> tuple[str, ...]:
@@ -86,10 +88,20 @@ GROUPS = (
             transitions""".split()
         ),
     ),
-    Group("jobs", "serve_app/jobs", ("tests/serving/jobs",)),
+    Group(
+        "jobs",
+        "serve_app/jobs",
+        ("tests/serving/jobs",),
+        left_out=(
+            "tests/serving/jobs/test_job_store_properties.py",
+            "tests/serving/jobs/test_process_deaths.py",
+            "tests/serving/jobs/test_dispatch.py::test_slow_storage_costs_no_lease",
+            "tests/serving/jobs/test_dispatch.py::test_a_silent_model_keeps_its_lease",
+        ),
+        test_limit_s=20,
+    ),
 )
-# a mutant may hang, so a test has a minute
-PYTEST = ("-p", "no:cacheprovider", "-p", "no:xdist", "--timeout=60", "--session-timeout=86400")
+PYTEST = ("-p", "no:cacheprovider", "-p", "no:xdist", "--session-timeout=86400")
 
 
 def main() -> None:
@@ -179,8 +191,11 @@ def _settings(group: Group, modules: list[str]) -> str:
         "source_paths": [top],
         "only_mutate": modules,
         "also_copy": [name for name in copied if name != top],
-        "pytest_add_cli_args": PYTEST,
-        "pytest_add_cli_args_test_selection": group.tests,
+        "pytest_add_cli_args": [*PYTEST, f"--timeout={group.test_limit_s}"],
+        "pytest_add_cli_args_test_selection": [
+            *group.tests,
+            *(f"--deselect={test}" for test in group.left_out),
+        ],
     }
     lines = ["[mutmut]", "process_isolation = forkserver"]  # torch does not survive a plain fork once used
     lines += ["use_git_change_detection = false", "timeout_multiplier = 5", "timeout_constant = 10"]
