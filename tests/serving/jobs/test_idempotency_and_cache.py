@@ -98,6 +98,18 @@ async def test_equal_keys_of_different_owners_are_independent(service: JobServic
     assert mine.id != theirs.id
 
 
+async def test_deleting_a_job_frees_its_key(service: JobService) -> None:
+    first = await service.submit(DRAWN, OWNER, idempotency_key=KEY)
+    await service.cancel(first.id, OWNER)
+    await service.delete(first.id, OWNER)
+
+    second = await service.submit(DRAWN, OWNER, idempotency_key=KEY)
+    third = await service.submit(DRAWN, OWNER, idempotency_key=KEY)
+
+    assert second.id != first.id
+    assert third == second
+
+
 async def test_a_duplicate_leaves_no_input_images(service: JobService, tmp_path: Path) -> None:
     request = DRAWN.model_copy(update={"edit": Edit(image=picture())})
     first = await service.submit(request, OWNER, idempotency_key=KEY)

@@ -22,14 +22,14 @@ async def accept_with_loras(store: JobStore, *loras: str) -> str:
 async def test_waiting_and_running_jobs_need_their_loras(
     store: JobStore, redis: Redis, settings: Settings
 ) -> None:
-    for loras in ("a", "bc", "cd", "", "e"):
+    for loras in ("a", "bc", "d", "de", "", "f"):
         await accept_with_loras(store, *loras)
-    for _ in range(2):
+    for _ in range(3):
         await store.leases.claim({MODEL: 1})
 
     needed = await referenced_loras(redis, settings.redis_prefix)
 
-    assert needed == {digest * 64 for digest in "abcde"}
+    assert needed == {digest * 64 for digest in "abcdef"}
 
 
 async def test_ended_jobs_need_no_loras(store: JobStore, redis: Redis, settings: Settings) -> None:
