@@ -91,7 +91,7 @@ GROUPS = (
     Group(
         "jobs",
         "serve_app/jobs",
-        ("tests/serving/jobs",),
+        ("tests/serving/jobs", "tests/serving/admission/test_quota.py"),
         left_out=(
             "tests/serving/jobs/test_job_store_properties.py",
             "tests/serving/jobs/test_process_deaths.py",
