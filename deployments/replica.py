@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,8 +24,8 @@ from deployments.loras.file_reader import LoraFileReader
 from deployments.models.weight_cache import keep_compiled_code
 from deployments.observability.metrics import Reporter, Sample
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import NotFound, WeftError
-from deployments.protocol.events import Event, Failed
+from deployments.protocol.errors import ModelUnavailable, NotFound, WeftError
+from deployments.protocol.events import Event, Failed, Handover
 from deployments.protocol.log_context import LogContext, bind, join_serve_log
 from deployments.protocol.request import GenerationRequest, ResolvedRequest
 from deployments.validation.resolve import resolve
@@ -32,7 +33,15 @@ from deployments.validation.resolve import resolve
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 50.0  # of the 60 s that app.py gives a replica to end
+LOST_PAUSE_S = 1.0  # before a lost replica hands a request back: its dispatcher may send it here again
+LOST_GRACE_S = 3.0  # in which a lost replica sends its last events and counters
 LORA_IDS_PER_REPLICA = 64  # in Serve's routing table; about what a LoraCache holds in memory
+
+
+def _end_process() -> None:
+    """Without waiting for threads, which may hang in the driver of the device."""
+    logging.shutdown()
+    os._exit(1)
 
 
 class ModelReplica:
@@ -48,6 +57,7 @@ class ModelReplica:
         lora_files: LoraFileReader | None = None,
         lora_folder: str | None = None,
         lora_pool: object = None,  # noqa: ARG002  naming it binds the deployment
+        end_process: Callable[[], object] = _end_process,
     ) -> None:
         """cards: the first is loaded now, the others when asked for; its `serving` section applies to all.
 
@@ -57,6 +67,7 @@ class ModelReplica:
         lora_files: reads LoRA files by digest; without it, requests must bring their files.
         lora_folder: keeps fetched LoRA files; replicas on one machine may share it.
         lora_pool: a deployment bound to the same Serve application by being named here; never called.
+        end_process: called when the engine or its device has failed for good.
 
         Raises ModelUnavailable when the weights cannot be loaded.
         """
@@ -71,6 +82,8 @@ class ModelReplica:
 
         self._cards = {card.id: card for card in cards}
         self._serving = first.serving
+        self._end_process = end_process
+        self._ending = False
         imported = time.monotonic()
         self._runtime = Runtime(
             cards,
@@ -114,6 +127,11 @@ class ModelReplica:
         """
         if log_context is not None:
             bind(log_context)  # this call has a task, and so a context, of its own
+        if self._runtime.worker.lost:
+            await asyncio.sleep(LOST_PAUSE_S)
+            yield Handover(0, b"")
+            yield Failed.of(ModelUnavailable("this replica is being replaced; try again"))
+            return
         await self._announce_lora_of(request)
         try:
             card = self._card_of(request)
@@ -161,8 +179,18 @@ class ModelReplica:
             yield Sample("weft_cold_start_seconds", seconds, {"phase": phase})
 
     def check_health(self) -> None:
-        """Called by Serve; raising has the replica replaced."""
-        self._runtime.check()
+        """Called by Serve; raising has the replica replaced.
+
+        Serve waits for three failures in a row, and sends requests here meanwhile. A replica that can compute
+        nothing more therefore ends its process: Serve and its routers see that at once, and the GPU is free.
+        """
+        try:
+            self._runtime.check()
+        except ModelUnavailable:
+            if self._runtime.worker.lost and not self._ending:
+                self._ending = True
+                threading.Timer(LOST_GRACE_S, self._end_process).start()
+            raise
 
     def drain(self, grace_s: float) -> None:
         """Take no more requests; give back at once those that would not end within `grace_s`."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
 import torch
 
+from deployments.engine.device_errors import is_device_broken
 from deployments.engine.engine import Engine
+from deployments.engine.out_of_memory import is_out_of_memory, shortage
 from deployments.engine.step_scheduler import StepScheduler
 from deployments.engine.worker import Worker
 from deployments.executors.decode_thread import DecodeThread
@@ -22,10 +25,13 @@ from deployments.models.model_loader import ModelLoader
 from deployments.observability import collectors
 from deployments.observability.metrics import Sample
 from deployments.protocol.card import ModelCard
+from deployments.protocol.errors import ModelUnavailable, OutOfMemory, WeftError
 from deployments.protocol.events import Event
 from deployments.protocol.request import ResolvedRequest
 
 MIB = 2**20
+
+logger = logging.getLogger(__name__)
 
 
 class Runtime:
@@ -69,25 +75,47 @@ class Runtime:
         """The events of the request, whose model and LoRAs are loaded and kept as long as the block runs.
 
         Leaving the block early cancels the request.
-        Raises ModelUnavailable when the model cannot be loaded; for LoRAs, see LoraCache.using.
+        Raises ModelUnavailable when the model cannot be loaded or the device fails, OutOfMemory where
+        memory runs out outside of the engine; for LoRAs, see LoraCache.using.
         """
-        async with (
-            self.models.using(card.id) as model,
-            model.loras.using(request.loras, self.worker.run_on_thread) as lora_set,
-        ):
-            run = Run(
-                request,
-                model,
-                self.worker,
-                self.decode_thread,
-                self.encoder,
-                user=user,
-                resume=resume,
-                max_wait_s=max_wait_s,
-                lora_set=lora_set,
-            )
-            async with aclosing(execute(run)) as events:
-                yield events
+        try:
+            async with (
+                self.models.using(card.id) as model,
+                model.loras.using(request.loras, self.worker.run_on_thread) as lora_set,
+            ):
+                run = Run(
+                    request,
+                    model,
+                    self.worker,
+                    self.decode_thread,
+                    self.encoder,
+                    user=user,
+                    resume=resume,
+                    max_wait_s=max_wait_s,
+                    lora_set=lora_set,
+                )
+                async with aclosing(execute(run)) as events:
+                    yield events
+        except Exception as error:
+            failure = self._device_error(error)
+            if failure is None:
+                raise
+            raise failure from error
+
+    def _device_error(self, error: Exception) -> WeftError | None:
+        """What a failure of the device outside of the engine is for the caller; None for any other error.
+
+        A broken device ends the engine, and with it this replica.
+        """
+        if is_device_broken(error):
+            self.worker.report_broken_device(error)
+            return ModelUnavailable("the device failed; the replica is being replaced, try again")
+        if isinstance(error, WeftError) or not is_out_of_memory(error):
+            return None
+        logger.warning("a request ran out of memory outside of the engine", exc_info=error)
+        return OutOfMemory(
+            f"the device ran out of memory{shortage(error)}; ask for fewer pictures or a smaller size"
+        )
 
     def samples(self) -> Iterator[Sample]:
         """Current values of the metrics of the engine, the models, the decoder and the memory."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 from deployments.engine.batch_buckets import BucketProver
 from deployments.engine.call import ModuleCall, Seam
+from deployments.engine.device_errors import DeviceBroken, is_device_broken
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber
 from deployments.engine.forward_runner import Forward, ForwardRunner
@@ -140,10 +141,15 @@ class Lane:
         self._runner.submit(Forward(fibers, calls, prover))
 
     def _finish(self, *, block: bool) -> list[Fiber]:
-        """Resume the fibers of the forward in flight; after a failure, find out whose it is."""
+        """Resume the fibers of the forward in flight; after a failure, find out whose it is.
+
+        Raises DeviceBroken when the device failed and not a call: none of its calls could succeed alone.
+        """
         forward = self._runner.collect(block=block)
         if forward is None:
             return []
+        if forward.failure is not None and is_device_broken(forward.failure):
+            raise DeviceBroken(forward.fibers) from forward.failure
         self._in_flight = ()
         moved = list(forward.fibers)
         if self._cancelled:

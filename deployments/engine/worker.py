@@ -10,16 +10,18 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Container
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from deployments.engine.device_errors import DeviceBroken, causes_of, is_device_broken
 from deployments.engine.engine import Engine
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber, FiberCancelled
+from deployments.engine.out_of_memory import is_out_of_memory, shortage
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
 from deployments.protocol.errors import (
@@ -34,6 +36,7 @@ from deployments.protocol.errors import (
 from deployments.protocol.events import Failed, Queued, Started, Step
 
 MIN_SLOWDOWN = 4  # a request alone takes at most so many times its share of full forwards
+AHEAD = 2  # steps that a GPU may be behind: an error is found so much later than its cause
 
 logger = logging.getLogger(__name__)
 
@@ -115,11 +118,18 @@ class _Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class _Break:
+    """The device failed outside of the engine, such as while a video was decoded."""
+
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
 class _Wake:
     """The auxiliary lane's forward is done."""
 
 
-_Command = _Submit | _Cancel | _RunFunction | _Drain | _Stop | _Wake
+_Command = _Submit | _Cancel | _RunFunction | _Drain | _Stop | _Break | _Wake
 
 
 class Worker:
@@ -143,6 +153,10 @@ class Worker:
         self._jobs: set[ScheduledJob] = set()  # of those
         self._recent_s: deque[float] = deque(maxlen=32)  # work of the latest submitted
         self._stopping = False
+        self._lost = ""  # why the engine cannot go on; set once
+        # of the fibers that moved on in the latest steps
+        self._recent_jobs: deque[list[ScheduledJob]] = deque(maxlen=AHEAD if torch.cuda.is_available() else 0)
+        self._ended = False  # the inbox is not read any more
         self._busy_since: float | None = None  # time.monotonic() when the current step began
         self.stats = engine.stats
         engine.on_auxiliary_done = lambda: self._inbox.put(_Wake())
@@ -169,8 +183,20 @@ class Worker:
         mean_s = sum(self._recent_s) / len(self._recent_s) if self._recent_s else 0.0
         return self._scheduler.work_done_s, self._scheduler.work_left_s([*self._jobs]), mean_s
 
+    @property
+    def lost(self) -> bool:
+        """Whether the engine or its device failed, so that this process can compute nothing more."""
+        return bool(self._lost)
+
+    def report_broken_device(self, error: BaseException) -> None:
+        """End the engine: the device failed outside of it. May be called from any thread."""
+        self._lose(error)
+        self._inbox.put(_Break(error))
+
     def check(self) -> None:
-        """Raises ModelUnavailable if the thread is dead or hangs."""
+        """Raises ModelUnavailable if the thread is dead or hangs, or the device is broken."""
+        if self._lost:
+            raise ModelUnavailable(f"the engine's thread is dead: {self._lost}; the replica must be replaced")
         if not self._thread.is_alive():
             raise ModelUnavailable("the engine's thread is dead; the replica must be replaced")
         begun = [
@@ -196,8 +222,13 @@ class Worker:
         snapshot: returns the state of the running work, to resume it on another replica, or None; called on
         the worker's thread while the work is parked, when the worker drains or stops.
         Closing the iterator cancels the work, before it starts or at its next parked call.
-        Raises ModelUnavailable if the worker hangs, is dead or shuts down.
+        Raises ModelUnavailable if the worker hangs or shuts down. Work that finds it dead is handed over:
+        Checkpointed, then Failed.
         """
+        if self._lost:
+            yield Checkpointed(None)
+            yield Failed.of(self._lost_error())
+            return
         self.check()
         if self._stopping:
             raise ModelUnavailable("this replica is shutting down; try again")
@@ -206,7 +237,7 @@ class Worker:
         submission = _WorkItem(work, job, loop, max_wait_s, snapshot, self.stats, context)
         self._open += 1
         self._jobs.add(job)
-        self._inbox.put(_Submit(submission))
+        self._put(_Submit(submission))
         try:
             while True:
                 item = await submission.items.get()
@@ -224,8 +255,14 @@ class Worker:
         self.check()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Any] = loop.create_future()
-        self._inbox.put(_RunFunction(function, done, loop))
+        self._put(_RunFunction(function, done, loop))
         return await done
+
+    def _put(self, command: _Command) -> None:
+        """Have the thread execute the command, or refuse it here if the thread has ended meanwhile."""
+        self._inbox.put(command)
+        if self._ended:
+            self._refuse_rest()
 
     def drain(self, grace_s: float) -> None:
         """Refuse new work; preempt at once what waits and what would not end within `grace_s` seconds."""
@@ -244,24 +281,23 @@ class Worker:
         try:
             with torch.inference_mode():
                 while self._process_commands():
-                    self._start_waiting()
+                    moved = self._start_waiting()
                     if not self._engine.idle:
                         self._busy_since = time.monotonic()
-                        moved = self._engine.step(block=False)
+                        moved += self._engine.step(block=False)
                         self._busy_since = None
-                        self._publish_finished(moved)
-        except BaseException:  # the outermost loop: an error of the engine itself ends this replica
+                    self._recent_jobs.append([fiber.job for fiber in moved])
+                    self._publish_finished(moved)
+        except BaseException as error:  # the outermost loop: an error of the engine itself ends this replica
             logger.exception("the engine's thread died")
-            failed = Failed.of(
-                ModelUnavailable("the engine failed; the replica is being replaced, try again")
-            )
-            for submission in itertools.chain(self._running.values(), self._waiting):
-                submission.publish(failed)  # not preempted: one may be the cause, so the retry must count
+            self._lose(error)
+            self._give_back(self._suspects(error))
         else:
             for submission in itertools.chain(self._running.values(), self._waiting):
                 _preempt(submission)
         self._engine.close()
-        self._stopping = True
+        self._stopping = self._ended = True
+        self._refuse_rest()
 
     def _process_commands(self) -> bool:
         """Execute all commands in the inbox; wait for one if there is nothing else to do. False: stop."""
@@ -284,6 +320,8 @@ class Worker:
                     self._drain(grace_s)
                 case _Stop():
                     return False
+                case _Break(error):
+                    raise DeviceBroken([]) from error
                 case _Wake():
                     pass
 
@@ -308,8 +346,9 @@ class Worker:
             submission.publish(Queued(forecast.ahead, wait_s, forecast.finishes_in_s))
         self._waiting.append(submission)
 
-    def _start_waiting(self) -> None:
-        """Fill the free slots."""
+    def _start_waiting(self) -> list[Fiber]:
+        """Fill the free slots; returns the fibers that began."""
+        begun: list[Fiber] = []
         while self._waiting and len(self._running) < self._slots:
             now = time.monotonic()
             self._busy_since = now
@@ -328,13 +367,17 @@ class Worker:
             self._running[fiber] = submission
             self._engine.start(fiber)
             self._busy_since = None
-            self._publish_finished([fiber])
+            begun.append(fiber)
+            self._publish_finished([fiber])  # its slot may be free again
+        return begun
 
     def _publish_finished(self, fibers: list[Fiber]) -> None:
-        """Publish the outcome of those that are done."""
+        """Publish the outcome of those that are done. Raises DeviceBroken if that is what one of them met."""
         for fiber in fibers:
             if not fiber.done:
                 continue
+            if fiber.failure is not None and is_device_broken(fiber.failure):
+                raise DeviceBroken([fiber]) from fiber.failure
             submission = self._running.pop(fiber, None)
             if submission is None:  # preempted while its call ran on the auxiliary lane
                 continue
@@ -349,6 +392,59 @@ class Worker:
             now = time.monotonic()
             queued_s = submission.started_at - submission.job.submitted_at
             submission.publish(Finished(fiber.result, queued_s, now - submission.started_at))
+
+    def _lose(self, error: BaseException) -> None:
+        """Let `check` fail from now on."""
+        if self._lost:
+            return
+        if not is_device_broken(error):
+            self._lost = "the engine failed"
+            return
+        self._lost = "the device failed"
+        self.stats.device_failures += 1
+        logger.critical("the device is broken", extra={"error": repr(list(causes_of(error))[-1])})
+
+    def _suspects(self, error: BaseException) -> set[ScheduledJob]:
+        """The requests that may have caused it: all that run, unless it is known whose forward failed.
+
+        On a GPU an error is found later than its cause, and may come from the other lane's forward.
+        """
+        broken = next((one for one in causes_of(error) if isinstance(one, DeviceBroken)), None)
+        if broken is None:
+            return {fiber.job for fiber in self._running}
+        suspects = {fiber.job for fiber in broken.fibers}.union(*self._recent_jobs)
+        if torch.cuda.is_available():
+            suspects |= {fiber.job for fiber in self._running if fiber.call and fiber.call.seam.auxiliary}
+        return suspects
+
+    def _give_back(self, suspects: Container[ScheduledJob]) -> None:
+        """End all open requests as retryable. The retry of a suspect must count; others are handed over.
+
+        Without their states: what a failed device or engine holds is not trusted.
+        """
+        for submission in itertools.chain(self._running.values(), self._waiting):
+            if submission.job in suspects:
+                self.stats.requests += 1
+                self.stats.record_failure(ModelUnavailable.kind)
+            else:
+                self.stats.preempted += 1
+                submission.publish(Checkpointed(None))
+            submission.publish(Failed.of(self._lost_error()))
+
+    def _refuse_rest(self) -> None:
+        """Answer what was put into the inbox after the thread's last look. Any thread may call it."""
+        with suppress(queue.Empty):
+            while True:
+                match self._inbox.get(block=False):
+                    case _Submit(submission):
+                        submission.publish(Checkpointed(None))
+                        submission.publish(Failed.of(self._lost_error()))
+                    case _RunFunction() as command:
+                        _settle(command, None, self._lost_error())
+
+    def _lost_error(self) -> ModelUnavailable:
+        reason = self._lost or "the replica is shutting down"
+        return ModelUnavailable(f"{reason}; the request continues on another replica, or try again")
 
     def _cancel(self, submission: _WorkItem) -> None:
         if submission.fiber is None:
@@ -388,21 +484,28 @@ def _preempt(submission: _WorkItem) -> None:
 
 
 def _run_function(command: _RunFunction) -> None:
-    def settle(result: Any, error: BaseException | None) -> None:
-        if command.done.done():
-            return
-        if error is None:
-            command.done.set_result(result)
-        else:
-            command.done.set_exception(error)
-
+    """Give the function's result or error to its caller. Raises it too where the device is broken."""
     result, failure = None, None
     try:
         result = command.function()
     except Exception as error:  # the caller's, not the worker's
         failure = error
-    with suppress(RuntimeError):
-        command.loop.call_soon_threadsafe(settle, result, failure)
+    _settle(command, result, failure)
+    if failure is not None and is_device_broken(failure):
+        raise failure
+
+
+def _settle(command: _RunFunction, result: Any, failure: BaseException | None) -> None:
+    def settle() -> None:
+        if command.done.done():
+            return
+        if failure is None:
+            command.done.set_result(result)
+        else:
+            command.done.set_exception(failure)
+
+    with suppress(RuntimeError):  # the caller's loop may be closed by now
+        command.loop.call_soon_threadsafe(settle)
 
 
 def _as_weft_error(error: BaseException) -> WeftError:
@@ -411,8 +514,11 @@ def _as_weft_error(error: BaseException) -> WeftError:
         return error
     if isinstance(error, FiberCancelled):
         return Internal("the request was cancelled")
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return OutOfMemory("the device ran out of memory; ask for fewer pictures or a smaller size")
+    if is_out_of_memory(error):
+        logger.warning("the pipeline ran out of memory", exc_info=error)
+        return OutOfMemory(
+            f"the device ran out of memory{shortage(error)}; ask for fewer pictures or a smaller size"
+        )
     if isinstance(error, ValueError | TypeError):
         logger.warning("the pipeline refused its arguments", exc_info=error)
         return BadRequest(f"the pipeline refused the request: {error}")

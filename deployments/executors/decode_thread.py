@@ -6,8 +6,7 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
-
+from deployments.engine.out_of_memory import is_out_of_memory, shortage
 from deployments.media.video_spec import Frames
 from deployments.pipelines.latent_decoder import LatentDecoder
 from deployments.protocol.errors import ModelUnavailable, OutOfMemory
@@ -41,11 +40,13 @@ class DecodeThread:
         began = self._busy_since = time.monotonic()
         try:
             frames = decoder.next_frames()
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             raise OutOfMemory(
-                "the device ran out of memory while it decoded the video; "
+                f"the device ran out of memory while it decoded the video{shortage(error)}; "
                 "ask for fewer frames or a smaller size"
-            ) from error
+            ) from error.with_traceback(None)  # its frames would keep the part that was decoded
         finally:
             self._busy_since = None
         self.frames += 0 if frames is None else len(frames)

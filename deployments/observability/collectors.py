@@ -25,6 +25,7 @@ def worker_samples(worker: Worker) -> Iterator[Sample]:
     yield Sample("weft_requests_handed_back_total", stats.preempted)
     yield Sample("weft_steps_total", stats.steps)
     yield Sample("weft_batches_halved_total", stats.halved_batches)
+    yield Sample("weft_device_failures_total", stats.device_failures)
     for kind, number in stats.failures.copy().items():
         yield Sample("weft_requests_failed_total", number, {"kind": kind})
     for forward, (number, seconds) in stats.forwards.items():

@@ -131,6 +131,10 @@ _ENGINE_METRICS = (
         "weft_batches_halved_total",
         "Batched forward passes that ran out of memory and were repeated in two halves.",
     ),
+    _counter(
+        "weft_device_failures_total",
+        "Failures of the device that ended this replica: illegal accesses, uncorrectable errors, lost GPUs.",
+    ),
     _counter("weft_video_frames_decoded_total", "Video frames decoded from latents on this replica."),
     _counter(
         "weft_video_decode_seconds_total", "Time spent decoding video frames from latents on this replica."

@@ -28,6 +28,7 @@ NEEDS_TROUBLE = {
     "weft_leases_lost_total",
     "weft_requests_failed_total",
     "weft_requests_handed_back_total",
+    "weft_device_failures_total",
     "weft_adapters_evicted_total",
     "weft_jobs_same_total",  # the cache of results is off in this folder
 }
