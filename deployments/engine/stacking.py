@@ -5,6 +5,7 @@ Nested outputs are taken apart by torch's pytree, in which diffusers and transfo
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
@@ -71,18 +72,18 @@ def stack(calls: Sequence[ModuleCall]) -> dict[str, Any]:
 
 def select_rows(seam: Seam, arguments: Mapping[str, Any], indices: Sequence[int]) -> dict[str, Any]:
     """Arguments of a forward of these rows of `arguments`, in this order; indices may repeat."""
-    batch_size, wanted = seam.batch_size(arguments), list(indices)
+    batch_size, wanted = seam.batch_size(arguments), tuple(indices)
     selected: dict[str, Any] = {}
     for name, value in arguments.items():
         role = seam.role(name)
         if value is None or isinstance(value, SCALAR_TYPES):
             selected[name] = value
         elif role is ArgumentRole.TIMESTEP:
-            selected[name] = _timestep_rows(value, batch_size)[wanted]
+            selected[name] = _rows(_timestep_rows(value, batch_size), wanted)
         elif role is ArgumentRole.BATCH:
-            selected[name] = map_tensors(lambda tensor: tensor[wanted], value)
+            selected[name] = map_tensors(lambda tensor: _rows(tensor, wanted), value)
         elif role is ArgumentRole.BATCH_DIM1:
-            selected[name] = value[:, wanted]
+            selected[name] = _rows(value, wanted, dim=1)
         elif role is ArgumentRole.RAGGED:
             selected[name] = [value[index] for index in wanted]
         elif role is ArgumentRole.LAYOUT:
@@ -139,6 +140,32 @@ def _split_ragged(ragged: RaggedList, sizes: Sequence[int]) -> list[RaggedList]:
         raise Unsplittable(f"a list of {len(ragged)} tensors does not have {sum(sizes)} rows")
     copies = iter([tensor.clone() for tensor in ragged])
     return [RaggedList([next(copies) for _ in range(size)]) for size in sizes]
+
+
+def _rows(tensor: Tensor, indices: tuple[int, ...], dim: int = 0) -> Tensor:
+    """These rows of the tensor, copied. Not `tensor[indices]`: a GPU would wait for the list of numbers."""
+    parts = []
+    for first, count, repeats in _runs(indices):
+        part = tensor.narrow(dim, first, count)
+        if repeats > 1:
+            part = part.expand(*(repeats if i == dim else -1 for i in range(tensor.ndim)))
+        parts.append(part)
+    return torch.cat(parts, dim)
+
+
+@functools.lru_cache(1024)
+def _runs(indices: tuple[int, ...]) -> tuple[tuple[int, int, int], ...]:
+    """The indices as (first, count, repeats): `count` ascending rows, or one row several times."""
+    runs: list[tuple[int, int, int]] = []
+    for index in indices:
+        first, count, repeats = runs[-1] if runs else (index, 0, 1)
+        if count == 1 and index == first:
+            runs[-1] = (first, 1, repeats + 1)
+        elif repeats == 1 and count and index == first + count:
+            runs[-1] = (first, count + 1, 1)
+        else:
+            runs.append((index, 1, 1))
+    return tuple(runs)
 
 
 def _cat_timesteps(values: Sequence[Tensor], calls: Sequence[ModuleCall]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from deployments.engine.stacking import RaggedList, Unsplittable, select_rows, split, stack
 from tests.inference.engine.test_call import call, rows, seam
@@ -150,3 +151,34 @@ def test_rows_are_selected_in_any_order_and_repeatedly() -> None:
     )
     assert chosen["timestep"].tolist() == [5.0, 5.0, 5.0]
     assert chosen["img_ids"] is arguments["img_ids"]
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [[0], [2], [0, 1, 2, 3], [0, 1, 2, 3, 3, 3], [1, 1, 1], [3, 1, 2, 0, 0], [1, 1, 2, 3], [0, 1, 1, 2]],
+)
+def test_selected_rows_are_copies_that_no_list_of_numbers_is_sent_for(indices: list[int]) -> None:
+    first = torch.arange(24.0).reshape(4, 3, 2).transpose(1, 2)
+    second = torch.arange(24).reshape(2, 4, 3)
+    arguments = {
+        "hidden_states": first,
+        "encoder_hidden_states_llama3": second,
+        "timestep": torch.arange(4.0),
+    }
+
+    with NoIndexing():
+        chosen = select_rows(seam(), arguments, indices)
+
+    assert torch.equal(chosen["hidden_states"], first[indices])
+    assert torch.equal(chosen["encoder_hidden_states_llama3"], second[:, indices])
+    assert chosen["timestep"].tolist() == [float(index) for index in indices]
+    assert chosen["hidden_states"].data_ptr() != first.data_ptr()
+    assert chosen["hidden_states"].is_contiguous() or len(set(indices)) == 1
+
+
+class NoIndexing(TorchFunctionMode):
+    """Fails at an index that is a list or a tensor."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert function is not Tensor.__getitem__, args[1]
+        return function(*args, **(kwargs or {}))
