@@ -193,7 +193,7 @@ def _own_copy(template: Any, scheduler: str) -> Any:
     Set in vars(): DiffusionPipeline.__setattr__ would change the shared config.
     """
     pipeline = copy.copy(template)
-    vars(pipeline)["scheduler"] = noise_scheduler(scheduler, template.scheduler)
+    vars(pipeline)["scheduler"] = noise_scheduler(scheduler, template.scheduler, template.device)
     return pipeline
 
 

@@ -7,7 +7,9 @@ import inspect
 from typing import Any
 
 import diffusers
+import torch
 
+from deployments.pipelines.host_timesteps import look_up_on_host
 from deployments.protocol.errors import BadRequest
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
@@ -46,12 +48,20 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def noise_scheduler(name: str, own: Any) -> Any:
+def noise_scheduler(name: str, own: Any, device: torch.device | None = None) -> Any:
     """A new noise scheduler for one request; they have state, so requests never share one.
 
     own: the model's noise scheduler, copied for "auto", and the source of the config otherwise.
+    device: of the model.
     Raises BadRequest for a name that is not in SCHEDULERS or does not match what the model predicts.
     """
+    scheduler = _new(name, own)
+    if device is not None and device.type == "cuda":
+        look_up_on_host(scheduler)
+    return scheduler
+
+
+def _new(name: str, own: Any) -> Any:
     if name == "auto":
         return copy.deepcopy(own)
     if name not in SCHEDULERS:

@@ -153,7 +153,7 @@ def sized(bench: Bench, size: tuple[int, int]) -> ResolvedRequest:
 
 
 def test_a_shared_noise_scheduler_would_be_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, "noise_scheduler", lambda _name, own: own)
+    monkeypatch.setattr(model_module, "noise_scheduler", lambda _name, own, _device: own)
     bench = sdxl_bench(torch.float64, ("auto",))
 
     with pytest.raises(AssertionError, match=" in "):
