@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
@@ -26,24 +27,45 @@ class BatchKey:
 
 
 class DigestCache:
-    """Digests of tensors by object: each is copied from the device once.
+    """Digests of tensors by object: each is copied from the device once, as long as it lives.
 
-    Holds the tensors, so that their ids stay taken. They must not be written to.
+    They must not be written to in place; where torch counts writes, one that was is read again. Two tensors
+    of one shape may have other values (the ids of 64x96 and 96x64 pictures), so nothing less than the object
+    stands for them.
     """
 
     __slots__ = ("_digests",)
 
     def __init__(self) -> None:
-        self._digests: dict[int, tuple[Tensor, bytes]] = {}
+        self._digests: dict[int, tuple[weakref.ref[Tensor], int | None, bytes]] = {}
+
+    def __len__(self) -> int:
+        return len(self._digests)
 
     def digest(self, tensor: Tensor) -> bytes:
         """16 bytes of BLAKE2b over the tensor's values."""
-        known = self._digests.get(id(tensor))
-        if known is None:
-            data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-            known = (tensor, hashlib.blake2b(data.tobytes(), digest_size=16).digest())
-            self._digests[id(tensor)] = known
-        return known[1]
+        known, version = self._digests.get(id(tensor)), _writes(tensor)
+        if known is not None and known[0]() is tensor and known[1] == version:
+            return known[2]
+        data = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+        digest = hashlib.blake2b(data.tobytes(), digest_size=16).digest()
+        self._remember(tensor, version, digest)
+        return digest
+
+    def _remember(self, tensor: Tensor, version: int | None, digest: bytes) -> None:
+        place = id(tensor)
+
+        def forget(reference: weakref.ref[Tensor]) -> None:
+            known = self._digests.get(place)
+            if known is not None and known[0] is reference:  # not of another tensor at the same address
+                del self._digests[place]
+
+        self._digests[place] = (weakref.ref(tensor, forget), version, digest)
+
+
+def _writes(tensor: Tensor) -> int | None:
+    """How often the tensor was written to in place; None for one that was made in inference mode."""
+    return None if tensor.is_inference() else tensor._version  # noqa: SLF001  no public name
 
 
 def key_component(role: ArgumentRole, value: Any, batch_size: int, digests: DigestCache) -> Hashable | None:

@@ -27,7 +27,7 @@ class StackedConstant:
 class Seam:
     """One interceptable function of a module: the forward of a transformer, the decode of a VAE.
 
-    `batch_keys`, `stacked_constants` and `roles` are caches.
+    `batch_keys`, `digests`, `stacked_constants` and `roles` are caches.
     """
 
     name: str  # for logs and metrics, such as "FluxTransformer2DModel.forward"
@@ -39,6 +39,7 @@ class Seam:
     batch_keys: weakref.WeakValueDictionary[Hashable, BatchKey] = field(
         default_factory=weakref.WeakValueDictionary
     )
+    digests: DigestCache = field(default_factory=DigestCache)  # of SHARED arguments that are alive
     # by (key, parameter name); an entry is removed when any tensor of its calls is freed
     stacked_constants: dict[Hashable, StackedConstant] = field(default_factory=dict)
     roles: dict[str, ArgumentRole] = field(default_factory=dict)
@@ -87,14 +88,14 @@ def make_call(seam: Seam, cache: KeyCache, args: Sequence[Any], kwargs: dict[str
         return ModuleCall(seam, arguments, 1, None)
     recent = cache.signatures.get(seam, ())
     for signature in recent:
-        if signature.has_same_objects(arguments) and signature.matches_changing(arguments, cache.digests):
+        if signature.has_same_objects(arguments) and signature.matches_changing(arguments, seam.digests):
             return ModuleCall(seam, arguments, signature.batch_size, signature.key)
     for signature in recent:
-        if signature.has_equal_objects(arguments) and signature.matches_changing(arguments, cache.digests):
+        if signature.has_equal_objects(arguments) and signature.matches_changing(arguments, seam.digests):
             cache.signatures[seam] = (signature.with_objects(arguments), recent[0])
             return ModuleCall(seam, arguments, signature.batch_size, signature.key)
     batch_size = seam.batch_size(arguments)
-    components = _key_components(seam, arguments, batch_size, cache.digests) if batch_size else None
+    components = _key_components(seam, arguments, batch_size, seam.digests) if batch_size else None
     if components is None:
         return ModuleCall(seam, arguments, batch_size or 1, None)
     named = tuple((name, component) for name, component in components.items() if component is not None)

@@ -87,9 +87,8 @@ class CallSignature:
 
 @dataclass(frozen=True, slots=True)
 class KeyCache:
-    """What one fiber has hashed and keyed. Holds tensors of its last calls."""
+    """What one fiber has keyed. Holds tensors of its last calls."""
 
-    digests: DigestCache = field(default_factory=DigestCache)
     signatures: dict[Hashable, tuple[CallSignature, ...]] = field(default_factory=dict)  # at most 2 per seam
 
 

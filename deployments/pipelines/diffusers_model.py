@@ -20,6 +20,7 @@ from deployments.pipelines import ensemble, latent_decoder
 from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.controlnet import controlnets
 from deployments.pipelines.noise_schedulers import noise_scheduler
+from deployments.pipelines.position_ids import PositionIds
 from deployments.pipelines.resume import Progress, can_resume, remaining
 from deployments.pipelines.step_callback import step_callback
 from deployments.protocol.card import ControlNet, Weights
@@ -61,6 +62,7 @@ class DiffusersModel:
         self._nets: dict[Weights, nn.Module] = {}
         self._control_templates: dict[Task, Any] = {}
         self._refiner: Any = None
+        self._position_ids = PositionIds()
         self.modules: list[nn.Module] = _modules(pipeline)
         self.on_new_modules: Callable[[list[nn.Module]], object] = lambda _modules: None
 
@@ -106,6 +108,7 @@ class DiffusersModel:
             return [image.copy() for _ in range(request.num_images)]
         pipeline = self.pipeline_for(request)
         attach(pipeline)
+        self._position_ids.attach(pipeline)
         arguments = call_arguments(type(pipeline), request, image, mask, maps)
         makes_video = request.task in (Task.t2v, Task.i2v)
         arguments["output_type"] = latent_decoder.output_type(pipeline) if makes_video else output_type

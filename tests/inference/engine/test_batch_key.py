@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deployments.engine.batch_key import DigestCache
 from deployments.engine.call import ModuleCall, Seam, make_call
 from deployments.engine.call_signature import KeyCache
 from tests.inference.engine.test_call import call, rows, seam
@@ -162,6 +163,29 @@ def sequence(where: Seam, *calls: dict[str, Any]) -> list[ModuleCall]:
     """One fiber's calls, each with a batch of one row of new hidden states beside what is given."""
     cache = KeyCache()
     return [call(where, cache, **{"hidden_states": rows(1, 4), **arguments}) for arguments in calls]
+
+
+def test_a_tensor_is_read_once_while_it_lives() -> None:
+    digests, ids = DigestCache(), torch.arange(4)
+
+    first = digests.digest(ids)
+    known = len(digests)
+    equal = digests.digest(ids.clone())
+    other = digests.digest(ids + 1)
+    del ids
+
+    assert first == equal != other
+    assert (known, len(digests)) == (1, 0)
+
+
+def test_a_tensor_that_was_written_to_is_read_again() -> None:
+    digests, ids = DigestCache(), torch.arange(4)
+    before = digests.digest(ids)
+
+    with torch.inference_mode():
+        ids[0] = 7
+
+    assert digests.digest(ids) == digests.digest(torch.tensor([7, 1, 2, 3])) != before
 
 
 def test_another_shared_tensor_of_equal_shape_and_other_values_has_another_key() -> None:
