@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from deployments.engine.engine_stats import size_class
@@ -16,6 +17,7 @@ from deployments.executors.inputs import decode_inputs
 from deployments.executors.previews import PreviewReady, attach_previews, encode_preview
 from deployments.executors.run import Run
 from deployments.pipelines.framewise import set_frame
+from deployments.pipelines.pending_pictures import PendingPictures
 from deployments.pipelines.resume import Progress, restore
 from deployments.protocol.events import Event, Handover, Step
 from deployments.validation.resolve import denoising_steps
@@ -53,6 +55,7 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
             inputs.image,
             inputs.mask,
             inputs.control_maps,
+            output_type="pending",
             progress=progress,
             attach=attach,
         )
@@ -62,6 +65,8 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
     async with aclosing(items):
         async for item in items:
             match item:
+                case Finished(value=[PendingPictures() as pending]):
+                    yield await _with_pictures(item, pending)
                 case PreviewReady():
                     yield await asyncio.to_thread(encode_preview, item, request)
                 case Checkpointed(state=None):
@@ -70,6 +75,13 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
                     yield Handover(progress.step, state)
                 case _:
                     yield item
+
+
+async def _with_pictures(finished: Finished, pending: PendingPictures) -> Finished:
+    """The same with the pictures, for which the device may still need some time."""
+    started = time.monotonic()
+    pictures = await asyncio.to_thread(pending.pictures)
+    return replace(finished, value=pictures, run_s=finished.run_s + time.monotonic() - started)
 
 
 def _scheduled_job(run: Run, steps: int, progress: Progress) -> ScheduledJob:

@@ -16,10 +16,11 @@ from diffusers.pipelines.auto_pipeline import (
 from PIL import Image
 from torch import nn
 
-from deployments.pipelines import ensemble, latent_decoder
+from deployments.pipelines import ensemble, latent_decoder, pending_pictures
 from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.controlnet import controlnets
 from deployments.pipelines.noise_schedulers import noise_scheduler
+from deployments.pipelines.pending_pictures import PendingPictures
 from deployments.pipelines.position_ids import PositionIds
 from deployments.pipelines.resume import Progress, can_resume, remaining
 from deployments.pipelines.step_callback import step_callback
@@ -93,11 +94,12 @@ class DiffusersModel:
         attach: Callable[[Any], None] = lambda _pipeline: None,
     ) -> list[Any]:
         """Call the request's own, unmodified pipeline. Returns num_images pictures in the order of their
-        seeds; for a video, one LatentDecoder, whose frames are not decoded yet.
+        seeds; for a video, one LatentDecoder, whose frames are not decoded yet; with output_type "pending",
+        one PendingPictures where the pipeline allows it.
 
         image, mask, maps: RGB, L and RGB, of the request's size; one map per control picture.
         on_step: called after every step.
-        output_type: "latent" returns tensors without decoding.
+        output_type: "latent" returns tensors without decoding; "pending" does not wait for the device.
         progress: updated after every step; if it holds latents, the call continues from them.
         attach: called with the request's pipeline object before that is called.
         With strength 0 the picture is returned unchanged, for which diffusers would raise ("number of steps
@@ -111,6 +113,10 @@ class DiffusersModel:
         self._position_ids.attach(pipeline)
         arguments = call_arguments(type(pipeline), request, image, mask, maps)
         makes_video = request.task in (Task.t2v, Task.i2v)
+        last = pipeline if request.refiner is None else self._refiner  # makes the pictures
+        pending = output_type == "pending" and pending_pictures.can_wait(last)
+        if output_type == "pending":
+            output_type = "pt" if pending else "pil"
         arguments["output_type"] = latent_decoder.output_type(pipeline) if makes_video else output_type
         if makes_video and request.video is not None:
             arguments["num_frames"] = latent_decoder.requested_frames(pipeline, request.video.num_frames)
@@ -131,7 +137,7 @@ class DiffusersModel:
                 "the safety checker of the model rejected the picture; change the prompt or the seed",
                 param="prompt",
             )
-        return list(result.images)
+        return [PendingPictures(result.images)] if pending else list(result.images)
 
     def pipeline_for(self, request: ResolvedRequest) -> Any:
         """A shallow copy: weights are shared; state, noise scheduler and ControlNets are of its own."""
