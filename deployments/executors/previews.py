@@ -1,4 +1,4 @@
-"""Previews of unfinished pictures: chosen steps, computed on the engine's thread, encoded on another."""
+"""Previews of unfinished pictures: of chosen steps, computed and encoded off the engine's thread."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import Any
 from torch import Tensor
 
 from deployments.media import still
-from deployments.pipelines.previews import Previewer, PreviewPixels, watch
+from deployments.pipelines.previews import Previewer, watch
 from deployments.pipelines.resume import Progress
+from deployments.pipelines.transfers import HostCopy
 from deployments.protocol.events import Preview
 from deployments.protocol.request import ResolvedRequest
 
 
 @dataclass(frozen=True, slots=True)
 class PreviewReady:
-    """A preview that is computed and not yet encoded."""
+    """A preview that is not computed yet."""
 
     step: int
-    pixels: PreviewPixels
+    previewer: Previewer
+    latents: HostCopy
 
 
 def attach_previews(
@@ -45,11 +47,12 @@ def attach_previews(
         return step % interval == 0 and step < steps
 
     def emit_preview(latents: Tensor) -> None:
-        emit(PreviewReady(progress.step + 1, previewer.preview(latents)))
+        emit(PreviewReady(progress.step + 1, previewer, HostCopy(latents)))
 
     watch(pipeline, request.width, request.height, is_wanted, emit_preview)
 
 
 def encode_preview(ready: PreviewReady, request: ResolvedRequest) -> Preview:
     """The event with the preview as a small WebP file. Blocks; call it in a thread."""
-    return Preview(ready.step, "image/webp", still.preview(ready.pixels, request.width, request.height))
+    pixels = ready.previewer.preview(ready.latents.wait())
+    return Preview(ready.step, "image/webp", still.preview(pixels, request.width, request.height))

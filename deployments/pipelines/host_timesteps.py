@@ -18,6 +18,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from deployments.pipelines.transfers import upload
+
 # By class, what its set_timesteps places on the device. All of them use the timestep only to find their place
 # in tables, but LCM, whose scalings are computed on the device as before.
 ON_DEVICE: dict[str, tuple[str, ...]] = {
@@ -45,20 +47,19 @@ def look_up_on_host(scheduler: Any) -> None:
         return
     functions = {
         "set_timesteps": _uploading(kind),
-        "step": _on_host(kind, _drawing_pinned(kind.step)),
+        "step": _looking_up_on_host(kind, _drawing_pinned(kind.step)),
     }
     if hasattr(kind, "scale_model_input"):
-        functions["scale_model_input"] = _on_host(kind, kind.scale_model_input)
+        functions["scale_model_input"] = _looking_up_on_host(kind, kind.scale_model_input)
     for name, function in functions.items():
         # bound, so that a copy of the scheduler calls them with itself
         vars(scheduler)[name] = types.MethodType(function, scheduler)
 
 
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, which a GPU makes when its current stream gets there."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device, copy=True)
+def on_host(scheduler: Any, timestep: Any) -> Any:
+    """The timestep on the host, if it is one of this noise scheduler's; else itself."""
+    known = vars(scheduler).get("host_timesteps")
+    return timestep if known is None else known.of(timestep)
 
 
 class _HostTimesteps:
@@ -102,11 +103,11 @@ def _uploading(kind: Any) -> Callable[..., None]:
 
 
 @functools.cache
-def _on_host(kind: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+def _looking_up_on_host(kind: Any, function: Callable[..., Any]) -> Callable[..., Any]:
     """`step` or `scale_model_input`, which takes the timestep second, with all timesteps on the host."""
 
     @functools.wraps(function)  # pipelines inspect the signature of `step` for `eta` and `generator`
-    def on_host(self: Any, first: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+    def looking_up_on_host(self: Any, first: Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         known = vars(self).get("host_timesteps")
         if known is None or self.timesteps is not known.on_device:  # set by other means than set_timesteps
             return function(self, first, timestep, *args, **kwargs)
@@ -119,7 +120,7 @@ def _on_host(kind: Any, function: Callable[..., Any]) -> Callable[..., Any]:
             self.timesteps = known.on_device
             vars(self).pop(_SCALINGS, None)
 
-    return on_host
+    return looking_up_on_host
 
 
 @functools.cache

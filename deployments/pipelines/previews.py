@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from deployments.pipelines.host_timesteps import on_host
+
 logger = logging.getLogger(__name__)
 
 PreviewPixels = npt.NDArray[np.uint8]  # (H, W, 3), one pixel per latent
@@ -58,8 +60,8 @@ class Previewer:
         return cls(_least_squares(with_constant.double(), colours.double()).float())
 
     def preview(self, latents: Tensor) -> PreviewPixels:
-        """The picture of latents (C, H, W) in the pipeline's scale, finite or not."""
-        flat = latents.float().cpu().permute(1, 2, 0)  # (H, W, C)
+        """The picture of latents (C, H, W) on the host in the pipeline's scale, finite or not."""
+        flat = latents.float().permute(1, 2, 0)  # (H, W, C)
         colours = flat @ self._weights[:-1] + self._weights[-1]
         return np.asarray(((colours.nan_to_num() + 1) * 127.5).clamp(0, 255).byte().numpy())
 
@@ -110,7 +112,8 @@ def predicted_clean(scheduler: Any, output: Tensor, timestep: Any, sample: Tenso
     if not hasattr(scheduler, "alphas_cumprod"):
         return None
     last = len(scheduler.alphas_cumprod) - 1
-    alpha = float(scheduler.alphas_cumprod[min(last, max(0, round(float(timestep))))])
+    place = round(float(on_host(scheduler, timestep)))
+    alpha = float(scheduler.alphas_cumprod[min(last, max(0, place))])
     signal, noise = alpha**0.5, (1 - alpha) ** 0.5
     if type(scheduler).__name__ in SIGMA_SPACE:
         sample = sample * signal
@@ -122,11 +125,12 @@ def predicted_clean(scheduler: Any, output: Tensor, timestep: Any, sample: Tenso
     return clean
 
 
-def _sigma_now(scheduler: Any, timestep: Any) -> float:
+def _sigma_now(scheduler: Any, timestep: Any) -> Tensor:
     index = scheduler.step_index
     if index is None:
         index = scheduler.index_for_timestep(timestep)
-    return float(scheduler.sigmas[index])
+    sigma: Tensor = scheduler.sigmas[index]
+    return sigma
 
 
 def _unpacked(pipeline: Any, latents: Tensor, width: int, height: int) -> Tensor | None:
