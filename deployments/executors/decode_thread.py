@@ -6,6 +6,9 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import torch
+
+from deployments.engine.device_streams import decode_stream
 from deployments.engine.out_of_memory import is_out_of_memory, shortage
 from deployments.media.video_spec import Frames
 from deployments.pipelines.latent_decoder import LatentDecoder
@@ -15,12 +18,14 @@ from deployments.protocol.errors import ModelUnavailable, OutOfMemory
 class DecodeThread:
     """Decodes some frames of one video at a time; several videos take turns."""
 
-    def __init__(self, watchdog_s: float) -> None:
-        """watchdog_s: a single call of a decoder that takes longer is regarded as hung."""
+    def __init__(self, watchdog_s: float, device: torch.device | None = None) -> None:
+        """watchdog_s: a single call of a decoder that takes longer is regarded as hung. device: of the
+        videos."""
         self.frames = 0  # decoded so far
         self.seconds = 0.0  # that this took
         self._watchdog_s = watchdog_s
         self._busy_since: float | None = None  # time.monotonic()
+        self._stream = decode_stream(device or torch.device("cpu"))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
 
     async def next_frames(self, decoder: LatentDecoder) -> Frames | None:
@@ -39,7 +44,8 @@ class DecodeThread:
     def _decode(self, decoder: LatentDecoder) -> Frames | None:
         began = self._busy_since = time.monotonic()
         try:
-            frames = decoder.next_frames()
+            with torch.cuda.stream(self._stream):
+                frames = decoder.next_frames()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

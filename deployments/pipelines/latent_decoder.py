@@ -19,7 +19,8 @@ CHUNK_FRAMES = 8  # frames per call of a video that its pipeline decoded as a wh
 
 
 class LatentDecoder(Protocol):
-    """The frames of a denoised video. One thread at a time calls `next_frames`, never the engine's."""
+    """The frames of a denoised video. One thread calls `next_frames`, never the engine's, always on the same
+    stream."""
 
     total: int  # frames
 
@@ -63,7 +64,7 @@ def latent_decoder(pipeline: Any, output: Tensor) -> LatentDecoder:
     output: latents (1, C, F, h, w), or frames (1, F, 3, H, W) in 0..1.
     """
     streaming = _streaming_decoder(pipeline)
-    return _DecodedFrames(_pixels(output[0])) if streaming is None else streaming(pipeline.vae, output)
+    return _DecodedFrames(output[0]) if streaming is None else streaming(pipeline.vae, output)
 
 
 def _streaming_decoder(pipeline: Any) -> Callable[[Any, Tensor], LatentDecoder] | None:
@@ -87,43 +88,60 @@ def _cuts_first_latent(pipeline: Any) -> bool:
     )
 
 
+class _FromEngine:
+    """A tensor that the engine's stream computes and the stream of `next_frames` uses."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._computed = torch.cuda.current_stream(tensor.device).record_event() if tensor.is_cuda else None
+
+    def here(self) -> Tensor:
+        """The tensor, for work on the current stream."""
+        if self._computed is not None:
+            stream = torch.cuda.current_stream(self._tensor.device)
+            stream.wait_event(self._computed)
+            self._tensor.record_stream(stream)
+            self._computed = None
+        return self._tensor
+
+
 class _DecodedFrames:
     """Frames that the pipeline decoded as a whole."""
 
-    def __init__(self, frames: Frames) -> None:
-        self.total = len(frames)
-        self._frames = frames
+    def __init__(self, video: Tensor) -> None:
+        """video: (F, 3, H, W) in 0..1."""
+        self.total = len(video)
+        self._video = _FromEngine(video)
         self._returned = 0
 
+    @torch.inference_mode()
     def next_frames(self) -> Frames | None:
-        chunk = self._frames[self._returned : self._returned + CHUNK_FRAMES]
+        chunk = self._video.here()[self._returned : self._returned + CHUNK_FRAMES]
         self._returned += len(chunk)
-        return chunk if len(chunk) else None
+        return _pixels(chunk) if len(chunk) else None
 
 
 class _StreamingDecoder(ABC):
-    """Decodes latents in parts, on a CUDA stream of its own parallel to the steps of other requests."""
+    """Decodes latents in parts, parallel to the steps of other requests."""
 
     def __init__(self, vae: Any, latents: Tensor, total: int) -> None:
         """latents: (1, C, F, h, w), scaled as the decoder expects them. total: frames of the video."""
         self.total = total
         self._vae = vae
-        self._latents = latents
+        self._from_engine = _FromEngine(latents)
         self._position = 0
-        self._stream = None
-        if latents.is_cuda:
-            self._stream = torch.cuda.Stream(latents.device)
-            self._stream.wait_stream(torch.cuda.current_stream(latents.device))
-            latents.record_stream(self._stream)
+
+    @property
+    def _latents(self) -> Tensor:
+        return self._from_engine.here()
 
     @torch.inference_mode()
     def next_frames(self) -> Frames | None:
-        with torch.cuda.stream(self._stream):
-            while self._position < self._latents.shape[2]:
-                decoded = self._next()
-                if decoded.shape[2]:
-                    video = decoded.clamp(-1.0, 1.0)[0].permute(1, 0, 2, 3)  # (F, 3, H, W)
-                    return _pixels((video * 0.5 + 0.5).clamp(0, 1))
+        while self._position < self._latents.shape[2]:
+            decoded = self._next()
+            if decoded.shape[2]:
+                video = decoded.clamp(-1.0, 1.0)[0].permute(1, 0, 2, 3)  # (F, 3, H, W)
+                return _pixels((video * 0.5 + 0.5).clamp(0, 1))
         self._clear()
         return None
 
