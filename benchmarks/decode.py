@@ -55,7 +55,7 @@ def fiber(model: DiffusersModel, request: ResolvedRequest, done_at: list[float])
 def step_gaps_ms(model: DiffusersModel, card: Any, *, auxiliary_lane: bool) -> tuple[list[float], int]:
     """Milliseconds between the steps of the long request, and how many short ones were finished."""
     scheduler = StepScheduler(4)
-    engine = Engine(scheduler, deterministic=True, auxiliary_lane=auxiliary_lane)
+    engine = Engine(scheduler, exact="prefer", auxiliary_lane=auxiliary_lane)
     done_at: list[float] = []
     long = fiber(model, resolved_request(card, LONG, 0), done_at)
     engine.start(long)

@@ -117,7 +117,7 @@ def engine_us(make: Callable[[int], StepScheduler], deterministic: bool, active:
     """Median CPU microseconds of one step boundary with `active` requests."""
     denoiser = NullDenoiser()
     restore = intercept([denoiser])
-    engine = Engine(make(64), deterministic=deterministic)
+    engine = Engine(make(64), exact="prefer" if deterministic else "off")
     for _ in range(active):
         engine.start(Fiber(partial(request, denoiser, steps)))
     seconds: list[float] = []
@@ -194,7 +194,7 @@ def measure_memory(requests: int, steps: int, *, record: bool) -> None:
     """Run short requests, 64 at a time, through one engine and measure what remains allocated."""
     denoiser = NullDenoiser()
     restore = intercept([denoiser])
-    engine = Engine(LearnedToShare(64), deterministic=True)
+    engine = Engine(LearnedToShare(64), exact="prefer")
     done = 0
 
     def serve(until: int) -> None:
@@ -228,7 +228,7 @@ def measure_active(active: int, *, record: bool) -> None:
     """
     denoiser = NullDenoiser()
     restore = intercept([denoiser])
-    engine = Engine(LearnedToShare(ROWS), deterministic=True)
+    engine = Engine(LearnedToShare(ROWS), exact="prefer")
 
     def work() -> None:
         latents = torch.zeros(1, 4096, 64, dtype=torch.bfloat16)

@@ -57,7 +57,10 @@ class Runtime:
         self.models = self._loader.open_cache(serving.models_loaded)
         scheduler = StepScheduler(serving.max_rows)
         engine = Engine(
-            scheduler, deterministic=serving.deterministic, auxiliary_lane=True, device=self._loader.device
+            scheduler,
+            exact="prefer" if serving.deterministic else "off",
+            auxiliary_lane=True,
+            device=self._loader.device,
         )
         self.worker = Worker(engine, scheduler, slots=serving.slots, watchdog_s=serving.watchdog_s)
         self.encoder = encoder

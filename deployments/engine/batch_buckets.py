@@ -1,120 +1,270 @@
-"""Batch buckets: batch sizes for which every row is computed to the bits that it has alone.
+"""Batch buckets: batch sizes in which every row is computed to the bits that its call has alone.
 
 A kernel may sum in another order when the batch size changes (bf16 on a GPU: relative differences of 3e-3),
 and then an image would depend on the other requests of its batch. Two measures prevent this. Linear layers
 that see fewer than 16 rows (time and guidance embeddings, modulation), which cause most of the differences,
 are padded to 16 rows at little cost. And forwards are padded to a few batch sizes, the buckets; each is used
-for a batch key only after a forward of noise has shown that every row, at every index, has the very bits that
-it has alone. If no bucket passes, calls are not merged.
+for calls of a batch key and a number of rows only after a forward of noise has shown that every row, at every
+index, has the very bits that it has in such a call alone (bit_trials.py).
+
+Trials run apart from the calls of requests: before traffic, while nothing waits, and for a small share of the
+rows while something does. An error in a trial means that the batch size is not allowed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from deployments.engine.argument_roles import ArgumentRole
+from deployments.engine.batch_filling import common_sizes, padded
+from deployments.engine.bit_trials import BitTrials, contiguous
 from deployments.engine.call import ModuleCall, Seam
+from deployments.engine.cost_model import RowLimit
+from deployments.engine.device_errors import DeviceBroken, is_device_broken
 from deployments.engine.lora_rows import run_with_lora_rows
-from deployments.engine.stacking import RaggedList, map_tensors, select_rows, split
+from deployments.engine.out_of_memory import free_device_memory
+from deployments.engine.stacking import select_rows, split, stack
+from deployments.protocol.request import Exactness
 
 logger = logging.getLogger(__name__)
 
 MIN_LINEAR_ROWS = 16  # linear layers with fewer rows are padded to this many
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # fewer to prove and to compile than all batch sizes
-KEYS_KEPT = 512
-# convolutions at the image's own resolution: a second row costs as much as the first, so none is padded
-FULL_RESOLUTION = frozenset({"Encoder.forward", "Decoder.forward"})
-# another order of summing changes about one of 10,000 16-bit values, and every other 32-bit value
-PROOF_VALUES = 2**17
-MAX_TRIALS = 64  # of one bucket
-_BATCH_ROLES = frozenset({ArgumentRole.BATCH, ArgumentRole.BATCH_DIM1, ArgumentRole.RAGGED})
+GROUPS_KEPT = 512
+MAX_REFUSED = 3  # batch sizes; where none of so many is proven, no larger one is tried
+FIRST_TRIALS = 8  # rows up to which batch sizes are tried before more of a key have waited at once
+# a row beside a copy of itself, where only that has the same bits as in larger batches: at most so many times
+# the seconds of a row alone
+CHEAP_DOUBLING = 1.2
+
+
+@dataclass(frozen=True, slots=True)
+class ProofState:
+    """What is known of the calls of one module that have one shape and number of rows."""
+
+    module: str  # such as "UNet2DConditionModel.forward"
+    shape: str  # of one row of the first batched tensor, with its type
+    call_rows: int
+    proven: tuple[int, ...]  # batch sizes
+    refused: tuple[int, ...]
+    pending: tuple[int, ...]
 
 
 @dataclass(slots=True)
-class _Proofs:
-    """What is known of one batch key."""
+class _Group:
+    """Calls of one key and one number of rows."""
 
-    min_bucket: int  # of a forward for one row: 1, or 2 where that row is padded by a copy of itself
-    proven: dict[int, bool]  # by bucket: whether every row has the bits that it has alone
+    seam: Seam
+    key: Hashable
+    trials: BitTrials
+    shape: str
+    verdicts: dict[int, bool] = field(default_factory=dict)  # by batch size
+    proven_sizes: tuple[int, ...] = ()  # ascending
+    relaxed_sizes: tuple[int, ...] | None = ()  # the same; None, any size, where no size could be proven
 
 
 class BucketProver:
-    """Runs each forward in a bucket that gives every row the bits that it has alone.
+    """Runs forwards in batch sizes that give every row the bits that its call has alone.
 
-    All methods run on one thread.
+    All methods but `states` run on one thread.
     """
 
-    def __init__(self, max_batch_size: int, set_buckets: Callable[[Hashable, Sequence[int]], None]) -> None:
-        """set_buckets: called with a key and its buckets whenever they change."""
+    def __init__(self, max_batch_size: int, policy: Exactness, row_limit: RowLimit) -> None:
+        """policy: of calls that have none. row_limit: rows of a key that fit the device's memory."""
         self._buckets = [bucket for bucket in BUCKETS if bucket <= max_batch_size]
-        self._set_buckets = set_buckets
-        # not cachetools' LRUCache: one lookup per forward, 1 us instead of 0.1
-        self._proofs: OrderedDict[Hashable, _Proofs] = OrderedDict()
+        self._policy = policy
+        self._row_limit = row_limit
+        # not cachetools' LRUCache: one lookup per call, 1 us instead of 0.1
+        self._groups: OrderedDict[tuple[Hashable, int], _Group] = OrderedDict()
+        self._listed: tuple[_Group, ...] = ()  # the same groups, for another thread
+        self._wanted_rows: dict[Hashable, int] = {}  # by key, where more than FIRST_TRIALS
+        self._unfinished: list[_Group] = []  # groups with batch sizes to try
+        self._doubled: set[Seam] = set()  # a call of one row runs beside a copy of itself
 
-    def forward(self, calls: Sequence[ModuleCall], arguments: Mapping[str, Any]) -> tuple[list[Any], int]:
-        """One output per call, and the batch size that ran.
+    def rows_to_run(self) -> int | None:
+        """Rows of the next trial's forward; None if there is nothing to try."""
+        following = self._next_trial()
+        return None if following is None else following[0].trials.rows_to_run(following[1])
 
-        calls: with equal keys; arguments: theirs, stacked.
+    def states(self) -> list[ProofState]:
+        """What is known; may be called from any thread."""
+        return [
+            ProofState(
+                group.seam.name,
+                group.shape,
+                group.trials.call_rows,
+                group.proven_sizes,
+                tuple(sorted(size for size, equal in group.verdicts.items() if not equal)),
+                tuple(self._untried(group)),
+            )
+            for group in self._listed
+        ]
+
+    def sizes(self, call: ModuleCall) -> tuple[int, ...] | None:
+        """The batch sizes that the call may share, ascending; None: any; empty: it runs alone.
+
+        The first call of its key and number of rows has trials made.
         """
-        seam, key, sizes = calls[0].seam, calls[0].key, [call.batch_size for call in calls]
-        rows = sum(sizes)
-        arguments = _contiguous(seam, arguments)
-        proofs = self._proofs.get(key)
-        if proofs is None:
-            proofs = self._first_proofs(seam, key, arguments)
+        if call.seam.auxiliary:  # at the image's own resolution a second row costs as much as the first
+            return ()
+        name = (call.key, call.batch_size)
+        group = self._groups.get(name)
+        if group is None:
+            group = self._new_group(call)
         else:
-            self._proofs.move_to_end(key)
-        for bucket in self._buckets:
-            if bucket < max(rows, proofs.min_bucket):
-                continue
-            if self._is_proven(seam, key, proofs, bucket, arguments):
-                all_sizes = [*sizes, bucket - rows] if bucket > rows else sizes
-                lora_sets = [call.lora_set for call in calls] + [None] * (len(all_sizes) - len(sizes))
-                run = partial(_run_padded, seam, arguments, rows, bucket)
-                return split(run_with_lora_rows(lora_sets, all_sizes, run), all_sizes)[: len(calls)], bucket
-        return _run_one_by_one(seam, calls, proofs.min_bucket), max(proofs.min_bucket, 1)
+            self._groups.move_to_end(name)
+        return group.proven_sizes if (call.exact or self._policy) == "strict" else group.relaxed_sizes
 
-    def _first_proofs(self, seam: Seam, key: Hashable, arguments: Mapping[str, Any]) -> _Proofs:
-        """Proofs whose min_bucket is 1 if a row has the same bits alone and beside another, 2 if it has them
-        at least always beside another, and 1 with no bucket proven otherwise."""
-        proofs = self._proofs[key] = _Proofs(min_bucket=1, proven={1: True})
-        if len(self._proofs) > KEYS_KEPT:
-            self._proofs.popitem(last=False)
-        if len(self._buckets) > 1 and not self._is_proven(seam, key, proofs, 2, arguments):
-            proofs.min_bucket, proofs.proven = 2, {1: False}
-            too_dear = seam.name in FULL_RESOLUTION
-            if too_dear or not self._is_proven(seam, key, proofs, 2, arguments):
-                proofs.min_bucket, proofs.proven = 1, dict.fromkeys(self._buckets, False)
-        logger.info("smallest batch size proven", extra={"seam": seam.name, "rows": proofs.min_bucket})
-        self._set_buckets(key, self._usable(proofs))
-        return proofs
+    def want(self, key: Hashable, rows: int) -> None:
+        """So many rows of this key have waited at once: try batch sizes up to theirs."""
+        if rows <= max(FIRST_TRIALS, self._wanted_rows.get(key, 0)):
+            return
+        self._wanted_rows[key] = rows
+        for group in self._groups.values():
+            if group.key is key:
+                self._resume_trials(group)
 
-    def _is_proven(
-        self, seam: Seam, key: Hashable, proofs: _Proofs, bucket: int, arguments: Mapping[str, Any]
-    ) -> bool:
-        """Whether every row of this bucket has the bits that it has alone; tried once per key."""
-        known = proofs.proven.get(bucket)
-        if known is None:
-            known = _is_bit_equal(seam, arguments, proofs.min_bucket, bucket)
-            proofs.proven[bucket] = known
-            if not known:
-                logger.info("a batch size changes bits", extra={"seam": seam.name, "rows": bucket})
-                self._set_buckets(key, self._usable(proofs) or [1])
-        return known
+    def forward(self, calls: Sequence[ModuleCall]) -> tuple[list[Any], int, Sequence[ModuleCall]]:
+        """One output per call, the batch size that ran, and the calls that shared it without a proof.
 
-    def _usable(self, proofs: _Proofs) -> list[int]:
-        """Buckets that are proven or have not been tried."""
-        return [b for b in self._buckets if b >= proofs.min_bucket and proofs.proven.get(b, True)]
+        calls: with equal keys. Those that may not share a batch size run one by one.
+        """
+        if len(calls) == 1:
+            return [self._run_alone(calls[0])], calls[0].batch_size * self._copies_alone(calls[0]), ()
+        rows = sum([call.batch_size for call in calls])
+        sizes = self.sizes(calls[0])
+        for call in calls[1:]:
+            sizes = common_sizes(sizes, self.sizes(call))
+        bucket = rows if sizes is None else padded(sizes, rows)
+        if bucket is None:
+            return [self._run_alone(call) for call in calls], rows, ()
+        outputs = _run_together(calls, rows, bucket)
+        groups = [self._groups.get((call.key, call.batch_size)) for call in calls]
+        pairs = zip(calls, groups, strict=True)
+        return outputs, bucket, [call for call, g in pairs if g is None or not g.verdicts.get(bucket)]
+
+    def run_trial(self, *, before_traffic: bool = False) -> None:
+        """One forward of the trials of the smallest batch size that has not been tried.
+
+        before_traffic: no request has been computed yet, so that the reference of a call of one row may still
+        become that row beside a copy of itself. Raises DeviceBroken when the device failed for good.
+        """
+        following = self._next_trial()
+        if following is None:
+            return
+        group, size = following
+        try:
+            equal = group.trials.run(size)
+            if equal is False and before_traffic and self._try_doubling(group, size):
+                return
+        except Exception as error:
+            if is_device_broken(error):
+                raise DeviceBroken(()) from error
+            extra = {"seam": group.seam.name, "rows": size, "error": repr(error)}
+            logger.info("a trial of a batch size failed; it is not used", extra=extra)
+            free_device_memory()
+            equal = False
+        if equal is not None:
+            self._conclude(group, size, equal=equal)
+
+    def _new_group(self, call: ModuleCall) -> _Group:
+        copies = 2 if call.batch_size == 1 and call.seam in self._doubled else 1
+        group = _Group(call.seam, call.key, BitTrials(call, copies), _shape_of(call))
+        self._groups[call.key, call.batch_size] = group
+        if len(self._groups) > GROUPS_KEPT:
+            _, oldest = self._groups.popitem(last=False)
+            self._wanted_rows.pop(oldest.key, None)
+            if oldest in self._unfinished:
+                self._unfinished.remove(oldest)
+        self._listed = tuple(self._groups.values())
+        for other in self._groups.values():  # more batch sizes can be filled with calls of different rows
+            if other.key is call.key:
+                self._resume_trials(other)
+        return group
+
+    def _next_trial(self) -> tuple[_Group, int] | None:
+        """The group and the smallest batch size that is to be tried."""
+        sizes = [(group, sizes[0]) for group in self._unfinished if (sizes := self._untried(group))]
+        return min(sizes, key=lambda item: item[1]) if sizes else None
+
+    def _resume_trials(self, group: _Group) -> None:
+        if group not in self._unfinished and self._untried(group):
+            self._unfinished.append(group)
+
+    def _untried(self, group: _Group) -> list[int]:
+        """Batch sizes that the group's calls can share with others of its key and that are to be tried,
+        ascending. None any more after MAX_REFUSED were refused and none proven."""
+        key, rows, verdicts = group.key, group.trials.call_rows, group.verdicts
+        if len(verdicts) >= MAX_REFUSED and not any(verdicts.values()):
+            return []
+        smallest = next((n for n in range(1, rows) if (key, n) in self._groups), rows)
+        wanted = max(FIRST_TRIALS, self._wanted_rows.get(key, 0))
+        most, limit = padded(BUCKETS, wanted) or wanted, self._row_limit(key)
+        if limit is not None:
+            most = min(most, limit)
+        return [b for b in self._buckets if rows + smallest <= b <= most and b not in verdicts]
+
+    def _conclude(self, group: _Group, size: int, *, equal: bool) -> None:
+        """Write down whether the rows of the group have the same bits in this batch size."""
+        group.verdicts = {**group.verdicts, size: equal}  # `states` may be reading the other one
+        if not equal:
+            logger.info("a batch size changes bits", extra={"seam": group.seam.name, "rows": size})
+        proven = tuple(sorted(b for b, is_equal in group.verdicts.items() if is_equal))
+        group.proven_sizes = proven
+        if proven:
+            group.relaxed_sizes = proven
+        if self._untried(group):
+            return
+        self._unfinished.remove(group)
+        group.trials.release()
+        if not proven and _is_denoiser(group.seam):
+            group.relaxed_sizes = None
+        extra = {
+            "seam": group.seam.name,
+            "shape": group.shape,
+            "rows": group.trials.call_rows,
+            "proven": proven,
+        }
+        logger.info("batch sizes proven", extra=extra)
+
+    def _try_doubling(self, group: _Group, size: int) -> bool:
+        """Make a row beside a copy of itself the reference of the group if only that is proven and cheap."""
+        alone = group.trials
+        if size != 2 or alone.call_rows != 1 or alone.copies != 1:
+            return False
+        doubled, equal = alone.beside_copies(), None
+        if alone.seconds(2) > CHEAP_DOUBLING * alone.seconds(1):
+            return False
+        while equal is None:
+            equal = doubled.run(2)
+        if equal:
+            group.trials = doubled
+            self._doubled.add(group.seam)
+            self._conclude(group, 2, equal=True)
+        return equal
+
+    def _copies_alone(self, call: ModuleCall) -> int:
+        """2 where the call's only row runs beside a copy of itself, else 1."""
+        group = self._groups.get((call.key, call.batch_size))
+        return 1 if group is None else group.trials.copies
+
+    def _run_alone(self, call: ModuleCall) -> Any:
+        """The call's output by its reference: its own rows, or its only row beside a copy of itself."""
+        seam, arguments = call.seam, contiguous(call.seam, call.arguments)
+        copies = self._copies_alone(call)
+        if copies == 1:
+            run = partial(seam.function, **arguments)
+            return run_with_lora_rows([call.lora_set], [call.batch_size], run)
+        run = partial(seam.function, **select_rows(seam, arguments, [0] * copies))
+        output = run_with_lora_rows([call.lora_set, None], [1, copies - 1], run)
+        return split(output, [1, copies - 1])[0]
 
 
 def pad_small_linears(modules: Iterable[nn.Module]) -> Callable[[], None]:
@@ -122,15 +272,15 @@ def pad_small_linears(modules: Iterable[nn.Module]) -> Callable[[], None]:
 
     On a CPU in float32 this alone makes a FLUX transformer bit-equal for all batch sizes.
     """
-    padded: list[nn.Module] = []
+    padded_layers: list[nn.Module] = []
     for module in modules:
         for part in module.modules():
             if type(part) is nn.Linear and "forward" not in vars(part):
                 _pad(part)
-                padded.append(part)
+                padded_layers.append(part)
 
     def restore() -> None:
-        for part in padded:
+        for part in padded_layers:
             vars(part).pop("forward", None)
 
     return restore
@@ -150,102 +300,26 @@ def _pad(linear: nn.Linear) -> None:
     vars(linear)["forward"] = forward
 
 
-def _is_bit_equal(seam: Seam, arguments: Mapping[str, Any], min_bucket: int, bucket: int) -> bool:
-    """Whether each of `bucket` rows has the bits that it has in a forward of `min_bucket` copies of it.
-
-    The rows are noise of the shapes of `arguments`: real rows may be equal by accident (clipped latents are).
-    If one forward gives too few values for a proof, more are compared, up to MAX_TRIALS.
-    """
-    compared, trials = 0, 0
-    while compared < PROOF_VALUES:
-        trial = _noise(seam, select_rows(seam, arguments, [0] * bucket), seed=trials)
-        together = split(seam.function(**trial), [1] * bucket)
-        for row in range(bucket):
-            apart = split(seam.function(**select_rows(seam, trial, [row] * min_bucket)), [1] * min_bucket)
-            if not all(_has_same_bits(copy, together[row]) for copy in apart):
-                return False
-        trials += 1
-        values = sum(_values_to_compare(row) for row in together)
-        if trials == MAX_TRIALS or not values:
-            break
-        compared += values
-    return True
+def _run_together(calls: Sequence[ModuleCall], rows: int, batch_size: int) -> list[Any]:
+    """One output per call, from one forward of their rows and copies of the last that fill the batch."""
+    seam, sizes = calls[0].seam, [call.batch_size for call in calls]
+    lora_sets = [call.lora_set for call in calls]
+    arguments = contiguous(seam, stack(calls))
+    if batch_size > rows:
+        arguments = select_rows(seam, arguments, [*range(rows), *[rows - 1] * (batch_size - rows)])
+        sizes, lora_sets = [*sizes, batch_size - rows], [*lora_sets, None]
+    output = run_with_lora_rows(lora_sets, sizes, partial(seam.function, **arguments))
+    return split(output, sizes)[: len(calls)]
 
 
-def _values_to_compare(output: Any) -> int:
-    """The number of 16-bit values in an output; a tensor of wider values counts as a full proof."""
-    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    return sum(tensor.numel() if tensor.element_size() <= 2 else PROOF_VALUES for tensor in tensors)
+def _is_denoiser(seam: Seam) -> bool:
+    """Whether the module is a part of every step, whose forwards are worth sharing without a proof."""
+    return any(seam.role(name) is ArgumentRole.TIMESTEP for name in seam.positions)
 
 
-def _has_same_bits(output: Any, other: Any) -> bool:
-    """other: of the same structure."""
-    return all(_has_leaf_bits(a, b) for a, b in zip(tree_leaves(output), tree_leaves(other), strict=True))
-
-
-def _has_leaf_bits(a: Any, b: Any) -> bool:
-    if not isinstance(a, Tensor):
-        return bool(a == b)
-    if torch.equal(a, b):
-        return True
-    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))  # NaN too
-
-
-def _contiguous(seam: Seam, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same values in one memory layout: convolutions choose their algorithm by it."""
-    return {
-        name: map_tensors(Tensor.contiguous, value) if seam.role(name) in _BATCH_ROLES else value
-        for name, value in arguments.items()
-    }
-
-
-def _noise(seam: Seam, arguments: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The arguments with normally distributed values in all batched tensors of floats."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def noise(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        return torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
-
-    return {
-        name: map_tensors(noise, value) if seam.role(name) in _BATCH_ROLES else value
-        for name, value in arguments.items()
-    }
-
-
-def _run_padded(seam: Seam, arguments: Mapping[str, Any], rows: int, bucket: int) -> Any:
-    """The module's output for the given rows and as many copies of the last as fill the bucket."""
-    if bucket == rows:
-        return seam.function(**arguments)
-    return seam.function(**select_rows(seam, arguments, [*range(rows), *[rows - 1] * (bucket - rows)]))
-
-
-def _run_one_by_one(seam: Seam, calls: Sequence[ModuleCall], min_bucket: int) -> list[Any]:
-    """Each call in a forward of its own, or each of its rows if a row alone needs a bucket of 2."""
-    outputs = []
-    for call in calls:
-        arguments = _contiguous(seam, call.arguments)
-        if min_bucket == 1:
-            alone = partial(seam.function, **arguments)
-            outputs.append(run_with_lora_rows([call.lora_set], [call.batch_size], alone))
-            continue
-        lora_sets = [call.lora_set] + [None] * (min_bucket - 1)  # of a row and its padding
-        parts = []
-        for row in range(call.batch_size):
-            padded = partial(seam.function, **select_rows(seam, arguments, [row] * min_bucket))
-            output = run_with_lora_rows(lora_sets, [1] * min_bucket, padded)
-            parts.append(split(output, [1] * min_bucket)[0])
-        outputs.append(_join(parts))
-    return outputs
-
-
-def _join(parts: Sequence[Any]) -> Any:
-    """One output from outputs of single rows."""
-
-    def join(*leaves: Any) -> Any:
-        if isinstance(leaves[0], Tensor):
-            return torch.cat(leaves)
-        return RaggedList(chain(*leaves)) if isinstance(leaves[0], RaggedList) else leaves[0]
-
-    return tree_map(join, *parts, is_leaf=lambda node: isinstance(node, RaggedList))
+def _shape_of(call: ModuleCall) -> str:
+    """The shape of one row of the first batched tensor, and its type: "4096x64 bfloat16"."""
+    for name, value in call.arguments.items():
+        if call.seam.role(name) is ArgumentRole.BATCH and isinstance(value, Tensor) and value.ndim:
+            return f"{'x'.join(map(str, value.shape[1:]))} {str(value.dtype).removeprefix('torch.')}"
+    return ""

@@ -12,6 +12,7 @@ from torch import Tensor
 from deployments.engine.argument_roles import SCALAR_TYPES, ArgumentRole, role_of
 from deployments.engine.batch_key import BatchKey, DigestCache, key_component
 from deployments.engine.call_signature import KeyCache, signature_of
+from deployments.protocol.request import Exactness
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +63,16 @@ class Seam:
         return 0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class ModuleCall:
-    """A call of a seam with named arguments. Not changed once it is parked."""
+    """A call of a seam with named arguments. Not changed once it is parked. Compared by identity."""
 
     seam: Seam
     arguments: dict[str, Any]
     batch_size: int
     key: Hashable | None  # calls with equal keys may share a forward; None: with no other call
     lora_set: Hashable | None = None  # of its rows; see lora_rows.py
+    exact: Exactness | None = None  # the policy of its request; None: the engine's
 
     def run(self) -> Any:
         """The module's own output for this call alone, bit for bit what the pipeline would get."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 KNEE_FRACTION = 0.97  # of the best rows per second: the smallest batch size with as many is the knee
 MAX_KEYS = 256  # the keys used last are kept
 PROBE_EVERY = 256  # forwards of one key between two trials of a larger batch size
 RELEARN_AFTER = 3  # outliers in a row mean that the machine has changed
+CAP_FORWARDS = 256  # of a key, until its cap after running out of memory ends; doubles with every repetition
+MAX_CAP_FORWARDS = 2**16
+
+RowLimit = Callable[[Hashable], int | None]
 
 
 @dataclass(slots=True)
@@ -19,34 +23,35 @@ class _CostCurve:
 
     seconds: dict[int, float] = field(default_factory=dict)  # by batch size
     seen_once: set[int] = field(default_factory=set)  # batch sizes
-    buckets: tuple[int, ...] = ()  # the only batch sizes that run, ascending; empty: all
     cap: int | None = None  # larger batch sizes ran out of memory
+    cap_ends: int = 0  # at this number of forwards
+    cap_forwards: int = CAP_FORWARDS  # for which the next cap holds
     outliers: int = 0  # in a row
     forwards: int = 0
-    target: int = 1  # batch size that the next forward should have at most
+    target: int = 0  # batch size that the next forward should have; 0: nothing is known
+    explores: bool = False  # the next forward should be larger than `target`
     seconds_per_row: float | None = None  # at the best rows per second seen
 
 
 class CostModel:
     """Seconds by key and batch size, and the batch size that pays."""
 
-    def __init__(self, max_batch_size: int) -> None:
+    def __init__(self, max_batch_size: int, row_limit: RowLimit = lambda _key: None) -> None:
+        """row_limit: rows of a key that fit the device's memory; None where that is not known."""
         self._max_batch_size = max_batch_size
+        self._row_limit = row_limit
         # not cachetools' LRUCache, whose lookups take 1 us each: there are several per step
         self._curves: OrderedDict[Hashable, _CostCurve] = OrderedDict()
 
-    def set_buckets(self, key: Hashable, buckets: Sequence[int]) -> None:
-        """Forwards of this key are padded to the next of these batch sizes."""
-        curve = self._curve(key)
-        curve.buckets = tuple(sorted(buckets))
-        curve.target = self._target(curve)
-
     def cap(self, key: Hashable, batch_size: int) -> None:
-        """No forward of this key should be larger."""
+        """No forward of this key should be larger for the next CAP_FORWARDS forwards, and for twice as many
+        each time that this happens again: what else took the memory may be gone by then."""
         curve = self._curve(key)
         curve.cap = batch_size if curve.cap is None else min(batch_size, curve.cap)
+        curve.cap_ends = curve.forwards + curve.cap_forwards
+        curve.cap_forwards = min(2 * curve.cap_forwards, MAX_CAP_FORWARDS)
         curve.seconds = {size: seconds for size, seconds in curve.seconds.items() if size <= curve.cap}
-        curve.target = self._target(curve)
+        _set_target(curve)
 
     def record(self, key: Hashable, batch_size: int, seconds: float) -> None:
         """Learn one forward.
@@ -56,7 +61,8 @@ class CostModel:
         """
         curve = self._curve(key)
         curve.forwards += 1
-        batch_size = _padded(curve.buckets, batch_size)
+        if curve.cap is not None and curve.forwards >= curve.cap_ends:
+            curve.cap = None
         known = curve.seconds.get(batch_size)
         if known is None:
             curve.seconds[batch_size] = seconds
@@ -73,12 +79,18 @@ class CostModel:
                 curve.outliers = 0
                 curve.seconds, curve.seen_once = {}, set()
         curve.seconds_per_row = min((s / n for n, s in curve.seconds.items()), default=curve.seconds_per_row)
-        curve.target = self._target(curve)
+        _set_target(curve)
 
     def best_batch_size(self, key: Hashable) -> int:
-        """Rows that a forward of this key should have at most: the knee, or a larger batch size to try."""
+        """Rows that a forward of this key should have: the knee of its curve; 1 before the first forward."""
         curve = self._curves.get(key)
-        return 1 if curve is None else curve.target
+        return 1 if curve is None else max(1, min(curve.target, self._most(key, curve)))
+
+    def largest_trial(self, key: Hashable) -> int:
+        """Rows that a forward may have to try a larger batch size than the best one known; 0: none is to be
+        tried, because the best one is smaller than the largest known, or that has been seen only once."""
+        curve = self._curves.get(key)
+        return self._most(key, curve) if curve is not None and curve.explores else 0
 
     def seconds_per_row(self, key: Hashable) -> float | None:
         """Seconds at the best rows per second seen; None before the first forward."""
@@ -108,32 +120,22 @@ class CostModel:
             self._curves.move_to_end(key)
         return curve
 
-    def _target(self, curve: _CostCurve) -> int:
+    def _most(self, key: Hashable, curve: _CostCurve) -> int:
+        """Rows that a forward of this key may have."""
         most = self._max_batch_size if curve.cap is None else min(curve.cap, self._max_batch_size)
-        return max(1, min(most, self._knee_or_next(curve)))
-
-    def _knee_or_next(self, curve: _CostCurve) -> int:
-        """The knee; or a larger batch size, if the largest known is the knee, not certain or long ago."""
-        if not curve.seconds:
-            return self._next(curve, 0)
-        best = max(size / seconds for size, seconds in curve.seconds.items())
-        knee = min(size for size, seconds in curve.seconds.items() if size / seconds >= KNEE_FRACTION * best)
-        largest = max(curve.seconds)
-        if largest in curve.seen_once:
-            return largest
-        if knee == largest or curve.forwards % PROBE_EVERY < 2:
-            return max(knee, self._next(curve, knee))
-        return knee
-
-    def _next(self, curve: _CostCurve, batch_size: int) -> int:
-        """The batch size to try after this one: the next bucket, or twice as many rows."""
-        if curve.buckets:
-            return next((size for size in curve.buckets if size > batch_size), curve.buckets[-1])
-        return max(1, 2 * batch_size)
+        limit = self._row_limit(key)
+        return most if limit is None else max(1, min(most, limit))
 
 
-def _padded(buckets: tuple[int, ...], batch_size: int) -> int:
-    if not buckets:
-        return batch_size
-    index = bisect_left(buckets, batch_size)
-    return buckets[index] if index < len(buckets) else batch_size
+def _set_target(curve: _CostCurve) -> None:
+    """The knee; larger sizes are tried if the largest known is the knee, and otherwise once in a while."""
+    if not curve.seconds:
+        curve.target, curve.explores = 0, False
+        return
+    largest = max(curve.seconds)
+    if largest in curve.seen_once:  # not certain yet
+        curve.target, curve.explores = largest, False
+        return
+    best = max([size / seconds for size, seconds in curve.seconds.items()])
+    curve.target = min([s for s, seconds in curve.seconds.items() if s / seconds >= KNEE_FRACTION * best])
+    curve.explores = curve.target == largest or curve.forwards % PROBE_EVERY < 2

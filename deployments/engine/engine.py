@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
+from deployments.engine.batch_buckets import ProofState
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber, FiberCancelled
 from deployments.engine.forward_runner import ForwardRunner, InlineRunner, ThreadRunner
@@ -14,6 +15,7 @@ from deployments.engine.forward_timer import ForwardTimer
 from deployments.engine.lane import Lane
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
+from deployments.protocol.request import Exactness
 
 
 class Engine:
@@ -27,12 +29,13 @@ class Engine:
         self,
         scheduler: StepScheduler,
         *,
-        deterministic: bool = False,
+        exact: Exactness = "off",
         auxiliary_lane: bool = False,
         device: torch.device | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
-        """deterministic: only batch sizes that are proven to give the same bits (batch_buckets.py).
+        """exact: the policy of requests that have none of their own; "off": no batch size is proven
+        (batch_buckets.py).
 
         auxiliary_lane: auxiliary calls run in parallel to the steps, on a thread of their own; without it,
         they take turns with them.
@@ -48,7 +51,7 @@ class Engine:
                 runner,
                 self.stats,
                 self._park,
-                deterministic=deterministic,
+                exact=exact,
                 observes_backlog=observes_backlog,
                 now=now,
             )
@@ -110,6 +113,22 @@ class Engine:
             return self._steps.step()
         moved = self._auxiliary.step(block=block and not self._steps.waiting)
         return moved + self._steps.step()
+
+    @property
+    def has_trials(self) -> bool:
+        """Whether there are batch sizes to try (batch_buckets.py)."""
+        return self._steps.has_trials
+
+    def run_trial(self, *, before_traffic: bool = False) -> bool:
+        """Run one forward of the trials of batch sizes; False if there is nothing to try.
+
+        before_traffic: no request has been computed yet.
+        """
+        return self._steps.run_trial(before_traffic=before_traffic)
+
+    def proofs(self) -> list[ProofState]:
+        """What is known of batch sizes, by module and shape; may be called from any thread."""
+        return self._steps.proofs()
 
     def close(self) -> None:
         """End the auxiliary lane's thread."""

@@ -29,6 +29,7 @@ class EngineStats:
         self.failures: dict[str, int] = {}  # by kind of error
         self.halved_batches = 0  # joint forwards that ran out of memory and were run in halves
         self.device_failures = 0  # that ended the engine: 0 or 1
+        self.unproven_forwards = 0  # joint forwards of a batch size that is not proven to change no bit
         self.preempted = 0  # requests that other replicas continue, because this one stopped
 
     def record_forward(self, module: str, labels: tuple[str, str], batch_size: int, seconds: float) -> None:

@@ -10,6 +10,7 @@ from greenlet import getcurrent, greenlet
 
 from deployments.engine.call import ModuleCall
 from deployments.engine.scheduled_job import ScheduledJob
+from deployments.protocol.request import Exactness
 
 
 class FiberCancelled(BaseException):
@@ -30,6 +31,8 @@ class Fiber(greenlet):
         self.job = ScheduledJob() if job is None else job
         self.call: ModuleCall | None = None
         self.lora_set: Hashable | None = None  # of the rows of its calls; see lora_rows.py
+        self.exact: Exactness | None = None  # of its calls; None: the engine's
+        self.unproven: frozenset[str] = frozenset()  # seams whose calls shared a batch size without a proof
         self.done = False
         self.result: Any = None
         self.failure: BaseException | None = None
@@ -75,6 +78,14 @@ def use_lora_set(lora_set: Hashable | None) -> None:
     fiber = current_fiber()
     if fiber is not None:
         fiber.lora_set = lora_set
+
+
+def use_exactness(policy: Exactness | None) -> None:
+    """Apply `policy` to all further calls of the current fiber, None: the engine's; no effect outside of
+    fibers."""
+    fiber = current_fiber()
+    if fiber is not None:
+        fiber.exact = policy
 
 
 def current_fiber() -> Fiber | None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,8 +19,6 @@ from deployments.engine.forward_timer import ForwardTimer, Report
 from deployments.engine.lora_rows import run_with_lora_rows
 from deployments.engine.stacking import split, stack
 
-SetBuckets = Callable[[Hashable, Sequence[int]], None]
-
 
 @dataclass(slots=True)
 class Forward:
@@ -31,13 +28,14 @@ class Forward:
     calls: Sequence[ModuleCall]  # of these fibers, with equal keys if there are many
     prover: BucketProver | None  # pads to a proven bucket; None: the calls run as they are
     outputs: Sequence[Any] = ()  # one per fiber, unless it failed
+    unproven: Sequence[ModuleCall] = ()  # calls that shared a batch size without a proof
     failure: Exception | None = None
 
     def run(self) -> int:
-        """Set `outputs`; returns the batch size that ran."""
+        """Set `outputs` and `unproven`; returns the batch size that ran."""
         calls = self.calls
         if self.prover is not None:
-            self.outputs, batch_size = self.prover.forward(calls, stack(calls))
+            self.outputs, batch_size, self.unproven = self.prover.forward(calls)
             return batch_size
         first = calls[0]
         if len(calls) == 1:
@@ -46,6 +44,7 @@ class Forward:
         sizes, lora_sets = [call.batch_size for call in calls], [call.lora_set for call in calls]
         output = run_with_lora_rows(lora_sets, sizes, lambda: first.seam.function(**stack(calls)))
         self.outputs = split(output, sizes)
+        self.unproven = calls
         return sum(sizes)
 
 
@@ -63,9 +62,6 @@ class ForwardRunner(Protocol):
 
     def collect(self, *, block: bool) -> Forward | None:
         """The forward that was submitted, once it has its results; None if there is none. block: wait."""
-
-    def deferred(self, set_buckets: SetBuckets) -> SetBuckets:
-        """A function that a prover may call while its forward runs."""
 
     def close(self) -> None:
         """Free the thread, if there is one."""
@@ -96,9 +92,6 @@ class InlineRunner:
         forward, self._done = self._done, None
         return forward
 
-    def deferred(self, set_buckets: SetBuckets) -> SetBuckets:
-        return set_buckets
-
     def close(self) -> None:
         """Nothing to free."""
 
@@ -121,7 +114,6 @@ class ThreadRunner:
         self._now = now
         self._on_done = on_done
         self._running: tuple[Forward, Future[tuple[int, float]]] | None = None
-        self._buckets: deque[tuple[SetBuckets, Hashable, Sequence[int]]] = deque()  # found on the thread
         self.busy_since: float | None = None
 
     @property
@@ -141,9 +133,6 @@ class ThreadRunner:
         forward, future = self._running
         batch_size, seconds = future.result()
         self._running, self.busy_since = None, None
-        while self._buckets:
-            set_buckets, key, buckets = self._buckets.popleft()
-            set_buckets(key, buckets)
         if forward.failure is None:
             first, jobs = forward.calls[0], [fiber.job for fiber in forward.fibers]
             self._report(first.seam.name, first.key, batch_size, seconds, jobs, self._now())
@@ -152,9 +141,6 @@ class ThreadRunner:
                 if isinstance(tensor, Tensor):
                     tensor.record_stream(torch.cuda.current_stream())
         return forward
-
-    def deferred(self, set_buckets: SetBuckets) -> SetBuckets:
-        return lambda key, buckets: self._buckets.append((set_buckets, key, buckets))
 
     def close(self) -> None:
         """End the thread after the current forward."""

@@ -80,7 +80,7 @@ def _intercept_seam(module: nn.Module, attribute: str, *, mergeable: bool, auxil
         if fiber is None:
             return function(*args, **kwargs)
         call = make_call(seam, current_key_cache(), args, kwargs)
-        call.lora_set = fiber.lora_set
+        call.lora_set, call.exact = fiber.lora_set, fiber.exact
         return fiber.park(call)
 
     _set(module, attribute, park)

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from deployments.engine.batch_buckets import BucketProver
+from deployments.engine.batch_buckets import BucketProver, ProofState
 from deployments.engine.call import ModuleCall, Seam
 from deployments.engine.device_errors import DeviceBroken, is_device_broken
 from deployments.engine.engine_stats import EngineStats
@@ -16,6 +16,9 @@ from deployments.engine.out_of_memory import as_out_of_memory, free_device_memor
 from deployments.engine.scheduled_job import ParkedCall
 from deployments.engine.stacking import Unsplittable
 from deployments.engine.step_scheduler import StepScheduler
+from deployments.protocol.request import Exactness
+
+TRIAL_SHARE = 4  # while requests wait, trials compute at most one row for so many of theirs
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +33,13 @@ class Lane:
         stats: EngineStats,
         park: Callable[[Sequence[Fiber]], None],
         *,
-        deterministic: bool,
+        exact: Exactness,
         observes_backlog: bool,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         """park: takes fibers that have been resumed, to the lane of their next call.
 
-        deterministic: only batch sizes that are proven to give the same bits (batch_buckets.py).
+        exact: of requests without a policy of their own; "off": no batch size is proven (batch_buckets.py).
         observes_backlog: the scheduler may learn from this lane's calls how much work waits.
         """
         self._scheduler = scheduler
@@ -46,9 +49,8 @@ class Lane:
         self._observes_backlog = observes_backlog
         self._now = now
         self._prover: BucketProver | None = None
-        if deterministic:
-            set_buckets = runner.deferred(scheduler.set_buckets)
-            self._prover = BucketProver(scheduler.max_batch_size, set_buckets)
+        if exact != "off":
+            self._prover = BucketProver(scheduler.max_batch_size, exact, scheduler.row_limit)
         self._fibers: list[Fiber] = []
         self._calls: list[ParkedCall] = []  # of these fibers, for the scheduler
         self._parked = 0  # so far
@@ -58,6 +60,7 @@ class Lane:
         self._logged: set[str] = set()  # seams logged for unknown arguments
         self.forwards = 0  # so far
         self.rows = 0  # of these forwards together, without padding
+        self._trial_rows = 0  # of the prover's forwards
 
     @property
     def waiting(self) -> bool:
@@ -87,7 +90,8 @@ class Lane:
             self._log_unknown_arguments(call.seam)
         self._parked += 1
         self._fibers.append(fiber)
-        self._calls.append(ParkedCall(key, call.batch_size, self._parked, fiber.job))
+        sizes = None if key is None or self._prover is None else self._prover.sizes(call)
+        self._calls.append(ParkedCall(key, call.batch_size, self._parked, fiber.job, sizes))
 
     def cancel(self, fiber: Fiber, error: BaseException) -> bool:
         """End a fiber of this lane, now or when its forward is done. False: it is not on this lane."""
@@ -110,12 +114,41 @@ class Lane:
         if self._fibers and not self._runner.busy:
             picked = self._scheduler.pick(self._calls, self._now(), observe=self._observes_backlog)
             self._launch(self._take(picked))
+            if self._fibers and self._prover is not None:
+                self._try_batch_size(self._prover)
             moved += self._finish(block=False)
         return moved
+
+    def run_trial(self, *, before_traffic: bool = False) -> bool:
+        """Run one forward of the prover's trials; False if there is nothing to try."""
+        prover = self._prover
+        rows = None if prover is None else prover.rows_to_run()
+        if prover is None or rows is None:
+            return False
+        self._trial_rows += rows
+        prover.run_trial(before_traffic=before_traffic)
+        return True
+
+    @property
+    def has_trials(self) -> bool:
+        """Whether the prover has batch sizes to try."""
+        return self._prover is not None and self._prover.rows_to_run() is not None
+
+    def proofs(self) -> list[ProofState]:
+        """What is known of batch sizes; may be called from any thread."""
+        return [] if self._prover is None else self._prover.states()
 
     def close(self) -> None:
         """End the runner's thread after the forward in flight."""
         self._runner.close()
+
+    def _try_batch_size(self, prover: BucketProver) -> None:
+        """While calls wait for others: trials, for at most one row per TRIAL_SHARE rows of requests."""
+        wanted, self._scheduler.wanted = self._scheduler.wanted, None
+        if wanted is not None:
+            prover.want(*wanted)
+        if self._trial_rows * TRIAL_SHARE < self.rows and not self._runner.busy:
+            self.run_trial()
 
     def _take(self, picked: Sequence[int]) -> list[Fiber]:
         """Remove the fibers at these indices; they keep the order of the indices."""
@@ -162,10 +195,20 @@ class Lane:
             _fail(fibers, failure)
             self._park(fibers)
         else:
+            if forward.unproven and len(forward.calls) > 1:
+                self._note_unproven(forward)
             for fiber, output in zip(fibers, forward.outputs, strict=True):
                 fiber.resume(output)
             self._park(fibers)
         return moved
+
+    def _note_unproven(self, forward: Forward) -> None:
+        """Remember for the requests of these calls that their bits may depend on each other."""
+        name = forward.calls[0].seam.name
+        self._stats.unproven_forwards += 1
+        for fiber in forward.fibers:
+            if fiber.call in forward.unproven and name not in fiber.unproven:
+                fiber.unproven |= {name}
 
     def _end_cancelled(self, forward: Forward) -> None:
         """End the fibers that were cancelled during the forward, and take them out of it."""

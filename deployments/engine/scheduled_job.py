@@ -51,3 +51,5 @@ class ParkedCall:
     batch_size: int
     order: int  # smaller parked earlier
     job: ScheduledJob | None = None
+    # batch sizes that it may share, ascending; None: any; empty: it runs alone. Equal ones are one object
+    sizes: tuple[int, ...] | None = None

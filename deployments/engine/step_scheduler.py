@@ -10,7 +10,8 @@ import heapq
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
-from deployments.engine.cost_model import CostModel
+from deployments.engine.batch_filling import Batch
+from deployments.engine.cost_model import CostModel, RowLimit
 from deployments.engine.fair_share import FairShare
 from deployments.engine.policy import MAX_BOOST_S, base_score, is_urgent, size_boost_s
 from deployments.engine.scheduled_job import ParkedCall, ScheduledJob
@@ -36,18 +37,24 @@ class StepScheduler:
     `max_batch_size` caps every forward; a key that ran out of memory has a smaller cap from then on.
     """
 
-    def __init__(self, max_batch_size: int) -> None:
-        """Raises ValueError if max_batch_size is below 1."""
+    def __init__(self, max_batch_size: int, row_limit: RowLimit = lambda _key: None) -> None:
+        """row_limit: rows of a key that fit the device's memory; None where that is not known.
+
+        Raises ValueError if max_batch_size is below 1.
+        """
         if max_batch_size < 1:
             raise ValueError("max_batch_size must be at least 1")
         self.max_batch_size = max_batch_size
+        self.row_limit = row_limit
         self.work_done_s = 0.0  # of all forwards so far, in the unit of `work_left_s`
-        self._cost_model = CostModel(max_batch_size)
+        self._cost_model = CostModel(max_batch_size, row_limit)
         self._step_costs = StepCosts(self._cost_model)
         self._fair_share = FairShare()
         self._queued_s = 0.0  # work that waited for slots at the last observation of the queue
         self._queued_users: frozenset[str] = frozenset()  # whose it was
         self._backlog_s = 0.0  # on this scale a job counts as short
+        # key, and rows of a forward that would be tried if its batch size were allowed; set by `pick`
+        self.wanted: tuple[Hashable, int] | None = None
         self._picks = 0
         self._observations = 0
 
@@ -68,18 +75,15 @@ class StepScheduler:
         scores = self._scores(waiting, now)
         lead = scores.index(min(scores))
         key = waiting[lead].key
-        picked = [lead]
-        free = 0 if key is None else self._cost_model.best_batch_size(key) - waiting[lead].batch_size
-        if free > 0:
-            others = [i for i, call in enumerate(waiting) if call.key is key or call.key == key]
-            others.remove(lead)
-            if sum([waiting[i].batch_size for i in others]) > free:
-                others.sort(key=scores.__getitem__)
-            for i in others:
-                if waiting[i].batch_size <= free:
-                    picked.append(i)
-                    free -= waiting[i].batch_size
-        return picked
+        if key is None or waiting[lead].sizes == ():
+            return [lead]
+        others = [i for i, call in enumerate(waiting) if call.key is key or call.key == key]
+        others.remove(lead)
+        if not others:
+            return [lead]
+        if sum([waiting[i].batch_size for i in (lead, *others)]) > self._cost_model.best_batch_size(key):
+            others.sort(key=scores.__getitem__)
+        return self._fill(waiting, lead, others)
 
     def record_forward(
         self,
@@ -107,11 +111,6 @@ class StepScheduler:
         """A forward of `batch_size` rows of `key` does not fit the device: halve the cap."""
         if key is not None:
             self._cost_model.cap(key, max(1, batch_size // 2))
-
-    def set_buckets(self, key: Hashable | None, buckets: Sequence[int]) -> None:
-        """Forwards of this key are padded to the next of these batch sizes."""
-        if key is not None:
-            self._cost_model.set_buckets(key, buckets)
 
     def remaining_s(self, job: ScheduledJob) -> float | None:
         """Device seconds that the job's steps still need; None while its shape is not known."""
@@ -152,18 +151,40 @@ class StepScheduler:
         return [forecasts[i] for i in range(len(queued))]
 
     def _fit_together(self, waiting: Sequence[ParkedCall]) -> bool:
-        """Whether one forward takes all calls."""
-        key = waiting[0].key
+        """Whether one forward of a size that is known to pay takes all calls."""
+        first = waiting[0]
+        if len(waiting) == 1:
+            return True
+        key, sizes = first.key, first.sizes
         if key is None:
-            return len(waiting) == 1
+            return False
         free = self._cost_model.best_batch_size(key)
+        if sizes is not None:
+            free = min(free, sizes[-1]) if sizes else 0
         if len(waiting) > free:
             return False
         for call in waiting:
             free -= call.batch_size
-            if free < 0 or not (call.key is key or call.key == key):
+            if free < 0 or call.sizes is not sizes or not (call.key is key or call.key == key):
                 return False
         return True
+
+    def _fill(self, waiting: Sequence[ParkedCall], lead: int, others: Sequence[int]) -> list[int]:
+        """The lead's call and those of the others, in their order, that make the forward that pays.
+
+        While larger batch sizes are to be tried, it is the smallest larger one that these calls can fill.
+        """
+        key = waiting[lead].key
+        best, largest = self._cost_model.best_batch_size(key), self._cost_model.largest_trial(key)
+        if largest > best:
+            rows = sum([waiting[i].batch_size for i in (lead, *others)])
+            self.wanted = (key, min(rows, largest))
+            for limit in _larger_sizes(waiting[lead].sizes, best, largest):
+                batch = Batch(waiting[lead])
+                added = batch.add(waiting, others, limit)
+                if added and batch.padded_rows > best:
+                    return [lead, *added]
+        return [lead, *Batch(waiting[lead]).add(waiting, others, best)]
 
     def _scores(self, waiting: Sequence[ParkedCall], now: float) -> list[float]:
         """Per call; base scores are kept until a step ends or the backlog is observed again."""
@@ -232,3 +253,10 @@ class StepScheduler:
         rows, max_batch_size = self._step_costs.batch_sizes(job)
         steps = max(0, job.steps - job.steps_done)
         return SimulatedJob(score, steps, rows, max_batch_size, self._step_costs.remaining_s(job), job.shape)
+
+
+def _larger_sizes(sizes: tuple[int, ...] | None, best: int, largest: int) -> Sequence[int]:
+    """The batch sizes to try after the best one known, ascending; where any may run, twice as many rows."""
+    if sizes is None:
+        return sorted({min(2 * best, largest), largest})
+    return [size for size in sizes if best < size <= largest]

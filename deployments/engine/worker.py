@@ -51,6 +51,7 @@ class Finished:
     value: Any  # what the work returned
     queued_s: float
     run_s: float
+    unproven: frozenset[str] = frozenset()  # modules whose forwards it shared in sizes not proven exact
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +265,17 @@ class Worker:
         if self._ended:
             self._refuse_rest()
 
+    async def prove_all(self, limit_s: float) -> None:
+        """Try batch sizes with the shapes seen so far, before the first request of a user, for at most
+        `limit_s` seconds; those that are left are tried when nothing waits."""
+
+        def run_trial() -> bool:
+            return self._engine.idle and self._engine.run_trial(before_traffic=True)
+
+        ends_at = time.monotonic() + limit_s
+        while time.monotonic() < ends_at and await self.run_on_thread(run_trial):
+            pass
+
     def drain(self, grace_s: float) -> None:
         """Refuse new work; preempt at once what waits and what would not end within `grace_s` seconds."""
         self._stopping = True
@@ -288,6 +300,10 @@ class Worker:
                         self._busy_since = None
                     self._recent_jobs.append([fiber.job for fiber in moved])
                     self._publish_finished(moved)
+                    if self._engine.idle and self._engine.has_trials:
+                        self._busy_since = time.monotonic()
+                        self._engine.run_trial()
+                        self._busy_since = None
         except BaseException as error:  # the outermost loop: an error of the engine itself ends this replica
             logger.exception("the engine's thread died")
             self._lose(error)
@@ -302,7 +318,8 @@ class Worker:
     def _process_commands(self) -> bool:
         """Execute all commands in the inbox; wait for one if there is nothing else to do. False: stop."""
         can_start = self._waiting and len(self._running) < self._slots
-        wait = not can_start and (self._engine.idle or self._engine.waits_for_auxiliary)
+        idle = self._engine.idle and not self._engine.has_trials
+        wait = not can_start and (idle or self._engine.waits_for_auxiliary)
         while True:
             try:
                 command = self._inbox.get(block=wait)
@@ -391,7 +408,8 @@ class Worker:
                 continue
             now = time.monotonic()
             queued_s = submission.started_at - submission.job.submitted_at
-            submission.publish(Finished(fiber.result, queued_s, now - submission.started_at))
+            run_s = now - submission.started_at
+            submission.publish(Finished(fiber.result, queued_s, run_s, fiber.unproven))
 
     def _lose(self, error: BaseException) -> None:
         """Let `check` fail from now on."""

@@ -23,6 +23,8 @@ VideoCodec = Literal["h264", "vp9", "av1"]
 MAX_ZOOM = 4.0
 ControlType = Literal["canny", "depth", "pose"]
 Priority = Literal["low", "normal", "high"]
+# whether other requests may change bits of a result: only where it cannot be avoided, never, or as it comes
+Exactness = Literal["prefer", "strict", "off"]
 
 
 class Strict(BaseModel):

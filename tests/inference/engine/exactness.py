@@ -21,7 +21,7 @@ from deployments.engine.scheduled_job import ParkedCall, ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
 from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.diffusers_model import DiffusersModel
-from deployments.protocol.request import Control, ControlType, ResolvedEdit, ResolvedRequest, Task
+from deployments.protocol.request import Control, ControlType, Exactness, ResolvedEdit, ResolvedRequest, Task
 
 PROMPTS = ("a cat", "two dogs on a red hill", "rain", "a house by the sea, at night, in the style of no one")
 IMAGE = Image.effect_mandelbrot((64, 64), (-2, -1.5, 1, 1.5), 40).convert("RGB")
@@ -82,6 +82,11 @@ class Bench:
     forwards: int = 0
     rows: int = 0
 
+    @property
+    def policy(self) -> Exactness:
+        """Of the engine: not a bit may differ, or rounding may."""
+        return "strict" if self.deterministic else "off"
+
     def work(self, request: ResolvedRequest) -> Callable[[], Answer]:
         """The request's pipeline call."""
 
@@ -113,7 +118,7 @@ class Bench:
                 self.alone[request] = self.work(request)()
             else:
                 fiber = Fiber(self.work(request))
-                self._run(Engine(StepScheduler(8), deterministic=True), [fiber])
+                self._run(Engine(StepScheduler(8), exact="strict"), [fiber])
                 if fiber.failure is not None:
                     raise fiber.failure
                 self.alone[request] = fiber.result
@@ -123,7 +128,7 @@ class Bench:
         """All at once through one engine."""
         fibers = [Fiber(self.work(request)) for request in requests]
         scheduler = AnyOrder(max_batch_size, random.Random(0))
-        self._run(Engine(scheduler, deterministic=self.deterministic), fibers)
+        self._run(Engine(scheduler, exact=self.policy), fibers)
         return fibers
 
     def _run(self, engine: Engine, fibers: list[Fiber]) -> None:
@@ -150,7 +155,7 @@ class Bench:
         scheduler = StepScheduler(rows) if rng.random() < 0.5 else AnyOrder(rows, rng)
         engine = Engine(
             scheduler,
-            deterministic=self.deterministic,
+            exact=self.policy,
             auxiliary_lane=self.auxiliary_lane,
             now=lambda: float(next(clock)),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from deployments.engine.intercept import intercept
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.worker import Emit, Finished, Worker
 from deployments.protocol.events import Failed, Step
+from deployments.protocol.request import Exactness
 from tests.inference.engine.together import Together
 from tests.patience import patience
 
@@ -48,20 +49,6 @@ class Decoder(nn.Module):
         if sample.shape[0] > self.max_rows:
             raise torch.OutOfMemoryError(f"{sample.shape[0]} rows")
         return sample * 10
-
-
-class Recorder(Together):
-    """Notes the keys that buckets are set for, and on which threads."""
-
-    def __init__(self, max_batch_size: int) -> None:
-        super().__init__(max_batch_size)
-        self.keys: set[Hashable] = set()
-        self.threads: set[str] = set()
-
-    def set_buckets(self, key: Hashable | None, buckets: Sequence[int]) -> None:
-        self.keys.add(key)
-        self.threads.add(threading.current_thread().name)
-        super().set_buckets(key, buckets)
 
 
 class AutoencoderKL(nn.Module):
@@ -193,16 +180,19 @@ def test_a_failed_decode_fails_its_own_request_only(model: TinyModel, engine: En
     assert float(other.result[0, 0]) == 1.0
 
 
-def test_buckets_proven_on_the_lane_reach_the_scheduler_on_the_engines_thread(model: TinyModel) -> None:
-    scheduler = Recorder(8)
-    engine = Engine(scheduler, deterministic=True, auxiliary_lane=True)
-    engine.start(Fiber(model.generate(0.0, steps=1)))
+@pytest.mark.parametrize(("exact", "rows"), [("prefer", [1] * 4), ("off", [2, 2])])
+def test_decodes_share_no_forward_where_their_bits_are_promised(
+    model: TinyModel, exact: Exactness, rows: list[int]
+) -> None:
+    """At the picture's own resolution a second row costs as much as the first."""
+    engine = Engine(Together(2), exact=exact, auxiliary_lane=True)
+    for value in range(4):
+        engine.start(Fiber(model.generate(float(value), steps=1)))
 
     run_out(engine)
     engine.close()
 
-    assert len(scheduler.keys) == 2, "of the denoiser and of the decoder"
-    assert scheduler.threads == {threading.current_thread().name}
+    assert sorted(model.vae.decoder.rows) in (rows, [1, 1, 2])
 
 
 async def test_a_request_cancelled_while_it_is_decoded_frees_its_slot(model: TinyModel) -> None:

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deployments.engine.batch_buckets import BucketProver
 from deployments.engine.engine import Engine
-from deployments.engine.fiber import Fiber, FiberCancelled, current_fiber
+from deployments.engine.fiber import Fiber, FiberCancelled, current_fiber, use_exactness
 from deployments.engine.intercept import intercept
 from deployments.protocol.errors import OutOfMemory
 from tests.inference.engine.together import Together
@@ -84,6 +85,43 @@ def test_calls_of_many_fibers_share_forwards(denoiser: Denoiser) -> None:
         float(loop(denoiser, float(i), steps=2 + i)()[0, 0]) for i in range(3)
     ]
     assert denoiser.seen[:4] == [3, 3, 2, 1]
+
+
+def test_while_requests_wait_trials_take_at_most_a_fifth_of_the_rows(denoiser: Denoiser) -> None:
+    engine = Engine(Together(1), exact="prefer")
+    fibers = [Fiber(loop(denoiser, float(i), steps=40)) for i in range(2)]
+    engine._steps._prover = BucketProver(8, "prefer", lambda _key: None)  # larger sizes than the scheduler's
+    for fiber in fibers:
+        engine.start(fiber)
+
+    while not all(fiber.done for fiber in fibers):
+        engine.step()
+
+    trials = sum(denoiser.seen) - 2 * 40
+    assert 0 < trials <= 2 * 40 / 4 + 8
+
+
+def test_requests_that_shared_an_unproven_batch_size_are_known(denoiser: Denoiser) -> None:
+    class Indexed(nn.Module):
+        def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
+            return (hidden_states + torch.arange(hidden_states.shape[0]).view(-1, 1) + timestep.sum() * 0,)
+
+    module = Indexed()
+    restore = intercept([module])
+    engine = Engine(Together(8), exact="prefer")
+    run(engine, [loop(module, 1.0)])  # type: ignore[arg-type]
+    while engine.run_trial():
+        pass
+
+    def strict() -> Any:
+        use_exactness("strict")
+        return loop(module, 1.0)()  # type: ignore[arg-type]
+
+    fibers = run(engine, [loop(module, 1.0), loop(module, 1.0), strict, loop(denoiser, 1.0)])  # type: ignore[arg-type]
+    restore()
+
+    assert [fiber.unproven for fiber in fibers] == [{"Indexed.forward"}, {"Indexed.forward"}, set(), set()]
+    assert float(fibers[2].result[0, 0]) == 1.0
 
 
 def test_outside_of_a_fiber_a_call_passes_through(denoiser: Denoiser) -> None:
@@ -262,7 +300,7 @@ def guided_loop(module: Guided, steps: int) -> Tensor:
 def tensor_bytes() -> int:
     """In all tensors that exist, each storage once."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)]
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and not t.is_meta]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
@@ -281,19 +319,19 @@ def resident_bytes() -> int:
 def test_64_active_requests_hold_their_latents_their_embeddings_and_one_stack_of_these(
     guided: Guided,
 ) -> None:
-    engine, before = Engine(Together(64), deterministic=True), tensor_bytes()
+    engine, before = Engine(Together(64), exact="prefer"), tensor_bytes()
 
     for _ in range(64):
         engine.start(Fiber(partial(guided_loop, guided, 6)))
     for _ in range(3):
         engine.step()
     held = tensor_bytes() - before
-    while not engine.idle:
+    while not engine.idle or engine.run_trial():
         engine.step()
 
     latents, embeddings, time = 64 * 64 * 4, 32 * 64 * 4, 4
     assert 64 * (latents + embeddings) <= held <= 64 * (latents + 2 * embeddings + time)
-    assert tensor_bytes() == before
+    assert tensor_bytes() <= before + time, "of the trials: a timestep"
 
 
 def test_a_request_that_is_done_holds_no_tensor_of_its_calls_though_its_context_lives(
@@ -316,7 +354,7 @@ def test_a_request_that_is_done_holds_no_tensor_of_its_calls_though_its_context_
 
 
 def test_two_thousand_short_requests_leave_nothing_behind(guided: Guided) -> None:
-    engine = Engine(Together(64), deterministic=True)
+    engine = Engine(Together(64), exact="prefer")
 
     def serve(requests: int) -> None:
         for _ in range(requests // 40):

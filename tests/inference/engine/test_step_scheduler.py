@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deployments.engine.cost_model import MAX_KEYS
+from deployments.engine.cost_model import CAP_FORWARDS, MAX_KEYS
 from deployments.engine.fair_share import MAX_USERS
 from deployments.engine.policy import MAX_BOOST_S
 from deployments.engine.scheduled_job import ParkedCall, ScheduledJob
@@ -61,14 +63,71 @@ def test_a_changed_machine_is_learned_anew_both_ways() -> None:
     assert rows_picked(scheduler) <= 2
 
 
-def test_only_allowed_numbers_of_rows_are_tried() -> None:
-    scheduler = StepScheduler(max_batch_size=8)
-    scheduler.set_buckets("a", [3, 6])
+def waiting_calls(rows: int, count: int, sizes: tuple[int, ...] | None = None) -> list[ParkedCall]:
+    return [ParkedCall("a", rows, order, sizes=sizes) for order in range(count)]
 
-    assert rows_picked(scheduler) == 3
-    for _ in range(2):
-        scheduler.record_forward("a", 3, 0.1)
-    assert rows_picked(scheduler) == 6
+
+def sizes_tried(
+    scheduler: StepScheduler, waiting: list[ParkedCall], forwards: int, curve: Curve
+) -> list[int]:
+    """Batch sizes, with padding, of so many forwards while these calls wait every time."""
+    tried = []
+    for _ in range(forwards):
+        picked = [waiting[i] for i in scheduler.pick(waiting, 0.0)]
+        rows, sizes = sum(call.batch_size for call in picked), picked[0].sizes
+        padded_rows = rows if not sizes or len(picked) == 1 else min(size for size in sizes if size >= rows)
+        scheduler.record_forward("a", padded_rows, curve(padded_rows))
+        tried.append(padded_rows)
+    return tried
+
+
+def test_only_allowed_batch_sizes_are_tried() -> None:
+    tried = sizes_tried(StepScheduler(8), waiting_calls(1, 8, (3, 6)), 20, UNSATURATED)
+
+    assert set(tried) == {1, 3, 6}
+    assert tried[-1] == 6
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("sizes", [None, (1, 2, 3, 4, 6, 8), (2, 4, 6, 8)])
+def test_calls_of_several_rows_reach_the_batch_size_that_four_of_them_fill(
+    rows: int, sizes: tuple[int, ...] | None
+) -> None:
+    fits = 8 // rows * rows if rows > 1 else 4
+
+    tried = sizes_tried(StepScheduler(8), waiting_calls(rows, 4, sizes), 20, UNSATURATED)
+
+    assert fits in tried[:16]
+    assert tried[-1] == fits
+
+
+BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+
+
+@given(
+    st.lists(st.integers(1, 8), min_size=1, max_size=12),
+    st.sets(st.sampled_from(BUCKETS), min_size=1),
+    st.sampled_from([8, 12, 16, 64]),
+    st.booleans(),
+)
+def test_where_larger_forwards_pay_calls_of_any_sizes_fill_the_largest_that_they_can(
+    rows: list[int], buckets: set[int], max_rows: int, any_size: bool
+) -> None:
+    """At least four fifths of the rows that fit, counted with padding, where every larger one is faster."""
+    sizes = None if any_size else tuple(sorted(size for size in buckets if size <= max_rows))
+    waiting = [ParkedCall("a", n, order, sizes=sizes) for order, n in enumerate(rows)]
+
+    tried = sizes_tried(StepScheduler(max_rows), waiting, 120, lambda batch_size: 1 + batch_size / 1000)
+
+    assert max(tried) <= max(max_rows, *rows)
+    assert tried[-1] >= 0.8 * rows_that_fit(rows, max_rows if sizes is None else max(sizes, default=0))
+
+
+def rows_that_fit(rows: list[int], most: int) -> int:
+    """Rows of the calls that one forward takes in their order without leaving any out; the first alone if it
+    is larger than any batch size."""
+    totals = [total for total in itertools.accumulate(rows) if total <= most]
+    return max(totals, default=rows[0])
 
 
 def test_the_first_forward_of_a_number_of_rows_counts_little() -> None:
@@ -104,6 +163,32 @@ def test_a_key_that_ran_out_of_memory_gets_half_the_rows() -> None:
     scheduler.record_out_of_memory("a", 8)
 
     assert rows_picked(scheduler) == 4
+
+
+def test_the_smaller_batch_size_after_running_out_of_memory_ends() -> None:
+    """Twice as late each time: what else took the memory may be gone."""
+    scheduler = learned(UNSATURATED)
+    holds = []
+    for _ in range(2):
+        scheduler.record_out_of_memory("a", 8)
+        forwards = 0
+        while rows_picked(scheduler) <= 4:
+            scheduler.record_forward("a", 4, UNSATURATED(4))
+            forwards += 1
+        holds.append(forwards)
+        teach(scheduler, UNSATURATED)
+
+    assert holds[0] >= CAP_FORWARDS
+    assert holds[1] >= 2 * CAP_FORWARDS
+
+
+def test_no_forward_is_larger_than_memory_allows() -> None:
+    fitting = {"a": 4}
+    scheduler = StepScheduler(8, row_limit=fitting.get)
+
+    assert max(sizes_tried(scheduler, waiting_calls(1, 8), 20, UNSATURATED)) == 4
+    fitting["a"] = 8
+    assert sizes_tried(scheduler, waiting_calls(1, 8), 20, UNSATURATED)[-1] == 8
 
 
 def test_only_equal_keys_share_and_a_call_without_key_shares_with_none() -> None:

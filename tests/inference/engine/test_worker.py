@@ -271,3 +271,67 @@ async def test_a_function_runs_between_forwards_and_its_error_is_the_callers(wor
     with pytest.raises(KeyError):
         await worker.run_on_thread(broken)
     await running.aclose()
+
+
+class Module(nn.Module):
+    """Twice its input; runs out of memory in larger forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor | None = None) -> Tensor:
+        self.seen.append(hidden_states.shape[0])
+        if hidden_states.shape[0] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return hidden_states * 2
+
+
+@pytest.fixture
+def module() -> Iterator[Module]:
+    made = Module()
+    restore = intercept([made])
+    yield made
+    restore()
+
+
+def twice(module: Module, steps: int = 1) -> Work:
+    def work(_emit: Emit) -> Tensor:
+        x = torch.ones(1, 2)
+        for _ in range(steps):
+            x = module(x, timestep=torch.zeros(1))
+        return x
+
+    return work
+
+
+async def test_batch_sizes_are_tried_when_nothing_waits_and_an_error_fails_no_request(module: Module) -> None:
+    scheduler = StepScheduler(8)
+    engine = Engine(scheduler, exact="prefer")
+    worker = Worker(engine, scheduler, slots=2)
+
+    items = [item async for item in worker.submit(twice(module), ScheduledJob())]
+    (proof,) = engine.proofs()
+    async with asyncio.timeout(patience(10)):
+        while proof.pending:
+            await worker.run_on_thread(lambda: None)
+            (proof,) = engine.proofs()
+
+    assert isinstance(items[-1], Finished)
+    assert (proof.proven, proof.refused) == ((2, 3, 4), (6, 8))
+    assert isinstance([item async for item in worker.submit(twice(module), ScheduledJob())][-1], Finished)
+    worker.stop()
+
+
+async def test_warm_up_can_wait_until_batch_sizes_are_proven(module: Module) -> None:
+    scheduler = StepScheduler(4)
+    engine = Engine(scheduler, exact="strict")
+    worker = Worker(engine, scheduler, slots=2)
+    async for _ in worker.submit(twice(module), ScheduledJob()):
+        pass
+
+    await worker.prove_all(patience(60))
+
+    assert [proof.proven for proof in engine.proofs()] == [(2, 3, 4)]
+    assert max(module.seen) == 4
+    worker.stop()

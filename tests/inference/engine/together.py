@@ -21,6 +21,7 @@ class Together(StepScheduler):
         picked = [lead]
         for i, other in enumerate(waiting):
             fits = i != lead and key is not None and other.key == key
+            fits = fits and () not in (other.sizes, waiting[lead].sizes)
             if fits and batch_size + other.batch_size <= self._most.get(key, self.max_batch_size):
                 picked.append(i)
                 batch_size += other.batch_size

@@ -95,7 +95,7 @@ class LoraEngine:
         if self._deterministic:
             restores.append(pad_small_linears(self._modules))
         scheduler = Together(rows)
-        inner = Engine(scheduler, deterministic=self._deterministic)
+        inner = Engine(scheduler, exact="strict" if self._deterministic else "off")
         fibers = []
         try:
             for work, lora_set in works:
