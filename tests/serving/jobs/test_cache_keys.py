@@ -109,6 +109,12 @@ def test_a_digest_is_of_the_body_and_what_goes_with_it() -> None:
     assert len(body_digest(body)) == 64
 
 
+def test_digests_are_the_same_in_every_version() -> None:
+    digest = "cc01985c9dd948255cd2085ad9e00dabfd0c10946046c84aec89adabc999b8dc"
+
+    assert body_digest(Body(prompt="a cat", image=b"x"), kind="image") == digest
+
+
 def test_a_field_that_a_later_version_adds_leaves_the_digest_of_an_old_body() -> None:
     class LaterBody(Body):
         exact: str | None = None
