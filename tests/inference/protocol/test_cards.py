@@ -98,6 +98,28 @@ def test_a_gpu_model_starts_from_zero_replicas_and_states_the_memory_it_needs() 
     assert all(card.vram_gib > 0 for card in on_gpu)
 
 
+# of one picture or video at the card's size, on the smallest GPU that holds the weights, by FLOPs alone
+SECONDS_PER_STEP = {
+    "flux.1-schnell": 0.3,  # L40S
+    "flux.1-dev": 0.3,
+    "stable-diffusion-v1.5": 0.03,  # T4, L4
+    "dreamshaper-8": 0.03,
+    "realistic-vision-v6": 0.03,
+    "sdxl-base-1.0": 0.2,  # A10G
+    "sdxl-refiner-1.0": 0.2,
+    "hunyuan-video": 72.0,  # A100
+}
+
+
+@pytest.mark.parametrize("card_id", SECONDS_PER_STEP)
+def test_a_request_with_the_cards_defaults_ends_in_time_in_a_full_replica(card_id: str) -> None:
+    card = CARDS[card_id]
+
+    seconds = SECONDS_PER_STEP[card_id] * card.steps.default * card.serving.slots
+
+    assert 1.5 * seconds <= card.serving.job_timeout_s
+
+
 def test_schnell_is_fixed_and_corrects_and_dev_is_neither() -> None:
     schnell, dev = CARDS["flux.1-schnell"], CARDS["flux.1-dev"]
 
