@@ -116,9 +116,7 @@ class Runtime:
         if isinstance(error, WeftError) or not is_out_of_memory(error):
             return None
         logger.warning("a request ran out of memory outside of the engine", exc_info=error)
-        return OutOfMemory(
-            f"the device ran out of memory{shortage(error)}; ask for fewer pictures or a smaller size"
-        )
+        return OutOfMemory(f"memory ran out{shortage(error)}; ask for fewer pictures or a smaller size")
 
     def samples(self) -> Iterator[Sample]:
         """Current values of the metrics of the engine, the models, the decoder and the memory."""

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import errno
+import gc
+import logging
 import re
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from deployments.engine.call import ModuleCall
-from deployments.engine.device_errors import causes_of
+from deployments.engine.device_errors import causes_of, is_device_broken
 from deployments.protocol.errors import OutOfMemory
 
+T = TypeVar("T")
+
 GIB = 2**30
+
+logger = logging.getLogger(__name__)
 
 _CUDA_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation, hipErrorOutOfMemory
 _WORDS = re.compile(
@@ -43,6 +51,28 @@ def as_out_of_memory(call: ModuleCall, error: Exception) -> OutOfMemory:
     )
     wrapped.__cause__ = error
     return wrapped
+
+
+def load_or_free(what: str, load: Callable[[], T], needed_bytes: int | None = None, *, cure: str) -> T:
+    """What `load` returns. A lack of memory frees what was half loaded, so that it may be tried again.
+
+    what: for the caller, such as "the ControlNet models/x". needed_bytes: its size, None if it is not known.
+    cure: what the caller or the operator can do.
+    Raises OutOfMemory with all of it. Not a context manager: the frame of its caller would keep the parts.
+    """
+    try:
+        return load()
+    except Exception as error:
+        if not is_out_of_memory(error) or is_device_broken(error):
+            raise
+        # not exc_info, whose frames keep what was loaded
+        logger.warning("memory ran out while loading", extra={"what": what, "error": str(error)})
+        failure = OutOfMemory(f"{what} does not fit into the memory{shortage(error, needed_bytes)}; {cure}")
+        for one in causes_of(error):
+            one.__traceback__ = None
+    gc.collect()  # modules and their hooks refer to each other
+    free_device_memory()
+    raise failure
 
 
 def shortage(error: BaseException, needed_bytes: int | None = None) -> str:

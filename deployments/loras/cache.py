@@ -10,11 +10,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from cachetools import LRUCache
 
+from deployments.engine.out_of_memory import load_or_free
 from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.device_slots import DeviceSlot, DeviceSlots
 from deployments.loras.file_reader import LoraFileReader, check_digest
@@ -25,6 +27,7 @@ from deployments.protocol.request import Lora
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
+CURE = "use fewer or smaller LoRAs, or try again when less is running; operators: fewer adapters_on_device"
 NICENESS = 10  # of the thread that reads and converts: the steps of running requests go first
 
 OnEngine = Callable[[Callable[[], Any]], Awaitable[Any]]  # runs a function between two forwards
@@ -163,7 +166,7 @@ class LoraCache:
 
         Requests with the same LoRAs and weights at the same time share one set. Raises BadRequest for a file
         that is refused, NotFound for one that is not stored, Overloaded when no slot on the device is
-        released in time.
+        released in time, OutOfMemory when they do not fit the device.
         """
         if not loras:
             yield None
@@ -217,15 +220,20 @@ class LoraCache:
         self._slots.notify()
 
     async def _load(self, lora: Lora, on_engine: OnEngine) -> Adapter:
+        what = f"the LoRA {lora.id[:12]}"
         adapter = self._host.get(lora.id)
         if adapter is None:
             file = lora.file if lora.file is not None else await self._files.read(lora.id)
-            adapter = await self._in_thread(_read_checked, file, lora.id, self._pipeline)
+            read = partial(_read_checked, file, lora.id, self._pipeline)
+            adapter = await self._in_thread(partial(load_or_free, what, read, len(file), cure=CURE))
             self._host.put(lora.id, adapter)
             self._file_reads += 1
         else:
             self._host_hits += 1
-        on_device: Adapter = await self._in_thread(self._copy_to_device, adapter)
+        copy = partial(self._copy_to_device, adapter)
+        on_device: Adapter = await self._in_thread(
+            partial(load_or_free, what, copy, adapter.size_bytes, cure=CURE)
+        )
         if not self._batched_lora.has_hooks(on_device.factors):
             await on_engine(lambda: self._batched_lora.hook(on_device.factors))
         logger.info("LoRA loaded", extra={"lora": lora.id, "bytes": on_device.size_bytes})
@@ -242,7 +250,9 @@ class LoraCache:
             with torch.inference_mode():
                 return combine(parts, label=key)
 
-        lora_set: LoraSet = await self._in_thread(build)
+        needed_bytes = sum(adapter.size_bytes for adapter in adapters)
+        what = "the set of this request's LoRAs"
+        lora_set: LoraSet = await self._in_thread(partial(load_or_free, what, build, needed_bytes, cure=CURE))
         return lora_set
 
     def _release_set(self, key: _SetKey, active: _ActiveSet) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
+from deployments.engine.out_of_memory import is_out_of_memory
 from deployments.lora_format.file_info import MAX_RANK, LoraFileInfo, lora_info
 from deployments.lora_format.header import read_header, refusal
 from deployments.lora_format.shape_check import PARTS
@@ -64,6 +65,8 @@ def read_lora(file: bytes, pipeline: Any) -> Adapter:
     try:
         tensors = load_tensors(file)
     except (SafetensorError, ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):  # of the host; nothing is wrong with the file
+            raise
         raise refusal(f"it is not readable ({error})") from None
     for key, tensor in tensors.items():
         if not _is_finite(tensor):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from diffusers import ControlNetModel, DiffusionPipeline, FluxControlNetModel
 from torch import nn
 
+from deployments.engine.out_of_memory import is_out_of_memory, load_or_free
 from deployments.models.weight_cache import local_folder
 from deployments.protocol.card import Family, Weights
 from deployments.protocol.errors import ModelUnavailable
@@ -54,11 +58,24 @@ def load_pipeline(weights: Weights, device: torch.device, *, while_serving: bool
     while_serving: other threads are working. Loading in a dtype other than float32 would change torch's
     default dtype for all threads meanwhile (diffusers 0.42, transformers 5), so the weights are loaded as
     float32 and cast, which takes twice the host memory.
-    Raises ModelUnavailable when a file is missing, a download fails or a licence is not accepted.
+    Raises ModelUnavailable when a file is missing, a download fails or a licence is not accepted,
+    OutOfMemory when they do not fit.
     """
+    folder = folder_of(weights)
+    return load_or_free(
+        f"the model {weights.path or weights.repo}",
+        partial(_load_pipeline, weights, folder, device, while_serving=while_serving),
+        weight_bytes(folder, weights),
+        cure="try again when less is running; operators: a larger device, or fewer models on it",
+    )
+
+
+def _load_pipeline(
+    weights: Weights, folder: Path | None, device: torch.device, *, while_serving: bool
+) -> Any:
     dtype: torch.dtype = getattr(torch, weights.dtype)
     options: dict[str, Any] = {"dtype": torch.float32 if while_serving else dtype, "use_safetensors": True}
-    pipeline = _from_pretrained(DiffusionPipeline, weights, folder_of(weights), options)
+    pipeline = _from_pretrained(DiffusionPipeline, weights, folder, options)
     if while_serving:
         pipeline = pipeline.to(dtype)
     vae = getattr(pipeline, "vae", None)
@@ -72,16 +89,44 @@ def load_pipeline(weights: Weights, device: torch.device, *, while_serving: bool
 def load_controlnet(weights: Weights, family: Family, device: torch.device) -> nn.Module:
     """A ControlNet for models of `family`, on `device`. May be called while other threads are at work.
 
-    Raises ModelUnavailable as load_pipeline does, and for a family whose ControlNets are not supported.
+    Raises ModelUnavailable and OutOfMemory as load_pipeline does, and for a family whose ControlNets are not
+    supported.
     """
     if family not in CONTROLNETS:
         raise ModelUnavailable(f"ControlNets for {family} are not supported; take controls out of the card")
     options: dict[str, Any] = {"torch_dtype": torch.float32, "use_safetensors": True}  # as in load_pipeline
-    net: nn.Module = _from_pretrained(
-        CONTROLNETS[family], weights, folder_of(weights, "config.json"), options
+    folder = folder_of(weights, "config.json")
+
+    def load() -> nn.Module:
+        net: nn.Module = _from_pretrained(CONTROLNETS[family], weights, folder, options)
+        return net.to(device, getattr(torch, weights.dtype)).eval()
+
+    net = load_or_free(
+        f"the ControlNet {weights.path or weights.repo}",
+        load,
+        weight_bytes(folder, weights),
+        cure="leave this control picture out, or try again when less is running",
     )
     logger.info("ControlNet loaded", extra={"weights": weights.path or weights.repo})
-    return net.to(device, getattr(torch, weights.dtype)).eval()
+    return net
+
+
+def weight_bytes(folder: Path | None, weights: Weights) -> int | None:
+    """Bytes of the weights in a local folder, in the dtype that they are loaded in; None if not known."""
+    if folder is None:
+        return None
+    dtype: torch.dtype = getattr(torch, weights.dtype)
+    try:
+        return dtype.itemsize * sum(map(_elements_in, folder.rglob("*.safetensors"))) or None
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError):
+        return None  # of a damaged file, which is reported when it is loaded
+
+
+def _elements_in(file: Path) -> int:
+    """Of all tensors: 8 bytes with the size of the header (little endian), then the header as JSON."""
+    with file.open("rb") as opened:
+        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 def _from_pretrained(kind: Any, weights: Weights, folder: Path | None, options: dict[str, Any]) -> Any:
@@ -91,6 +136,8 @@ def _from_pretrained(kind: Any, weights: Weights, folder: Path | None, options: 
     try:
         return kind.from_pretrained(folder or weights.repo, **options)
     except (OSError, ValueError) as error:
+        if is_out_of_memory(error):  # diffusers says of a file that does not fit that it cannot be read
+            raise
         raise ModelUnavailable(
             f"the weights {weights.path or weights.repo} cannot be loaded: {error}"
         ) from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ from transformers import (
     VitPoseForPoseEstimation,
 )
 
-from deployments.models.load import folder_of
+from deployments.engine.out_of_memory import is_out_of_memory, load_or_free
+from deployments.models.load import folder_of, weight_bytes
 from deployments.protocol.card import ControlNet, Weights
 from deployments.protocol.errors import ModelUnavailable
 from deployments.protocol.request import ControlType
@@ -30,6 +31,8 @@ MAX_PEOPLE = 16  # in one picture, those with the highest scores
 MIN_PERSON_SCORE = 0.3
 BOX_MARGIN = 1.25  # ViTPose was trained on boxes a quarter larger than the person
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # ImageNet's
+
+CURE = "send a finished control map, or try again when less is running"
 
 Floats = npt.NDArray[np.floating[Any]]
 
@@ -45,10 +48,14 @@ def lazy_preprocessors(
     preprocessors: dict[ControlType, Callable[[Image.Image], Any]] = {}
     depth, pose = controls.get("depth"), controls.get("pose")
     if depth is not None and depth.preprocessor is not None:
-        preprocessors["depth"] = _LazyPreprocessor(partial(load_depth_estimator, depth.preprocessor, device))
+        preprocessors["depth"] = _LazyPreprocessor(
+            partial(load_depth_estimator, depth.preprocessor, device), depth.preprocessor
+        )
     if pose is not None and pose.preprocessor is not None and pose.detector is not None:
         preprocessors["pose"] = _LazyPreprocessor(
-            partial(load_pose_estimator, pose.preprocessor, pose.detector, device)
+            partial(load_pose_estimator, pose.preprocessor, pose.detector, device),
+            pose.preprocessor,
+            pose.detector,
         )
     return preprocessors
 
@@ -56,17 +63,26 @@ def lazy_preprocessors(
 class _LazyPreprocessor:
     """A preprocessor that is loaded by its first call; one call at a time."""
 
-    def __init__(self, load: Callable[[], Callable[[Image.Image], Any]]) -> None:
+    def __init__(self, load: Callable[[], Callable[[Image.Image], Any]], *weights: Weights) -> None:
+        """weights: of the models that `load` loads."""
         self._load = load
+        self._weights = weights
         self._preprocess: Callable[[Image.Image], Any] | None = None
         self._lock = threading.Lock()
 
     def __call__(self, picture: Image.Image) -> Any:
         with self._lock:
             if self._preprocess is None:
-                self._preprocess = self._load()
+                self._preprocess = load_or_free(
+                    "the model that makes control maps", self._load, _bytes_of(self._weights), cure=CURE
+                )
             with torch.inference_mode():
-                return self._preprocess(picture)
+                return load_or_free("a control map", partial(self._preprocess, picture), cure=CURE)
+
+
+def _bytes_of(weights: Sequence[Weights]) -> int | None:
+    """Of these models on the device; None if it is not known."""
+    return sum(weight_bytes(folder_of(one, "config.json"), one) or 0 for one in weights) or None
 
 
 def load_depth_estimator(weights: Weights, device: torch.device) -> Callable[[Image.Image], Floats]:
@@ -182,4 +198,6 @@ def _from_pretrained(kind: Any, weights: Weights, options: dict[str, Any]) -> An
     try:
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelUnavailable(f"the weights {source} cannot be loaded: {error}") from error

@@ -55,8 +55,12 @@ async def test_two_videos_take_turns_and_their_frames_are_counted() -> None:
 async def test_a_lack_of_memory_is_an_error_of_the_request_and_the_thread_continues() -> None:
     thread = DecodeThread(60.0)
 
-    with pytest.raises(OutOfMemory, match="fewer frames or a smaller size"):
-        await thread.next_frames(Decoder(1, error=torch.OutOfMemoryError("CUDA out of memory")))
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB."),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED; tried to allocate 2.50 GiB"),
+    ):
+        with pytest.raises(OutOfMemory, match=r"\(2\.5 GiB needed\); ask for fewer frames or a smaller size"):
+            await thread.next_frames(Decoder(1, error=error))
 
     assert await thread.next_frames(Decoder(3)) is not None
     thread.check()
