@@ -98,6 +98,9 @@ class LoraEngine:
         inner = Engine(scheduler, exact="strict" if self._deterministic else "off")
         fibers = []
         try:
+            if self._deterministic:
+                _prove(inner, works[0][0])
+            before = inner.forwards, inner.rows
             for work, lora_set in works:
                 fiber = Fiber(work)
                 fiber.lora_set = lora_set
@@ -109,11 +112,20 @@ class LoraEngine:
         finally:
             for restore in reversed(restores):
                 restore()
-        self.forwards, self.rows = inner.forwards, inner.rows
+        self.forwards, self.rows = inner.forwards - before[0], inner.rows - before[1]
         for fiber in fibers:
             if fiber.failure is not None:
                 raise fiber.failure
         return [fiber.result for fiber in fibers]
+
+
+def _prove(engine: Engine, work: Callable[[], Tensor]) -> None:
+    """Prove batch sizes with the shapes of this work, as a replica's warm-up does."""
+    engine.start(Fiber(work))
+    while not engine.idle:
+        engine.step()
+    while engine.run_trial():
+        pass
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:
