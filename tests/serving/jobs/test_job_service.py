@@ -22,12 +22,13 @@ from deployments.protocol.errors import (
 from deployments.protocol.request import Control, Edit, GenerationRequest, ResolvedEdit
 from serve_app.job_ids import new_job_id
 from serve_app.jobs import events, inputs
-from serve_app.jobs.job import JobState
+from serve_app.jobs.job import Job, JobState
 from serve_app.jobs.service import JobService
 from serve_app.jobs.store.start_estimate import Capacity
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.webhook_events import owner_secret
 from serve_app.jobs.worker.dispatch import Dispatcher
+from serve_app.redis.transactions import StoreUnreachable
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
 from tests.patience import patience
@@ -329,6 +330,47 @@ async def test_following_at_the_service_gives_all_events(
     assert isinstance(story[0], events.JobQueued)
     assert isinstance(story[-1], events.JobCompleted)
     assert [event.step for event in story if isinstance(event, events.Step)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("way", ["wait", "follow"])
+async def test_waiting_for_a_job_outlasts_a_store_that_is_away_for_a_moment(
+    way: str, service: JobService, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await service.submit(REQUEST, OWNER)
+    await service.cancel(job.id, OWNER)
+    get, outages = store.get, [StoreUnreachable("gone")] * 2
+    monkeypatch.setattr("serve_app.jobs.follow.OUTAGE_POLL_S", 0.01)
+
+    async def get_after_the_outage(job_id: str) -> Job:
+        if outages:
+            raise outages.pop()
+        return await get(job_id)
+
+    monkeypatch.setattr(store, "get", get_after_the_outage)
+    ways: dict[str, Callable[[], Awaitable[object]]] = {
+        "wait": lambda: service.wait(job.id, OWNER, patience()),
+        "follow": lambda: anext(service.follow(job.id, OWNER)),
+    }
+
+    await ways[way]()
+
+    assert outages == []
+
+
+async def test_an_outage_that_does_not_end_ends_the_wait(
+    service: JobService, store: JobStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = await service.submit(REQUEST, OWNER)
+    monkeypatch.setattr("serve_app.jobs.follow.OUTAGE_POLL_S", 0.01)
+    monkeypatch.setattr("serve_app.jobs.follow.OUTAGE_LIMIT_S", 0.05)
+
+    async def get_never(job_id: str) -> Job:
+        raise StoreUnreachable("gone")
+
+    monkeypatch.setattr(store, "get", get_never)
+
+    with pytest.raises(StoreUnreachable):
+        await service.wait(job.id, OWNER, patience())
 
 
 async def test_following_continues_after_an_event(service: JobService, dispatcher: Dispatcher) -> None:

@@ -22,7 +22,7 @@ async def accept_with_loras(store: JobStore, *loras: str) -> str:
 async def test_waiting_and_running_jobs_need_their_loras(
     store: JobStore, redis: Redis, settings: Settings
 ) -> None:
-    for loras in ("a", "bc", "d", "de", "", "f"):
+    for loras in ("a", "bc", "d", "e", "", "f"):
         await accept_with_loras(store, *loras)
     for _ in range(3):
         await store.leases.claim({MODEL: 1})
