@@ -45,7 +45,7 @@ async def follow(
                 yield after, events.ending_event(job)
                 return
             if job is not None and job.state is JobState.queued:
-                new_position = await store.position(job)
+                new_position = await _position(store, job)
                 if new_position not in (None, position):
                     position = new_position
                     yield after, events.JobQueued(new_position, job.step, job.steps)
@@ -77,8 +77,18 @@ async def get_with_retry(store: JobStore, job_id: str) -> Job:
         await asyncio.sleep(OUTAGE_POLL_S)
 
 
+# get_with_retry decides how long an outage is tolerated
+
+
 async def _events(store: JobStore, job_id: str, after: str) -> list[StreamEntry]:
     try:
         return await store.events(job_id, after)
     except StoreUnreachable:
-        return []  # get_with_retry decides how long an outage is tolerated
+        return []
+
+
+async def _position(store: JobStore, job: Job) -> int | None:
+    try:
+        return await store.position(job)
+    except StoreUnreachable:
+        return None

@@ -17,6 +17,7 @@ from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.leases import Claim
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.store.wakeups import Wakeups
+from serve_app.redis.transactions import StoreUnreachable
 from serve_app.settings import Settings
 from tests.patience import patience
 from tests.serving.fakes import MODEL, OWNER, eventually, resolved
@@ -111,6 +112,31 @@ async def test_positions_are_sent_again_when_they_change(
 
     assert (await asyncio.wait_for(anext(story), patience()))[1] == job_events.JobQueued(1)
     await story.aclose()
+
+
+@pytest.mark.parametrize("read", ["get", "events", "position"])
+async def test_following_outlasts_a_short_outage_of_the_store(
+    store: JobStore, wakeups: Wakeups, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    monkeypatch.setattr(follow_module, "POLL_S", 0.02)
+    monkeypatch.setattr(follow_module, "OUTAGE_POLL_S", 0.02)
+    job_id = await accepted(store)
+    entries = follow(store, wakeups, job_id)
+    first = await anext(entries)
+    answer, outages = getattr(store, read), [StoreUnreachable("gone")] * 2
+
+    async def answer_after_the_outage(*args: object) -> object:
+        if outages:
+            raise outages.pop()
+        return await answer(*args)
+
+    monkeypatch.setattr(store, read, answer_after_the_outage)
+    rest = asyncio.create_task(collected(entries))
+    await eventually(lambda: not outages)
+    await store.cancel(job_id)
+
+    assert first[1] == job_events.JobQueued(1)
+    assert [event for _, event in await asyncio.wait_for(rest, patience())] == [job_events.JobCancelled()]
 
 
 async def test_an_event_reaches_its_followers_without_polling(
