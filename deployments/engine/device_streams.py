@@ -15,16 +15,19 @@ import torch
 HIGH, LOW = -1, 0  # as torch.cuda.Stream counts
 
 
-@cache
 def engine_stream(device: torch.device) -> Any:
     """The stream of the engine's thread; None for a device without streams."""
-    return torch.cuda.Stream(device, priority=HIGH) if device.type == "cuda" else None
+    return _stream(device.index or 0, HIGH) if device.type == "cuda" else None
 
 
-@cache
 def decode_stream(device: torch.device) -> Any:
     """The stream of the thread that decodes videos; None for a device without streams.
 
     One for all videos: the allocator keeps freed memory per stream.
     """
-    return torch.cuda.Stream(device, priority=LOW) if device.type == "cuda" else None
+    return _stream(device.index or 0, LOW) if device.type == "cuda" else None
+
+
+@cache
+def _stream(index: int, priority: int) -> Any:
+    return torch.cuda.Stream(torch.device("cuda", index), priority=priority)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 
 from deployments.engine.batch_buckets import ProofState
+from deployments.engine.device_streams import engine_stream
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber, FiberCancelled
 from deployments.engine.forward_runner import ForwardRunner, InlineRunner, ThreadRunner
@@ -41,6 +42,7 @@ class Engine:
         they take turns with them.
         """
         device = device or torch.device("cpu")
+        self.stream = engine_stream(device)  # to be the current one of the engine's thread
         self.stats = EngineStats()
         self.on_auxiliary_done: Callable[[], None] = lambda: None  # called on the auxiliary lane's thread
         self._scheduler = scheduler

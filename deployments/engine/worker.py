@@ -291,7 +291,7 @@ class Worker:
 
     def _main(self) -> None:
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.cuda.stream(self._engine.stream):
                 while self._process_commands():
                     moved = self._start_waiting()
                     if not self._engine.idle:

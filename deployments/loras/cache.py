@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from cachetools import LRUCache
+from torch import Tensor
 
+from deployments.engine.device_streams import engine_stream
 from deployments.engine.out_of_memory import load_or_free
 from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.device_slots import DeviceSlot, DeviceSlots
@@ -247,8 +249,13 @@ class LoraCache:
         ]
 
         def build() -> LoraSet:
-            with torch.inference_mode():
-                return combine(parts, label=key)
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
+                lora_set = combine(parts, label=key)
+            if self._stream is not None:
+                self._stream.synchronize()
+                for pair in lora_set.pairs.values():
+                    self._share_with_engine(pair.a, pair.b)
+            return lora_set
 
         needed_bytes = sum(adapter.size_bytes for adapter in adapters)
         what = "the set of this request's LoRAs"
@@ -276,10 +283,14 @@ class LoraCache:
             factors = {layer: self._factors_to_device(one) for layer, one in adapter.factors.items()}
         if self._stream is not None:
             self._stream.synchronize()
-            for one in factors.values():  # the engine's stream reads them: no reuse of their memory before
-                one.a.record_stream(torch.cuda.default_stream(self._device))
-                one.b.record_stream(torch.cuda.default_stream(self._device))
+            for one in factors.values():
+                self._share_with_engine(one.a, one.b)
         return replace(adapter, factors=factors)
+
+    def _share_with_engine(self, *tensors: Tensor) -> None:
+        """The engine's stream reads them: no reuse of their memory before it has."""
+        for tensor in tensors:
+            tensor.record_stream(engine_stream(self._device))
 
     def _factors_to_device(self, one: LowRankFactors) -> LowRankFactors:
         return replace(one, a=one.a.to(self._device), b=one.b.to(self._device))

@@ -55,6 +55,7 @@ class ModelInstance:
         if serving.compile:
             compile_blocks(pipeline)
         self.card = card
+        self._device = device
         self.pipelines = DiffusersModel(
             pipeline,
             _pipeline_tasks(card),
@@ -100,7 +101,9 @@ class ModelInstance:
             torch.cuda.empty_cache()
 
     def _intercept(self, modules: list[nn.Module]) -> None:
-        """Let the calls of these modules park in the engine."""
+        """Let the calls of these modules park in the engine, whose stream does not wait for this thread's."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
         self._undo.append(intercept(modules))
         if self.card.serving.deterministic:
             self._undo.append(pad_small_linears(modules))
