@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
@@ -21,6 +22,7 @@ from deployments.encoder_client import RemoteEncoder
 from deployments.executors.video_encoding import Encoder
 from deployments.executors.warm_up import warm_up
 from deployments.loras.file_reader import LoraFileReader
+from deployments.models.device_memory import use_expandable_segments
 from deployments.models.weight_cache import keep_compiled_code
 from deployments.observability.metrics import Reporter, Sample
 from deployments.protocol.card import ModelCard
@@ -69,7 +71,7 @@ class ModelReplica:
         lora_pool: a deployment bound to the same Serve application by being named here; never called.
         end_process: called when the engine or its device has failed for good.
 
-        Raises ModelUnavailable when the weights cannot be loaded.
+        Raises ModelUnavailable when the weights cannot be loaded, and where Ray gave it several GPUs.
         """
         began = time.monotonic()
         os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # a model folder may hold code; never run it
@@ -77,6 +79,8 @@ class ModelReplica:
         first = cards[0]
         if first.serving.compile:
             keep_compiled_code()  # read by torch when it is imported
+        if first.serving.num_gpus:
+            use_expandable_segments()  # read by torch when it is imported
         # here and not above: building the graph must not import torch
         from deployments.runtime import Runtime
 
@@ -88,6 +92,7 @@ class ModelReplica:
         self._runtime = Runtime(
             cards,
             refiners or {},
+            gpu_share=_assigned_gpus(first.serving.num_gpus),
             lora_files=lora_files,
             lora_folder=None if lora_folder is None else Path(lora_folder),
             encoder=RemoteEncoder(encoder) if isinstance(encoder, DeploymentHandle) else encoder,
@@ -234,3 +239,20 @@ class ModelReplica:
         no two of them in one request; LoraCache decides what is kept, and losing an id frees nothing.
         """
         return digest
+
+
+def _assigned_gpus(num_gpus: float) -> float:
+    """GPUs that Ray gave to this process, a part of one or one; num_gpus where Ray gave it no resources.
+
+    A Serve config may override the card's number. Raises ModelUnavailable for several.
+    """
+    assigned: Mapping[str, float] = {}
+    if ray.is_initialized():
+        assigned = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+    gpus = assigned.get("GPU", num_gpus)
+    if gpus > 1:
+        raise ModelUnavailable(
+            f"the deployment's ray_actor_options ask for {gpus:g} GPUs, all but one of which would be idle: "
+            "no model is split over several; write num_gpus: 1, and max_replicas for more GPUs"
+        )
+    return gpus

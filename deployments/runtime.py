@@ -42,18 +42,20 @@ class Runtime:
         cards: Sequence[ModelCard],
         refiners: Mapping[str, ModelCard],
         *,
+        gpu_share: float,
         lora_files: LoraFileReader | None,
         lora_folder: Path | None,
         encoder: Encoder | None,
     ) -> None:
         """Load the first card's model and start the engine's thread. See ModelReplica for the parameters.
 
+        gpu_share: the part of a GPU that belongs to this process, as `num_gpus`.
         Raises ModelUnavailable when the weights cannot be loaded.
         """
         serving = cards[0].serving
         torch.set_num_threads(max(1, int(serving.num_cpus)))  # Ray sets 1 for small replicas
         self._lora_files = LoraFileCache(lora_folder, serving.adapter_disk_mib * MIB, lora_files)
-        self._loader = ModelLoader(cards, refiners, self._lora_files)
+        self._loader = ModelLoader(cards, refiners, self._lora_files, gpu_share=gpu_share)
         self.models = self._loader.open_cache(serving.models_loaded)
         scheduler = StepScheduler(serving.max_rows)
         engine = Engine(

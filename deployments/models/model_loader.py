@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from deployments.loras.file_reader import LoraFileReader
-from deployments.models.hardware import best_device, memory_bytes
+from deployments.models.hardware import best_device, limit_to_share, memory_bytes
 from deployments.models.model_cache import ModelCache
 from deployments.models.model_instance import ModelInstance
 from deployments.protocol.card import ModelCard
@@ -18,10 +18,20 @@ class ModelLoader:
     """Loads models onto the best device of this process."""
 
     def __init__(
-        self, cards: Sequence[ModelCard], refiners: Mapping[str, ModelCard], lora_files: LoraFileReader
+        self,
+        cards: Sequence[ModelCard],
+        refiners: Mapping[str, ModelCard],
+        lora_files: LoraFileReader,
+        *,
+        gpu_share: float,
     ) -> None:
-        """refiners: by card id, the card that card.refiner names. lora_files: for all models."""
+        """refiners: by card id, the card that card.refiner names. lora_files: for all models.
+
+        gpu_share: the part of a GPU that belongs to this process, as `num_gpus`.
+        """
         self.device = best_device()
+        self._gpu_share = gpu_share
+        limit_to_share(self.device, gpu_share)
         self.loads: dict[str, tuple[int, float]] = {}  # by model: number of loads, and their seconds
         self._cards = {card.id: card for card in cards}
         self._refiners = refiners
@@ -37,7 +47,7 @@ class ModelLoader:
             ModelInstance.unload,
             lambda model: model.size_bytes,
             limit=limit,
-            max_bytes=memory_bytes(self.device),
+            max_bytes=memory_bytes(self.device, self._gpu_share),
             expected_bytes=lambda name: int(self._cards[name].vram_gib * GIB),
         )
         first = next(iter(self._cards))

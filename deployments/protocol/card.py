@@ -140,7 +140,7 @@ class CardLora(Strict):
 class Serving(Strict):
     """Resources and limits of one replica; serve_config.yaml may override them."""
 
-    num_gpus: float = 1.0
+    num_gpus: float = Field(1.0, ge=0)  # a part of one, such as 0.5, is also that part of its memory
     num_cpus: float = 1.0
     accelerator_type: str | None = None  # one of ray.util.accelerators, such as "A100-80G"; None: any GPU
     slots: int = Field(16, ge=1)  # requests running at once on one replica
@@ -175,6 +175,15 @@ class Serving(Strict):
         str, float
     ] = {}  # parameters of the policy that differ from its defaults: docs/scaling.md
     job_timeout_s: float = 600.0
+
+    @model_validator(mode="after")
+    def _check_num_gpus(self) -> Self:
+        if self.num_gpus > 1:
+            raise ValueError(
+                f"num_gpus: {self.num_gpus:g} would leave all but one of the GPUs idle, because no model is "
+                "split over several; write num_gpus: 1, and max_replicas for more GPUs"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_compile(self) -> Self:

@@ -331,3 +331,24 @@ async def test_a_replica_announces_the_lora_by_which_a_request_was_routed_to_it(
     await events_of(model, loras=(Lora(id="a" * 64),))
 
     assert known == announced
+
+
+# --- the part of a GPU -------------------------------------------------------------------------------------
+
+
+class RayContext:
+    """What the process of a replica can ask Ray."""
+
+    def __init__(self, gpus: float) -> None:
+        self._gpus = gpus
+
+    def get_assigned_resources(self) -> dict[str, float]:
+        return {"GPU": self._gpus, "CPU": 1.0}
+
+
+def test_a_replica_that_ray_gave_several_gpus_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: RayContext(2.0))
+
+    with pytest.raises(ModelUnavailable, match=r"ask for 2 GPUs.*num_gpus: 1"):
+        ModelReplica([CARD])

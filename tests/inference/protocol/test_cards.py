@@ -243,3 +243,12 @@ def test_two_cards_with_one_id_are_refused(tmp_path: Path, facts: dict[str, Any]
 
     with pytest.raises(BadRequest, match="ids are unique"):
         load_cards(tmp_path)
+
+
+def test_a_card_that_asks_for_several_gpus_is_refused_with_the_cure(
+    tmp_path: Path, facts: dict[str, Any]
+) -> None:
+    path = written(tmp_path, facts | {"serving": {"num_gpus": 2}})
+
+    with pytest.raises(BadRequest, match=r"num_gpus: 2 would leave all but one.*max_replicas"):
+        load_card(path)
