@@ -153,6 +153,7 @@ class ModelReplica:
         return {
             "models": list(self._cards),
             "loaded_bytes": self._runtime.models.loaded,
+            "memory_bytes": self._runtime.memory_bytes,
             "active": self._runtime.worker.active,
             "slots": self._serving.slots,
         }

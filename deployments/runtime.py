@@ -81,8 +81,9 @@ class Runtime:
 
         Leaving the block early cancels the request.
         Raises ModelUnavailable when the model cannot be loaded or the device fails, OutOfMemory where
-        memory runs out outside of the engine; for LoRAs, see LoraCache.using.
+        it does not fit or memory runs out outside of the engine; for LoRAs, see LoraCache.using.
         """
+        self._loader.admission.enter_loop()
         try:
             async with (
                 self.models.using(card.id) as model,
@@ -125,12 +126,20 @@ class Runtime:
         yield from collectors.worker_samples(self.worker)
         yield from collectors.model_samples(self.models.models)
         yield from collectors.memory_samples(self._loader.device)
+        yield from collectors.account_samples(self._loader.memory)
         for model, (times, seconds) in list(self._loader.loads.items()):
             yield Sample("weft_model_loads_total", times, {"model": model})
             yield Sample("weft_model_load_seconds_total", seconds, {"model": model})
         if self.encoder is not None:
             yield Sample("weft_video_frames_decoded_total", self.decode_thread.frames)
             yield Sample("weft_video_decode_seconds_total", self.decode_thread.seconds)
+
+    @property
+    def memory_bytes(self) -> dict[str, int | None]:
+        """Of the device: by part, and what they may have together; None: no limit."""
+        memory = self._loader.memory
+        parts: dict[str, int | None] = dict(memory.held.items())
+        return parts | {"working": memory.working_bytes, "limit": memory.limit_bytes}
 
     def layer_shapes(self, model_id: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the layers that a LoRA may change, by component and path; empty before it is loaded."""

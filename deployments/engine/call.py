@@ -45,6 +45,11 @@ class Seam:
     stacked_constants: dict[Hashable, StackedConstant] = field(default_factory=dict)
     roles: dict[str, ArgumentRole] = field(default_factory=dict)
 
+    @property
+    def stacked_bytes(self) -> int:
+        """Memory of the stacked constants. May be read from any thread."""
+        return sum(constant.stacked.nbytes for constant in list(self.stacked_constants.values()))
+
     def role(self, argument: str) -> ArgumentRole:
         """The role of a parameter of this seam's function."""
         known = self.roles.get(argument)

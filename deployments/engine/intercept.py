@@ -25,9 +25,10 @@ STATELESS_VAES = frozenset({"AutoencoderKL", "AutoencoderTiny"})
 RAGGED_OUTPUT_MODULES = frozenset({"ZImageTransformer2DModel"})
 
 
-def intercept(modules: Iterable[nn.Module]) -> Callable[[], None]:
+def intercept(modules: Iterable[nn.Module], seams: list[Seam] | None = None) -> Callable[[], None]:
     """Let the calls of `modules` park inside a fiber; outside of fibers they pass through.
 
+    seams: a list to which those of the modules are added.
     The function is replaced on the instance, so isinstance checks, config, dtype and hooks of the
     module stay as they were. Returns a function that restores all modules.
     """
@@ -35,7 +36,9 @@ def intercept(modules: Iterable[nn.Module]) -> Callable[[], None]:
     for module in modules:
         for part, attribute, mergeable, auxiliary in _seams_of(module):
             if attribute not in vars(part):
-                _intercept_seam(part, attribute, mergeable=mergeable, auxiliary=auxiliary)
+                seam = _intercept_seam(part, attribute, mergeable=mergeable, auxiliary=auxiliary)
+                if seams is not None:
+                    seams.append(seam)
                 replaced.append((part, attribute))
         if hasattr(module, "cache_context") and "cache_context" not in vars(module):
             # it would mark a hook registry that all fibers share as "cond" or "uncond"
@@ -64,7 +67,7 @@ def _seams_of(module: nn.Module) -> list[tuple[nn.Module, str, bool, bool]]:
     return [(module, "forward", True, False)]
 
 
-def _intercept_seam(module: nn.Module, attribute: str, *, mergeable: bool, auxiliary: bool) -> None:
+def _intercept_seam(module: nn.Module, attribute: str, *, mergeable: bool, auxiliary: bool) -> Seam:
     function = getattr(module, attribute)
     parameters = inspect.signature(function).parameters.values()
     positions = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
@@ -84,6 +87,7 @@ def _intercept_seam(module: nn.Module, attribute: str, *, mergeable: bool, auxil
         return fiber.park(call)
 
     _set(module, attribute, park)
+    return seam
 
 
 def _marks_ragged_output(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from cachetools import LRUCache
@@ -20,7 +20,7 @@ from torch import Tensor
 from deployments.engine.device_streams import engine_stream
 from deployments.engine.out_of_memory import load_or_free
 from deployments.loras.batched_lora import BatchedLora
-from deployments.loras.device_slots import DeviceSlot, DeviceSlots
+from deployments.loras.device_slots import DeviceSlot, DeviceSlots, SlotMemory
 from deployments.loras.file_reader import LoraFileReader, check_digest
 from deployments.loras.lora_set import LoraSet, combine
 from deployments.loras.source import Adapter, LowRankFactors, layer_shapes, read_lora
@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 MIB = 2**20
 CURE = "use fewer or smaller LoRAs, or try again when less is running; operators: fewer adapters_on_device"
+COPIES = 2  # of a LoRA's factors on the device: as they are in the file, and with a request's weights
 NICENESS = 10  # of the thread that reads and converts: the steps of running requests go first
 
 OnEngine = Callable[[Callable[[], Any]], Awaitable[Any]]  # runs a function between two forwards
@@ -121,9 +122,10 @@ class LoraCache:
         device: torch.device,
         files: LoraFileReader,
         limits: LoraCacheLimits | None = None,
+        memory: SlotMemory | None = None,
     ) -> None:
         """pipeline: whose layers the LoRAs change. files: of LoRAs that a request names without sending
-        the file."""
+        the file. memory: admits LoRAs to the device; None: by number only."""
         limits = limits or LoraCacheLimits()
         self._pipeline = pipeline
         self._batched_lora = batched_lora
@@ -131,7 +133,7 @@ class LoraCache:
         self._files = files
         self._host = _HostCache(limits)
         self._slots = DeviceSlots(
-            limits.on_device, wait_s=limits.wait_s, max_overtaken_s=limits.max_overtaken_s
+            limits.on_device, wait_s=limits.wait_s, max_overtaken_s=limits.max_overtaken_s, memory=memory
         )
         self._active: dict[_SetKey, _ActiveSet] = {}
         self._device_hits, self._host_hits, self._file_reads = 0, 0, 0
@@ -167,8 +169,8 @@ class LoraCache:
         """The LoRA set of a request while the block runs; None where no LoRA changes anything.
 
         Requests with the same LoRAs and weights at the same time share one set. Raises BadRequest for a file
-        that is refused, NotFound for one that is not stored, Overloaded when no slot on the device is
-        released in time, OutOfMemory when they do not fit the device.
+        that is refused, NotFound for one that is not stored, OutOfMemory for one that the device cannot hold,
+        Overloaded when no slot on the device, or not enough of its memory, is released in time.
         """
         if not loras:
             yield None
@@ -191,6 +193,10 @@ class LoraCache:
                 self._release_set(key, active)
             self._slots.unpin(ids)
 
+    async def make_way(self) -> Literal["freed", "in_use", "nothing"]:
+        """Evict an idle LoRA from the device; see DeviceSlots.make_way."""
+        return self._slots.make_way()
+
     def unload(self, lora_id: str) -> None:
         """Remove a LoRA; requests that use it now keep it to their end."""
         self._host.remove(lora_id)
@@ -209,7 +215,7 @@ class LoraCache:
         cancelled."""
         slot = self._slots[lora.id]
         if slot.loading is None or (not slot.is_loading and slot.loaded is None):
-            slot.loading = asyncio.ensure_future(self._load(lora, on_engine))
+            slot.loading = asyncio.ensure_future(self._load(lora, slot, on_engine))
             slot.loading.add_done_callback(lambda task: self._on_loaded(lora.id, slot, task))
         else:
             self._device_hits += 1
@@ -221,7 +227,7 @@ class LoraCache:
         self._slots.remove_if_useless(lora_id, slot)
         self._slots.notify()
 
-    async def _load(self, lora: Lora, on_engine: OnEngine) -> Adapter:
+    async def _load(self, lora: Lora, slot: DeviceSlot, on_engine: OnEngine) -> Adapter:
         what = f"the LoRA {lora.id[:12]}"
         adapter = self._host.get(lora.id)
         if adapter is None:
@@ -232,6 +238,7 @@ class LoraCache:
             self._file_reads += 1
         else:
             self._host_hits += 1
+        await self._slots.hold(lora.id, slot, COPIES * adapter.size_bytes)
         copy = partial(self._copy_to_device, adapter)
         on_device: Adapter = await self._in_thread(
             partial(load_or_free, what, copy, adapter.size_bytes, cure=CURE)

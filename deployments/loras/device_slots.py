@@ -7,9 +7,10 @@ waits for a slot. cachetools has neither pins nor waiting.
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
 from deployments.loras.source import Adapter
 from deployments.protocol.errors import BadRequest, Overloaded
@@ -20,6 +21,7 @@ class DeviceSlot:
     """One LoRA on the device, or on its way there. Changed by DeviceSlots and LoraCache only."""
 
     loading: asyncio.Task[Adapter] | None = None
+    size_bytes: int = 0  # that the account of the device's memory holds for it
     users: int = 0  # requests that pin it
     stale: bool = False  # unloaded while pinned: removed with its last user
 
@@ -42,19 +44,38 @@ class DeviceSlot:
         return not self.is_loading and (self.stale or self.loaded is None)
 
 
-class DeviceSlots:
-    """At most `limit` slots by LoRA id. Used from one event loop."""
+class SlotMemory(Protocol):
+    """The account of the device's memory, as far as LoRAs of one model need it."""
 
-    def __init__(self, limit: int, *, wait_s: float, max_overtaken_s: float) -> None:
+    async def admit(self, slot: DeviceSlot, size_bytes: int, lora_id: str) -> None:
+        """Claim so many bytes; what is idle is evicted for it. Raises OutOfMemory where they can never be
+        had, Overloaded where running requests do not free them in time."""
+
+    def release(self, slot: DeviceSlot) -> None:
+        """The slot's LoRA is no longer on the device."""
+
+    def notify(self) -> None:
+        """Have those that wait try again."""
+
+
+class DeviceSlots:
+    """At most `limit` slots by LoRA id, and as many bytes as `memory` admits. Used from one event loop."""
+
+    def __init__(
+        self, limit: int, *, wait_s: float, max_overtaken_s: float, memory: SlotMemory | None = None
+    ) -> None:
         """wait_s: until a request without a slot is refused. max_overtaken_s: how long requests whose
-        LoRAs are all present may pass one that waits."""
+        LoRAs are all present may pass one that waits. memory: None: bytes have no limit."""
         self._limit = limit
+        self._memory = memory
         self._wait_s = wait_s
         self._max_overtaken_s = max_overtaken_s
         self._slots: OrderedDict[str, DeviceSlot] = OrderedDict()  # the least recently used first
         self._queue = asyncio.Lock()  # held by the request that waits for slots; others queue for it
         self._waiting_since: float | None = None  # loop time
         self._released = asyncio.Event()
+        self._requests: Counter[tuple[str, ...]] = Counter()  # that pin slots, by the LoRAs they pin
+        self._short: set[str] = set()  # LoRAs that wait for memory
         self.evicted = 0
 
     def __len__(self) -> int:
@@ -96,8 +117,43 @@ class DeviceSlots:
             finally:
                 self._waiting_since = None
 
+    async def hold(self, lora_id: str, slot: DeviceSlot, size_bytes: int) -> None:
+        """Have memory for this LoRA, which is about to be copied to the device.
+
+        Raises OutOfMemory where it can never fit, Overloaded where running requests do not free enough.
+        """
+        if self._memory is None:
+            return
+        self._short.add(lora_id)
+        self._memory.notify()  # what waits for the requests of this LoRA may have to give up
+        try:
+            await self._memory.admit(slot, size_bytes, lora_id)
+        finally:
+            self._short.discard(lora_id)
+        slot.size_bytes = size_bytes
+        if self._slots.get(lora_id) is not slot:  # unloaded meanwhile
+            self._release(slot)
+
+    def make_way(self) -> Literal["freed", "in_use", "nothing"]:
+        """Evict the least recently used idle LoRA.
+
+        "in_use": a running request will release one. "nothing": there is none, or all requests that have one
+        wait for memory themselves.
+        """
+        for lora_id, slot in self._slots.items():
+            if slot.size_bytes and not slot.users and not slot.is_loading:
+                self._evict(lora_id)
+                return "freed"
+        for ids in self._requests:
+            held = [self._slots[one].size_bytes for one in ids if one in self._slots]
+            if any(held) and not self._short.intersection(ids):
+                return "in_use"
+        return "nothing"
+
     def unpin(self, ids: Sequence[str]) -> None:
         """Release what `pin` reserved."""
+        self._requests[tuple(ids)] -= 1
+        self._requests += Counter()  # keeps the positive ones
         for lora_id in ids:
             slot = self._slots[lora_id]
             slot.users -= 1
@@ -107,11 +163,13 @@ class DeviceSlots:
     def remove_if_useless(self, lora_id: str, slot: DeviceSlot) -> None:
         """Remove this slot if no request uses it and it holds no adapter that one could use."""
         if not slot.users and slot.is_useless and self._slots.get(lora_id) is slot:
-            del self._slots[lora_id]
+            self._remove(lora_id)
 
     def notify(self) -> None:
         """Have the waiting request check for free slots again."""
         self._released.set()
+        if self._memory is not None:
+            self._memory.notify()
 
     def unload(self, lora_id: str) -> None:
         """Remove a LoRA now, or after the last request that uses it."""
@@ -121,11 +179,12 @@ class DeviceSlots:
         if slot.users:
             slot.stale = True
         else:
-            del self._slots[lora_id]
+            self._remove(lora_id)
 
     def clear(self) -> None:
         """Remove all slots, pinned ones too."""
-        self._slots.clear()
+        for lora_id in list(self._slots):
+            self._remove(lora_id)
 
     def _may_overtake(self) -> bool:
         since = self._waiting_since
@@ -144,10 +203,22 @@ class DeviceSlots:
         if excess > len(idle):
             return False
         for lora_id in idle[: max(0, excess)]:
-            del self._slots[lora_id]
-            self.evicted += 1
+            self._evict(lora_id)
+        self._requests[tuple(ids)] += 1
         for lora_id in ids:
             slot = self._slots.setdefault(lora_id, DeviceSlot())
             slot.users += 1
             self._slots.move_to_end(lora_id)
         return True
+
+    def _evict(self, lora_id: str) -> None:
+        self._remove(lora_id)
+        self.evicted += 1
+
+    def _remove(self, lora_id: str) -> None:
+        self._release(self._slots.pop(lora_id))
+
+    def _release(self, slot: DeviceSlot) -> None:
+        if self._memory is not None and slot.size_bytes:
+            slot.size_bytes = 0
+            self._memory.release(slot)

@@ -1,12 +1,21 @@
-"""How much of a device's memory is this process's own (pure: no torch)."""
+"""The account of one device's memory: what holds it, and what else fits.
+
+Pure: no torch, no clock; what the device says is passed in (hardware.py). docs/memory.md explains the parts.
+"""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable, Hashable
+from typing import Literal, get_args
 
 GIB = 2**30
 CONTEXT_BYTES = GIB // 2  # of a process on a GPU, outside of torch's allocator: the context and its kernels
 RESERVE_FRACTION = 0.05  # of that memory: what torch's allocator cannot use, because it lies in pieces
+
+Part = Literal["weights", "loras", "stacks", "prompts"]
+Thing = tuple[str, Hashable]  # of which model, and what: its pipeline, a ControlNet, a LoRA's slot
 
 
 def usable_bytes(total: int, free: int, gpu_share: float) -> int:
@@ -31,3 +40,114 @@ def use_expandable_segments() -> None:
     """
     if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def gib(size_bytes: float) -> str:
+    """The size for a message, such as "3.10 GiB"."""
+    return f"{size_bytes / GIB:.2f} GiB"
+
+
+class DeviceMemory:
+    """Bytes of one device by part. Any thread may call; nothing here waits.
+
+    A part is what was claimed under it, by model and thing, and what `watch` reads of caches that grow by
+    themselves. Besides, space is kept for the forwards of one request.
+    """
+
+    def __init__(self, read_limit: Callable[[], int | None]) -> None:
+        """read_limit: what may be allocated in all, read again before each claim because other processes on
+        the device come and go; None: there is no limit, and bytes are only counted."""
+        self._read_limit = read_limit
+        self._limit = read_limit()
+        self._claims: dict[Part, dict[Thing, int]] = {part: {} for part in get_args(Part)}
+        self._watched: dict[object, tuple[Part, Callable[[], int]]] = {}
+        self._expected: dict[str, int] = {}  # space for one picture, by model
+        self._lock = threading.RLock()
+
+    # ---- what is there ----
+
+    @property
+    def limit_bytes(self) -> int | None:
+        """Bytes that all parts and the forwards may have together; None: no limit."""
+        return self._limit
+
+    @property
+    def held(self) -> dict[Part, int]:
+        """Bytes by part."""
+        with self._lock:
+            parts = {part: sum(claims.values()) for part, claims in self._claims.items()}
+            for part, read in self._watched.values():
+                parts[part] += read()
+            return parts
+
+    @property
+    def working_bytes(self) -> int:
+        """Space kept for the forwards of one request: what the cards of the loaded models state."""
+        with self._lock:
+            return max(self._expected.values(), default=0)
+
+    def most_bytes(self, thing: Thing) -> int | None:
+        """What a thing could have beside its model's other weights and one picture, all else freed."""
+        with self._lock:
+            if self._limit is None:
+                return None
+            others = self.weights_of(thing[0]) - self._claims["weights"].get(thing, 0)
+            return max(0, self._limit - others - self._expected.get(thing[0], 0))
+
+    def weights_of(self, model: str) -> int:
+        """Bytes of this model's weights."""
+        with self._lock:
+            return sum(size for thing, size in self._claims["weights"].items() if thing[0] == model)
+
+    # ---- who holds what ----
+
+    def claim(self, part: Part, thing: Thing, size_bytes: int) -> bool:
+        """Let a thing hold so many bytes if they fit; otherwise nothing changes."""
+        with self._lock:
+            self._limit = self._read_limit()
+            fits = self._limit is None or self._with(part, thing, size_bytes) <= self._limit
+            if fits:
+                self.record(part, thing, size_bytes)
+            return fits
+
+    def record(self, part: Part, thing: Thing, size_bytes: int) -> None:
+        """A thing holds so many bytes, whether they fit or not. 0: it is forgotten."""
+        with self._lock:
+            if size_bytes:
+                self._claims[part][thing] = size_bytes
+            else:
+                self._claims[part].pop(thing, None)
+
+    def release(self, part: Part, thing: Thing) -> None:
+        """A thing holds nothing any more."""
+        self.record(part, thing, 0)
+
+    def release_weights(self, model: str) -> None:
+        """The model is unloaded."""
+        with self._lock:
+            weights = self._claims["weights"]
+            self._claims["weights"] = {thing: size for thing, size in weights.items() if thing[0] != model}
+
+    def watch(self, part: Part, read: Callable[[], int]) -> Callable[[], None]:
+        """Count what `read` returns under this part, until the returned function is called."""
+        key = object()
+        with self._lock:
+            self._watched[key] = part, read
+
+        def end() -> None:
+            with self._lock:
+                self._watched.pop(key, None)
+
+        return end
+
+    def expect_working(self, model: str, size_bytes: int) -> None:
+        """Keep space for one picture of this model, which is loaded; 0: for none any more."""
+        with self._lock:
+            self._expected[model] = size_bytes
+            if size_bytes <= 0:
+                del self._expected[model]
+
+    def _with(self, part: Part, thing: Thing, size_bytes: int) -> int:
+        """All that is held, and the space for forwards, if `thing` held so many bytes."""
+        growth = size_bytes - self._claims[part].get(thing, 0)
+        return sum(self.held.values()) + self.working_bytes + growth

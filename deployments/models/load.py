@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from deployments.protocol.card import Family, Weights
 from deployments.protocol.errors import ModelUnavailable
 
 logger = logging.getLogger(__name__)
+
+Admit = Callable[[Sequence[nn.Module]], None]
 
 ROOT = Path(__file__).resolve().parents[2]  # relative paths of weights start at the repository
 CONTROLNETS: dict[str, Any] = {"sd": ControlNetModel, "sdxl": ControlNetModel, "flux": FluxControlNetModel}
@@ -52,9 +55,16 @@ def _fetched(url: str) -> Path:
         raise ModelUnavailable(f"the weights {url} cannot be fetched: {error}") from error
 
 
-def load_pipeline(weights: Weights, device: torch.device, *, while_serving: bool = False) -> Any:
+def load_pipeline(
+    weights: Weights,
+    device: torch.device,
+    *,
+    while_serving: bool = False,
+    admit: Admit = lambda _modules: None,
+) -> Any:
     """The pipeline named in the model_index.json of the weights, on `device`. Reads safetensors only.
 
+    admit: called with the modules before they are moved to the device; what it raises ends the loading.
     while_serving: other threads are working. Loading in a dtype other than float32 would change torch's
     default dtype for all threads meanwhile (diffusers 0.42, transformers 5), so the weights are loaded as
     float32 and cast, which takes twice the host memory.
@@ -64,14 +74,14 @@ def load_pipeline(weights: Weights, device: torch.device, *, while_serving: bool
     folder = folder_of(weights)
     return load_or_free(
         f"the model {weights.path or weights.repo}",
-        partial(_load_pipeline, weights, folder, device, while_serving=while_serving),
+        partial(_load_pipeline, weights, folder, device, admit, while_serving=while_serving),
         weight_bytes(folder, weights),
         cure="try again when less is running; operators: a larger device, or fewer models on it",
     )
 
 
 def _load_pipeline(
-    weights: Weights, folder: Path | None, device: torch.device, *, while_serving: bool
+    weights: Weights, folder: Path | None, device: torch.device, admit: Admit, *, while_serving: bool
 ) -> Any:
     dtype: torch.dtype = getattr(torch, weights.dtype)
     options: dict[str, Any] = {"dtype": torch.float32 if while_serving else dtype, "use_safetensors": True}
@@ -83,12 +93,16 @@ def _load_pipeline(
         # img2img pipelines would cast the shared VAE to float32 and back while other requests use it. The
         # option exists for the range of float16; bfloat16 has the range of float32
         vae.register_to_config(force_upcast=False)
+    admit([part for part in pipeline.components.values() if isinstance(part, nn.Module)])
     return pipeline if device.type == "cpu" else pipeline.to(device)
 
 
-def load_controlnet(weights: Weights, family: Family, device: torch.device) -> nn.Module:
+def load_controlnet(
+    weights: Weights, family: Family, device: torch.device, admit: Admit = lambda _modules: None
+) -> nn.Module:
     """A ControlNet for models of `family`, on `device`. May be called while other threads are at work.
 
+    admit: as for load_pipeline.
     Raises ModelUnavailable and OutOfMemory as load_pipeline does, and for a family whose ControlNets are not
     supported.
     """
@@ -99,7 +113,9 @@ def load_controlnet(weights: Weights, family: Family, device: torch.device) -> n
 
     def load() -> nn.Module:
         net: nn.Module = _from_pretrained(CONTROLNETS[family], weights, folder, options)
-        return net.to(device, getattr(torch, weights.dtype)).eval()
+        net = net.to(getattr(torch, weights.dtype)).eval()
+        admit([net])
+        return net.to(device)
 
     net = load_or_free(
         f"the ControlNet {weights.path or weights.repo}",

@@ -10,20 +10,22 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from deployments.models.memory_admission import MemoryAdmission, Outcome
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+PIPELINE = "pipeline"  # the thing under which the account of the memory holds a model's own weights
 
 
 @dataclass(slots=True)
 class _CachedModel(Generic[T]):
     model: T
-    size_bytes: int
     users: int = 0  # a model in use is pinned
 
 
 class ModelCache(Generic[T]):
-    """At most `limit` models of at most `max_bytes` in total. Used from one event loop.
+    """At most `limit` models, and no more than the device's memory admits. Used from one event loop.
 
     Loading and unloading run in a thread, one at a time, so that requests for loaded models continue.
     An OrderedDict and no cachetools.LRUCache, because eviction skips pinned models and may have to wait.
@@ -36,19 +38,21 @@ class ModelCache(Generic[T]):
         size_of: Callable[[T], int],
         *,
         limit: int,
-        max_bytes: int | None = None,
+        admission: MemoryAdmission,
         expected_bytes: Callable[[str], int] = lambda _name: 0,
     ) -> None:
         """size_of: bytes of a loaded model; expected_bytes: of one that is not loaded yet, by name.
 
-        max_bytes: None for no limit.
+        admission: asked before a model is loaded. `load` records what it really took, nothing if it fails,
+        and `unload` releases it.
         """
         self._load = load
         self._unload = unload
         self._size_of = size_of
         self._limit = limit
-        self._max_bytes = max_bytes
+        self._admission = admission
         self._expected_bytes = expected_bytes
+        admission.add_evictor(self._make_way)
         self._entries: OrderedDict[str, _CachedModel[T]] = OrderedDict()
         self._loading = asyncio.Lock()
         self._released = asyncio.Event()
@@ -56,7 +60,7 @@ class ModelCache(Generic[T]):
     @property
     def loaded(self) -> dict[str, int]:
         """Bytes by name, the least recently used first."""
-        return {name: entry.size_bytes for name, entry in self._entries.items()}
+        return {name: self._size_of(entry.model) for name, entry in self._entries.items()}
 
     @property
     def models(self) -> list[T]:
@@ -65,48 +69,56 @@ class ModelCache(Generic[T]):
 
     def put(self, name: str, model: T) -> None:
         """Add a model that was loaded elsewhere, such as at the start."""
-        self._entries[name] = _CachedModel(model, self._size_of(model))
+        self._entries[name] = _CachedModel(model)
 
     @asynccontextmanager
     async def using(self, name: str) -> AsyncGenerator[T]:
-        """The model, loaded if necessary and pinned while the block runs. Raises what `load` raises."""
-        entry = self._entries.get(name)
-        if entry is None:
-            entry = await self._load_pinned(name)
-        else:
-            entry.users += 1
+        """The model, loaded if necessary and pinned while the block runs.
+
+        Raises what `load` raises, OutOfMemory for a model that the device cannot hold.
+        """
+        while (entry := self._entries.get(name)) is None:
+            loading = asyncio.ensure_future(self._load_entry(name))
+            loading.add_done_callback(
+                lambda task: task.cancelled() or task.exception()
+            )  # retrieved here, too
+            await asyncio.shield(loading)  # goes on when its request is cancelled, so that nothing is lost
+        entry.users += 1
         self._entries.move_to_end(name)
         try:
             yield entry.model
         finally:
             entry.users -= 1
             self._released.set()
+            self._admission.notify()
 
-    async def _load_pinned(self, name: str) -> _CachedModel[T]:
+    async def _load_entry(self, name: str) -> None:
         async with self._loading:
-            entry = self._entries.get(name)
-            if entry is None:
-                await self._make_space(self._expected_bytes(name))
-                model = await asyncio.to_thread(self._load, name)
-                entry = self._entries[name] = _CachedModel(model, self._size_of(model))
-                logger.info("model added to the cache", extra={"model": name, "bytes": entry.size_bytes})
-            entry.users += 1
-            return entry
+            if name in self._entries:
+                return
+            await self._make_space(name)
+            model = await asyncio.to_thread(self._load, name)
+            self._entries[name] = _CachedModel(model)
+            logger.info("model added to the cache", extra={"model": name, "bytes": self._size_of(model)})
 
-    async def _make_space(self, needed_bytes: int) -> None:
+    async def _make_space(self, name: str) -> None:
         """Unload idle models until one more fits; waits while none is idle."""
-        while self._entries and not self._fits(needed_bytes):
-            idle = next((name for name, entry in self._entries.items() if not entry.users), None)
-            if idle is None:
+        while len(self._entries) >= self._limit:
+            if await self._make_way(name) != "freed":
                 self._released.clear()
                 await self._released.wait()
-                continue
-            entry = self._entries.pop(idle)
-            await asyncio.to_thread(self._unload, entry.model)
-            logger.info("model unloaded", extra={"model": idle, "bytes": entry.size_bytes})
+        size_bytes, thing = self._expected_bytes(name), (name, PIPELINE)
+        await self._admission.admit("weights", thing, size_bytes, f"the model {name}", unlimited_wait=True)
 
-    def _fits(self, needed_bytes: int) -> bool:
-        if len(self._entries) >= self._limit:
-            return False
-        used = sum(entry.size_bytes for entry in self._entries.values())
-        return self._max_bytes is None or used + needed_bytes <= self._max_bytes
+    async def _make_way(self, name: str) -> Outcome:
+        """Unload the least recently used idle model, for the model of this name."""
+        others = {other: entry for other, entry in self._entries.items() if other != name}
+        idle = next((other for other, entry in others.items() if not entry.users), None)
+        if idle is None:
+            return "in_use" if others else "nothing"
+        entry = self._entries.pop(idle)
+        size_bytes = self._size_of(entry.model)
+        await asyncio.to_thread(self._unload, entry.model)
+        logger.info("model unloaded", extra={"model": idle, "bytes": size_bytes})
+        self._admission.notify()
+        return "freed"

@@ -6,11 +6,13 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 from deployments.engine.batch_buckets import pad_small_linears
+from deployments.engine.call import Seam
 from deployments.engine.intercept import intercept
 from deployments.lora_format.shape_check import PARTS
 from deployments.loras.batched_lora import BatchedLora
@@ -19,11 +21,13 @@ from deployments.loras.file_cache import LoraFileCache
 from deployments.loras.file_reader import LoraFileReader
 from deployments.models.compile import compile_blocks
 from deployments.models.load import load_controlnet, load_pipeline
+from deployments.models.memory_admission import MemoryAdmission
+from deployments.models.model_memory import LoraMemory, ModelMemory
 from deployments.models.preprocessors import lazy_preprocessors
 from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.pipelines.previews import Previewer
 from deployments.pipelines.prompt_cache import PromptCache
-from deployments.protocol.card import ModelCard
+from deployments.protocol.card import ModelCard, Weights
 from deployments.protocol.request import Task
 
 logger = logging.getLogger(__name__)
@@ -40,34 +44,39 @@ class ModelInstance:
         refiner: ModelCard | None,
         device: torch.device,
         *,
+        admission: MemoryAdmission,
         while_serving: bool,
         lora_files: LoraFileReader | None = None,
     ) -> None:
         """Load the model. refiner: the card that card.refiner names; loaded when a request needs it.
 
+        admission: asked before anything is moved to the device.
         while_serving: whether other threads are working, see load_pipeline.
         lora_files: reads the files of LoRAs that a request only names; without it, requests bring the files.
-        Raises ModelUnavailable when the weights cannot be loaded.
+        Raises ModelUnavailable when the weights cannot be loaded, OutOfMemory when they do not fit.
         """
         started = time.monotonic()
         serving = card.serving
-        pipeline = load_pipeline(card.weights, device, while_serving=while_serving)
+        self.card = card
+        self._memory = ModelMemory(admission, card)
+        self._device = device
+        pipeline = load_pipeline(
+            card.weights, device, while_serving=while_serving, admit=self._memory.admit_pipeline
+        )
         if serving.compile:
             compile_blocks(pipeline)
-        self.card = card
-        self._device = device
         self.pipelines = DiffusersModel(
             pipeline,
             _pipeline_tasks(card),
             controls=card.controls,
-            load_controlnet=partial(load_controlnet, family=card.family, device=device),
-            load_refiner=None
-            if refiner is None
-            else partial(load_pipeline, refiner.weights, device, while_serving=True),
+            load_controlnet=self._load_controlnet,
+            load_refiner=None if refiner is None else partial(self._load_refiner, refiner.weights),
         )
         self.previewer = Previewer.fitted_to(pipeline)
         self.prompts = PromptCache(serving.prompt_cache_mib * MIB)
-        self.preprocessors = lazy_preprocessors(card.controls, device)
+        self.preprocessors = lazy_preprocessors(
+            card.controls, device, partial(self._memory.admit, what="the preprocessor")
+        )
         components = {name: c for name, c in pipeline.components.items() if name in PARTS}
         self.batched_lora = BatchedLora(
             {name: c for name, c in components.items() if isinstance(c, nn.Module)},
@@ -77,18 +86,30 @@ class ModelInstance:
             serving.adapters_on_device, serving.adapters_in_memory, serving.adapter_memory_mib * MIB
         )
         self.loras = LoraCache(
-            pipeline, self.batched_lora, device, lora_files or LoraFileCache(None, 0), lora_limits
+            pipeline,
+            self.batched_lora,
+            device,
+            lora_files or LoraFileCache(None, 0),
+            lora_limits,
+            LoraMemory(admission, card.id),
         )
-        self._undo: list[Callable[[], None]] = [self.loras.close, self.batched_lora.unhook]
+        self._seams: list[Seam] = []
+        self._undo: list[Callable[[], None]] = [
+            self.loras.close,
+            self.batched_lora.unhook,
+            admission.memory.watch("prompts", lambda: self.prompts.bytes),
+            admission.memory.watch("stacks", self._stacked_bytes),
+            admission.add_evictor(lambda _model: self.loras.make_way(), first=True),
+        ]
         self._intercept(self.pipelines.modules)
-        self.pipelines.on_new_modules = self._intercept
-        logger.info("model loaded", extra={"model": card.id, "seconds": time.monotonic() - started})
+        self.pipelines.on_new_modules = self._take_new
+        extra = {"model": card.id, "seconds": time.monotonic() - started, "bytes": self.size_bytes}
+        logger.info("model loaded", extra=extra)
 
     @property
     def size_bytes(self) -> int:
         """Size of all weights on the device; weights that modules share count once."""
-        parameters = {id(p): p for module in self.pipelines.modules for p in module.parameters()}
-        return sum(parameter.nbytes for parameter in parameters.values())
+        return self._memory.size_bytes
 
     def unload(self) -> None:
         """Free the memory. The model must not be used any more."""
@@ -99,12 +120,36 @@ class ModelInstance:
         self.pipelines.modules.clear()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        self._memory.close()
+
+    def _load_controlnet(self, weights: Weights) -> nn.Module:
+        family, device = self.card.family, self._device
+        return self._memory.load(
+            weights, "the ControlNet", lambda admit: load_controlnet(weights, family, device, admit)
+        )
+
+    def _load_refiner(self, weights: Weights) -> Any:
+        """The refiner's pipeline."""
+        return self._memory.load(
+            weights,
+            "the refiner",
+            lambda admit: load_pipeline(weights, self._device, while_serving=True, admit=admit),
+        )
+
+    def _stacked_bytes(self) -> int:
+        """Copies of LoRAs and of prompt embeddings for the rows of the last batches."""
+        return self.batched_lora.stacked_bytes + sum(seam.stacked_bytes for seam in self._seams)
+
+    def _take_new(self, modules: list[nn.Module]) -> None:
+        """Use modules of a ControlNet or of the refiner, which may share others with this model."""
+        self._memory.keep(modules)
+        self._intercept(modules)
 
     def _intercept(self, modules: list[nn.Module]) -> None:
         """Let the calls of these modules park in the engine, whose stream does not wait for this thread's."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        self._undo.append(intercept(modules))
+        self._undo.append(intercept(modules, self._seams))
         if self.card.serving.deterministic:
             self._undo.append(pad_small_linears(modules))
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from deployments.engine.out_of_memory import is_out_of_memory, load_or_free
-from deployments.models.load import folder_of, weight_bytes
+from deployments.models.load import Admit, folder_of, weight_bytes
 from deployments.protocol.card import ControlNet, Weights
 from deployments.protocol.errors import ModelUnavailable
 from deployments.protocol.request import ControlType
@@ -38,22 +38,25 @@ Floats = npt.NDArray[np.floating[Any]]
 
 
 def lazy_preprocessors(
-    controls: Mapping[ControlType, ControlNet], device: torch.device
+    controls: Mapping[ControlType, ControlNet],
+    device: torch.device,
+    admit: Callable[[Weights], Admit] = lambda _weights: lambda _modules: None,
 ) -> dict[ControlType, Callable[[Image.Image], Any]]:
     """Preprocessors for the types of control picture whose models the card names: depth, pose.
 
     Each may be called from any thread; one call runs at a time. The first call loads the model and raises
     ModelUnavailable if that fails.
+    admit: by weights, what is called with the model before it is moved to the device.
     """
     preprocessors: dict[ControlType, Callable[[Image.Image], Any]] = {}
     depth, pose = controls.get("depth"), controls.get("pose")
     if depth is not None and depth.preprocessor is not None:
         preprocessors["depth"] = _LazyPreprocessor(
-            partial(load_depth_estimator, depth.preprocessor, device), depth.preprocessor
+            partial(load_depth_estimator, depth.preprocessor, device, admit), depth.preprocessor
         )
     if pose is not None and pose.preprocessor is not None and pose.detector is not None:
         preprocessors["pose"] = _LazyPreprocessor(
-            partial(load_pose_estimator, pose.preprocessor, pose.detector, device),
+            partial(load_pose_estimator, pose.preprocessor, pose.detector, device, admit),
             pose.preprocessor,
             pose.detector,
         )
@@ -85,9 +88,11 @@ def _bytes_of(weights: Sequence[Weights]) -> int | None:
     return sum(weight_bytes(folder_of(one, "config.json"), one) or 0 for one in weights) or None
 
 
-def load_depth_estimator(weights: Weights, device: torch.device) -> Callable[[Image.Image], Floats]:
+def load_depth_estimator(
+    weights: Weights, device: torch.device, admit: Callable[[Weights], Admit]
+) -> Callable[[Image.Image], Floats]:
     """A function from a picture to its depth (height, width), larger is nearer, by such as Depth Anything."""
-    model, processor = _load(AutoModelForDepthEstimation, weights, device), _processor(weights)
+    model, processor = _load(AutoModelForDepthEstimation, weights, device, admit), _processor(weights)
 
     def estimate(picture: Image.Image) -> Floats:
         inputs = processor(images=picture, return_tensors="pt").to(device, model.dtype)
@@ -102,12 +107,12 @@ def load_depth_estimator(weights: Weights, device: torch.device) -> Callable[[Im
 
 
 def load_pose_estimator(
-    weights: Weights, detector_weights: Weights, device: torch.device
+    weights: Weights, detector_weights: Weights, device: torch.device, admit: Callable[[Weights], Admit]
 ) -> Callable[[Image.Image], list[Floats]]:
     """A function from a picture to its people: for each (17, 3), x and y in pixels and a score."""
-    detector = _load(AutoModelForObjectDetection, detector_weights, device)
+    detector = _load(AutoModelForObjectDetection, detector_weights, device, admit)
     processor = _processor(detector_weights)
-    model = _load(VitPoseForPoseEstimation, weights, device)
+    model = _load(VitPoseForPoseEstimation, weights, device, admit)
     person_labels = {label for label, name in detector.config.id2label.items() if name == "person"}
 
     def estimate(picture: Image.Image) -> list[Floats]:
@@ -180,11 +185,13 @@ def peaks(heatmaps: Floats) -> Floats:
     return points
 
 
-def _load(kind: Any, weights: Weights, device: torch.device) -> Any:
+def _load(kind: Any, weights: Weights, device: torch.device, admit: Callable[[Weights], Admit]) -> Any:
     """The model on the device. Loaded as float32: another dtype would become the default of all threads."""
     model = _from_pretrained(kind, weights, {"dtype": torch.float32, "use_safetensors": True})
     logger.info("preprocessor loaded", extra={"weights": weights.path or weights.repo})
-    return model.to(device, getattr(torch, weights.dtype)).eval()
+    model = model.to(getattr(torch, weights.dtype)).eval()
+    admit(weights)([model])
+    return model.to(device)
 
 
 def _processor(weights: Weights) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from deployments.engine.worker import Worker
+from deployments.models.device_memory import DeviceMemory
 from deployments.models.model_instance import ModelInstance
 from deployments.observability.metrics import Sample
 
@@ -71,3 +72,12 @@ def memory_samples(device: torch.device) -> Iterator[Sample]:
     yield Sample("weft_device_bytes", torch.cuda.memory_reserved(device), {"what": "reserved"})
     yield Sample("weft_device_bytes", total - free, {"what": "used"})
     yield Sample("weft_device_bytes", total, {"what": "total"})
+
+
+def account_samples(memory: DeviceMemory) -> Iterator[Sample]:
+    """The account by which models, LoRAs and batches are admitted to the device."""
+    for part, size in memory.held.items():
+        yield Sample("weft_memory_bytes", size, {"part": part})
+    yield Sample("weft_memory_bytes", memory.working_bytes, {"part": "working"})
+    if memory.limit_bytes is not None:
+        yield Sample("weft_memory_limit_bytes", memory.limit_bytes)

@@ -154,6 +154,14 @@ _MODEL_METRICS = (
         "Memory of the GPU: allocated and reserved by this replica, used by all processes, total.",
         "what",
     ),
+    _gauge(
+        "weft_memory_bytes",
+        "Memory of the device as this replica counts it: weights, loras, stacks, prompts, working space.",
+        "part",
+    ),
+    _gauge(
+        "weft_memory_limit_bytes", "Memory of the device that all parts of this replica may have together."
+    ),
     _gauge("weft_host_bytes", "Resident memory of this replica's process."),
     _counter("weft_prompt_cache_hits_total", "Prompts whose embeddings were found in the cache.", "model"),
     _counter(

@@ -142,6 +142,7 @@ class Serving(Strict):
 
     num_gpus: float = Field(1.0, ge=0)  # a part of one, such as 0.5, is also that part of its memory
     num_cpus: float = 1.0
+    memory_gib: float | None = Field(None, gt=0)  # of the device, at most; None: docs/memory.md
     accelerator_type: str | None = None  # one of ray.util.accelerators, such as "A100-80G"; None: any GPU
     slots: int = Field(16, ge=1)  # requests running at once on one replica
     max_rows: int = Field(

@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ import torch
 from torch import nn
 
 from deployments.loras.batched_lora import BatchedLora
-from deployments.loras.cache import LoraCache, LoraCacheLimits
+from deployments.loras.cache import COPIES, LoraCache, LoraCacheLimits
+from deployments.loras.device_slots import SlotMemory
 from deployments.loras.file_cache import LoraFileCache
-from deployments.protocol.errors import BadRequest, NotFound, Overloaded
+from deployments.models.device_memory import DeviceMemory
+from deployments.models.memory_admission import MemoryAdmission
+from deployments.models.model_memory import LoraMemory
+from deployments.protocol.errors import BadRequest, NotFound, OutOfMemory, Overloaded
 from deployments.protocol.request import Lora
 from tests.inference import tiny
 from tests.inference.lora_files import file_of, random_lora
@@ -68,9 +73,11 @@ def stored(files: list[bytes]) -> StoredFiles:
 def make_cache(pipeline: Any, stored: StoredFiles) -> Iterator[Callable[..., LoraCache]]:
     made: list[tuple[LoraCache, BatchedLora]] = []
 
-    def make(**limits: Any) -> LoraCache:
+    def make(*, memory: SlotMemory | None = None, **limits: Any) -> LoraCache:
         batched_lora = BatchedLora({"transformer": pipeline.transformer}, deterministic=False)
-        lora_cache = LoraCache(pipeline, batched_lora, torch.device("cpu"), stored, LoraCacheLimits(**limits))
+        lora_cache = LoraCache(
+            pipeline, batched_lora, torch.device("cpu"), stored, LoraCacheLimits(**limits), memory
+        )
         made.append((lora_cache, batched_lora))
         return lora_cache
 
@@ -336,3 +343,97 @@ async def test_a_remote_that_gives_another_file_is_refused(tmp_path: Path, files
 def test_a_request_names_a_file_by_its_own_digest(files: list[bytes]) -> None:
     with pytest.raises(ValueError, match="SHA-256"):
         Lora(id="0" * 64, file=files[0])
+
+
+# --- the device's memory -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Device:
+    """A device whose memory holds so many LoRAs and nothing else."""
+
+    one: int  # bytes that a LoRA claims
+    loras: float
+    admission: MemoryAdmission = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.admission = MemoryAdmission(DeviceMemory(lambda: int(self.loras * self.one)), patience())
+
+    @property
+    def memory(self) -> SlotMemory:
+        return LoraMemory(self.admission, "flux")
+
+    @property
+    def held(self) -> float:
+        return self.admission.memory.held["loras"] / self.one
+
+
+@pytest.fixture
+async def one(make_cache: Callable[..., LoraCache], files: list[bytes]) -> int:
+    """Bytes that one of the LoRAs claims on the device."""
+    lora_cache = make_cache()
+    await use(lora_cache, loras(files, 0))
+    return COPIES * lora_cache.usage.device_bytes
+
+
+async def test_idle_loras_are_evicted_when_bytes_are_short(
+    make_cache: Callable[..., LoraCache], files: list[bytes], one: int
+) -> None:
+    device = Device(one, loras=2.5)
+    lora_cache = make_cache(on_device=8, memory=device.memory)
+    device.admission.add_evictor(lambda _model: lora_cache.make_way())
+
+    for number in (0, 1, 0, 2):
+        await use(lora_cache, loras(files, number))
+
+    assert (lora_cache.usage.on_device, lora_cache.stats.evicted, device.held) == (2, 1, 2)
+    await use(lora_cache, loras(files, 0))  # the one used last stayed
+    assert lora_cache.stats.on_device == 2
+    lora_cache.close()
+    assert device.held == 0
+
+
+async def test_a_lora_that_can_never_fit_is_refused_with_its_bytes(
+    make_cache: Callable[..., LoraCache], files: list[bytes], one: int
+) -> None:
+    device = Device(one, loras=0.5)
+    lora_cache = make_cache(memory=device.memory)
+
+    with pytest.raises(OutOfMemory, match=r"the LoRA \w{12} needs 0.00 GiB of the device's memory; at most"):
+        await use(lora_cache, loras(files, 0))
+
+    assert (lora_cache.usage.on_device, device.held) == (0, 0)
+
+
+async def test_a_lora_waits_for_one_in_use(
+    make_cache: Callable[..., LoraCache], files: list[bytes], one: int
+) -> None:
+    device = Device(one, loras=1.5)
+    lora_cache = make_cache(memory=device.memory)
+    device.admission.add_evictor(lambda _model: lora_cache.make_way())
+
+    async with lora_cache.using(loras(files, 0), on_engine):
+        second = asyncio.create_task(use(lora_cache, loras(files, 1)))
+        await asyncio.wait([second], timeout=0.05)
+        assert not second.done()
+
+    assert await asyncio.wait_for(second, patience()) is not None
+    assert device.held == 1
+
+
+async def test_requests_that_wait_for_each_others_loras_do_not_wait_in_vain(
+    make_cache: Callable[..., LoraCache], files: list[bytes], one: int
+) -> None:
+    device = Device(one, loras=2.5)
+    lora_cache = make_cache(memory=device.memory)
+    device.admission.add_evictor(lambda _model: lora_cache.make_way())
+    requests = [loras(files, 0, 1), loras(files, 2, 3)]
+
+    ended = await asyncio.wait_for(
+        asyncio.gather(*(use(lora_cache, wanted) for wanted in requests), return_exceptions=True), patience()
+    )
+
+    refused = [one for one in ended if isinstance(one, Exception)]
+    assert len(refused) <= 1
+    assert all(isinstance(one, Overloaded) for one in refused)
+    assert device.held <= 2

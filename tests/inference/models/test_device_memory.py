@@ -10,9 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deployments.models import hardware
-from deployments.models.device_memory import CONTEXT_BYTES, GIB, usable_bytes, use_expandable_segments
+from deployments.models.device_memory import (
+    CONTEXT_BYTES,
+    GIB,
+    DeviceMemory,
+    usable_bytes,
+    use_expandable_segments,
+)
 
 ROOT = Path(__file__).parents[3]
 # GiB that are there in all, that no other process has, and the replica's num_gpus
@@ -94,3 +102,115 @@ def test_torch_understands_the_setting_of_its_allocator() -> None:
     )
 
     assert (result.returncode, result.stdout.strip()) == (0, "expandable_segments:True")
+
+
+# --- the account -------------------------------------------------------------------------------------------
+
+FLUX, SDXL = ("flux", "pipeline"), ("sdxl", "pipeline")
+
+
+def account(limit_gib: float | None) -> DeviceMemory:
+    limit = None if limit_gib is None else int(limit_gib * GIB)
+    return DeviceMemory(lambda: limit)
+
+
+# card: GiB of its weights and GiB that it states (docs of the cards); which of them fit together
+@pytest.mark.parametrize(
+    ("total", "share", "flux_fits", "sdxl_fits_too"),
+    [(80, 1.0, True, True), (48, 1.0, True, True), (40, 1.0, True, False), (24, 1.0, False, True)],
+)
+def test_models_fit_where_their_weights_and_a_picture_fit(
+    total: int, share: float, flux_fits: bool, sdxl_fits_too: bool
+) -> None:
+    memory = DeviceMemory(lambda: usable_bytes(total * GIB, total * GIB, share))
+
+    first = memory.claim("weights", FLUX, int(33.0 * GIB))
+    second = memory.claim("weights", SDXL, int(10.0 * GIB))
+
+    assert (first, second) == (flux_fits, sdxl_fits_too)
+
+
+def test_a_claim_that_does_not_fit_changes_nothing() -> None:
+    memory = account(10)
+    memory.claim("weights", SDXL, 6 * GIB)
+
+    assert not memory.claim("loras", ("sdxl", "a"), 5 * GIB)
+    assert memory.claim("loras", ("sdxl", "a"), 4 * GIB)
+    assert not memory.claim("loras", ("sdxl", "a"), 5 * GIB)
+    assert memory.held == {"weights": 6 * GIB, "loras": 4 * GIB, "stacks": 0, "prompts": 0}
+
+
+def test_caches_that_grow_by_themselves_and_the_space_for_a_picture_count() -> None:
+    memory, prompts = account(10), [1 * GIB]
+    end = memory.watch("prompts", lambda: prompts[0])
+    memory.expect_working("sdxl", 2 * GIB)
+
+    assert not memory.claim("weights", SDXL, 8 * GIB)
+    assert memory.claim("weights", SDXL, 7 * GIB)
+
+    prompts[0] = 3 * GIB
+    assert memory.held["prompts"] == 3 * GIB
+    end()
+    memory.expect_working("sdxl", 0)
+    assert memory.claim("loras", ("sdxl", "a"), 3 * GIB)
+
+
+def test_what_can_be_had_at_most_is_beside_the_weights_of_the_same_model() -> None:
+    memory = account(48)
+    memory.record("weights", FLUX, 32 * GIB)
+    memory.record("weights", SDXL, 7 * GIB)
+    memory.expect_working("flux", 2 * GIB)
+
+    assert memory.most_bytes(("flux", "a LoRA")) == 14 * GIB
+    assert memory.most_bytes(("sdxl", "a LoRA")) == 41 * GIB
+    assert memory.most_bytes(FLUX) == 46 * GIB  # for a reload of the same weights
+
+
+def test_eight_loras_of_rank_128_on_flux_are_counted_and_bounded() -> None:
+    memory, one = account(48), 2 * 1_046_478_848  # rank 128 on all linears of FLUX, twice
+    memory.claim("weights", FLUX, int(31.67 * GIB))
+    memory.expect_working("flux", 2 * GIB)
+
+    fitting = [memory.claim("loras", ("flux", index), one) for index in range(8)]
+
+    assert sum(fitting) == 7
+    assert sum(memory.held.values()) + memory.working_bytes <= 48 * GIB
+
+
+def test_without_a_limit_everything_is_counted_and_admitted() -> None:
+    memory = account(None)
+
+    assert memory.claim("weights", FLUX, 10**15)
+    assert (memory.held["weights"], memory.limit_bytes, memory.most_bytes(FLUX)) == (10**15, None, None)
+
+
+@given(
+    limit=st.integers(0, 100),
+    working=st.integers(0, 40),
+    calls=st.lists(
+        st.tuples(
+            st.sampled_from(["weights", "loras"]),
+            st.sampled_from("abc"),
+            st.integers(0, 3),
+            st.integers(0, 60),
+        ),
+        max_size=40,
+    ),
+)
+def test_the_account_never_admits_beyond_the_limit_and_everything_is_released(
+    limit: int, working: int, calls: list[tuple[Any, str, int, int]]
+) -> None:
+    memory, expected = DeviceMemory(lambda: limit), {}
+    memory.expect_working("a", working)
+
+    for part, model, thing, size in calls:
+        if memory.claim(part, (model, thing), size):
+            expected[part, model, thing] = size
+            assert sum(memory.held.values()) + working <= limit or size == 0
+
+        assert sum(memory.held.values()) == sum(expected.values())
+    for part, model, thing in expected:
+        memory.release(part, (model, thing))
+    memory.expect_working("a", 0)
+
+    assert sum(memory.held.values()) == memory.working_bytes == 0

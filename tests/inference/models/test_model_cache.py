@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 
 import pytest
 
+from deployments.models.device_memory import DeviceMemory
+from deployments.models.memory_admission import MemoryAdmission
 from deployments.models.model_cache import ModelCache
+from deployments.protocol.errors import OutOfMemory
 from tests.patience import patience
 
 SIZES = {"small": 1, "middle": 4, "large": 8}
@@ -16,21 +20,35 @@ SIZES = {"small": 1, "middle": 4, "large": 8}
 class Library:
     def __init__(self) -> None:
         self.log: list[str] = []
+        self.memory = DeviceMemory(lambda: None)
+        self.may_load = threading.Event()
+        self.may_load.set()
+        self.loading = threading.Event()
 
     def load(self, name: str) -> str:
+        self.loading.set()
+        assert self.may_load.wait(patience())
         if name == "broken":
+            self.memory.release_weights(name)
             raise OSError("no such file")
         self.log.append(f"+{name}")
         return name
 
     def unload(self, model: str) -> None:
         self.log.append(f"-{model}")
+        self.memory.release_weights(model)
 
     def model_cache(
         self, *, limit: int = 2, max_bytes: int | None = None, size_of: Callable[[str], int] = lambda _: 1
     ) -> ModelCache[str]:
+        self.memory = DeviceMemory(lambda: max_bytes)
         return ModelCache(
-            self.load, self.unload, size_of, limit=limit, max_bytes=max_bytes, expected_bytes=size_of
+            self.load,
+            self.unload,
+            size_of,
+            limit=limit,
+            admission=MemoryAdmission(self.memory),
+            expected_bytes=size_of,
         )
 
 
@@ -91,3 +109,43 @@ async def test_a_model_that_cannot_be_loaded_is_not_counted() -> None:
         await use(model_cache, "broken")
 
     assert await use(model_cache, "a") == "a"
+
+
+async def test_a_model_that_can_never_fit_is_refused_and_the_loaded_one_stays() -> None:
+    library = Library()
+    model_cache = library.model_cache(limit=3, max_bytes=7, size_of=SIZES.__getitem__)
+    await use(model_cache, "small")
+
+    with pytest.raises(OutOfMemory, match="the model large needs"):
+        await use(model_cache, "large")
+
+    assert library.log == ["+small"]
+    assert await use(model_cache, "middle") == "middle"
+
+
+async def test_a_model_waits_for_the_memory_of_one_in_use() -> None:
+    library = Library()
+    model_cache = library.model_cache(limit=3, max_bytes=9, size_of=SIZES.__getitem__)
+
+    async with model_cache.using("middle"):
+        waiting = asyncio.create_task(use(model_cache, "large"))
+        assert await use(model_cache, "middle") == "middle"
+        assert not waiting.done()
+
+    assert await asyncio.wait_for(waiting, patience()) == "large"
+
+
+async def test_a_model_whose_request_is_cancelled_is_loaded_all_the_same() -> None:
+    library = Library()
+    library.may_load.clear()
+    model_cache = library.model_cache(limit=2, max_bytes=9, size_of=SIZES.__getitem__)
+    request = asyncio.create_task(use(model_cache, "middle"))
+    await asyncio.to_thread(library.loading.wait, patience())
+
+    request.cancel()
+    await asyncio.wait([request])
+    library.may_load.set()
+
+    assert await use(model_cache, "middle") == "middle"
+    assert library.log == ["+middle"]
+    assert library.memory.held["weights"] == 4

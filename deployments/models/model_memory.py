@@ -1,0 +1,106 @@
+"""One model's part of the account of the device's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import nn
+
+from deployments.loras.device_slots import DeviceSlot
+from deployments.models.device_memory import GIB
+from deployments.models.load import Admit
+from deployments.models.memory_admission import MemoryAdmission
+from deployments.models.model_cache import PIPELINE
+from deployments.protocol.card import ModelCard, Weights
+
+Loaded = TypeVar("Loaded")
+
+
+def weights_bytes(modules: Iterable[nn.Module]) -> int:
+    """Size of all parameters and buffers; those that modules share count once."""
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+@dataclass(slots=True)
+class ModelMemory:
+    """Admits the weights of one model, whenever they are loaded. Any thread but the event loop's."""
+
+    admission: MemoryAdmission
+    card: ModelCard
+    _sizes: dict[str, int] = field(default_factory=dict)  # of weights that were loaded or refused
+    _loaded_last: str = ""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all weights of the model on the device."""
+        return self.admission.memory.weights_of(self.card.id)
+
+    def admit_pipeline(self, modules: Sequence[nn.Module]) -> None:
+        """Claim the model's own weights and the space for one picture; called before they are on the device.
+
+        Raises OutOfMemory where they do not fit.
+        """
+        memory, size_bytes = self.admission.memory, weights_bytes(modules)
+        space = int(self.card.vram_gib * GIB) - size_bytes
+        if memory.limit_bytes is not None:  # with less space than the card states a smaller picture may fit
+            space = min(space, memory.limit_bytes - size_bytes)
+        memory.expect_working(self.card.id, max(0, space))
+        self._claim(PIPELINE, size_bytes, f"the model {self.card.id}")
+
+    def load(self, weights: Weights, what: str, load: Callable[[Admit], Loaded]) -> Loaded:
+        """What `load` returns; its argument admits modules before they are moved to the device.
+
+        Weights that were refused before are asked for again before they are read.
+        Raises what `load` raises, OutOfMemory and Overloaded.
+        """
+        name = self._loaded_last = weights.path or str(weights.repo)
+        try:
+            if name in self._sizes:
+                self._claim(name, self._sizes[name], f"{what} {name}")
+            return load(self.admit(weights, what))
+        except BaseException:
+            self.keep([])
+            raise
+
+    def admit(self, weights: Weights, what: str) -> Admit:
+        """A function that claims memory for the modules of these weights."""
+        name = weights.path or str(weights.repo)
+
+        def claim(modules: Sequence[nn.Module]) -> None:
+            self._sizes[name] = weights_bytes(modules)
+            self._claim(name, self._sizes[name], f"{what} {name}")
+
+        return claim
+
+    def keep(self, modules: Sequence[nn.Module]) -> None:
+        """Of what `load` loaded last, only these modules stay on the device."""
+        self.admission.memory.record("weights", (self.card.id, self._loaded_last), weights_bytes(modules))
+        self.admission.notify_from_thread()
+
+    def close(self) -> None:
+        """Release all weights. LoRAs are released with their slots."""
+        self.admission.memory.release_weights(self.card.id)
+        self.admission.memory.expect_working(self.card.id, 0)
+
+    def _claim(self, name: str, size_bytes: int, what: str) -> None:
+        self.admission.admit_from_thread("weights", (self.card.id, name), size_bytes, what)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraMemory:
+    """The SlotMemory of one model's LoRAs, on the event loop."""
+
+    admission: MemoryAdmission
+    model: str
+
+    async def admit(self, slot: DeviceSlot, size_bytes: int, lora_id: str) -> None:
+        await self.admission.admit("loras", (self.model, slot), size_bytes, f"the LoRA {lora_id[:12]}")
+
+    def release(self, slot: DeviceSlot) -> None:
+        self.admission.memory.release("loras", (self.model, slot))
+
+    def notify(self) -> None:
+        self.admission.notify()
