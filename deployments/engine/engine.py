@@ -58,8 +58,8 @@ class Engine:
                 now=now,
             )
 
-        timer = ForwardTimer(self._record_forward, device, now)
-        self._steps = lane(InlineRunner(timer), observes_backlog=True)
+        self._timer = ForwardTimer(self._record_forward, device, now)
+        self._steps = lane(InlineRunner(self._timer), observes_backlog=True)
         self._auxiliary = self._steps
         if auxiliary_lane:
             runner = ThreadRunner(device, self._record_forward, now, lambda: self.on_auxiliary_done())
@@ -131,6 +131,10 @@ class Engine:
     def proofs(self) -> list[ProofState]:
         """What is known of batch sizes, by module and shape; may be called from any thread."""
         return self._steps.proofs()
+
+    def wait_for_device(self) -> None:
+        """Wait until the device is at most one forward behind; returns at once on a CPU."""
+        self._timer.wait()
 
     def close(self) -> None:
         """End the auxiliary lane's thread."""

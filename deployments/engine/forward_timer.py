@@ -36,10 +36,17 @@ class ForwardTimer:
         if not self._events:
             self._began_s = time.perf_counter()
             return
-        while len(self._queued) > 1:
-            self._report_first()
+        self.wait()
         self._begin = torch.cuda.Event(enable_timing=True)
         self._begin.record()
+
+    def wait(self) -> None:
+        """Wait until at most one forward is queued on the GPU.
+
+        To be called before commands are read: after them, a cancel would be heard one forward later.
+        """
+        while len(self._queued) > 1:
+            self._report_first()
 
     def stop(self, module: str, key: Hashable, batch_size: int, jobs: Sequence[ScheduledJob]) -> None:
         """The forward has been computed (CPU) or queued (GPU)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
 from deployments.engine.batch_buckets import BucketProver, ProofState
@@ -55,6 +56,8 @@ class Lane:
         self._calls: list[ParkedCall] = []  # of these fibers, for the scheduler
         self._parked = 0  # so far
         self._in_flight: Sequence[Fiber] = ()
+        # parts of failed joint forwards, which run next, one per step: commands are heard between them
+        self._retries: deque[list[Fiber]] = deque()
         self._cancelled: dict[Fiber, BaseException] = {}  # of those in flight
         self._unsplittable: set[str] = set()  # seams whose outputs have no rows
         self._logged: set[str] = set()  # seams logged for unknown arguments
@@ -65,12 +68,12 @@ class Lane:
     @property
     def waiting(self) -> bool:
         """Whether calls wait for a forward."""
-        return bool(self._fibers)
+        return bool(self._fibers or self._retries)
 
     @property
     def idle(self) -> bool:
         """Whether no call waits and no forward runs."""
-        return not self._fibers and not self._runner.busy
+        return not self._fibers and not self._retries and not self._runner.busy
 
     @property
     def busy(self) -> bool:
@@ -102,7 +105,13 @@ class Lane:
             del self._fibers[index], self._calls[index]
             fiber.end(error)
         else:
-            return False
+            part = next((part for part in self._retries if fiber in part), None)
+            if part is None:
+                return False
+            part.remove(fiber)
+            if not part:
+                self._retries.remove(part)
+            fiber.end(error)
         return True
 
     def step(self, *, block: bool = False) -> list[Fiber]:
@@ -111,9 +120,8 @@ class Lane:
         block: wait for the forward in flight.
         """
         moved = self._finish(block=block) if self._in_flight else []
-        if self._fibers and not self._runner.busy:
-            picked = self._scheduler.pick(self._calls, self._now(), observe=self._observes_backlog)
-            self._launch(self._take(picked))
+        if self.waiting and not self._runner.busy:
+            self._launch(self._retries.popleft() if self._retries else self._pick())
             if self._fibers and self._prover is not None:
                 self._try_batch_size(self._prover)
             moved += self._finish(block=False)
@@ -141,6 +149,9 @@ class Lane:
     def close(self) -> None:
         """End the runner's thread after the forward in flight."""
         self._runner.close()
+
+    def _pick(self) -> list[Fiber]:
+        return self._take(self._scheduler.pick(self._calls, self._now(), observe=self._observes_backlog))
 
     def _try_batch_size(self, prover: BucketProver) -> None:
         """While calls wait for others: trials, for at most one row per TRIAL_SHARE rows of requests."""
@@ -190,7 +201,7 @@ class Lane:
         fibers, failure = forward.fibers, forward.failure
         if failure is not None and len(fibers) > 1:
             failure.__traceback__ = None  # it would keep the failed forward's tensors
-            self._retry_in_parts(fibers, failure)
+            self._retries.extendleft(reversed(self._parts_of(fibers, failure)))
         elif failure is not None:
             _fail(fibers, failure)
             self._park(fibers)
@@ -220,27 +231,23 @@ class Lane:
         for fiber, error in cancelled.items():
             fiber.end(error)
 
-    def _retry_in_parts(self, fibers: Sequence[Fiber], error: Exception) -> None:
-        """After a failed joint forward: in halves if memory ran out, else call by call, so that only the
-        call that fails alone fails."""
+    def _parts_of(self, fibers: Sequence[Fiber], error: Exception) -> list[list[Fiber]]:
+        """Of a failed joint forward: halves if memory ran out, else call by call, so that only the call that
+        fails alone fails."""
         calls = [fiber.call for fiber in fibers if fiber.call is not None]
         seam, rows = calls[0].seam, sum([call.batch_size for call in calls])
-        parts: Sequence[Sequence[Fiber]] = [[fiber] for fiber in fibers]
         if is_out_of_memory(error):
             logger.warning("out of memory, the batch is halved", extra={"seam": seam.name, "rows": rows})
             self._scheduler.record_out_of_memory(calls[0].key, rows)
             self._stats.halved_batches += 1
             free_device_memory()
             middle = (len(fibers) + 1) // 2
-            parts = (fibers[:middle], fibers[middle:])
-        else:
-            if isinstance(error, Unsplittable):
-                self._unsplittable.add(seam.name)
-            extra = {"seam": seam.name, "rows": rows, "error": repr(error)}
-            logger.warning("a joint forward failed, its calls run alone", extra=extra)
-        for part in parts:
-            self._launch(part)
-            self._finish(block=True)
+            return [[*fibers[:middle]], [*fibers[middle:]]]
+        if isinstance(error, Unsplittable):
+            self._unsplittable.add(seam.name)
+        extra = {"seam": seam.name, "rows": rows, "error": repr(error)}
+        logger.warning("a joint forward failed, its calls run alone", extra=extra)
+        return [[fiber] for fiber in fibers]
 
     def _log_unknown_arguments(self, seam: Seam) -> None:
         """Log once per seam why its calls run alone."""

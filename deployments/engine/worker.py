@@ -297,13 +297,13 @@ class Worker:
                     if not self._engine.idle:
                         self._busy_since = time.monotonic()
                         moved += self._engine.step(block=False)
-                        self._busy_since = None
                     self._recent_jobs.append([fiber.job for fiber in moved])
                     self._publish_finished(moved)
                     if self._engine.idle and self._engine.has_trials:
                         self._busy_since = time.monotonic()
                         self._engine.run_trial()
-                        self._busy_since = None
+                    self._engine.wait_for_device()  # before commands are read: they are new then
+                    self._busy_since = None
         except BaseException as error:  # the outermost loop: an error of the engine itself ends this replica
             logger.exception("the engine's thread died")
             self._lose(error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,12 +38,14 @@ class Decoder(nn.Module):
         self.may = threading.Event()
         self.may.set()
         self.rows: list[int] = []
+        self.began_rows: list[int] = []
         self.threads: set[str] = set()
         self.max_rows = 10**6  # rows that fit "the device"
         self.began: Callable[[], object] = lambda: None  # called when a forward begins
 
     def forward(self, sample: Tensor) -> Tensor:
         self.began()
+        self.began_rows.append(sample.shape[0])
         assert self.may.wait(PATIENCE_S)
         self.rows.append(sample.shape[0])
         self.threads.add(threading.current_thread().name)
@@ -91,6 +94,16 @@ def engine() -> Iterator[Engine]:
     made = Engine(Together(8), auxiliary_lane=True)
     yield made
     made.close()
+
+
+def step_until(engine: Engine, true: Callable[[], bool]) -> None:
+    """Step without waiting for the auxiliary lane."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if true():
+            return
+        engine.step(block=False)
+    pytest.fail("it did not come true in time")
 
 
 def run_out(engine: Engine) -> None:
@@ -165,6 +178,29 @@ def test_too_many_images_for_the_memory_are_decoded_in_halves(model: TinyModel, 
 
     assert model.vae.decoder.rows == [4, 2, 2]
     assert [float(fiber.result[0, 0]) for fiber in fibers] == [10.0, 20.0, 30.0, 40.0]
+
+
+def test_the_engine_waits_for_no_decode_that_is_repeated_in_halves(model: TinyModel, engine: Engine) -> None:
+    decoder = model.vae.decoder
+    decoder.max_rows = 1
+    first, second = (Fiber(model.generate(float(i), steps=1)) for i in range(2))
+    new = Fiber(lambda: model.denoiser(torch.zeros(1, 2)))
+    for fiber in (first, second):
+        engine.start(fiber)
+    step_until(engine, lambda: bool(decoder.rows))
+    decoder.may.clear()  # the halves take long
+
+    step_until(engine, lambda: decoder.began_rows == [2, 1])
+    engine.cancel(second)
+    engine.start(new)
+    engine.step(block=False)
+    ended = [fiber.done for fiber in (first, second, new)]
+    decoder.may.set()
+    run_out(engine)
+
+    assert ended == [False, True, True]
+    assert decoder.rows == [2, 1]
+    assert float(first.result[0, 0]) == 10.0
 
 
 def test_a_failed_decode_fails_its_own_request_only(model: TinyModel, engine: Engine) -> None:

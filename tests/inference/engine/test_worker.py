@@ -260,6 +260,31 @@ async def test_a_worker_that_hangs_in_a_forward_is_unhealthy() -> None:
     await asyncio.to_thread(worker.stop)
 
 
+async def test_a_cancel_while_the_device_computes_is_heard_before_the_next_forward() -> None:
+    scheduler = StepScheduler(4)
+    engine = Engine(scheduler)
+    computing, cancelled = threading.Event(), threading.Event()
+
+    def wait_for_device() -> None:  # as on a GPU, which is a forward behind
+        if engine.forwards:
+            computing.set()
+            assert cancelled.wait(patience(2))
+
+    engine.wait_for_device = wait_for_device  # type: ignore[method-assign]
+    restore = intercept([GATE])
+    worker = Worker(engine, scheduler, slots=1)
+    items = worker.submit(steps(10**9), ScheduledJob())
+    await begun(items)
+    await asyncio.to_thread(computing.wait, patience(2))
+
+    await items.aclose()
+    cancelled.set()
+
+    assert await worker.run_on_thread(lambda: engine.forwards) == 1
+    worker.stop()
+    restore()
+
+
 async def test_a_function_runs_between_forwards_and_its_error_is_the_callers(worker: Worker) -> None:
     def broken() -> None:
         raise KeyError("mine")
