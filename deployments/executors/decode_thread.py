@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from deployments.engine.device_streams import decode_stream
-from deployments.engine.out_of_memory import is_out_of_memory, shortage
+from deployments.engine.out_of_memory import free_device_memory, is_out_of_memory, shortage
 from deployments.media.video_spec import Frames
 from deployments.pipelines.latent_decoder import LatentDecoder
 from deployments.protocol.errors import ModelUnavailable, OutOfMemory
@@ -49,12 +49,20 @@ class DecodeThread:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(
-                f"the device ran out of memory while it decoded the video{shortage(error)}; "
-                "ask for fewer frames or a smaller size"
-            ) from error.with_traceback(None)  # its frames would keep the part that was decoded
+            raise _too_large(error) from error
         finally:
             self._busy_since = None
         self.frames += 0 if frames is None else len(frames)
         self.seconds += time.monotonic() - began
         return frames
+
+
+def _too_large(error: Exception) -> OutOfMemory:
+    """The error for the video; the memory of its decoding is free again."""
+    failure = OutOfMemory(
+        f"the device ran out of memory while it decoded the video{shortage(error)}; "
+        "ask for fewer frames or a smaller size"
+    )
+    error.__traceback__ = None  # its frames keep the part that was decoded
+    free_device_memory()
+    return failure

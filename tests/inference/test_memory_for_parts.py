@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import re
@@ -108,6 +109,27 @@ async def test_a_part_that_does_not_fit_is_named_with_its_bytes_and_may_fit_late
     assert f"{names} does not fit into the memory ({size / 2**20:.3g} MiB needed)" in failed.message
     assert "try again when less is running" in failed.message
     assert parts_left == [None], "what was loaded is freed"
+
+
+async def test_a_picture_that_cannot_be_decoded_fails_alone(replica: ModelReplica) -> None:
+    (loaded,) = [model for model in replica._runtime.models.models if model.card.id == "tiny-sdxl-base"]
+
+    def too_large(_layer: object, inputs: tuple[torch.Tensor]) -> None:
+        if inputs[0].shape[-1] > inputs[0].shape[-2]:
+            raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+
+    hook = loaded.pipelines._pipeline.vae.decoder.conv_in.register_forward_pre_hook(too_large)
+    wide, other = await asyncio.gather(
+        last_event(replica, width=128), last_event(replica, num_inference_steps=20, seed=6)
+    )
+    hook.remove()
+
+    assert isinstance(wide, Failed)
+    assert (wide.kind, wide.retryable) == ("out_of_memory", False)
+    assert "in Decoder.forward with 1 rows; ask for fewer pictures or a smaller size" in wide.message
+    assert isinstance(other, Done)
+    assert isinstance(await last_event(replica, width=128), Done)
+    replica.check_health()
 
 
 def too_little(*_arguments: Any, **_options: Any) -> Any:
