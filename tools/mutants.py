@@ -7,7 +7,7 @@
 mutmut changes one expression at a time and runs the tests that reach it.  A change that no test notices
 survives.  The known survivors are listed in tests/mutants.txt; another one fails this command, and one that
 is gone leaves the list: it only shrinks.  An interrupted run continues where it stopped, as long as the
-tests do not change.
+tests do not change; the modules that it has finished are compared or recorded.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import chdir
+from collections.abc import Iterable
+from contextlib import chdir, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,6 +120,10 @@ def main() -> None:
             continue
         found = survivors(group, modules, options.processes)
         for module, mutants in found.items():
+            if mutants is None:
+                print(f"{module}: not finished; run this command again")
+                failed = True
+                continue
             if module not in known and not options.record:
                 print(f"{module}: {mutants.total()} survive; it is not in the list yet, see --record")
                 failed = True
@@ -130,6 +134,8 @@ def main() -> None:
                 failed = True
                 print("\n".join(f"  new: {mutant}" for mutant in sorted(new.elements())))
             known[module] = mutants if options.record else mutants & known[module]
+        if None in found.values():
+            break
     write_list(known)
     sys.exit(failed)
 
@@ -148,8 +154,8 @@ def selected(group: Group, wanted: list[str]) -> list[str]:
     return [module for module in modules if any(module == n or module.startswith(n + "/") for n in named)]
 
 
-def survivors(group: Group, modules: list[str], processes: int) -> dict[str, Counter[str]]:
-    """The mutants of each module that no test notices."""
+def survivors(group: Group, modules: list[str], processes: int) -> dict[str, Counter[str] | None]:
+    """The mutants of each module that no test notices; None: the run was interrupted before its end."""
     folder = WORK / group.name
     _copy_repository(folder)
     (folder / "setup.cfg").write_text(_settings(group, modules), encoding="utf-8")
@@ -158,11 +164,26 @@ def survivors(group: Group, modules: list[str], processes: int) -> dict[str, Cou
     if state.exists() and state.read_text(encoding="utf-8") != fingerprint:
         shutil.rmtree(folder / "mutants", ignore_errors=True)
     state.write_text(fingerprint, encoding="utf-8")
+    _forget_selection(folder, group, modules)
     mutmut = Path(sys.executable).with_name("mutmut")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     command = [str(mutmut), "run", "--max-children", str(processes)]
-    subprocess.run(command, cwd=folder, env=environment, check=True)
-    return {module: Counter(_surviving(folder, module)) for module in modules}
+    with suppress(KeyboardInterrupt):
+        subprocess.run(command, cwd=folder, env=environment, check=True)
+    return {module: _surviving(folder, module) for module in modules}
+
+
+def _forget_selection(folder: Path, group: Group, modules: list[str]) -> None:
+    """Let mutmut begin anew, but for its results, when the last run had other modules.
+
+    It would take the plain copies of these modules for mutated ones, and their functions for untested.
+    """
+    selection = folder / "modules.txt"
+    if not selection.exists() or selection.read_text(encoding="utf-8").split() != modules:
+        (folder / "mutants" / "mutmut-stats.json").unlink(missing_ok=True)
+        for module in selected(group, []):
+            (folder / "mutants" / module).unlink(missing_ok=True)
+    selection.write_text("\n".join(modules), encoding="utf-8")
 
 
 def _copy_repository(folder: Path) -> None:
@@ -214,20 +235,21 @@ def _fingerprint(folder: Path, group: Group) -> str:
     return digest.hexdigest()
 
 
-def _surviving(folder: Path, module: str) -> Iterator[str]:
-    """One line for each mutant of a module that the last run did not detect."""
-    results = folder / "mutants" / f"{module}.meta"
-    if not results.exists():  # a module without functions
-        return
+def _surviving(folder: Path, module: str) -> Counter[str] | None:
+    """A line for each mutant of a module that the last run did not detect; None: there are some to try."""
     from mutmut.mutation.diff_apply import get_diff_for_mutant
 
+    results = folder / "mutants" / f"{module}.meta"
+    if not results.exists():
+        return None
     codes = json.loads(results.read_text(encoding="utf-8"))["exit_code_by_key"]
+    if None in codes.values():
+        return None
+    survived = [name for name, code in codes.items() if code not in DETECTED]
     with chdir(folder):
-        for name, code in codes.items():
-            if code is None:
-                sys.exit(f"{module} is not finished: run this command again")
-            if code not in DETECTED:
-                yield f"{_function(name)}: {_change(get_diff_for_mutant(name, path=module))}"
+        return Counter(
+            f"{_function(name)}: {_change(get_diff_for_mutant(name, path=module))}" for name in survived
+        )
 
 
 def _function(mutant: str) -> str:
