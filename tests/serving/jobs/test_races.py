@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
+from deployments.protocol.errors import NotFound
 from serve_app.job_ids import new_job_id
 from serve_app.jobs.job import Job, JobError, JobState, NewJob, SubmitOptions
+from serve_app.jobs.store.endings import CoalescedGroup
+from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.leases import Claim, StaleClaim
+from serve_app.jobs.store.reads import read_group
 from serve_app.jobs.store.store import JobStore
 from serve_app.redis.transactions import clock_us
 from serve_app.settings import Settings
@@ -116,6 +122,25 @@ async def test_a_job_that_is_claimed_during_its_cancellation_is_marked(
     assert await store.get(job_id) == job
 
 
+async def test_a_job_that_is_deleted_while_its_files_expire_leaves_no_record(
+    store: JobStore, redis: Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = await accepted(store)
+    await store.leases.complete(await claimed(store), [ARTIFACT], 1.0)
+
+    async def read_group_late(*args: Any) -> CoalescedGroup:
+        with suppress(NotFound):
+            await store.delete(job_id)
+        return await read_group(*args)
+
+    monkeypatch.setattr("serve_app.jobs.store.file_expiry.read_group", read_group_late)
+
+    with pytest.raises(NotFound):
+        await store.file_expiry.expire(job_id)
+
+    assert await redis.exists(Keys(settings.redis_prefix).job(job_id)) == 0
+
+
 # ---- jobs that wait for an identical one ---------------------------------------------------------------
 
 
@@ -143,6 +168,18 @@ async def test_when_the_leaders_workers_are_lost_for_good_its_followers_fail_too
     assert [job.state for job in ended] == [JobState.failed] * 2
     assert ended[0].error == ended[1].error
     assert await keys_without_ttl(redis, settings.redis_prefix) == []
+
+
+async def test_expired_files_are_not_copied(store: JobStore) -> None:
+    leader, _ = await leader_and_follower(store)
+    await store.leases.complete(await claimed(store), [ARTIFACT], 1.0)
+    options = SubmitOptions(cache_key="k" * 64)
+
+    early = await store.accept(NewJob(new_job_id(), OWNER, resolved(), options=options))
+    await store.file_expiry.expire(leader.id)
+    late = await store.accept(NewJob(new_job_id(), OWNER, resolved(), options=options))
+
+    assert (early.cached_from, late.cached_from) == (leader.id, None)
 
 
 Finish = Callable[[JobStore, Claim], Awaitable[Job]]
