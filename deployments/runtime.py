@@ -21,6 +21,8 @@ from deployments.executors.run import Run
 from deployments.executors.video_encoding import Encoder
 from deployments.loras.file_cache import LoraFileCache
 from deployments.loras.file_reader import LoraFileReader
+from deployments.models.activations import MAX_ROWS
+from deployments.models.hardware import PeakMeter
 from deployments.models.model_loader import ModelLoader
 from deployments.observability import collectors
 from deployments.observability.metrics import Sample
@@ -57,12 +59,14 @@ class Runtime:
         self._lora_files = LoraFileCache(lora_folder, serving.adapter_disk_mib * MIB, lora_files)
         self._loader = ModelLoader(cards, refiners, self._lora_files, gpu_share=gpu_share)
         self.models = self._loader.open_cache(serving.models_loaded)
-        scheduler = StepScheduler(serving.max_rows)
+        memory, device = self._loader.memory, self._loader.device
+        scheduler = StepScheduler(serving.max_rows or MAX_ROWS, memory.rows_that_fit)
         engine = Engine(
             scheduler,
             exact="prefer" if serving.deterministic else "off",
             auxiliary_lane=True,
-            device=self._loader.device,
+            device=device,
+            meter=PeakMeter(device, memory) if device.type == "cuda" else None,
         )
         self.worker = Worker(engine, scheduler, slots=serving.slots, watchdog_s=serving.watchdog_s)
         self.encoder = encoder
@@ -139,7 +143,11 @@ class Runtime:
         """Of the device: by part, and what they may have together; None: no limit."""
         memory = self._loader.memory
         parts: dict[str, int | None] = dict(memory.held.items())
-        return parts | {"working": memory.working_bytes, "limit": memory.limit_bytes}
+        return parts | {
+            "working": memory.working_bytes,
+            "activations": memory.activation_bytes,
+            "limit": memory.limit_bytes,
+        }
 
     def layer_shapes(self, model_id: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the layers that a LoRA may change, by component and path; empty before it is loaded."""

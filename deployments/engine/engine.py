@@ -11,7 +11,7 @@ from deployments.engine.batch_buckets import ProofState
 from deployments.engine.device_streams import engine_stream
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber, FiberCancelled
-from deployments.engine.forward_runner import ForwardRunner, InlineRunner, ThreadRunner
+from deployments.engine.forward_runner import ForwardRunner, InlineRunner, MemoryMeter, ThreadRunner
 from deployments.engine.forward_timer import ForwardTimer
 from deployments.engine.lane import Lane
 from deployments.engine.scheduled_job import ScheduledJob
@@ -33,6 +33,7 @@ class Engine:
         exact: Exactness = "off",
         auxiliary_lane: bool = False,
         device: torch.device | None = None,
+        meter: MemoryMeter | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         """exact: the policy of requests that have none of their own; "off": no batch size is proven
@@ -40,6 +41,7 @@ class Engine:
 
         auxiliary_lane: auxiliary calls run in parallel to the steps, on a thread of their own; without it,
         they take turns with them.
+        meter: measures the device's memory that forwards take.
         """
         device = device or torch.device("cpu")
         self.stream = engine_stream(device)  # to be the current one of the engine's thread
@@ -59,10 +61,10 @@ class Engine:
             )
 
         self._timer = ForwardTimer(self._record_forward, device, now)
-        self._steps = lane(InlineRunner(self._timer), observes_backlog=True)
+        self._steps = lane(InlineRunner(self._timer, meter), observes_backlog=True)
         self._auxiliary = self._steps
         if auxiliary_lane:
-            runner = ThreadRunner(device, self._record_forward, now, lambda: self.on_auxiliary_done())
+            runner = ThreadRunner(device, self._record_forward, now, lambda: self.on_auxiliary_done(), meter)
             self._auxiliary = lane(runner, observes_backlog=False)
         self._lanes = (self._steps, self._auxiliary) if auxiliary_lane else (self._steps,)
 

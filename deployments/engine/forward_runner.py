@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,19 @@ class Forward:
     unproven: Sequence[ModuleCall] = ()  # calls that shared a batch size without a proof
     failure: Exception | None = None
 
+    def run_measured(self, meter: MemoryMeter | None, lane: Literal["steps", "auxiliary"]) -> int:
+        """As `run`, with its memory measured."""
+        if meter is None:
+            return self.run()
+        first, batch_size = self.calls[0], 0
+        key = first.seam.name if first.key is None else first.key
+        started = meter.start(key, sum([call.batch_size for call in self.calls]))
+        try:
+            batch_size = self.run()
+        finally:
+            meter.stop(started, lane, key, batch_size)
+        return batch_size
+
     def run(self) -> int:
         """Set `outputs` and `unproven`; returns the batch size that ran."""
         calls = self.calls
@@ -46,6 +59,16 @@ class Forward:
         self.outputs = split(output, sizes)
         self.unproven = calls
         return sum(sizes)
+
+
+class MemoryMeter(Protocol):
+    """Measures the device's memory that forwards take. Called on the threads of the lanes."""
+
+    def start(self, key: Hashable, rows: int) -> Any:
+        """A forward begins; what is returned is passed to `stop`."""
+
+    def stop(self, started: Any, lane: Literal["steps", "auxiliary"], key: Hashable, rows: int) -> None:
+        """The forward has been computed or queued, with so many rows; 0: it failed."""
 
 
 class ForwardRunner(Protocol):
@@ -73,15 +96,16 @@ class InlineRunner:
     busy = False
     busy_since: float | None = None
 
-    def __init__(self, timer: ForwardTimer) -> None:
+    def __init__(self, timer: ForwardTimer, meter: MemoryMeter | None = None) -> None:
         self._timer = timer
+        self._meter = meter
         self._done: Forward | None = None
 
     def submit(self, forward: Forward) -> None:
         self._done = forward
         self._timer.start()
         try:
-            batch_size = forward.run()
+            batch_size = forward.run_measured(self._meter, "steps")
         except Exception as error:
             forward.failure = error
         else:
@@ -105,6 +129,7 @@ class ThreadRunner:
         report: Report,
         now: Callable[[], float],
         on_done: Callable[[], None],
+        meter: MemoryMeter | None = None,
     ) -> None:
         """report: called on the engine's thread, in `collect`. on_done: called on the runner's thread when a
         forward can be collected."""
@@ -113,6 +138,7 @@ class ThreadRunner:
         self._report = report
         self._now = now
         self._on_done = on_done
+        self._meter = meter
         self._running: tuple[Forward, Future[tuple[int, float]]] | None = None
         self.busy_since: float | None = None
 
@@ -153,7 +179,7 @@ class ThreadRunner:
             with torch.inference_mode(), torch.cuda.stream(self._stream):
                 if self._stream is not None:
                     self._stream.wait_event(ready)
-                batch_size = forward.run()
+                batch_size = forward.run_measured(self._meter, "auxiliary")
                 if self._stream is not None:
                     self._stream.synchronize()
         except Exception as error:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 MIB = 2**20
 CURE = "use fewer or smaller LoRAs, or try again when less is running; operators: fewer adapters_on_device"
-COPIES = 2  # of a LoRA's factors on the device: as they are in the file, and with a request's weights
+COPIES = 2  # of a LoRA's factors on the device: as they are in the file, and stacked for a batch
 NICENESS = 10  # of the thread that reads and converts: the steps of running requests go first
 
 OnEngine = Callable[[Callable[[], Any]], Awaitable[Any]]  # runs a function between two forwards

@@ -1,4 +1,4 @@
-"""The account of one device's memory: what holds it, and what else fits.
+"""The account of one device's memory: what holds it, what else fits, and how many rows a forward may have.
 
 Pure: no torch, no clock; what the device says is passed in (hardware.py). docs/memory.md explains the parts.
 """
@@ -10,11 +10,15 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Literal, get_args
 
+from deployments.models.activations import Activations, Lane
+
 GIB = 2**30
 CONTEXT_BYTES = GIB // 2  # of a process on a GPU, outside of torch's allocator: the context and its kernels
 RESERVE_FRACTION = 0.05  # of that memory: what torch's allocator cannot use, because it lies in pieces
 
-Part = Literal["weights", "loras", "stacks", "prompts"]
+REFRESH_EVERY = 64  # calls of rows_that_fit between two looks at what caches hold
+
+Part = Literal["weights", "loras", "stacks", "prompts", "requests"]
 Thing = tuple[str, Hashable]  # of which model, and what: its pipeline, a ControlNet, a LoRA's slot
 
 
@@ -62,6 +66,10 @@ class DeviceMemory:
         self._claims: dict[Part, dict[Thing, int]] = {part: {} for part in get_args(Part)}
         self._watched: dict[object, tuple[Part, Callable[[], int]]] = {}
         self._expected: dict[str, int] = {}  # space for one picture, by model
+        self._activations = Activations()
+        self._requests = 0  # of running requests and workspaces: what a forward found and no other part holds
+        self._rows: dict[Hashable, int | None] = {}  # that fit, by key, while nothing has changed
+        self._asked = 0  # calls of rows_that_fit
         self._lock = threading.RLock()
 
     # ---- what is there ----
@@ -78,13 +86,22 @@ class DeviceMemory:
             parts = {part: sum(claims.values()) for part, claims in self._claims.items()}
             for part, read in self._watched.values():
                 parts[part] += read()
+            parts["requests"] += self._requests
             return parts
 
     @property
     def working_bytes(self) -> int:
-        """Space kept for the forwards of one request: what the cards of the loaded models state."""
+        """Space kept for the forwards of one request: as measured, at least what the cards of the loaded
+        models state."""
         with self._lock:
-            return max(self._expected.values(), default=0)
+            measured = self._activations.of_one_call("steps") + self._activations.of_one_call("auxiliary")
+            return max(measured, *self._expected.values(), 0)
+
+    @property
+    def activation_bytes(self) -> int:
+        """The most that forwards of both lanes have taken together."""
+        with self._lock:
+            return self._activations.largest("steps") + self._activations.largest("auxiliary")
 
     def most_bytes(self, thing: Thing) -> int | None:
         """What a thing could have beside its model's other weights and one picture, all else freed."""
@@ -93,6 +110,41 @@ class DeviceMemory:
                 return None
             others = self.weights_of(thing[0]) - self._claims["weights"].get(thing, 0)
             return max(0, self._limit - others - self._expected.get(thing[0], 0))
+
+    # ---- forwards ----
+
+    def wants_measurement(self, key: Hashable, rows: int) -> bool:
+        """Whether a forward of so many rows should be measured."""
+        with self._lock:
+            return self._activations.wants(key, rows)
+
+    def record_forward(
+        self, lane: Lane, key: Hashable, rows: int, *, before: int, peak: int, alone: bool = True
+    ) -> None:
+        """A forward ran. before, peak: bytes allocated before it and at most during it.
+
+        What was allocated before and no part holds belongs to running requests. alone: see Activations.
+        """
+        with self._lock:
+            self._rows.clear()
+            self._activations.record(lane, key, rows, peak - before, alone=alone)
+            if alone:
+                self._requests = 0
+                self._requests = max(0, before - sum(self.held.values()))
+
+    def rows_that_fit(self, key: Hashable) -> int | None:
+        """Rows that a forward of this key may have beside all that is held and the other lane; None where
+        there is no limit or nothing was measured."""
+        if self._limit is None:
+            return None
+        with self._lock:
+            self._asked += 1
+            if self._asked % REFRESH_EVERY == 0:
+                self._rows.clear()
+            if key not in self._rows:
+                free = self._limit - sum(self.held.values()) - self._activations.other_lane(key)
+                self._rows[key] = self._activations.rows_that_fit(key, free)
+            return self._rows[key]
 
     def weights_of(self, model: str) -> int:
         """Bytes of this model's weights."""
@@ -113,6 +165,7 @@ class DeviceMemory:
     def record(self, part: Part, thing: Thing, size_bytes: int) -> None:
         """A thing holds so many bytes, whether they fit or not. 0: it is forgotten."""
         with self._lock:
+            self._rows.clear()
             if size_bytes:
                 self._claims[part][thing] = size_bytes
             else:
@@ -125,6 +178,7 @@ class DeviceMemory:
     def release_weights(self, model: str) -> None:
         """The model is unloaded."""
         with self._lock:
+            self._rows.clear()
             weights = self._claims["weights"]
             self._claims["weights"] = {thing: size for thing, size in weights.items() if thing[0] != model}
 

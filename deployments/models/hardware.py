@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Hashable
 
 import torch
 
-from deployments.models.device_memory import CONTEXT_BYTES, own_share, usable_bytes
+from deployments.models.activations import Lane
+from deployments.models.device_memory import CONTEXT_BYTES, DeviceMemory, own_share, usable_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -42,3 +45,41 @@ def memory_bytes(device: torch.device, gpu_share: float) -> int | None:
         return None
     free, total = torch.cuda.mem_get_info(device)
     return usable_bytes(total, free + torch.cuda.memory_reserved(device), gpu_share)
+
+
+class PeakMeter:
+    """Measures what the forwards of both lanes allocate on a GPU (an engine.forward_runner.MemoryMeter)."""
+
+    def __init__(self, device: torch.device, memory: DeviceMemory) -> None:
+        self._device = device
+        self._memory = memory
+        self._lock = threading.Lock()  # the lanes have a thread each
+        self._running = 0  # forwards
+        self._started = 0  # forwards so far
+
+    def start(self, key: Hashable, rows: int) -> tuple[int, int] | None:
+        """A forward begins: its number (0: another runs) and the bytes allocated before it; None: it need
+        not be measured.
+
+        The statistics take some 100 us, so only the first forwards of a batch size are measured.
+        """
+        with self._lock:
+            self._running += 1
+            self._started += 1
+            if not self._memory.wants_measurement(key, rows):
+                return None
+            if self._running > 1:  # a reset would lower the peak of the other forward
+                return 0, torch.cuda.memory_allocated(self._device)
+            torch.cuda.reset_peak_memory_stats(self._device)
+            return self._started, torch.cuda.memory_allocated(self._device)
+
+    def stop(self, started: tuple[int, int] | None, lane: Lane, key: Hashable, rows: int) -> None:
+        """The forward has been computed or queued, with so many rows; 0: it failed."""
+        with self._lock:
+            self._running -= 1
+            if started is None or not rows:
+                return
+            peak = torch.cuda.max_memory_allocated(self._device)
+            number, before = started
+            alone = number == self._started
+        self._memory.record_forward(lane, key, rows, before=before, peak=peak, alone=alone)

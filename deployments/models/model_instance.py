@@ -137,8 +137,10 @@ class ModelInstance:
         )
 
     def _stacked_bytes(self) -> int:
-        """Copies of LoRAs and of prompt embeddings for the rows of the last batches."""
-        return self.batched_lora.stacked_bytes + sum(seam.stacked_bytes for seam in self._seams)
+        """Copies of LoRAs and of prompt embeddings for the last batches, beyond the one copy of each LoRA
+        that was claimed with it."""
+        beyond = self.batched_lora.stacked_bytes - self.loras.usage.device_bytes
+        return max(0, beyond) + sum(seam.stacked_bytes for seam in self._seams)
 
     def _take_new(self, modules: list[nn.Module]) -> None:
         """Use modules of a ControlNet or of the refiner, which may share others with this model."""

@@ -79,5 +79,6 @@ def account_samples(memory: DeviceMemory) -> Iterator[Sample]:
     for part, size in memory.held.items():
         yield Sample("weft_memory_bytes", size, {"part": part})
     yield Sample("weft_memory_bytes", memory.working_bytes, {"part": "working"})
+    yield Sample("weft_memory_bytes", memory.activation_bytes, {"part": "activations"})
     if memory.limit_bytes is not None:
         yield Sample("weft_memory_limit_bytes", memory.limit_bytes)

@@ -156,7 +156,7 @@ _MODEL_METRICS = (
     ),
     _gauge(
         "weft_memory_bytes",
-        "Memory of the device as this replica counts it: weights, loras, stacks, prompts, working space.",
+        "Memory of the device as counted: weights, loras, stacks, prompts, requests, working, activations.",
         "part",
     ),
     _gauge(

@@ -145,9 +145,9 @@ class Serving(Strict):
     memory_gib: float | None = Field(None, gt=0)  # of the device, at most; None: docs/memory.md
     accelerator_type: str | None = None  # one of ray.util.accelerators, such as "A100-80G"; None: any GPU
     slots: int = Field(16, ge=1)  # requests running at once on one replica
-    max_rows: int = Field(
-        4, ge=1
-    )  # batch size of one forward; the step scheduler measures which sizes are faster
+    max_rows: int | None = Field(
+        None, ge=1, le=64
+    )  # batch size of one forward, at most; None: docs/memory.md
     deterministic: bool = True  # only batch sizes that are proven to change no bit of a picture
     max_wait_s: float | None = Field(None, gt=0)  # calls by handle that would wait longer are refused
     watchdog_s: float = Field(

