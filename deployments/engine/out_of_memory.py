@@ -53,11 +53,18 @@ def as_out_of_memory(call: ModuleCall, error: Exception) -> OutOfMemory:
     return wrapped
 
 
-def load_or_free(what: str, load: Callable[[], T], needed_bytes: int | None = None, *, cure: str) -> T:
+def load_or_free(
+    what: str,
+    load: Callable[[], T],
+    needed_bytes: int | None = None,
+    *,
+    cure: str,
+    param: str | None = None,
+) -> T:
     """What `load` returns. A lack of memory frees what was half loaded, so that it may be tried again.
 
     what: for the caller, such as "the ControlNet models/x". needed_bytes: its size, None if it is not known.
-    cure: what the caller or the operator can do.
+    cure: what the caller or the operator can do. param: the field of the request that asks for it.
     Raises OutOfMemory with all of it. Not a context manager: the frame of its caller would keep the parts.
     """
     try:
@@ -67,7 +74,8 @@ def load_or_free(what: str, load: Callable[[], T], needed_bytes: int | None = No
             raise
         # not exc_info, whose frames keep what was loaded
         logger.warning("memory ran out while loading", extra={"what": what, "error": str(error)})
-        failure = OutOfMemory(f"{what} does not fit into the memory{shortage(error, needed_bytes)}; {cure}")
+        missing = shortage(error, needed_bytes)
+        failure = OutOfMemory(f"{what} does not fit into the memory{missing}; {cure}", param=param)
         for one in causes_of(error):
             one.__traceback__ = None
     gc.collect()  # modules and their hooks refer to each other

@@ -233,7 +233,9 @@ class LoraCache:
         if adapter is None:
             file = lora.file if lora.file is not None else await self._files.read(lora.id)
             read = partial(_read_checked, file, lora.id, self._pipeline)
-            adapter = await self._in_thread(partial(load_or_free, what, read, len(file), cure=CURE))
+            adapter = await self._in_thread(
+                partial(load_or_free, what, read, len(file), cure=CURE, param="loras")
+            )
             self._host.put(lora.id, adapter)
             self._file_reads += 1
         else:
@@ -241,7 +243,7 @@ class LoraCache:
         await self._slots.hold(lora.id, slot, COPIES * adapter.size_bytes)
         copy = partial(self._copy_to_device, adapter)
         on_device: Adapter = await self._in_thread(
-            partial(load_or_free, what, copy, adapter.size_bytes, cure=CURE)
+            partial(load_or_free, what, copy, adapter.size_bytes, cure=CURE, param="loras")
         )
         if not self._batched_lora.has_hooks(on_device.factors):
             await on_engine(lambda: self._batched_lora.hook(on_device.factors))
@@ -266,7 +268,9 @@ class LoraCache:
 
         needed_bytes = sum(adapter.size_bytes for adapter in adapters)
         what = "the set of this request's LoRAs"
-        lora_set: LoraSet = await self._in_thread(partial(load_or_free, what, build, needed_bytes, cure=CURE))
+        lora_set: LoraSet = await self._in_thread(
+            partial(load_or_free, what, build, needed_bytes, cure=CURE, param="loras")
+        )
         return lora_set
 
     def _release_set(self, key: _SetKey, active: _ActiveSet) -> None:

@@ -122,6 +122,7 @@ def load_controlnet(
         load,
         weight_bytes(folder, weights),
         cure="leave this control picture out, or try again when less is running",
+        param="control_type",
     )
     logger.info("ControlNet loaded", extra={"weights": weights.path or weights.repo})
     return net

@@ -77,10 +77,16 @@ class _LazyPreprocessor:
         with self._lock:
             if self._preprocess is None:
                 self._preprocess = load_or_free(
-                    "the model that makes control maps", self._load, _bytes_of(self._weights), cure=CURE
+                    "the model that makes control maps",
+                    self._load,
+                    _bytes_of(self._weights),
+                    cure=CURE,
+                    param="control_image",
                 )
             with torch.inference_mode():
-                return load_or_free("a control map", partial(self._preprocess, picture), cure=CURE)
+                return load_or_free(
+                    "a control map", partial(self._preprocess, picture), cure=CURE, param="control_image"
+                )
 
 
 def _bytes_of(weights: Sequence[Weights]) -> int | None:

@@ -156,7 +156,7 @@ async def test_a_lora_that_does_not_fit_is_an_answer_with_its_bytes_and_may_fit_
 
     assert isinstance(failed, Failed)
     assert re.search(says, failed.message), failed.message
-    assert (failed.kind, failed.retryable) == ("out_of_memory", False)
+    assert (failed.kind, failed.retryable, failed.param) == ("out_of_memory", False, "loras")
     assert "MiB needed" in failed.message
     assert isinstance(later, Done)
 
