@@ -139,16 +139,21 @@ class BucketProver:
         if len(calls) == 1:
             return [self._run_alone(calls[0])], calls[0].batch_size * self._copies_alone(calls[0]), ()
         rows = sum([call.batch_size for call in calls])
+        kinds = {(call.batch_size, call.exact): call for call in calls}  # those of one kind share alike
         sizes = self.sizes(calls[0])
-        for call in calls[1:]:
+        for call in kinds.values():
             sizes = common_sizes(sizes, self.sizes(call))
         bucket = rows if sizes is None else padded(sizes, rows)
         if bucket is None:
             return [self._run_alone(call) for call in calls], rows, ()
         outputs = _run_together(calls, rows, bucket)
-        groups = [self._groups.get((call.key, call.batch_size)) for call in calls]
-        pairs = zip(calls, groups, strict=True)
-        return outputs, bucket, [call for call, g in pairs if g is None or not g.verdicts.get(bucket)]
+        unproven = {size for size, _ in kinds if not self._is_proven(calls[0].key, size, bucket)}
+        return outputs, bucket, [call for call in calls if call.batch_size in unproven] if unproven else ()
+
+    def _is_proven(self, key: Hashable, call_size: int, size: int) -> bool:
+        """Whether calls of so many rows have the bits of a call alone in a forward of `size` rows."""
+        group = self._groups.get((key, call_size))
+        return group is not None and bool(group.verdicts.get(size))
 
     def run_trial(self, *, before_traffic: bool = False) -> None:
         """One forward of the trials of the smallest batch size that has not been tried.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,7 +63,8 @@ class CallSignature:
         """Whether all other arguments have the same components of the key."""
         try:
             for name, shape, dtype in self.changing:
-                if not _has_form(arguments[name], shape, dtype):
+                tensor = arguments[name]
+                if tensor.shape != shape or tensor.dtype is not dtype:
                     return False
             for name, role, component in self.nested:
                 value = arguments[name]
@@ -76,7 +76,7 @@ class CallSignature:
                     or key_component(role, value, self.batch_size, digests) != component
                 ):
                     return False
-        except KeyError:
+        except (KeyError, AttributeError):  # other names; what was a tensor is none
             return False
         return True
 
@@ -90,18 +90,6 @@ class KeyCache:
     """What one fiber has keyed. Holds tensors of its last calls."""
 
     signatures: dict[Hashable, tuple[CallSignature, ...]] = field(default_factory=dict)  # at most 2 per seam
-
-
-_current: ContextVar[KeyCache | None] = ContextVar("key_cache", default=None)
-
-
-def current_key_cache() -> KeyCache:
-    """The cache of the context that this code runs in; each fiber has a context of its own."""
-    cache = _current.get()
-    if cache is None:
-        cache = KeyCache()
-        _current.set(cache)
-    return cache
 
 
 def signature_of(

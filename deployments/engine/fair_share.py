@@ -33,7 +33,9 @@ class FairShare:
         for job in jobs:
             clock = job.user_clock or self._clock(job)
             time_s = clock.time_s if clock.time_s > job.submitted_at else job.submitted_at
-            moved_s = min(row_s * job.batch_size, max(0.0, latest - time_s))
+            moved_s, left_s = row_s * job.batch_size, latest - time_s
+            if moved_s > left_s:
+                moved_s = left_s if left_s > 0.0 else 0.0
             clock.time_s = time_s + moved_s
             job.charged_s += moved_s
 

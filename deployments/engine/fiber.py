@@ -9,6 +9,7 @@ from typing import Any
 from greenlet import getcurrent, greenlet
 
 from deployments.engine.call import ModuleCall
+from deployments.engine.call_signature import KeyCache
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.protocol.request import Exactness
 
@@ -30,6 +31,7 @@ class Fiber(greenlet):
         self._pipeline_call = pipeline_call
         self.job = ScheduledJob() if job is None else job
         self.call: ModuleCall | None = None
+        self.keys = KeyCache()  # of its calls
         self.lora_set: Hashable | None = None  # of the rows of its calls; see lora_rows.py
         self.exact: Exactness | None = None  # of its calls; None: the engine's
         self.unproven: frozenset[str] = frozenset()  # seams whose calls shared a batch size without a proof

@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from deployments.engine.call import Seam, make_call
-from deployments.engine.call_signature import current_key_cache
 from deployments.engine.fiber import current_fiber
 from deployments.engine.stacking import RaggedList
 
@@ -82,7 +81,7 @@ def _intercept_seam(module: nn.Module, attribute: str, *, mergeable: bool, auxil
         fiber = current_fiber()
         if fiber is None:
             return function(*args, **kwargs)
-        call = make_call(seam, current_key_cache(), args, kwargs)
+        call = make_call(seam, fiber.keys, args, kwargs)
         call.lora_set, call.exact = fiber.lora_set, fiber.exact
         return fiber.park(call)
 
