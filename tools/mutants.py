@@ -67,8 +67,9 @@ GROUPS = (
         "deployments/engine",
         _tests("tests/inference/engine", "batch_buckets batch_key call policy stacking step_scheduler"),
         frozenset(
-            """argument_roles batch_buckets batch_key call call_signature cost_model engine_stats fair_share
-            lora_rows policy scheduled_job simulate stacking step_costs step_scheduler""".split()
+            """argument_roles batch_buckets batch_filling batch_key bit_trials call call_signature cost_model
+            engine_stats fair_share lora_rows policy scheduled_job simulate stacking step_costs
+            step_scheduler""".split()
         ),
     ),
     Group(
