@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
+import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
@@ -21,6 +22,11 @@ FLEET_TESTS = tuple(
     RAY_TESTS + name
     for name in ("test_autoscaling", "test_examples", "test_fleet", "test_node_", "test_one_gpu")
 )  # many nodes or models
+
+
+# hypothesis fails an example that takes over 200 ms: on a busy machine any may
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 class RayTestsInOneProcess(LoadFileScheduling):
