@@ -118,6 +118,8 @@ def engine_us(make: Callable[[int], StepScheduler], deterministic: bool, active:
     denoiser = NullDenoiser()
     restore = intercept([denoiser])
     engine = Engine(make(64), exact="prefer" if deterministic else "off")
+    if deterministic:
+        prove(engine, denoiser, active)
     for _ in range(active):
         engine.start(Fiber(partial(request, denoiser, steps)))
     seconds: list[float] = []
@@ -130,6 +132,17 @@ def engine_us(make: Callable[[int], StepScheduler], deterministic: bool, active:
     restore()
     counted = [cost for cost, all_in in zip(seconds, full, strict=True) if all_in][WARM_UP:]
     return 1e6 * statistics.median(counted)
+
+
+def prove(engine: Engine, denoiser: nn.Module, active: int) -> None:
+    """Prove all batch sizes that so many requests fill."""
+    for _ in range(3):  # larger sizes are tried once so many rows have waited
+        for _ in range(active):
+            engine.start(Fiber(partial(request, denoiser, WARM_UP)))
+        while not engine.idle:
+            engine.step()
+        while engine.run_trial():
+            pass
 
 
 def switching_us(active: int, steps: int) -> float:
