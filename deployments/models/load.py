@@ -15,6 +15,7 @@ from diffusers import ControlNetModel, DiffusionPipeline, FluxControlNetModel
 from torch import nn
 
 from deployments.engine.out_of_memory import is_out_of_memory, load_or_free
+from deployments.models.thread_dtype import thread_default_dtype
 from deployments.models.weight_cache import local_folder
 from deployments.protocol.card import Family, Weights
 from deployments.protocol.errors import ModelUnavailable
@@ -59,35 +60,27 @@ def load_pipeline(
     weights: Weights,
     device: torch.device,
     *,
-    while_serving: bool = False,
     admit: Admit = lambda _modules: None,
 ) -> Any:
     """The pipeline named in the model_index.json of the weights, on `device`. Reads safetensors only.
 
     admit: called with the modules before they are moved to the device; what it raises ends the loading.
-    while_serving: other threads are working. Loading in a dtype other than float32 would change torch's
-    default dtype for all threads meanwhile (diffusers 0.42, transformers 5), so the weights are loaded as
-    float32 and cast, which takes twice the host memory.
+    May be called while other threads are at work.
     Raises ModelUnavailable when a file is missing, a download fails or a licence is not accepted,
     OutOfMemory when they do not fit.
     """
     folder = folder_of(weights)
     return load_or_free(
         f"the model {weights.path or weights.repo}",
-        partial(_load_pipeline, weights, folder, device, admit, while_serving=while_serving),
+        partial(_load_pipeline, weights, folder, device, admit),
         weight_bytes(folder, weights),
         cure="try again when less is running; operators: a larger device, or fewer models on it",
     )
 
 
-def _load_pipeline(
-    weights: Weights, folder: Path | None, device: torch.device, admit: Admit, *, while_serving: bool
-) -> Any:
-    dtype: torch.dtype = getattr(torch, weights.dtype)
-    options: dict[str, Any] = {"dtype": torch.float32 if while_serving else dtype, "use_safetensors": True}
+def _load_pipeline(weights: Weights, folder: Path | None, device: torch.device, admit: Admit) -> Any:
+    options: dict[str, Any] = {"dtype": getattr(torch, weights.dtype), "use_safetensors": True}
     pipeline = _from_pretrained(DiffusionPipeline, weights, folder, options)
-    if while_serving:
-        pipeline = pipeline.to(dtype)
     vae = getattr(pipeline, "vae", None)
     if vae is not None and "force_upcast" in vae.config:
         # img2img pipelines would cast the shared VAE to float32 and back while other requests use it. The
@@ -108,14 +101,13 @@ def load_controlnet(
     """
     if family not in CONTROLNETS:
         raise ModelUnavailable(f"ControlNets for {family} are not supported; take controls out of the card")
-    options: dict[str, Any] = {"torch_dtype": torch.float32, "use_safetensors": True}  # as in load_pipeline
+    options: dict[str, Any] = {"torch_dtype": getattr(torch, weights.dtype), "use_safetensors": True}
     folder = folder_of(weights, "config.json")
 
     def load() -> nn.Module:
         net: nn.Module = _from_pretrained(CONTROLNETS[family], weights, folder, options)
-        net = net.to(getattr(torch, weights.dtype)).eval()
         admit([net])
-        return net.to(device)
+        return net.to(device).eval()
 
     net = load_or_free(
         f"the ControlNet {weights.path or weights.repo}",
@@ -151,7 +143,8 @@ def _from_pretrained(kind: Any, weights: Weights, folder: Path | None, options: 
     if weights.repo is not None:
         options = options | {"revision": weights.revision, "variant": weights.variant}
     try:
-        return kind.from_pretrained(folder or weights.repo, **options)
+        with thread_default_dtype():
+            return kind.from_pretrained(folder or weights.repo, **options)
     except (OSError, ValueError) as error:
         if is_out_of_memory(error):  # diffusers says of a file that does not fit that it cannot be read
             raise

@@ -45,13 +45,11 @@ class ModelInstance:
         device: torch.device,
         *,
         admission: MemoryAdmission,
-        while_serving: bool,
         lora_files: LoraFileReader | None = None,
     ) -> None:
         """Load the model. refiner: the card that card.refiner names; loaded when a request needs it.
 
         admission: asked before anything is moved to the device.
-        while_serving: whether other threads are working, see load_pipeline.
         lora_files: reads the files of LoRAs that a request only names; without it, requests bring the files.
         Raises ModelUnavailable when the weights cannot be loaded, OutOfMemory when they do not fit.
         """
@@ -60,9 +58,7 @@ class ModelInstance:
         self.card = card
         self._memory = ModelMemory(admission, card)
         self._device = device
-        pipeline = load_pipeline(
-            card.weights, device, while_serving=while_serving, admit=self._memory.admit_pipeline
-        )
+        pipeline = load_pipeline(card.weights, device, admit=self._memory.admit_pipeline)
         if serving.compile:
             compile_blocks(pipeline)
         self.pipelines = DiffusersModel(
@@ -131,9 +127,7 @@ class ModelInstance:
     def _load_refiner(self, weights: Weights) -> Any:
         """The refiner's pipeline."""
         return self._memory.load(
-            weights,
-            "the refiner",
-            lambda admit: load_pipeline(weights, self._device, while_serving=True, admit=admit),
+            weights, "the refiner", lambda admit: load_pipeline(weights, self._device, admit=admit)
         )
 
     def _stacked_bytes(self) -> int:

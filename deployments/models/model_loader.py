@@ -57,10 +57,10 @@ class ModelLoader:
             expected_bytes=self._expected_bytes,
         )
         first = next(iter(self._cards))
-        cache.put(first, self._load(first, while_serving=False))
+        cache.put(first, self._load(first))
         return cache
 
-    def _load(self, name: str, *, while_serving: bool = True) -> ModelInstance:
+    def _load(self, name: str) -> ModelInstance:
         started = time.monotonic()
         try:
             model = ModelInstance(
@@ -68,7 +68,6 @@ class ModelLoader:
                 self._refiners.get(name),
                 self.device,
                 admission=self.admission,
-                while_serving=while_serving,
                 lora_files=self._lora_files,
             )
         except BaseException:

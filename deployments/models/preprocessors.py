@@ -21,6 +21,7 @@ from transformers import (
 
 from deployments.engine.out_of_memory import is_out_of_memory, load_or_free
 from deployments.models.load import Admit, folder_of, weight_bytes
+from deployments.models.thread_dtype import thread_default_dtype
 from deployments.protocol.card import ControlNet, Weights
 from deployments.protocol.errors import ModelUnavailable
 from deployments.protocol.request import ControlType
@@ -192,12 +193,11 @@ def peaks(heatmaps: Floats) -> Floats:
 
 
 def _load(kind: Any, weights: Weights, device: torch.device, admit: Callable[[Weights], Admit]) -> Any:
-    """The model on the device. Loaded as float32: another dtype would become the default of all threads."""
-    model = _from_pretrained(kind, weights, {"dtype": torch.float32, "use_safetensors": True})
+    """The model on the device."""
+    model = _from_pretrained(kind, weights, {"dtype": getattr(torch, weights.dtype), "use_safetensors": True})
     logger.info("preprocessor loaded", extra={"weights": weights.path or weights.repo})
-    model = model.to(getattr(torch, weights.dtype)).eval()
     admit(weights)([model])
-    return model.to(device)
+    return model.to(device).eval()
 
 
 def _processor(weights: Weights) -> Any:
@@ -209,7 +209,8 @@ def _from_pretrained(kind: Any, weights: Weights, options: dict[str, Any]) -> An
     if weights.repo is not None:
         options = options | {"revision": weights.revision}
     try:
-        return kind.from_pretrained(source, **options)
+        with thread_default_dtype():
+            return kind.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         if is_out_of_memory(error):
             raise
