@@ -63,7 +63,7 @@ class Runtime:
         scheduler = StepScheduler(serving.max_rows or MAX_ROWS, memory.rows_that_fit)
         engine = Engine(
             scheduler,
-            exact="prefer" if serving.deterministic else "off",
+            exact=serving.exact,
             auxiliary_lane=True,
             device=device,
             meter=PeakMeter(device, memory) if device.type == "cuda" else None,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Collection
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from deployments.engine.engine_stats import size_class
-from deployments.engine.fiber import use_lora_set
+from deployments.engine.fiber import use_exactness, use_lora_set
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.worker import Checkpointed, Emit, Finished
 from deployments.executors.inputs import decode_inputs
@@ -20,6 +20,7 @@ from deployments.pipelines.framewise import set_frame
 from deployments.pipelines.pending_pictures import PendingPictures
 from deployments.pipelines.resume import Progress, restore
 from deployments.protocol.events import Event, Handover, Step
+from deployments.protocol.request import ResolvedRequest
 from deployments.validation.resolve import denoising_steps
 
 PRIORITIES = {"low": -1, "normal": 0, "high": 1}
@@ -49,6 +50,7 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
             attach_previews(pipeline, model.previewer, request, steps, progress, emit)
 
         use_lora_set(loras)
+        use_exactness(request.exact)
         return model.pipelines.call(
             request,
             lambda step, all_steps: emit(Step(step, all_steps)),
@@ -82,6 +84,14 @@ async def _with_pictures(finished: Finished, pending: PendingPictures) -> Finish
     started = time.monotonic()
     pictures = await asyncio.to_thread(pending.pictures)
     return replace(finished, value=pictures, run_s=finished.run_s + time.monotonic() - started)
+
+
+def reported_unproven(request: ResolvedRequest, unproven: Collection[str]) -> tuple[str, ...]:
+    """Done.merged_unproven of a request whose forwards of these modules were shared in unproven sizes.
+
+    Only a request that prefers exactness hears of it: with `off` it did not ask.
+    """
+    return tuple(sorted(unproven)) if request.exact == "prefer" else ()
 
 
 def _scheduled_job(run: Run, steps: int, progress: Progress) -> ScheduledJob:

@@ -19,6 +19,7 @@ class FrameReady:
     """One finished frame."""
 
     image: Image
+    unproven: frozenset[str] = frozenset()  # see Finished
 
 
 RunFrame = Callable[[int], AsyncGenerator[Any]]  # the events of one frame, the last FrameReady or Failed

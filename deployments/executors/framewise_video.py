@@ -33,6 +33,7 @@ async def generate_framewise_video(run: Run) -> AsyncGenerator[Event]:
     total_steps = _total_steps(run.request, run.model.card)
     started = time.monotonic()
     queued_s = 0.0
+    unproven: set[str] = set()
     async with (
         encoding_session(run, video.num_frames) as session,
         aclosing(_frames(run)) as events,
@@ -41,6 +42,7 @@ async def generate_framewise_video(run: Run) -> AsyncGenerator[Event]:
         async for event in events:
             match event:
                 case FrameReady(image=image):
+                    unproven |= event.unproven
                     await session.add(np.asarray(image, dtype=np.uint8)[None])
                     if session.encoded > encoded:
                         encoded = session.encoded
@@ -56,7 +58,8 @@ async def generate_framewise_video(run: Run) -> AsyncGenerator[Event]:
                     return
                 case _:
                     yield event
-        async with aclosing(finish_video(run.request, session, queued_s, 0.0, started)) as events:
+        rest = finish_video(run.request, session, queued_s, 0.0, started, unproven)
+        async with aclosing(rest) as events:
             async for event in events:
                 yield event
 
@@ -67,10 +70,12 @@ async def _frames(run: Run) -> AsyncGenerator[Event | FrameReady]:
     Where the camera moves over a picture and none was given, the request's own picture is made first.
     """
     video, source = _video_of(run.request), run.request
+    unproven: frozenset[str] = frozenset()  # of the picture that every frame starts from
     if _starts_from_own_picture(run.request):
         async with FrameScheduler(partial(_frame_events, run, source), 1, 1) as events:
             async for event in events:
                 if isinstance(event, FrameReady):
+                    unproven = event.unproven
                     source = _with_image(
                         run.request, run.model.card, await asyncio.to_thread(_png, event.image)
                     )
@@ -81,7 +86,9 @@ async def _frames(run: Run) -> AsyncGenerator[Event | FrameReady]:
     window = min(run.worker.slots, MAX_FRAMES_IN_FLIGHT)
     async with FrameScheduler(partial(_frame_events, run, source), video.num_frames, window) as events:
         async for event in events:
-            if source is run.request or not isinstance(event, Queued | Started):
+            if isinstance(event, FrameReady):
+                yield replace(event, unproven=event.unproven | unproven)
+            elif source is run.request or not isinstance(event, Queued | Started):
                 yield event
 
 
@@ -92,7 +99,7 @@ async def _frame_events(run: Run, source: ResolvedRequest, index: int) -> AsyncG
     frame_run = replace(run, request=picture, resume=None, frame=VideoFrame(_video_of(source), index))
     async with aclosing(denoise(frame_run)) as items:
         async for item in items:
-            yield FrameReady(item.value[0]) if isinstance(item, Finished) else item
+            yield FrameReady(item.value[0], item.unproven) if isinstance(item, Finished) else item
 
 
 def _video_of(request: ResolvedRequest) -> ResolvedVideo:

@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from deployments import __version__
 from deployments.engine.worker import Finished
-from deployments.executors.denoise import denoise
+from deployments.executors.denoise import denoise, reported_unproven
 from deployments.executors.run import Run
 from deployments.media import still
 from deployments.protocol.events import Artifact, Done, Event
@@ -27,15 +27,16 @@ async def generate_images(run: Run) -> AsyncGenerator[Event]:
                 continue
             started = time.monotonic()
             for index, image in enumerate(item.value):
-                for artifact in await asyncio.to_thread(_artifacts, run.request, index, image, item.run_s):
+                for artifact in await asyncio.to_thread(_artifacts, run.request, index, image, item):
                     yield artifact
-            yield Done(item.queued_s, item.run_s + time.monotonic() - started)
+            generation_s = item.run_s + time.monotonic() - started
+            yield Done(item.queued_s, generation_s, reported_unproven(run.request, item.unproven))
 
 
-def _artifacts(request: ResolvedRequest, index: int, image: Image, run_s: float) -> list[Artifact]:
+def _artifacts(request: ResolvedRequest, index: int, image: Image, finished: Finished) -> list[Artifact]:
     """The picture's file and its thumbnail."""
     seed = request.seed + index
-    metadata = still.metadata(request, seed, __version__, run_s)
+    metadata = still.metadata(request, seed, __version__, finished.run_s, finished.unproven)
     parameters = still.a1111_parameters(request, seed, __version__)
     file = still.encode(image, request.output, parameters, metadata)
     small, width, height = still.thumbnail(image)

@@ -42,7 +42,9 @@ async def _decode_and_encode(run: Run, finished: Finished) -> AsyncGenerator[Eve
             if session.encoded > encoded:
                 encoded = session.encoded
                 yield Stage("encode", encoded, decoder.total)
-        rest = finish_video(run.request, session, finished.queued_s, finished.run_s, started)
+        rest = finish_video(
+            run.request, session, finished.queued_s, finished.run_s, started, finished.unproven
+        )
         async with aclosing(rest) as events:
             async for event in events:
                 yield event

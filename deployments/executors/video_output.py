@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping
 
 from deployments import __version__
+from deployments.executors.denoise import reported_unproven
 from deployments.executors.run import Run
 from deployments.executors.video_encoding import EncodingSession
 from deployments.media import still
@@ -33,21 +34,28 @@ def encoding_session(run: Run, num_frames: int) -> EncodingSession:
 
 
 async def finish_video(
-    request: ResolvedRequest, session: EncodingSession, queued_s: float, run_s: float, started: float
+    request: ResolvedRequest,
+    session: EncodingSession,
+    queued_s: float,
+    run_s: float,
+    started: float,
+    unproven: Collection[str],
 ) -> AsyncGenerator[Event]:
     """Stage events of the segments still being encoded, the files, Done. All frames were added before.
 
     run_s: seconds of work before `started`, which is a time.monotonic().
+    unproven: modules whose forwards were shared in batch sizes that are not proven to be exact.
     """
     while await session.wait_for_segment():
         yield Stage("encode", session.encoded, session.spec.num_frames)
     generation_s = run_s + time.monotonic() - started
-    metadata = still.metadata(request, request.seed, __version__, generation_s)
+    metadata = still.metadata(request, request.seed, __version__, generation_s, unproven)
     parameters = still.a1111_parameters(request, request.seed, __version__)
     files = await session.files(parameters, json.dumps(metadata, ensure_ascii=False))
     for artifact in _artifacts(request.seed, session.spec, files, metadata):
         yield artifact
-    yield Done(queued_s, run_s + time.monotonic() - started)
+    generation_s = run_s + time.monotonic() - started
+    yield Done(queued_s, generation_s, reported_unproven(request, unproven))
 
 
 def _artifacts(

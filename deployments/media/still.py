@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -95,13 +95,23 @@ def _quoted(value: object) -> str:
     return json.dumps(text, ensure_ascii=False) if any(c in text for c in ',:\n"') else text
 
 
-def metadata(request: ResolvedRequest, seed: int, version: str, generation_s: float) -> dict[str, object]:
-    """The settings needed to generate the same picture again, as JSON."""
+def metadata(
+    request: ResolvedRequest, seed: int, version: str, generation_s: float, unproven: Collection[str] = ()
+) -> dict[str, object]:
+    """The settings needed to generate the same picture again, as JSON, and whether its bits are those of
+    the request alone (`exact`).
+
+    unproven: modules whose forwards were shared in batch sizes that are not proven to be exact.
+    """
     bulky: dict[str, Any] = {
         "edit": {"image", "mask_image"},
         "controls": {"__all__": {"image"}},
         "loras": {"__all__": {"file"}},
         "num_images": True,
+        "exact": True,
     }
     facts = request.model_dump(mode="json", exclude=bulky)
-    return facts | {"seed": seed, "generation_s": round(generation_s, 3), "version": version}
+    exactness: dict[str, object] = {"exact": request.exact != "off" and not unproven}
+    if unproven:
+        exactness["merged_unproven"] = sorted(unproven)
+    return facts | exactness | {"seed": seed, "generation_s": round(generation_s, 3), "version": version}

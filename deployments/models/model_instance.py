@@ -76,7 +76,7 @@ class ModelInstance:
         components = {name: c for name, c in pipeline.components.items() if name in PARTS}
         self.batched_lora = BatchedLora(
             {name: c for name, c in components.items() if isinstance(c, nn.Module)},
-            deterministic=serving.deterministic,
+            deterministic=serving.exact != "off",
         )
         lora_limits = LoraCacheLimits(
             serving.adapters_on_device, serving.adapters_in_memory, serving.adapter_memory_mib * MIB
@@ -146,7 +146,7 @@ class ModelInstance:
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
         self._undo.append(intercept(modules, self._seams))
-        if self.card.serving.deterministic:
+        if self.card.serving.exact != "off":
             self._undo.append(pad_small_linears(modules))
 
 

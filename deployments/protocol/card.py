@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import MAX_FPS, MAX_FRAMES, MAX_LORAS, ControlType, Strict, Task
+from deployments.protocol.request import (
+    MAX_FPS,
+    MAX_FRAMES,
+    MAX_LORAS,
+    ControlType,
+    Exactness,
+    Strict,
+    Task,
+)
+
+logger = logging.getLogger(__name__)
 
 Family = Literal["flux", "sdxl", "sd", "hunyuan_video", "wan", "ltx"]
 MODEL_ID = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -148,7 +160,7 @@ class Serving(Strict):
     max_rows: int | None = Field(
         None, ge=1, le=64
     )  # batch size of one forward, at most; None: docs/memory.md
-    deterministic: bool = True  # only batch sizes that are proven to change no bit of a picture
+    exact: Exactness = "prefer"  # of requests that do not ask for another: docs/engine.md
     max_wait_s: float | None = Field(None, gt=0)  # calls by handle that would wait longer are refused
     watchdog_s: float = Field(
         300.0, gt=0
@@ -177,6 +189,11 @@ class Serving(Strict):
     ] = {}  # parameters of the policy that differ from its defaults: docs/scaling.md
     job_timeout_s: float = 600.0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_keys(cls, values: Any) -> Any:
+        return with_current_keys(values) if isinstance(values, Mapping) else values
+
     @model_validator(mode="after")
     def _check_num_gpus(self) -> Self:
         if self.num_gpus > 1:
@@ -195,6 +212,28 @@ class Serving(Strict):
         if self.compile and not self.warm_up:
             raise ValueError("compile needs warm_up, or the first requests would wait for the compiler")
         return self
+
+
+def with_current_keys(serving: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of `serving` in which `deterministic`, the name of a switch before `exact`, is replaced by it.
+
+    True was what `strict` is now. Raises ValueError for another value, and where both keys are there.
+    """
+    current = dict(serving)
+    if "deterministic" not in current:
+        return current
+    deterministic = current.pop("deterministic")
+    if "exact" in current:
+        raise ValueError("deterministic is the old name of exact, which is there too; leave it out")
+    if not isinstance(deterministic, bool):
+        raise ValueError("deterministic is the old name of exact; write exact: prefer, strict or off")
+    current["exact"] = "strict" if deterministic else "off"
+    logger.warning(
+        "a model card or a Serve config says `deterministic: %s`; that is now `exact: %s`",
+        str(deterministic).lower(),
+        current["exact"],
+    )
+    return current
 
 
 def _known_tasks(tasks: list[str]) -> list[str]:

@@ -75,6 +75,9 @@ class Done:
 
     queued_s: float
     generation_s: float  # from Started to the last artifact
+    # modules whose forwards this request shared with others in batch sizes not proven to be exact, sorted;
+    # only of a request that preferred exactness
+    merged_unproven: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

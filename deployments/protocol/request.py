@@ -187,6 +187,11 @@ class GenerationRequest(Strict):
     deadline_s: float | None = Field(
         None, gt=0, description="Wanted within this many seconds of its arrival at a replica; best effort."
     )
+    exact: Exactness | None = Field(
+        None,
+        description="strict: no bit may depend on other requests. prefer: none does where that is proven; "
+        "otherwise the answer says so. off: nothing is promised.",
+    )
 
     @model_validator(mode="after")
     def _check_loras_differ(self) -> Self:

@@ -9,7 +9,14 @@ from typing import NamedTuple
 
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import MAX_SEED, GenerationRequest, ResolvedEdit, ResolvedRequest, Task
+from deployments.protocol.request import (
+    MAX_SEED,
+    Exactness,
+    GenerationRequest,
+    ResolvedEdit,
+    ResolvedRequest,
+    Task,
+)
 from deployments.validation.inputs import check_inputs
 from deployments.validation.size import resolve_size
 from deployments.validation.video import resolve_video
@@ -17,7 +24,8 @@ from deployments.validation.video import resolve_video
 
 @dataclass(frozen=True, slots=True)
 class Adjustment:
-    """One value of the request that the card replaced; reported to the caller as a warning."""
+    """What the caller should know of a result: a value of the request that the card replaced, or a promise
+    that could not be kept. Reported as a warning."""
 
     code: str
     param: str
@@ -66,6 +74,7 @@ def resolve(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> 
         video=resolve_video(request, card, width, height, seed),
         priority=request.priority,
         deadline_s=request.deadline_s,
+        exact=_exactness(request, card, adjustments),
     )
     _check_strength(resolved, card)
     return Resolved(resolved, tuple(adjustments))
@@ -173,6 +182,26 @@ def _guidance(request: GenerationRequest, card: ModelCard, adjustments: list[Adj
         )
     )
     return used
+
+
+def _exactness(request: GenerationRequest, card: ModelCard, adjustments: list[Adjustment]) -> Exactness:
+    requested, served = request.exact, card.serving.exact
+    if requested is None or requested == served:
+        return served
+    if served != "off":
+        return requested
+    if requested == "strict":
+        raise BadRequest(
+            f"{card.id} proves no batch sizes (exact: off in its card), so it cannot promise exact results; "
+            "leave exact out, or use a model whose exact is prefer or strict",
+            param="exact",
+        )
+    adjustments.append(
+        Adjustment(
+            "exact_corrected", "exact", f"{card.id} proves no batch sizes. Overriding {requested} -> off"
+        )
+    )
+    return served
 
 
 def _negative_prompt(request: GenerationRequest, card: ModelCard, adjustments: list[Adjustment]) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from deployments.protocol.card import ModelCard, Serving, Weights
+from deployments.protocol.card import ModelCard, Serving, Weights, with_current_keys
 from deployments.protocol.errors import BadRequest, NotFound
 from serve_app.ray_serve.default_card import default_card
 
@@ -145,7 +145,7 @@ def _known(card_id: str, known: Mapping[str, ModelCard], cards_dir: Path) -> Mod
 
 def _with_serving(card: ModelCard, serving: Mapping[str, Any]) -> ModelCard:
     try:
-        changed = Serving.model_validate({**card.serving.model_dump(), **serving})
-    except ValidationError as error:
+        changed = Serving.model_validate({**card.serving.model_dump(), **with_current_keys(serving)})
+    except ValueError as error:  # pydantic's ValidationError is one
         raise BadRequest(f"serving of {card.id} is not valid: {error}") from error
     return card.model_copy(update={"serving": changed})

@@ -77,6 +77,7 @@ class FakeModels:
         self.running_of = Counter[str]()
         self.most_running = 0
         self.closed_early = 0  # calls that were cancelled
+        self.merged_unproven: tuple[str, ...] = ()  # what the next calls report
 
     def free_slots(self) -> Mapping[str, int]:
         return {model: slots - self.running_of[model] for model, slots in self.slots.items()}
@@ -113,7 +114,7 @@ class FakeModels:
                     await self.gate.wait()
                 yield events.Step(step, self.steps)
             yield events.Artifact(0, "image", "image/png", picture(), 64, 64, request.seed)
-            yield events.Done(0.0, 0.5)
+            yield events.Done(0.0, 0.5, self.merged_unproven)
         except (asyncio.CancelledError, GeneratorExit):
             self.closed_early += 1
             raise

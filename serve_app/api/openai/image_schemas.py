@@ -110,7 +110,7 @@ class PartialImage(BaseModel):
 
 
 class CompletedImage(BaseModel):
-    """One finished image; `id`, `model` and `seed` are Weft's additions."""
+    """One finished image; `id`, `model`, `seed` and `warnings` are Weft's additions."""
 
     type: Literal["image_generation.completed"] = "image_generation.completed"
     b64_json: str
@@ -123,3 +123,4 @@ class CompletedImage(BaseModel):
     id: str
     model: str
     seed: int
+    warnings: list[WarningOut]

@@ -186,6 +186,7 @@ def _completed_image(job: Job, image: ImageData) -> CompletedImage:
         id=job.id,
         model=job.request.model,
         seed=image.seed,
+        warnings=WarningOut.all_of(job),
     )
 
 

@@ -16,6 +16,7 @@ from deployments.protocol.request import (
 )
 from serve_app.api.schemas.files import ImageBytes
 from serve_app.api.schemas.generation import OpenAIFields
+from serve_app.api.schemas.job import WarningOut
 from serve_app.api.schemas.seconds import Seconds
 from serve_app.api.schemas.submit_body import SubmitDefaults
 from serve_app.jobs.job import Job, JobState
@@ -169,6 +170,7 @@ class ExtendRequest(SubmitDefaults):
             scheduler=original.scheduler,
             max_sequence_length=original.max_sequence_length,
             loras=original.loras,
+            exact=original.exact,
             output=original.output,
             video=Video(
                 seconds=self.seconds,
@@ -208,7 +210,8 @@ STATUSES: dict[JobState, VideoStatus] = {
 
 
 class VideoObject(BaseModel):
-    """OpenAI's video; `fps`, `num_frames`, `seed` and `generation_s` are Weft's additions.
+    """OpenAI's video; `fps`, `num_frames`, `seed`, `warnings` and `generation_s` are Weft's
+    additions.
 
     Times are unix seconds.
     """
@@ -229,6 +232,7 @@ class VideoObject(BaseModel):
     fps: int
     num_frames: int
     seed: int
+    warnings: list[WarningOut]
     generation_s: float | None = None
 
     @classmethod
@@ -253,6 +257,7 @@ class VideoObject(BaseModel):
             fps=video.fps,
             num_frames=video.num_frames,
             seed=request.seed,
+            warnings=WarningOut.all_of(job),
             generation_s=job.generation_s,
         )
 

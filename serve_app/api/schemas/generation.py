@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import AliasChoices, Field
 
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import MAX_PREVIEWS
+from deployments.protocol.request import MAX_PREVIEWS, Exactness
 from serve_app.api.schemas.lora_fields import LoraFields
 
 SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
@@ -22,10 +22,15 @@ class GenerationFields(LoraFields):
     num_inference_steps: int | None = Field(None, description="Denoising steps.", examples=[4])
     guidance_scale: float | None = Field(None, description="How closely to follow the prompt.")
     seed: int | None = Field(None, description="0 to 2^63-1; without it a random one.", examples=[7])
+    exact: Exactness | None = Field(
+        None,
+        description="strict: no bit depends on other requests. prefer: none where that is proven, and a "
+        "warning where not. off: no promise. Without it the model's own choice.",
+    )
 
     def shared_arguments(self) -> dict[str, Any]:
         """The fields that GenerationRequest has under the same names."""
-        return self.model_dump(include={"prompt", "num_inference_steps", "guidance_scale", "seed"})
+        return self.model_dump(include={"prompt", "num_inference_steps", "guidance_scale", "seed", "exact"})
 
 
 class NativeFields(GenerationFields):

@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field
 
-from deployments.protocol.request import Control, ResolvedVideo
+from deployments.protocol.request import Control, Exactness, ResolvedVideo
 from deployments.validation.resolve import Adjustment
 from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
 
@@ -19,7 +19,7 @@ RESULT_KINDS = ("image", "video")  # kinds of file that a job is for; the others
 
 
 class WarningOut(BaseModel):
-    """One value that the model's card replaced."""
+    """A value that the model's card replaced, or a promise that could not be kept."""
 
     code: str = Field(examples=["steps_corrected"])
     param: str
@@ -127,6 +127,9 @@ class JobRequestOut(BaseModel):
     loras: list[JobLoraOut]
     video: JobVideoOut | None
     refiner: float | None = Field(description="Fraction of the steps at which the refiner takes over.")
+    exact: Exactness | None = Field(
+        description="What is promised of other requests' influence; null: accepted before there was a choice."
+    )
 
     @classmethod
     def of(cls, job: Job) -> Self:
@@ -152,6 +155,7 @@ class JobRequestOut(BaseModel):
             loras=[JobLoraOut(sha256=lora.id, name=lora.name, weight=lora.weight) for lora in request.loras],
             video=None if request.video is None else JobVideoOut.of(request.video),
             refiner=request.refiner,
+            exact=request.exact,
         )
 
 

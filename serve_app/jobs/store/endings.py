@@ -14,7 +14,7 @@ from serve_app.jobs import events
 from serve_app.jobs.job import Job, JobState
 from serve_app.jobs.store.indexes import Indexes, as_pairs
 from serve_app.jobs.store.key_names import Keys
-from serve_app.jobs.store.record import ARTIFACTS, ERROR
+from serve_app.jobs.store.record import ADJUSTMENTS, ARTIFACTS, ERROR
 from serve_app.settings import Settings
 
 EVENTS_TTL_S = 600  # an ended job's stream; its hash gives the ending for much longer
@@ -59,6 +59,7 @@ class Endings:
         if state is JobState.completed:
             fields["artifacts"] = ARTIFACTS.dump_json(job.artifacts).decode()
             fields["generation_s"] = str(job.generation_s)
+            fields["warnings"] = ADJUSTMENTS.dump_json(job.warnings).decode()
         if state is JobState.failed and job.error is not None:
             fields["error"] = ERROR.dump_json(job.error).decode()
         pipe.hset(keys.job(job.id), mapping=as_pairs(fields))

@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
 from deployments.protocol.errors import NotFound
+from deployments.validation.resolve import Adjustment
 from serve_app.jobs import events
 from serve_app.jobs.job import Job, JobError, JobState, ResumePoint, StoredArtifact
 from serve_app.jobs.store.endings import CoalescedGroup
@@ -135,13 +136,27 @@ class Leases:
 
         return await transact(self._redis, [self._keys.job(job_id)], decide)
 
-    async def complete(self, claim: Claim, artifacts: Sequence[StoredArtifact], generation_s: float) -> Job:
-        """The ended job: completed with these files, or cancelled if that was requested before."""
+    async def complete(
+        self,
+        claim: Claim,
+        artifacts: Sequence[StoredArtifact],
+        generation_s: float,
+        warnings: Sequence[Adjustment] = (),
+    ) -> Job:
+        """The ended job: completed with these files, or cancelled if that was requested before.
+
+        warnings: added to those that it was accepted with.
+        """
 
         def finish(pipe: Pipeline, job: Job, now_us: int, group: CoalescedGroup) -> Job:
             if job.cancel_requested:
                 return self._transitions.endings.end(pipe, job, JobState.cancelled, now_us, group)
-            done = replace(job, artifacts=tuple(artifacts), generation_s=generation_s)
+            done = replace(
+                job,
+                artifacts=tuple(artifacts),
+                generation_s=generation_s,
+                warnings=(*job.warnings, *warnings),
+            )
             if job.cached_from is None:
                 self._throughput.record_duration(pipe, job.request.model, generation_s)
             return self._transitions.endings.end(pipe, done, JobState.completed, now_us, group)

@@ -11,10 +11,12 @@ from typing import Any, Protocol
 from deployments.protocol import events
 from deployments.protocol.errors import Internal, ModelUnavailable, NotFound, WeftError
 from deployments.protocol.request import ResolvedRequest
+from deployments.validation.resolve import Adjustment
 from serve_app.jobs.job import Job, JobError, ResumePoint, StoredArtifact
 from serve_app.jobs.store.leases import Claim, StaleClaim
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.job_files import JobFiles
+from serve_app.jobs.worker.late_warnings import late_warnings, merged_unproven
 from serve_app.jobs.worker.lease_keeper import OUTAGE_MAX_S, AbortReason, LeaseKeeper, outage_pauses
 from serve_app.redis.transactions import StoreUnreachable
 from serve_app.settings import Settings
@@ -62,6 +64,7 @@ class Output:
 
     artifacts: tuple[StoredArtifact, ...]
     generation_s: float
+    warnings: tuple[Adjustment, ...] = ()  # that only a finished request can have
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +175,7 @@ class Attempt:
             source = await self._store.get(source_id)
             if source.files_expired:
                 raise NotFound("its files were removed")
-            return Output(await self._files.copy(source.artifacts), 0.0)
+            return Output(await self._files.copy(source.artifacts), 0.0, late_warnings(source))
         except (NotFound, OSError) as error:
             logger.info(
                 "cached files are lost; the model runs the job",
@@ -201,8 +204,9 @@ class Attempt:
                     self._resume_point = await self._files.store_resume_point(step, self._keeper.steps, state)
                 case events.Artifact():
                     artifacts.append(await self._files.store_artifact(event))
-                case events.Done(generation_s=generation_s):
-                    return Output(tuple(artifacts), generation_s)
+                case events.Done():
+                    warnings = (merged_unproven(event.merged_unproven),) if event.merged_unproven else ()
+                    return Output(tuple(artifacts), event.generation_s, warnings)
                 case events.Failed():
                     return self._failure(event)
         raise ModelUnavailable("the model stopped without an answer")
@@ -235,7 +239,7 @@ class Attempt:
         """The job after the one write that counts. result: None when the work was aborted."""
         claim, leases = self.claim, self._store.leases
         if isinstance(result, Output):  # even if aborted meanwhile: the files are there, the fence decides
-            return await leases.complete(claim, result.artifacts, result.generation_s)
+            return await leases.complete(claim, result.artifacts, result.generation_s, result.warnings)
         if self._aborted.done():
             return await self._commit_aborted(self._aborted.result())
         assert result is not None, "only aborted work has no result"

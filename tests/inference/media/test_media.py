@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -280,3 +281,25 @@ def test_a_text_chunk_that_unpacks_to_megabytes_is_refused() -> None:
 def test_a_file_of_more_than_20_mib_is_refused_unread() -> None:
     with pytest.raises(TooLarge, match="20971521 bytes"):
         decode.picture(b"\0" * (20 * 2**20 + 1), 64, 64, "image")
+
+
+@pytest.mark.parametrize(
+    ("policy", "unproven", "stated"),
+    [
+        ("prefer", frozenset(), {"exact": True}),
+        ("strict", frozenset(), {"exact": True}),
+        (
+            "prefer",
+            {"VAE.decode", "UNet.forward"},
+            {"exact": False, "merged_unproven": ["UNet.forward", "VAE.decode"]},
+        ),
+        ("off", frozenset(), {"exact": False}),
+    ],
+    ids=["preferred and had", "strict", "merged unproven", "off"],
+)
+def test_metadata_says_whether_other_requests_may_have_changed_bits(
+    policy: str, unproven: Collection[str], stated: dict[str, Any]
+) -> None:
+    facts = still.metadata(request(exact=policy), 42, "1", 1.0, unproven)
+
+    assert {name: facts[name] for name in ("exact", "merged_unproven") if name in facts} == stated

@@ -252,3 +252,40 @@ def test_a_card_that_asks_for_several_gpus_is_refused_with_the_cure(
 
     with pytest.raises(BadRequest, match=r"num_gpus: 2 would leave all but one.*max_replicas"):
         load_card(path)
+
+
+# --- keys that had another name ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("deterministic", "exact"), [(True, "strict"), (False, "off")])
+def test_the_switch_before_exact_is_read_and_logged(
+    deterministic: bool, exact: str, facts: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts["serving"] = {**facts.get("serving", {}), "deterministic": deterministic}
+
+    card = load_card(written(tmp_path, facts))
+
+    assert card.serving.exact == exact
+    assert f"that is now `exact: {exact}`" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("serving", "reason"),
+    [
+        ({"deterministic": True, "exact": "prefer"}, "deterministic is the old name of exact"),
+        ({"deterministic": "yes"}, "write exact: prefer, strict or off"),
+        ({"exact": "always"}, "'prefer', 'strict' or 'off'"),
+    ],
+    ids=["both", "no switch", "unknown"],
+)
+def test_a_wrong_exactness_stops_the_start_with_the_reason(
+    serving: dict[str, Any], reason: str, facts: dict[str, Any], tmp_path: Path
+) -> None:
+    facts["serving"] = {**facts.get("serving", {}), **serving}
+
+    with pytest.raises(BadRequest, match=reason):
+        load_card(written(tmp_path, facts))
+
+
+def test_a_card_prefers_exactness_unless_it_says_otherwise(facts: dict[str, Any], tmp_path: Path) -> None:
+    assert load_card(written(tmp_path, facts)).serving.exact == "prefer"

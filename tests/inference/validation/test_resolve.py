@@ -433,3 +433,38 @@ def test_cost_counts_pictures_pixels_and_steps() -> None:
     request = resolved(SD, width=512, height=512, num_inference_steps=20, num_images=2)
 
     assert request.cost_mpx_steps == pytest.approx(2 * 0.262144 * 20)
+
+
+# --- exactness --------------------------------------------------------------------------------------------
+
+
+def serving(card: ModelCard, exact: str) -> ModelCard:
+    return card.model_copy(update={"serving": card.serving.model_copy(update={"exact": exact})})
+
+
+@pytest.mark.parametrize("exact", ["prefer", "strict", "off"])
+def test_without_a_choice_the_card_decides_about_exactness(exact: str) -> None:
+    assert resolved(serving(SD, exact)).exact == exact
+
+
+@pytest.mark.parametrize("served", ["prefer", "strict"])
+@pytest.mark.parametrize("requested", ["prefer", "strict", "off"])
+def test_a_request_chooses_its_exactness_where_sizes_are_proven(served: str, requested: Any) -> None:
+    assert resolved(serving(SD, served), exact=requested).exact == requested
+
+
+def test_strict_is_refused_where_nothing_is_proven() -> None:
+    refused = refusal(serving(SD, "off"), exact="strict")
+
+    assert refused.param == "exact"
+    assert "exact: off in its card" in refused.message
+    assert "leave exact out" in refused.message
+
+
+def test_a_preference_that_cannot_be_had_is_corrected_once() -> None:
+    card = serving(SD, "off")
+
+    request, warnings = resolve(request_for(exact="prefer"), card, fresh_seed=SEED)
+
+    assert (request.exact, [warning.code for warning in warnings]) == ("off", ["exact_corrected"])
+    assert resolve(request, card, fresh_seed=SEED) == Resolved(request, ())

@@ -18,6 +18,7 @@ class FakeModel:
         self.gate.set()
         self.began = asyncio.Event()
         self.failure: Failed | None = None
+        self.merged_unproven: tuple[str, ...] = ()
         self.requests: list[ResolvedRequest] = []
 
     def free_slots(self) -> Mapping[str, int]:
@@ -42,7 +43,7 @@ class FakeModel:
         for index in range(request.num_images):
             yield _picture(request, index, "image", (request.width, request.height))
             yield _picture(request, index, "thumbnail", (32, 32))
-        yield Done(queued_s=0.0, generation_s=0.25)
+        yield Done(queued_s=0.0, generation_s=0.25, merged_unproven=self.merged_unproven)
 
 
 def preview_file(step: int) -> bytes:

@@ -54,6 +54,7 @@ def test_everything_a_result_depends_on_changes_the_key(other: dict[str, Any]) -
         {"guidance_scale": 1.0},
         {"num_images": 2},
         {"edit": EDIT},
+        {"exact": "strict"},  # another promise
     ],
     ids=lambda changes: next(iter(changes)),
 )

@@ -387,3 +387,62 @@ async def test_a_follower_drops_a_leader_that_was_deleted(
         await store.get(first.id)
     await eventually(lambda: True)
     assert (await service.submit(SEEDED, OWNER)).cached_from is None
+
+
+# ---- exactness ------------------------------------------------------------------------------------
+
+
+async def test_a_warning_about_the_files_goes_with_every_copy_of_them(
+    service: JobService, store: JobStore, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    models.merged_unproven = ("UNet.forward",)
+    waiting = await service.submit(SEEDED, OWNER)
+    follower = await service.submit(SEEDED, OWNER)
+
+    first, second = await ended(store, waiting.id), await ended(store, follower.id)
+    third = await ended(store, (await service.submit(SEEDED, OWNER)).id)
+
+    assert len(models.requests) == 1
+    for job in (first, second, third):
+        assert [(warning.code, warning.param) for warning in job.warnings] == [("merged_unproven", "exact")]
+        assert "UNet.forward" in job.warnings[0].message
+
+
+async def test_a_strict_request_is_not_answered_by_a_result_that_only_preferred_exactness(
+    service: JobService, store: JobStore, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    models.merged_unproven = ("UNet.forward",)
+    await ended(store, (await service.submit(SEEDED, OWNER)).id)
+    models.merged_unproven = ()
+
+    strict = SEEDED.model_copy(update={"exact": "strict"})
+    first = await ended(store, (await service.submit(strict, OWNER)).id)
+    again = await ended(store, (await service.submit(strict, OWNER)).id)
+
+    assert [request.exact for request in models.requests] == ["prefer", "strict"]
+    assert (first.cached, first.warnings) == (False, ())
+    assert (again.cached, again.warnings) == (True, ())
+
+
+async def test_a_strict_request_does_not_wait_for_one_that_only_prefers_exactness(
+    service: JobService, store: JobStore, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    models.gate.clear()
+    preferred = await service.submit(SEEDED, OWNER)
+    strict = await service.submit(SEEDED.model_copy(update={"exact": "strict"}), OWNER)
+    await eventually(lambda: models.running == 2)
+    models.gate.set()
+
+    assert not (await ended(store, preferred.id)).cached
+    assert not (await ended(store, strict.id)).cached
+
+
+async def test_a_warning_of_an_attempt_that_failed_is_not_kept(
+    service: JobService, store: JobStore, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    models.merged_unproven = ("UNet.forward",)
+    models.troubles = [events.Failed("model_unavailable", "the replica is stopped", retryable=True)]
+
+    job = await ended(store, (await service.submit(SEEDED, OWNER)).id)
+
+    assert [warning.code for warning in job.warnings] == ["merged_unproven"]
