@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 STOP_GRACE_S = 50.0  # of the 60 s that app.py gives a replica to end
 LOST_PAUSE_S = 1.0  # before a lost replica hands a request back: its dispatcher may send it here again
 LOST_GRACE_S = 3.0  # in which a lost replica sends its last events and counters
+MAX_PROOFS = 64  # in the answer about a model
 LORA_IDS_PER_REPLICA = 64  # in Serve's routing table; about what a LoraCache holds in memory
 
 
@@ -178,6 +180,10 @@ class ModelReplica:
         """Shapes of the layers that a LoRA may change, by component and path; empty before it is loaded."""
         return self._runtime.layer_shapes(model)
 
+    async def proofs(self) -> list[dict[str, object]]:
+        """What is known of batch sizes, by module and shape; of many shapes, the last MAX_PROOFS."""
+        return [asdict(state) for state in self._runtime.worker.proofs()[-MAX_PROOFS:]]
+
     def samples(self) -> Iterator[Sample]:
         """Current values of all metrics of this replica, for its reporter."""
         yield from self._runtime.samples()
@@ -212,7 +218,7 @@ class ModelReplica:
         """Run the warm-up requests, in a thread: Serve calls the constructor inside a running event loop."""
         generate = partial(self.generate, unlimited_wait=True)
         with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as thread:
-            thread.submit(asyncio.run, warm_up(card, generate)).result()
+            thread.submit(asyncio.run, warm_up(card, generate, self._runtime.worker)).result()
 
     def _card_of(self, request: GenerationRequest) -> ModelCard:
         for card in self._cards.values():

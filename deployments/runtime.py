@@ -22,6 +22,7 @@ from deployments.executors.video_encoding import Encoder
 from deployments.loras.file_cache import LoraFileCache
 from deployments.loras.file_reader import LoraFileReader
 from deployments.models.activations import MAX_ROWS
+from deployments.models.determinism import set_determinism_flags
 from deployments.models.hardware import PeakMeter
 from deployments.models.model_loader import ModelLoader
 from deployments.observability import collectors
@@ -56,6 +57,8 @@ class Runtime:
         """
         serving = cards[0].serving
         torch.set_num_threads(max(1, int(serving.num_cpus)))  # Ray sets 1 for small replicas
+        if serving.exact != "off":
+            set_determinism_flags()
         self._lora_files = LoraFileCache(lora_folder, serving.adapter_disk_mib * MIB, lora_files)
         self._loader = ModelLoader(cards, refiners, self._lora_files, gpu_share=gpu_share)
         self.models = self._loader.open_cache(serving.models_loaded)

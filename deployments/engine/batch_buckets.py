@@ -30,6 +30,7 @@ from deployments.engine.cost_model import RowLimit
 from deployments.engine.device_errors import DeviceBroken, is_device_broken
 from deployments.engine.lora_rows import run_with_lora_rows
 from deployments.engine.out_of_memory import free_device_memory
+from deployments.engine.proof_state import ProofState
 from deployments.engine.stacking import select_rows, split, stack
 from deployments.protocol.request import Exactness
 
@@ -43,18 +44,6 @@ FIRST_TRIALS = 8  # rows up to which batch sizes are tried before more of a key 
 # a row beside a copy of itself, where only that has the same bits as in larger batches: at most so many times
 # the seconds of a row alone
 CHEAP_DOUBLING = 1.2
-
-
-@dataclass(frozen=True, slots=True)
-class ProofState:
-    """What is known of the calls of one module that have one shape and number of rows."""
-
-    module: str  # such as "UNet2DConditionModel.forward"
-    shape: str  # of one row of the first batched tensor, with its type
-    call_rows: int
-    proven: tuple[int, ...]  # batch sizes
-    refused: tuple[int, ...]
-    pending: tuple[int, ...]
 
 
 @dataclass(slots=True)

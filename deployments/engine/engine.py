@@ -7,13 +7,13 @@ from collections.abc import Callable, Hashable, Sequence
 
 import torch
 
-from deployments.engine.batch_buckets import ProofState
 from deployments.engine.device_streams import engine_stream
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber, FiberCancelled
 from deployments.engine.forward_runner import ForwardRunner, InlineRunner, MemoryMeter, ThreadRunner
 from deployments.engine.forward_timer import ForwardTimer
 from deployments.engine.lane import Lane
+from deployments.engine.proof_state import ProofState
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
 from deployments.protocol.request import Exactness

@@ -90,6 +90,12 @@ def use_exactness(policy: Exactness | None) -> None:
         fiber.exact = policy
 
 
+def current_unproven() -> frozenset[str]:
+    """Modules whose forwards the current fiber has shared in unproven batch sizes; none outside of fibers."""
+    fiber = current_fiber()
+    return frozenset() if fiber is None else fiber.unproven
+
+
 def current_fiber() -> Fiber | None:
     """The fiber that this code runs in, None outside of fibers."""
     current = getcurrent()

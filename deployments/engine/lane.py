@@ -7,13 +7,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from deployments.engine.batch_buckets import BucketProver, ProofState
+from deployments.engine.batch_buckets import BucketProver
 from deployments.engine.call import ModuleCall, Seam
 from deployments.engine.device_errors import DeviceBroken, is_device_broken
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber
 from deployments.engine.forward_runner import Forward, ForwardRunner
 from deployments.engine.out_of_memory import as_out_of_memory, free_device_memory, is_out_of_memory
+from deployments.engine.proof_state import ProofState
 from deployments.engine.scheduled_job import ParkedCall
 from deployments.engine.stacking import Unsplittable
 from deployments.engine.step_scheduler import StepScheduler

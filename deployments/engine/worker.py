@@ -22,6 +22,7 @@ from deployments.engine.engine import Engine
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber, FiberCancelled
 from deployments.engine.out_of_memory import is_out_of_memory, shortage
+from deployments.engine.proof_state import ProofState
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
 from deployments.protocol.errors import (
@@ -275,6 +276,10 @@ class Worker:
         ends_at = time.monotonic() + limit_s
         while time.monotonic() < ends_at and await self.run_on_thread(run_trial):
             pass
+
+    def proofs(self) -> list[ProofState]:
+        """What is known of batch sizes, by module and shape; may be called from any thread."""
+        return self._engine.proofs()
 
     def drain(self, grace_s: float) -> None:
         """Refuse new work; preempt at once what waits and what would not end within `grace_s` seconds."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from deployments.engine.engine_stats import size_class
-from deployments.engine.fiber import use_exactness, use_lora_set
+from deployments.engine.fiber import current_unproven, use_exactness, use_lora_set
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.worker import Checkpointed, Emit, Finished
 from deployments.executors.inputs import decode_inputs
@@ -44,16 +44,26 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
         """Runs as a fiber on the engine's thread."""
 
         def attach(pipeline: Any) -> None:
-            model.prompts.attach(pipeline, loras.label if loras and loras.touches_text else None)
+            text_loras = loras.label if loras and loras.touches_text else None
+            # of requests without a promise, embeddings may be inexact and are kept for such requests only
+            promised = request.exact != "off"
+            model.prompts.attach(
+                pipeline, (text_loras, promised), current_unproven if promised else frozenset
+            )
             if run.frame is not None:
                 set_frame(pipeline, run.frame)
             attach_previews(pipeline, model.previewer, request, steps, progress, emit)
 
         use_lora_set(loras)
         use_exactness(request.exact)
+
+        def on_step(step: int, all_steps: int) -> None:
+            progress.unproven |= current_unproven()
+            emit(Step(step, all_steps))
+
         return model.pipelines.call(
             request,
-            lambda step, all_steps: emit(Step(step, all_steps)),
+            on_step,
             inputs.image,
             inputs.mask,
             inputs.control_maps,
@@ -67,20 +77,23 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
     async with aclosing(items):
         async for item in items:
             match item:
-                case Finished(value=[PendingPictures() as pending]):
-                    yield await _with_pictures(item, pending)
+                case Finished():
+                    yield await _complete(item, progress)
                 case PreviewReady():
                     yield await asyncio.to_thread(encode_preview, item, request)
-                case Checkpointed(state=None):
-                    yield Handover(0, b"")
                 case Checkpointed(state=state):
-                    yield Handover(progress.step, state)
+                    yield Handover(0, b"") if state is None else Handover(progress.step, state)
                 case _:
                     yield item
 
 
-async def _with_pictures(finished: Finished, pending: PendingPictures) -> Finished:
-    """The same with the pictures, for which the device may still need some time."""
+async def _complete(finished: Finished, progress: Progress) -> Finished:
+    """The same with what the request shared on an earlier replica, and with the pictures, if these are
+    pending: the device may still need some time for them."""
+    finished = replace(finished, unproven=finished.unproven | progress.unproven)
+    pending = finished.value[0]
+    if not isinstance(pending, PendingPictures):
+        return finished
     started = time.monotonic()
     pictures = await asyncio.to_thread(pending.pictures)
     return replace(finished, value=pictures, run_s=finished.run_s + time.monotonic() - started)

@@ -1,25 +1,40 @@
-"""Small requests before a replica takes any: kernels are chosen and step times learned meanwhile."""
+"""Small requests before a replica takes any: kernels are chosen, step times learned, batch sizes proven."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from typing import Protocol
 
+from deployments.engine.proof_state import ProofState
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable
 from deployments.protocol.events import Event, Failed
 from deployments.protocol.request import GenerationRequest
+
+PROVE_LIMIT_S = 120.0  # what is left is tried while no request waits
 
 logger = logging.getLogger(__name__)
 
 Generate = Callable[[GenerationRequest], AsyncGenerator[Event]]
 
 
-async def warm_up(card: ModelCard, generate: Generate) -> None:
+class Prover(Protocol):
+    """What the warm-up needs of the engine."""
+
+    async def prove_all(self, limit_s: float) -> None:
+        """Try the batch sizes of all shapes seen so far, for at most so long."""
+
+    def proofs(self) -> Sequence[ProofState]:
+        """What is known of them."""
+
+
+async def warm_up(card: ModelCard, generate: Generate, prover: Prover) -> None:
     """One request of each warm-up size of the card; where blocks are compiled, then two at once, because a
-    batch of several has a graph of its own. Nothing for a card without text to image.
+    batch of several has a graph of its own. Then the batch sizes of their shapes are proven, so that the
+    first users' requests share forwards exactly. Nothing for a card without text to image.
 
     Raises ModelUnavailable when the blocks cannot be compiled; other failures are only logged.
     """
@@ -41,6 +56,10 @@ async def warm_up(card: ModelCard, generate: Generate) -> None:
                 logger.warning("warm-up failed", extra={"model": card.id, "size": size, "error": failure})
                 if card.serving.compile:
                     raise ModelUnavailable(f"{card.id} cannot run compiled: {failure}")
+    if card.serving.exact != "off":
+        await prover.prove_all(PROVE_LIMIT_S)
+        for state in prover.proofs():
+            logger.info("%s", _in_words(state), extra={"model": card.id})
 
 
 async def _failure(generate: Generate, request: GenerationRequest) -> str | None:
@@ -50,3 +69,15 @@ async def _failure(generate: Generate, request: GenerationRequest) -> str | None
             if isinstance(event, Failed):
                 return event.message
     return None
+
+
+def _in_words(state: ProofState) -> str:
+    """What is known of the batch sizes of one module and shape, as a sentence."""
+
+    def sizes(listed: Sequence[int]) -> str:
+        return ", ".join(map(str, listed)) or "none"
+
+    return (
+        f"{state.module}, calls of {state.call_rows} x {state.shape}: batch sizes that change no bit: "
+        f"{sizes(state.proven)}; that do: {sizes(state.refused)}; not tried: {sizes(state.pending)}"
+    )

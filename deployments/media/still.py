@@ -111,7 +111,7 @@ def metadata(
         "exact": True,
     }
     facts = request.model_dump(mode="json", exclude=bulky)
-    exactness: dict[str, object] = {"exact": request.exact != "off" and not unproven}
+    exactness: dict[str, object] = {"exact": not unproven}
     if unproven:
         exactness["merged_unproven"] = sorted(unproven)
     return facts | exactness | {"seed": seed, "generation_s": round(generation_s, 3), "version": version}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from deployments.engine.proof_state import ProofState
 from deployments.engine.worker import Worker
 from deployments.models.device_memory import DeviceMemory
 from deployments.models.model_instance import ModelInstance
@@ -27,6 +28,9 @@ def worker_samples(worker: Worker) -> Iterator[Sample]:
     yield Sample("weft_steps_total", stats.steps)
     yield Sample("weft_batches_halved_total", stats.halved_batches)
     yield Sample("weft_device_failures_total", stats.device_failures)
+    yield Sample("weft_forwards_unproven_total", stats.unproven_forwards)
+    for (module, state), number in _count_sizes(worker.proofs()).items():
+        yield Sample("weft_batch_sizes", number, {"module": module, "state": state})
     for kind, number in stats.failures.copy().items():
         yield Sample("weft_requests_failed_total", number, {"kind": kind})
     for forward, (number, seconds) in stats.forwards.items():
@@ -38,6 +42,17 @@ def worker_samples(worker: Worker) -> Iterator[Sample]:
         }
         yield Sample("weft_forwards_total", number, labels)
         yield Sample("weft_forward_seconds_total", seconds, labels)
+
+
+def _count_sizes(proofs: Iterable[ProofState]) -> dict[tuple[str, str], int]:
+    """Batch sizes by module and state, over all shapes."""
+    counted: dict[tuple[str, str], int] = {}
+    for proof in proofs:
+        by_state = {"proven": proof.proven, "refused": proof.refused, "pending": proof.pending}
+        for state, sizes in by_state.items():
+            key = proof.module, state
+            counted[key] = counted.get(key, 0) + len(sizes)
+    return counted
 
 
 def model_samples(models: Iterable[ModelInstance]) -> Iterator[Sample]:

@@ -135,6 +135,17 @@ _ENGINE_METRICS = (
         "weft_device_failures_total",
         "Failures of the device that ended this replica: illegal accesses, uncorrectable errors, lost GPUs.",
     ),
+    _gauge(
+        "weft_batch_sizes",
+        "Batch sizes tried or to be tried, over all shapes of a module. proven: they change no bit; refused: "
+        "they do, or failed; pending: not tried.",
+        "module",
+        "state",
+    ),
+    _counter(
+        "weft_forwards_unproven_total",
+        "Forward passes that requests shared in a batch size not proven to change no bit.",
+    ),
     _counter("weft_video_frames_decoded_total", "Video frames decoded from latents on this replica."),
     _counter(
         "weft_video_decode_seconds_total", "Time spent decoding video frames from latents on this replica."

@@ -31,10 +31,15 @@ class PromptCache:
         """Size of all cached embeddings."""
         return int(self._results.currsize)
 
-    def attach(self, pipeline: Any, variant: Hashable = None) -> None:
+    def attach(
+        self, pipeline: Any, variant: Hashable = None, unproven: Callable[[], frozenset[str]] = frozenset
+    ) -> None:
         """Let this pipeline object (not its class) look into the cache first, if it has encode_prompt.
 
         variant: what else the result depends on, such as the LoRAs on the text encoders.
+        unproven: modules whose forwards this request has shared in batch sizes not proven to be exact. A
+        result that such a forward took part in is not kept: it would be another request's, which may be
+        strict.
         """
         encode = getattr(pipeline, "encode_prompt", None)
         if encode is None or not self._results.maxsize:
@@ -45,7 +50,7 @@ class PromptCache:
             key = _key(function, args, kwargs)
             if key is None:  # a picture or finished embeddings among the arguments
                 return encode(*args, **kwargs)
-            return self._result((key, variant), lambda: encode(*args, **kwargs))
+            return self._result((key, variant), lambda: encode(*args, **kwargs), unproven)
 
         vars(pipeline)["encode_prompt"] = cached_encode
 
@@ -53,13 +58,18 @@ class PromptCache:
         """Remove all results, as after a change of the text encoders' weights."""
         self._results.clear()
 
-    def _result(self, key: Hashable, encode: Callable[[], Any]) -> Any:
+    def _result(
+        self, key: Hashable, encode: Callable[[], Any], unproven: Callable[[], frozenset[str]]
+    ) -> Any:
         result = self._results.get(key)
         if result is not None:
             self.hits += 1
             return result
         self.misses += 1
+        unproven_before = unproven()
         result = encode()  # other fibers run meanwhile; one of them may encode the same prompt
+        if unproven() != unproven_before:
+            return result
         if key not in self._results and _size_bytes(result) <= self._results.maxsize:
             self._results[key] = result
         return result

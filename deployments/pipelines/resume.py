@@ -28,13 +28,16 @@ class Progress:
     step: int = 0  # finished steps
     latents: Tensor | None = None  # after that step, as the pipeline packs them; never changed in place
     resumable: bool = False
+    # modules whose forwards were shared in batch sizes not proven exact, on this and on earlier replicas
+    unproven: frozenset[str] = frozenset()
 
     def save(self) -> bytes | None:
         """The state for `restore`; None before the first step and for pipelines that cannot be resumed."""
         if not self.resumable or self.latents is None:
             return None
-        step = torch.tensor(self.step)
-        return bytes_of({"latents": self.latents.detach().cpu().contiguous(), "step": step})
+        unproven = torch.tensor(list("\n".join(sorted(self.unproven)).encode()), dtype=torch.uint8)
+        latents = self.latents.detach().cpu().contiguous()
+        return bytes_of({"latents": latents, "step": torch.tensor(self.step), "unproven": unproven})
 
 
 def restore(state: bytes, request: ResolvedRequest) -> Progress | None:
@@ -42,10 +45,11 @@ def restore(state: bytes, request: ResolvedRequest) -> Progress | None:
     try:
         tensors = tensors_of(state)
         latents, step = tensors["latents"], int(tensors["step"])
+        unproven = frozenset(bytes(tensors["unproven"].tolist()).decode().split("\n")) - {""}
     except (SafetensorError, KeyError, ValueError, RuntimeError):
         return None
     matches = 0 < step < request.num_inference_steps and latents.shape[0] == request.num_images
-    return Progress(step, latents) if matches else None
+    return Progress(step, latents, unproven=unproven) if matches else None
 
 
 def can_resume(pipeline: Any, request: ResolvedRequest) -> bool:

@@ -1,5 +1,7 @@
 """The models served here with their limits, and the LoRAs for them."""
 
+import asyncio
+
 from fastapi import APIRouter
 
 from deployments.protocol.card import ModelCard
@@ -49,5 +51,6 @@ async def delete_model(model: str, caller: CurrentCaller) -> LoraDeleted:
 
 
 async def _models_out(caller: CallerContext, cards: list[ModelCard]) -> list[ModelOut]:
-    states = await caller.state.model_states()
-    return [ModelOut.of(card, states.get(card.id, "absent")) for card in cards]
+    state = caller.state
+    states, proofs = await asyncio.gather(state.model_states(), state.model_proofs(card.id for card in cards))
+    return [ModelOut.of(card, states.get(card.id, "absent"), proofs.get(card.id)) for card in cards]

@@ -1,6 +1,6 @@
 """What create_app is given: the services behind the API."""
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated
@@ -17,6 +17,12 @@ from serve_app.loras.service import LoraService
 from serve_app.settings import Settings
 
 READY = "ready"
+ModelProofs = Callable[[Iterable[str]], Awaitable[Mapping[str, Sequence[Mapping[str, object]] | None]]]
+
+
+async def no_proofs(_models: Iterable[str]) -> dict[str, None]:
+    """For an app without replicas."""
+    return {}
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class ApiState:
     cards: Mapping[str, ModelCard]  # the models served here, by id
     settings: Settings
     model_states: Callable[[], Awaitable[Mapping[str, str]]]  # by id: ready, loading, idle or error
+    # by id: what a replica has proven of batch sizes; None: no replica has reported
+    model_proofs: ModelProofs = no_proofs
     input_check: InputCheck = field(default_factory=InputCheck)
     metrics: ApiMetrics = field(default_factory=ApiMetrics)
     lora_service: LoraService | None = None  # None: requests cannot name LoRAs

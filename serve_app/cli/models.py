@@ -12,7 +12,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 @app.command()
 def models() -> None:
-    """List the model cards: id, tasks, licence, and the folder or repository of the weights."""
+    """List the model cards: id, tasks, exactness, licence, and the folder or repository of the weights."""
     for card in load_cards(Settings.load().cards_dir).values():
         where = card.weights.path or card.weights.repo
-        print(f"{card.id:24} {'/'.join(card.tasks):16} {card.licence.name:32} {where}")
+        print(f"{card.id:24} {'/'.join(card.tasks):16} {card.serving.exact:8} {card.licence.name:32} {where}")

@@ -17,6 +17,7 @@ from serve_app.api.metrics import ApiMetrics
 from serve_app.api.state import ApiState
 from serve_app.loras.builtin import BuiltInLoras
 from serve_app.ray_serve.model_client import ModelClient
+from serve_app.ray_serve.proof_reports import ProofReports
 from serve_app.ray_serve.served_models import ServedModels
 from serve_app.services import Services
 from serve_app.settings import Settings
@@ -48,6 +49,7 @@ class Ingress:
                 cards=served.cards,
                 settings=self._settings,
                 model_states=served.states,
+                model_proofs=ProofReports(client.proofs).of,
                 lora_service=loras,
                 refresh_cards=served.refresh if served.cards_are_dynamic else None,
                 accounts=services.store.redis,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, cast
 
 import ray.exceptions
@@ -17,11 +17,12 @@ from deployments.protocol.errors import Internal, ModelUnavailable
 from deployments.protocol.events import Event, Failed
 from deployments.protocol.request import ResolvedRequest
 from serve_app.ray_serve.private_api import unchecked_handle
+from serve_app.ray_serve.proof_reports import ProofReport
 from serve_app.ray_serve.routing import ModelRoute
 from serve_app.ray_serve.served_models import ServedModels
 
 UNLOAD_TIMEOUT_S = 30.0
-LAYER_SHAPES_TIMEOUT_S = 2.0  # that a request waits for the comparison of its LoRAs' shapes before acceptance
+ANSWER_TIMEOUT_S = 2.0  # that a call waits for a replica's layer shapes, before a job is accepted, or proofs
 
 logger = logging.getLogger(__name__)
 
@@ -65,22 +66,30 @@ class ModelClient:
 
     async def layer_shapes(self, model: str) -> Mapping[str, tuple[int, ...]] | None:
         """Shapes of the layers that a LoRA may change; None when no replica answers within the time limit."""
+        shapes: Mapping[str, tuple[int, ...]] | None = await self._ask_replica(model, "layers", model)
+        return shapes
+
+    async def proofs(self, model: str) -> Sequence[ProofReport] | None:
+        """What a replica has proven of batch sizes; None when none answers within the time limit."""
+        reports: Sequence[ProofReport] | None = await self._ask_replica(model, "proofs")
+        return reports
+
+    async def _ask_replica(self, model: str, method: str, *arguments: object) -> Any:
+        """What the method returns on one running replica; None when none answers within ANSWER_TIMEOUT_S."""
         await self._served.refresh()
         route = self._served.routes.get(model)
         if route is None or not self._served.pool(model).running:
             return None
         handle = self._handle(route.application, route.deployment)
-        call = handle.options(method_name="layers", stream=False).remote(model)
+        call = handle.options(method_name=method, stream=False).remote(*arguments)
         try:
-            async with asyncio.timeout(LAYER_SHAPES_TIMEOUT_S):
-                shapes: Mapping[str, tuple[int, ...]] = await call
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                return await call
         except (ray.exceptions.RayError, RayServeException, TimeoutError) as error:
             call.cancel()  # type: ignore[no-untyped-call]
-            logger.info(
-                "a model did not return its layer shapes", extra={"model": model, "error": repr(error)}
-            )
+            about = {"model": model, "method": method, "error": repr(error)}
+            logger.info("a replica did not answer", extra=about)
             return None
-        return shapes
 
     async def unload(self, digest: str) -> None:
         """Have every replica unload a LoRA. A replica that is missed keeps a file that no request uses."""

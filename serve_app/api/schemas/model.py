@@ -1,10 +1,12 @@
 """Models and their limits, from which a client can build a form without knowing any model."""
 
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 from pydantic import BaseModel, Field
 
 from deployments.protocol.card import Guidance, Licence, ModelCard, Sizes, Steps, Videos
+from deployments.protocol.request import Exactness
 from serve_app.api.schemas.lora import LoraOut
 
 
@@ -14,6 +16,17 @@ class ControlOut(BaseModel):
     type: str = Field(examples=["canny"])
     plain_pictures: bool = Field(description="false: only control maps, sent with is_map: true.")
     licence: Licence
+
+
+class ProofOut(BaseModel):
+    """Batch sizes of a module's calls of one shape, by what a trial has shown on this machine."""
+
+    module: str = Field(examples=["UNet2DConditionModel.forward"])
+    shape: str = Field(description="Of one row of its first input, with its type.")
+    call_rows: int = Field(description="Rows of one call, such as 2 with guidance in one call.")
+    proven: list[int] = Field(description="They change no bit of a result.")
+    refused: list[int] = Field(description="They change bits, or failed.")
+    pending: list[int] = Field(description="Not tried yet.")
 
 
 class ModelOut(BaseModel):
@@ -43,13 +56,17 @@ class ModelOut(BaseModel):
     max_loras: int = Field(description="LoRAs that one request may name; 0: none.")
     vram_gib: float
     licence: Licence
+    exact: Exactness = Field(description="Of requests that do not ask for another; off: strict is refused.")
+    proofs: list[ProofOut] | None = Field(
+        description="What one of its replicas has proven; null: no replica has reported."
+    )
     state: str = Field(
         description="ready; loading; idle: the first request starts it; error; absent: not deployed.",
         examples=["ready"],
     )
 
     @classmethod
-    def of(cls, card: ModelCard, state: str) -> Self:
+    def of(cls, card: ModelCard, state: str, proofs: Sequence[Mapping[str, object]] | None = None) -> Self:
         return cls(
             id=card.id,
             name=card.name,
@@ -82,6 +99,8 @@ class ModelOut(BaseModel):
             max_loras=card.lora_limit,
             vram_gib=card.vram_gib,
             licence=card.licence,
+            exact=card.serving.exact,
+            proofs=None if proofs is None else [ProofOut.model_validate(proof) for proof in proofs],
             state=state,
         )
 

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from deployments.engine.batch_buckets import BucketProver, ProofState, pad_small_linears
+from deployments.engine.batch_buckets import BucketProver, pad_small_linears
 from deployments.engine.bit_trials import BitTrials
 from deployments.engine.call import ModuleCall, Seam
 from deployments.engine.device_errors import DeviceBroken
+from deployments.engine.proof_state import ProofState
 from deployments.protocol.request import Exactness
 
 KEY = "key"

@@ -283,19 +283,14 @@ def test_a_file_of_more_than_20_mib_is_refused_unread() -> None:
         decode.picture(b"\0" * (20 * 2**20 + 1), 64, 64, "image")
 
 
+@pytest.mark.parametrize("policy", ["prefer", "strict", "off"])
 @pytest.mark.parametrize(
-    ("policy", "unproven", "stated"),
+    ("unproven", "stated"),
     [
-        ("prefer", frozenset(), {"exact": True}),
-        ("strict", frozenset(), {"exact": True}),
-        (
-            "prefer",
-            {"VAE.decode", "UNet.forward"},
-            {"exact": False, "merged_unproven": ["UNet.forward", "VAE.decode"]},
-        ),
-        ("off", frozenset(), {"exact": False}),
+        (frozenset(), {"exact": True}),
+        ({"B.forward", "A.forward"}, {"exact": False, "merged_unproven": ["A.forward", "B.forward"]}),
     ],
-    ids=["preferred and had", "strict", "merged unproven", "off"],
+    ids=["alone or in proven sizes", "merged unproven"],
 )
 def test_metadata_says_whether_other_requests_may_have_changed_bits(
     policy: str, unproven: Collection[str], stated: dict[str, Any]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from deployments.engine.engine import Engine
 from deployments.engine.engine_stats import EngineStats, ForwardLabels, size_class
 from deployments.engine.intercept import intercept
+from deployments.engine.proof_state import ProofState
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
 from deployments.engine.worker import Emit, Worker
@@ -221,3 +222,27 @@ async def test_lines_from_within_a_pipeline_name_the_job_of_their_own_fiber(
     await asyncio.gather(*(asyncio.create_task(one(name)) for name in "abc"))
 
     assert seen == {name: [name] * 3 for name in "abc"}
+
+
+async def test_batch_sizes_are_counted_by_what_is_known_of_them(worker: Worker) -> None:
+    def known(proven: tuple[int, ...], refused: tuple[int, ...], pending: tuple[int, ...]) -> ProofState:
+        return ProofState("UNet.forward", "4x8x8 float32", 1, proven, refused, pending)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worker, "proofs", lambda: [known((2, 4), (3,), ()), known((2,), (), (4, 6))])
+        found = values(worker, "weft_batch_sizes")
+
+    assert found == {
+        ("UNet.forward", "proven"): 3,
+        ("UNet.forward", "refused"): 1,
+        ("UNet.forward", "pending"): 2,
+    }
+
+
+async def test_forwards_in_sizes_without_a_proof_are_counted(worker: Worker) -> None:
+    assert values(worker, "weft_forwards_unproven_total") == {(): 0}
+
+    while worker.stats.unproven_forwards == 0:  # without a policy of exactness two calls share a forward
+        await asyncio.gather(run(worker), run(worker))
+
+    assert values(worker, "weft_forwards_unproven_total") == {(): worker.stats.unproven_forwards}

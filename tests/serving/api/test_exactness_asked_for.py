@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -131,3 +131,31 @@ async def test_openais_dialect_reports_it_in_the_answer_and_in_the_stream(
 
     assert codes(answer.model_dump()) == ["merged_unproven"]
     assert [codes(event.model_dump()) for event in completed] == [["merged_unproven"]]
+
+
+async def test_a_model_shows_its_policy_and_what_its_replica_has_proven(state: ApiState) -> None:
+    proof = {
+        "module": MERGED[0],
+        "shape": "4x64x64 bfloat16",
+        "call_rows": 2,
+        "proven": (2, 4, 8),
+        "refused": (6,),
+        "pending": (),
+    }
+    asked: list[list[str]] = []
+
+    async def model_proofs(models: Iterable[str]) -> dict[str, list[dict[str, object]]]:
+        asked.append(list(models))
+        return {"sketch": [proof]}
+
+    async with client_of(create_app(replace(state, model_proofs=model_proofs))) as client:
+        one = (await client.get("/api/models/sketch")).json()
+        models = (await client.get("/api/models/")).json()["models"]
+
+    assert asked == [["sketch"], list(CARDS)]
+    assert one["exact"] == "prefer"
+    assert one["proofs"] == [proof | {"proven": [2, 4, 8], "refused": [6], "pending": []}]
+    assert {model["id"]: model["proofs"] for model in models} == {
+        "sketch": one["proofs"],
+        "tiny-flux-schnell": None,
+    }

@@ -1,0 +1,56 @@
+"""What the replicas of each model have proven of batch sizes, kept for some seconds."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+MAX_AGE_S = 10.0
+PATIENCE_S = 1.0  # that a caller waits for replicas; then the previous answers count
+
+ProofReport = Mapping[str, object]  # the fields of deployments/engine/proof_state.py's ProofState
+Ask = Callable[[str], Awaitable[Sequence[ProofReport] | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    reports: Sequence[ProofReport] | None
+    asked_at: float  # time.monotonic()
+
+
+class ProofReports:
+    """The answers of one replica of each model. Used from one event loop."""
+
+    def __init__(self, ask: Ask) -> None:
+        """ask: the reports of a replica of a model; None while it has none."""
+        self._ask = ask
+        self._answers: dict[str, _Answer] = {}
+        self._asking: dict[str, asyncio.Task[None]] = {}
+
+    async def of(self, models: Iterable[str]) -> dict[str, Sequence[ProofReport] | None]:
+        """By model, at most MAX_AGE_S old unless its replica is slow; None: no replica has answered yet."""
+        wanted = list(models)
+        asking = {task for task in map(self._refresh, wanted) if task is not None}
+        if asking:
+            await asyncio.wait(asking, timeout=PATIENCE_S)
+        answers = {model: self._answers.get(model) for model in wanted}
+        return {model: None if answer is None else answer.reports for model, answer in answers.items()}
+
+    def _refresh(self, model: str) -> asyncio.Task[None] | None:
+        """The task that asks the model's replica; None while the last answer is young."""
+        known, asking = self._answers.get(model), self._asking.get(model)
+        if asking is not None and not asking.done():
+            return asking
+        if known is not None and time.monotonic() - known.asked_at <= MAX_AGE_S:
+            return None
+        # with the context of a Serve request the task could be cancelled with that request
+        task = asyncio.get_running_loop().create_task(self._query(model), context=contextvars.Context())
+        self._asking[model] = task
+        return task
+
+    async def _query(self, model: str) -> None:
+        asked_at = time.monotonic()
+        self._answers[model] = _Answer(await self._ask(model), asked_at)
