@@ -1,9 +1,11 @@
-"""Real FLUX pipeline calls on this CPU: the engine compared with sequential calls and request-level batches.
+"""Real pipeline calls on this CPU: the engine compared with sequential calls and request-level batches.
 
 Arrivals are Poisson on a clock that is the thread's CPU time and skips idle time, so other processes on the
-machine do not count. Two models: `small`, where eight rows cost about 3.5 times one (as 512 px on a large
-GPU), and `large`, where they cost eight times one (as 1024 px). Each request has one guidance of five and one
-adapter of fifty (Zipf); the adapters' own arithmetic is in none of the policies.
+machine do not count. Two FLUX models: `small`, where eight rows cost about 3.5 times one (as 512 px on a
+large GPU), and `large`, where they cost eight times one (as 1024 px). And `guided`, rows `....guided`: the
+UNet of tiny-sdxl-base with classifier-free guidance, two rows a call, where eight rows cost about 2.9 times
+two; it runs in the default mode, with batch sizes that were proven before the clock starts. Each request has
+one guidance of five and one adapter of fifty (Zipf); the adapters' own arithmetic is in none of the policies.
 """
 
 from __future__ import annotations
@@ -23,31 +25,126 @@ from typing import Any
 
 import ledger
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 
+from deployments.engine.batch_buckets import pad_small_linears
 from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
 from deployments.engine.scheduled_job import ParkedCall, ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
+from deployments.protocol.request import Exactness
 
 STEPS = {4: 0.3, 8: 0.2, 20: 0.25, 28: 0.15, 50: 0.1}
-GUIDANCES = (1.0, 2.5, 3.5, 5.0, 7.0)
 ADAPTERS = 50
+ROOT = Path(__file__).parent.parent
 ROWS = 8
 SLO = 3.0  # times the seconds that the request takes alone
 PLOT = Path(__file__).parent / "plots" / "batching.svg"
-NOTE = "real FluxPipeline calls with random weights, one thread, clock = its CPU time, Poisson arrivals"
+NOTE = "real pipeline calls, one thread, clock = its CPU time, Poisson arrivals"
 
 
 @dataclasses.dataclass(frozen=True)
-class Model:
+class Flux:
+    """A small FLUX.1-dev with random weights, without text encoders and VAE."""
+
     width: int  # of the transformer
     blocks: tuple[int, int]  # double, single
     pixels: int  # 16 px are one token
+    exact: Exactness = "off"
+    call_rows: int = 1
+    guidances: tuple[float, ...] = (1.0, 2.5, 3.5, 5.0, 7.0)
+
+    def template(self) -> Any:
+        torch.manual_seed(0)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=self.blocks[0],
+            num_single_layers=self.blocks[1],
+            attention_head_dim=32,
+            num_attention_heads=self.width // 32,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
+            guidance_embeds=True,
+            axes_dims_rope=(8, 12, 12),
+        )
+        return FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+            vae=None,
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            transformer=transformer.eval(),
+        )
+
+    def denoiser(self, pipeline: Any) -> torch.nn.Module:
+        found: torch.nn.Module = pipeline.transformer
+        return found
+
+    def embeddings(self, _pipeline: Any, generators: Sequence[torch.Generator]) -> dict[str, torch.Tensor]:
+        return {
+            "prompt_embeds": torch.cat([torch.randn(1, 16, 32, generator=one) for one in generators]),
+            "pooled_prompt_embeds": torch.cat([torch.randn(1, 32, generator=one) for one in generators]),
+        }
 
 
-MODELS = {"small": Model(64, (1, 2), 128), "large": Model(256, (4, 8), 256)}
+@dataclasses.dataclass(frozen=True)
+class GuidedSdxl:
+    """The UNet of tiny-sdxl-base; every call has a row with the prompt and a row without it."""
+
+    pixels: int
+    exact: Exactness = "prefer"
+    call_rows: int = 2
+    guidances: tuple[float, ...] = (1.5, 2.5, 3.5, 5.0, 7.0)
+
+    def template(self) -> Any:
+        folder = ROOT / "models/tiny-sdxl-base"
+        return StableDiffusionXLPipeline(
+            scheduler=EulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+            vae=AutoencoderKL.from_pretrained(folder / "vae"),  # for its scale; nothing is decoded
+            text_encoder=None,
+            tokenizer=None,
+            text_encoder_2=None,
+            tokenizer_2=None,
+            unet=UNet2DConditionModel.from_pretrained(folder / "unet").eval(),
+            add_watermarker=False,
+        )
+
+    def denoiser(self, pipeline: Any) -> torch.nn.Module:
+        found: torch.nn.Module = pipeline.unet
+        return found
+
+    def embeddings(self, pipeline: Any, generators: Sequence[torch.Generator]) -> dict[str, torch.Tensor]:
+        config = pipeline.unet.config
+        width = config.cross_attention_dim
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+
+        def noise(*shape: int) -> torch.Tensor:
+            return torch.cat([torch.randn(1, *shape, generator=one) for one in generators])
+
+        return {
+            "prompt_embeds": noise(16, width),
+            "pooled_prompt_embeds": noise(pooled),
+            "negative_prompt_embeds": noise(16, width),
+            "negative_pooled_prompt_embeds": noise(pooled),
+        }
+
+
+Model = Flux | GuidedSdxl
+MODELS: dict[str, Model] = {
+    "small": Flux(64, (1, 2), 128),
+    "large": Flux(256, (4, 8), 256),
+    "guided": GuidedSdxl(128),
+}
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -85,32 +182,12 @@ class OneAdapter(StepScheduler):
             if waiting[i].key == waiting[first].key
             and (jobs[i].guidance, jobs[i].adapter) == (jobs[first].guidance, jobs[first].adapter)
         ]
-        return same[: self.max_batch_size]
+        return same[: self.max_batch_size // waiting[first].batch_size]
 
 
 def template(model: Model) -> Any:
-    """A small FLUX.1-dev pipeline without text encoders and VAE."""
-    torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=model.blocks[0],
-        num_single_layers=model.blocks[1],
-        attention_head_dim=32,
-        num_attention_heads=model.width // 32,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        guidance_embeds=True,
-        axes_dims_rope=(8, 12, 12),
-    )
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        transformer=transformer.eval(),
-    )
+    """The model's pipeline."""
+    pipeline = model.template()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -119,8 +196,7 @@ def generate(pipeline: Any, model: Model, requests: Sequence[Request], **more: A
     """Latents of requests with equal steps and guidance, in one pipeline call."""
     generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     latents: torch.Tensor = pipeline(
-        prompt_embeds=torch.cat([torch.randn(1, 16, 32, generator=one) for one in generators]),
-        pooled_prompt_embeds=torch.cat([torch.randn(1, 32, generator=one) for one in generators]),
+        **model.embeddings(pipeline, generators),
         height=model.pixels,
         width=model.pixels,
         num_inference_steps=requests[0].steps,
@@ -132,7 +208,7 @@ def generate(pipeline: Any, model: Model, requests: Sequence[Request], **more: A
     return latents
 
 
-def arrivals(count: int, per_second: float, seed: int) -> list[Request]:
+def arrivals(model: Model, count: int, per_second: float, seed: int) -> list[Request]:
     chance = random.Random(seed)
     popularity = [1 / (rank + 1) for rank in range(ADAPTERS)]
     now, requests = 0.0, []
@@ -145,7 +221,7 @@ def arrivals(count: int, per_second: float, seed: int) -> list[Request]:
                 steps=chance.choices(list(STEPS), list(STEPS.values()))[0],
                 shape="square",
                 seed=number,
-                guidance=chance.choice(GUIDANCES),
+                guidance=chance.choice(model.guidances),
                 adapter=chance.choices(range(ADAPTERS), popularity)[0],
             )
         )
@@ -168,7 +244,7 @@ def request_level(rows: int) -> Policy:
                 one
                 for one in waiting
                 if one.submitted_at <= now and (one.steps, one.guidance) == (first.steps, first.guidance)
-            ][:rows]
+            ][: max(1, rows // model.call_rows)]
             generate(pipeline, model, batch)
             ended.update(dict.fromkeys(batch, clock.now()))
             waiting = [one for one in waiting if one not in ended]
@@ -181,10 +257,15 @@ def step_level(scheduler: Callable[[int], StepScheduler]) -> Policy:
     """A policy: the engine with this step scheduler."""
 
     def run(pipeline: Any, model: Model, requests: Sequence[Request]) -> dict[Request, float]:
-        restore = intercept([pipeline.transformer])
+        modules = [model.denoiser(pipeline)]
+        restores = [intercept(modules)]
         clock, coming = CpuClock(), deque(requests)
-        engine = Engine(scheduler(ROWS), now=clock.now)
+        engine = Engine(scheduler(ROWS), exact=model.exact, now=lambda: clock.now())
         ended: dict[Request, float] = {}
+        if model.exact != "off":
+            restores.append(pad_small_linears(modules))
+            warm_up(engine, pipeline, model)
+            clock = CpuClock()
         while coming or not engine.idle:
             if engine.idle:
                 clock.skip_to(coming[0].submitted_at)
@@ -195,10 +276,21 @@ def step_level(scheduler: Callable[[int], StepScheduler]) -> Policy:
                     raise fiber.failure
                 if fiber.done:
                     ended[fiber.job] = clock.now()  # type: ignore[index]
-        restore()
+        for restore in restores:
+            restore()
         return ended
 
     return run
+
+
+def warm_up(engine: Engine, pipeline: Any, model: Model) -> None:
+    """One short request, then the trials of batch sizes for its shape, as before a replica takes any."""
+    request = Request(steps=2, guidance=model.guidances[0])
+    engine.start(_fiber(pipeline, model, request))
+    while not engine.idle:
+        engine.step()
+    while engine.run_trial(before_traffic=True):
+        pass
 
 
 def _fiber(pipeline: Any, model: Model, request: Request) -> Fiber:
@@ -224,7 +316,7 @@ def seconds_alone(pipeline: Any, model: Model) -> dict[int, float]:
 
     def seconds(steps: int) -> float:
         began = time.thread_time()
-        generate(pipeline, model, [Request(steps=steps)])
+        generate(pipeline, model, [Request(steps=steps, guidance=model.guidances[-1])])
         return time.thread_time() - began
 
     seconds(4)  # warms up
@@ -251,7 +343,10 @@ def slo(ended: dict[Request, float], alone: dict[int, float]) -> float:
     return sum(kept) / len(kept)
 
 
-def compare(name: str, load: float, count: int, seeds: int) -> tuple[dict[str, list[dict]], dict[int, float]]:
+Compared = tuple[dict[str, list[dict]], dict[int, float]]
+
+
+def compare(name: str, load: float, count: int, seeds: int) -> Compared:
     """Ends of all requests per policy and seed, with the same arrivals; the policies take turns."""
     model = MODELS[name]
     pipeline = template(model)
@@ -259,7 +354,7 @@ def compare(name: str, load: float, count: int, seeds: int) -> tuple[dict[str, l
     found: dict[str, list[dict]] = {policy: [] for policy in POLICIES}
     for seed in range(seeds):
         for policy, run in POLICIES.items():
-            ended = run(pipeline, model, arrivals(count, load * per_second_alone(alone), seed))
+            ended = run(pipeline, model, arrivals(model, count, load * per_second_alone(alone), seed))
             found[policy].append(ended)
             print(
                 f"| {name} | {load} | {seed} | {policy} | {mean(ended):.3f} | {p95(ended):.3f} "
@@ -339,7 +434,7 @@ def through_serve(name: str, load: float, count: int, alone: dict[int, float]) -
             await handle.remote((request.steps, request.guidance, request.seed))
             return time.monotonic() - began - request.submitted_at
 
-        requests = arrivals(count, load * per_second_alone(alone), 0)
+        requests = arrivals(model, count, load * per_second_alone(alone), 0)
         began = time.monotonic()
         return await asyncio.gather(*[one(request) for request in requests])
 
@@ -357,6 +452,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=200, help="to the small model")
     parser.add_argument("--large-requests", type=int, default=40, help="to the large model")
+    parser.add_argument("--guided-requests", type=int, default=100, help="to the guided model")
+    parser.add_argument("--only", choices=["flux", "guided"], help="measure one of the two columns")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--serve", action="store_true", help="also Ray Serve's @serve.batch, in wall time")
     parser.add_argument("--dry", action="store_true", help="neither record nor draw")
@@ -364,15 +461,31 @@ def main() -> None:
     torch.set_num_threads(1)
     began = time.monotonic()
     print("| model | load | seed | policy | mean s | p95 s | within 3x alone |\n|" + " --- |" * 7)
+    if options.only != "flux":
+        under_load("guided", options.guided_requests, options, suffix=".guided")
+    if options.only != "guided":
+        flux(options)
+    print(f"took {time.monotonic() - began:.0f} s")
+
+
+def under_load(name: str, count: int, options: argparse.Namespace, suffix: str = "") -> Compared:
+    """Compare and record the policies at 1.5 times what one after another can do."""
     with torch.inference_mode():
-        small, alone = compare("small", 1.5, options.requests, options.seeds)
+        found, alone = compare(name, 1.5, count, options.seeds)
+    ours = found["Weft"]
+    note = f"{name} model at 1.5 times what one after another can do, {count} requests a seed"
+    for policy, short in (("request-level", "request_level"), ("step-level, one adapter", "one_adapter")):
+        ratios = paired(p95, ours, found[policy])
+        record(f"batching_p95_vs_{short}{suffix}", ratios, "ratio", note, options.dry)
+    record(f"batching_slo{suffix}", [slo(ended, alone) for ended in ours], "of 1", note, options.dry)
+    return found, alone
+
+
+def flux(options: argparse.Namespace) -> None:
+    """The two FLUX models."""
+    small, alone = under_load("small", options.requests, options)
+    with torch.inference_mode():
         large, _ = compare("large", 0.8, options.large_requests, options.seeds)
-    ours = small["Weft"]
-    note = f"small model at 1.5 times what one after another can do, {options.requests} requests a seed"
-    for policy, name in (("request-level", "request_level"), ("step-level, one adapter", "one_adapter")):
-        ratios = paired(p95, ours, small[policy])
-        record(f"batching_p95_vs_{name}", ratios, "ratio", note, options.dry)
-    record("batching_slo", [slo(ended, alone) for ended in ours], "of 1", note, options.dry)
     for name, figure in (("mean", mean), ("p95", p95)):
         ratios = paired(figure, large["Weft"], large["one after another"])
         note = (
@@ -389,7 +502,6 @@ def main() -> None:
         record("batching_request_level_vs_serve_batch", [ratio], "ratio", note, options.dry)
     if not options.dry:
         draw({"small model, 1.5 load": small, "large model, 0.8 load": large})
-    print(f"took {time.monotonic() - began:.0f} s")
 
 
 if __name__ == "__main__":
