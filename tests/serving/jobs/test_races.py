@@ -170,16 +170,17 @@ async def test_when_the_leaders_workers_are_lost_for_good_its_followers_fail_too
     assert await keys_without_ttl(redis, settings.redis_prefix) == []
 
 
-async def test_expired_files_are_not_copied(store: JobStore) -> None:
+async def test_expired_files_are_not_copied(store: JobStore, redis: Redis, settings: Settings) -> None:
     leader, _ = await leader_and_follower(store)
     await store.leases.complete(await claimed(store), [ARTIFACT], 1.0)
     options = SubmitOptions(cache_key="k" * 64)
 
     early = await store.accept(NewJob(new_job_id(), OWNER, resolved(), options=options))
     await store.file_expiry.expire(leader.id)
+    answered = await redis.exists(Keys(settings.redis_prefix).cache_key("k" * 64))
     late = await store.accept(NewJob(new_job_id(), OWNER, resolved(), options=options))
 
-    assert (early.cached_from, late.cached_from) == (leader.id, None)
+    assert (early.cached_from, answered, late.cached_from) == (leader.id, 0, None)
 
 
 Finish = Callable[[JobStore, Claim], Awaitable[Job]]
