@@ -169,9 +169,13 @@ async def test_two_hundred_followers_share_one_subscription(store: JobStore, wak
         assert isinstance(story[-1][1], job_events.JobCompleted)
 
 
-async def test_waiting_ends_with_the_job(store: JobStore, wakeups: Wakeups) -> None:
+async def test_waiting_ends_with_the_job_without_polling(
+    store: JobStore, wakeups: Wakeups, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow_module, "POLL_S", 3600.0)
     job_id = await accepted(store)
-    waiting = asyncio.create_task(wait(store, wakeups, job_id, patience()))
+    waiting = asyncio.create_task(wait(store, wakeups, job_id, 2 * patience()))
+    await wakeups.ensure_subscribed()
 
     await store.leases.complete(await claimed(store), [], 1.0)
 
@@ -181,7 +185,12 @@ async def test_waiting_ends_with_the_job(store: JobStore, wakeups: Wakeups) -> N
 async def test_waiting_gives_up_in_time_with_the_job_as_it_is(store: JobStore, wakeups: Wakeups) -> None:
     job_id = await accepted(store)
 
-    assert (await wait(store, wakeups, job_id, 0.05)).state is JobState.queued
+    began = asyncio.get_running_loop().time()
+    job = await wait(store, wakeups, job_id, 0.5)
+    waited_s = asyncio.get_running_loop().time() - began
+
+    assert job.state is JobState.queued
+    assert waited_s > 0.4
 
 
 async def test_an_unknown_job_and_a_malformed_event_id_are_errors(store: JobStore, wakeups: Wakeups) -> None:

@@ -13,6 +13,7 @@ from deployments.protocol.errors import (
     BadRequest,
     Conflict,
     Forbidden,
+    Internal,
     NotFound,
     Overloaded,
     RateLimited,
@@ -234,7 +235,27 @@ async def test_a_finished_image_is_read_and_others_are_not_found(
 async def test_an_image_read_too_early_is_a_conflict(service: JobService) -> None:
     job = await service.submit(REQUEST, OWNER)
 
-    with pytest.raises(Conflict):
+    with pytest.raises(Conflict, match="the job is queued"):
+        await service.artifact(job.id, OWNER, 0)
+
+
+async def test_a_damaged_image_is_not_sent(
+    service: JobService, dispatcher: Dispatcher, tmp_path: Path
+) -> None:
+    job = await service.wait((await service.submit(REQUEST, OWNER)).id, OWNER, patience())
+    (tmp_path / "results" / job.artifacts[0].path).write_bytes(picture("blue"))
+
+    with pytest.raises(Internal, match="damaged"):
+        await service.artifact(job.id, OWNER, 0)
+
+
+async def test_an_image_read_after_its_retention_time_is_not_found(
+    service: JobService, store: JobStore, dispatcher: Dispatcher
+) -> None:
+    job = await service.wait((await service.submit(REQUEST, OWNER)).id, OWNER, patience())
+    await store.file_expiry.expire(job.id)
+
+    with pytest.raises(NotFound, match="retention time"):
         await service.artifact(job.id, OWNER, 0)
 
 

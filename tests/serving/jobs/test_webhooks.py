@@ -20,6 +20,7 @@ from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.webhook_events import owner_secret
 from serve_app.jobs.worker.webhooks import POST_TIMEOUT_S, RETRY_DELAYS_S, WebhookDeliverer
 from serve_app.settings import Settings
+from tests.patience import patience
 from tests.serving.fakes import MODEL, OWNER, keys_without_ttl, resolved
 
 URL = "https://receiver.example/hooks"
@@ -143,6 +144,21 @@ async def test_a_rejected_delivery_is_retried_later_with_the_same_id(
     assert len({headers["webhook-id"] for _, _, headers in receiver.posted}) == 1
     assert len(receiver.posted) == 3
     assert await redis.zcard(keys.outbox) == 0
+
+
+async def test_each_retry_comes_later_than_the_one_before(store: JobStore, redis: Redis, keys: Keys) -> None:
+    deliverer = WebhookDeliverer(store.outbox, Receiver(*[300] * len(RETRY_DELAYS_S)), SECRET)
+    await completed(store)
+    delays_s = []
+
+    for _ in RETRY_DELAYS_S:
+        await deliverer.deliver()
+        [(_, due_us)] = await redis.zrange(keys.outbox, 0, -1, withscores=True)
+        seconds, microseconds = await redis.time()
+        delays_s.append(due_us / 1e6 - seconds - microseconds / 1e6)
+        await due_now(redis, keys)
+
+    assert delays_s == [pytest.approx(delay_s, rel=0.0, abs=patience(0.1)) for delay_s in RETRY_DELAYS_S]
 
 
 @pytest.mark.parametrize(("answers", "tries"), [([500] * 20, len(RETRY_DELAYS_S) + 1), ([410], 1)])
