@@ -155,6 +155,7 @@ class Worker:
         self._jobs: set[ScheduledJob] = set()  # of those
         self._recent_s: deque[float] = deque(maxlen=32)  # work of the latest submitted
         self._stopping = False
+        self._broken_outside = False  # the device failed outside of the engine
         self._lost = ""  # why the engine cannot go on; set once
         # of the fibers that moved on in the latest steps
         self._recent_jobs: deque[list[ScheduledJob]] = deque(maxlen=AHEAD if torch.cuda.is_available() else 0)
@@ -193,6 +194,7 @@ class Worker:
     def report_broken_device(self, error: BaseException) -> None:
         """End the engine: the device failed outside of it. May be called from any thread."""
         self._lose(error)
+        self._broken_outside = True
         self._inbox.put(_Break(error))
 
     def check(self) -> None:
@@ -431,9 +433,10 @@ class Worker:
         """The requests that may have caused it: all that run, unless it is known whose forward failed.
 
         On a GPU an error is found later than its cause, and may come from the other lane's forward.
+        A trial of a batch size belongs to no request, but has the shapes of one that runs.
         """
         broken = next((one for one in causes_of(error) if isinstance(one, DeviceBroken)), None)
-        if broken is None:
+        if broken is None or not (broken.fibers or self._broken_outside):
             return {fiber.job for fiber in self._running}
         suspects = {fiber.job for fiber in broken.fibers}.union(*self._recent_jobs)
         if torch.cuda.is_available():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deployments.engine.device_errors import DeviceBroken
 from deployments.engine.engine import Engine
 from deployments.engine.intercept import intercept
 from deployments.engine.scheduled_job import ScheduledJob
@@ -210,6 +211,20 @@ async def test_a_device_that_breaks_outside_of_the_engine_hands_over_all_that_ru
     with pytest.raises(ModelUnavailable, match="the device failed"):
         worker.check()
     assert was_handed_over(await everything(running))
+
+
+async def test_a_trial_that_breaks_the_device_counts_for_all_whose_shapes_it_may_have(
+    worker: Worker, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trial(_engine: Engine, **_options: bool) -> None:
+        raise DeviceBroken(()) from illegal_access()
+
+    running = worker.submit(steps(model.other, 20.0), ScheduledJob())
+    await begun(running)
+
+    monkeypatch.setattr(Engine, "step", trial)
+
+    assert not was_handed_over(await everything(running))
 
 
 async def test_a_decode_in_flight_is_handed_over_when_the_steps_break_the_device(
