@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: serve test fleets rehearsal exact chaos mutants check format types lint audit bench clean
+.PHONY: serve test fleets rehearsal device-sim exact chaos mutants check format types lint audit bench clean
 
 serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+C
 	@$(BIN)/weft serve
@@ -13,14 +13,17 @@ serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+
 SUITE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 \
   --dist loadfile --no-loadscope-reorder --durations 25
 
-test: $(VENV)/.test ## set up, then the suite; `make fleets` and `make rehearsal` run what it leaves out
-	@$(SUITE) -m "not fleet and not rehearsal"
+test: $(VENV)/.test ## set up, then the suite; `make fleets`, `make rehearsal` and `make device-sim` run what it leaves out
+	@$(SUITE) -m "not fleet and not rehearsal and not device_sim_long"
 
 fleets: $(VENV)/.test ## the shipped fleet, clusters of several nodes, a batch as a Ray job (15 minutes on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fleet tests/graph
 
 rehearsal: $(VENV)/.test ## every tiny model trained for a few steps, compiled, in two processes (half an hour on a busy machine)
 	@$(BIN)/python -m pytest -m rehearsal --timeout 7200 tests/tools
+
+device-sim: $(VENV)/.test ## every model at real size on a simulated GPU, videos too (5 minutes on two cores)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/device_sim
 
 exact: $(VENV)/.test ## 1,000 random schedules against each request alone (an hour of one core)
 	@$(BIN)/python benchmarks/exact.py

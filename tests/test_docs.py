@@ -127,7 +127,7 @@ def module_exists(name: str) -> bool:
     for length in (len(parts), len(parts) - 1):
         path, rest = "/".join(parts[:length]), parts[length:]
         wanted = [*rest, *([attribute] if attribute else [])]
-        for file in (ROOT / f"{path}.py", ROOT / path / "__init__.py"):
+        for file in (ROOT / f"{path}.py", ROOT / path / "__init__.py", ROOT / path / "__main__.py"):
             if file.exists() and all(
                 re.search(rf"\b{word}\b", file.read_text(encoding="utf-8")) for word in wanted
             ):

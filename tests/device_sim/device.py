@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from tests.device_sim import sources, values
 from tests.device_sim.clock import CUDA, current_stream, host
@@ -30,6 +30,7 @@ from tests.device_sim.costs import (
 from tests.device_sim.host_memory import UNSTAGED_BYTES, HostMemory
 from tests.device_sim.measurements import Measurements
 from tests.device_sim.memory import DeviceMemory
+from tests.device_sim.values import flat
 
 aten = torch.ops.aten
 
@@ -87,6 +88,12 @@ class SimulatedDevice(TorchDispatchMode):
         self.measurements = Measurements(self.memory)
         self.equal: Answer = lambda _file: True  # of tensors without values
 
+    def begin_part(self) -> None:
+        """Begin a part of the run with measurements of its own, while nothing runs."""
+        with self.lock:
+            self.memory.begin_part()
+            self.measurements.begin_part()
+
     def waited(self, kind: str) -> None:
         """The host waits for the current stream."""
         with self.lock:
@@ -99,7 +106,7 @@ class SimulatedDevice(TorchDispatchMode):
         kwargs = kwargs or {}
         if function.namespace == "prim":
             return function(*args, **kwargs)
-        leaves = tree_leaves((args, kwargs))
+        leaves = flat(args, kwargs)
         if any(isinstance(leaf, FakeTensor) for leaf in leaves) or _names_cuda(leaves):
             with self.lock:
                 return self._run(function, args, kwargs)
@@ -150,8 +157,7 @@ class SimulatedDevice(TorchDispatchMode):
         if function is aten.scaled_dot_product_attention.default:
             query, key, value = args[:3]
             out = _blank((*query.shape[:-1], value.shape[-1]), query.dtype)
-            tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
-            self._launch(function, attention_flops(query, key, value), tensors, (out,))
+            self._launch(function, attention_flops(query, key, value), _on_device(flat(args, kwargs)), (out,))
             return out
         if function is aten.linear.default:
             x, weight = args[:2]
@@ -162,8 +168,9 @@ class SimulatedDevice(TorchDispatchMode):
 
     def _finished(self, function: Any, args: Any, kwargs: dict[str, Any], out: Any, flops: float) -> Any:
         """The operator's result, counted and held; a view launches nothing."""
-        outs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, FakeTensor)]
-        ins = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
+        outs, ins = _on_device(flat((out,), {})), _on_device(flat(args, kwargs))
+        if not outs and not ins:
+            return out  # on "meta"
         if function in EMPTY or _is_view(function, ins, outs):
             for tensor in outs:
                 self.memory.hold(tensor)
@@ -193,7 +200,7 @@ class SimulatedDevice(TorchDispatchMode):
         """Raises RuntimeError as CUDA does where a tensor of the host is among the device's."""
         on_host = [
             leaf
-            for leaf in tree_leaves((args, kwargs))
+            for leaf in flat(args, kwargs)
             if isinstance(leaf, Tensor) and not isinstance(leaf, FakeTensor) and leaf.ndim
         ]
         if on_host:
@@ -320,7 +327,7 @@ class SimulatedDevice(TorchDispatchMode):
     def _by_value(self, function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """An operator whose result's shape depends on values, which the host waits for."""
         self.waited(function.overloadpacket.__name__)
-        given = values.on_host((args, kwargs))
+        given = values.on_host(args, kwargs)
         if given is None:
             raise RuntimeError(f"{function} needs values, and its tensors are too large to have some")
         out = values.real(function, *given)
@@ -331,6 +338,10 @@ class SimulatedDevice(TorchDispatchMode):
         out = _blank(value.shape, value.dtype)
         values.set_value(out, value)
         return self._made(function, out)
+
+
+def _on_device(leaves: Sequence[Any]) -> list[Tensor]:
+    return [leaf for leaf in leaves if isinstance(leaf, FakeTensor) and leaf.device.type == "cuda"]
 
 
 def _names_cuda(leaves: Sequence[Any]) -> bool:

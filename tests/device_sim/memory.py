@@ -53,11 +53,26 @@ class DeviceMemory:
         self.total = total
         self.limit = total  # an allocation above it raises torch.OutOfMemoryError
         self.live = 0
-        self.peak = 0  # since the start
+        self.before = 0  # when this part of the run began
+        self.peak = 0  # of this part
         self.peak_since_reset = 0  # torch.cuda.max_memory_allocated
         self.refused = 0  # allocations above the limit
         self.live_by_source: Counter[str] = Counter()
         self.hazards: Counter[str] = Counter()
+        self._before_by_source: Counter[str] = Counter()
+
+    def begin_part(self) -> None:
+        """Measure from here on; storages and races so far belong to the part before."""
+        self.before = self.peak = self.live
+        self.refused = 0
+        self.hazards.clear()
+        self._before_by_source = self.live_by_source.copy()
+
+    def grown(self) -> dict[str, int]:
+        """Bytes by the line that allocated them, more than when this part began; the largest first."""
+        grown = self.live_by_source.copy()
+        grown.subtract(self._before_by_source)
+        return dict(grown.most_common(12))
 
     def open_scope(self) -> Scope:
         """Measure what this thread allocates until close_scope."""

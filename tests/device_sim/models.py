@@ -15,19 +15,13 @@ import torch
 import transformers
 from torch import nn
 
+from deployments.protocol.card import ModelCard, Weights, load_card
 from tests.device_sim.device import SimulatedDevice
 from tests.device_sim.forwards import measure
 
-TINY_MODELS = Path(__file__).parents[2] / "models"
+ROOT = Path(__file__).parents[2]
 
 Build = Callable[[Any, Any], Any]  # a module from its class and its configuration
-
-CARDS = {  # by short name
-    "flux": "flux.1-dev",
-    "schnell": "flux.1-schnell",
-    "sdxl": "sdxl-base-1.0",
-    "sd15": "stable-diffusion-v1.5",
-}
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
@@ -81,7 +75,7 @@ def _builder(device: SimulatedDevice) -> Build:
 
 
 def _tokenizer(model: str, folder: str = "tokenizer") -> Any:
-    return transformers.AutoTokenizer.from_pretrained(str(TINY_MODELS / model / folder))
+    return transformers.AutoTokenizer.from_pretrained(str(ROOT / "models" / model / folder))
 
 
 def _vae(build: Build, channels: int, scaling_factor: float, shift_factor: float | None = None) -> Any:
@@ -199,11 +193,90 @@ def _sd15(build: Build) -> Any:
     )
 
 
+def _wan(build: Build) -> Any:
+    """Wan 2.1 T2V 14B: the defaults of diffusers' classes are its configuration."""
+    umt5 = transformers.UMT5Config(
+        vocab_size=256384,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+    )
+    scheduler = diffusers.UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0
+    )
+    return diffusers.WanPipeline(
+        tokenizer=_tokenizer("tiny-wan"),
+        text_encoder=build(transformers.UMT5EncoderModel, umt5),
+        transformer=build(diffusers.WanTransformer3DModel, {}),
+        vae=build(diffusers.AutoencoderKLWan, {}),
+        scheduler=scheduler,
+    )
+
+
+def _hunyuan_video(build: Build) -> Any:
+    """HunyuanVideo: the defaults of diffusers' classes are its configuration."""
+    llama = transformers.LlamaConfig(
+        vocab_size=128320,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        rms_norm_eps=1e-5,
+    )
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=build(transformers.LlamaModel, llama),
+        tokenizer=_tokenizer("tiny-wan"),
+        transformer=build(diffusers.HunyuanVideoTransformer3DModel, {}),
+        vae=build(diffusers.AutoencoderKLHunyuanVideo, {}),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=_clip_l(build),
+        tokenizer_2=_tokenizer("tiny-flux-dev"),
+    )
+
+
+def _wan_card() -> ModelCard:
+    """No card of Wan 2.1 14B ships: the tiny one's with the repository and the sizes of the large one."""
+    tiny = _card("tiny-wan")
+    assert tiny.videos is not None
+    sizes = tiny.sizes.model_copy(update={"width": 832, "height": 480, "max": 1280, "max_pixels": 921600})
+    videos = tiny.videos.model_copy(
+        update={"num_frames": 81, "fps": 16, "max_frames": 129, "max_frame_pixels": 118886400}
+    )
+    weights = Weights(repo="Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    return tiny.model_copy(
+        update={
+            "id": "wan-2.1-14b",
+            "weights": weights,
+            "sizes": sizes,
+            "videos": videos,
+            "max_sequence_length": 512,
+        }
+    )
+
+
+def _card(name: str) -> ModelCard:
+    return load_card(ROOT / f"configs/models/{name}.yaml")
+
+
 PIPELINES: Mapping[str, Callable[[Build], Any]] = {
     "black-forest-labs/FLUX.1-dev": lambda build: _flux(build, guidance=True),
     "black-forest-labs/FLUX.1-schnell": lambda build: _flux(build, guidance=False),
     "stabilityai/stable-diffusion-xl-base-1.0": _sdxl,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _sd15,
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan,
+    "hunyuanvideo-community/HunyuanVideo": _hunyuan_video,
+}
+MODELS: Mapping[str, Callable[[], ModelCard]] = {  # by short name
+    "flux": lambda: _card("flux.1-dev"),
+    "schnell": lambda: _card("flux.1-schnell"),
+    "sdxl": lambda: _card("sdxl-base-1.0"),
+    "sd15": lambda: _card("stable-diffusion-v1.5"),
+    "wan": _wan_card,
+    "hunyuan": lambda: _card("hunyuan-video"),
 }
 
 FLUX_CONTROLNET = {

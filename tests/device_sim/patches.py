@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from tests.device_sim.clock import (
     DEFAULT_STREAM,
@@ -109,6 +110,8 @@ def _patch_tensors(device: SimulatedDevice) -> None:
             device.memory.record_stream(self, stream)
 
     tensor: Any = Tensor
+    fake: Any = FakeTensor
+    fake.tolist = lambda self: self.cpu().tolist()  # one copy, where fakes read value by value
     tensor.pin_memory, tensor.record_stream = pin_memory, record_stream
     tensor.is_pinned = lambda self, _device=None: host_memory.is_pinned(self)
     torch.Generator = SimGenerator  # type: ignore[misc]

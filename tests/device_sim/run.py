@@ -8,25 +8,25 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from deployments.engine.scheduled_job import ParkedCall
 from deployments.engine.step_scheduler import StepScheduler
-from deployments.protocol.card import ModelCard, load_card
+from deployments.protocol.card import ModelCard
 from deployments.protocol.events import Failed, Step
-from deployments.protocol.request import Control, ControlType, GenerationRequest, Lora, OutputOptions
+from deployments.protocol.request import Control, GenerationRequest, Lora, OutputOptions, Video
 from tests.device_sim import models, patches
 from tests.device_sim.costs import KINDS
 from tests.device_sim.device import SimulatedDevice
 from tests.device_sim.lora_files import lora_file
+from tests.device_sim.scenario import Scenario, Wave
 
-CARD_FOLDER = Path(__file__).parents[2] / "configs/models"
+PROOFS_S = 600.0  # at most, for the proofs before a wave
 
 
 class TogetherScheduler(StepScheduler):
@@ -36,35 +36,11 @@ class TogetherScheduler(StepScheduler):
         picked: list[int] = []
         rows = 0
         for index, call in enumerate(waiting):
-            alone = not picked or (call.key is not None and call.key == waiting[picked[0]].key)
-            if alone and rows + call.batch_size <= max(self.max_batch_size, call.batch_size):
+            may_join = not picked or (call.key is not None and call.key == waiting[picked[0]].key)
+            if may_join and rows + call.batch_size <= max(self.max_batch_size, call.batch_size):
                 picked.append(index)
                 rows += call.batch_size
         return picked
-
-
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """What is served on what."""
-
-    model: str  # one of models.CARDS
-    gpu: str = "a100"
-    requests: int = 4
-    rows: int = 4  # max_rows of the card
-    steps: int = 4
-    loras: int = 0  # LoRA files; the requests take turns with them
-    rank: int = 16  # of the files with even index; the others have twice as much
-    cold_loras: bool = False  # LoRAs are read and copied while other requests run
-    sizes: tuple[tuple[int, int], ...] = ()  # width and height; empty: the card's
-    scheduler: str = "auto"
-    images: int = 1  # of each request
-    previews: int = 0
-    control: ControlType | None = None  # type of a control picture for every request
-    cancel_after: int = 0  # the last request is cancelled after so many of its steps
-    together: bool = True  # forwards take all rows that wait from the start, as the step scheduler learns to
-    deterministic: bool = False
-    proofs: bool = True  # whether proofs find equal bits; without values there is nothing to compare
-    memory_gib: float = 0.0  # an allocation above it fails; 0: the GPU's memory
 
 
 @dataclass(slots=True)
@@ -76,19 +52,15 @@ class Outcome:
     error: str = ""
 
 
-@dataclass(slots=True)
-class Finished:
-    """A run: the device with its measurements, and the requests' outcomes."""
-
-    scenario: Scenario
-    device: SimulatedDevice
-    outcomes: list[Outcome]
-    weights_bytes: int
-    account: dict[str, int | None]  # the replica's own count of the device's memory, at the end
+Account = dict[str, int | None]  # bytes by part, as the replica counts them
+OnPart = Callable[[SimulatedDevice, Wave | None, Sequence[Outcome], Account], None]
 
 
-def serve(scenario: Scenario) -> Finished:
-    """Run the scenario to the end of all requests. Changes this process for good: call it in its own."""
+def serve(scenario: Scenario, on_part: OnPart) -> None:
+    """Load the model and serve the waves. Changes this process for good: call it in one of its own.
+
+    on_part: called after the model is loaded, without a wave, and after each wave.
+    """
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     device = SimulatedDevice(KINDS[scenario.gpu])
     if scenario.memory_gib:
@@ -96,41 +68,61 @@ def serve(scenario: Scenario) -> Finished:
     device.equal = lambda _file: scenario.proofs
     patches.install(device)
     models.install(device)
-    finished: list[Finished] = []
+    errors: list[BaseException] = []
 
     def main() -> None:
-        finished.append(asyncio.run(_serve(scenario, device)))
+        try:
+            asyncio.run(_serve(scenario, device, on_part))
+        except BaseException as error:
+            errors.append(error)
 
     thread = threading.Thread(target=main, name="asyncio")
     thread.start()  # threads have the device; this one does not
     thread.join()
-    return finished[0]
+    if errors:
+        raise errors[0]
 
 
-async def _serve(scenario: Scenario, device: SimulatedDevice) -> Finished:
+async def _serve(scenario: Scenario, device: SimulatedDevice, on_part: OnPart) -> None:
     from deployments import runtime  # after torch.cuda is the device's
+    from deployments.encoder import VideoEncoder
     from deployments.replica import ModelReplica
 
     card = _card_of(scenario)
     if scenario.together:
         vars(runtime)["StepScheduler"] = TogetherScheduler
-    replica = ModelReplica([card])
+    replica = ModelReplica([card], encoder=VideoEncoder() if card.videos else None)
     logging.getLogger("deployments").setLevel(logging.ERROR)
-    weights_bytes = device.memory.live
+    on_part(device, None, (), await _account_of(replica))
     shapes = await replica.layers(card.id)
-    files = [lora_file(shapes, scenario.rank * (1 + index % 2), index + 1) for index in range(scenario.loras)]
-    requests = [_request(scenario, card, files, index) for index in range(scenario.requests)]
+    for wave in scenario.waves:
+        if wave.proven:
+            await replica._runtime.worker.prove_all(PROOFS_S)
+        device.begin_part()
+        outcomes = await _serve_wave(wave, card, replica, shapes)
+        on_part(device, wave, outcomes, await _account_of(replica))
+
+
+async def _account_of(replica: Any) -> Account:
+    status = await replica.status()
+    account: Account = status["memory_bytes"]
+    return account
+
+
+async def _serve_wave(
+    wave: Wave, card: ModelCard, replica: Any, shapes: dict[str, tuple[int, ...]]
+) -> list[Outcome]:
+    files = [lora_file(shapes, wave.rank * (1 + index % 2), index + 1) for index in range(wave.loras)]
+    requests = [_request(wave, card, files, index) for index in range(wave.requests)]
     async with AsyncExitStack() as kept:
-        if not scenario.cold_loras:
+        if not wave.cold_loras:
             await _load_loras(replica, requests, kept)
-        outcomes = await asyncio.gather(
+        return await asyncio.gather(
             *(
-                _outcome(replica, request, scenario.cancel_after if request is requests[-1] else 0)
+                _outcome(replica, request, wave.cancel_after if request is requests[-1] else 0)
                 for request in requests
             )
         )
-    status: Any = await replica.status()
-    return Finished(scenario, device, outcomes, weights_bytes, status["memory_bytes"])
 
 
 async def _load_loras(replica: Any, requests: Sequence[GenerationRequest], kept: AsyncExitStack) -> None:
@@ -142,29 +134,35 @@ async def _load_loras(replica: Any, requests: Sequence[GenerationRequest], kept:
 
 
 def _card_of(scenario: Scenario) -> ModelCard:
-    card = load_card(CARD_FOLDER / f"{models.CARDS[scenario.model]}.yaml")
-    changes = {"warm_up": False, "max_rows": scenario.rows, "slots": max(16, scenario.requests)}
-    serving = card.serving.model_copy(update=changes | {"deterministic": scenario.deterministic})
+    card = models.MODELS[scenario.model]()
+    requests = max(wave.requests for wave in scenario.waves)
+    changes = {
+        "max_rows": scenario.rows,
+        "slots": max(16, requests),
+        "warm_up": scenario.warm_up,
+        "deterministic": scenario.exact,
+    }
+    serving = card.serving.model_copy(update=changes)
     return card.model_copy(update={"serving": serving, "refiner": None})
 
 
-def _request(scenario: Scenario, card: ModelCard, files: Sequence[bytes], index: int) -> GenerationRequest:
-    sizes = scenario.sizes or ((card.sizes.width, card.sizes.height),)
+def _request(wave: Wave, card: ModelCard, files: Sequence[bytes], index: int) -> GenerationRequest:
+    sizes = wave.sizes or ((card.sizes.width, card.sizes.height),)
     width, height = sizes[index % len(sizes)]
-    loras = [Lora.of(files[index % len(files)], 0.8)] if files else []
-    controls = [Control(image=_png(width, height), type=scenario.control)] if scenario.control else []
+    video = Video(num_frames=wave.frames or None) if card.videos and not card.videos.framewise else None
     return GenerationRequest(
         model=card.id,
         prompt=f"picture {index}",
         seed=index,
-        num_inference_steps=scenario.steps,
+        num_inference_steps=wave.steps,
         width=width,
         height=height,
-        num_images=scenario.images,
-        loras=loras,
-        controls=controls,
-        scheduler=scenario.scheduler,
-        output=OutputOptions(previews=scenario.previews, format="jpeg"),
+        num_images=wave.images,
+        loras=[Lora.of(files[index % len(files)], 0.8)] if files else [],
+        controls=[Control(image=_png(width, height), type=wave.control)] if wave.control else [],
+        scheduler=wave.scheduler,
+        output=OutputOptions(previews=wave.previews, format="jpeg"),
+        video=video,
     )
 
 

@@ -1,4 +1,4 @@
-"""Runs `python -m tests.device_sim` in a process of its own and returns its report."""
+"""Runs the simulated device in a process of its own, so that its patches of torch reach no other test."""
 
 from __future__ import annotations
 
@@ -9,28 +9,35 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests.device_sim.guard import compiler
 from tests.patience import patience
 
 ROOT = Path(__file__).parents[2]
 
+needs_compiler = pytest.mark.skipif(compiler() is None, reason="the simulated device needs g++")
 
-def simulate(model: str, *options: str, quiet_s: float = 60.0) -> dict[str, Any]:
-    """The report of one scenario. options: of the command; quiet_s: what it takes on a quiet machine.
 
-    Fakes and patches of torch stay in the other process. Raises AssertionError with what it printed when
-    it fails.
+def simulate(model: str, *options: str, quiet_s: float = 60.0) -> list[dict[str, Any]]:
+    """The parts of a run of `python -m tests.device_sim`: loading, then its waves; see report.py.
+
+    quiet_s: what it takes on a quiet machine. Raises AssertionError with what it printed when it fails.
     """
-    command = [sys.executable, "-m", "tests.device_sim", model, "--json", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    parts: list[dict[str, Any]] = run_module("tests.device_sim", model, "--json", *options, quiet_s=quiet_s)
+    return parts
+
+
+def run_module(module: str, *arguments: str, quiet_s: float = 10.0) -> Any:
+    """What the module prints as JSON in its last line."""
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", module, *arguments],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=patience(quiet_s),
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return report
+    return json.loads(done.stdout.splitlines()[-1])

@@ -62,6 +62,10 @@ def _running(frame: FrameType | None) -> Iterator[Source]:
 
 
 def _short(path: str) -> str:
-    """The path from one of PACKAGES on; "" for any other file."""
-    starts = [path.rfind(f"/{package}/") + 1 for package in PACKAGES]
-    return path[max(starts) :] if any(starts) else ""
+    """The path from its package on; "" for a file of another package."""
+    for package in PACKAGES:
+        start = path.find(f"/site-packages/{package}/")
+        if start >= 0:
+            return path[start + len("/site-packages/") :]
+    start = path.rfind("/deployments/")
+    return path[start + 1 :] if start >= 0 else ""
