@@ -39,7 +39,8 @@ from deployments.engine.intercept import intercept
 from deployments.engine.lora_rows import run_with_lora_rows
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
-from deployments.engine.worker import Emit, Worker
+from deployments.engine.work import Emit
+from deployments.engine.worker import Worker
 from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.cache import LoraCache, LoraCacheLimits
 from deployments.loras.lora_set import LoraSet, combine

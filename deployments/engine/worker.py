@@ -12,126 +12,41 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Container
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from deployments.engine.commands import (
+    Break,
+    Cancel,
+    Command,
+    Drain,
+    RunFunction,
+    Stop,
+    Submit,
+    Wake,
+    run_function,
+    settle,
+)
 from deployments.engine.device_errors import DeviceBroken, causes_of, is_device_broken
 from deployments.engine.engine import Engine
-from deployments.engine.engine_stats import EngineStats
-from deployments.engine.fiber import Fiber, FiberCancelled
-from deployments.engine.out_of_memory import is_out_of_memory, shortage
+from deployments.engine.fiber import Fiber
 from deployments.engine.proof_state import ProofState
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
+from deployments.engine.work import Checkpointed, Finished, Work, WorkItem, as_weft_error, preempt
 from deployments.protocol.errors import (
-    BadRequest,
-    Internal,
     ModelUnavailable,
     NotFinite,
-    OutOfMemory,
     Overloaded,
-    WeftError,
 )
-from deployments.protocol.events import Failed, Queued, Started, Step
+from deployments.protocol.events import Failed, Queued, Started
 
 MIN_SLOWDOWN = 4  # a request alone takes at most so many times its share of full forwards
 AHEAD = 2  # steps that a GPU may be behind: an error is found so much later than its cause
 
 logger = logging.getLogger(__name__)
-
-Emit = Callable[[Any], None]
-Work = Callable[[Emit], Any]  # runs as a fiber; emits its progress through the argument
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The last item of work that did not fail."""
-
-    value: Any  # what the work returned
-    queued_s: float
-    run_s: float
-    unproven: frozenset[str] = frozenset()  # modules whose forwards it shared in sizes not proven exact
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpointed:
-    """The worker drains or stops: what `snapshot` returned, or None. Failed follows."""
-
-    state: Any
-
-
-@dataclass(slots=True, eq=False)
-class _WorkItem:
-    """One submitted piece of work. The worker's thread changes it; asyncio only reads `items`."""
-
-    work: Work
-    job: ScheduledJob
-    loop: asyncio.AbstractEventLoop
-    max_wait_s: float | None
-    snapshot: Callable[[], Any] | None
-    stats: EngineStats
-    context: contextvars.Context  # of the submitter; has the ids for log lines
-    items: asyncio.Queue[Any] = field(default_factory=asyncio.Queue)
-    started_at: float = 0.0
-    fiber: Fiber | None = None
-
-    def publish(self, item: Any) -> None:
-        """Hand the item to the submitter's event loop."""
-        with suppress(RuntimeError):  # the caller's loop may be closed by now
-            self.loop.call_soon_threadsafe(self.items.put_nowait, item)
-
-    def emit(self, item: Any) -> None:
-        """Publish an item of the work itself; its steps are also progress for the scheduler."""
-        if isinstance(item, Step):
-            self.job.steps_done, self.job.steps = item.step, item.steps
-            self.stats.steps += 1
-        self.publish(item)
-
-
-@dataclass(frozen=True, slots=True)
-class _Submit:
-    submission: _WorkItem
-
-
-@dataclass(frozen=True, slots=True)
-class _Cancel:
-    submission: _WorkItem
-
-
-@dataclass(frozen=True, slots=True)
-class _RunFunction:
-    """A function for the worker's thread, such as intercepting the modules of another model."""
-
-    function: Callable[[], Any]
-    done: asyncio.Future[Any]
-    loop: asyncio.AbstractEventLoop
-
-
-@dataclass(frozen=True, slots=True)
-class _Drain:
-    grace_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class _Break:
-    """The device failed outside of the engine, such as while a video was decoded."""
-
-    error: BaseException
-
-
-@dataclass(frozen=True, slots=True)
-class _Wake:
-    """The auxiliary lane's forward is done."""
-
-
-_Command = _Submit | _Cancel | _RunFunction | _Drain | _Stop | _Break | _Wake
 
 
 class Worker:
@@ -148,9 +63,9 @@ class Worker:
         self._scheduler = scheduler
         self._slots = slots
         self._watchdog_s = watchdog_s
-        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._waiting: list[_WorkItem] = []
-        self._running: dict[Fiber, _WorkItem] = {}
+        self._inbox: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._waiting: list[WorkItem] = []
+        self._running: dict[Fiber, WorkItem] = {}
         self._open = 0  # submitted and not yet ended; counted on the asyncio side
         self._jobs: set[ScheduledJob] = set()  # of those
         self._recent_s: deque[float] = deque(maxlen=32)  # work of the latest submitted
@@ -162,7 +77,7 @@ class Worker:
         self._ended = False  # the inbox is not read any more
         self._busy_since: float | None = None  # time.monotonic() when the current step began
         self.stats = engine.stats
-        engine.on_auxiliary_done = lambda: self._inbox.put(_Wake())
+        engine.on_auxiliary_done = lambda: self._inbox.put(Wake())
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
 
@@ -195,7 +110,7 @@ class Worker:
         """End the engine: the device failed outside of it. May be called from any thread."""
         self._lose(error)
         self._broken_outside = True
-        self._inbox.put(_Break(error))
+        self._inbox.put(Break(error))
 
     def check(self) -> None:
         """Raises ModelUnavailable if the thread is dead or hangs, or the device is broken."""
@@ -238,10 +153,10 @@ class Worker:
             raise ModelUnavailable("this replica is shutting down; try again")
         job.submitted_at = time.monotonic()
         loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-        submission = _WorkItem(work, job, loop, max_wait_s, snapshot, self.stats, context)
+        submission = WorkItem(work, job, loop, max_wait_s, snapshot, self.stats, context)
         self._open += 1
         self._jobs.add(job)
-        self._put(_Submit(submission))
+        self._put(Submit(submission))
         try:
             while True:
                 item = await submission.items.get()
@@ -252,17 +167,17 @@ class Worker:
             self._open -= 1
             self._jobs.discard(job)
             self._recent_s.append(self._scheduler.work_left_s([replace(job, steps_done=0)]))
-            self._inbox.put(_Cancel(submission))  # without effect on work that is over
+            self._inbox.put(Cancel(submission))  # without effect on work that is over
 
     async def run_on_thread(self, function: Callable[[], Any]) -> Any:
         """The function's result or error; it runs on the worker's thread between two forwards."""
         self.check()
         loop = asyncio.get_running_loop()
         done: asyncio.Future[Any] = loop.create_future()
-        self._put(_RunFunction(function, done, loop))
+        self._put(RunFunction(function, done, loop))
         return await done
 
-    def _put(self, command: _Command) -> None:
+    def _put(self, command: Command) -> None:
         """Have the thread execute the command, or refuse it here if the thread has ended meanwhile."""
         self._inbox.put(command)
         if self._ended:
@@ -286,12 +201,12 @@ class Worker:
     def drain(self, grace_s: float) -> None:
         """Refuse new work; preempt at once what waits and what would not end within `grace_s` seconds."""
         self._stopping = True
-        self._inbox.put(_Drain(grace_s))
+        self._inbox.put(Drain(grace_s))
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """End the thread after the current step; what still runs fails as retryable."""
         self._stopping = True
-        self._inbox.put(_Stop())
+        self._inbox.put(Stop())
         self._thread.join(timeout_s)
 
     # ---- everything below runs on the worker's thread ----
@@ -317,7 +232,7 @@ class Worker:
             self._give_back(self._suspects(error))
         else:
             for submission in itertools.chain(self._running.values(), self._waiting):
-                _preempt(submission)
+                preempt(submission)
         self._engine.close()
         self._stopping = self._ended = True
         self._refuse_rest()
@@ -334,22 +249,22 @@ class Worker:
                 return True
             wait = False
             match command:
-                case _Submit(submission):
+                case Submit(submission):
                     self._accept(submission)
-                case _Cancel(submission):
+                case Cancel(submission):
                     self._cancel(submission)
-                case _RunFunction():
-                    _run_function(command)
-                case _Drain(grace_s):
+                case RunFunction():
+                    run_function(command)
+                case Drain(grace_s):
                     self._drain(grace_s)
-                case _Stop():
+                case Stop():
                     return False
-                case _Break(error):
+                case Break(error):
                     raise DeviceBroken([]) from error
-                case _Wake():
+                case Wake():
                     pass
 
-    def _accept(self, submission: _WorkItem) -> None:
+    def _accept(self, submission: WorkItem) -> None:
         """Queue the work and publish its place, or refuse it if the wait would be too long."""
         queued = [*(waiting.job for waiting in self._waiting), submission.job]
         if len(self._running) + len(queued) <= self._slots:
@@ -407,7 +322,7 @@ class Worker:
                 continue
             self.stats.requests += 1
             if fiber.failure is not None:
-                failed = submission.context.run(_as_weft_error, fiber.failure)
+                failed = submission.context.run(as_weft_error, fiber.failure)
                 self.stats.record_failure(
                     "not_finite" if isinstance(fiber.failure, NotFinite) else failed.kind
                 )
@@ -462,17 +377,17 @@ class Worker:
         with suppress(queue.Empty):
             while True:
                 match self._inbox.get(block=False):
-                    case _Submit(submission):
+                    case Submit(submission):
                         submission.publish(Checkpointed(None))
                         submission.publish(Failed.of(self._lost_error()))
-                    case _RunFunction() as command:
-                        _settle(command, None, self._lost_error())
+                    case RunFunction() as command:
+                        settle(command, None, self._lost_error())
 
     def _lost_error(self) -> ModelUnavailable:
         reason = self._lost or "the replica is shutting down"
         return ModelUnavailable(f"{reason}; the request continues on another replica, or try again")
 
-    def _cancel(self, submission: _WorkItem) -> None:
+    def _cancel(self, submission: WorkItem) -> None:
         if submission.fiber is None:
             with suppress(ValueError):  # it was refused, preempted or has ended
                 self._waiting.remove(submission)
@@ -484,7 +399,7 @@ class Worker:
         """Preempt all but the running work that ends within `grace_s` seconds."""
         self.stats.preempted += len(self._waiting)
         for submission in self._waiting:
-            _preempt(submission)
+            preempt(submission)
         self._waiting.clear()
         for fiber, submission in list(self._running.items()):
             left_s = self._scheduler.remaining_s(submission.job)
@@ -492,61 +407,5 @@ class Worker:
                 continue  # ends in time even if no forward is shared
             del self._running[fiber]
             self.stats.preempted += 1
-            _preempt(submission)
+            preempt(submission)
             self._engine.cancel(fiber)
-
-
-def _preempt(submission: _WorkItem) -> None:
-    """End a request with its checkpoint, if its work has one, and a retryable failure."""
-    state = None
-    if submission.snapshot is not None and submission.fiber is not None:
-        try:
-            state = submission.snapshot()
-        except Exception:
-            logger.exception("a request's state could not be saved; the next replica starts it anew")
-    submission.publish(Checkpointed(state))
-    reason = ModelUnavailable("the replica is shutting down; the request continues on another replica")
-    submission.publish(Failed.of(reason))
-
-
-def _run_function(command: _RunFunction) -> None:
-    """Give the function's result or error to its caller. Raises it too where the device is broken."""
-    result, failure = None, None
-    try:
-        result = command.function()
-    except Exception as error:  # the caller's, not the worker's
-        failure = error
-    _settle(command, result, failure)
-    if failure is not None and is_device_broken(failure):
-        raise failure
-
-
-def _settle(command: _RunFunction, result: Any, failure: BaseException | None) -> None:
-    def settle() -> None:
-        if command.done.done():
-            return
-        if failure is None:
-            command.done.set_result(result)
-        else:
-            command.done.set_exception(failure)
-
-    with suppress(RuntimeError):  # the caller's loop may be closed by now
-        command.loop.call_soon_threadsafe(settle)
-
-
-def _as_weft_error(error: BaseException) -> WeftError:
-    """A fiber's error as one of protocol.errors. Diffusers raises ValueError for invalid arguments."""
-    if isinstance(error, WeftError):
-        return error
-    if isinstance(error, FiberCancelled):
-        return Internal("the request was cancelled")
-    if is_out_of_memory(error):
-        logger.warning("the pipeline ran out of memory", exc_info=error)
-        return OutOfMemory(
-            f"the device ran out of memory{shortage(error)}; ask for fewer pictures or a smaller size"
-        )
-    if isinstance(error, ValueError | TypeError):
-        logger.warning("the pipeline refused its arguments", exc_info=error)
-        return BadRequest(f"the pipeline refused the request: {error}")
-    logger.error("the pipeline failed", exc_info=error)
-    return Internal(f"the pipeline failed: {type(error).__name__}: {error}")

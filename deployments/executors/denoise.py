@@ -12,7 +12,7 @@ from typing import Any
 from deployments.engine.engine_stats import size_class
 from deployments.engine.fiber import current_unproven, use_exactness, use_lora_set
 from deployments.engine.scheduled_job import ScheduledJob
-from deployments.engine.worker import Checkpointed, Emit, Finished
+from deployments.engine.work import Checkpointed, Emit, Finished
 from deployments.executors.inputs import decode_inputs
 from deployments.executors.previews import PreviewReady, attach_previews, encode_preview
 from deployments.executors.run import Run

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from PIL.Image import Image
 
-from deployments.engine.worker import Finished
+from deployments.engine.work import Finished
 from deployments.executors.denoise import denoise
 from deployments.executors.frame_scheduler import FrameReady, FrameScheduler
 from deployments.executors.run import Run

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from PIL.Image import Image
 
 from deployments import __version__
-from deployments.engine.worker import Finished
+from deployments.engine.work import Finished
 from deployments.executors.denoise import denoise, reported_unproven
 from deployments.executors.run import Run
 from deployments.media import still

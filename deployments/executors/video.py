@@ -6,7 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from deployments.engine.worker import Finished
+from deployments.engine.work import Finished
 from deployments.executors.denoise import denoise
 from deployments.executors.run import Run
 from deployments.executors.video_output import encoding_session, finish_video

@@ -14,7 +14,7 @@ from deployments.protocol.errors import ModelUnavailable
 from deployments.protocol.events import Event, Failed
 from deployments.protocol.request import GenerationRequest
 
-PROVE_LIMIT_S = 120.0  # what is left is tried while no request waits
+PROVE_LIMIT_S = 10.0  # a start waits no longer; what is left is tried while no request waits
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,8 @@ from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber, FiberCancelled
 from deployments.engine.intercept import intercept
 from deployments.engine.scheduled_job import ScheduledJob
-from deployments.engine.worker import Emit, Finished, Worker
+from deployments.engine.work import Emit, Finished
+from deployments.engine.worker import Worker
 from deployments.protocol.events import Failed, Step
 from deployments.protocol.request import Exactness
 from tests.inference.engine.together import Together

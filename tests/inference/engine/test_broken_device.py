@@ -15,7 +15,8 @@ from deployments.engine.device_errors import DeviceBroken
 from deployments.engine.engine import Engine
 from deployments.engine.intercept import intercept
 from deployments.engine.scheduled_job import ScheduledJob
-from deployments.engine.worker import Checkpointed, Emit, Finished, Work, Worker
+from deployments.engine.work import Checkpointed, Emit, Finished, Work
+from deployments.engine.worker import Worker
 from deployments.protocol.errors import ModelUnavailable
 from deployments.protocol.events import Failed, Step
 from tests.inference.engine.together import Together

@@ -9,7 +9,8 @@ import pytest
 
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
-from deployments.engine.worker import Finished, Worker
+from deployments.engine.work import Finished
+from deployments.engine.worker import Worker
 from tests.inference.engine.test_worker import everything, steps, worker
 from tests.patience import patience
 

@@ -15,7 +15,8 @@ from deployments.engine.engine import Engine
 from deployments.engine.intercept import intercept
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
-from deployments.engine.worker import Checkpointed, Emit, Finished, Work, Worker
+from deployments.engine.work import Checkpointed, Emit, Finished, Work
+from deployments.engine.worker import Worker
 from deployments.protocol.errors import BadRequest, ModelUnavailable, Overloaded
 from deployments.protocol.events import Failed, Queued, Started, Step
 from tests.patience import patience

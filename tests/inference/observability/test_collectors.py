@@ -17,7 +17,8 @@ from deployments.engine.intercept import intercept
 from deployments.engine.proof_state import ProofState
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
-from deployments.engine.worker import Emit, Worker
+from deployments.engine.work import Emit
+from deployments.engine.worker import Worker
 from deployments.observability import collectors
 from deployments.observability.declarations import INFERENCE_METRICS
 from deployments.observability.metrics import Reporter, Sample
