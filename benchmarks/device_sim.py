@@ -14,7 +14,7 @@ from pathlib import Path
 import ledger
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.device_sim.expectations import GIB, decoding, full_forward
+from tests.device_sim.expectations import GIB, decoding, full_forward, planned_bytes
 from tests.device_sim.simulation import simulate
 
 LORAS = 4
@@ -62,11 +62,27 @@ def figures(model: str) -> list[tuple[str, float, str, str]]:
     return found
 
 
+def account_errors() -> dict[str, float]:
+    """By model, how far the replica's account of the memory is from the peak that the device saw."""
+    errors = {}
+    for model, images, rows in (("sdxl", 4, 8), ("flux", 2, 4)):
+        wave = ["--requests", "1", "--images", str(images), "--rows", str(rows), "--steps", "3"]
+        served = simulate(model, *wave, "--loras", "1", quiet_s=300.0)[-1]
+        errors[model] = abs(planned_bytes(served) / served["memory"]["peak"] - 1)
+    return errors
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("models", nargs="*", default=[*ROWS], help=f"of {', '.join(ROWS)}; all if left out")
     parser.add_argument("--dry", action="store_true", help="print only")
+    parser.add_argument("--account", action="store_true", help="only the account of the device's memory")
     options = parser.parse_args()
+    if options.account:
+        errors = account_errors()
+        notes = ", ".join(f"{model} {error:.3f}" for model, error in errors.items())
+        ledger.record("plan_bytes_error", max(errors.values()), "of the simulated peak", notes=notes)
+        return
     for model in options.models:
         for name, value, unit, notes in figures(model):
             if options.dry:

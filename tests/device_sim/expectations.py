@@ -43,6 +43,13 @@ def lora_kernels(forward: dict[str, Any]) -> int:
     return int(forward["kernels_by_package"].get("deployments/loras", 0))
 
 
+def planned_bytes(part: Part) -> int:
+    """What the replica's account says that all parts and the largest forwards have together."""
+    account = part["memory"]["account"]
+    held = ("weights", "loras", "stacks", "prompts", "requests")
+    return sum(account[name] for name in (*held, "activations"))
+
+
 def grown_gib(part: Part) -> float:
     """Memory that a wave left allocated."""
     return float(part["memory"]["after"] - part["memory"]["before"]) / GIB
