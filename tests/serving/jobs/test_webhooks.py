@@ -115,6 +115,36 @@ async def test_every_ending_is_delivered_once_with_its_state(store: JobStore) ->
     }
 
 
+async def test_the_event_has_the_fields_that_receivers_read(store: JobStore) -> None:
+    job = await completed(store)
+    receiver = Receiver()
+
+    await WebhookDeliverer(store.outbox, receiver, SECRET).deliver()
+
+    assert receiver.events == [
+        {
+            "id": f"evt_{job.id}",
+            "object": "event",
+            "created_at": int(job.completed_at or 0),
+            "type": "image.completed",
+            "data": {
+                "id": job.id,
+                "status": "completed",
+                "model": MODEL,
+                "created_at": job.created_at,
+                "completed_at": job.completed_at,
+                "artifacts": [],
+                "error": None,
+            },
+        }
+    ]
+    assert receiver.posted[0][2]["webhook-id"] == f"evt_{job.id}"
+
+
+async def test_an_owner_keeps_its_secret_after_an_update() -> None:
+    assert owner_secret(SECRET, OWNER) == "whsec_24NMlJgdueDu5Q9uLwhMEWAFpwIpdPUIY1RUZbvd1Bw="
+
+
 async def test_the_event_names_a_video_and_omits_the_prompt(store: JobStore) -> None:
     video = resolved("a secret prompt").model_copy(update={"video": ResolvedVideo(num_frames=9, fps=8)})
     await store.accept(NewJob(new_job_id(), OWNER, video, options=SubmitOptions(webhook=URL)))
