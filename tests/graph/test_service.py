@@ -51,6 +51,14 @@ def test_the_picture_says_how_it_was_made(client: httpx.Client) -> None:
     assert (facts["seed"], facts["model"]) == (42, "tiny-flux-schnell")
 
 
+def test_a_model_shows_which_batch_sizes_its_replica_has_proven(client: httpx.Client) -> None:
+    model = client.get("/api/models/tiny-flux-schnell").json()
+
+    assert model["exact"] == "prefer"
+    known = {proof["module"] for proof in model["proofs"]}
+    assert "FluxTransformer2DModel.forward" in known, "the warm-up has tried sizes"
+
+
 def test_the_same_seed_gives_the_same_picture_alone_and_in_a_batch(client: httpx.Client) -> None:
     fields = {"prompt": "a yellow square on a blue background", "seed": 7}
     alone = picture(client, ended(client, submit(client, **fields)))
