@@ -13,15 +13,16 @@ import json
 import os
 import sys
 from dataclasses import Field, fields, replace
-from typing import Any
+from typing import Any, get_args
 
+from deployments.protocol.request import Exactness
 from tests.device_sim.costs import KINDS
 from tests.device_sim.models import MODELS
 from tests.device_sim.report import Part, as_text, part_of
 from tests.device_sim.run import serve
 from tests.device_sim.scenario import Scenario, Wave
 
-CHOICES = {"model": MODELS, "gpu": KINDS}
+CHOICES = {"gpu": KINDS, "exact": get_args(Exactness)}
 
 
 def scenario_of(arguments: list[str]) -> tuple[Scenario, bool]:

@@ -17,7 +17,7 @@ from PIL import Image
 
 from deployments.engine.scheduled_job import ParkedCall
 from deployments.engine.step_scheduler import StepScheduler
-from deployments.protocol.card import ModelCard
+from deployments.protocol.card import ModelCard, Serving
 from deployments.protocol.events import Failed, Step
 from deployments.protocol.request import Control, GenerationRequest, Lora, OutputOptions, Video
 from tests.device_sim import models, patches
@@ -140,9 +140,9 @@ def _card_of(scenario: Scenario) -> ModelCard:
         "max_rows": scenario.rows,
         "slots": max(16, requests),
         "warm_up": scenario.warm_up,
-        "deterministic": scenario.exact,
+        "exact": scenario.exact,
     }
-    serving = card.serving.model_copy(update=changes)
+    serving = Serving(**(card.serving.model_dump() | changes))  # which refuses names that are gone
     return card.model_copy(update={"serving": serving, "refiner": None})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deployments.protocol.request import ControlType
+from deployments.protocol.request import ControlType, Exactness
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Scenario:
     gpu: str = "a100"  # one of costs.KINDS
     memory_gib: float = 0.0  # an allocation above it fails; 0: the GPU's memory
     rows: int = 4  # the card's max_rows
-    exact: bool = False  # only batch sizes that are proven to change no bit
+    exact: Exactness = "off"  # whether batch sizes need a proof that they change no bit
     proofs: bool = True  # whether proofs find equal bits; without values there is nothing to compare
     together: bool = True  # forwards take all rows that wait from the start, as the step scheduler learns to
     warm_up: bool = False
