@@ -9,7 +9,7 @@ import threading
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -23,7 +23,8 @@ from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.device_slots import DeviceSlot, DeviceSlots, SlotMemory
 from deployments.loras.file_reader import LoraFileReader, check_digest
 from deployments.loras.lora_set import LoraSet, combine
-from deployments.loras.source import Adapter, LowRankFactors, layer_shapes, read_lora
+from deployments.loras.source import Adapter, layer_shapes, read_lora
+from deployments.loras.upload import upload
 from deployments.protocol.request import Lora
 
 logger = logging.getLogger(__name__)
@@ -291,20 +292,17 @@ class LoraCache:
         if self._device.type == "cpu":
             return adapter
         with torch.inference_mode(), torch.cuda.stream(self._stream):
-            factors = {layer: self._factors_to_device(one) for layer, one in adapter.factors.items()}
+            on_device = upload(adapter, self._device)
         if self._stream is not None:
             self._stream.synchronize()
-            for one in factors.values():
+            for one in on_device.factors.values():
                 self._share_with_engine(one.a, one.b)
-        return replace(adapter, factors=factors)
+        return on_device
 
     def _share_with_engine(self, *tensors: Tensor) -> None:
         """The engine's stream reads them: no reuse of their memory before it has."""
         for tensor in tensors:
             tensor.record_stream(engine_stream(self._device))
-
-    def _factors_to_device(self, one: LowRankFactors) -> LowRankFactors:
-        return replace(one, a=one.a.to(self._device), b=one.b.to(self._device))
 
 
 def _read_checked(file: bytes, digest: str, pipeline: Any) -> Adapter:

@@ -31,7 +31,8 @@ LayerKey = tuple[str, str]  # part of the pipeline ("transformer"), path of the 
 class LowRankFactors:
     """What a LoRA adds to one layer: scale * b @ (a @ x).
 
-    a: (rank, in) for a Linear, (rank, in, kh, kw) for a Conv2d. b: (out, rank). Both have the layer's dtype.
+    a: (rank, in) for a Linear, (rank, in, kh, kw) for a Conv2d. b: (out, rank), its columns one after the
+    other in memory, so that factors of several ranks can be stacked. Both have the layer's dtype.
     """
 
     a: Tensor
@@ -189,7 +190,7 @@ def _fit(name: str, layer: nn.Module, a: Tensor, b: Tensor, scale: float) -> Low
     assert isinstance(weight, Tensor), "a Linear or a Conv2d has one"
     plain = weight.is_floating_point() and weight.element_size() > 1
     dtype = weight.dtype if plain else torch.bfloat16  # quantised weights compute in it
-    return LowRankFactors(a.to(dtype).contiguous(), b.reshape(b_shape).to(dtype).contiguous(), scale)
+    return LowRankFactors(a.to(dtype).contiguous(), b.reshape(b_shape).to(dtype).t().contiguous().t(), scale)
 
 
 def _factor_shapes(name: str, layer: nn.Module, rank: int) -> tuple[tuple[int, ...], tuple[int, int]]:
