@@ -245,13 +245,14 @@ def measure_merged(bench: Bench, rounds: int, *, keep: bool) -> None:
         if keep:
             note = f"tiny FLUX, {tokens} tokens, {rows} rows of one adapter; CPU time over unmerged"
             record(f"lora_merged_ratio_{tokens}_tokens_{rows}_rows", found["merged"], note)
-    weights = {place: transformer.get_submodule(place[1]).weight for place in owner.pairs}
+    weights = {place: transformer.get_submodule(place[1]).weight for place in owner.layers}
     kept = {place: weight.clone() for place, weight in weights.items()}
     taken = []
     for index in range(SWAPS):
         began = time.thread_time()
-        for place, pair in bench.owners[index % ROWS].pairs.items():
-            weights[place].addmm_(pair.b, pair.a)
+        for place, total in bench.owners[index % ROWS].layers.items():
+            for part in total.parts:
+                weights[place].addmm_(part.b, part.a, alpha=part.scale)
         for place, weight in weights.items():
             weight.copy_(kept[place])
         taken.append(time.thread_time() - began)

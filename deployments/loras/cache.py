@@ -188,7 +188,7 @@ class LoraCache:
                 active = self._active[key] = _ActiveSet(asyncio.ensure_future(self._build_set(key, adapters)))
             active.users += 1
             lora_set = await asyncio.shield(active.building)
-            yield lora_set if lora_set.pairs else None
+            yield lora_set if lora_set.layers else None
         finally:
             if active is not None:
                 self._release_set(key, active)
@@ -257,22 +257,7 @@ class LoraCache:
             for adapter, (_, weight) in zip(adapters, key, strict=True)
             if weight  # 0: without effect
         ]
-
-        def build() -> LoraSet:
-            with torch.inference_mode(), torch.cuda.stream(self._stream):
-                lora_set = combine(parts, label=key)
-            if self._stream is not None:
-                self._stream.synchronize()
-                for pair in lora_set.pairs.values():
-                    self._share_with_engine(pair.a, pair.b)
-            return lora_set
-
-        needed_bytes = sum(adapter.size_bytes for adapter in adapters)
-        what = "the set of this request's LoRAs"
-        lora_set: LoraSet = await self._in_thread(
-            partial(load_or_free, what, build, needed_bytes, cure=CURE, param="loras")
-        )
-        return lora_set
+        return combine(parts, label=key)
 
     def _release_set(self, key: _SetKey, active: _ActiveSet) -> None:
         active.users -= 1

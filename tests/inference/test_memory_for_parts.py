@@ -141,7 +141,6 @@ def too_little(*_arguments: Any, **_options: Any) -> Any:
     [
         (lora_source, "load_tensors", r"the LoRA \w{12} does not fit"),  # into the host's memory
         (lora_cache.LoraCache, "_copy_to_device", r"the LoRA \w{12} does not fit"),
-        (lora_cache, "combine", "the set of this request's LoRAs does not fit"),
     ],
 )
 async def test_a_lora_that_does_not_fit_is_an_answer_with_its_bytes_and_may_fit_later(

@@ -79,6 +79,8 @@ class LoraEngine:
         self.batched_lora = BatchedLora(parts, deterministic=deterministic)
         self._modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
         self._deterministic = deterministic
+        if deterministic:  # as a replica does, before there are LoRAs
+            pad_small_linears(self._modules)
         self.forwards = 0
         self.rows = 0
 
@@ -92,8 +94,6 @@ class LoraEngine:
         self, works: Sequence[tuple[Callable[[], Tensor], LoraSet | None]], rows: int = 16
     ) -> list[Tensor]:
         restores = [intercept(self._modules)]
-        if self._deterministic:
-            restores.append(pad_small_linears(self._modules))
         scheduler = Together(rows)
         inner = Engine(scheduler, exact="strict" if self._deterministic else "off")
         fibers = []
@@ -307,7 +307,7 @@ def test_what_a_row_gets_does_not_depend_on_the_kernel_for_its_batch(monkeypatch
     monkeypatch.setattr(low_rank_products, "is_batch_invariant", lambda *_: bool(trials.append(False)))
     fresh = LoraEngine(engine.pipeline, deterministic=True)
     for lora_set in lora_sets:
-        fresh.batched_lora.hook(lora_set.pairs if lora_set is not None else ())
+        fresh.batched_lora.hook(lora_set.layers if lora_set is not None else ())
 
     answers = fresh.together(works)
 
@@ -347,11 +347,11 @@ def test_adding_factors_into_the_weights_would_change_bits() -> None:
     lora_set = engine.lora_set([(file_of(random_lora(pipeline, ["transformer"], only=attention)), 1.0)])
     assert lora_set is not None
     key = ("transformer", "transformer_blocks.0.attn.to_q")
-    layer, pair = pipeline.transformer.get_submodule(key[1]), lora_set.pairs[key]
+    layer, (pair,) = pipeline.transformer.get_submodule(key[1]), lora_set.layers[key].parts
     x = torch.randn(1, 64, layer.in_features, generator=torch.Generator().manual_seed(0))
 
     beside = run_with_lora_rows([lora_set], [1], lambda: layer(x))
-    merged = functional.linear(x, layer.weight + pair.b @ pair.a, layer.bias)
+    merged = functional.linear(x, layer.weight + pair.scale * pair.b @ pair.a, layer.bias)
 
     assert torch.allclose(beside, merged, rtol=1e-4, atol=1e-5)
     assert not torch.equal(beside, merged)
@@ -378,4 +378,9 @@ def test_memory_of_stacks_is_bounded_and_freed() -> None:
 
 
 def size_of(lora_set: LoraSet) -> int:
-    return sum(t.numel() * t.element_size() for pair in lora_set.pairs.values() for t in (pair.a, pair.b))
+    """With ranks padded, as a slot has them."""
+    return sum(
+        total.rank * (part.a[0].numel() + part.b.shape[0]) * part.a.element_size()
+        for total in lora_set.layers.values()
+        for part in total.parts[:1]
+    )
