@@ -91,7 +91,7 @@ class LoraEngine:
         return combine(adapters) if adapters else None
 
     def together(
-        self, works: Sequence[tuple[Callable[[], Tensor], LoraSet | None]], rows: int = 16
+        self, works: Sequence[tuple[Callable[[], Tensor], LoraSet | None]], rows: int = 8
     ) -> list[Tensor]:
         restores = [intercept(self._modules)]
         scheduler = Together(rows)
@@ -108,6 +108,8 @@ class LoraEngine:
             for fiber in fibers:
                 inner.start(fiber)
             while not inner.idle:
+                while self._deterministic and len(works) > 1 and inner.run_trial(before_traffic=True):
+                    pass  # batch sizes are tried apart from requests
                 inner.step()
         finally:
             for restore in reversed(restores):
