@@ -44,7 +44,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class SlotRun:
     """Slots of a block whose rows are adjacent."""
 
     first: int  # of the block's slots
@@ -62,7 +62,7 @@ class LoraForward:
         self._batch_size = len(lora_sets)
         self._units = units_of(lora_sets)
         self._parts: dict[str, tuple[LoraSlots, InputRecorder | None]] = {}
-        self._segments: dict[tuple[int, ...], list[Segment]] = {}
+        self._runs: dict[tuple[int, ...], list[SlotRun]] = {}
         self._ready: dict[LayerKey, tuple[Tensor, Tensor]] = {}  # input and output
         self._activations: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the input, which is kept
 
@@ -124,23 +124,23 @@ class LoraForward:
         member = block.plan.layers.index(layer.key)
         a, b = block.a[:, :, member : member + 1], block.b[kind][index : index + 1]
         x, rows = self._by_row(x), self._by_row(output)[None]
-        for segment in self._segments_of(block):
-            part = slice(segment.first, segment.end)
-            self._add([rows[:, segment.start : segment.stop]], x, segment, block, a[part], [b[:, part]])
+        for run in self._runs_of(block):
+            part = slice(run.first, run.end)
+            self._add([rows[:, run.start : run.stop]], x, run, block, a[part], [b[:, part]])
         return output
 
     def _joint(self, key: LayerKey, block: Block, layers: Sequence[LoraLayer], x: Tensor) -> Tensor:
         outputs = joint_outputs(layers, x)
         rows = [out.view(len(out), self._batch_size, -1, out.shape[-1]) for out in outputs]
         by_row = self._by_row(x)
-        for segment in self._segments_of(block):
-            part = slice(segment.first, segment.end)
-            if segment.stop - segment.start == self._batch_size:
+        for run in self._runs_of(block):
+            part = slice(run.first, run.end)
+            if run.stop - run.start == self._batch_size:
                 outs, b = rows, block.b
             else:  # rows of one layer are adjacent, those of several are not
-                outs = [one[None, segment.start : segment.stop] for out in rows for one in out]
+                outs = [one[None, run.start : run.stop] for out in rows for one in out]
                 b = [one[None, part] for factors in block.b for one in factors]
-            self._add(outs, by_row, segment, block, block.a[part], b)
+            self._add(outs, by_row, run, block, block.a[part], b)
         for one, output in zip(block.plan.layers, (o for out in outputs for o in out), strict=True):
             self._ready[one] = (x, output)
         return self._ready.pop(key)[1]
@@ -154,16 +154,16 @@ class LoraForward:
         self,
         outs: Sequence[Tensor],
         x: Tensor,
-        segment: Segment,
+        run: SlotRun,
         block: Block,
         a: Tensor,
         b: Sequence[Tensor],
     ) -> None:
-        """outs: for each class (C, rows of the segment, tokens, out). x: (batch size, tokens, in)."""
-        slots = segment.end - segment.first
-        ranks = block.plan.ranks[segment.first : segment.end]
-        products = Products(a, b, ranks, (segment.stop - segment.start) // slots)
-        x = x[segment.start : segment.stop].reshape(slots, -1, x.shape[-1])
+        """outs: for each class (C, rows of the run, tokens, out). x: (batch size, tokens, in)."""
+        slots = run.end - run.first
+        ranks = block.plan.ranks[run.first : run.end]
+        products = Products(a, b, ranks, (run.stop - run.start) // slots)
+        x = x[run.start : run.stop].reshape(slots, -1, x.shape[-1])
         outs = [out.view(len(out), slots, -1, out.shape[-1]) for out in outs]
         invariance = self._model.invariance
         if invariance is None or invariance.holds(x, products):
@@ -176,30 +176,28 @@ class LoraForward:
         out = output.view(self._batch_size, -1, *output.shape[1:])
         x = x.reshape(self._batch_size, -1, *x.shape[1:])
         a, b = block.a[:, :, 0], block.b[0][0]
-        for segment in self._segments_of(block):
-            slots, rows = segment.end - segment.first, segment.stop - segment.start
+        for run in self._runs_of(block):
+            slots, rows = run.end - run.first, run.stop - run.start
             if self._model.invariance is None:
-                part = slice(segment.first, segment.end)
-                own_out, own_x = (
-                    t[segment.start : segment.stop].view(slots, -1, *t.shape[2:]) for t in (out, x)
-                )
+                part = slice(run.first, run.end)
+                own_out, own_x = (t[run.start : run.stop].view(slots, -1, *t.shape[2:]) for t in (out, x))
                 add_convolution(conv, own_out, own_x, a[part], b[part])
                 continue
             for row in range(rows):  # one group and several take different ways through a convolution
                 slot, at = (
-                    segment.first + row * slots // rows,
-                    slice(segment.start + row, segment.start + row + 1),
+                    run.first + row * slots // rows,
+                    slice(run.start + row, run.start + row + 1),
                 )
                 own = slice(slot, slot + 1), slice(block.plan.ranks[slot])
                 add_convolution(conv, out[at], x[at], a[own], b[own])
         return output
 
-    def _segments_of(self, block: Block) -> list[Segment]:
+    def _runs_of(self, block: Block) -> list[SlotRun]:
         slots = block.plan.slots
-        segments = self._segments.get(slots)
-        if segments is None:
-            segments = self._segments[slots] = segments_of([self._units[slot] for slot in slots])
-        return segments
+        runs = self._runs.get(slots)
+        if runs is None:
+            runs = self._runs[slots] = runs_of([self._units[slot] for slot in slots])
+        return runs
 
 
 def units_of(lora_sets: Sequence[Hashable | None]) -> list[Unit]:
@@ -215,13 +213,13 @@ def units_of(lora_sets: Sequence[Hashable | None]) -> list[Unit]:
     return [Unit(one, row, 1) for row, one in enumerate(lora_sets) if isinstance(one, LoraSet)]
 
 
-def segments_of(units: Sequence[Unit]) -> list[Segment]:
+def runs_of(units: Sequence[Unit]) -> list[SlotRun]:
     """The units whose rows are adjacent, together."""
-    segments: list[Segment] = []
+    runs: list[SlotRun] = []
     for index, unit in enumerate(units):
         stop = unit.start + unit.rows
-        if segments and segments[-1].stop == unit.start:
-            segments[-1] = replace(segments[-1], end=index + 1, stop=stop)
+        if runs and runs[-1].stop == unit.start:
+            runs[-1] = replace(runs[-1], end=index + 1, stop=stop)
         else:
-            segments.append(Segment(index, index + 1, unit.start, stop))
-    return segments
+            runs.append(SlotRun(index, index + 1, unit.start, stop))
+    return runs
