@@ -17,11 +17,13 @@ from functools import partial
 from torch import Tensor, nn
 
 from deployments.engine.lora_rows import current_lora_rows
+from deployments.loras.graph_layers import GraphLayers
 from deployments.loras.joint_linear import LoraLayer
 from deployments.loras.lora_forward import LoraForward, LoraModel
 from deployments.loras.lora_set import LoraSet
 from deployments.loras.low_rank_products import BatchInvariance
 from deployments.loras.source import LayerKey
+from deployments.protocol.errors import ModelUnavailable
 
 
 class BatchedLora:
@@ -33,6 +35,21 @@ class BatchedLora:
         self._parts = parts
         self._model = LoraModel(BatchInvariance() if deterministic else None)
         self._replaced: dict[nn.Module, Callable[[Tensor], Tensor] | None] = {}  # own forwards before
+        self._graph_layers = GraphLayers()
+
+    def make_graph_layers(self, blocks: Iterable[nn.Module]) -> None:
+        """Let code that is compiled for these blocks not depend on LoRAs, before it is compiled.
+
+        Raises ModelUnavailable for a block with convolutions, which LoRAs may change too.
+        """
+        for block in blocks:
+            layers = list(block.modules())
+            if any(isinstance(layer, nn.Conv2d) for layer in layers):
+                raise ModelUnavailable(
+                    f"{type(block).__name__} has convolutions and cannot be compiled with LoRAs; "
+                    "set lora: none in the card, or take compile out"
+                )
+            self._graph_layers.add(layer for layer in layers if isinstance(layer, nn.Linear))
 
     def hook(self, layers: Iterable[LayerKey]) -> None:
         """Have these layers add low-rank products; others have no cost."""
@@ -41,9 +58,13 @@ class BatchedLora:
                 continue
             part, path = key
             layer = self._parts[part].get_submodule(path)
-            hooked = LoraLayer(key, layer, layer.forward, padded="forward" in vars(layer))
-            self._model.layers[key] = hooked
             self._model.shared.forget(part)
+            if layer in self._graph_layers:
+                hooked = self._model.layers[key] = LoraLayer(key, layer, *self._graph_layers.plain(layer))
+                self._graph_layers.set_forward(layer, partial(self._forward, hooked))
+                continue
+            plain = layer.forward, "forward" in vars(layer)
+            hooked = self._model.layers[key] = LoraLayer(key, layer, *plain)
             self._replace(layer, partial(self._forward, hooked))
             parent = self._parts[part].get_submodule(path.rpartition(".")[0])
             for child in parent.children():
@@ -62,6 +83,7 @@ class BatchedLora:
             else:
                 vars(module)["forward"] = before
         self._replaced.clear()
+        self._graph_layers.clear()
         for part in {part for part, _ in self._model.layers}:
             self._model.shared.forget(part)
         self._model.layers.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -14,19 +15,30 @@ logger = logging.getLogger(__name__)
 DENOISERS = ("transformer", "transformer_2", "unet")
 
 
-def compile_blocks(pipeline: Any) -> None:
-    """Have the repeated blocks of the denoisers compiled at their first run, for any size and prompt.
+def repeated_blocks(pipeline: Any) -> list[nn.Module]:
+    """The blocks that the denoisers repeat.
 
-    torch makes one graph for a batch of one and one for larger batches; run both before requests arrive.
-    Raises ModelUnavailable where diffusers does not say which blocks a denoiser repeats.
+    Raises ModelUnavailable where diffusers does not say which.
     """
     components = {name: getattr(pipeline, name, None) for name in DENOISERS}
     denoisers: dict[str, Any] = {name: c for name, c in components.items() if isinstance(c, nn.Module)}
+    blocks: list[nn.Module] = []
     for name, denoiser in denoisers.items():
-        if not getattr(denoiser, "_repeated_blocks", None):
+        kinds = getattr(denoiser, "_repeated_blocks", None)
+        if not kinds:
             raise ModelUnavailable(
                 f"{type(denoiser).__name__} cannot be compiled: diffusers does not name its repeated blocks; "
                 "take compile out of the card"
             )
-        denoiser.compile_repeated_blocks(dynamic=True)
+        blocks += [module for module in denoiser.modules() if type(module).__name__ in kinds]
         logger.info("blocks are compiled at their first run", extra={"component": name})
+    return blocks
+
+
+def compile_blocks(blocks: Iterable[nn.Module]) -> None:
+    """Have the blocks compiled at their first run, for any size and prompt.
+
+    torch makes one graph for a batch of one and one for larger batches; run both before requests arrive.
+    """
+    for block in blocks:
+        block.compile(dynamic=True)

@@ -19,7 +19,7 @@ from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.cache import LoraCache, LoraCacheLimits
 from deployments.loras.file_cache import LoraFileCache
 from deployments.loras.file_reader import LoraFileReader
-from deployments.models.compile import compile_blocks
+from deployments.models.compile import compile_blocks, repeated_blocks
 from deployments.models.load import load_controlnet, load_pipeline
 from deployments.models.memory_admission import MemoryAdmission
 from deployments.models.model_memory import LoraMemory, ModelMemory
@@ -59,8 +59,7 @@ class ModelInstance:
         self._memory = ModelMemory(admission, card)
         self._device = device
         pipeline = load_pipeline(card.weights, device, admit=self._memory.admit_pipeline)
-        if serving.compile:
-            compile_blocks(pipeline)
+        blocks = repeated_blocks(pipeline) if serving.compile else []
         self.pipelines = DiffusersModel(
             pipeline,
             _pipeline_tasks(card),
@@ -98,6 +97,9 @@ class ModelInstance:
             admission.add_evictor(lambda _model: self.loras.make_way(), first=True),
         ]
         self._intercept(self.pipelines.modules)
+        if serving.lora != "none":
+            self.batched_lora.make_graph_layers(blocks)
+        compile_blocks(blocks)
         self.pipelines.on_new_modules = self._take_new
         extra = {"model": card.id, "seconds": time.monotonic() - started, "bytes": self.size_bytes}
         logger.info("model loaded", extra=extra)

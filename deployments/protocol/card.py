@@ -205,10 +205,6 @@ class Serving(Strict):
 
     @model_validator(mode="after")
     def _check_compile(self) -> Self:
-        if self.compile and self.lora != "none":
-            raise ValueError(
-                "compile needs lora: none, because LoRAs change layers; use a card without compile for LoRAs"
-            )
         if self.compile and not self.warm_up:
             raise ValueError("compile needs warm_up, or the first requests would wait for the compiler")
         return self

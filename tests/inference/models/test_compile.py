@@ -15,7 +15,7 @@ import yaml
 from diffusers import FluxTransformer2DModel
 from torch import nn
 
-from deployments.models.compile import compile_blocks
+from deployments.models.compile import repeated_blocks
 from deployments.models.weight_cache import COMPILED
 from deployments.protocol.card import ModelCard, Serving
 from deployments.protocol.errors import ModelUnavailable
@@ -118,14 +118,13 @@ def test_a_denoiser_that_does_not_name_its_blocks_is_refused() -> None:
         transformer = Plain()
 
     with pytest.raises(ModelUnavailable, match=r"Plain cannot be compiled.*take compile out of the card"):
-        compile_blocks(Pipeline())
+        repeated_blocks(Pipeline())
 
 
 @pytest.mark.parametrize(
     ("serving", "reason"),
     [
-        ({}, "compile needs lora: none"),
-        ({"lora": "dedicated"}, "compile needs lora: none"),
+        ({"warm_up": False}, "compile needs warm_up"),
         ({"lora": "none", "warm_up": False}, "compile needs warm_up"),
     ],
 )
