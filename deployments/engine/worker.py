@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Container
 from contextlib import suppress
@@ -44,6 +45,7 @@ from deployments.protocol.errors import (
 from deployments.protocol.events import Failed, Queued, Started
 
 MIN_SLOWDOWN = 4  # a request alone takes at most so many times its share of full forwards
+EXIT_TIMEOUT_S = 10.0  # that the end of the process waits for the current step
 AHEAD = 2  # steps that a GPU may be behind: an error is found so much later than its cause
 
 logger = logging.getLogger(__name__)
@@ -80,6 +82,8 @@ class Worker:
         engine.on_auxiliary_done = lambda: self._inbox.put(Wake())
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
         self._thread.start()
+        # a thread that computes while the interpreter ends aborts the process
+        weakref.finalize(self, _end_thread, self._inbox, self._thread)
 
     @property
     def active(self) -> int:
@@ -409,3 +413,9 @@ class Worker:
             self.stats.preempted += 1
             preempt(submission)
             self._engine.cancel(fiber)
+
+
+def _end_thread(inbox: queue.SimpleQueue[Command], thread: threading.Thread) -> None:
+    """Have the thread end after its current step, and wait for that."""
+    inbox.put(Stop())
+    thread.join(EXIT_TIMEOUT_S)
