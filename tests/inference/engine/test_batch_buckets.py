@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from deployments.engine import bit_trials
 from deployments.engine.batch_buckets import BucketProver, pad_small_linears
 from deployments.engine.bit_trials import BitTrials
 from deployments.engine.call import ModuleCall, Seam
@@ -37,7 +38,9 @@ class BatchDependent(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def _inference() -> Iterator[None]:
+def _inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The modules of these tests change every value: few are enough."""
+    monkeypatch.setattr(bit_trials, "PROOF_VALUES", 1)
     with torch.inference_mode():
         yield
 
@@ -253,7 +256,7 @@ def test_no_batch_size_beyond_the_memory_is_tried() -> None:
 
 
 class Rare(nn.Module):
-    """x + 1 in 16 bits; in forwards of three rows about one value in 75,000 comes out otherwise."""
+    """x + 1; in forwards of three rows about one value in 75,000 comes out otherwise."""
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor]:
         answer = hidden_states + 1
@@ -262,14 +265,39 @@ class Rare(nn.Module):
         return (answer,)
 
 
-def test_a_rare_difference_of_16_bits_is_found_though_a_forward_has_few_values() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_rare_difference_is_found_though_a_forward_has_few_values(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
     case = Case(Rare())
-    call = ModuleCall(case.seam, {"hidden_states": torch.zeros(1, 256, dtype=torch.bfloat16)}, 1, KEY)
+    call = ModuleCall(case.seam, {"hidden_states": torch.zeros(1, 512, dtype=dtype)}, 1, KEY)
     case.prover.sizes(call)
     while case.prover.rows_to_run() is not None:
         case.prover.run_trial()
 
     assert case.state(1).refused == (3,)
+
+
+def test_every_row_of_a_trial_has_a_timestep_of_its_own() -> None:
+    class Times(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[list[float]] = []
+
+        def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
+            self.seen.append(timestep.tolist())
+            return (hidden_states,)
+
+    case = Case(Times(), rows=4)
+    arguments = {"hidden_states": torch.zeros(1, 3), "timestep": torch.tensor(900)}
+    case.prover.sizes(ModuleCall(case.seam, arguments, 1, KEY))
+    while case.prover.rows_to_run() is not None:
+        case.prover.run_trial()
+
+    largest = max(case.module.seen, key=len)  # type: ignore[attr-defined]
+    assert len(set(largest)) == 4
+    assert all(0 <= time <= 900 for time in largest)
 
 
 def test_trials_keep_no_large_tensor_of_the_call() -> None:
