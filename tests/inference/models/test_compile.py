@@ -24,7 +24,7 @@ from tests.inference import tiny
 ROOT = Path(__file__).parents[3]
 # a replica in a process of its own, which prints its pictures and the counters of the compiler
 REPLICA = """
-import asyncio, io, json, sys
+import asyncio, io, json, os, sys
 from pathlib import Path
 
 from PIL import Image
@@ -56,7 +56,8 @@ report = asyncio.run(pictures(model))
 report["graphs"] = graphs
 report["later_graphs"] = counters["stats"].get("unique_graphs", 0) - graphs
 report["compiled"] = counters["inductor"]["fxgraph_cache_miss"]
-print(json.dumps(report))
+print(json.dumps(report), flush=True)
+os._exit(0)  # a trial of a batch size may be running
 """
 
 
