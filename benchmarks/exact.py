@@ -18,14 +18,16 @@ import ledger
 
 ROOT = Path(__file__).parent.parent
 NOTE = (
-    "float64, float32 and bfloat16, FLUX, SDXL and Stable Diffusion with ControlNets;"
-    " with deterministic rows not a bit may differ"
+    "float64, float32 and bfloat16, FLUX, SDXL and Stable Diffusion with ControlNets; Stable Diffusion, SDXL,"
+    " Wan and LTX with guidance, LoRAs of two ranks and previews; strict and by default, no bit"
+    " may differ in proven batch sizes"
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--schedules", type=int, default=1000)
+    parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -38,6 +40,8 @@ def main() -> None:
             f"--junitxml={report}",
         ]
         command += ["--timeout=0", "--session-timeout=86400"]  # limits of the suite
+        if options.processes > 1:
+            command += ["--numprocesses", str(options.processes), "--dist", "load"]
         env = os.environ | {"WEFT_EXACT_SCHEDULES": str(options.schedules)}
         code = subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
         suite = next(ElementTree.parse(report).iter("testsuite"))

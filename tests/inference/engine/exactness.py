@@ -1,17 +1,19 @@
-"""A model, a set of requests, their answers alone, and random schedules of them through the engine."""
+"""A set of requests, their answers alone, and random schedules of them through the engine."""
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torch import nn
 
 from deployments.engine.batch_buckets import pad_small_linears
 from deployments.engine.engine import Engine
@@ -69,27 +71,140 @@ class Answer:
         return float((self.latents - other.latents).abs().max() / other.latents.abs().max())
 
 
-@dataclass
-class Bench:
-    """One model and the answers it gave to single requests."""
+AnyRequest = TypeVar("AnyRequest", bound=Hashable)
 
-    model: DiffusersModel
-    requests: list[ResolvedRequest]
-    decode: bool = False  # to pictures, through the VAE
-    deterministic: bool = False
+
+@dataclass
+class Schedules(ABC, Generic[AnyRequest]):
+    """Requests of one model, the answers that it gave to single ones, and schedules of them."""
+
+    requests: list[AnyRequest]
+    exact: Exactness = "off"  # off: rounding may differ
     auxiliary_lane: bool = False  # the VAE in a thread of its own: when it is done is not up to the schedule
-    alone: dict[ResolvedRequest, Answer] = field(default_factory=dict)
+    alone: dict[AnyRequest, Answer] = field(default_factory=dict)
     forwards: int = 0
     rows: int = 0
+    unproven: int = 0  # requests that shared a forward in a batch size without a proof
+    intercepted: bool = False
+    engines: dict[tuple[int, bool], Engine] = field(default_factory=dict)  # by rows and kind of scheduler
+    clock: Iterator[int] = field(default_factory=itertools.count)
+
+    def close(self) -> None:
+        """End the engines' threads."""
+        for engine in self.engines.values():
+            engine.close()
 
     @property
-    def policy(self) -> Exactness:
-        """Of the engine: not a bit may differ, or rounding may."""
-        return "strict" if self.deterministic else "off"
+    @abstractmethod
+    def modules(self) -> list[nn.Module]:
+        """The model's modules that park."""
 
-    def work(self, request: ResolvedRequest) -> Callable[[], Answer]:
+    @abstractmethod
+    def work(self, request: AnyRequest) -> Callable[[], Answer]:
         """The request's pipeline call."""
 
+    @abstractmethod
+    def job(self, request: AnyRequest) -> ScheduledJob:
+        """The request as the scheduler sees it, without owner and urgency."""
+
+    def expected(self, request: AnyRequest) -> Answer:
+        """The answer alone: of the plain pipeline, or of a strict engine with no other."""
+        if request not in self.alone:
+            if self.exact == "off":
+                self.alone[request] = self.work(request)()
+            else:
+                fiber = Fiber(self.work(request))
+                self._run(Engine(StepScheduler(8), exact="strict"), [fiber])
+                if fiber.failure is not None:
+                    raise fiber.failure
+                self.alone[request] = fiber.result
+        return self.alone[request]
+
+    def together(self, requests: list[AnyRequest], max_batch_size: int = 8) -> list[Fiber]:
+        """All at once through one engine."""
+        fibers = [Fiber(self.work(request)) for request in requests]
+        scheduler = AnyOrder(max_batch_size, random.Random(0))
+        self._run(Engine(scheduler, exact=self.exact), fibers)
+        return fibers
+
+    def _run(self, engine: Engine, fibers: list[Fiber]) -> None:
+        self._intercept()
+        for fiber in fibers:
+            engine.start(fiber)
+        while not engine.idle:
+            engine.step()
+
+    def _intercept(self) -> None:
+        """For good: the modules are the bench's own."""
+        if not self.intercepted:
+            intercept(self.modules)
+            if self.exact != "off":
+                pad_small_linears(self.modules)
+        self.intercepted = True
+
+    def _engine(self, rows: int, rng: random.Random, *, any_order: bool) -> Engine:
+        """An engine, which keeps what it has proven and learned from schedule to schedule, as a replica."""
+        known = self.engines.get((rows, any_order))
+        if known is None:
+            scheduler = AnyOrder(rows, rng) if any_order else StepScheduler(rows)
+            known = self.engines[rows, any_order] = Engine(
+                scheduler,
+                exact=self.exact,
+                auxiliary_lane=self.auxiliary_lane,
+                now=lambda: float(next(self.clock)),
+            )
+        return known
+
+    def play(self, rng: random.Random) -> list[tuple[AnyRequest, Fiber]]:
+        """A random schedule: joins between steps, cancels, trials of batch sizes; every other one by the real
+        policy with users, priorities and deadlines, which preempt, the others in any order at all."""
+        self._intercept()
+        engine = self._engine(rng.choice([2, 3, 4, 8]), rng, any_order=rng.random() < 0.5)
+        forwards, rows = engine.forwards, engine.rows
+        fibers: list[tuple[AnyRequest, Fiber]] = []
+        doomed: list[Fiber] = []
+        to_come = rng.sample(self.requests, rng.randint(2, min(8, len(self.requests))))
+        while to_come or not engine.idle:
+            if to_come and (engine.idle or rng.random() < 0.7):
+                request = to_come.pop()
+                job = self.job(request)
+                job.user, job.priority = rng.choice("abc"), rng.choice([-1, 0, 0, 1])
+                job.deadline, job.submitted_at = rng.choice([None, None, 40.0]), float(next(self.clock))
+                fiber = Fiber(self.work(request), job)
+                fibers.append((request, fiber))
+                engine.start(fiber)
+                if rng.random() < 0.15:
+                    doomed.append(fiber)
+            engine.step()
+            while rng.random() < 0.95 and engine.run_trial():
+                pass  # as while nothing waits
+            if doomed and rng.random() < 0.3:
+                engine.cancel(doomed.pop())
+        self.forwards += engine.forwards - forwards
+        self.rows += engine.rows - rows
+        self.unproven += sum(bool(fiber.unproven) for _, fiber in fibers)
+        return fibers
+
+
+@dataclass(kw_only=True)
+class Bench(Schedules[ResolvedRequest]):
+    """Image requests to one model."""
+
+    model: DiffusersModel
+    decode: bool = False  # to pictures, through the VAE
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return self.model.modules
+
+    def job(self, request: ResolvedRequest) -> ScheduledJob:
+        return ScheduledJob(
+            steps=request.num_inference_steps,
+            batch_size=request.num_images,
+            shape=(request.width, request.height),
+        )
+
+    def work(self, request: ResolvedRequest) -> Callable[[], Answer]:
         def call() -> Answer:
             pipeline = self.model.pipeline_for(request)
             image = IMAGE.resize((request.width, request.height)) if request.edit else None
@@ -110,87 +225,6 @@ class Bench:
             return Answer(kept["latents"], tuple((result * 255).round().astype(np.uint8)))
 
         return call
-
-    def expected(self, request: ResolvedRequest) -> Answer:
-        """The answer alone: of the plain pipeline, or of a deterministic engine with no other."""
-        if request not in self.alone:
-            if not self.deterministic:
-                self.alone[request] = self.work(request)()
-            else:
-                fiber = Fiber(self.work(request))
-                self._run(Engine(StepScheduler(8), exact="strict"), [fiber])
-                if fiber.failure is not None:
-                    raise fiber.failure
-                self.alone[request] = fiber.result
-        return self.alone[request]
-
-    def together(self, requests: list[ResolvedRequest], max_batch_size: int = 8) -> list[Fiber]:
-        """All at once through one engine."""
-        fibers = [Fiber(self.work(request)) for request in requests]
-        scheduler = AnyOrder(max_batch_size, random.Random(0))
-        self._run(Engine(scheduler, exact=self.policy), fibers)
-        return fibers
-
-    def _run(self, engine: Engine, fibers: list[Fiber]) -> None:
-        restores = self._prepare()
-        try:
-            for fiber in fibers:
-                engine.start(fiber)
-            while not engine.idle:
-                engine.step()
-        finally:
-            for restore in restores:
-                restore()
-
-    def _prepare(self) -> list[Callable[[], None]]:
-        restores = [intercept(self.model.modules)]
-        if self.deterministic:
-            restores.append(pad_small_linears(self.model.modules))
-        return restores
-
-    def play(self, rng: random.Random) -> list[tuple[ResolvedRequest, Fiber]]:
-        """A random schedule: joins between steps, cancels; every other one by the real policy with users,
-        priorities and deadlines, which preempt, the others in any order at all."""
-        clock, rows = itertools.count(), rng.choice([2, 3, 4, 8])
-        scheduler = StepScheduler(rows) if rng.random() < 0.5 else AnyOrder(rows, rng)
-        engine = Engine(
-            scheduler,
-            exact=self.policy,
-            auxiliary_lane=self.auxiliary_lane,
-            now=lambda: float(next(clock)),
-        )
-        fibers: list[tuple[ResolvedRequest, Fiber]] = []
-        doomed: list[Fiber] = []
-        to_come = rng.sample(self.requests, rng.randint(2, 8))
-        restores = self._prepare()
-        try:
-            while to_come or not engine.idle:
-                if to_come and (engine.idle or rng.random() < 0.7):
-                    request = to_come.pop()
-                    job = ScheduledJob(
-                        user=rng.choice("abc"),
-                        priority=rng.choice([-1, 0, 0, 1]),
-                        deadline=rng.choice([None, None, 40.0]),
-                        submitted_at=float(next(clock)),
-                        steps=request.num_inference_steps,
-                        batch_size=request.num_images,
-                        shape=(request.width, request.height),
-                    )
-                    fiber = Fiber(self.work(request), job)
-                    fibers.append((request, fiber))
-                    engine.start(fiber)
-                    if rng.random() < 0.15:
-                        doomed.append(fiber)
-                engine.step()
-                if doomed and rng.random() < 0.3:
-                    engine.cancel(doomed.pop())
-        finally:
-            engine.close()
-            for restore in restores:
-                restore()
-        self.forwards += engine.forwards
-        self.rows += engine.rows
-        return fibers
 
 
 def some_request(

@@ -1,8 +1,9 @@
 """The promise: a request in any batch equals the same request alone.
 
 Three readings of it. In float64, where rounding cannot hide a mistake, latents differ by less than 1e-13 of
-their range. In float32 without deterministic rows they differ by rounding. With them (what is served) not a
-bit differs, in float32 and in bfloat16, from latents to decoded pictures. `make exact` plays 1,000 schedules.
+their range. In float32 without proofs they differ by rounding. With them (what is served) not a bit differs,
+in float32 and in bfloat16, from latents to decoded pictures: of any request in strict mode, and by default of
+every one that shared no forward in a batch size without a proof. `make exact` plays 1,000 schedules.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from deployments.engine import batch_key
 from deployments.engine.fiber import FiberCancelled
 from deployments.pipelines import diffusers_model as model_module
 from deployments.pipelines.diffusers_model import DiffusersModel
-from deployments.protocol.request import ControlType, ResolvedRequest
+from deployments.protocol.request import ControlType, Exactness, ResolvedRequest
 from tests.inference import tiny
-from tests.inference.engine.exactness import Bench, some_request
+from tests.inference.engine.exactness import Bench, Schedules, some_request
+from tests.inference.engine.family_schedules import GUIDED, family_schedules
 from tests.inference.tiny_controls import CONTROLS, unet_controlnets
 
 SCHEDULES = int(os.environ.get("WEFT_EXACT_SCHEDULES", "100"))  # over all models and precisions
@@ -43,7 +45,7 @@ def flux_bench(dtype: torch.dtype, **options: Any) -> Bench:
         some_request(rng, guidance=(0.0, 1.0, 3.5, 7.0), schedulers=("auto",), text_tokens=48)
         for _ in range(30)
     ]
-    return Bench(DiffusersModel(tiny.flux().to(dtype=dtype), tiny.IMAGE_TASKS), requests, **options)
+    return Bench(requests, model=DiffusersModel(tiny.flux().to(dtype=dtype), tiny.IMAGE_TASKS), **options)
 
 
 def sdxl_bench(dtype: torch.dtype, schedulers: tuple[str, ...] = SDXL_SCHEDULERS, **options: Any) -> Bench:
@@ -52,7 +54,7 @@ def sdxl_bench(dtype: torch.dtype, schedulers: tuple[str, ...] = SDXL_SCHEDULERS
         some_request(rng, guidance=(1.0, 3.0, 7.5), schedulers=schedulers, text_tokens=None)
         for _ in range(24)
     ]
-    return Bench(DiffusersModel(tiny.sdxl().to(dtype=dtype), tiny.IMAGE_TASKS), requests, **options)
+    return Bench(requests, model=DiffusersModel(tiny.sdxl().to(dtype=dtype), tiny.IMAGE_TASKS), **options)
 
 
 def controlled_bench(dtype: torch.dtype, **options: Any) -> Bench:
@@ -73,7 +75,7 @@ def controlled_bench(dtype: torch.dtype, **options: Any) -> Bench:
     )
     for request in requests:
         model.prepare(request)
-    return Bench(model, requests, **options)
+    return Bench(requests, model=model, **options)
 
 
 def share(make: Any, part: float) -> int:
@@ -81,10 +83,11 @@ def share(make: Any, part: float) -> int:
     return round(SCHEDULES * part / (2 if make is controlled_bench else 1))
 
 
-def compare(bench: Bench, schedules: int, tolerance: float | None) -> int:
+def compare(bench: Schedules[Any], schedules: int, tolerance: float | None) -> int:
     """Play schedules and hold every finished request against itself alone; how many were compared.
 
-    tolerance: of the largest latent; None: not a bit may differ.
+    tolerance: of the largest latent; None: not a bit may differ, unless the request is marked as having
+    shared a batch size without a proof, which only a bench that prefers exactness may do.
     """
     rng, compared = random.Random(len(bench.requests)), 0
     for _ in range(schedules):
@@ -94,10 +97,13 @@ def compare(bench: Bench, schedules: int, tolerance: float | None) -> int:
             assert fiber.failure is None, f"{fiber.failure!r} in {request!r}"
             got, alone = fiber.result, bench.expected(request)
             assert not got.latents.requires_grad
-            if tolerance is None:
-                assert got.same_bits(alone), f"{got.distance(alone):.1e} in {request!r}"
-            else:
+            if tolerance is not None:
                 assert got.distance(alone) <= tolerance, f"{got.distance(alone):.1e} in {request!r}"
+            elif fiber.unproven:
+                assert bench.exact == "prefer", f"{fiber.unproven} in {request!r}"
+                assert got.latents.isfinite().all()
+            else:
+                assert got.same_bits(alone), f"{got.distance(alone):.1e} in {request!r}"
             compared += 1
     return compared
 
@@ -106,32 +112,52 @@ def compare(bench: Bench, schedules: int, tolerance: float | None) -> int:
 def test_any_request_in_any_batch_is_the_request_alone(make: Any) -> None:
     bench = make(torch.float64)
 
-    compared = compare(bench, share(make, 3 / 20), FLOAT64)
+    compared = compare(bench, share(make, 1 / 10), FLOAT64)
 
-    assert compared > share(make, 1 / 6)
+    assert compared > share(make, 1 / 9)
     assert bench.rows > 1.2 * bench.forwards, "the schedules must really share forwards"
 
 
 @pytest.mark.parametrize("make", [flux_bench, lambda dtype: sdxl_bench(dtype, CALM_SCHEDULERS)])
 def test_in_single_precision_only_rounding_differs(make: Any) -> None:
-    assert compare(make(torch.float32), SCHEDULES // 10, FLOAT32) > SCHEDULES // 10
+    assert compare(make(torch.float32), SCHEDULES // 20, FLOAT32) > SCHEDULES // 20
 
 
+@pytest.mark.parametrize("exact", ["strict", "prefer"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [flux_bench, sdxl_bench, controlled_bench])
-def test_with_deterministic_rows_not_a_bit_differs(make: Any, dtype: torch.dtype) -> None:
-    bench = make(dtype, deterministic=True, decode=True)
+def test_in_proven_batch_sizes_not_a_bit_differs(make: Any, dtype: torch.dtype, exact: Exactness) -> None:
+    bench = make(dtype, exact=exact, decode=True)
 
-    compared = compare(bench, share(make, 1 / 12), None)
+    compared = compare(bench, share(make, 1 / 24), None)
 
-    assert compared > share(make, 1 / 10)
-    assert bench.rows > 1.2 * bench.forwards, "the schedules must really share forwards"
+    assert compared > share(make, 1 / 20)
+    assert bench.rows > 1.1 * bench.forwards, "the schedules must really share forwards"
+    assert bench.unproven < compared / 2, "most batch sizes are proven on this machine"
+
+
+@pytest.mark.filterwarnings("default")  # of the libraries, about unusually small sizes
+@pytest.mark.parametrize("exact", ["strict", "prefer"])
+@pytest.mark.parametrize("name", GUIDED)
+def test_with_guidance_loras_and_previews_not_a_bit_differs(name: str, exact: Exactness) -> None:
+    bench = family_schedules(name, exact)
+
+    compared = compare(bench, max(2, SCHEDULES // 41), None)
+
+    assert compared > max(2, SCHEDULES // 41)
+    # a convolution may have other bits in every batch: then a strict schedule shares nothing of the denoiser
+    shared = 1.1 if exact == "prefer" else 1.0
+    assert bench.rows > shared * bench.forwards, "the schedules must really share forwards"
+    assert bench.previews_shown or bench.previewer is None
 
 
 def test_decoding_on_the_auxiliary_lane_changes_no_bit() -> None:
-    bench = flux_bench(torch.float32, deterministic=True, decode=True, auxiliary_lane=True)
+    bench = flux_bench(torch.float32, exact="strict", decode=True, auxiliary_lane=True)
 
-    assert compare(bench, max(2, SCHEDULES // 25), None) > 2
+    try:
+        assert compare(bench, max(2, SCHEDULES // 25), None) > 2
+    finally:
+        bench.close()
 
 
 def test_images_of_equal_token_count_and_different_shape_are_not_merged() -> None:
