@@ -46,7 +46,7 @@ FIRST_TRIALS = 8  # rows up to which batch sizes are tried before more of a key 
 CHEAP_DOUBLING = 1.2
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Group:
     """Calls of one key and one number of rows."""
 

@@ -17,7 +17,8 @@ from deployments.engine.stacking import map_tensors, select_rows, split, stack
 
 # another order of summing changes about one of 10,000 16-bit values and every other 32-bit value; another
 # kernel for the last elements of a vector (their place depends on the batch size) changes few of either
-PROOF_VALUES = 2**17
+PROOF_VALUES = 2**17  # of 16 bits; one of more bits counts as WIDE_VALUES
+WIDE_VALUES = 8
 MAX_TRIALS = 256  # of one batch size
 TIMED_RUNS = 3
 BATCH_ROLES = frozenset({ArgumentRole.BATCH, ArgumentRole.BATCH_DIM1, ArgumentRole.RAGGED})
@@ -168,8 +169,9 @@ def _wait_for_device() -> None:
 
 
 def _values_to_compare(output: Any) -> int:
-    """The number of values in an output."""
-    return sum(leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+    """The number of 16-bit values in an output, or of what counts as so many."""
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return sum(t.numel() * (1 if t.element_size() <= 2 else WIDE_VALUES) for t in tensors)
 
 
 def _has_same_bits(output: Any, other: Any) -> bool:

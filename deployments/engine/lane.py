@@ -20,7 +20,7 @@ from deployments.engine.stacking import Unsplittable
 from deployments.engine.step_scheduler import StepScheduler
 from deployments.protocol.request import Exactness
 
-TRIAL_SHARE = 4  # while requests wait, trials compute at most one row for so many of theirs
+TRIAL_SHARE = 2  # while requests wait, trials compute at most one row for so many of theirs
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class Lane:
         self._logged: set[str] = set()  # seams logged for unknown arguments
         self.forwards = 0  # so far
         self.rows = 0  # of these forwards together, without padding
-        self._trial_rows = 0  # of the prover's forwards
+        self._trial_rows = 0  # of the prover's forwards while calls waited
 
     @property
     def waiting(self) -> bool:
@@ -130,12 +130,9 @@ class Lane:
 
     def run_trial(self, *, before_traffic: bool = False) -> bool:
         """Run one forward of the prover's trials; False if there is nothing to try."""
-        prover = self._prover
-        rows = None if prover is None else prover.rows_to_run()
-        if prover is None or rows is None:
+        if self._prover is None or self._prover.rows_to_run() is None:
             return False
-        self._trial_rows += rows
-        prover.run_trial(before_traffic=before_traffic)
+        self._prover.run_trial(before_traffic=before_traffic)
         return True
 
     @property
@@ -160,6 +157,7 @@ class Lane:
         if wanted is not None:
             prover.want(*wanted)
         if self._trial_rows * TRIAL_SHARE < self.rows and not self._runner.busy:
+            self._trial_rows += prover.rows_to_run() or 0
             self.run_trial()
 
     def _take(self, picked: Sequence[int]) -> list[Fiber]:

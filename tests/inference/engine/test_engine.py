@@ -87,7 +87,7 @@ def test_calls_of_many_fibers_share_forwards(denoiser: Denoiser) -> None:
     assert denoiser.seen[:4] == [3, 3, 2, 1]
 
 
-def test_while_requests_wait_trials_take_at_most_a_fifth_of_the_rows(denoiser: Denoiser) -> None:
+def test_while_requests_wait_trials_take_at_most_a_third_of_the_rows(denoiser: Denoiser) -> None:
     engine = Engine(Together(1), exact="prefer")
     fibers = [Fiber(loop(denoiser, float(i), steps=40)) for i in range(2)]
     engine._steps._prover = BucketProver(8, "prefer", lambda _key: None)  # larger sizes than the scheduler's
@@ -98,7 +98,24 @@ def test_while_requests_wait_trials_take_at_most_a_fifth_of_the_rows(denoiser: D
         engine.step()
 
     trials = sum(denoiser.seen) - 2 * 40
-    assert 0 < trials <= 2 * 40 / 4 + 8
+    assert 0 < trials <= 2 * 40 / 2 + 8
+
+
+def test_trials_before_traffic_leave_those_beside_it_their_share(denoiser: Denoiser) -> None:
+    engine = Engine(Together(1), exact="prefer")
+    engine._steps._prover = BucketProver(8, "prefer", lambda _key: None)  # larger sizes than the scheduler's
+    run(engine, [loop(denoiser, 1.0, steps=1)])
+    while engine.run_trial(before_traffic=True):
+        pass
+    denoiser.seen.clear()
+
+    fibers = [Fiber(loop(denoiser, float(i), steps=20, rows=2)) for i in range(2)]  # another kind of call
+    for fiber in fibers:
+        engine.start(fiber)
+    while not all(fiber.done for fiber in fibers):
+        engine.step()
+
+    assert sum(denoiser.seen) > 2 * 2 * 20
 
 
 def test_requests_that_shared_an_unproven_batch_size_are_known(denoiser: Denoiser) -> None:

@@ -22,6 +22,7 @@ from deployments.protocol.request import Edit, GenerationRequest, ResolvedVideo,
 from deployments.replica import ModelReplica
 from tests.inference.recorder import Recorder
 from tests.inference.video_files import ROOT, Frames, clip, decode_video, png
+from tests.patience import patience
 from tests.serving.fakes import eventually
 
 VIDEOS = Videos(num_frames=9, fps=8, max_frames=64, max_frame_pixels=64 * 64 * 64, framewise=True)
@@ -160,6 +161,7 @@ def _file(picture: Image.Image) -> bytes:
 
 async def test_frames_of_one_request_share_forwards(model: ModelReplica) -> None:
     engine = model._runtime.worker._engine
+    await model._runtime.worker.prove_all(patience(60))
     before = engine.rows, engine.forwards
 
     await events_of(model, video=Video(num_frames=16))
