@@ -29,6 +29,7 @@ from deployments.engine.call import ModuleCall, Seam
 from deployments.engine.cost_model import RowLimit
 from deployments.engine.device_errors import DeviceBroken, is_device_broken
 from deployments.engine.lora_rows import run_with_lora_rows
+from deployments.engine.memory_meter import MemoryMeter
 from deployments.engine.out_of_memory import free_device_memory
 from deployments.engine.proof_state import ProofState
 from deployments.engine.stacking import select_rows, split, stack
@@ -65,11 +66,19 @@ class BucketProver:
     All methods but `states` run on one thread.
     """
 
-    def __init__(self, max_batch_size: int, policy: Exactness, row_limit: RowLimit) -> None:
-        """policy: of calls that have none. row_limit: rows of a key that fit the device's memory."""
+    def __init__(
+        self,
+        max_batch_size: int,
+        policy: Exactness,
+        row_limit: RowLimit,
+        meter: MemoryMeter | None = None,
+    ) -> None:
+        """policy: of calls that have none. row_limit: rows of a key that fit the device's memory. meter:
+        measures the memory of trials, so that it knows more of them when requests come."""
         self._buckets = [bucket for bucket in BUCKETS if bucket <= max_batch_size]
         self._policy = policy
         self._row_limit = row_limit
+        self._meter = meter
         # not cachetools' LRUCache: one lookup per call, 1 us instead of 0.1
         self._groups: OrderedDict[tuple[Hashable, int], _Group] = OrderedDict()
         self._listed: tuple[_Group, ...] = ()  # the same groups, for another thread
@@ -113,9 +122,9 @@ class BucketProver:
 
     def want(self, key: Hashable, rows: int) -> None:
         """So many rows of this key have waited at once: try batch sizes up to theirs."""
-        if rows <= max(FIRST_TRIALS, self._wanted_rows.get(key, 0)):
+        if rows <= FIRST_TRIALS:
             return
-        self._wanted_rows[key] = rows
+        self._wanted_rows[key] = max(rows, self._wanted_rows.get(key, 0))
         for group in self._groups.values():
             if group.key is key:
                 self._resume_trials(group)
@@ -155,7 +164,7 @@ class BucketProver:
             return
         group, size = following
         try:
-            equal = group.trials.run(size)
+            equal = self._run_measured(group, size)
             if equal is False and before_traffic and self._try_doubling(group, size):
                 return
         except Exception as error:
@@ -167,6 +176,19 @@ class BucketProver:
             equal = False
         if equal is not None:
             self._conclude(group, size, equal=equal)
+
+    def _run_measured(self, group: _Group, size: int) -> bool | None:
+        """One forward of the group's trials, with its memory measured."""
+        if self._meter is None:
+            return group.trials.run(size)
+        rows = group.trials.rows_to_run(size)
+        started, ran = self._meter.start(group.key, rows), 0
+        try:
+            equal = group.trials.run(size)
+            ran = rows
+        finally:
+            self._meter.stop(started, "steps", group.key, ran)
+        return equal
 
     def _new_group(self, call: ModuleCall) -> _Group:
         copies = 2 if call.batch_size == 1 and call.seam in self._doubled else 1

@@ -10,9 +10,10 @@ import torch
 from deployments.engine.device_streams import engine_stream
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber, FiberCancelled
-from deployments.engine.forward_runner import ForwardRunner, InlineRunner, MemoryMeter, ThreadRunner
+from deployments.engine.forward_runner import ForwardRunner, InlineRunner, ThreadRunner
 from deployments.engine.forward_timer import ForwardTimer
 from deployments.engine.lane import Lane
+from deployments.engine.memory_meter import MemoryMeter
 from deployments.engine.proof_state import ProofState
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
@@ -57,6 +58,7 @@ class Engine:
                 self._park,
                 exact=exact,
                 observes_backlog=observes_backlog,
+                meter=meter,
                 now=now,
             )
 

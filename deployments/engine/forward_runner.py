@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -17,6 +17,7 @@ from deployments.engine.call import ModuleCall
 from deployments.engine.fiber import Fiber
 from deployments.engine.forward_timer import ForwardTimer, Report
 from deployments.engine.lora_rows import run_with_lora_rows
+from deployments.engine.memory_meter import MemoryMeter
 from deployments.engine.stacking import split, stack
 
 
@@ -59,16 +60,6 @@ class Forward:
         self.outputs = split(output, sizes)
         self.unproven = calls
         return sum(sizes)
-
-
-class MemoryMeter(Protocol):
-    """Measures the device's memory that forwards take. Called on the threads of the lanes."""
-
-    def start(self, key: Hashable, rows: int) -> Any:
-        """A forward begins; what is returned is passed to `stop`."""
-
-    def stop(self, started: Any, lane: Literal["steps", "auxiliary"], key: Hashable, rows: int) -> None:
-        """The forward has been computed or queued, with so many rows; 0: it failed."""
 
 
 class ForwardRunner(Protocol):

@@ -13,6 +13,7 @@ from deployments.engine.device_errors import DeviceBroken, is_device_broken
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber
 from deployments.engine.forward_runner import Forward, ForwardRunner
+from deployments.engine.memory_meter import MemoryMeter
 from deployments.engine.out_of_memory import as_out_of_memory, free_device_memory, is_out_of_memory
 from deployments.engine.proof_state import ProofState
 from deployments.engine.scheduled_job import ParkedCall
@@ -37,12 +38,14 @@ class Lane:
         *,
         exact: Exactness,
         observes_backlog: bool,
+        meter: MemoryMeter | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         """park: takes fibers that have been resumed, to the lane of their next call.
 
         exact: of requests without a policy of their own; "off": no batch size is proven (batch_buckets.py).
         observes_backlog: the scheduler may learn from this lane's calls how much work waits.
+        meter: measures the device's memory that trials of batch sizes take.
         """
         self._scheduler = scheduler
         self._runner = runner
@@ -52,7 +55,7 @@ class Lane:
         self._now = now
         self._prover: BucketProver | None = None
         if exact != "off":
-            self._prover = BucketProver(scheduler.max_batch_size, exact, scheduler.row_limit)
+            self._prover = BucketProver(scheduler.max_batch_size, exact, scheduler.row_limit, meter)
         self._fibers: list[Fiber] = []
         self._calls: list[ParkedCall] = []  # of these fibers, for the scheduler
         self._parked = 0  # so far

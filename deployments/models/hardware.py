@@ -48,7 +48,7 @@ def memory_bytes(device: torch.device, gpu_share: float) -> int | None:
 
 
 class PeakMeter:
-    """Measures what the forwards of both lanes allocate on a GPU (an engine.forward_runner.MemoryMeter)."""
+    """Measures what the forwards of both lanes allocate on a GPU (an engine.memory_meter.MemoryMeter)."""
 
     def __init__(self, device: torch.device, memory: DeviceMemory) -> None:
         self._device = device

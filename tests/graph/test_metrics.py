@@ -20,7 +20,7 @@ from tests.patience import patience
 
 pytestmark = pytest.mark.ray
 
-NEEDS_A_GPU = {"weft_device_bytes", "weft_batches_halved_total"}
+NEEDS_A_GPU = {"weft_device_bytes", "weft_batches_halved_total", "weft_memory_limit_bytes"}
 NEEDS_FAR_WEIGHTS = {"weft_nodes_with_weights", "weft_nodes_wanting_weights"}
 # held by tests/serving/jobs/test_dispatch_metrics.py and tests/inference/observability/test_collectors.py
 NEEDS_TROUBLE = {
@@ -29,6 +29,7 @@ NEEDS_TROUBLE = {
     "weft_requests_failed_total",
     "weft_requests_handed_back_total",
     "weft_device_failures_total",
+    "weft_forwards_unproven_total",
     "weft_adapters_evicted_total",
     "weft_jobs_same_total",  # the cache of results is off in this folder
 }

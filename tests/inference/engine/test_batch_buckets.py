@@ -355,3 +355,39 @@ def test_a_device_that_breaks_in_a_trial_is_not_taken_for_a_batch_size_that_fail
 
     with pytest.raises(DeviceBroken):
         Case(Broken()).prove(1)
+
+
+def test_the_memory_of_trials_is_measured_and_lets_larger_sizes_be_tried() -> None:
+    """As on a GPU: nothing is known to fit beyond twice the rows that have been measured."""
+    measured = {1}
+
+    class Meter:
+        def start(self, _key: object, rows: int) -> int:
+            return rows
+
+        def stop(self, started: int, _lane: str, _key: object, rows: int) -> None:
+            assert rows in (0, started)
+            measured.add(rows)
+
+    case = Case(BatchDependent())
+    case.prover = BucketProver(8, "prefer", lambda _key: 2 * max(measured), Meter())
+
+    case.prove(1)
+
+    assert case.state(1).proven == (2, 3, 4, 6, 8)
+
+
+def test_a_size_that_did_not_fit_is_tried_once_there_is_more_memory() -> None:
+    fitting = [8]
+    case = Case(BatchDependent(), rows=64)
+    case.prover = BucketProver(64, "prefer", lambda _key: fitting[0])
+    case.prove(1)
+    case.prover.want(KEY, 16)
+    case.prove(1)
+    assert case.state(1).proven[-1] == 8
+
+    fitting[0] = 16
+    case.prover.want(KEY, 16)
+    case.prove(1)
+
+    assert case.state(1).proven[-1] == 16
