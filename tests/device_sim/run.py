@@ -59,7 +59,8 @@ OnPart = Callable[[SimulatedDevice, Wave | None, Sequence[Outcome], Account], No
 def serve(scenario: Scenario, on_part: OnPart) -> None:
     """Load the model and serve the waves. Changes this process for good: call it in one of its own.
 
-    on_part: called after the model is loaded, without a wave, and after each wave.
+    on_part: called after the model is loaded and after the proofs before a wave, without a wave, and after
+    each wave.
     """
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     device = SimulatedDevice(KINDS[scenario.gpu])
@@ -97,7 +98,9 @@ async def _serve(scenario: Scenario, device: SimulatedDevice, on_part: OnPart) -
     shapes = await replica.layers(card.id)
     for wave in scenario.waves:
         if wave.proven:
+            device.begin_part()
             await replica._runtime.worker.prove_all(PROOFS_S)
+            on_part(device, None, (), await _account_of(replica))
         device.begin_part()
         outcomes = await _serve_wave(wave, card, replica, shapes)
         on_part(device, wave, outcomes, await _account_of(replica))
