@@ -164,8 +164,11 @@ class Lane:
             self.run_trial()
 
     def _take(self, picked: Sequence[int]) -> list[Fiber]:
-        """Remove the fibers at these indices; they keep the order of the indices."""
+        """Remove the fibers at these indices. They keep the order of the indices, but those of one LoRA set
+        are side by side: its products are computed once for all rows that are."""
         chosen = [self._fibers[i] for i in picked]
+        if len({fiber.lora_set for fiber in chosen}) > 1:
+            chosen.sort(key=lambda fiber: id(fiber.lora_set))
         if len(picked) == len(self._fibers):
             self._fibers, self._calls = [], []
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 
 from deployments.engine.batch_buckets import BucketProver
 from deployments.engine.engine import Engine
-from deployments.engine.fiber import Fiber, FiberCancelled, current_fiber, use_exactness
+from deployments.engine.fiber import Fiber, FiberCancelled, current_fiber, use_exactness, use_lora_set
 from deployments.engine.intercept import intercept
+from deployments.engine.lora_rows import current_lora_rows
 from deployments.protocol.errors import OutOfMemory
 from tests.inference.engine.together import Together
 
@@ -116,6 +118,35 @@ def test_trials_before_traffic_leave_those_beside_it_their_share(denoiser: Denoi
         engine.step()
 
     assert sum(denoiser.seen) > 2 * 2 * 20
+
+
+def test_rows_of_one_lora_set_are_side_by_side() -> None:
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.runs: list[int] = []
+
+        def forward(self, hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor]:
+            rows = current_lora_rows()
+            sets = rows.lora_sets if rows is not None else ()
+            self.runs.append(len([key for key, _ in itertools.groupby(sets)]))
+            return (hidden_states + 1,)
+
+    module, sets = Watching(), ("one", "two")
+    restore = intercept([module])
+
+    def work(value: float) -> Callable[[], Tensor]:
+        def call() -> Tensor:
+            use_lora_set(sets[int(value) % 2])
+            return loop(module, value)()  # type: ignore[arg-type]
+
+        return call
+
+    fibers = run(Engine(Together(8)), [work(float(value)) for value in range(6)])
+    restore()
+
+    assert module.runs == [2, 2, 2]
+    assert [float(fiber.result[0, 0]) for fiber in fibers] == [float(value) + 3 for value in range(6)]
 
 
 def test_requests_that_shared_an_unproven_batch_size_are_known(denoiser: Denoiser) -> None:
