@@ -29,7 +29,8 @@ LAYERS = 494  # of a LoRA over all linear layers of the blocks
 
 @pytest.fixture(scope="module")
 def run() -> list[Part]:
-    waves = ("steps=4", "steps=3,loras=4,rank=8", "steps=4,requests=2,control=canny,cancel_after=2")
+    # long enough for the second one to join on a busy machine, where its control picture takes its time
+    waves = ("steps=4", "steps=3,loras=4,rank=8", "steps=10,requests=2,control=canny,cancel_after=2")
     return simulate("flux", "--rows", "4", *(word for wave in waves for word in ("--wave", wave)))
 
 
