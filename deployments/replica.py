@@ -255,7 +255,9 @@ def _assigned_gpus(num_gpus: float) -> float:
     """
     assigned: Mapping[str, float] = {}
     if ray.is_initialized():
-        assigned = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]
+        context = ray.get_runtime_context()
+        if context.get_actor_id() is not None:  # not a process that only calls Ray, to which it gives nothing
+            assigned = context.get_assigned_resources()  # type: ignore[no-untyped-call]
     gpus = assigned.get("GPU", num_gpus)
     if gpus > 1:
         raise ModelUnavailable(

@@ -339,11 +339,27 @@ async def test_a_replica_announces_the_lora_by_which_a_request_was_routed_to_it(
 class RayContext:
     """What the process of a replica can ask Ray."""
 
-    def __init__(self, gpus: float) -> None:
+    def __init__(self, gpus: float, actor_id: str | None = "0a") -> None:
         self._gpus = gpus
+        self._actor_id = actor_id
+
+    def get_actor_id(self) -> str | None:
+        return self._actor_id
 
     def get_assigned_resources(self) -> dict[str, float]:
+        assert self._actor_id is not None, "as Ray: only in a worker"
         return {"GPU": self._gpus, "CPU": 1.0}
+
+
+def test_a_replica_can_be_made_in_a_process_that_only_calls_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: RayContext(2.0, actor_id=None))
+    serving = CARD.serving.model_copy(update={"warm_up": False})
+
+    replica = ModelReplica([CARD.model_copy(update={"serving": serving})])
+
+    replica.check_health()
+    replica.__del__()
 
 
 def test_a_replica_that_ray_gave_several_gpus_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
