@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from deployments.models.weight_cache import keep_compiled_code
 from deployments.observability.metrics import Reporter, Sample
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable, NotFound, WeftError
-from deployments.protocol.events import Event, Failed, Handover
+from deployments.protocol.events import Done, Event, Failed, Handover
 from deployments.protocol.log_context import LogContext, bind, join_serve_log
 from deployments.protocol.request import GenerationRequest, ResolvedRequest
 from deployments.validation.resolve import resolve
@@ -142,10 +142,12 @@ class ModelReplica:
         await self._announce_lora_of(request)
         try:
             card = self._card_of(request)
-            resolved = resolve(request, card, fresh_seed=secrets.randbits(32)).request
+            resolved, adjustments = resolve(request, card, fresh_seed=secrets.randbits(32))
             max_wait_s = None if unlimited_wait else self._serving.max_wait_s
             async with self._runtime.stream(card, resolved, user, resume, max_wait_s) as events:
                 async for event in events:
+                    if isinstance(event, Done):  # a request that was resolved before has no adjustments here
+                        event = replace(event, warnings=(*adjustments, *event.warnings))
                     yield event
         except WeftError as error:
             yield Failed.of(error)

@@ -58,7 +58,7 @@ async def generate_framewise_video(run: Run) -> AsyncGenerator[Event]:
                     return
                 case _:
                     yield event
-        rest = finish_video(run.request, session, queued_s, 0.0, started, unproven)
+        rest = finish_video(run, session, queued_s, 0.0, started, unproven)
         async with aclosing(rest) as events:
             async for event in events:
                 yield event

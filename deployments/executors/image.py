@@ -30,7 +30,12 @@ async def generate_images(run: Run) -> AsyncGenerator[Event]:
                 for artifact in await asyncio.to_thread(_artifacts, run.request, index, image, item):
                     yield artifact
             generation_s = item.run_s + time.monotonic() - started
-            yield Done(item.queued_s, generation_s, reported_unproven(run.request, item.unproven))
+            yield Done(
+                item.queued_s,
+                generation_s,
+                reported_unproven(run.request, item.unproven),
+                tuple(run.warnings),
+            )
 
 
 def _artifacts(request: ResolvedRequest, index: int, image: Image, finished: Finished) -> list[Artifact]:

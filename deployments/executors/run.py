@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from deployments.engine.worker import Worker
 from deployments.executors.decode_thread import DecodeThread
@@ -10,6 +10,7 @@ from deployments.executors.video_encoding import Encoder
 from deployments.loras.lora_set import LoraSet
 from deployments.models.model_instance import ModelInstance
 from deployments.pipelines.framewise import VideoFrame
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.request import ResolvedRequest
 
 
@@ -27,3 +28,10 @@ class Run:
     max_wait_s: float | None = None  # for a slot; None waits without limit
     lora_set: LoraSet | None = None  # None without LoRAs that change anything
     frame: VideoFrame | None = None  # set when the picture is one frame of a frame-wise video
+    warnings: list[Adjustment] = field(default_factory=list)  # see warn; a video shares it with its frames
+
+    def warn(self, code: str, param: str, message: str) -> None:
+        """Have the end of the request report this, once for all of its pictures."""
+        warning = Adjustment(code, param, message, of_result=True)
+        if warning not in self.warnings:
+            self.warnings.append(warning)

@@ -13,7 +13,6 @@ from deployments.executors.video_encoding import EncodingSession
 from deployments.media import still
 from deployments.media.video_spec import VideoFiles, VideoSpec
 from deployments.protocol.events import Artifact, Done, Event, Stage
-from deployments.protocol.request import ResolvedRequest
 
 
 def encoding_session(run: Run, num_frames: int) -> EncodingSession:
@@ -34,7 +33,7 @@ def encoding_session(run: Run, num_frames: int) -> EncodingSession:
 
 
 async def finish_video(
-    request: ResolvedRequest,
+    run: Run,
     session: EncodingSession,
     queued_s: float,
     run_s: float,
@@ -46,6 +45,7 @@ async def finish_video(
     run_s: seconds of work before `started`, which is a time.monotonic().
     unproven: modules whose forwards were shared in batch sizes that are not proven to be exact.
     """
+    request = run.request
     while await session.wait_for_segment():
         yield Stage("encode", session.encoded, session.spec.num_frames)
     generation_s = run_s + time.monotonic() - started
@@ -55,7 +55,7 @@ async def finish_video(
     for artifact in _artifacts(request.seed, session.spec, files, metadata):
         yield artifact
     generation_s = run_s + time.monotonic() - started
-    yield Done(queued_s, generation_s, reported_unproven(request, unproven))
+    yield Done(queued_s, generation_s, reported_unproven(request, unproven), tuple(run.warnings))
 
 
 def _artifacts(

@@ -8,6 +8,7 @@ from typing import Literal
 
 from pydantic import ConfigDict
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.errors import KINDS, Internal, WeftError
 
 
@@ -78,6 +79,8 @@ class Done:
     # modules whose forwards this request shared with others in batch sizes not proven to be exact, sorted;
     # only of a request that preferred exactness
     merged_unproven: tuple[str, ...] = ()
+    # found while the request ran, or by a replica that a call by handle reached without validation
+    warnings: tuple[Adjustment, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import (
@@ -20,16 +20,6 @@ from deployments.protocol.request import (
 from deployments.validation.inputs import check_inputs
 from deployments.validation.size import resolve_size
 from deployments.validation.video import resolve_video
-
-
-@dataclass(frozen=True, slots=True)
-class Adjustment:
-    """What the caller should know of a result: a value of the request that the card replaced, or a promise
-    that could not be kept. Reported as a warning."""
-
-    code: str
-    param: str
-    message: str
 
 
 class Resolved(NamedTuple):

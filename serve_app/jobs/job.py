@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.errors import KINDS, Internal, WeftError
 from deployments.protocol.request import ResolvedRequest
-from deployments.validation.resolve import Adjustment
 from serve_app.admission.quota import Charge
 
 COPY_QUEUE = "=copies"  # the queue of jobs whose files exist already; no model id looks like that

@@ -7,10 +7,10 @@ import secrets
 from collections.abc import Mapping
 
 from deployments.protocol import log_context
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest, Forbidden, Overloaded
 from deployments.protocol.request import GenerationRequest, ResolvedRequest
-from deployments.validation.resolve import Adjustment
 from serve_app.admission.validation import validate
 from serve_app.job_ids import new_job_id
 from serve_app.jobs import inputs

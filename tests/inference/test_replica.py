@@ -120,6 +120,7 @@ async def test_too_many_steps_are_reduced_here_too_because_handle_calls_skip_htt
 
     assert events[1] == Started(4)
     assert isinstance(events[-1], Done)
+    assert [warning.code for warning in events[-1].warnings] == ["steps_corrected"]
 
 
 @pytest.mark.parametrize("mask", [None, png()], ids=["img2img", "inpainting"])

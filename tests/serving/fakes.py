@@ -12,6 +12,7 @@ from PIL import Image
 from redis.asyncio import Redis
 
 from deployments.protocol import events
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import Guidance, Licence, ModelCard, Sizes, Steps, Weights
 from deployments.protocol.request import ResolvedEdit, ResolvedRequest
 from tests.patience import patience
@@ -78,6 +79,7 @@ class FakeModels:
         self.most_running = 0
         self.closed_early = 0  # calls that were cancelled
         self.merged_unproven: tuple[str, ...] = ()  # what the next calls report
+        self.warnings: tuple[Adjustment, ...] = ()
 
     def free_slots(self) -> Mapping[str, int]:
         return {model: slots - self.running_of[model] for model, slots in self.slots.items()}
@@ -114,7 +116,7 @@ class FakeModels:
                     await self.gate.wait()
                 yield events.Step(step, self.steps)
             yield events.Artifact(0, "image", "image/png", picture(), 64, 64, request.seed)
-            yield events.Done(0.0, 0.5, self.merged_unproven)
+            yield events.Done(0.0, 0.5, self.merged_unproven, self.warnings)
         except (asyncio.CancelledError, GeneratorExit):
             self.closed_early += 1
             raise

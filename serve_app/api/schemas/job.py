@@ -4,8 +4,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.request import Control, Exactness, ResolvedVideo
-from deployments.validation.resolve import Adjustment
 from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
 
 EXTENSIONS = {

@@ -9,8 +9,8 @@ from typing import cast
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.errors import NotFound
-from deployments.validation.resolve import Adjustment
 from serve_app.jobs import events
 from serve_app.jobs.job import Job, JobError, JobState, ResumePoint, StoredArtifact
 from serve_app.jobs.store.endings import CoalescedGroup

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from pydantic import TypeAdapter
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.request import ResolvedRequest
-from deployments.validation.resolve import Adjustment
 from serve_app.admission.quota import Charge
 from serve_app.jobs.job import (
     IdempotencyKey,

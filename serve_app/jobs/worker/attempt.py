@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from deployments.protocol import events
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.errors import Internal, ModelUnavailable, NotFound, WeftError
 from deployments.protocol.request import ResolvedRequest
-from deployments.validation.resolve import Adjustment
 from serve_app.jobs.job import Job, JobError, ResumePoint, StoredArtifact
 from serve_app.jobs.store.leases import Claim, StaleClaim
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.job_files import JobFiles
-from serve_app.jobs.worker.late_warnings import late_warnings, merged_unproven
+from serve_app.jobs.worker.late_warnings import late_warnings, warnings_of
 from serve_app.jobs.worker.lease_keeper import OUTAGE_MAX_S, AbortReason, LeaseKeeper, outage_pauses
 from serve_app.redis.transactions import StoreUnreachable
 from serve_app.settings import Settings
@@ -205,8 +205,7 @@ class Attempt:
                 case events.Artifact():
                     artifacts.append(await self._files.store_artifact(event))
                 case events.Done():
-                    warnings = (merged_unproven(event.merged_unproven),) if event.merged_unproven else ()
-                    return Output(tuple(artifacts), event.generation_s, warnings)
+                    return Output(tuple(artifacts), event.generation_s, warnings_of(event))
                 case events.Failed():
                     return self._failure(event)
         raise ModelUnavailable("the model stopped without an answer")

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import ModelCard, load_cards
 from deployments.protocol.errors import BadRequest, TooLarge
 from deployments.protocol.request import (
@@ -24,7 +25,7 @@ from deployments.protocol.request import (
     ResolvedRequest,
     Task,
 )
-from deployments.validation.resolve import Adjustment, Resolved, denoising_steps, resolve
+from deployments.validation.resolve import Resolved, denoising_steps, resolve
 
 CARDS = load_cards(Path(__file__).parents[3] / "configs/models")
 SCHNELL, DEV = CARDS["flux.1-schnell"], CARDS["flux.1-dev"]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from deployments.protocol import events
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import Weights
 from deployments.protocol.errors import Conflict, NotFound
 from deployments.protocol.request import Edit, GenerationRequest
@@ -406,6 +407,18 @@ async def test_a_warning_about_the_files_goes_with_every_copy_of_them(
     for job in (first, second, third):
         assert [(warning.code, warning.param) for warning in job.warnings] == [("merged_unproven", "exact")]
         assert "UNet.forward" in job.warnings[0].message
+
+
+async def test_a_warning_found_while_the_job_ran_goes_with_every_copy_of_its_files(
+    service: JobService, store: JobStore, dispatcher: Dispatcher, models: FakeModels
+) -> None:
+    models.warnings = (Adjustment("mask_empty", "mask_image", "it edits nothing", of_result=True),)
+
+    first = await ended(store, (await service.submit(SEEDED, OWNER)).id)
+    copy = await ended(store, (await service.submit(SEEDED, OWNER)).id)
+
+    assert (first.cached, copy.cached) == (False, True)
+    assert first.warnings == copy.warnings == models.warnings
 
 
 async def test_a_strict_request_is_not_answered_by_a_result_that_only_preferred_exactness(

@@ -11,9 +11,9 @@ from datetime import UTC, datetime
 
 import pytest
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.errors import Internal, OutOfMemory
 from deployments.protocol.request import ResolvedVideo
-from deployments.validation.resolve import Adjustment
 from serve_app.admission.quota import Charge
 from serve_app.job_ids import is_job_id, new_job_id
 from serve_app.jobs.job import (

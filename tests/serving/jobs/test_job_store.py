@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overloaded, RateLimited
-from deployments.validation.resolve import Adjustment
 from serve_app.job_ids import new_job_id
 from serve_app.jobs import events
 from serve_app.jobs.job import JobError, JobState, NewJob, StoredArtifact
