@@ -52,17 +52,18 @@ class DecoderPool:
         for _ in range(processes):
             self._idle.put(None)
 
-    def decode(self, data: bytes, mode: DecodeMode, field: str) -> Image.Image:
+    def decode(self, data: bytes, mode: DecodeMode, field: str, orientation: int = 1) -> Image.Image:
         """The upright picture in the size of the file; for DecodeMode.check an empty picture.
 
         data: a file that passed validation.image_header. field: the request's field, for messages.
+        orientation: as the header says, 1 to 8; 1: the pixels are stored upright.
         Raises BadRequest for a file that cannot be decoded. Waits for an idle child.
         """
         child = self._idle.get()
         try:
             if child is None or not child.alive:
                 child = _Child()
-            error, picture = child.decode(data, mode, time.monotonic() + self._timeout_s)
+            error, picture = child.decode(data, mode, orientation, time.monotonic() + self._timeout_s)
         except DecoderLost:
             if child is not None:
                 child.kill()
@@ -132,9 +133,11 @@ class _Child:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def decode(self, data: bytes, mode: DecodeMode, deadline: float) -> tuple[str, Image.Image | None]:
+    def decode(
+        self, data: bytes, mode: DecodeMode, orientation: int, deadline: float
+    ) -> tuple[str, Image.Image | None]:
         """("", the picture), or (name of the error, None). deadline: time.monotonic(). Raises DecoderLost."""
-        self._write(REQUEST.pack(mode.value, len(data)), deadline)
+        self._write(REQUEST.pack(mode.value, orientation, len(data)), deadline)
         self._write(data, deadline)
         status, pixel_mode, width, height, length = ANSWER.unpack(self._read(ANSWER.size, deadline))
         if length > 3 * MAX_PIXELS:  # a compromised child may answer anything, here and below

@@ -1,9 +1,11 @@
 """The program of a child process that decodes untrusted pictures, with limits on memory, time and open files.
 
 decoder.py starts it by its path. It imports nothing of ours and exchanges binary messages, numbers
-big-endian: in:  mode (1: P picture, M mask, C check), length (4), the file out: K, pixel mode (4), width (4),
-height (4), length (4), the pixels or:  E, 12 bytes without meaning, length (4), the name of the error It ends
-when its input ends.
+big-endian:
+in:  mode (1: P picture, M mask, C check), EXIF orientation (1), length (4), the file
+out: K, pixel mode (4), width (4), height (4), length (4), the pixels
+or:  E, 12 bytes without meaning, length (4), the name of the error
+It ends when its input ends.
 """
 
 import io
@@ -15,7 +17,6 @@ import sys
 # everything that opening these formats imports, because no file can be opened after _set_limits
 from PIL import (
     Image,
-    ImageOps,
     JpegImagePlugin,
     MpoImagePlugin,
     PngImagePlugin,
@@ -28,8 +29,17 @@ FORMATS = ("PNG", "JPEG", "WEBP")  # Pillow opens 43 by default; every one is at
 MAX_PIXELS = 16_000_000  # checked by validation/image_header.py, and again here before anything is decoded
 PICTURE_BYTES = 640 * 2**20  # memory beside the program's own; 16 megapixels need about 400 MiB
 CPU_S = 10  # for one picture; 16 megapixels need about one
-REQUEST = struct.Struct(">cI")
+REQUEST = struct.Struct(">cBI")
 ANSWER = struct.Struct(">c4sIII")
+UPRIGHT = {  # by EXIF orientation; read by validation/image_header.py, so that both agree on the size
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def main() -> None:
@@ -39,7 +49,7 @@ def main() -> None:
         header = _read(REQUEST.size)
         if header is None:
             return
-        mode, length = REQUEST.unpack(header)
+        mode, orientation, length = REQUEST.unpack(header)
         data = _read(length)
         if data is None:
             return
@@ -47,7 +57,7 @@ def main() -> None:
         cpu_s = int(used.ru_utime + used.ru_stime) + CPU_S
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, resource.RLIM_INFINITY))
         try:
-            picture = _decoded(data, mode)
+            picture = _decoded(data, mode, orientation)
             pixels = b"" if mode == b"C" else picture.tobytes()
             pixel_mode, (width, height) = picture.mode.ljust(4).encode(), picture.size
         except MemoryError:
@@ -61,7 +71,7 @@ def main() -> None:
             _write(pixels)
 
 
-def _decoded(data: bytes, mode: bytes) -> Image.Image:
+def _decoded(data: bytes, mode: bytes, orientation: int) -> Image.Image:
     """The upright picture without metadata. P: RGB, transparency composed on white. M: L. C: as opened."""
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
         if opened.width * opened.height > MAX_PIXELS:
@@ -69,7 +79,8 @@ def _decoded(data: bytes, mode: bytes) -> Image.Image:
         opened.load()
         if mode == b"C":
             return opened
-        upright = ImageOps.exif_transpose(opened)
+        turn = UPRIGHT.get(orientation)
+        upright = opened.copy() if turn is None else opened.transpose(turn)
     if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
         upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
     if mode == b"M":

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import GenerationRequest
 from deployments.sandbox.decoder import PROCESSES, DecodeMode, decoder_pool
-from deployments.validation.image_header import read_image_size
+from deployments.validation.image_header import ImageHeader, read_image_header
 from deployments.validation.inputs import control_field
 
 THUMBNAIL_SIDE = 256  # pixels
@@ -43,19 +43,21 @@ class InputCheck:
 
     async def thumbnail(self, data: bytes, field: str) -> bytes:
         """The picture as a WebP file of at most THUMBNAIL_SIDE pixels a side. Raises as `verify` does."""
-        _check_header(data, field)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, _thumbnail, data, field)
+        header = _check_header(data, field)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._threads, _thumbnail, data, field, header.orientation
+        )
 
 
-def _thumbnail(data: bytes, field: str) -> bytes:
-    picture = decoder_pool().decode(data, DecodeMode.picture, field)
+def _thumbnail(data: bytes, field: str, orientation: int) -> bytes:
+    picture = decoder_pool().decode(data, DecodeMode.picture, field, orientation)
     picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
     file = io.BytesIO()
     picture.save(file, "WEBP", quality=80)
     return file.getvalue()
 
 
-def _check_header(data: bytes, field: str) -> None:
+def _check_header(data: bytes, field: str) -> ImageHeader:
     if not data:
         raise BadRequest(f"{field} is empty; send a PNG, JPEG or WebP file", param=field)
-    read_image_size(data, field)
+    return read_image_header(data, field)
