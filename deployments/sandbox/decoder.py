@@ -61,7 +61,10 @@ class DecoderPool:
         """
         child = self._idle.get()
         try:
-            if child is None or not child.alive:
+            if child is not None and not child.alive:
+                child.kill()  # closes its pipes
+                child = None
+            if child is None:
                 child = _Child()
             error, picture = child.decode(data, mode, orientation, time.monotonic() + self._timeout_s)
         except DecoderLost:
