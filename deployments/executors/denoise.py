@@ -19,6 +19,7 @@ from deployments.executors.run import Run
 from deployments.pipelines.framewise import set_frame
 from deployments.pipelines.pending_pictures import PendingPictures
 from deployments.pipelines.resume import Progress, restore
+from deployments.pipelines.truncation import TokenizedText, cut_texts, watch_tokenizers
 from deployments.protocol.events import Event, Handover, Step
 from deployments.protocol.request import ResolvedRequest
 from deployments.validation.resolve import denoising_steps
@@ -39,17 +40,18 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
     await asyncio.to_thread(model.pipelines.prepare, request)  # loads what a first request needs
     progress = (restore(run.resume, request) if run.resume else None) or Progress()
     steps = denoising_steps(request, model.card)
+    tokenized: list[TokenizedText] = []
 
     def call_pipeline(emit: Emit) -> list[Any]:
         """Runs as a fiber on the engine's thread."""
 
         def attach(pipeline: Any) -> None:
+            watch_tokenizers(pipeline, request.max_sequence_length, tokenized.append)
             text_loras = loras.label if loras and loras.touches_text else None
             # of requests without a promise, embeddings may be inexact and are kept for such requests only
             promised = request.exact != "off"
-            model.prompts.attach(
-                pipeline, (text_loras, promised), current_unproven if promised else frozenset
-            )
+            unproven = current_unproven if promised else frozenset
+            model.prompts.attach(pipeline, (text_loras, promised), unproven, tokenized)
             if run.frame is not None:
                 set_frame(pipeline, run.frame)
             attach_previews(pipeline, model.previewer, request, steps, progress, emit)
@@ -78,6 +80,7 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
         async for item in items:
             match item:
                 case Finished():
+                    _warn_of_cut_texts(run, tokenized)
                     yield await _complete(item, progress)
                 case PreviewReady():
                     yield await asyncio.to_thread(encode_preview, item, request)
@@ -85,6 +88,15 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
                     yield Handover(0, b"") if state is None else Handover(progress.step, state)
                 case _:
                     yield item
+
+
+def _warn_of_cut_texts(run: Run, tokenized: list[TokenizedText]) -> None:
+    request = run.request
+    fields = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    if request.video is not None and request.video.end_prompt is not None:
+        fields["end_prompt"] = request.video.end_prompt
+    for field, message in cut_texts(tokenized, fields).items():
+        run.warn("prompt_truncated", field, message)
 
 
 async def _complete(finished: Finished, progress: Progress) -> Finished:

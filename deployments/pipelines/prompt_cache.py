@@ -12,6 +12,8 @@ from cachetools import LRUCache
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from deployments.pipelines.truncation import TokenizedText
+
 
 class PromptCache:
     """Results of `encode_prompt`, the least recently used evicted first. One per model, used by one thread.
@@ -32,7 +34,11 @@ class PromptCache:
         return int(self._results.currsize)
 
     def attach(
-        self, pipeline: Any, variant: Hashable = None, unproven: Callable[[], frozenset[str]] = frozenset
+        self,
+        pipeline: Any,
+        variant: Hashable = None,
+        unproven: Callable[[], frozenset[str]] = frozenset,
+        tokenized: list[TokenizedText] | None = None,
     ) -> None:
         """Let this pipeline object (not its class) look into the cache first, if it has encode_prompt.
 
@@ -40,7 +46,9 @@ class PromptCache:
         unproven: modules whose forwards this request has shared in batch sizes not proven to be exact. A
         result that such a forward took part in is not kept: it would be another request's, which may be
         strict.
+        tokenized: of this request; its tokenizers add to it, and a cached result adds what they would.
         """
+        tokenized = [] if tokenized is None else tokenized
         encode = getattr(pipeline, "encode_prompt", None)
         if encode is None or not self._results.maxsize:
             return
@@ -50,7 +58,7 @@ class PromptCache:
             key = _key(function, args, kwargs)
             if key is None:  # a picture or finished embeddings among the arguments
                 return encode(*args, **kwargs)
-            return self._result((key, variant), lambda: encode(*args, **kwargs), unproven)
+            return self._result((key, variant), lambda: encode(*args, **kwargs), unproven, tokenized)
 
         vars(pipeline)["encode_prompt"] = cached_encode
 
@@ -59,19 +67,25 @@ class PromptCache:
         self._results.clear()
 
     def _result(
-        self, key: Hashable, encode: Callable[[], Any], unproven: Callable[[], frozenset[str]]
+        self,
+        key: Hashable,
+        encode: Callable[[], Any],
+        unproven: Callable[[], frozenset[str]],
+        tokenized: list[TokenizedText],
     ) -> Any:
-        result = self._results.get(key)
-        if result is not None:
+        known = self._results.get(key)
+        if known is not None:
             self.hits += 1
+            result, read = known
+            tokenized += read
             return result
         self.misses += 1
-        unproven_before = unproven()
+        unproven_before, read_before = unproven(), len(tokenized)
         result = encode()  # other fibers run meanwhile; one of them may encode the same prompt
         if unproven() != unproven_before:
             return result
         if key not in self._results and _size_bytes(result) <= self._results.maxsize:
-            self._results[key] = result
+            self._results[key] = result, tuple(tokenized[read_before:])
         return result
 
 

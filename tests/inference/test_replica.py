@@ -100,6 +100,26 @@ async def test_picture_i_of_a_request_is_the_picture_of_seed_plus_i(model: Model
         assert np.abs(pixels(one.data) - pixels(other.data)).max() <= 1
 
 
+LONG = "a red circle on a blue background, " * 12
+
+
+async def test_a_prompt_that_is_too_long_is_warned_of_also_when_its_embeddings_are_cached(
+    model: ModelReplica,
+) -> None:
+    answers = [(await events_of(model, prompt=LONG, seed=seed))[-1] for seed in (1, 2)]
+    fits = (await events_of(model))[-1]
+
+    for answer in answers:
+        assert isinstance(answer, Done)
+        (warning,) = answer.warnings
+        assert (warning.code, warning.param, warning.of_result) == ("prompt_truncated", "prompt", True)
+        assert "text_encoder_2 read 63 of" in warning.message
+        assert warning.message.endswith(LONG.rstrip()[-40:] + '"')
+    assert answers[0].warnings == answers[1].warnings  # type: ignore[union-attr]
+    assert isinstance(fits, Done)
+    assert fits.warnings == ()
+
+
 async def test_every_picture_is_followed_by_its_thumbnail(model: ModelReplica) -> None:
     events = await events_of(model, num_images=2)
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 
 from PIL import Image
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.events import Artifact, Done, Event, Failed, Preview, Started, Step
 from deployments.protocol.request import ResolvedRequest
 
@@ -19,6 +20,7 @@ class FakeModel:
         self.began = asyncio.Event()
         self.failure: Failed | None = None
         self.merged_unproven: tuple[str, ...] = ()
+        self.warnings: tuple[Adjustment, ...] = ()
         self.requests: list[ResolvedRequest] = []
 
     def free_slots(self) -> Mapping[str, int]:
@@ -43,7 +45,7 @@ class FakeModel:
         for index in range(request.num_images):
             yield _picture(request, index, "image", (request.width, request.height))
             yield _picture(request, index, "thumbnail", (32, 32))
-        yield Done(queued_s=0.0, generation_s=0.25, merged_unproven=self.merged_unproven)
+        yield Done(0.0, 0.25, self.merged_unproven, self.warnings)
 
 
 def preview_file(step: int) -> bytes:
