@@ -64,7 +64,7 @@ class Services:
                 registry,
                 self.results,
                 settings,
-                fetcher=UrlFetcher(host for host in settings.fetch_hosts.split(",") if host.strip()),
+                fetcher=UrlFetcher(settings.fetch_hosts),
                 hub=UrlFetcher(HOSTS if settings.hub_loras else ()),
             ),
             CompatibilityCheck(self.results, layer_lookup),

@@ -12,14 +12,18 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     YamlConfigSettingsSource,
 )
 
 from deployments.protocol.errors import BadRequest
+from deployments.protocol.yaml_file import read_mapping
+from serve_app.setting_values import Hosts, Seconds, invalid_settings, unknown_variables
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, with cards and models
+FILE = ROOT / "configs" / "service.yaml"
 
 
 class Settings(BaseSettings):
@@ -31,7 +35,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="WEFT_",
         env_ignore_empty=True,
-        yaml_file=ROOT / "configs" / "service.yaml",
+        yaml_file=FILE,
         extra="forbid",
         frozen=True,
         populate_by_name=True,
@@ -79,8 +83,8 @@ class Settings(BaseSettings):
     )
     min_free_bytes: int = Field(256 * 2**20, ge=0)  # free disk space below which jobs are refused
 
-    lease_s: float = Field(30.0, gt=0)  # without a heartbeat for this long a job goes to another worker
-    heartbeat_s: float = Field(5.0, gt=0)
+    lease_s: Seconds = 30.0  # without a heartbeat for this long a job goes to another worker
+    heartbeat_s: Seconds = 5.0
     max_attempts: int = Field(3, ge=1)  # attempts of a job before it fails
     max_pending: int = Field(256, ge=1)  # waiting jobs of all owners
     max_active_per_owner: int = Field(64, ge=1)  # queued and processing
@@ -88,21 +92,21 @@ class Settings(BaseSettings):
     events_kept: int = Field(256, ge=16)  # per job, for replay
     result_ttl_s: int = Field(86_400, ge=60)  # files of an ended job, and the result cache
     idempotency_ttl_s: int = Field(86_400, ge=60)  # how long an Idempotency-Key is remembered
-    webhook_hosts: tuple[str, ...] = ()  # allowed targets of webhooks: example.org, *.example.org, *
+    webhook_hosts: Hosts = ()  # allowed targets of webhooks: example.org, *.example.org, *
     cache: bool = True  # answer an owner's identical request (same seed) with the existing files
 
     submits_per_minute: int = Field(60, ge=1)  # of one owner; counted only while a key is required
     reads_per_minute: int = Field(1200, ge=1)  # of one owner; the page sends about two per second
     logins_per_minute: int = Field(10, ge=1)  # and wrong keys, of one address
     max_concurrent_calls: int = Field(512, ge=1)  # that submit jobs, of all owners on all replicas
-    max_call_s: float = Field(420.0, gt=0)  # until an answer begins, whatever timeout header a client sends
+    max_call_s: Seconds = 420.0  # until an answer begins, whatever timeout header a client sends
 
     max_body_bytes: int = Field(32 * 2**20, ge=1024)
     max_json_depth: int = Field(32, ge=4)
-    sync_wait_s: float = Field(300.0, gt=0)  # that synchronous endpoints wait for a job
+    sync_wait_s: Seconds = 300.0  # that synchronous endpoints wait for a job
 
-    fetch_hosts: str = ""  # hosts whose LoRA URLs are opened: "example.org, *.example.com", "*"; empty: none
-    fetch_timeout_s: float = Field(120.0, gt=0)  # for one file, from first to last byte
+    fetch_hosts: Hosts = ()  # hosts whose LoRA URLs are opened: example.org, *.example.com, *
+    fetch_timeout_s: Seconds = 120.0  # for one file, from first to last byte
     hub_loras: bool = False  # accept LoRAs of huggingface.co by id
     hf_token: SecretStr | None = Field(
         None,
@@ -127,19 +131,22 @@ class Settings(BaseSettings):
 
         Raises BadRequest naming the variable or key that is unknown or not valid.
         """
-        known = {f"WEFT_{name.upper()}" for name in cls.model_fields}
-        unknown = sorted(name for name in os.environ if name.startswith("WEFT_") and name not in known)
         if os.environ.get("DATABASE_URL"):
             logger.warning(
                 "DATABASE_URL is set and not used: jobs and their history are kept in Valkey (REDIS_URL); "
                 "see docs/decisions/0008-history-in-valkey.md"
             )
-        if unknown:
-            raise BadRequest(f"unknown environment variable {', '.join(unknown)}; see serve_app/settings.py")
+        if unknown := unknown_variables(cls.model_fields):
+            raise BadRequest(unknown)
+        if FILE.exists():
+            read_mapping(FILE)
         try:
             settings = cls(**values)  # type: ignore[arg-type]
         except ValidationError as error:
-            raise BadRequest(f"the settings are not valid: {error}") from error
+            # not `from error`: its text has the values of secrets
+            raise BadRequest(invalid_settings(error, cls.model_fields, values)) from None
+        except SettingsError as error:
+            raise BadRequest(f"the settings cannot be read: {error}") from None
         paths = {"data_dir": settings.data_dir, "cards_dir": settings.cards_dir}
         return settings.model_copy(
             update={name: (ROOT / path.expanduser()).resolve() for name, path in paths.items()}

@@ -12,11 +12,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from ray.serve import Application
 from ray.serve._private.build_app import build_app
-from ray.serve.schema import ServeApplicationSchema, ServeDeploySchema
+from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 from ray.util.accelerators import accelerators
 
 from deployments.protocol.errors import BadRequest, NotFound
 from serve_app import app
+from serve_app.cli import serve_config
 from serve_app.ray_serve.args import ModelArgs
 from serve_app.ray_serve.routing import MODEL_BUILDER
 
@@ -132,3 +133,18 @@ def test_a_mistake_in_a_card_inside_the_file_is_reported_alone() -> None:
         ModelArgs.model_validate({"models": [card | {"tasks": ["t2x"]}]})
 
     assert [error["loc"] for error in raised.value.errors()] == [("models", 0, "card", "tasks")]
+
+
+def test_the_keys_that_weft_serve_takes_are_those_of_serve() -> None:
+    assert {*serve_config.CONFIG_KEYS} == {*ServeDeploySchema.model_fields}
+    assert {*serve_config.APPLICATION_KEYS} == {*ServeApplicationSchema.model_fields}
+    assert {*serve_config.HTTP_KEYS} == {*HTTPOptionsSchema.model_fields}
+    assert all(hasattr(app, builder) for builder in serve_config.BUILDERS)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
+def test_weft_serve_takes_the_files_that_ship(file: Path) -> None:
+    taken = serve_config.read_config(file, None, None)
+
+    assert taken["http_options"]["port"] == 8000
+    assert serve_config.served_cards(taken, file)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from deployments.protocol.errors import BadRequest
+from deployments.protocol.invalid_values import wrong_values
 from deployments.protocol.request import (
     MAX_FPS,
     MAX_FRAMES,
@@ -20,6 +20,7 @@ from deployments.protocol.request import (
     Strict,
     Task,
 )
+from deployments.protocol.yaml_file import read_mapping
 
 logger = logging.getLogger(__name__)
 
@@ -311,6 +312,8 @@ class ModelCard(Strict):
 
 def load_cards(directory: Path) -> dict[str, ModelCard]:
     """Every card under `directory`, by id. Raises BadRequest naming the file and the key at fault."""
+    if not directory.is_dir():
+        raise BadRequest(f"there is no folder {directory} with model cards; correct WEFT_CARDS_DIR")
     cards: dict[str, ModelCard] = {}
     for path in sorted(directory.glob("*.yaml")):
         card = load_card(path)
@@ -323,6 +326,8 @@ def load_cards(directory: Path) -> dict[str, ModelCard]:
 def load_card(path: Path) -> ModelCard:
     """The card in one YAML file. Raises BadRequest naming the file and the key at fault."""
     try:
-        return ModelCard.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (ValidationError, yaml.YAMLError) as error:
-        raise BadRequest(f"{path} is not a valid model card: {error}") from error
+        return ModelCard.model_validate(read_mapping(path))
+    except ValidationError as error:
+        raise BadRequest(
+            f"{path} is not a valid model card: {wrong_values(error, ModelCard.model_fields)}"
+        ) from None

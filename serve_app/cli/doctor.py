@@ -17,10 +17,11 @@ from urllib.parse import urlsplit
 import typer
 
 from deployments.protocol.card import ModelCard, load_cards
-from deployments.protocol.errors import WeftError
+from deployments.protocol.errors import BadRequest, WeftError
 from serve_app.admission.loopback import is_loopback
 from serve_app.redis.embedded import running_server
 from serve_app.redis.info import RedisInfo, query_info
+from serve_app.redis.reachable import check_redis
 from serve_app.settings import ROOT, Settings
 
 DASHBOARD_PORT = 8265
@@ -268,6 +269,11 @@ def _store(settings: Settings) -> Iterator[Finding]:
     url, appendfsync = None, None
     if settings.redis_url is not None:
         url = settings.redis_url.get_secret_value()
+        try:
+            check_redis(url, settings.redis_prefix)
+        except BadRequest as error:
+            yield Finding(Level.fail, error.message)
+            return
         yield from transport_findings(url)
     else:
         url, appendfsync = running_server(settings.data_dir), "always"  # as redis/embedded.py starts it

@@ -7,7 +7,9 @@ The module of a command is imported when that command is called: Ray alone takes
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +20,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from deployments import __version__
-from deployments.protocol.errors import WeftError
+from deployments.protocol.errors import BadRequest, WeftError
 
 DOTENV = Path(__file__).resolve().parents[2] / ".env"
 COMMANDS = {  # name -> (module that holds its Typer app, name of that app, help)
@@ -36,6 +38,16 @@ COMMANDS = {  # name -> (module that holds its Typer app, name of that app, help
         "Check a running installation; exit status 1 when it is unsafe.",
     ),
 }
+
+
+@dataclass
+class Options:
+    """What the command line asks for beside the command; set by `weft`, for one call of `main`."""
+
+    debug: bool = False
+
+
+options = Options()
 
 
 class LazyCommands(TyperGroup):
@@ -78,18 +90,38 @@ def weft(
         bool,
         typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="When a command fails, print where in the code.")
+    ] = False,
 ) -> None:
     """Serve diffusion models on Ray."""
-    load_dotenv(DOTENV)
+    options.debug = debug
+    try:
+        load_dotenv(DOTENV)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{DOTENV} cannot be read ({error}); correct it or its permissions") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0, 1 when a command failed (the reason is on stderr), 2 for a wrong command line."""
+    options.debug = False
     try:
         app(args=argv, prog_name="weft")
     except SystemExit as end:
         return int(end.code or 0)
-    except (WeftError, RuntimeError) as error:
-        print(f"weft: {error}", file=sys.stderr)
+    except Exception as error:
+        if options.debug:
+            traceback.print_exc()
+        print(f"weft: {_sentence(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _sentence(error: Exception) -> str:
+    """The reason of a failure in one line, without secrets."""
+    from serve_app.setting_values import without_secrets  # not needed to print a version
+
+    if isinstance(error, WeftError | RuntimeError):
+        return without_secrets(str(error))
+    text = " ".join(str(error).split())
+    return without_secrets(f"{type(error).__name__}: {text} (weft --debug ... shows where)")

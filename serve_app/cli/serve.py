@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import signal
 import threading
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 
 from deployments import __version__
 from serve_app.admission.loopback import is_loopback
-from serve_app.ray_serve.local_cluster import deploy, local_ray
+from serve_app.cli.serve_config import read_config
+from serve_app.cli.start_checks import check_start
 from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.settings import ROOT, Settings
 
@@ -35,39 +37,50 @@ def serve(
     ] = None,
 ) -> None:
     """Start the whole service on this machine and serve until Ctrl+C."""
+    settings = Settings.load()
+    serve_config = read_config(
+        config,
+        host if host is not None else settings.host,
+        port if port is not None else settings.port,
+    )
+    check_start(settings, serve_config, config, _report)
+    _run(settings, serve_config)
+
+
+@dataclass(frozen=True, slots=True)
+class AccessKey:
+    """The API key that callers must send."""
+
+    place: str  # where it is kept, as a shell command reads it
+    text: str | None  # the key itself, when this start has generated it: it is shown once
+
+
+def _run(settings: Settings, config: dict[str, Any]) -> None:
+    """Start everything, and return when it has been stopped. Raises typer.Exit when it does not start."""
+    from serve_app.ray_serve.local_cluster import deploy, local_ray  # Ray takes a second
+
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    settings = Settings.load()
-    serve_config = _with_address(config, host or settings.host, port or settings.port)
-    http = serve_config["http_options"]
+    http = config["http_options"]
     with ExitStack() as stack:
         _report(f"Weft {__version__}, data in {settings.data_dir}")
         key = _prepare_environment(settings, http["host"], stack)
         _report("starting Ray")
         stack.enter_context(local_ray())
         _report("loading models")
-        if deploy(serve_config, _report, stopped):
-            _report(_greeting(http["host"], http["port"], key, serve_config))
+        if deploy(config, _report, stopped):
+            _report(greeting(http["host"], http["port"], key, config))
             stopped.wait()
             _report("stopping")
         elif not stopped.is_set():
             raise typer.Exit(1)
 
 
-def _with_address(file: Path, host: str | None, port: int | None) -> dict[str, Any]:
-    """The Serve config of this file, listening on `host` and `port` where they are given."""
-    config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    http = config.setdefault("http_options", {})
-    http["host"] = host or http.get("host", "127.0.0.1")
-    http["port"] = port or http.get("port", 8000)
-    return config
-
-
-def _prepare_environment(settings: Settings, host: str, stack: ExitStack) -> str | None:
+def _prepare_environment(settings: Settings, host: str, stack: ExitStack) -> AccessKey | None:
     """Set the variables that replicas inherit, and start the embedded store when no other is configured.
 
-    Returns the API key that callers must send, None when none is required.
+    Returns the key that callers must send, None when none is required.
     """
     os.environ["WEFT_DATA_DIR"] = str(settings.data_dir)
     if settings.redis_url is None:
@@ -76,39 +89,49 @@ def _prepare_environment(settings: Settings, host: str, stack: ExitStack) -> str
         _report("job store: embedded Valkey")
     key = required_key(settings, host)
     if key is not None and settings.jwt_secret is None:
-        os.environ["WEFT_JWT_SECRET"] = _kept_secret(settings.data_dir / "jwt_secret")
+        os.environ["WEFT_JWT_SECRET"], _ = _kept_secret(settings.data_dir / "jwt_secret")
     os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # uvicorn would trust X-Forwarded-For from loopback
     return key
 
 
-def required_key(settings: Settings, host: str) -> str | None:
-    """The API key: the configured one, else a generated one if other machines can reach `host`, else None."""
+def required_key(settings: Settings, host: str) -> AccessKey | None:
+    """The API key: the configured one, else a generated one if other machines can reach `host`, else None.
+
+    A generated one is set in the environment, which replicas inherit.
+    """
     if settings.api_key is not None:
-        return settings.api_key.get_secret_value()
+        return AccessKey("$WEFT_API_KEY", None)
     if is_loopback(host):
         return None
-    os.environ["WEFT_API_KEY"] = _kept_secret(settings.data_dir / "api_key")
-    return os.environ["WEFT_API_KEY"]
+    file = settings.data_dir / "api_key"
+    key, is_new = _kept_secret(file)
+    os.environ["WEFT_API_KEY"] = key
+    return AccessKey(f"$(cat {shlex.quote(str(file))})", key if is_new else None)
 
 
-def _kept_secret(path: Path) -> str:
-    """32 random bytes as text, created at the first start in a file that only our user can read."""
-    if not path.exists():
+def _kept_secret(path: Path) -> tuple[str, bool]:
+    """32 random bytes as text, kept in a file that only our user can read; whether it is new."""
+    is_new = not path.exists()
+    if is_new:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)
-        path.write_text(secrets.token_urlsafe(32), encoding="ascii")
-    return path.read_text(encoding="ascii").strip()
+        new = path.with_name(f"{path.name}.new")
+        new.unlink(missing_ok=True)
+        new.touch(mode=0o600)
+        new.write_text(secrets.token_urlsafe(32), encoding="ascii")
+        new.replace(path)  # a start that is killed leaves no half of a secret
+    return path.read_text(encoding="ascii").strip(), is_new
 
 
-def _greeting(host: str, port: int, key: str | None, config: dict[str, Any]) -> str:
-    """The addresses of the service, and a first request to copy."""
+def greeting(host: str, port: int, key: AccessKey | None, config: dict[str, Any]) -> str:
+    """The addresses of the service, and a first request to copy. A key is in it once: when it is new."""
     name = "127.0.0.1" if host in ("0.0.0.0", "::") else host
     prefix = (config["applications"][0].get("route_prefix") or "/").rstrip("/")
     address = f"http://{f'[{name}]' if ':' in name else name}:{port}{prefix}"
-    header = f' -H "Authorization: Bearer {key}"' if key else ""
+    header = f' -H "Authorization: Bearer {key.place}"' if key else ""
+    shown = f"Key, generated now and not shown again: {key.text}\n" if key and key.text else ""
     return (
         f"\nWeft is ready. The page: {address}/   API docs: {address}/docs\n"
-        f"{f'Key: {key}' + chr(10) if key else ''}"
+        f"{shown}"
         "Try:\n"
         f"  curl -s {address}/v1/images/generations{header} -H 'Content-Type: application/json' \\\n"
         '    -d \'{"prompt": "a red circle on a white background", "response_format": "b64_json"}\' \\\n'

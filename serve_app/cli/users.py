@@ -16,6 +16,7 @@ from serve_app.admission.authenticator import AccountStore
 from serve_app.admission.principals import USER_SCOPES, Role, Scope
 from serve_app.admission.users import User
 from serve_app.redis.embedded import EmbeddedRedis, running_server
+from serve_app.redis.reachable import check_redis
 from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
 
@@ -148,7 +149,9 @@ def _run(command: Callable[[AccountStore], Awaitable[str]]) -> Settings:
 def _store_url(settings: Settings) -> Iterator[str]:
     """URL of the configured store, else of a running `weft serve`'s, else of one started for this block."""
     if settings.redis_url is not None:
-        yield settings.redis_url.get_secret_value()
+        url = settings.redis_url.get_secret_value()
+        check_redis(url, settings.redis_prefix)
+        yield url
     elif (running := running_server(settings.data_dir)) is not None:
         yield running
     else:

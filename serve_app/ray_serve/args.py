@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from deployments.protocol.card import ModelCard, Serving, Weights, with_current_keys
 from deployments.protocol.errors import BadRequest, NotFound
+from deployments.protocol.invalid_values import suggestion, wrong_values
 from serve_app.ray_serve.default_card import default_card
 
 GATEWAY = "weft"  # default name of the gateway's application
@@ -139,13 +140,18 @@ def select_cards(
 
 def _known(card_id: str, known: Mapping[str, ModelCard], cards_dir: Path) -> ModelCard:
     if card_id not in known:
-        raise NotFound(f"there is no card {card_id!r} in {cards_dir}; there is {', '.join(known)}")
+        hint = suggestion(card_id, known) or f"; there is {', '.join(known)}"
+        raise NotFound(f"there is no card {card_id!r} in {cards_dir}{hint}")
     return known[card_id]
 
 
 def _with_serving(card: ModelCard, serving: Mapping[str, Any]) -> ModelCard:
     try:
         changed = Serving.model_validate({**card.serving.model_dump(), **with_current_keys(serving)})
-    except ValueError as error:  # pydantic's ValidationError is one
+    except ValidationError as error:
+        raise BadRequest(
+            f"serving of {card.id} is not valid: {wrong_values(error, Serving.model_fields)}"
+        ) from None
+    except ValueError as error:  # of with_current_keys
         raise BadRequest(f"serving of {card.id} is not valid: {error}") from error
     return card.model_copy(update={"serving": changed})

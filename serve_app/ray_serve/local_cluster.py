@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import threading
 import time
@@ -15,10 +16,11 @@ from ray import serve
 from ray.serve.schema import ApplicationStatusOverview, ServeDeploySchema
 
 from serve_app.ray_serve.private_api import LOOPBACK_NODE, deploy_applications
+from serve_app.setting_values import without_secrets
 
 STARTUP_LIMIT_S = 3600.0  # a large model may be downloading
 OBJECT_STORE_BYTES = 256 * 2**20  # images travel through it one at a time
-ERROR_LINES = 8  # last lines of a failed start's traceback that are printed
+CAUSE = re.compile(r"(\w+\.)*\w*(Error|Exception|Request|NotFound|Unavailable|OutOfMemory)\b.*: ")
 
 
 @contextmanager
@@ -88,5 +90,13 @@ def _deployment_states(applications: Mapping[str, ApplicationStatusOverview]) ->
 
 def _print_failures(applications: Mapping[str, ApplicationStatusOverview]) -> None:
     for name, application in applications.items():
-        reason = "\n".join(application.message.strip().splitlines()[-ERROR_LINES:])
-        print(f"weft: {name} did not start: {reason}", file=sys.stderr)
+        if application.status.value == "DEPLOY_FAILED":
+            reason = _cause(application.message)
+            print(f"weft: the application {name} did not start: {reason}", file=sys.stderr)
+
+
+def _cause(message: str) -> str:
+    """What a traceback ends with, without the secrets of the environment; the whole is in Serve's log."""
+    lines = [line for line in message.strip().splitlines() if line.strip()]
+    causes = [line for line in lines if CAUSE.match(line)]
+    return without_secrets((causes or lines or ["it gave no reason"])[-1].strip())

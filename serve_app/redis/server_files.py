@@ -113,14 +113,23 @@ class ServerFiles:
 
 
 def configured_url(data_dir: Path) -> str | None:
-    """The URL of the server that was last configured for this directory; None without one."""
+    """The URL of the server that was last configured for this directory; None without one.
+
+    Raises RuntimeError when another user configured it.
+    """
     directory = data_dir.resolve() / "valkey"
     try:
         secret = (directory / "secret").read_text()
         lines = (directory / "valkey.conf").read_text().splitlines()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    quoted = next(line.partition(" ")[2] for line in lines if line.startswith("unixsocket "))
+    except PermissionError as error:
+        raise RuntimeError(
+            f"{error.filename} belongs to another user; run this as the user that runs weft serve"
+        ) from None
+    quoted = next((line.partition(" ")[2] for line in lines if line.startswith("unixsocket ")), None)
+    if quoted is None:
+        return None
     socket = quoted.removeprefix('"').removesuffix('"').replace('\\"', '"').replace("\\\\", "\\")
     return _url(secret, socket)
 

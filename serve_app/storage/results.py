@@ -255,3 +255,13 @@ def _as_os_error(work: Callable[[], T]) -> T:
         raise
     except Exception as error:
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def unopenable(url: str) -> str | None:
+    """Why fsspec cannot open this URL: an unknown scheme, or a package that is not installed; else None."""
+    scheme, _ = fsspec.core.split_protocol(url)
+    try:
+        fsspec.get_filesystem_class(scheme or "file")
+    except (ValueError, ImportError) as error:
+        return str(error)
+    return None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deployments.protocol.errors import BadRequest
-from serve_app.cli.serve import required_key
+from serve_app.cli.serve import greeting, required_key
 from serve_app.settings import ROOT, Settings
 
 
@@ -42,7 +42,7 @@ def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_value_that_cannot_be_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEFT_MAX_PENDING", "many")
 
-    with pytest.raises(BadRequest, match="max_pending"):
+    with pytest.raises(BadRequest, match=r"WEFT_MAX_PENDING \('many'\) must be a whole number"):
         Settings.load()
 
 
@@ -66,12 +66,37 @@ def test_elsewhere_a_key_is_made_kept_private_and_used_again(
     settings = Settings.load(data_dir=tmp_path)
 
     key = required_key(settings, "0.0.0.0")
+    again = required_key(settings, "0.0.0.0")
 
     assert key is not None
-    assert len(key) >= 32
+    assert key.text is not None
+    assert len(key.text) >= 32
     assert stat.S_IMODE((tmp_path / "api_key").stat().st_mode) == 0o600
-    assert required_key(settings, "0.0.0.0") == key
-    assert Settings.load().api_key is not None
+    assert (tmp_path / "api_key").read_text() == key.text
+    assert again is not None
+    assert again.text is None  # shown by the start that made it, and never again
+    api_key = Settings.load().api_key
+    assert api_key is not None
+    assert api_key.get_secret_value() == key.text
+
+
+def test_a_key_is_shown_by_the_start_that_made_it_and_the_operators_own_never(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {"applications": [{"route_prefix": "/"}]}
+    monkeypatch.setenv("WEFT_API_KEY", "sesame" * 6)
+    own = required_key(Settings.load(data_dir=tmp_path), "0.0.0.0")
+    monkeypatch.setenv("WEFT_API_KEY", "")
+    settings = Settings.load(data_dir=tmp_path)
+    new = required_key(settings, "0.0.0.0")
+    old = required_key(settings, "0.0.0.0")
+    generated = (tmp_path / "api_key").read_text()
+
+    assert "sesame" not in greeting("0.0.0.0", 8000, own, config)
+    assert "$WEFT_API_KEY" in greeting("0.0.0.0", 8000, own, config)
+    assert generated in greeting("0.0.0.0", 8000, new, config)
+    assert generated not in greeting("0.0.0.0", 8000, old, config)
+    assert f"$(cat {tmp_path}/api_key)" in greeting("0.0.0.0", 8000, old, config)
 
 
 def test_a_bucket_is_named_by_its_usual_variables_and_its_secrets_are_not_shown(

@@ -1,0 +1,181 @@
+"""What `weft serve` checks before it starts anything: all that can be known at once, one sentence each."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from deployments.protocol.card import ModelCard
+from deployments.protocol.errors import BadRequest
+from serve_app.cli.ports import check_address
+from serve_app.cli.serve_config import served_cards
+from serve_app.redis.reachable import check_redis
+from serve_app.settings import ROOT, Settings
+
+PROBE_BYTES = 64 * 2**10  # a folder that cannot take these is full
+PRIVATE_CHARS = 32  # of a generated secret, at least
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+HTTP_SETTING = "--port, WEFT_PORT or http_options.port of the Serve config"
+
+
+def check_start(
+    settings: Settings, config: Mapping[str, Any], file: Path, report: Callable[[str], None]
+) -> None:
+    """Returns when the service can be started; a warning goes to `report`.
+
+    Raises BadRequest or NotFound with one sentence on the first cause that would stop it, and its cure.
+    """
+    _check_results(settings)
+    _check_ray_token()
+    check_weights(served_cards(config, file).values())
+    check_folder(settings.data_dir, "WEFT_DATA_DIR")
+    if settings.model_cache is not None:
+        check_folder(settings.model_cache.expanduser(), "WEFT_MODEL_CACHE")
+    for name in ("api_key", "jwt_secret"):
+        _check_kept_secret(settings.data_dir / name)
+    free = shutil.disk_usage(settings.data_dir).free
+    if free < settings.min_free_bytes:
+        report(
+            f"warning: {free / 2**20:.0f} MiB are free at {settings.data_dir}, and jobs are refused below "
+            f"{settings.min_free_bytes / 2**20:.0f} MiB (WEFT_MIN_FREE_BYTES)"
+        )
+    check_ports(config)
+    if settings.redis_url is not None:
+        check_redis(settings.redis_url.get_secret_value(), settings.redis_prefix)
+
+
+def check_ports(config: Mapping[str, Any]) -> None:
+    """Raises BadRequest unless every port that the Serve config chooses is free."""
+    http = config["http_options"]
+    check_address(http["host"], http["port"], "HTTP", HTTP_SETTING)
+    grpc = config.get("grpc_options") or {}
+    if grpc.get("grpc_servicer_functions"):
+        # Serve binds it to all interfaces
+        check_address("0.0.0.0", grpc.get("port", 9000), "gRPC", "grpc_options.port of the Serve config")
+
+
+def check_folder(folder: Path, variable: str) -> None:
+    """Create the folder, and write to it. Raises BadRequest when that is not possible."""
+    cure = f"correct {variable}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+            if not os.access(part, os.R_OK | os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "permission denied", str(part))
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * PROBE_BYTES)
+    except (FileExistsError, NotADirectoryError):
+        raise BadRequest(
+            f"{folder} cannot be a folder, because it or one above it is a file; {cure}"
+        ) from None
+    except OSError as error:
+        if error.errno in FULL:
+            raise BadRequest(f"the disk of {folder} is full; free some space, or {cure}") from None
+        where = error.filename or folder
+        raise BadRequest(
+            f"{where} cannot be written ({error.strerror}); give this user the permission, or {cure}"
+        ) from None
+
+
+def check_weights(cards: Iterable[ModelCard]) -> None:
+    """Raises BadRequest for the first card whose local weights or LoRAs are not there."""
+    for card in cards:
+        for weights in card.all_weights:
+            if not weights.is_remote:
+                folder = ROOT / Path(str(weights.path)).expanduser()
+                if not folder.is_dir() or not any(folder.iterdir()):
+                    raise BadRequest(
+                        f"the weights of {card.id} are missing: there is nothing in {folder}; put them "
+                        "there, correct weights.path in its card, or take the model out of the Serve config"
+                    )
+        for adapter in card.adapters:
+            if not (ROOT / Path(adapter.path).expanduser()).is_file():
+                raise BadRequest(
+                    f"the LoRA {adapter.id} of {card.id} is missing: there is no file {adapter.path}; "
+                    "correct adapters in its card"
+                )
+
+
+def _check_results(settings: Settings) -> None:
+    """Raises BadRequest when the place for results cannot be used as it is set."""
+    key, secret = settings.aws_access_key_id, settings.aws_secret_access_key
+    bucket = settings.results_root.startswith("s3://")
+    if not bucket:
+        for name, value in (
+            ("S3_ENDPOINT_URL", settings.s3_endpoint_url),
+            ("S3_REGION", settings.s3_region),
+        ):
+            if value and any(os.environ.get(prefix + name) for prefix in ("", "WEFT_")):
+                raise BadRequest(
+                    f"{name} is set without a bucket, so results would be kept at {settings.results_root}; "
+                    f"set S3_BUCKET_NAME too, or take {name} out"
+                )
+        _check_results_url(settings.results_url)
+        return
+    if (key is None) != (secret is None):
+        missing = "AWS_ACCESS_KEY_ID" if key is None else "AWS_SECRET_ACCESS_KEY"
+        raise BadRequest(
+            f"results go to {settings.results_root}, and {missing} is not set; set both parts of the key, or "
+            "neither to use the machine's own role"
+        )
+    if settings.s3_endpoint_url and urlsplit(settings.s3_endpoint_url).scheme not in ("http", "https"):
+        raise BadRequest("S3_ENDPOINT_URL must begin with https://, such as https://account.example.com")
+    if importlib.util.find_spec("s3fs") is None:
+        raise BadRequest("results go to a bucket, and s3fs is not installed; run pip install 'weft[s3]'")
+
+
+def _check_results_url(url: str) -> None:
+    """Raises BadRequest for a scheme that cannot be opened, and for a folder that cannot be written."""
+    if not url:
+        return
+    if "://" not in url:
+        check_folder(Path(url), "WEFT_RESULTS_URL")
+        return
+    from serve_app.storage.results import unopenable  # fsspec takes a tenth of a second
+
+    if reason := unopenable(url):
+        raise BadRequest(
+            f"WEFT_RESULTS_URL cannot be opened ({reason}); write a folder, or s3://bucket/folder"
+        )
+
+
+def _check_ray_token() -> None:
+    """Raises BadRequest for what Ray itself would end the process for, without a sentence."""
+    mode = os.environ.get("RAY_AUTH_MODE", "")
+    if mode.lower() not in ("", "token", "disabled"):
+        raise BadRequest(f"RAY_AUTH_MODE is {mode!r}; set it to token, or leave it out")
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if path and mode.lower() != "disabled" and not _has_text(Path(path).expanduser()):
+        raise BadRequest(
+            f"RAY_AUTH_TOKEN_PATH names {path}, which is missing, empty or not readable; correct it, or "
+            "leave it out and a token is generated"
+        )
+
+
+def _check_kept_secret(path: Path) -> None:
+    """Raises BadRequest for a generated secret that was cut or cannot be read."""
+    if not path.exists():
+        return
+    try:
+        length = len(path.read_text(encoding="ascii").strip())
+    except (OSError, UnicodeDecodeError):
+        length = 0
+    if length < PRIVATE_CHARS:
+        raise BadRequest(
+            f"{path} should hold a generated secret and is cut or not readable; delete it, and the next "
+            "start generates a new one"
+        )
+
+
+def _has_text(path: Path) -> bool:
+    try:
+        return bool(path.read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        return False

@@ -1,0 +1,140 @@
+"""Kinds of values that settings have, and a sentence for a value that is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
+
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import NoDecode
+
+from deployments.protocol.invalid_values import shown, suggestion, what_is_right
+
+HOST = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?")
+HOSTS_FORM = "names of hosts, without scheme, port and path: example.org, *.example.org, or *"
+MASK = "***"
+# variables whose values, or whose passwords, are never printed
+SECRET_NAMES = re.compile(
+    r"(SECRET|PASSWORD|TOKEN|API_KEY|ACCESS_KEY(?!_ID))(?!.*(PATH|FILE)$)", re.IGNORECASE
+)
+URL_NAMES = re.compile(r"_URL$", re.IGNORECASE)
+MIN_MASKED_CHARS = 6  # a shorter value would be masked in ordinary words
+
+
+def _split_hosts(value: object) -> object:
+    if not isinstance(value, str):
+        return value
+    if value.strip().startswith("["):
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError(f"is not a valid JSON list; write {HOSTS_FORM}") from None
+    return [name for name in re.split(r"[,;\s]+", value) if name]
+
+
+def _check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
+    for name in hosts:
+        if not HOST.fullmatch(name.strip()):
+            raise ValueError(f"holds {shown(name)}; write {HOSTS_FORM}")
+    return tuple(name.strip() for name in hosts)
+
+
+def _checked_hosts(value: object) -> object:
+    hosts = _split_hosts(value)
+    if isinstance(hosts, list | tuple) and all(isinstance(name, str) for name in hosts):
+        return _check_hosts(tuple(hosts))
+    raise ValueError(f"must be {HOSTS_FORM}")
+
+
+Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_checked_hosts)]
+"""Names of hosts: separated by commas or blanks, or as a JSON list."""
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+"""A duration."""
+
+
+def unknown_variables(fields: Mapping[str, FieldInfo]) -> str | None:
+    """A sentence on the variables WEFT_... of the environment that are no settings; None without one."""
+    known = {f"WEFT_{name.upper()}" for name in fields}
+    unknown = sorted(n for n in os.environ if n.upper().startswith("WEFT_") and n.upper() not in known)
+    if not unknown:
+        return None
+    named = ", ".join(unknown)
+    hint = "".join(suggestion(name.upper(), known) for name in unknown[:1])
+    return f"unknown environment variable {named}{hint or '; serve_app/settings.py lists the settings'}"
+
+
+def invalid_settings(
+    error: ValidationError, fields: Mapping[str, FieldInfo], given: Mapping[str, object]
+) -> str:
+    """One sentence on the settings that are not valid, each under the name by which it was set.
+
+    given: those that were passed as arguments. Values of secrets are not in it.
+    """
+    return "; ".join(_sentence(fault, fields, given) for fault in error.errors(include_url=False))
+
+
+def without_secrets(text: str) -> str:
+    """The text without the values of secrets that are in the environment, and passwords of its URLs."""
+    for secret in sorted(set(_secrets()), key=len, reverse=True):
+        text = text.replace(secret, MASK)
+    return text
+
+
+def _secrets() -> Iterator[str]:
+    for name, value in os.environ.items():
+        if SECRET_NAMES.search(name):
+            found = [value]
+        elif URL_NAMES.search(name) and "@" in value:
+            password = value.partition("://")[2].rpartition("@")[0].partition(":")[2]
+            found = [password, unquote(password), *_password(value)]
+        else:
+            continue
+        yield from (secret for secret in found if len(secret) >= MIN_MASKED_CHARS)
+
+
+def _password(url: str) -> list[str]:
+    try:
+        password = urlsplit(url).password
+    except ValueError:
+        return []
+    return [] if password is None else [password, unquote(password)]
+
+
+def _sentence(fault: Mapping[str, Any], fields: Mapping[str, FieldInfo], given: Mapping[str, object]) -> str:
+    if not fault["loc"]:  # several settings together
+        return what_is_right(fault)
+    key = str(fault["loc"][0])
+    name = next((name for name, field in fields.items() if key == name or key in _aliases(field)), None)
+    if name is None:
+        where = "the Serve config's args.settings" if key in given else "configs/service.yaml"
+        return f"the setting {key} of {where} is unknown{suggestion(key, fields)}"
+    field = fields[name]
+    text = what_is_right(fault, duration=name.endswith("_s"))
+    value = "" if SecretStr in _parts(field.annotation) else f" ({shown(fault['input'])})"
+    return f"{_set_as(name, field, given)}{value} {text}"
+
+
+def _set_as(name: str, field: FieldInfo, given: Mapping[str, object]) -> str:
+    """The variable or the key that holds this setting."""
+    if name in given:
+        return f"the setting {name}"
+    present = {variable.upper(): variable for variable, value in os.environ.items() if value}
+    for variable in [*_aliases(field), f"WEFT_{name.upper()}"]:
+        if variable.upper() in present:
+            return present[variable.upper()]
+    return f"{name} in configs/service.yaml"
+
+
+def _aliases(field: FieldInfo) -> list[str]:
+    alias = field.validation_alias
+    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else []
+
+
+def _parts(annotation: object) -> tuple[object, ...]:
+    return getattr(annotation, "__args__", (annotation,))
