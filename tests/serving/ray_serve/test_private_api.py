@@ -25,7 +25,7 @@ from serve_app.ray_serve import private_api
 ROOT = Path(__file__).parents[3]
 HOME = Path("serve_app/ray_serve/private_api.py")
 CHANGED = "Ray has changed a name that serve_app/ray_serve/private_api.py uses: "
-DOCUMENTED_VARIABLES = {"RAY_AUTH_MODE", "RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED"}
+DOCUMENTED_VARIABLES = {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS", "RAY_USAGE_STATS_ENABLED"}
 
 
 def parameters(function: Any) -> set[str]:
