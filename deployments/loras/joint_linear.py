@@ -10,7 +10,8 @@ from cachetools import FIFOCache
 from torch import Tensor, nn
 
 from deployments.engine.batch_buckets import MIN_LINEAR_ROWS
-from deployments.loras.low_rank_products import MAX_TRIAL_RESULTS, MAX_TRIALS, MIN_COMPARED_16_BIT
+from deployments.loras.low_rank_products import MAX_TRIAL_RESULTS
+from deployments.loras.product_trials import Pairs, have_same_bits
 from deployments.loras.source import LayerKey
 
 
@@ -81,23 +82,17 @@ class JointProofs:
         size = tuple(one.key for one in layers), x.shape, x.dtype, x.device
         result = self._results.get(size)
         if result is None:
-            result = self._results[size] = has_same_bits(layers, x)
+            result = self._results[size] = is_joint_exact(layers, x)
         return result
 
 
-def has_same_bits(layers: Sequence[LoraLayer], x: Tensor) -> bool:
+def is_joint_exact(layers: Sequence[LoraLayer], x: Tensor) -> bool:
     """Whether each layer's output in joint_outputs has the bits of its own forward, on noise like x."""
     generator = torch.Generator(x.device).manual_seed(0)
-    compared, enough = 0, 1 if x.dtype is torch.float32 else MIN_COMPARED_16_BIT
-    try:
-        for _ in range(MAX_TRIALS):
-            noise = torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
-            outputs = [out for joint in joint_outputs(layers, noise) for out in joint]
-            if not all(torch.equal(out, one.plain(noise)) for out, one in zip(outputs, layers, strict=True)):
-                return False
-            compared += sum(out.numel() for out in outputs)
-            if compared >= enough:
-                return True
-    except torch.OutOfMemoryError:
-        return False
-    return True
+
+    def trial() -> Pairs:
+        noise = torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
+        outputs = [out for joint in joint_outputs(layers, noise) for out in joint]
+        return ((out, one.plain(noise)) for out, one in zip(outputs, layers, strict=True))
+
+    return have_same_bits("joint layers", trial)

@@ -14,7 +14,7 @@ from tests.device_sim.costs import Cost, CostBySource
 from tests.device_sim.memory import DeviceMemory, Scope
 
 # functions of the engine that run forwards to prove a batch size, not for a request
-PROOFS = frozenset({"run_trial", "has_same_bits", "is_batch_invariant"})
+PROOFS = frozenset({"run_trial", "is_joint_exact", "is_batch_invariant"})
 
 
 @dataclass(slots=True)
