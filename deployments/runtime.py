@@ -73,7 +73,7 @@ class Runtime:
         )
         self.worker = Worker(engine, scheduler, slots=serving.slots, watchdog_s=serving.watchdog_s)
         self.encoder = encoder
-        self.decode_thread = DecodeThread(serving.watchdog_s, self._loader.device)
+        self.decode_thread = DecodeThread(serving.watchdog_s, self.worker.run_on_thread, device)
 
     @asynccontextmanager
     async def stream(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from deployments.engine.forward_runner import ForwardRunner, InlineRunner, Threa
 from deployments.engine.forward_timer import ForwardTimer
 from deployments.engine.lane import Lane
 from deployments.engine.memory_meter import MemoryMeter
+from deployments.engine.out_of_memory import free_device_memory
 from deployments.engine.proof_state import ProofState
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
@@ -58,6 +60,7 @@ class Engine:
                 self._park,
                 exact=exact,
                 observes_backlog=observes_backlog,
+                run_by_itself=self._run_by_itself,
                 meter=meter,
                 now=now,
             )
@@ -69,11 +72,14 @@ class Engine:
             runner = ThreadRunner(device, self._record_forward, now, lambda: self.on_auxiliary_done(), meter)
             self._auxiliary = lane(runner, observes_backlog=False)
         self._lanes = (self._steps, self._auxiliary) if auxiliary_lane else (self._steps,)
+        # whose calls did not fit beside the other lane's forward: each runs once more while nothing else does
+        self._crowded_out: deque[Fiber] = deque()
+        self._by_itself: Fiber | None = None  # whose call runs so
 
     @property
     def idle(self) -> bool:
         """Whether no fiber waits for anything."""
-        return all(lane.idle for lane in self._lanes)
+        return not self._crowded_out and all(lane.idle for lane in self._lanes)
 
     @property
     def waits_for_auxiliary(self) -> bool:
@@ -106,6 +112,10 @@ class Engine:
         One whose call is computed on the auxiliary lane ends when that is done.
         """
         error = error or FiberCancelled()
+        if fiber in self._crowded_out:
+            self._crowded_out.remove(fiber)
+            fiber.end(error)
+            return
         for lane in self._lanes:
             if lane.cancel(fiber, error):
                 return
@@ -117,7 +127,13 @@ class Engine:
         """
         if self._auxiliary is self._steps:
             return self._steps.step()
-        moved = self._auxiliary.step(block=block and not self._steps.waiting)
+        moved = self._auxiliary.finish(block=block and not self._steps.waiting)
+        if self._crowded_out and not self._auxiliary.busy:
+            self._by_itself = self._crowded_out.popleft()
+            moved += self._steps.run_now(self._by_itself)
+            self._by_itself = None
+        if not self._crowded_out:
+            moved += self._auxiliary.step()
         return moved + self._steps.step()
 
     @property
@@ -150,6 +166,16 @@ class Engine:
             call = fiber.call
             if call is not None:
                 (self._auxiliary if call.seam.auxiliary else self._steps).add(fiber, call)
+
+    def _run_by_itself(self, fiber: Fiber) -> bool:
+        """Take a fiber whose call did not fit, to run it while the other lane is idle; False if it was."""
+        was_auxiliary = fiber.call is not None and fiber.call.seam.auxiliary
+        was_shared = len(self._lanes) > 1 and (was_auxiliary or self._auxiliary.busy)
+        if fiber is self._by_itself or not was_shared:
+            return False
+        free_device_memory()
+        self._crowded_out.append(fiber)
+        return True
 
     def _record_forward(
         self,

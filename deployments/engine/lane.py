@@ -38,6 +38,7 @@ class Lane:
         *,
         exact: Exactness,
         observes_backlog: bool,
+        run_by_itself: Callable[[Fiber], bool] = lambda _fiber: False,
         meter: MemoryMeter | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -45,12 +46,15 @@ class Lane:
 
         exact: of requests without a policy of their own; "off": no batch size is proven (batch_buckets.py).
         observes_backlog: the scheduler may learn from this lane's calls how much work waits.
+        run_by_itself: takes a fiber whose call did not fit beside the forward of another lane; False: there
+        was none.
         meter: measures the device's memory that trials of batch sizes take.
         """
         self._scheduler = scheduler
         self._runner = runner
         self._stats = stats
         self._park = park
+        self._run_by_itself = run_by_itself
         self._observes_backlog = observes_backlog
         self._now = now
         self._prover: BucketProver | None = None
@@ -118,18 +122,30 @@ class Lane:
             fiber.end(error)
         return True
 
-    def step(self, *, block: bool = False) -> list[Fiber]:
-        """Finish the forward in flight if it is done, and start the next. Returns the fibers that moved on.
-
-        block: wait for the forward in flight.
-        """
-        moved = self._finish(block=block) if self._in_flight else []
+    def step(self) -> list[Fiber]:
+        """Finish the forward in flight if it is done and start the next. Returns the fibers that moved on."""
+        moved = self.finish(block=False)
         if self.waiting and not self._runner.busy:
             self._launch(self._retries.popleft() if self._retries else self._pick())
             if self._fibers and self._prover is not None:
                 self._try_batch_size(self._prover)
-            moved += self._finish(block=False)
+            moved += self.finish(block=False)
         return moved
+
+    def finish(self, *, block: bool) -> list[Fiber]:
+        """Resume the fibers of the forward in flight if it is done; after a failure, find out whose it is.
+        Returns those that moved on.
+
+        block: wait for it. Raises DeviceBroken when the device failed and not a call: none of its calls could
+        succeed alone.
+        """
+        forward = self._runner.collect(block=block) if self._in_flight else None
+        return [] if forward is None else self._settle(forward)
+
+    def run_now(self, fiber: Fiber) -> list[Fiber]:
+        """One forward for the parked call of a fiber of no lane; returns the fiber when it has moved on."""
+        self._launch([fiber])
+        return self.finish(block=True)
 
     def run_trial(self, *, before_traffic: bool = False) -> bool:
         """Run one forward of the prover's trials; False if there is nothing to try."""
@@ -189,14 +205,8 @@ class Lane:
         self._in_flight = fibers
         self._runner.submit(Forward(fibers, calls, prover))
 
-    def _finish(self, *, block: bool) -> list[Fiber]:
-        """Resume the fibers of the forward in flight; after a failure, find out whose it is.
-
-        Raises DeviceBroken when the device failed and not a call: none of its calls could succeed alone.
-        """
-        forward = self._runner.collect(block=block)
-        if forward is None:
-            return []
+    def _settle(self, forward: Forward) -> list[Fiber]:
+        """Resume the fibers of a forward with its outputs or its failure."""
         if forward.failure is not None and is_device_broken(forward.failure):
             raise DeviceBroken(forward.fibers) from forward.failure
         self._in_flight = ()
@@ -208,6 +218,8 @@ class Lane:
             failure.__traceback__ = None  # it would keep the failed forward's tensors
             self._retries.extendleft(reversed(self._parts_of(fibers, failure)))
         elif failure is not None:
+            if fibers and is_out_of_memory(failure) and self._run_by_itself(fibers[0]):
+                return []
             _fail(fibers, failure)
             self._park(fibers)
         else:

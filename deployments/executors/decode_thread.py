@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
@@ -14,16 +17,23 @@ from deployments.media.video_spec import Frames
 from deployments.pipelines.latent_decoder import LatentDecoder
 from deployments.protocol.errors import ModelUnavailable, OutOfMemory
 
+logger = logging.getLogger(__name__)
+
+RunBetweenSteps = Callable[[Callable[[], Frames | None]], Awaitable[Frames | None]]
+
 
 class DecodeThread:
     """Decodes some frames of one video at a time; several videos take turns."""
 
-    def __init__(self, watchdog_s: float, device: torch.device | None = None) -> None:
-        """watchdog_s: a single call of a decoder that takes longer is regarded as hung. device: of the
-        videos."""
+    def __init__(
+        self, watchdog_s: float, run_between_steps: RunBetweenSteps, device: torch.device | None = None
+    ) -> None:
+        """watchdog_s: a single call of a decoder that takes longer is regarded as hung. run_between_steps:
+        runs a function while no step is computed. device: of the videos."""
         self.frames = 0  # decoded so far
         self.seconds = 0.0  # that this took
         self._watchdog_s = watchdog_s
+        self._run_between_steps = run_between_steps
         self._busy_since: float | None = None  # time.monotonic()
         self._stream = decode_stream(device or torch.device("cpu"))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
@@ -31,9 +41,13 @@ class DecodeThread:
     async def next_frames(self, decoder: LatentDecoder) -> Frames | None:
         """The video's next frames (n, H, W, 3); None after the last.
 
-        Raises OutOfMemory when the device's memory does not suffice.
+        Raises OutOfMemory when the device's memory does not suffice, also while no step is computed.
         """
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._decode, decoder)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._decode, decoder)
+        except OutOfMemory:
+            logger.warning("out of memory, the frames are decoded between two steps")
+        return await self._run_between_steps(partial(self._decode, decoder))
 
     def check(self) -> None:
         """Raises ModelUnavailable if the decoder hangs."""

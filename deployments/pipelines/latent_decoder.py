@@ -19,13 +19,13 @@ CHUNK_FRAMES = 8  # frames per call of a video that its pipeline decoded as a wh
 
 
 class LatentDecoder(Protocol):
-    """The frames of a denoised video. One thread calls `next_frames`, never the engine's, always on the same
-    stream."""
+    """The frames of a denoised video. `next_frames` is called on one thread at a time, always on the same
+    stream, which is not the engine's."""
 
     total: int  # frames
 
     def next_frames(self) -> Frames | None:
-        """The next frames (n, H, W, 3); None after the last."""
+        """The next frames (n, H, W, 3); None after the last. A call that failed may be repeated."""
 
 
 def video_class(pipeline_class: type, task: Task) -> type:
@@ -117,8 +117,9 @@ class _DecodedFrames:
     @torch.inference_mode()
     def next_frames(self) -> Frames | None:
         chunk = self._video.here()[self._returned : self._returned + CHUNK_FRAMES]
+        frames = _pixels(chunk) if len(chunk) else None
         self._returned += len(chunk)
-        return _pixels(chunk) if len(chunk) else None
+        return frames
 
 
 class _StreamingDecoder(ABC):
@@ -130,6 +131,7 @@ class _StreamingDecoder(ABC):
         self._vae = vae
         self._from_engine = _FromEngine(latents)
         self._position = 0
+        self._kept: Any = None
 
     @property
     def _latents(self) -> Tensor:
@@ -138,20 +140,23 @@ class _StreamingDecoder(ABC):
     @torch.inference_mode()
     def next_frames(self) -> Frames | None:
         while self._position < self._latents.shape[2]:
-            decoded = self._next()
+            decoded, position, kept = self._next()
+            frames = None
             if decoded.shape[2]:
                 video = decoded.clamp(-1.0, 1.0)[0].permute(1, 0, 2, 3)  # (F, 3, H, W)
-                return _pixels((video * 0.5 + 0.5).clamp(0, 1))
-        self._clear()
+                frames = _pixels((video * 0.5 + 0.5).clamp(0, 1))
+            self._position, self._kept = position, kept  # only now: a call that failed can be repeated
+            if frames is not None:
+                return frames
+        self._kept = None
         return None
 
     @abstractmethod
-    def _next(self) -> Tensor:
-        """Decode from self._position and advance it. Returns (1, 3, frames, H, W), frames may be 0."""
+    def _next(self) -> tuple[Tensor, int, Any]:
+        """Decode from self._position with what self._kept has of earlier parts, and change neither.
 
-    @abstractmethod
-    def _clear(self) -> None:
-        """Free what was kept of earlier parts."""
+        Returns (1, 3, frames, H, W), frames may be 0; then the position and what to keep for the next part.
+        """
 
 
 class _CausalDecoder(_StreamingDecoder):
@@ -163,25 +168,21 @@ class _CausalDecoder(_StreamingDecoder):
 
     def __init__(self, vae: Any, latents: Tensor) -> None:
         convolutions = sum(type(m).__name__ == "WanCausalConv3d" for m in vae.decoder.modules())
-        self._cache: list[Any] = [None] * convolutions
         latents = latents.to(vae.dtype)
         shape = (1, vae.config.z_dim, 1, 1, 1)
         mean = torch.tensor(vae.config.latents_mean).view(shape).to(latents.device, latents.dtype)
         inverse_std = 1.0 / torch.tensor(vae.config.latents_std).view(shape).to(latents.device, latents.dtype)
         frames = 1 + vae.config.scale_factor_temporal * (latents.shape[2] - 1)
         super().__init__(vae, vae.post_quant_conv(latents / inverse_std + mean), frames)
+        self._kept = [None] * convolutions
 
-    def _next(self) -> Tensor:
-        latent = self._latents[:, :, self._position : self._position + 1]
+    def _next(self) -> tuple[Tensor, int, Any]:
+        latent, cache = self._latents[:, :, self._position : self._position + 1], list(self._kept)
         decoded: Tensor = self._vae.decoder(
-            latent, feat_cache=self._cache, feat_idx=[0], first_chunk=self._position == 0
+            latent, feat_cache=cache, feat_idx=[0], first_chunk=self._position == 0
         )
-        self._position += 1
         patch = self._vae.config.patch_size
-        return decoded if patch is None else _unpatchify(decoded, patch)
-
-    def _clear(self) -> None:
-        self._cache.clear()
+        return decoded if patch is None else _unpatchify(decoded, patch), self._position + 1, cache
 
 
 class _OverlappingDecoder(_StreamingDecoder):
@@ -191,30 +192,23 @@ class _OverlappingDecoder(_StreamingDecoder):
 
     def __init__(self, vae: Any, latents: Tensor) -> None:
         frames = 1 + vae.temporal_compression_ratio * (latents.shape[2] - 1)
-        self._previous: Tensor | None = None
         super().__init__(vae, latents.to(vae.dtype) / vae.config.scaling_factor, frames)
 
-    def _next(self) -> Tensor:
+    def _next(self) -> tuple[Tensor, int, Any]:
         vae, count = self._vae, self._latents.shape[2]
         length = vae.tile_sample_min_num_frames // vae.temporal_compression_ratio
         stride = vae.tile_sample_stride_num_frames // vae.temporal_compression_ratio
         if count <= length:
-            self._position = count
-            return vae.decoder(vae.post_quant_conv(self._latents))  # type: ignore[no-any-return]
+            return vae.decoder(vae.post_quant_conv(self._latents)), count, None
         part = self._latents[:, :, self._position : self._position + length + 1]
         decoded = vae.decoder(vae.post_quant_conv(part))
         shown = vae.tile_sample_stride_num_frames
-        if self._previous is None:
+        if self._kept is None:
             shown += 1
         else:  # the first latent of a part only gives context
             overlap = vae.tile_sample_min_num_frames - vae.tile_sample_stride_num_frames
-            decoded = vae.blend_t(self._previous, decoded[:, :, 1:], overlap)
-        self._previous = decoded
-        self._position += stride
-        return decoded[:, :, :shown]  # type: ignore[no-any-return]
-
-    def _clear(self) -> None:
-        self._previous = None
+            decoded = vae.blend_t(self._kept, decoded[:, :, 1:], overlap)
+        return decoded[:, :, :shown], self._position + stride, decoded
 
 
 def _pixels(video: Tensor) -> Frames:

@@ -27,7 +27,12 @@ PATIENCE_S = patience(2)
 
 
 class Denoiser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.began: Callable[[], object] = lambda: None  # called when a forward begins
+
     def forward(self, hidden_states: Tensor) -> Tensor:
+        self.began()
         return hidden_states + 1
 
 
@@ -202,6 +207,43 @@ def test_the_engine_waits_for_no_decode_that_is_repeated_in_halves(model: TinyMo
     assert ended == [False, True, True]
     assert decoder.rows == [2, 1]
     assert float(first.result[0, 0]) == 10.0
+
+
+@pytest.mark.parametrize("fits_alone", [True, False])
+def test_a_decode_that_does_not_fit_beside_a_step_is_repeated_while_nothing_else_runs(
+    model: TinyModel, engine: Engine, fits_alone: bool
+) -> None:
+    """Both lanes take memory of one device: a picture that fits must not fail by what others compute."""
+    step_runs, tried = threading.Event(), threading.Event()
+    threads: list[str] = []  # that failed to decode
+
+    def take_memory() -> None:
+        step_runs.set()
+        assert tried.wait(PATIENCE_S)
+
+    def need_memory() -> None:
+        assert step_runs.wait(PATIENCE_S)
+        if not threads or not fits_alone:
+            threads.append(threading.current_thread().name)
+            tried.set()
+            raise torch.OutOfMemoryError("beside a step")
+
+    decoded, other = Fiber(model.generate(1.0, steps=1)), Fiber(model.generate(5.0, steps=3))
+    engine.start(decoded)
+    engine.step()
+    model.denoiser.began, model.vae.decoder.began = take_memory, need_memory
+    engine.start(other)
+
+    step_until(engine, lambda: decoded.done)
+    model.vae.decoder.began = lambda: None
+    run_out(engine)
+
+    assert float(other.result[0, 0]) == 80.0
+    if fits_alone:
+        assert float(decoded.result[0, 0]) == 20.0
+    else:
+        assert "fewer pictures" in str(decoded.failure)
+        assert threads[1:] == [threading.current_thread().name], "while the other lane is idle"
 
 
 def test_a_failed_decode_fails_its_own_request_only(model: TinyModel, engine: Engine) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -39,8 +40,12 @@ class Hanging(Decoder):
         self.released.wait(patience())
 
 
+async def between_steps(decode: Callable[[], Frames | None]) -> Frames | None:
+    return decode()
+
+
 async def test_two_videos_take_turns_and_their_frames_are_counted() -> None:
-    thread, first, second = DecodeThread(60.0), Decoder(1, 4), Decoder(2)
+    thread, first, second = DecodeThread(60.0, between_steps), Decoder(1, 4), Decoder(2)
 
     lengths = []
     for decoder in (first, second, first, second, first):
@@ -53,7 +58,7 @@ async def test_two_videos_take_turns_and_their_frames_are_counted() -> None:
 
 
 async def test_a_lack_of_memory_is_an_error_of_the_request_and_the_thread_continues() -> None:
-    thread = DecodeThread(60.0)
+    thread = DecodeThread(60.0, between_steps)
 
     for error in (
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB."),
@@ -66,8 +71,26 @@ async def test_a_lack_of_memory_is_an_error_of_the_request_and_the_thread_contin
     thread.check()
 
 
+async def test_frames_that_do_not_fit_beside_a_step_are_decoded_between_two() -> None:
+    """A video that fits alone must not fail by what other requests compute."""
+    decoder = Decoder(3, 2, error=torch.OutOfMemoryError("beside a step"))
+    repeated = []
+
+    async def without_steps(decode: Callable[[], Frames | None]) -> Frames | None:
+        repeated.append(decoder)
+        decoder._error = None
+        return decode()
+
+    thread = DecodeThread(60.0, without_steps)
+    lengths = [len(frames) for _ in range(2) if (frames := await thread.next_frames(decoder)) is not None]
+
+    assert lengths == [3, 2]
+    assert repeated == [decoder]
+    assert thread.frames == 5
+
+
 async def test_a_decoder_that_hangs_fails_the_check_until_it_returns() -> None:
-    thread, hanging = DecodeThread(0.0), Hanging(1)
+    thread, hanging = DecodeThread(0.0, between_steps), Hanging(1)
     thread.check()
 
     call = asyncio.create_task(thread.next_frames(hanging))
