@@ -67,6 +67,20 @@ class Fiber(greenlet):
         """Raise `error` from the parked call, and from every call that the pipeline makes in its clean-up."""
         while not self.done:
             self.fail(error)
+        self.release_frames()
+
+    def release_frames(self) -> None:
+        """Free what the frames of its failure keep, such as all tensors of its pipeline call.
+
+        They also keep the fiber, so that only the garbage collector would free them, at some later time.
+        """
+        errors, seen = [self.failure], set[int]()
+        while errors:
+            error = errors.pop()
+            if error is not None and id(error) not in seen:
+                seen.add(id(error))
+                error.__traceback__ = None
+                errors += [error.__cause__, error.__context__]
 
     def park(self, call: ModuleCall) -> Any:
         """Switch to the engine; returns the call's output. Runs inside the fiber."""

@@ -327,6 +327,7 @@ class Worker:
             self.stats.requests += 1
             if fiber.failure is not None:
                 failed = submission.context.run(as_weft_error, fiber.failure)
+                fiber.release_frames()
                 self.stats.record_failure(
                     "not_finite" if isinstance(fiber.failure, NotFinite) else failed.kind
                 )

@@ -81,7 +81,7 @@ def test_a_wave_of_requests_leaves_only_cached_prompts_and_loaded_weights(run: l
 
     assert grown_gib(plain) < 0.05
     assert grown_gib(with_loras) < 1.0  # four LoRAs stay on the device
-    assert grown_gib(with_control) == pytest.approx(2.4, abs=0.1)  # the ControlNet
+    assert grown_gib(with_control) == pytest.approx(2.34, abs=0.02)  # the ControlNet
 
 
 def test_requests_that_do_not_fit_together_are_served_in_parts(small_gpu: Part) -> None:

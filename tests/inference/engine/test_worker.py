@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing
 from typing import Any
 
 import pytest
@@ -361,3 +365,42 @@ async def test_warm_up_can_wait_until_batch_sizes_are_proven(module: Module) -> 
     assert [proof.proven for proof in engine.proofs()] == [(2, 3, 4)]
     assert max(module.seen) == 4
     worker.stop()
+
+
+@pytest.mark.parametrize("ends_by", ["a cancel", "a failure", "a lack of memory"])
+async def test_a_request_that_ends_early_frees_its_tensors_at_once(
+    worker: Worker, ends_by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not when the garbage collector runs: until then they would take memory of the device."""
+    monkeypatch.setattr(logging.getLogger("deployments.engine.work"), "disabled", True)  # pytest keeps them
+    held: list[weakref.ref[Tensor]] = []
+    errors = {
+        "a failure": ValueError("it is refused"),
+        "a lack of memory": torch.OutOfMemoryError("CUDA out of memory"),
+    }
+
+    def work(emit: Emit) -> None:
+        latents = torch.zeros(1)
+        held.append(weakref.ref(latents))
+        for step in range(10**6):
+            GATE(latents)
+            emit(Step(step + 1, 10**6))
+            if ends_by in errors:
+                raise errors.pop(ends_by)
+
+    gc.collect()
+    gc.disable()
+    try:
+        last = None
+        async with aclosing(worker.submit(work, ScheduledJob())) as items:
+            async for item in items:
+                last = item
+                if ends_by == "a cancel" and isinstance(item, Step):
+                    break
+        await worker.run_on_thread(lambda: None)
+        left = held[0]()
+    finally:
+        gc.enable()
+
+    assert left is None
+    assert isinstance(last, Step if ends_by == "a cancel" else Failed)
