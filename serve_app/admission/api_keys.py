@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
 from deployments.protocol.errors import BadRequest, NotFound, Unauthorized
-from serve_app.admission.principals import Scope
+from serve_app.admission.principals import SCOPES, Scope
 from serve_app.redis.transactions import begin, clock_us, redis_errors, time_us, transact
 
 SECRET_BYTES = 32
@@ -162,7 +162,8 @@ def _api_key(prefix: str, fields: Mapping[str, str]) -> ApiKey:
         prefix=prefix,
         user_id=fields["user"],
         name=fields["name"],
-        scopes=frozenset(Scope(scope) for scope in fields["scopes"].split()),
+        # one that a newer version wrote is not known here and allows nothing
+        scopes=frozenset(Scope(scope) for scope in fields["scopes"].split() if scope in SCOPES),
         created_at=float(fields["created"]),
         expires_at=float(fields["expires"]) if fields["expires"] else None,
         revoked_at=float(fields["revoked"]) if fields["revoked"] else None,

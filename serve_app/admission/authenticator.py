@@ -97,7 +97,7 @@ class Authenticator:
         token, claims = tokens.sign(
             principal.owner,
             principal.key,
-            " ".join(sorted(scopes)),
+            scopes,
             0 if user is None else user.epoch,
             secret,
             int(time.time()),
@@ -151,16 +151,15 @@ class Authenticator:
         with redis_errors():
             if await accounts.redis.exists(self._revoked(claims.jti)):
                 raise Unauthorized(tokens.REFUSED)
-        claimed = frozenset(Scope(scope) for scope in claims.scopes.split())
         if claims.owner == LOCAL:
             if not hmac.compare_digest(claims.key, self._own_fingerprint()):
                 raise Unauthorized(tokens.REFUSED)
-            return Principal(LOCAL, Role.admin, claimed, key=claims.key)
+            return Principal(LOCAL, Role.admin, claims.scopes, key=claims.key)
         key = await accounts.keys.still_valid(claims.key)
         user = await _enabled(accounts, claims.owner)
         if key.user_id != user.id or claims.epoch != user.epoch:
             raise Unauthorized(tokens.REFUSED)
-        return _principal(user, claimed & key.scopes, key.prefix)
+        return _principal(user, claims.scopes & key.scopes, key.prefix)
 
     async def _user(self, principal: Principal) -> User | None:
         if self._accounts is None or principal.owner == LOCAL:

@@ -6,8 +6,10 @@ import secrets
 from dataclasses import dataclass
 
 import jwt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deployments.protocol.errors import Unauthorized
+from serve_app.admission.principals import Scope
 
 ALGORITHM = "HS256"
 ISSUER = AUDIENCE = "weft"
@@ -23,14 +25,30 @@ class Claims:
 
     owner: str
     key: str  # prefix of the key it was made from; revoking that invalidates it
-    scopes: str  # those of the key, or fewer; separated by blanks
+    scopes: frozenset[Scope]  # those of the key, or fewer
     epoch: int  # of the user at that time
     jti: str
     issued_at: int  # unix seconds
     expires_at: int
 
 
-def sign(owner: str, key: str, scopes: str, epoch: int, secret: bytes, now: int) -> tuple[str, Claims]:
+class _Payload(BaseModel):
+    """The claims as they are signed; of any other type or form they are refused."""
+
+    model_config = ConfigDict(strict=True)
+
+    sub: str = Field(pattern=r"^[0-9a-z]{1,32}$")
+    key: str = Field(pattern=r"^[0-9a-f]{0,32}$")
+    scope: str
+    epoch: int = Field(ge=0)
+    jti: str = Field(pattern=r"^[0-9a-f]{32}$")
+    iat: int
+    exp: int
+
+
+def sign(
+    owner: str, key: str, scopes: frozenset[Scope], epoch: int, secret: bytes, now: int
+) -> tuple[str, Claims]:
     """A token that is valid for a day, and its content."""
     claims = Claims(owner, key, scopes, epoch, secrets.token_hex(16), now, now + TTL_S)
     payload = {
@@ -40,7 +58,7 @@ def sign(owner: str, key: str, scopes: str, epoch: int, secret: bytes, now: int)
         "iat": claims.issued_at,
         "exp": claims.expires_at,
         "jti": claims.jti,
-        "scope": claims.scopes,
+        "scope": " ".join(sorted(claims.scopes)),
         "key": claims.key,
         "epoch": claims.epoch,
     }
@@ -52,30 +70,28 @@ def verify(token: str, secret: bytes) -> Claims:
     if len(token) > MAX_CHARS:
         raise Unauthorized(REFUSED)
     try:
-        payload = jwt.decode(
-            token,
-            secret,
-            algorithms=[ALGORITHM],
-            audience=AUDIENCE,
-            issuer=ISSUER,
-            leeway=CLOCK_SKEW_S,
-            # by default PyJWT accepts tokens without an expiry, and keys of three bytes
-            options={
-                "require": ["exp", "iat", "sub", "jti", "aud", "iss"],
-                "enforce_minimum_key_length": True,
-            },
-        )
-        return Claims(
-            owner=str(payload["sub"]),
-            key=str(payload["key"]),
-            scopes=str(payload["scope"]),
-            epoch=int(payload["epoch"]),
-            jti=str(payload["jti"]),
-            issued_at=int(payload["iat"]),
-            expires_at=int(payload["exp"]),
-        )
-    except (jwt.PyJWTError, KeyError, TypeError, ValueError):
+        payload = _Payload.model_validate(_decoded(token, secret))
+        scopes = frozenset(Scope(scope) for scope in payload.scope.split())
+    except (jwt.PyJWTError, ValidationError, TypeError, ValueError, OverflowError, RecursionError):
+        # PyJWT lets the last four through: lists where it expects text, infinity as a time, deep nesting
         raise Unauthorized(REFUSED) from None
+    return Claims(payload.sub, payload.key, scopes, payload.epoch, payload.jti, payload.iat, payload.exp)
+
+
+def _decoded(token: str, secret: bytes) -> object:
+    return jwt.decode(
+        token,
+        secret,
+        algorithms=[ALGORITHM],
+        audience=AUDIENCE,
+        issuer=ISSUER,
+        leeway=CLOCK_SKEW_S,
+        # by default PyJWT accepts tokens without an expiry, and keys of three bytes
+        options={
+            "require": ["exp", "iat", "sub", "jti", "aud", "iss"],
+            "enforce_minimum_key_length": True,
+        },
+    )
 
 
 def looks_like_token(text: str) -> bool:

@@ -12,7 +12,7 @@ from deployments.protocol.errors import Forbidden, Unauthorized
 from serve_app.admission.principals import Scope, presented_key
 from serve_app.admission.rate_limits import CallClass
 from serve_app.api.caller import CallerContext, base_address, mount_prefix
-from serve_app.api.errors import route_path
+from serve_app.api.route_scopes import needed_scope
 from serve_app.api.state import ApiState, CurrentState
 
 SESSION_COOKIE = "weft_session"
@@ -74,18 +74,6 @@ def credentials(connection: HTTPConnection) -> tuple[bytes | None, bool]:
         return presented, False
     cookie = connection.cookies.get(SESSION_COOKIE)
     return (None, False) if not cookie else (cookie.encode("latin-1", "replace"), True)
-
-
-def needed_scope(connection: HTTPConnection) -> Scope | None:
-    """The scope that the caller's key needs; None: any valid key will do."""
-    path = route_path(connection.scope)
-    if path.startswith("/admin/"):
-        return Scope.admin
-    if path.startswith("/auth/"):
-        return None
-    if path == "/metrics":
-        return Scope.metrics
-    return Scope.read if connection.scope.get("method", "GET") in SAFE_METHODS else Scope.generate
 
 
 def caller_address(connection: HTTPConnection) -> str:

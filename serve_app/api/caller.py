@@ -8,7 +8,7 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from deployments.protocol.errors import NotFound
-from serve_app.admission.principals import Principal, Role
+from serve_app.admission.principals import Principal, Scope
 from serve_app.api.state import ApiState
 from serve_app.job_ids import is_job_id
 from serve_app.jobs.service import JobService
@@ -35,7 +35,8 @@ class CallerContext:
 
     @property
     def is_admin(self) -> bool:
-        return self.principal.role is Role.admin
+        """Whether this key may manage what belongs to all users; an admin's other keys may not."""
+        return Scope.admin in self.principal.scopes
 
     @property
     def lora_service(self) -> LoraService:

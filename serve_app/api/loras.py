@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Response
 from starlette.requests import Request
 
-from deployments.protocol.errors import Forbidden
+from serve_app.admission.principals import Scope
 from serve_app.api.auth import CurrentCaller
 from serve_app.api.caller import CallerContext
 from serve_app.api.request_body import documented, read_json_or_form
@@ -24,8 +24,8 @@ async def register(http_request: Request, caller: CurrentCaller) -> LoraOut:
     It is read and checked before it is stored. Sending the same file again changes its description.
     """
     body = await read_json_or_form(http_request, RegisterLoraBody, FILES)
-    if body.public and not caller.is_admin:
-        raise Forbidden("only an admin may register an adapter for all users; leave public out")
+    if body.public:
+        caller.principal.require(Scope.admin)
     spec = body.to_spec()
     preview = None
     if body.preview is not None:

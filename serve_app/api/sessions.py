@@ -25,7 +25,12 @@ async def issue_token(http_request: Request, state: CurrentState) -> TokenOut:
     Send it as `Authorization: Bearer <token>`. It ends early when the key is revoked or the user disabled.
     """
     token, claims = await _log_in(http_request, state, session=False)
-    return TokenOut(access_token=token, expires_in=TTL_S, expires_at=claims.expires_at, scope=claims.scopes)
+    return TokenOut(
+        access_token=token,
+        expires_in=TTL_S,
+        expires_at=claims.expires_at,
+        scope=" ".join(sorted(claims.scopes)),
+    )
 
 
 @public.post("/auth/session", openapi_extra=documented(LoginBody))
@@ -45,7 +50,7 @@ async def open_session(http_request: Request, state: CurrentState, response: Res
         httponly=True,
         samesite="strict",
     )
-    return CallerOut(owner=claims.owner, scopes=claims.scopes.split(), images_per_day=None)
+    return CallerOut(owner=claims.owner, scopes=sorted(claims.scopes), images_per_day=None)
 
 
 @router.get("/auth/me")

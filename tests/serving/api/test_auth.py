@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import pytest
 from fastapi import FastAPI
 from redis.asyncio import Redis
 
+from deployments.protocol.errors import Unauthorized
 from serve_app.admission.authenticator import AccountStore
 from serve_app.admission.principals import Role, Scope
 from serve_app.settings import Settings
@@ -172,6 +174,78 @@ def encoded(payload: dict[str, object]) -> str:
     if isinstance(payload["sub"], int):  # PyJWT writes no such thing by itself
         return jwt.api_jws.encode(str(payload).replace("'", '"').encode(), JWT_SECRET, algorithm="HS256")
     return jwt.encode(payload, JWT_SECRET, algorithm="HS256")
+
+
+ODD = [
+    None,
+    True,
+    7,
+    -1,
+    1.5,
+    float("inf"),
+    10**400,
+    "",
+    "\0",
+    "\ud800",
+    "x" * 500,
+    "é",
+    [],
+    ["read"],
+    {},
+    [[]] * 9,
+]
+CLAIMS = ["sub", "key", "scope", "epoch", "jti", "iat", "exp", "aud", "iss", "nbf"]
+HARMLESS = [  # a scope of none; times that are past or, of the end, far away
+    ("scope", ""), ("iat", 7), ("iat", -1), ("exp", 10**400), ("nbf", None), ("nbf", True), ("nbf", 7),
+    ("nbf", -1), ("nbf", 1.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+async def test_a_signed_token_with_a_claim_of_another_type_or_value_is_refused_and_breaks_nothing(
+    client: httpx.AsyncClient, ann: Ann, app: FastAPI, claim: str
+):
+    authenticator = app.state.weft.authenticator  # below the limit of wrong keys
+    good = jwt.decode(
+        await token_of(client, ann.key), JWT_SECRET, algorithms=["HS256"], audience="weft", issuer="weft"
+    )
+    forged = [
+        jwt.api_jws.encode(json.dumps(good | {claim: value}).encode(), JWT_SECRET, algorithm="HS256")
+        for value in ODD
+        if (claim, value) not in HARMLESS
+    ]
+
+    for token in forged:
+        with pytest.raises(Unauthorized, match="token"):
+            await authenticator.identify(token.encode())
+
+    assert len(forged) > 5
+
+
+@pytest.mark.parametrize(
+    "scope", ["read launch", "launch", "READ", "read,generate", "read generate admin launch"]
+)
+async def test_a_token_with_a_scope_that_does_not_exist_is_refused(
+    client: httpx.AsyncClient, ann: Ann, scope: str
+):
+    good = jwt.decode(
+        await token_of(client, ann.key), JWT_SECRET, algorithms=["HS256"], audience="weft", issuer="weft"
+    )
+
+    answer = await client.get("/api/generate/", headers=bearer(encoded(good | {"scope": scope})))
+
+    assert answer.status_code == 401
+
+
+async def test_a_scope_or_role_in_the_store_that_a_newer_version_wrote_allows_nothing(
+    client: httpx.AsyncClient, ann: Ann, accounts: AccountStore, redis: Redis, settings: Settings
+):
+    await redis.hset(f"{settings.redis_prefix}key:{ann.key_prefix}", "scopes", "launch read")
+    await redis.hset(accounts.users.key(ann.id), "role", "captain")
+
+    me = (await client.get("/auth/me", headers=bearer(ann.key))).json()
+
+    assert (me["role"], me["scopes"]) == ("user", ["read"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""Who may call which route: the one table of it. A route that is not in it answers nobody."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+
+from starlette.requests import HTTPConnection
+
+from deployments.protocol.errors import Forbidden
+from serve_app.admission.principals import Scope
+
+logger = logging.getLogger(__name__)
+
+WEBSOCKET = "WEBSOCKET"  # in place of a method
+
+PUBLIC = (  # answered without a key
+    "GET /health",
+    "GET /ready",
+    "GET /openapi.json",
+    "GET /docs",
+    "GET /docs/{name}",
+    "POST /auth/token",  # takes the key in its body
+    "POST /auth/session",
+    "GET /api/shared/{task_id}/{index}/{kind}",  # its signature is the credential
+    "GET /",
+    "GET /ui",
+)
+
+ANY_KEY = ("GET /auth/me", "DELETE /auth/session")
+
+_BY_SCOPE: Mapping[Scope, tuple[str, ...]] = {
+    Scope.read: (
+        "GET /api/generate",
+        "GET /api/generate/{task_id}",
+        "GET /api/generate/{task_id}/events",
+        "GET /api/results/{task_id}/{index}/link",
+        "GET /api/results/{task_id}/{name}",
+        "GET /api/results/{task_id}/{index}/{still}",
+        "GET /api/loras",
+        "GET /api/loras/{id}",
+        "GET /api/loras/{id}/preview",
+        "GET /api/models",
+        "GET /api/models/{model:path}",
+        "GET /task/{task_id}/status",
+        "GET /task/{task_id}/result",
+        "GET /v1/models",
+        "GET /v1/models/{model:path}",
+        "GET /v1/videos",
+        "GET /v1/videos/{task_id}",
+        "GET /v1/videos/{task_id}/content",
+        "GET /v1/videos/characters/{character_id}",
+        "POST /auth/ticket",
+        "WEBSOCKET /ws/{task_id}",
+    ),
+    Scope.generate: (
+        "POST /api/generate/image",
+        "POST /api/generate/video",
+        "DELETE /api/generate/{task_id}",
+        "DELETE /api/cache",
+        "GET /api/webhooks/secret",  # who has it can forge webhooks, so it takes more than reading
+        "POST /api/loras",
+        "DELETE /api/loras/{id}",
+        "DELETE /api/models/{model:path}",
+        "POST /generate-image",
+        "POST /refine",
+        "POST /generate-video",
+        "POST /v1/images/generations",
+        "POST /v1/videos",
+        "DELETE /v1/videos/{task_id}",
+        "POST /v1/videos/{task_id}/remix",
+        "POST /v1/videos/edits",
+        "POST /v1/videos/extensions",
+        "POST /v1/videos/characters",
+    ),
+    Scope.metrics: ("GET /metrics",),
+    Scope.admin: (
+        "GET /admin/users",
+        "POST /admin/users",
+        "PATCH /admin/users/{user_id}",
+        "POST /admin/users/{user_id}/keys",
+        "GET /admin/keys",
+        "DELETE /admin/keys/{prefix}",
+    ),
+}
+ROUTE_SCOPES: Mapping[str, Scope | None] = {  # None: any valid key will do
+    **{route: scope for scope, routes in _BY_SCOPE.items() for route in routes},
+    **dict.fromkeys(ANY_KEY),
+}
+
+
+def needed_scope(connection: HTTPConnection) -> Scope | None:
+    """The scope that the called route needs; None: any valid key will do.
+
+    Raises Forbidden for a route that the table does not have.
+    """
+    route = route_name(connection.scope.get("method", WEBSOCKET), connection.scope["route"].path)
+    if route not in ROUTE_SCOPES:
+        logger.error("a route without a declared scope was called", extra={"route": route})
+        raise Forbidden("this route is open to nobody: serve_app/api/route_scopes.py does not name it")
+    return ROUTE_SCOPES[route]
+
+
+def route_name(method: str, path: str) -> str:
+    """A route as the table names it. path: its template."""
+    return f"{'GET' if method == 'HEAD' else method} {path.rstrip('/') or '/'}"
