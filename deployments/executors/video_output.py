@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping
 
@@ -11,6 +10,7 @@ from deployments.executors.denoise import reported_unproven
 from deployments.executors.run import Run
 from deployments.executors.video_encoding import EncodingSession
 from deployments.media import still
+from deployments.media.metadata_text import as_json
 from deployments.media.video_spec import VideoFiles, VideoSpec
 from deployments.protocol.events import Artifact, Done, Event, Stage
 
@@ -51,7 +51,7 @@ async def finish_video(
     generation_s = run_s + time.monotonic() - started
     metadata = still.metadata(request, request.seed, __version__, generation_s, unproven)
     parameters = still.a1111_parameters(request, request.seed, __version__)
-    files = await session.files(parameters, json.dumps(metadata, ensure_ascii=False))
+    files = await session.files(parameters, as_json(metadata))
     for artifact in _artifacts(request.seed, session.spec, files, metadata):
         yield artifact
     generation_s = run_s + time.monotonic() - started

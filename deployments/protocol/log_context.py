@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 
+from deployments.protocol.visible_text import visible
+
 STASHED_JOB_ID = "weft_job_id"  # holds a line's own job id while Ray writes its own into job_id
 
 
@@ -20,6 +22,7 @@ class LogContext:
 
 
 EMPTY = LogContext()
+_LOGGINGS_OWN = frozenset((*logging.makeLogRecord({}).__dict__, "message", "asctime"))
 _current: ContextVar[LogContext] = ContextVar("weft_log_context", default=EMPTY)
 
 
@@ -48,6 +51,7 @@ def add_context_filters(handlers: Iterable[logging.Handler]) -> None:
         if not any(isinstance(known, _WriteContext) for known in handler.filters):
             handler.filters.insert(0, _StashJobId())
             handler.addFilter(_WriteContext())
+            handler.addFilter(_EscapeControls())
 
 
 def join_serve_log(package: str) -> None:
@@ -81,4 +85,18 @@ class _WriteContext(logging.Filter):
             fields["job_id"] = job_id
         if log_context.request_id:
             fields["request_id"] = log_context.request_id
+        return True
+
+
+class _EscapeControls(logging.Filter):
+    """Keeps a line one line: text of a caller in it can neither end it nor steer a terminal."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        escaped = visible(message)
+        if escaped != message:
+            record.msg, record.args = escaped, None
+        for name, value in record.__dict__.items():
+            if type(value) is str and name not in _LOGGINGS_OWN:
+                record.__dict__[name] = visible(value)
         return True

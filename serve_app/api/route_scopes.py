@@ -1,4 +1,4 @@
-"""Who may call which route: the one table of it. A route that is not in it answers nobody."""
+"""Who may call which route: the one table of it. A route that is not in it refuses every caller."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def needed_scope(connection: HTTPConnection) -> Scope | None:
     route = route_name(connection.scope.get("method", WEBSOCKET), connection.scope["route"].path)
     if route not in ROUTE_SCOPES:
         logger.error("a route without a declared scope was called", extra={"route": route})
-        raise Forbidden("this route is open to nobody: serve_app/api/route_scopes.py does not name it")
+        raise Forbidden("this route refuses every caller: serve_app/api/route_scopes.py does not name it")
     return ROUTE_SCOPES[route]
 
 

@@ -43,7 +43,7 @@ class Credential:
     """How a caller identifies itself, and what that allows."""
 
     name: str
-    allows: frozenset[Scope] | None  # None: it identifies nobody
+    allows: frozenset[Scope] | None  # None: it is no valid credential
     headers: dict[str, str] = field(default_factory=dict)
     query: dict[str, str] = field(default_factory=dict)
 
@@ -77,7 +77,7 @@ async def credentials(client: httpx.AsyncClient, accounts: AccountStore) -> list
     issuer = Issuer(client, accounts)
     found = [
         Credential("nothing", None),
-        Credential("a key nobody has", None, {"Authorization": f"Bearer wf_{'0' * 12}.{'x' * 43}"}),
+        Credential("a key that does not exist", None, {"Authorization": f"Bearer wf_{'0' * 12}.{'x' * 43}"}),
         Credential("a link's signature", None, query={"expires": "9999999999", "signature": "x" * 43}),
     ]
     for scopes in [frozenset({scope}) for scope in Scope] + [frozenset(Scope)]:

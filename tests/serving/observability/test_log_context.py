@@ -82,3 +82,15 @@ def test_filters_are_added_once(lines: Lines) -> None:
     log_context.add_context_filters([lines])
 
     assert lines.filters == before
+
+
+def test_text_of_a_caller_neither_ends_a_line_nor_steers_a_terminal(lines: Lines) -> None:
+    logger = logging.getLogger("weft.test")
+
+    logger.warning("no model %s", "x\nERROR forged\x1b[2J\0\u202e", extra={"error": "a\r\nb", "count": 3})
+    logger.warning("plain %d%%", 7)
+
+    forged, plain = lines.records
+    assert forged.getMessage() == "no model x\\u000aERROR forged\\u001b[2J\\u0000\\u202e"
+    assert (forged.__dict__["error"], forged.__dict__["count"]) == ("a\\u000d\\u000ab", 3)
+    assert plain.getMessage() == "plain 7%"
