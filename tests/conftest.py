@@ -35,8 +35,9 @@ class RayTestsInOneProcess(LoadFileScheduling):
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayTestsInOneProcess:
-    return RayTestsInOneProcess(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> RayTestsInOneProcess | None:
+    """None: the one that `--dist` names, as benchmarks/exact.py does for the tests of one file."""
+    return RayTestsInOneProcess(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(wrapper=True)
