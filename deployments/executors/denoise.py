@@ -9,6 +9,8 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+from PIL.Image import Image
+
 from deployments.engine.engine_stats import size_class
 from deployments.engine.fiber import current_unproven, use_exactness, use_lora_set
 from deployments.engine.scheduled_job import ScheduledJob
@@ -16,6 +18,7 @@ from deployments.engine.work import Checkpointed, Emit, Finished
 from deployments.executors.inputs import decode_inputs
 from deployments.executors.previews import PreviewReady, attach_previews, encode_preview
 from deployments.executors.run import Run
+from deployments.media.inpainting import PasteBack
 from deployments.pipelines.framewise import set_frame
 from deployments.pipelines.pending_pictures import PendingPictures
 from deployments.pipelines.resume import Progress, restore
@@ -37,6 +40,8 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
     """
     request, model, loras = run.request, run.model, run.lora_set
     inputs = await asyncio.to_thread(decode_inputs, request, model.preprocessors, run.frame)
+    for warning in inputs.warnings:
+        run.warn(*warning)
     await asyncio.to_thread(model.pipelines.prepare, request)  # loads what a first request needs
     progress = (restore(run.resume, request) if run.resume else None) or Progress()
     steps = denoising_steps(request, model.card)
@@ -81,9 +86,9 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
             match item:
                 case Finished():
                     _warn_of_cut_texts(run, tokenized)
-                    yield await _complete(item, progress)
+                    yield await _complete(item, progress, inputs.paste_back)
                 case PreviewReady():
-                    yield await asyncio.to_thread(encode_preview, item, request)
+                    yield await asyncio.to_thread(encode_preview, item, request, inputs.paste_back)
                 case Checkpointed(state=state):
                     yield Handover(0, b"") if state is None else Handover(progress.step, state)
                 case _:
@@ -99,16 +104,21 @@ def _warn_of_cut_texts(run: Run, tokenized: list[TokenizedText]) -> None:
         run.warn("prompt_truncated", field, message)
 
 
-async def _complete(finished: Finished, progress: Progress) -> Finished:
-    """The same with what the request shared on an earlier replica, and with the pictures, if these are
-    pending: the device may still need some time for them."""
+async def _complete(finished: Finished, progress: Progress, paste_back: PasteBack | None) -> Finished:
+    """The same with what the request shared on an earlier replica, and with its finished pictures: the device
+    may still need some time for them, and some are put back into the given picture."""
     finished = replace(finished, unproven=finished.unproven | progress.unproven)
-    pending = finished.value[0]
-    if not isinstance(pending, PendingPictures):
+    if paste_back is None and not isinstance(finished.value[0], PendingPictures):
         return finished
     started = time.monotonic()
-    pictures = await asyncio.to_thread(pending.pictures)
+    pictures = await asyncio.to_thread(_pictures, finished.value, paste_back)
     return replace(finished, value=pictures, run_s=finished.run_s + time.monotonic() - started)
+
+
+def _pictures(value: list[Any], paste_back: PasteBack | None) -> list[Image]:
+    """The pictures of a pipeline's result. Blocks; call it in a thread."""
+    pictures: list[Image] = value[0].pictures() if isinstance(value[0], PendingPictures) else value
+    return pictures if paste_back is None else [paste_back.picture(picture) for picture in pictures]
 
 
 def reported_unproven(request: ResolvedRequest, unproven: Collection[str]) -> tuple[str, ...]:

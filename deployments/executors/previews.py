@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from deployments.media import still
+from deployments.media.inpainting import PasteBack
 from deployments.pipelines.previews import Previewer, watch
 from deployments.pipelines.resume import Progress
 from deployments.pipelines.transfers import HostCopy
@@ -52,7 +54,17 @@ def attach_previews(
     watch(pipeline, request.width, request.height, is_wanted, emit_preview)
 
 
-def encode_preview(ready: PreviewReady, request: ResolvedRequest) -> Preview:
-    """The event with the preview as a small WebP file. Blocks; call it in a thread."""
-    pixels = ready.previewer.preview(ready.latents.wait())
-    return Preview(ready.step, "image/webp", still.preview(pixels, request.width, request.height))
+def encode_preview(
+    ready: PreviewReady, request: ResolvedRequest, paste_back: PasteBack | None = None
+) -> Preview:
+    """The event with the preview as a small WebP file. Blocks; call it in a thread.
+
+    paste_back: shows the preview in the given picture, as the finished picture will be.
+    """
+    rough = Image.fromarray(ready.previewer.preview(ready.latents.wait()))
+    if paste_back is None:
+        small = still.preview(rough, request.width, request.height)
+    else:
+        shown = paste_back.preview(rough, still.PREVIEW_SIDE)
+        small = still.preview(shown, shown.width, shown.height)
+    return Preview(ready.step, "image/webp", small)

@@ -18,6 +18,7 @@ Depth = npt.NDArray[np.floating[Any]]  # (height, width); larger is nearer
 Person = npt.NDArray[np.floating[Any]]  # (17, 3): x and y in pixels and a score 0..1 per COCO key point
 Point = tuple[float, float]  # x and y in pixels
 Preprocessor = Callable[[Image.Image], Any]  # returns a Depth, or a list of Person
+Fit = Callable[[Image.Image, bool], Image.Image]  # whether it is a map, whose border is black
 
 CANNY_LOW, CANNY_HIGH = 100, 200  # thresholds of the edges that public ControlNets were trained on
 BLACK, WHITE = 16, 239  # grey values that JPEG may make of black (at most) and white (at least)
@@ -41,19 +42,22 @@ COLOURS = (
 
 
 def control_map(
-    control: Control, width: int, height: int, field: str, preprocessors: Mapping[ControlType, Preprocessor]
+    control: Control, fit: Fit, field: str, preprocessors: Mapping[ControlType, Preprocessor]
 ) -> Image.Image:
-    """The control map for a ControlNet: RGB, width x height pixels.
+    """The control map for a ControlNet: RGB, of the request's size.
 
-    field: name of the picture in errors. preprocessors: estimate depth and poses; edges need none.
+    fit: lays a picture into that size. field: name of the picture in errors.
+    preprocessors: estimate depth and poses; edges need none.
     Raises BadRequest or TooLarge as `decode.picture` does, BadRequest when the map cannot be made.
     """
-    picture = decode.picture(control.image, width, height, field)
-    if control.is_map:
+    given = decode.own_size(control.image, field)
+    is_map = control.is_map
+    if is_map is None:
+        is_map = control.type == "canny" and is_edge_map(given)
+    picture = fit(given, is_map)
+    if is_map:
         return picture
     if control.type == "canny":
-        if control.is_map is None and is_edge_map(decode.own_size(control.image, field)):
-            return picture
         return edge_map(picture)
     if control.type not in preprocessors:
         raise BadRequest(
@@ -66,7 +70,7 @@ def control_map(
         return depth_map(estimate)
     if not estimate:
         raise BadRequest(f"no person was detected in {field}; send a pose map", param=field)
-    return pose_map(estimate, width, height)
+    return pose_map(estimate, picture.width, picture.height)
 
 
 def is_edge_map(picture: Image.Image) -> bool:

@@ -8,13 +8,11 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from deployments.media.metadata_text import as_json, prompt_lines
-from deployments.protocol.request import OutputOptions, ResolvedRequest
+from deployments.protocol.request import OutputOptions, ResolvedEdit, ResolvedRequest
 from deployments.protocol.visible_text import visible
 
 THUMBNAIL_SIDE = 320  # pixels
@@ -43,12 +41,12 @@ def encode(
     return buffer.getvalue()
 
 
-def preview(pixels: npt.NDArray[np.uint8], width: int, height: int) -> bytes:
-    """A preview (H, W, 3) with one pixel per latent as a small WebP file with the shape of the picture."""
+def preview(rough: Image.Image, width: int, height: int) -> bytes:
+    """A preview, such as one pixel per latent, as a small WebP file with the shape of the picture."""
     scale = min(1.0, PREVIEW_SIDE / max(width, height))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     buffer = io.BytesIO()
-    Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(buffer, "WEBP", quality=70)
+    rough.resize(size, Image.Resampling.BICUBIC).save(buffer, "WEBP", quality=70)
     return buffer.getvalue()
 
 
@@ -75,6 +73,7 @@ def a1111_parameters(request: ResolvedRequest, seed: int, version: str) -> str:
         settings |= {"Frames": request.video.num_frames, "FPS": request.video.fps}
     elif request.edit is not None:
         settings["Denoising strength"] = request.edit.strength
+        settings |= _mask_settings(request.edit)
     for index, control in enumerate(request.controls):
         settings[f"ControlNet {index}"] = (
             f"Module: {control.type}, Weight: {control.weight:g}, "
@@ -91,6 +90,19 @@ def a1111_parameters(request: ResolvedRequest, seed: int, version: str) -> str:
         lines.append(f"Negative prompt: {prompt_lines(request.negative_prompt)}")
     lines.append(", ".join(f"{name}: {_quoted(value)}" for name, value in settings.items()))
     return "\n".join(lines)
+
+
+def _mask_settings(edit: ResolvedEdit) -> dict[str, object]:
+    """How the mask was used, by A1111's names."""
+    if not edit.is_masked or not edit.paste_back:
+        return {}
+    if not edit.only_masked:
+        return {"Mask blur": edit.feather}
+    return {
+        "Mask blur": edit.feather,
+        "Inpaint area": "Only masked",
+        "Masked area padding": edit.only_masked_padding,
+    }
 
 
 def _plain(name: str) -> str:
@@ -111,8 +123,9 @@ def metadata(
 
     unproven: modules whose forwards were shared in batch sizes that are not proven to be exact.
     """
+    edit = request.edit
     bulky: dict[str, Any] = {
-        "edit": {"image", "mask_image"},
+        "edit": None if edit is None else set(ResolvedEdit.model_fields) - edit.settings.keys(),
         "controls": {"__all__": {"image"}},
         "loras": {"__all__": {"file"}},
         "num_images": True,

@@ -17,11 +17,15 @@ MAX_LORA_WEIGHT = 2.0
 DIGEST = r"^[0-9a-f]{64}$"
 MAX_FRAMES = 1_024  # of one video
 MAX_FPS = 60
+MAX_FEATHER = 256  # pixels
+MAX_GROW = 8_192  # pixels on one side
 PictureFormat = Literal["png", "jpeg", "webp"]
 VideoFormat = Literal["mp4", "webm"]
 VideoCodec = Literal["h264", "vp9", "av1"]
 MAX_ZOOM = 4.0
 ControlType = Literal["canny", "depth", "pose"]
+FitMode = Literal["crop", "pad", "stretch"]
+MaskChannel = Literal["luminance", "alpha"]
 Priority = Literal["low", "normal", "high"]
 # whether other requests may change bits of a result: only where it cannot be avoided, never, or as it comes
 Exactness = Literal["prefer", "strict", "off"]
@@ -52,16 +56,62 @@ class Task(StrEnum):
     i2v = "i2v"  # image to video: begins with the given picture
 
 
+class Grow(Strict):
+    """How far a picture is extended on each side, in pixels of the given file."""
+
+    left: int = Field(0, ge=0, le=MAX_GROW)
+    right: int = Field(0, ge=0, le=MAX_GROW)
+    top: int = Field(0, ge=0, le=MAX_GROW)
+    bottom: int = Field(0, ge=0, le=MAX_GROW)
+
+    @model_validator(mode="after")
+    def _check_any(self) -> Self:
+        if not (self.left or self.right or self.top or self.bottom):
+            raise ValueError("grow needs at least one side")
+        return self
+
+
 class Edit(Strict):
-    """A picture to start from. With a mask only the white part of the mask is generated anew."""
+    """A picture to start from. With a mask, only what the mask marks is generated anew.
+
+    The fields after `strength` have an effect with a mask only: `is_masked`.
+    """
 
     image: bytes = Field(description="A PNG, JPEG or WebP file.", repr=False)
     mask_image: bytes | None = Field(
-        None, description="A picture file; white is generated anew, black is kept.", repr=False
+        None, description="A picture file; `mask_channel` says which part is generated anew.", repr=False
     )
     strength: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
-        None, description="0 keeps the picture, 1 replaces it. None: the card's default."
+        None, description="0 keeps the picture, 1 replaces it. None: the card's default, or 1 with `grow`."
     )
+    mask_channel: MaskChannel = Field(
+        "luminance",
+        description="luminance: white is generated anew, black and transparent pixels are kept. alpha: "
+        "transparent pixels are generated anew, opaque ones are kept; without mask_image, those of `image`.",
+    )
+    paste_back: bool = Field(
+        True, description="Put the given picture back where the mask keeps it, byte for byte."
+    )
+    feather: int = Field(
+        8,
+        ge=0,
+        le=MAX_FEATHER,
+        description="Width in pixels of the smooth transition outside of the mask, for paste_back.",
+    )
+    only_masked: bool = Field(
+        False, description="Generate the masked area and a margin alone, at the full size of the request."
+    )
+    only_masked_padding: int = Field(
+        32, ge=0, le=MAX_GROW, description="The margin, in pixels of the picture."
+    )
+    grow: Grow | None = Field(
+        None, description="Extend the picture; the new area is generated as if the mask marked it."
+    )
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether parts are kept and others are generated anew."""
+        return self.mask_image is not None or self.mask_channel == "alpha" or self.grow is not None
 
 
 class Control(Strict):
@@ -175,6 +225,11 @@ class GenerationRequest(Strict):
     max_sequence_length: int | None = Field(None, ge=1, le=4096, description="Text tokens.")
     edit: Edit | None = None
     controls: tuple[Control, ...] = Field((), max_length=MAX_CONTROLS, strict=False)
+    fit: FitMode = Field(
+        "crop",
+        description="How given pictures of another aspect ratio are fitted: crop cuts what is over, pad adds "
+        "a border, stretch distorts.",
+    )
     loras: tuple[Lora, ...] = Field((), max_length=MAX_LORAS, strict=False)
     refine: bool = Field(False, description="Renew the details of `edit.image`, with a refiner.")
     refiner: bool | Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
@@ -207,11 +262,23 @@ class GenerationRequest(Strict):
             return Task.t2v if self.edit is None else Task.i2v
         if self.edit is None:
             return Task.t2i
-        return Task.i2i if self.edit.mask_image is None else Task.inpaint
+        return Task.inpaint if self.edit.is_masked else Task.i2i
 
 
 class ResolvedEdit(Edit):
     strength: float
+    result_width: int | None = Field(
+        None, description="Of the finished picture, where it is not the size of the request; pixels."
+    )
+    result_height: int | None = None
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """Everything but the pictures, as JSON; of the options of a mask nothing without one."""
+        pictures = {"image", "mask_image"}
+        if not self.is_masked:
+            return {"strength": self.strength}
+        return self.model_dump(mode="json", exclude=pictures, exclude_none=True)
 
 
 class ResolvedVideo(Video):

@@ -35,7 +35,8 @@ class DecodeMode(Enum):
     """What a file is decoded to."""
 
     picture = b"P"  # RGB
-    mask = b"M"  # L
+    mask = b"M"  # L: white is 255, black and transparent pixels are 0
+    holes = b"H"  # L: transparent pixels are 255, opaque ones 0
     check = b"C"  # no pixels: only whether all of them can be decoded
 
 

@@ -2,9 +2,11 @@
 
 decoder.py starts it by its path. It imports nothing of ours and exchanges binary messages, numbers
 big-endian:
-in:  mode (1: P picture, M mask, C check), EXIF orientation (1), length (4), the file
+
+in:  mode (1: P picture, M mask, H holes, C check), EXIF orientation (1), length (4), the file
 out: K, pixel mode (4), width (4), height (4), length (4), the pixels
 or:  E, 12 bytes without meaning, length (4), the name of the error
+
 It ends when its input ends.
 """
 
@@ -17,6 +19,7 @@ import sys
 # everything that opening these formats imports, because no file can be opened after _set_limits
 from PIL import (
     Image,
+    ImageChops,
     JpegImagePlugin,
     MpoImagePlugin,
     PngImagePlugin,
@@ -72,23 +75,64 @@ def main() -> None:
 
 
 def _decoded(data: bytes, mode: bytes, orientation: int) -> Image.Image:
-    """The upright picture without metadata. P: RGB, transparency composed on white. M: L. C: as opened."""
+    """The upright picture without metadata, as L or RGB; C: as opened.
+
+    P: RGB, transparency composed on white. M: the brightness of a mask, transparent pixels black.
+    H: how transparent each pixel is.
+    """
     with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise Image.DecompressionBombError
         opened.load()
         if mode == b"C":
             return opened
-        turn = UPRIGHT.get(orientation)
-        upright = opened.copy() if turn is None else opened.transpose(turn)
-    if upright.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
-        upright = upright.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        colours, alpha = _colours_and_alpha(opened, data)
+    if mode == b"H":
+        return _upright(ImageChops.invert(alpha or Image.new("L", colours.size, 255)), orientation)
     if mode == b"M":
-        return upright.convert("L")
-    if upright.has_transparency_data:
-        upright = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
-    return upright.convert("RGB")
+        grey = colours.convert("L")
+        return _upright(grey if alpha is None else ImageChops.multiply(grey, alpha), orientation)
+    colours = colours.convert("RGB")
+    if alpha is not None:
+        colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
+    return _upright(colours, orientation)
+
+
+def _upright(picture: Image.Image, orientation: int) -> Image.Image:
+    turn = UPRIGHT.get(orientation)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _colours_and_alpha(opened: Image.Image, data: bytes) -> tuple[Image.Image, Image.Image | None]:
+    """The picture without transparency, L or RGB or CMYK, and its alpha as L; None where all is opaque."""
+    transparent = opened.info.get("transparency")
+    if opened.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
+        alpha = None if transparent is None else _differs_16(opened, transparent)
+        grey = opened.convert("I").point(lambda value: value * (1 / 256)).convert("L")
+        return grey, alpha
+    if transparent is not None and opened.mode in ("L", "RGB"):
+        opened.info["transparency"] = _as_8_bits(transparent, depth=data[24])  # of a PNG, in its own depth
+    if not opened.has_transparency_data:
+        return (opened.convert("RGB") if opened.mode == "P" else opened), None
+    coloured = opened.convert("RGBA")
+    return coloured.convert("RGB"), coloured.getchannel("A")
+
+
+def _as_8_bits(colour: int | tuple[int, ...], depth: int) -> int | tuple[int, ...]:
+    """A colour of a PNG file as Pillow decodes it."""
+    if isinstance(colour, tuple):
+        return tuple(value >> 8 for value in colour) if depth == 16 else colour
+    return colour * 255 // ((1 << depth) - 1)
+
+
+def _differs_16(picture: Image.Image, transparent: int) -> Image.Image:
+    """255 where the pixels of 16 bits are another value than `transparent`, else 0."""
+    pixels = picture.convert("I;16").tobytes()  # little-endian
+    high, low = (Image.frombytes("L", picture.size, pixels[offset::2]) for offset in (1, 0))
+    return ImageChops.lighter(
+        high.point(lambda value: 255 * (value != transparent >> 8)),
+        low.point(lambda value: 255 * (value != transparent & 255)),
+    )
 
 
 def _set_limits() -> None:

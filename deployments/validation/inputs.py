@@ -5,17 +5,15 @@ from __future__ import annotations
 
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import MAX_CONTROLS, Control, GenerationRequest
-from deployments.validation.image_header import read_image_size
+from deployments.protocol.request import MAX_CONTROLS, Control, Edit, GenerationRequest, ResolvedEdit
+
+MASK_OPTIONS = ("paste_back", "feather", "only_masked", "only_masked_padding")
 
 
 def check_inputs(request: GenerationRequest, card: ModelCard) -> None:
-    """Raises BadRequest for the first input that this model cannot take, TooLarge for too large a control
-    picture.
-
-    Of control pictures only the headers are read.
-    """
+    """Raises BadRequest for the first input that this model cannot take. Pictures are not looked at."""
     _check_refine(request)
+    _check_edit(request.edit)
     _check_prompts(request, card)
     _check_controls(request, card)
     if request.loras:
@@ -37,13 +35,37 @@ def control_field(request: GenerationRequest, index: int) -> str:
     return "control_image" if len(request.controls) == 1 else f"controls.{index}.image"
 
 
+def mask_field(edit: Edit) -> str:
+    """The field that makes an edit one of a part of the picture only."""
+    if edit.mask_image is not None:
+        return "mask_image"
+    return "grow" if edit.grow is not None else "mask_channel"
+
+
+def _check_edit(edit: Edit | None) -> None:
+    """Raises BadRequest for options of a mask without one, and for those that exclude each other."""
+    if edit is None:
+        return
+    if edit.only_masked and not edit.paste_back:
+        raise BadRequest(
+            "only_masked puts the new area back into the picture, which paste_back: false forbids; "
+            "leave one of them out",
+            param="only_masked",
+        )
+    idle = () if edit.is_masked or isinstance(edit, ResolvedEdit) else MASK_OPTIONS
+    for name in idle:
+        if name in edit.model_fields_set:
+            raise BadRequest(f"{name} needs a mask; send mask_image or grow too", param=name)
+
+
 def _check_refine(request: GenerationRequest) -> None:
     if not request.refine:
         return
     if request.edit is None:
         raise BadRequest("refine needs a picture; send image too", param="image")
-    if request.edit.mask_image is not None:
-        raise BadRequest("refine works on the whole picture; leave mask_image out", param="mask_image")
+    if request.edit.is_masked:
+        field = mask_field(request.edit)
+        raise BadRequest(f"refine works on the whole picture; leave {field} out", param=field)
     if request.controls:
         raise BadRequest("refine follows the given picture; leave control pictures out", param="controls")
 
@@ -69,7 +91,7 @@ def _check_controls(request: GenerationRequest, card: ModelCard) -> None:
         raise BadRequest(
             f"there are {len(request.controls)} control pictures; at most {MAX_CONTROLS}", param="controls"
         )
-    for index, control in enumerate(request.controls):
+    for control in request.controls:
         if control.type not in card.controls:
             supported = f"it takes {', '.join(card.controls)}" if card.controls else "it takes none"
             raise BadRequest(
@@ -83,8 +105,6 @@ def _check_controls(request: GenerationRequest, card: ModelCard) -> None:
                 param="control_start",
             )
         _check_control_map(control, card)
-        if control.image:  # empty: detached, and inspected before
-            read_image_size(control.image, control_field(request, index))
 
 
 def _check_control_map(control: Control, card: ModelCard) -> None:

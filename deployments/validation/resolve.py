@@ -11,12 +11,15 @@ from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import (
     MAX_SEED,
+    Edit,
     Exactness,
     GenerationRequest,
     ResolvedEdit,
     ResolvedRequest,
     Task,
 )
+from deployments.validation.fitting import fit_adjustments, read_sizes, result_size
+from deployments.validation.image_header import ImageSize
 from deployments.validation.inputs import check_inputs
 from deployments.validation.size import resolve_size
 from deployments.validation.video import resolve_video
@@ -41,7 +44,10 @@ def resolve(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> 
         )
     check_inputs(request, card)
     adjustments: list[Adjustment] = []
-    width, height = resolve_size(request, card.sizes)
+    given = read_sizes(request)
+    width, height = resolve_size(request, given, card.sizes)
+    result = result_size(request, given.canvas)
+    adjustments += fit_adjustments(request, given, result or ImageSize(width, height))
     steps, seed = _steps(request, card, adjustments), _seed(request, fresh_seed)
     resolved = ResolvedRequest(
         model=card.id,
@@ -55,8 +61,9 @@ def resolve(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> 
         num_images=request.num_images,
         scheduler=_scheduler(request, card, adjustments),
         max_sequence_length=_sequence_length(request, card, adjustments),
-        edit=_edit(request, card),
+        edit=_edit(request, card, result),
         controls=request.controls,
+        fit=request.fit,
         loras=request.loras,
         refine=request.refine,
         refiner=_refiner(request, card, steps),
@@ -248,10 +255,17 @@ def _sequence_length(
     return used
 
 
-def _edit(request: GenerationRequest, card: ModelCard) -> ResolvedEdit | None:
-    if request.edit is None:
+def _edit(request: GenerationRequest, card: ModelCard, result: ImageSize | None) -> ResolvedEdit | None:
+    """The edit with its strength and the size of the finished picture, if that is not the request's."""
+    edit = request.edit
+    if edit is None:
         return None
-    strength = card.strength if request.edit.strength is None else request.edit.strength
+    strength = edit.strength
+    if strength is None:  # where a picture grows there is nothing to keep
+        strength = card.strength if edit.grow is None else 1.0
     if request.video is not None and card.videos is not None and not card.videos.framewise:
         strength = 1.0
-    return ResolvedEdit(image=request.edit.image, mask_image=request.edit.mask_image, strength=strength)
+    facts = {name: getattr(edit, name) for name in Edit.model_fields} | {"strength": strength}
+    if result is None:
+        return ResolvedEdit(**facts)
+    return ResolvedEdit(**facts, result_width=result.width, result_height=result.height)

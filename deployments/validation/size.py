@@ -7,18 +7,18 @@ import math
 from deployments.protocol.card import Sizes
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import GenerationRequest
-from deployments.validation.image_header import ImageSize, read_image_size
-from deployments.validation.inputs import control_field
+from deployments.validation.fitting import GivenSizes
+from deployments.validation.image_header import ImageSize
 
 
-def resolve_size(request: GenerationRequest, sizes: Sizes) -> tuple[int, int]:
-    """Width and height in pixels.
+def resolve_size(request: GenerationRequest, given: GivenSizes, sizes: Sizes) -> tuple[int, int]:
+    """Width and height in pixels that the model works at.
 
     Where the request names none: the allowed size nearest to the given picture, or to the first control
-    picture, else the card's default. Raises BadRequest for a size outside the card's limits, and as
-    read_image_size does.
+    picture, else the card's default. The masked area alone is scaled to the card's default. Raises BadRequest
+    for a size outside the card's limits.
     """
-    source = _source_size(request)
+    source = _source_size(request, given)
     if request.width is None and request.height is None:
         return (sizes.width, sizes.height) if source is None else _nearest_size(source, sizes)
     ratio = sizes.width / sizes.height if source is None else source.width / source.height
@@ -31,18 +31,11 @@ def resolve_size(request: GenerationRequest, sizes: Sizes) -> tuple[int, int]:
     return width, height
 
 
-def _source_size(request: GenerationRequest) -> ImageSize | None:
-    """The size of the picture that the result follows; inspects the mask too."""
+def _source_size(request: GenerationRequest, given: GivenSizes) -> ImageSize | None:
+    """The size of the picture that the working size follows."""
     if request.edit is not None:
-        if not request.edit.image:  # empty: detached, and inspected before
-            return None
-        source = read_image_size(request.edit.image, "image")
-        if request.edit.mask_image is not None:
-            read_image_size(request.edit.mask_image, "mask_image")
-        return source
-    if request.controls and request.controls[0].image:
-        return read_image_size(request.controls[0].image, control_field(request, 0))
-    return None
+        return None if request.edit.is_masked and request.edit.only_masked else given.canvas
+    return given.controls[0] if given.controls else None
 
 
 def _check_size(width: int, height: int, sizes: Sizes) -> None:

@@ -13,6 +13,7 @@ from deployments.protocol.request import (
     VideoCodec,
     VideoFormat,
 )
+from deployments.validation.inputs import mask_field
 
 CODECS: dict[VideoFormat, tuple[VideoCodec, ...]] = {"mp4": ("h264",), "webm": ("vp9", "av1")}
 FRAMEWISE_ONLY = ("end_prompt", "end_seed", "zoom", "pan_x", "pan_y")
@@ -59,8 +60,9 @@ def _check_combination(request: GenerationRequest, video: Video, limits: Videos)
     if request.controls:
         raise BadRequest("videos take no control pictures; leave controls out", param="controls")
     if request.edit is not None:
-        if request.edit.mask_image is not None:
-            raise BadRequest("a video cannot be inpainted; leave mask_image out", param="mask_image")
+        if request.edit.is_masked:
+            field = mask_field(request.edit)
+            raise BadRequest(f"a video cannot be inpainted; leave {field} out", param=field)
         if not limits.framewise and request.edit.strength not in (None, 1.0):
             raise BadRequest(
                 "strength has no meaning here: the picture is the first frame; leave it out", param="strength"

@@ -2,16 +2,28 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import Field, ValidationError, ValidatorFunctionWrapHandler, WrapValidator, model_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import (
     MAX_CONTROL_WEIGHT,
     MAX_CONTROLS,
+    MAX_FEATHER,
+    MAX_GROW,
     Control,
     ControlType,
     Edit,
+    FitMode,
     GenerationRequest,
+    Grow,
+    MaskChannel,
     OutputOptions,
     PictureFormat,
     Priority,
@@ -23,6 +35,17 @@ from serve_app.api.schemas.generation import NativeFields
 
 IMAGE_FILES = ("image", "mask_image", "control_image")  # the file fields of a form
 
+EDIT_FIELDS = (  # that Edit has under the same names
+    "mask_image",
+    "strength",
+    "mask_channel",
+    "paste_back",
+    "feather",
+    "only_masked",
+    "only_masked_padding",
+)
+
+GrowPixels = Annotated[int, Field(ge=0, le=MAX_GROW)]
 Weight = Annotated[float, Field(ge=0, le=MAX_CONTROL_WEIGHT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -79,10 +102,53 @@ class ImageBody(NativeFields):
     )
     image: ImageBytes | None = Field(None, repr=False, description="An image to start from.")
     mask_image: ImageBytes | None = Field(
-        None, repr=False, description="White is regenerated, black is kept; needs `image`."
+        None,
+        repr=False,
+        description="White is regenerated, black and transparent pixels are kept; needs `image`.",
     )
     strength: float | None = Field(
         None, ge=0, le=1, description="0 keeps the image, 1 replaces it; needs `image`."
+    )
+    mask_channel: MaskChannel | None = Field(
+        None,
+        description="luminance (the default), or alpha: transparent pixels are regenerated and opaque ones "
+        "kept, of `mask_image` or without it of `image`.",
+    )
+    paste_back: bool | None = Field(
+        None,
+        description="true (the default): what the mask keeps is byte for byte that of `image`. false: as it "
+        "comes out of the model.",
+    )
+    feather: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_FEATHER,
+        validation_alias=AliasChoices("feather", "mask_blur"),
+        description="Pixels of smooth transition outside of the mask, 8 by default; `mask_blur` is another "
+        "name for it.",
+    )
+    only_masked: bool | None = Field(
+        None,
+        validation_alias=AliasChoices("only_masked", "inpaint_full_res"),
+        description="Regenerate the masked area alone, at the model's full size; `inpaint_full_res` is "
+        "another name for it.",
+    )
+    only_masked_padding: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_GROW,
+        validation_alias=AliasChoices("only_masked_padding", "inpaint_full_res_padding"),
+        description="Pixels around that area which the model sees too, 32 by default; "
+        "`inpaint_full_res_padding` is another name for it.",
+    )
+    grow_left: GrowPixels = Field(0, description="Extend `image` on this side; the new area is generated.")
+    grow_right: GrowPixels = Field(0, description="As `grow_left`.")
+    grow_top: GrowPixels = Field(0, description="As `grow_left`.")
+    grow_bottom: GrowPixels = Field(0, description="As `grow_left`.")
+    fit: FitMode = Field(
+        "crop",
+        description="How images of another aspect ratio than the result are fitted: crop cuts what is over, "
+        "pad adds a border, stretch distorts.",
     )
     controls: list[ControlBody] = Field(
         [], max_length=MAX_CONTROLS, description="Several control images; JSON only."
@@ -107,7 +173,8 @@ class ImageBody(NativeFields):
             return Task.refine
         if self.image is None:
             return Task.t2i
-        return Task.i2i if self.mask_image is None else Task.inpaint
+        is_masked = self.mask_image is not None or self.mask_channel == "alpha" or self._grow() is not None
+        return Task.inpaint if is_masked else Task.i2i
 
     @property
     def control_types(self) -> set[ControlType]:
@@ -126,6 +193,7 @@ class ImageBody(NativeFields):
             num_images=self.num_images,
             edit=self._edit(),
             controls=self._controls(),
+            fit=self.fit,
             refine=self.refine,
             refiner=self.refiner,
             output=OutputOptions(
@@ -135,12 +203,18 @@ class ImageBody(NativeFields):
         )
 
     def _edit(self) -> Edit | None:
+        given = self.model_dump(include=set(EDIT_FIELDS), exclude_none=True)
+        grow = self._grow()
         if self.image is not None:
-            return Edit(image=self.image, mask_image=self.mask_image, strength=self.strength)
-        for name, value in (("mask_image", self.mask_image), ("strength", self.strength)):
-            if value is not None:
-                raise BadRequest(f"{name} needs a picture to start from; send image too", param=name)
+            return Edit(image=self.image, grow=grow, **given)
+        sides = () if grow is None else (f"grow_{side}" for side in Grow.model_fields)
+        for name in (*given, *(side for side in sides if getattr(self, side))):
+            raise BadRequest(f"{name} needs a picture to start from; send image too", param=name)
         return None
+
+    def _grow(self) -> Grow | None:
+        sides = {side: getattr(self, f"grow_{side}") for side in Grow.model_fields}
+        return Grow(**sides) if any(sides.values()) else None
 
     def _controls(self) -> tuple[Control, ...]:
         if self.control_image is not None:

@@ -5,6 +5,7 @@ from pydantic import Field
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import (
     Edit,
+    FitMode,
     GenerationRequest,
     OutputOptions,
     Task,
@@ -44,6 +45,9 @@ class VideoBody(NativeFields):
         le=1,
         description="Frame-wise videos with `image` only: how far frames may differ.",
     )
+    fit: FitMode = Field(
+        "crop", description="How an `image` of another aspect ratio is fitted: crop, pad or stretch."
+    )
     end_prompt: str | None = Field(None, description="Frame-wise only: what the last frame shows.")
     end_seed: int | None = Field(None, description="Frame-wise only: the seed of the last frame's noise.")
     zoom: float | None = Field(
@@ -70,6 +74,7 @@ class VideoBody(NativeFields):
             model=model,
             **self.shared_arguments(),
             edit=None if self.image is None else Edit(image=self.image, strength=self.strength),
+            fit=self.fit,
             output=OutputOptions(previews=self.previews),
             video=Video(
                 num_frames=self.num_frames,

@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import (
     Edit,
+    FitMode,
     GenerationRequest,
     ResolvedRequest,
     Strict,
@@ -43,6 +44,9 @@ class OpenAIVideoBody(OpenAIFields):
     num_frames: int | None = Field(None, description="Frames; the model lists which numbers it can make.")
     fps: int | None = Field(None, description="Frames shown per second.")
     output_format: VideoFormat | None = None
+    fit: FitMode | None = Field(
+        None, description="How a first frame of another aspect ratio is fitted: crop, pad or stretch."
+    )
 
     @property
     def task(self) -> Task:
@@ -54,6 +58,7 @@ class OpenAIVideoBody(OpenAIFields):
             model=model,
             **self.shared_arguments(),
             edit=None if self._first_frame is None else Edit(image=self._first_frame),
+            fit=self.fit or "crop",
             video=Video(
                 num_frames=self.num_frames,
                 seconds=self.seconds,

@@ -5,7 +5,15 @@ from typing import Literal, Self
 from pydantic import BaseModel, Field
 
 from deployments.protocol.adjustment import Adjustment
-from deployments.protocol.request import Control, Exactness, ResolvedVideo
+from deployments.protocol.request import (
+    Control,
+    Exactness,
+    FitMode,
+    Grow,
+    MaskChannel,
+    ResolvedRequest,
+    ResolvedVideo,
+)
 from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
 
 EXTENSIONS = {
@@ -66,6 +74,40 @@ class JobControlOut(BaseModel):
         )
 
 
+class JobMaskOut(BaseModel):
+    """How the mask of an image is used; the images themselves are left out."""
+
+    mask_channel: MaskChannel
+    paste_back: bool
+    feather: int
+    only_masked: bool
+    only_masked_padding: int
+    grow_left: int
+    grow_right: int
+    grow_top: int
+    grow_bottom: int
+    result_width: int = Field(description="Of the finished image; `width` is what the model works at.")
+    result_height: int
+
+    @classmethod
+    def of(cls, request: ResolvedRequest) -> Self | None:
+        """None where there is no mask."""
+        edit = request.edit
+        if edit is None or not edit.is_masked:
+            return None
+        grow = {} if edit.grow is None else edit.grow.model_dump()
+        return cls(
+            mask_channel=edit.mask_channel,
+            paste_back=edit.paste_back,
+            feather=edit.feather,
+            only_masked=edit.only_masked,
+            only_masked_padding=edit.only_masked_padding,
+            **{f"grow_{side}": grow.get(side, 0) for side in Grow.model_fields},
+            result_width=edit.result_width or request.width,
+            result_height=edit.result_height or request.height,
+        )
+
+
 class JobVideoOut(BaseModel):
     """The video as it is generated."""
 
@@ -123,6 +165,8 @@ class JobRequestOut(BaseModel):
     output_quality: int
     previews: int
     strength: float | None
+    mask: JobMaskOut | None = Field(description="null: the whole image is generated anew.")
+    fit: FitMode
     controls: list[JobControlOut]
     loras: list[JobLoraOut]
     video: JobVideoOut | None
@@ -151,6 +195,8 @@ class JobRequestOut(BaseModel):
             output_quality=request.output.quality,
             previews=request.output.previews,
             strength=None if request.edit is None else request.edit.strength,
+            mask=JobMaskOut.of(request),
+            fit=request.fit,
             controls=[JobControlOut.of(control) for control in request.controls],
             loras=[JobLoraOut(sha256=lora.id, name=lora.name, weight=lora.weight) for lora in request.loras],
             video=None if request.video is None else JobVideoOut.of(request.video),

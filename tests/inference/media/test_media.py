@@ -61,6 +61,10 @@ def halves(mode: str, left: Any, right: Any, size: tuple[int, int] = (64, 32)) -
     return image
 
 
+def decode_mask(data: bytes, field: str) -> Image.Image:
+    return decode.mask(data, "luminance", field)
+
+
 def forged_png(width: int, height: int) -> bytes:
     """A few bytes whose header claims `width` x `height` pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
@@ -91,7 +95,7 @@ def test_the_a1111_text_of_an_edit_holds_its_strength_and_quotes_what_would_brea
 
 
 def test_metadata_repeats_the_request_without_the_given_pictures() -> None:
-    asked = request(edit=ResolvedEdit(image=b"secret", mask_image=b"mask", strength=0.6))
+    asked = request(edit=ResolvedEdit(image=b"secret", strength=0.6))
 
     facts = still.metadata(asked, 42, "1", 1.23456)
 
@@ -100,6 +104,24 @@ def test_metadata_repeats_the_request_without_the_given_pictures() -> None:
     assert facts["edit"] == {"strength": 0.6}
     assert "num_images" not in facts
     assert json.loads(json.dumps(facts)) == facts
+
+
+def test_metadata_and_text_of_an_inpainting_say_how_its_mask_was_used() -> None:
+    edit = ResolvedEdit(image=b"secret", mask_image=b"mask", strength=0.6, feather=4, only_masked=True)
+    asked = request(edit=edit)
+
+    stated = still.metadata(asked, 42, "1", 1.0)["edit"]
+    text = still.a1111_parameters(asked, 42, "1")
+
+    assert stated == {
+        "strength": 0.6,
+        "mask_channel": "luminance",
+        "paste_back": True,
+        "feather": 4,
+        "only_masked": True,
+        "only_masked_padding": 32,
+    }
+    assert "Mask blur: 4, Inpaint area: Only masked, Masked area padding: 32," in text
 
 
 def test_a_png_holds_the_text_and_the_json_and_every_pixel() -> None:
@@ -199,27 +221,10 @@ def test_sixteen_bit_grey_keeps_its_brightness() -> None:
     assert image.getpixel((4, 4)) == pytest.approx((128, 128, 128), abs=1)
 
 
-def test_a_mask_is_only_black_and_white_and_keeps_its_edge() -> None:
-    data = file(halves("L", 100, 200), "PNG")
-
-    mask = decode.mask(data, 128, 64, "mask_image")
-
-    assert (mask.mode, mask.size) == ("L", (128, 64))
-    assert [mask.getpixel((x, 32)) for x in (0, 63, 64, 127)] == [0, 0, 255, 255]
-
-
-def test_a_coloured_mask_counts_by_its_brightness() -> None:
-    data = file(halves("RGB", BLUE, WHITE), "PNG")
-
-    mask = decode.mask(data, 64, 32, "mask_image")
-
-    assert [mask.getpixel((x, 16)) for x in (0, 63)] == [0, 255]
-
-
 # --- dangerous files ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("read", [decode.picture, decode.mask], ids=["picture", "mask"])
+@pytest.mark.parametrize("read", [decode.own_size, decode_mask], ids=["picture", "mask"])
 @pytest.mark.parametrize(
     "data",
     [
@@ -236,7 +241,7 @@ def test_a_coloured_mask_counts_by_its_brightness() -> None:
 )
 def test_anything_but_png_jpeg_and_webp_is_refused(read: Any, data: bytes) -> None:
     with pytest.raises(BadRequest, match="PNG, JPEG or WebP") as caught:
-        read(data, 64, 64, "image")
+        read(data, "image")
 
     assert caught.value.param == "image"
 

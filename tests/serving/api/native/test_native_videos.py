@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from serve_app.api.state import ApiState
+from tests.serving.api import forged
 from tests.serving.api.calls import ended
 from tests.serving.api.fake_video_model import BODY, FRAMEWISE, VIDEO, WAN, FakeVideoModel, completed_video
 from tests.serving.fakes import picture
@@ -103,6 +104,25 @@ async def test_a_range_of_an_older_file_is_answered_with_the_whole_one(
     answer = await client.get(url, headers={"Range": "bytes=0-1", "If-Range": '"another"'})
 
     assert (answer.status_code, len(answer.content)) == (200, len(VIDEO))
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), [("/api/generate/video", "image"), ("/v1/videos", "input_reference")]
+)
+async def test_a_first_frame_of_another_shape_is_fitted_with_a_warning(
+    client: httpx.AsyncClient, fake_video_model: FakeVideoModel, path: str, field: str
+) -> None:
+    answer = await client.post(
+        path,
+        data={"prompt": "it moves", "seconds": "1", "width": "64", "height": "64", "fit": "pad"},
+        files={field: ("a.png", forged.png(128, 32), "image/png")},
+    )
+    await ended(client, answer.json()["id"])
+
+    (warning,) = answer.json()["warnings"]
+    assert (warning["code"], warning["param"]) == ("input_fitted", "image")
+    assert "was padded to" in warning["message"]
+    assert fake_video_model.requests[0].fit == "pad"
 
 
 async def test_a_form_may_bring_the_first_frame(
