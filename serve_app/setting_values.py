@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from ipaddress import ip_network
 from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
 
@@ -17,6 +18,7 @@ from deployments.protocol.invalid_values import shown, suggestion, what_is_right
 
 HOST = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?")
 HOSTS_FORM = "names of hosts, without scheme, port and path: example.org, *.example.org, or *"
+NETWORKS_FORM = "IP addresses and networks: 10.0.0.7, 10.0.0.0/8, 2001:db8::/32"
 MASK = "***"
 # variables whose values, or whose passwords, are never printed
 SECRET_NAMES = re.compile(
@@ -53,6 +55,26 @@ def _checked_hosts(value: object) -> object:
 
 Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_checked_hosts)]
 """Names of hosts: separated by commas or blanks, or as a JSON list."""
+
+
+def _checked_networks(value: object) -> object:
+    texts = re.split(r"[,;\s]+", value) if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"must be {NETWORKS_FORM}")
+    for text in filter(None, texts):
+        try:
+            network = ip_network(text)
+        except ValueError as error:
+            raise ValueError(f"holds {shown(text)} ({error}); write {NETWORKS_FORM}") from None
+        if not network.prefixlen:
+            raise ValueError(
+                f"holds {text}, which would trust every caller; write the proxies' own addresses"
+            )
+    return tuple(filter(None, texts))
+
+
+Networks = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_checked_networks)]
+"""IP addresses and networks: separated by commas or blanks, or a list."""
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """A duration."""

@@ -18,7 +18,7 @@ from pydantic_settings import (
 
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.yaml_file import read_mapping
-from serve_app.setting_values import Hosts, Seconds, invalid_settings, unknown_variables
+from serve_app.setting_values import Hosts, Networks, Seconds, invalid_settings, unknown_variables
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Settings(BaseSettings):
     host: str | None = None  # address of `weft serve`; None: http_options of serve_config.yaml
     port: int | None = Field(None, ge=1, le=65535)
     public_url: str = ""  # prefix of links in answers; empty: the Host header of the request
+    trusted_proxies: Networks = ()  # whose X-Forwarded-For, -Proto, -Host and Forwarded count: 10.0.0.0/8
     api_key: SecretStr | None = None  # required of every call; must be set when host is not loopback
     jwt_secret: SecretStr | None = Field(
         None, validation_alias=AliasChoices("jwt_secret", "WEFT_JWT_SECRET", "JWT_SECRET"), min_length=32

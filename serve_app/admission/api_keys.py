@@ -44,6 +44,12 @@ def looks_like_key(text: str) -> bool:
     return FORM.fullmatch(text) is not None
 
 
+def public_name(presented: bytes | None) -> str:
+    """What may be said of a key that was sent: its prefix; "other" of a token or the installation's key."""
+    match = FORM.fullmatch("" if presented is None else presented.decode("latin-1"))
+    return "other" if match is None else match[1]
+
+
 class ApiKeys:
     """Creates, checks and revokes keys. Raises StoreUnreachable when Valkey does not answer."""
 

@@ -19,6 +19,7 @@ from serve_app.redis.transactions import StoreUnreachable, redis_errors
 from serve_app.settings import Settings
 
 WINDOW_S = 60
+GUESSES_PER_LOGIN = 10  # wrong keys from one address, over those of one prefix: callers may share an address
 SLOT_LEASE_S = 900.0  # after it a dead replica's slot is free again; longer than any call may take
 
 
@@ -27,7 +28,16 @@ class CallClass(StrEnum):
 
     submit = "submit"  # submits a job
     read = "read"  # every other call of an authenticated caller
-    auth = "auth"  # log-in and wrong keys
+    auth = "auth"  # log-ins of one key from one address, and wrong keys of one prefix
+    guess = "guess"  # all wrong keys from one address
+
+
+CALLS = {  # in messages
+    CallClass.submit: "submit calls",
+    CallClass.read: "read calls",
+    CallClass.auth: "log-ins or wrong keys of one caller",
+    CallClass.guess: "wrong keys from one address",
+}
 
 
 class RateLimiter:
@@ -41,10 +51,11 @@ class RateLimiter:
             CallClass.submit: settings.submits_per_minute,
             CallClass.read: settings.reads_per_minute,
             CallClass.auth: settings.logins_per_minute,
+            CallClass.guess: GUESSES_PER_LOGIN * settings.logins_per_minute,
         }
 
     async def take(self, call_class: CallClass, who: str) -> None:
-        """Count one call of this owner (auth: of this address). Raises RateLimited past the limit."""
+        """Count one call of this owner (auth, guess: of this address). Raises RateLimited past the limit."""
         limit, key = self._limits[call_class], self._window(call_class, who)
         with redis_errors():
             async with self._redis.pipeline(transaction=True) as pipe:
@@ -54,7 +65,7 @@ class RateLimiter:
                 _, count, left_ms = await pipe.execute()
         if count > limit:
             raise RateLimited(
-                f"over {limit} {call_class.value} calls a minute; wait and call less often",
+                f"over {limit} {CALLS[call_class]} a minute; wait and call less often",
                 retry_after_s=max(left_ms, 1) / 1000,
             )
 
@@ -91,5 +102,6 @@ class RateLimiter:
 
     def _window(self, call_class: CallClass, who: str) -> str:
         """STRING: number of calls in this window. Addresses are hashed, so that the store contains none."""
-        name = hashlib.sha256(who.encode()).hexdigest()[:32] if call_class is CallClass.auth else who
+        by_address = call_class in (CallClass.auth, CallClass.guess)
+        name = hashlib.sha256(who.encode()).hexdigest()[:32] if by_address else who
         return f"{self._prefix}rate:{call_class.value}:{name}"

@@ -9,9 +9,11 @@ from fastapi import Depends
 from starlette.requests import HTTPConnection
 
 from deployments.protocol.errors import Forbidden, Unauthorized
+from serve_app.admission.api_keys import public_name
+from serve_app.admission.forwarded import limit_name
 from serve_app.admission.principals import Scope, presented_key
 from serve_app.admission.rate_limits import CallClass
-from serve_app.api.caller import CallerContext, base_address, mount_prefix
+from serve_app.api.caller import CallerContext, base_address, forwarded_host, mount_prefix
 from serve_app.api.route_scopes import needed_scope
 from serve_app.api.state import ApiState, CurrentState
 
@@ -35,8 +37,8 @@ async def authenticate(
     try:
         principal = await (authenticator.redeem(ticket) if ticket else authenticator.identify(presented))
     except Unauthorized:
-        if (presented or ticket) is not None and authenticator.limits is not None:
-            await authenticator.limits.take(CallClass.auth, caller_address(connection))
+        if (presented or ticket) is not None:
+            await count_wrong_key(connection, state, presented)
         raise
     scope = needed_scope(connection)
     if scope is not None:
@@ -76,9 +78,24 @@ def credentials(connection: HTTPConnection) -> tuple[bytes | None, bool]:
     return (None, False) if not cookie else (cookie.encode("latin-1", "replace"), True)
 
 
+async def count_wrong_key(connection: HTTPConnection, state: ApiState, presented: bytes | None) -> None:
+    """Raises RateLimited in place of Unauthorized after too many wrong keys.
+
+    Right keys are never refused for the wrong ones of others, who may share their address: behind a proxy
+    that is not trusted, all callers do.
+    """
+    limits, address = state.authenticator.limits, caller_address(connection)
+    if limits is not None:
+        await limits.take(CallClass.guess, address)
+        await limits.take(CallClass.auth, f"{address} wrong {public_name(presented)}")
+
+
 def caller_address(connection: HTTPConnection) -> str:
-    """IP address of the peer itself: X-Forwarded-For can be forged by the peer."""
-    return "unknown" if connection.client is None else connection.client.host
+    """The name under which calls from the caller's address are counted.
+
+    The address is the peer's, or the one that a trusted proxy reports (TrustedProxiesMiddleware).
+    """
+    return "unknown" if connection.client is None else limit_name(connection.client.host)
 
 
 def _submits(connection: HTTPConnection) -> bool:
@@ -92,6 +109,7 @@ def _check_sender(connection: HTTPConnection, state: ApiState) -> None:
         raise Forbidden(f"a call by cookie that changes something needs the header {CSRF_HEADER}: 1")
     origin = connection.headers.get("origin")
     is_socket = connection.scope["type"] == "websocket"
-    own_hosts = {connection.headers.get("host", ""), urlsplit(state.settings.public_url).netloc} - {""}
+    public = urlsplit(state.settings.public_url).netloc
+    own_hosts = {connection.headers.get("host", ""), forwarded_host(connection), public} - {""}
     if (origin is None and is_socket) or (origin is not None and urlsplit(origin).netloc not in own_hosts):
         raise Forbidden("another web site sent this call; open this service's own page")

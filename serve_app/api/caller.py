@@ -9,6 +9,7 @@ from starlette.requests import HTTPConnection
 
 from deployments.protocol.errors import NotFound
 from serve_app.admission.principals import Principal, Scope
+from serve_app.api.middleware.trusted_proxies import FORWARDED_HOST
 from serve_app.api.state import ApiState
 from serve_app.job_ids import is_job_id
 from serve_app.jobs.service import JobService
@@ -54,7 +55,16 @@ def mount_prefix(connection: HTTPConnection, state: ApiState) -> str:
 
 def base_address(connection: HTTPConnection, state: ApiState) -> str:
     """The URL under which the service is reached, without a slash at its end."""
-    return (state.settings.public_url or str(connection.base_url)).rstrip("/")
+    if state.settings.public_url:
+        return state.settings.public_url.rstrip("/")
+    host = forwarded_host(connection)
+    url = connection.base_url.replace(netloc=host) if host else connection.base_url
+    return str(url).rstrip("/")
+
+
+def forwarded_host(connection: HTTPConnection) -> str:
+    """The host and port by which the caller reached a trusted proxy; empty where none reports it."""
+    return connection.scope.get("state", {}).get(FORWARDED_HOST) or ""
 
 
 def parse_job_id(task_id: str) -> str:

@@ -4,11 +4,13 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from deployments.protocol.errors import Unauthorized
+from serve_app.admission.api_keys import public_name
 from serve_app.admission.principals import presented_key
 from serve_app.admission.rate_limits import CallClass
 from serve_app.admission.tickets import TTL_S as TICKET_TTL_S
 from serve_app.admission.tokens import TTL_S, Claims
-from serve_app.api.auth import SESSION_COOKIE, CurrentCaller, caller_address, credentials
+from serve_app.api.auth import SESSION_COOKIE, CurrentCaller, caller_address, count_wrong_key, credentials
 from serve_app.api.caller import mount_prefix
 from serve_app.api.request_body import documented, read_json
 from serve_app.api.schemas.access import CallerOut, LoggedOut, LoginBody, TicketOut, TokenOut
@@ -86,14 +88,20 @@ async def log_out(http_request: Request, response: Response, caller: CurrentCall
 
 async def _log_in(http_request: Request, state: ApiState, *, session: bool) -> tuple[str, Claims]:
     authenticator = state.authenticator
-    if authenticator.limits is not None:
-        await authenticator.limits.take(CallClass.auth, caller_address(http_request))
     key, email = presented_key(http_request.headers), None
     if await http_request.body():
         body = await read_json(http_request, LoginBody)
         key = key if body.api_key is None else body.api_key.get_secret_value().strip().encode()
         email = body.email
-    return await authenticator.log_in(key, email, session=session)
+    try:
+        token, claims = await authenticator.log_in(key, email, session=session)
+    except Unauthorized:
+        await count_wrong_key(http_request, state, key)
+        raise
+    if authenticator.limits is not None:
+        who = f"{caller_address(http_request)} {public_name(key)}"
+        await authenticator.limits.take(CallClass.auth, who)
+    return token, claims
 
 
 def _is_https(http_request: Request, state: ApiState) -> bool:

@@ -3,6 +3,7 @@
 from starlette.middleware import Middleware
 from starlette.middleware.gzip import GZipMiddleware
 
+from serve_app.admission.forwarded import TrustedProxies
 from serve_app.api.middleware.body_limit import BodyLimitMiddleware
 from serve_app.api.middleware.error_boundary import ErrorBoundaryMiddleware
 from serve_app.api.middleware.header_limit import HeaderLimitMiddleware
@@ -12,6 +13,7 @@ from serve_app.api.middleware.request_id import RequestIdMiddleware
 from serve_app.api.middleware.security_headers import SecurityHeadersMiddleware
 from serve_app.api.middleware.serve_headers import ServeHeadersMiddleware
 from serve_app.api.middleware.time_limit import TimeLimitMiddleware
+from serve_app.api.middleware.trusted_proxies import TrustedProxiesMiddleware
 from serve_app.api.state import ApiState
 
 GZIP_FROM_BYTES = 1024
@@ -23,6 +25,7 @@ def middleware_stack(state: ApiState) -> list[Middleware]:
     settings = state.settings
     return [
         Middleware(ServeHeadersMiddleware),
+        Middleware(TrustedProxiesMiddleware, proxies=TrustedProxies(settings.trusted_proxies)),
         Middleware(RequestIdMiddleware),
         Middleware(HttpMetricsMiddleware, metrics=state.metrics),
         Middleware(SecurityHeadersMiddleware),
