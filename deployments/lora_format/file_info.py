@@ -1,26 +1,24 @@
-"""What a LoRA file is, by its header alone, or the reason for its refusal. Loads no torch and reads no
-tensor."""
+"""What a LoRA file is, by its header and its values, or the reason for its refusal. Loads no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from deployments.lora_format.classify import (
-    UNSUPPORTED,
-    KeyStyle,
-    LoraFamily,
-    LoraNetwork,
-    key_style,
-    model_family,
-    network_type,
-    trigger_words,
+from deployments.lora_format.classify import KeyStyle, LoraFamily, key_style, model_family, trigger_words
+from deployments.lora_format.header import (
+    DTYPE_BYTES,
+    SIZE_BYTES,
+    FileBytes,
+    LoraHeader,
+    read_header,
+    refusal,
+    shortened,
 )
-from deployments.lora_format.header import DTYPE_BYTES, LoraHeader, read_header, refusal, shortened
+from deployments.lora_format.tensor_groups import TensorGroups, group_tensors
+from deployments.lora_format.value_check import CheckedValues, check_values
 
 MAX_RANK = 128
-_DOWN = (".lora_A.weight", ".lora_down.weight", "lora.down.weight", "lora1.down.weight", "lora2.down.weight",
-         "lora_linear_layer.down.weight")  # fmt: skip
 _MAX_METADATA_ENTRIES = 64
 _MAX_METADATA_CHARS = 2_000  # of one value
 _MAX_NAME_CHARS = 200
@@ -28,57 +26,72 @@ _MAX_NAME_CHARS = 200
 
 @dataclass(frozen=True, slots=True)
 class LoraFileInfo:
-    """The header of an accepted file. Whether the LoRA fits a model is decided by shape_check and on
+    """What is known of an accepted file. Whether it fits a model is decided by placement.place, and on
     loading."""
 
     rank: int  # the largest of all layers, 1..MAX_RANK
     tensors: int
-    dtype: str  # "F16", "BF16" or "F32"; the most frequent
+    dtype: str  # a key of DTYPE_BYTES; the most frequent
     size_bytes: int
     style: KeyStyle
     family: LoraFamily  # a guess
-    network: LoraNetwork
     name: str = ""  # from the metadata
     trigger_words: tuple[str, ...] = ()  # from the metadata, the most frequent first
     metadata: Mapping[str, str] = field(default_factory=dict)  # at most 64 entries of 2,000 characters
+    notes: tuple[str, ...] = ()  # sentences about what is in the file and has no effect
 
 
-def inspect_lora(file: bytes) -> LoraFileInfo:
-    """What the LoRA file is.
+def inspect_lora(file: FileBytes) -> LoraFileInfo:
+    """What the LoRA file is. file: its bytes, or a memory map of it.
 
     Raises BadRequest with the reason (TooLarge over 512 MiB): not safetensors, truncated, forged, not a LoRA,
-    of a type that is not served (DoRA, LoKr, LoHa and others), or over a limit. Takes milliseconds for any
-    input.
+    of a type that is not served (DoRA, LoKr, LoHa and others), over a limit, or with values that are no
+    numbers or absurd. Reads every value once: about a second for 512 MiB.
     """
-    return lora_info(read_header(file), len(file))
+    return inspect_file(file)[1]
+
+
+def inspect_file(file: FileBytes) -> tuple[LoraHeader, LoraFileInfo, CheckedValues]:
+    """The header, what inspect_lora gives, and what the values are. Raises BadRequest as it does."""
+    header = read_header(file)
+    with memoryview(file) as view, view[SIZE_BYTES + header.size_bytes :] as data:
+        info = lora_info(header, len(view))
+        values = check_values(header, lambda start, end: data[start:end])
+    return header, replace(info, notes=values.notes), values
 
 
 def lora_info(header: LoraHeader, size_bytes: int) -> LoraFileInfo:
-    """What the LoRA with this header is. size_bytes: of the whole file. Raises BadRequest as inspect_lora
-    does."""
+    """What the LoRA with this header is, without a look at its values. size_bytes: of the whole file.
+
+    Raises BadRequest.
+    """
     tensors, metadata = header.tensors, header.metadata
-    network = network_type(tensors)
-    if network == "other":
-        raise refusal(f"its keys are not those of a LoRA (the first is {shortened(next(iter(tensors)))})")
-    if network in UNSUPPORTED:
-        raise refusal(UNSUPPORTED[network])
-    ranks = [entry.shape[0] for key, entry in tensors.items() if key.endswith(_DOWN) and entry.shape]
-    rank = max(ranks, default=0)
-    if rank > MAX_RANK:
-        raise refusal(f"its rank is {rank}; at most {MAX_RANK}")
-    if not rank:
-        raise refusal("it has no layer with a rank")
-    dtypes = [entry.dtype for entry in tensors.values()]
+    groups = group_tensors(tensors)
     kept = list(metadata.items())[:_MAX_METADATA_ENTRIES]
+    dtypes = [entry.dtype for entry in tensors.values()]
     return LoraFileInfo(
-        rank=rank,
+        rank=_rank(header, groups),
         tensors=len(tensors),
         dtype=max(DTYPE_BYTES, key=dtypes.count),
         size_bytes=size_bytes,
         style=key_style(tensors),
         family=model_family(tensors, metadata),
-        network=network,
         name=(metadata.get("modelspec.title") or metadata.get("ss_output_name") or "")[:_MAX_NAME_CHARS],
         trigger_words=trigger_words(metadata),
         metadata={key[:_MAX_NAME_CHARS]: value[:_MAX_METADATA_CHARS] for key, value in kept},
     )
+
+
+def _rank(header: LoraHeader, groups: TensorGroups) -> int:
+    """The largest rank. Raises BadRequest where there is none, or it is over MAX_RANK."""
+    ranks = {pair.down: (header.tensors[pair.down].shape or (0,))[0] for pair in groups.pairs}
+    largest = max(ranks, key=lambda key: ranks[key], default=None)
+    if largest is None or not ranks[largest]:
+        first = groups.problems[0].reason if groups.problems else "it has no layer with a rank"
+        raise refusal(first)
+    if ranks[largest] > MAX_RANK:
+        raise refusal(
+            f"its rank is {ranks[largest]} ({shortened(largest)}); at most {MAX_RANK} are served: resize it, "
+            "for example with kohya's resize_lora.py"
+        )
+    return ranks[largest]

@@ -1,7 +1,8 @@
 """The header of a LoRA's safetensors file, parsed under limits. Loads no torch and reads no tensor.
 
 Layout (github.com/huggingface/safetensors): 8 bytes with the size of the header (little endian), the header
-as JSON (tensor name -> dtype, shape, data_offsets; "__metadata__" -> str to str), the tensors.
+as JSON (tensor name -> dtype, shape, data_offsets; "__metadata__" -> str to str), the tensors. What trainers
+write into the metadata may be megabytes (tags of all captions); the table of tensors may not.
 """
 
 from __future__ import annotations
@@ -11,19 +12,32 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from json.decoder import scanstring  # type: ignore[attr-defined]  # typeshed does not list it
+from mmap import mmap
 from typing import Any
 
 from deployments.protocol.errors import BadRequest, TooLarge
 
-MAX_HEADER_BYTES = 2**20  # a 63 MB header with a million empty tensors opens in 10 s and takes 421 MiB
-HEAD_BYTES = 8 + MAX_HEADER_BYTES  # the start of a file that certainly contains its header
+FileBytes = bytes | memoryview | mmap
+
+SIZE_BYTES = 8  # before the header
+MAX_HEADER_BYTES = 16 * 2**20  # as text it takes up to four times as much memory
 MAX_FILE_BYTES = 512 * 2**20
 MAX_TENSORS = 4096
-MAX_BLOCK_DIGITS = 4  # diffusers' converters count up to the largest block number in the keys
+MAX_ENTRY_CHARS = 1024  # of a tensor's dtype, shape and offsets
+MAX_BLOCK_DIGITS = 4
+MAX_NAME_CHARS = 500
 MAX_DIMENSIONS = 5
-DTYPE_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
+FACTOR_DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "F8_E5M2": 1}  # bytes of a value
+NUMBER_DTYPES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}  # of alphas alone
+DTYPE_BYTES = FACTOR_DTYPES | NUMBER_DTYPES
 METADATA = "__metadata__"
+MAX_METADATA_ENTRIES = 64  # that are kept
+MAX_METADATA_CHARS = 4 * 2**20  # of a value that is kept
 PICKLE_MAGIC = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_VALUES = json.JSONDecoder(object_pairs_hook=lambda pairs: _without_duplicates(pairs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +55,8 @@ class LoraHeader:
     """The checked header of a whole file."""
 
     tensors: Mapping[str, TensorEntry]  # by name, at least one
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, str]  # the first MAX_METADATA_ENTRIES of at most MAX_METADATA_CHARS
+    size_bytes: int  # of the header; the tensors begin after SIZE_BYTES more
 
 
 def refusal(reason: str) -> BadRequest:
@@ -49,28 +64,50 @@ def refusal(reason: str) -> BadRequest:
     return BadRequest(f"the LoRA is refused: {reason}", param="loras")
 
 
-def read_header(file: bytes) -> LoraHeader:
-    """The header of a whole safetensors file.
+def read_header(file: FileBytes) -> LoraHeader:
+    """The header of a whole safetensors file; see `header_bytes` and `parse_header`."""
+    with memoryview(file) as view:
+        size = header_bytes(bytes(view[:SIZE_BYTES]), len(view))
+        return parse_header(bytes(view[SIZE_BYTES : SIZE_BYTES + size]), len(view))
 
-    Raises TooLarge over MAX_FILE_BYTES, BadRequest for a file that is not safetensors, is truncated or
-    forged, or is over a limit of this module.
+
+def header_bytes(start: bytes, file_bytes: int) -> int:
+    """The size of the header. start: of the file, SIZE_BYTES at least where it has them.
+
+    Raises TooLarge over MAX_FILE_BYTES, BadRequest for what is no safetensors file or has a longer header
+    than MAX_HEADER_BYTES or than the file.
     """
-    if len(file) > MAX_FILE_BYTES:
-        raise TooLarge(f"the LoRA has {len(file)} bytes; at most {MAX_FILE_BYTES}", param="loras")
-    table = _parse(file)
-    metadata = _checked_metadata(table.pop(METADATA, None))
+    if file_bytes > MAX_FILE_BYTES:
+        raise TooLarge(f"the LoRA has {file_bytes} bytes; at most {MAX_FILE_BYTES}", param="loras")
+    if start.startswith(PICKLE_MAGIC):
+        raise refusal("it is a pickle (.pt, .bin, .ckpt), which may run code; convert it to safetensors")
+    if len(start) < SIZE_BYTES:
+        raise refusal("it is no safetensors file; it ends before its header")
+    size = int.from_bytes(start[:SIZE_BYTES], "little")
+    if size > MAX_HEADER_BYTES:
+        raise refusal(
+            f"it is no safetensors file, or its header is over {MAX_HEADER_BYTES} bytes; "
+            "save it without the trainer's metadata"
+        )
+    if SIZE_BYTES + size > file_bytes:
+        raise refusal("it is truncated; its header announces more bytes than it has")
+    return size
+
+
+def parse_header(header: bytes, file_bytes: int | None) -> LoraHeader:
+    """The checked header. header: all of it, without its size. file_bytes: of the whole file; None: of a file
+    that was accepted before.
+
+    Raises BadRequest for a header that is not readable, is forged, or is over a limit of this module, and
+    for a file that is truncated.
+    """
+    table, metadata = _parse(header)
     if not table:
         raise refusal("it holds no tensors")
-    if len(table) > MAX_TENSORS:
-        raise refusal(f"it holds {len(table)} tensors; at most {MAX_TENSORS}")
     tensors = {key: _checked_entry(key, value) for key, value in table.items()}
-    _check_offsets(tensors, len(file) - 8 - int.from_bytes(file[:8], "little"))
-    return LoraHeader(tensors, metadata)
-
-
-def tensor_shapes(head: bytes) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor by name. head: the first HEAD_BYTES, or all, of a file that was accepted."""
-    return {key: tuple(value["shape"]) for key, value in _parse(head).items() if key != METADATA}
+    if file_bytes is not None:
+        _check_offsets(tensors, file_bytes - SIZE_BYTES - len(header))
+    return LoraHeader(tensors, metadata, len(header))
 
 
 def shortened(text: str) -> str:
@@ -78,24 +115,92 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= 120 else text[:117] + "...")
 
 
-def _parse(file: bytes) -> dict[str, Any]:
-    """The header's JSON table, parsed only after its size is known to be small."""
-    if file.startswith(PICKLE_MAGIC):
-        raise refusal("it is a pickle (.pt, .bin, .ckpt), which may run code; convert it to safetensors")
-    if len(file) < 8:
-        raise refusal("it is no safetensors file; it ends before its header")
-    size = int.from_bytes(file[:8], "little")
-    if size > MAX_HEADER_BYTES:
-        raise refusal(f"it is no safetensors file, or its header is over {MAX_HEADER_BYTES} bytes")
-    if 8 + size > len(file):
-        raise refusal("it is truncated; its header announces more bytes than it has")
+def _parse(header: bytes) -> tuple[dict[str, Any], dict[str, str]]:
+    """The table of tensors and the metadata, read entry by entry: no more than the limits is kept."""
     try:
-        table = json.loads(file[8 : 8 + size].decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:  # the errors of JSON and UTF-8 are ValueErrors
+        text = header.decode("utf-8")
+        if not text.lstrip().startswith("{"):
+            json.loads(text[: 2 * MAX_ENTRY_CHARS])
+            raise refusal("its header is no table of tensors")
+        return _Table(text).read()
+    except (ValueError, RecursionError, IndexError) as error:  # the errors of JSON and UTF-8 are ValueErrors
         raise refusal(f"its header is not readable ({type(error).__name__})") from None
-    if not isinstance(table, dict):
-        raise refusal("its header is no table of tensors")
-    return table
+
+
+class _Table:
+    """A reader of the header's JSON object."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._at = 0
+
+    def read(self) -> tuple[dict[str, Any], dict[str, str]]:
+        tensors: dict[str, Any] = {}
+        metadata: dict[str, str] | None = None
+        for key in self._keys():
+            if key == METADATA and metadata is None:
+                metadata = self._metadata()
+            elif key == METADATA or key in tensors:
+                raise ValueError("a name occurs twice")
+            elif len(tensors) == MAX_TENSORS:
+                raise refusal(
+                    f"its table of tensors has over {MAX_TENSORS} entries; at most {MAX_TENSORS} are read"
+                )
+            else:
+                tensors[key] = self._entry(key)
+        if self._text[self._at :].strip():
+            raise ValueError("there is text after the table")
+        return tensors, metadata or {}
+
+    def _keys(self) -> Any:
+        """The keys of the object that begins here; the caller reads each value before the next key."""
+        self._expect("{")
+        if self._next() == "}":
+            self._at += 1
+            return
+        while True:
+            self._expect('"')
+            key, self._at = scanstring(self._text, self._at, True)
+            self._expect(":")
+            yield key
+            if self._next() == "}":
+                self._at += 1
+                return
+            self._expect(",")
+
+    def _metadata(self) -> dict[str, str]:
+        if self._next() != "{":
+            raise refusal("its metadata is not a table of texts")
+        kept: dict[str, str] = {}
+        for key in self._keys():
+            if self._next() != '"':
+                raise refusal("its metadata is not a table of texts")
+            value, self._at = scanstring(self._text, self._at + 1, True)
+            if len(kept) < MAX_METADATA_ENTRIES and len(value) <= MAX_METADATA_CHARS:
+                kept[key] = value
+        return kept
+
+    def _entry(self, key: str) -> Any:
+        """One value, of which no more than MAX_ENTRY_CHARS are looked at."""
+        if len(key) > MAX_NAME_CHARS:
+            raise refusal(f"{shortened(key)} is no name of a layer; its table of tensors has too long names")
+        self._next()
+        part = self._text[self._at : self._at + MAX_ENTRY_CHARS]
+        value, size = _VALUES.raw_decode(part)
+        self._at += size
+        return value
+
+    def _next(self) -> str:
+        """The next character that is no space."""
+        space = _SPACE.match(self._text, self._at)
+        assert space is not None, "the pattern matches nothing too"
+        self._at = space.end()
+        return self._text[self._at]
+
+    def _expect(self, character: str) -> None:
+        if self._next() != character:
+            raise ValueError(f"there is no {character}")
+        self._at += 1
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -105,20 +210,16 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _checked_metadata(value: object) -> dict[str, str]:
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise refusal("its metadata is not a table of texts")
-    return value
-
-
 def _checked_entry(key: str, value: object) -> TensorEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise refusal(f"its entry for {shortened(key)} is not dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise refusal(f"{shortened(key)} is of type {shortened(str(dtype))}; use F16, BF16 or F32")
+        kinds = ", ".join(FACTOR_DTYPES)
+        raise refusal(
+            f"{shortened(key)} is of type {shortened(str(dtype))}; save it as one of {kinds}, "
+            "a whole number only as an alpha"
+        )
     if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS or not _are_sizes(offsets) or len(offsets) != 2:
         raise refusal(f"{shortened(key)} has no valid shape and offsets")
     if not key.isprintable() or re.search(rf"\d{{{MAX_BLOCK_DIGITS + 1}}}", key):

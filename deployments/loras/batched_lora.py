@@ -17,12 +17,12 @@ from functools import partial
 from torch import Tensor, nn
 
 from deployments.engine.lora_rows import current_lora_rows
+from deployments.lora_format.layer_names import LayerKey
 from deployments.loras.graph_layers import GraphLayers
 from deployments.loras.joint_linear import LoraLayer
 from deployments.loras.lora_forward import LoraForward, LoraModel
 from deployments.loras.lora_set import LoraSet
 from deployments.loras.low_rank_products import BatchInvariance
-from deployments.loras.source import LayerKey
 from deployments.protocol.errors import ModelUnavailable
 
 

@@ -10,9 +10,9 @@ from cachetools import FIFOCache
 from torch import Tensor, nn
 
 from deployments.engine.batch_buckets import MIN_LINEAR_ROWS
+from deployments.lora_format.layer_names import LayerKey
 from deployments.loras.low_rank_products import MAX_TRIAL_RESULTS
 from deployments.loras.product_trials import Pairs, have_same_bits
-from deployments.loras.source import LayerKey
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from itertools import groupby
 from torch import Tensor, nn
 
 from deployments.engine.stacking import Unsplittable
+from deployments.lora_format.layer_names import LayerKey
 from deployments.loras.joint_linear import JointProofs, LoraLayer, can_be_joined, joint_outputs
 from deployments.loras.lora_set import LoraSet
 from deployments.loras.lora_slots import Block, KeptSlots, LoraSlots
@@ -20,7 +21,6 @@ from deployments.loras.low_rank_products import (
     add_linear_one_by_one,
 )
 from deployments.loras.shared_inputs import InputRecorder, SharedInputs
-from deployments.loras.source import LayerKey
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from deployments.loras.source import LayerKey, LowRankFactors
+from deployments.lora_format.layer_names import LayerKey
+from deployments.loras.source import LowRankFactors
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # the sum of a request's ranks in a layer is padded to one of these
 

@@ -10,8 +10,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from deployments.lora_format.layer_names import LayerKey
 from deployments.loras.lora_set import LoraSet, LowRankSum
-from deployments.loras.source import LayerKey, LowRankFactors
+from deployments.loras.source import LowRankFactors
 
 MAX_KEPT = 4  # batches: of transformer and text encoders, of two sizes
 MAX_PER_SIZE = 2  # of them with one number of slots in one part

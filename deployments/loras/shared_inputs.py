@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from deployments.loras.source import LayerKey
+from deployments.lora_format.layer_names import LayerKey
 
 _UNKNOWN: Mapping[LayerKey, Sequence[LayerKey]] = {}
 

@@ -14,7 +14,7 @@ from torch import nn
 from deployments.engine.batch_buckets import pad_small_linears
 from deployments.engine.call import Seam
 from deployments.engine.intercept import intercept
-from deployments.lora_format.shape_check import PARTS
+from deployments.lora_format.layer_names import PARTS
 from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.cache import LoraCache, LoraCacheLimits
 from deployments.loras.file_cache import LoraFileCache

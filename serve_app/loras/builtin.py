@@ -78,4 +78,5 @@ class BuiltInLoras:
             source="built-in",
             created_at=0.0,
             model=card.id,
+            notes=info.notes,
         )

@@ -40,6 +40,7 @@ class LoraRecord:
     created_at: float  # unix seconds; 0 for built-in ones
     model: str | None = None  # built-in: id of the only model it is for
     preview: bool = False  # the registry has a small WebP picture of it
+    notes: tuple[str, ...] = ()  # sentences about what is in the file and has no effect
 
     def fits(self, card: ModelCard) -> bool:
         """Whether it may be used with this model, as far as its header says."""
@@ -101,6 +102,7 @@ def make_record(
         source=source,
         created_at=0.0,
         preview=label.preview is not None,
+        notes=info.notes,
     )
 
 

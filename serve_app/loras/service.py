@@ -141,16 +141,18 @@ class LoraService:
         if spec.kind != "id":
             digest, info = await self._intake.take_in(spec, holds)
             shown = info.name or "this LoRA"
-            if not fits_family(info.family, card):
+            fits = await self._compatibility.check(shown, digest, card, spec.param)
+            if not fits and not fits_family(info.family, card):
                 raise _wrong_model(shown, info.family, card, spec.param)
-            await self._compatibility.check(shown, digest, card, spec.param)
             return digest, (info.name or default_name(digest))[:200]
         record = await self._find_record(spec.reference, owner, card, spec.param)
-        if not record.fits(card):
-            raise _wrong_model(record.name, record.model or record.family, card, spec.param)
+        fits = record.fits(card)
         if record.source != "built-in":
             await self._hold_file(record.digest, record.name, "register it again", spec.param, holds)
-            await self._compatibility.check(record.name, record.digest, card, spec.param)
+            # layers decide where they are known: the family is a guess by a few names
+            fits |= await self._compatibility.check(record.name, record.digest, card, spec.param)
+        if not fits:
+            raise _wrong_model(record.name, record.model or record.family, card, spec.param)
         return record.digest, record.name
 
     async def _hold_again(self, lora: Lora, holds: AsyncExitStack) -> Lora:

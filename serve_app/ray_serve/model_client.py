@@ -16,6 +16,7 @@ from deployments.protocol import log_context
 from deployments.protocol.errors import Internal, ModelUnavailable
 from deployments.protocol.events import Event, Failed
 from deployments.protocol.request import ResolvedRequest
+from serve_app.loras.model_layers import stored_layer_shapes
 from serve_app.ray_serve.private_api import unchecked_handle
 from serve_app.ray_serve.proof_reports import ProofReport
 from serve_app.ray_serve.routing import ModelRoute
@@ -65,7 +66,16 @@ class ModelClient:
             stream.cancel()  # type: ignore[no-untyped-call]
 
     async def layer_shapes(self, model: str) -> Mapping[str, tuple[int, ...]] | None:
-        """Shapes of the layers that a LoRA may change; None when no replica answers within the time limit."""
+        """Shapes of the layers that a LoRA may change: by the headers of its weights, where they are in a
+        folder of this machine, else as a replica reports them.
+
+        None when no replica answers within the time limit.
+        """
+        await self._served.refresh()
+        card = self._served.cards.get(model)
+        stored = None if card is None else await asyncio.to_thread(stored_layer_shapes, card.weights)
+        if stored is not None:
+            return stored
         shapes: Mapping[str, tuple[int, ...]] | None = await self._ask_replica(model, "layers", model)
         return shapes
 

@@ -70,6 +70,7 @@ class LoraOut(BaseModel):
     source: str = Field(description="built-in, upload, url or hub.")
     public: bool = Field(description="All users may use it.")
     mine: bool = Field(description="The caller may delete it.")
+    notes: list[str] = Field(description="What is in the file and has no effect: layers that are zero.")
     preview_url: str | None
     created_at: float | None = Field(description="Unix seconds; null for those that come with a model.")
 
@@ -92,6 +93,7 @@ class LoraOut(BaseModel):
             source=record.source,
             public=public,
             mine=record.source != "built-in" and (admin if public else record.owner == owner),
+            notes=list(record.notes),
             preview_url=f"{prefix}/api/loras/{record.id}/preview" if record.preview else None,
             created_at=record.created_at or None,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from collections import OrderedDict
@@ -35,6 +36,11 @@ def entry(shape: list[int], start: int, dtype: str = "F16", width: int = 2) -> d
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
 
 
+def ones(count: int) -> bytes:
+    """Values of float16 that are 1."""
+    return b"\x00\x3c" * count
+
+
 def pair(**changes: Any) -> dict[str, Any]:
     """A header of one layer of rank 4."""
     return {DOWN: entry([4, 8], 0), UP: entry([8, 4], 64)} | changes
@@ -43,7 +49,7 @@ def pair(**changes: Any) -> dict[str, Any]:
 def test_the_info_of_a_shipped_lora() -> None:
     info = inspect_lora(NIGHT)
 
-    assert (info.network, info.rank, info.tensors, info.dtype) == ("lora", 8, 68, "BF16")
+    assert (info.rank, info.tensors, info.dtype, info.notes) == (8, 68, "BF16", ())
     assert (info.style, info.family, info.size_bytes) == ("diffusers", "flux", len(NIGHT))
 
 
@@ -87,7 +93,8 @@ def test_name_and_trigger_words_come_from_the_trainers_metadata() -> None:
     ],
 )
 def test_family_and_key_style_are_guessed_from_the_keys(key: str, family: str, style: str) -> None:
-    info = inspect_lora(forged({key: entry([4, 8], 0)}, bytes(64)))
+    up = key.replace("lora_A", "lora_B").replace("down.weight", "up.weight")
+    info = inspect_lora(forged({key: entry([4, 8], 0), up: entry([8, 4], 64)}, ones(64)))
 
     assert (info.family, info.style) == (family, style)
 
@@ -107,7 +114,8 @@ def test_family_and_key_style_are_guessed_from_the_keys(key: str, family: str, s
         (forged({}), "no tensors"),
         (forged({"__metadata__": {"a": 1}}), "metadata"),
         (forged({DOWN: 1}), "not dtype, shape"),
-        (forged(pair() | {"x": entry([1], 128, "I64", 8)}, bytes(136)), "use F16, BF16 or F32"),
+        (forged(pair() | {"x": entry([1], 128, "C64", 8)}, bytes(136)), "save it as one of F16, BF16, F32"),
+        (forged(pair() | {UP: entry([8, 4], 64, "I16")}, bytes(128)), "of type I16; save it as one of F16"),
         (forged(pair() | {DOWN: entry([4, 8], 0) | {"shape": [-4, -8]}}, bytes(128)), "valid shape"),
         (forged(pair() | {DOWN: entry([4, 8], 0) | {"shape": [True, 8]}}, bytes(128)), "valid shape"),
         (forged(pair() | {DOWN: entry([4, 9], 0) | {"data_offsets": [0, 64]}}, bytes(128)), "another size"),
@@ -115,11 +123,13 @@ def test_family_and_key_style_are_guessed_from_the_keys(key: str, family: str, s
         (forged(pair() | {UP: entry([8, 4], 72)}, bytes(136)), "leaves a gap"),
         (forged(pair(), bytes(100)), "truncated"),
         (forged(pair(), bytes(200)), "after its last tensor"),
-        (forged({"model.weight": entry([4, 8], 0)}, bytes(64)), "not those of a LoRA"),
-        (forged({DOWN: entry([129, 2], 0)}, bytes(516)), "rank is 129"),
-        (forged({UP: entry([8, 4], 0)}, bytes(64)), "no layer with a rank"),
+        (forged({"model.weight": entry([4, 8], 0)}, ones(32)), "'model.weight' is neither a factor"),
+        (forged(pair() | {DOWN: entry([129, 2], 0), UP: entry([2, 129], 516)}, bytes(1032)), "rank is 129"),
+        (forged({UP: entry([8, 4], 0)}, bytes(64)), "has no counterpart"),
         (forged({"unet.blocks.99999.lora_A.weight": entry([4, 8], 0)}, bytes(64)), "no name of a layer"),
-        (forged({f"unet.{i}.lora_A.weight": entry([0], 0) for i in range(MAX_TENSORS + 1)}), "at most 4096"),
+        (forged({f"unet.{i}.lora_A.weight": entry([0], 0) for i in range(MAX_TENSORS + 1)}), "has over 4096"),
+        (forged(pair() | {DOWN: entry([4, 8], 0) | {"shape": [1] * 2000}}, bytes(128)), "not readable"),
+        (forged(pair() | {"x" * 600: entry([4, 8], 128)}, bytes(192)), "table of tensors has too long names"),
     ],
 )  # fmt: skip
 def test_bad_files_are_refused_with_the_reason(file: bytes, reason: str) -> None:
@@ -162,12 +172,14 @@ UNSERVED = {  # keys as peft, LyCORIS and kohya write them -> what the refusal s
 
 @pytest.mark.parametrize("key", UNSERVED)
 def test_other_kinds_than_plain_loras_are_refused_by_their_name(key: str) -> None:
-    alone = forged({key: entry([4, 8], 0)}, bytes(64))
-    beside_a_plain_layer = forged(pair(**{key: entry([4, 8], 128)}), bytes(192))
+    alone = forged({key: entry([4, 8], 0)}, ones(32))
+    beside_a_plain_layer = forged(pair(**{key: entry([4, 8], 128)}), ones(96))
 
     for file in (alone, beside_a_plain_layer):
-        with pytest.raises(BadRequest, match=UNSERVED[key]):
+        with pytest.raises(BadRequest, match=UNSERVED[key]) as refusal:
             inspect_lora(file)
+        assert repr(key) in refusal.value.message
+        assert "as a plain LoRA, without these tensors" in refusal.value.message
 
 
 @pytest.mark.filterwarnings("ignore:.*invalid shape")  # peft's own of a bias
@@ -187,17 +199,69 @@ def test_other_kinds_than_plain_loras_are_refused_by_their_name(key: str) -> Non
 )
 def test_what_peft_saves_of_other_kinds_is_refused_by_their_name(config: Any, reason: str) -> None:
     model = peft.get_peft_model(nn.Sequential(OrderedDict(q=nn.Linear(8, 8))), config)
-    file = save({key: value.contiguous() for key, value in peft.get_peft_model_state_dict(model).items()})
+    file = save({key: value + 1 for key, value in peft.get_peft_model_state_dict(model).items()})
 
     with pytest.raises(BadRequest, match=reason):
         inspect_lora(file)
 
 
-def test_a_hundred_thousand_empty_tensors_are_refused_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    file = forged({f"unet.{i:07}.lora_A.weight": entry([0], 0) for i in range(100_000)})
-    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("the header was parsed"))
+ZERO_IS_NOTHING = [
+    f"{KOHYA}.diff",
+    f"{KOHYA}.diff_b",
+    "diffusion_model.blocks.0.diff_m",
+    "diffusion_model.blocks.0.norm3.diff",
+    f"{LAYER}.lora_B.bias",
+    f"{KOHYA}.w_norm",
+    f"{KOHYA}.lokr_w1",
+    f"{KOHYA}.hada_w2_b",
+    "unet.nowhere.something_new",
+]
+ZERO_IS_A_VALUE = [
+    f"{KOHYA}.dora_scale",
+    f"{LAYER}.lora_magnitude_vector",
+    f"{KOHYA}.set_weight",
+    f"{LAYER}.weight",
+    f"{LAYER}.ia3_l",
+    f"{LAYER}.oft_R.weight",
+]
 
-    with pytest.raises(BadRequest, match="header is over"):
+
+@pytest.mark.parametrize("key", ZERO_IS_NOTHING)
+def test_extras_that_are_zero_are_accepted_and_noted(key: str) -> None:
+    info = inspect_lora(forged(pair(**{key: entry([4, 8], 128)}), ones(64) + bytes(64)))
+
+    assert info.notes == (f"1 of its layers are zero and change nothing; the first is {key!r}.",)
+
+
+@pytest.mark.parametrize("key", ZERO_IS_A_VALUE)
+def test_extras_whose_zero_changes_the_model_are_refused(key: str) -> None:
+    with pytest.raises(BadRequest, match=re.escape(repr(key))):
+        inspect_lora(forged(pair(**{key: entry([4, 8], 128)}), ones(64) + bytes(64)))
+
+
+def test_a_lora_of_zeros_says_that_it_changes_nothing() -> None:
+    assert inspect_lora(forged(pair(), bytes(128))).notes == ("All layers are zero: it changes nothing.",)
+
+
+def test_megabytes_of_the_trainers_tags_are_accepted() -> None:
+    """kohya writes the tags of all captions into the metadata."""
+    tags = {"10_cats": {f'tag number {i}, with "quotes"': i for i in range(100_000)}}
+    note = {"ss_tag_frequency": json.dumps(tags), "workflow": "x" * 2**22, "ss_output_name": "cats"}
+    file = forged(pair(__metadata__=note), ones(64))
+    assert 2**22 < len(file) < MAX_HEADER_BYTES
+
+    info = inspect_lora(file)
+
+    assert (info.name, info.tensors) == ("cats", 2)
+    assert max(map(len, info.metadata.values())) == 2_000
+
+
+def test_of_a_hundred_thousand_empty_tensors_only_the_first_are_read() -> None:
+    """What follows the limit is not even JSON."""
+    table = json.dumps({f"unet.{i}.lora_A.weight": entry([0], 0) for i in range(MAX_TENSORS + 1)})
+    file = forged(table[:-1].encode() + b"," + b"?" * 10_000_000)
+
+    with pytest.raises(BadRequest, match="table of tensors has over 4096 entries"):
         inspect_lora(file)
 
 

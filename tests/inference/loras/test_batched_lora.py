@@ -19,7 +19,7 @@ from deployments.engine.engine import Engine
 from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
 from deployments.engine.lora_rows import run_with_lora_rows
-from deployments.lora_format.shape_check import PARTS
+from deployments.lora_format.layer_names import PARTS
 from deployments.loras import low_rank_products
 from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.lora_set import LoraSet, combine

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import math
+import struct
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -100,6 +102,56 @@ async def test_an_uploaded_adapter_is_described_by_its_file(client: httpx.AsyncC
     assert lora["created_at"] > 0
     assert (await client.get("/api/loras/ink")).json() == lora
     assert (await client.get(f"/api/loras/{lora['id']}")).json() == lora
+
+
+def of_values(*values: float, **extra: float) -> bytes:
+    """A LoRA of rank 1 of one layer, with these 8 values of float32; extra: further tensors of one value."""
+    layer = "unet.down_blocks.0.attn.to_q"
+    header = {
+        f"{layer}.lora_A.weight": {"dtype": "F32", "shape": [1, 4], "data_offsets": [0, 16]},
+        f"{layer}.lora_B.weight": {"dtype": "F32", "shape": [4, 1], "data_offsets": [16, 32]},
+    }
+    for at, name in enumerate(extra, 8):
+        header[f"{layer}.{name}"] = {"dtype": "F32", "shape": [1], "data_offsets": [4 * at, 4 * at + 4]}
+    text = json.dumps(header).encode()
+    return (
+        len(text).to_bytes(8, "little") + text + struct.pack(f"<{8 + len(extra)}f", *values, *extra.values())
+    )
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "part"),
+    [
+        (of_values(*[1.0] * 7, math.nan), "lora_B.weight", "not finite"),
+        (of_values(math.inf, *[1.0] * 7), "lora_A.weight", "not finite"),
+        (of_values(1e30, *[1.0] * 7), "lora_A.weight", "values up to 1e+30"),
+        (of_values(*[1.0] * 8, alpha=1e9), "alpha", "gives a change of 1e+09"),
+        (of_values(*[1.0] * 8, alpha=math.nan), "alpha", "not finite"),
+        (of_values(*[60000.0] * 8), "lora_B.weight", "gives a change of"),
+        (of_values(*[1.0] * 8, diff_b=0.5), "diff_b", "as a plain LoRA"),
+    ],
+)
+async def test_values_that_every_job_would_fail_with_are_refused_at_registration(
+    client: httpx.AsyncClient, file: bytes, key: str, part: str
+) -> None:
+    answer = await client.post("/api/loras", files={"file": ("a.safetensors", file)})
+
+    assert answer.status_code in (400, 422), answer.text
+    assert f"unet.down_blocks.0.attn.to_q.{key}'" in answer.json()["error"]["message"]
+    assert part in answer.json()["error"]["message"]
+    assert not [
+        lora for lora in (await client.get("/api/loras")).json()["loras"] if lora["source"] == "upload"
+    ]
+    job = await generate(client, lora_base64=base64.b64encode(file).decode())
+    assert (job.status_code, job.json()["error"]["param"]) == (answer.status_code, "lora_base64")
+
+
+async def test_layers_that_are_zero_are_noted(client: httpx.AsyncClient) -> None:
+    lora = await register(client, of_values(*[1.0] * 8, diff_b=0.0))
+
+    assert lora["notes"] == [
+        "1 of its layers are zero and change nothing; the first is 'unet.down_blocks.0.attn.to_q.diff_b'."
+    ]
 
 
 async def test_base64_in_json_registers_too(client: httpx.AsyncClient) -> None:
