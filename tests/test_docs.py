@@ -272,6 +272,13 @@ def test_the_structure_page_names_every_package_and_loose_module_of_both_layers(
     assert top - named == set()
 
 
+def test_the_engine_page_names_every_module_of_the_engine() -> None:
+    page = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+    modules = {f"engine/{path.name}" for path in (ROOT / "deployments" / "engine").glob("[!_]*.py")}
+
+    assert {module for module in modules if f"`{module}`" not in page} == set()
+
+
 def test_the_glossary_has_thirty_terms_in_order_each_once() -> None:
     terms = re.findall(r"^\| ([a-z][a-z ,]*) \|", read("docs/glossary.md"), re.MULTILINE)[1:]
 
