@@ -16,6 +16,7 @@ import heapq
 import itertools
 import random
 import statistics
+import sys
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
@@ -46,6 +47,7 @@ from deployments.loras.cache import LoraCache, LoraCacheLimits
 from deployments.loras.lora_set import LoraSet, combine
 from deployments.loras.source import read_lora
 from deployments.protocol.request import Lora
+from deployments.runtime import SWITCH_INTERVAL_S
 
 ROOT = Path(__file__).parent.parent
 PLOT = Path(__file__).parent / "plots" / "lora.svg"
@@ -557,6 +559,7 @@ def main() -> None:
     parser.add_argument("--only-cache", action="store_true", help="cold loads and memory")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)  # as in a replica
     keep = not options.dry
     with torch.inference_mode():
         if not options.only_cache:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -34,6 +35,10 @@ from deployments.protocol.request import ResolvedRequest
 
 MIB = 2**20
 
+# torch gives up the interpreter's lock in every operator. The engine's thread waits up to this long to get it
+# back from a thread that reads a LoRA, decodes a picture or writes a log; Python's default is 5 ms
+SWITCH_INTERVAL_S = 0.0005
+
 logger = logging.getLogger(__name__)
 
 
@@ -57,6 +62,7 @@ class Runtime:
         """
         serving = cards[0].serving
         torch.set_num_threads(max(1, int(serving.num_cpus)))  # Ray sets 1 for small replicas
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         if serving.exact != "off":
             set_determinism_flags()
         self._lora_files = LoraFileCache(lora_folder, serving.adapter_disk_mib * MIB, lora_files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from deployments.protocol.events import (
 )
 from deployments.protocol.request import Edit, GenerationRequest, Lora, OutputOptions
 from deployments.replica import ModelReplica
+from deployments.runtime import SWITCH_INTERVAL_S
 
 CARD = load_card(Path(__file__).parents[2] / "configs/models/tiny-flux-schnell.yaml")
 SMALL = {"width": 64, "height": 64}
@@ -118,6 +120,13 @@ async def test_a_prompt_that_is_too_long_is_warned_of_also_when_its_embeddings_a
     assert answers[0].warnings == answers[1].warnings  # type: ignore[union-attr]
     assert isinstance(fits, Done)
     assert fits.warnings == ()
+
+
+def test_the_engine_waits_briefly_for_threads_that_run_python(model: ModelReplica) -> None:
+    """At Python's own 5 ms, every operator of a step may wait so long while an adapter is read."""
+    assert model is not None
+    assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL_S)
+    assert SWITCH_INTERVAL_S < 0.005 / 5
 
 
 async def test_every_picture_is_followed_by_its_thumbnail(model: ModelReplica) -> None:
