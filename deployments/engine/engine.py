@@ -71,6 +71,7 @@ class Engine:
         if auxiliary_lane:
             runner = ThreadRunner(device, self._record_forward, now, lambda: self.on_auxiliary_done(), meter)
             self._auxiliary = lane(runner, observes_backlog=False)
+        self._woken: list[Fiber] = []  # in the current step
         self._lanes = (self._steps, self._auxiliary) if auxiliary_lane else (self._steps,)
         # whose calls did not fit beside the other lane's forward: each runs once more while nothing else does
         self._crowded_out: deque[Fiber] = deque()
@@ -105,6 +106,7 @@ class Engine:
         """Run a new fiber to its first parked call; it is done at once if it makes none."""
         fiber.begin()
         self._park([fiber])
+        self._woken.clear()
 
     def cancel(self, fiber: Fiber, error: BaseException | None = None) -> None:
         """End a parked fiber by `error` or FiberCancelled; no effect on one that is done.
@@ -112,6 +114,10 @@ class Engine:
         One whose call is computed on the auxiliary lane ends when that is done.
         """
         error = error or FiberCancelled()
+        self._cancel_branches(fiber, error)
+        if fiber.waits:
+            fiber.end(error)
+            return
         if fiber in self._crowded_out:
             self._crowded_out.remove(fiber)
             fiber.end(error)
@@ -125,16 +131,9 @@ class Engine:
 
         block: wait for the auxiliary lane if there is nothing else to do.
         """
-        if self._auxiliary is self._steps:
-            return self._steps.step()
-        moved = self._auxiliary.finish(block=block and not self._steps.waiting)
-        if self._crowded_out and not self._auxiliary.busy:
-            self._by_itself = self._crowded_out.popleft()
-            moved += self._steps.run_now(self._by_itself)
-            self._by_itself = None
-        if not self._crowded_out:
-            moved += self._auxiliary.step()
-        return moved + self._steps.step()
+        moved = self._step(block=block)
+        woken, self._woken = self._woken, []
+        return moved + woken
 
     @property
     def has_trials(self) -> bool:
@@ -160,12 +159,40 @@ class Engine:
         """End the auxiliary lane's thread."""
         self._auxiliary.close()
 
+    def _cancel_branches(self, fiber: Fiber, error: BaseException) -> None:
+        for branch in fiber.branches:
+            self.cancel(branch, error)
+        fiber.branches.clear()  # they and the fiber refer to each other
+
+    def _step(self, *, block: bool) -> list[Fiber]:
+        if self._auxiliary is self._steps:
+            return self._steps.step()
+        moved = self._auxiliary.finish(block=block and not self._steps.waiting)
+        if self._crowded_out and not self._auxiliary.busy:
+            self._by_itself = self._crowded_out.popleft()
+            moved += self._steps.run_now(self._by_itself)
+            self._by_itself = None
+        if not self._crowded_out:
+            moved += self._auxiliary.step()
+        return moved + self._steps.step()
+
     def _park(self, fibers: Sequence[Fiber]) -> None:
-        """Put fibers on the lane of the call that they have parked for; those that are done have none."""
-        for fiber in fibers:
+        """Put fibers on the lane of the call that they have parked for, and those that they have woken.
+
+        Fibers that are done have no call. The branches of one that has failed are cancelled.
+        """
+        moved = deque(fibers)
+        while moved:
+            fiber = moved.popleft()
             call = fiber.call
             if call is not None:
                 (self._auxiliary if call.seam.auxiliary else self._steps).add(fiber, call)
+            elif fiber.done and fiber.failure is not None:
+                self._cancel_branches(fiber, FiberCancelled())
+            for woken in fiber.take_woken():
+                woken.begin()
+                self._woken.append(woken)
+                moved.append(woken)
 
     def _run_by_itself(self, fiber: Fiber) -> bool:
         """Take a fiber whose call did not fit, to run it while the other lane is idle; False if it was."""

@@ -37,7 +37,7 @@ class FairShare:
             if moved_s > left_s:
                 moved_s = left_s if left_s > 0.0 else 0.0
             clock.time_s = time_s + moved_s
-            job.charged_s += moved_s
+            job.request.charged_s += moved_s
 
     def delay_s(self, job: ScheduledJob, ahead_s: float = 0.0) -> float:
         """By how much the job counts as submitted later: 0 to MAX_BOOST_S. Its own charges do not count.

@@ -35,9 +35,12 @@ class Fiber(greenlet):
         self.lora_set: Hashable | None = None  # of the rows of its calls; see lora_rows.py
         self.exact: Exactness | None = None  # of its calls; None: the engine's
         self.unproven: frozenset[str] = frozenset()  # seams whose calls shared a batch size without a proof
+        self.branches: list[Fiber] = []  # see branches.py
+        self.waits = False  # for one of them, or for a result of another branch; not for a call
         self.done = False
         self.result: Any = None
         self.failure: BaseException | None = None
+        self._woken: list[Fiber] = []  # they go on when this one has parked or ended
 
     def run(self) -> None:
         """The greenlet's body. The call has a context of its own, so that what it sets there ends with it."""
@@ -50,7 +53,7 @@ class Fiber(greenlet):
             self.call = None
 
     def begin(self) -> None:
-        """Run to the first parked call or to the end."""
+        """Run, or go on after `wait`, to the next parked call or to the end."""
         self.switch()
 
     def resume(self, output: Any) -> None:
@@ -88,6 +91,30 @@ class Fiber(greenlet):
         assert self.parent is not None
         return self.parent.switch()
 
+    def wait(self) -> None:
+        """Switch to the engine until another fiber lets this one go on. Runs inside the fiber."""
+        self.waits = True
+        assert self.parent is not None
+        try:
+            self.parent.switch()
+        finally:
+            self.waits = False
+
+    def wake_after(self, other: Fiber) -> None:
+        """Go on as soon as `other`, which runs, has parked or ended."""
+        other._woken.append(self)
+
+    def start_branches(self, branches: list[Fiber]) -> None:
+        """Have the engine begin these fibers, and wait. Runs inside the fiber."""
+        self.branches = branches
+        self._woken += branches
+        self.wait()
+
+    def take_woken(self) -> list[Fiber]:
+        """The fibers to be begun or resumed now, after this one has parked or ended."""
+        woken, self._woken = self._woken, []
+        return [fiber for fiber in woken if not fiber.done]
+
 
 def use_lora_set(lora_set: Hashable | None) -> None:
     """Apply `lora_set` to all further calls of the current fiber; no effect outside of fibers."""
@@ -102,6 +129,14 @@ def use_exactness(policy: Exactness | None) -> None:
     fiber = current_fiber()
     if fiber is not None:
         fiber.exact = policy
+
+
+def note_step(step: int, steps: int) -> None:
+    """Have the step scheduler count `step` of `steps` denoising steps of the current fiber as done; no effect
+    outside of fibers."""
+    fiber = current_fiber()
+    if fiber is not None:
+        fiber.job.steps_done, fiber.job.steps = step, steps
 
 
 def current_unproven() -> frozenset[str]:

@@ -29,6 +29,7 @@ class ScheduledJob:
     batch_size: int = 1  # images or videos
     shape: Hashable = None  # the calls of jobs of equal shape probably share forwards
     labels: tuple[str, str] = ("", "")  # model and size class, for the metrics of its forwards
+    whole: ScheduledJob | None = None  # the request that this is a branch of, which is scored as a whole
 
     # written by FairShare
     user_clock: UserClock | None = field(default=None, init=False, repr=False)
@@ -41,6 +42,11 @@ class ScheduledJob:
     # written by StepScheduler
     scored_at: tuple[int, int] = field(default=(-1, -1), init=False, repr=False)  # steps left, observations
     base_score: float = field(default=0.0, init=False, repr=False)  # valid for `scored_at`
+
+    @property
+    def request(self) -> ScheduledJob:
+        """The request that this is or belongs to."""
+        return self.whole or self
 
 
 @dataclass(slots=True)

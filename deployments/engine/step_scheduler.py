@@ -190,7 +190,7 @@ class StepScheduler:
         """Per call; base scores are kept until a step ends or the backlog is observed again."""
         scores = []
         for call in waiting:
-            job = call.job
+            job = None if call.job is None else call.job.request
             if job is None:
                 scores.append(0.0)
             elif job.deadline is None and job.scored_at == (job.steps - job.steps_done, self._observations):

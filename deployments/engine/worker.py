@@ -223,7 +223,7 @@ class Worker:
                     if not self._engine.idle:
                         self._busy_since = time.monotonic()
                         moved += self._engine.step(block=False)
-                    self._recent_jobs.append([fiber.job for fiber in moved])
+                    self._recent_jobs.append([fiber.job.request for fiber in moved])
                     self._publish_finished(moved)
                     if self._engine.idle and self._engine.has_trials:
                         self._busy_since = time.monotonic()
@@ -358,9 +358,10 @@ class Worker:
         broken = next((one for one in causes_of(error) if isinstance(one, DeviceBroken)), None)
         if broken is None or not (broken.fibers or self._broken_outside):
             return {fiber.job for fiber in self._running}
-        suspects = {fiber.job for fiber in broken.fibers}.union(*self._recent_jobs)
+        suspects = {fiber.job.request for fiber in broken.fibers}.union(*self._recent_jobs)
         if torch.cuda.is_available():
-            suspects |= {fiber.job for fiber in self._running if fiber.call and fiber.call.seam.auxiliary}
+            parked = itertools.chain(self._running, *(fiber.branches for fiber in self._running))
+            suspects |= {fiber.job.request for fiber in parked if fiber.call and fiber.call.seam.auxiliary}
         return suspects
 
     def _give_back(self, suspects: Container[ScheduledJob]) -> None:

@@ -12,20 +12,17 @@ from typing import Any
 from PIL.Image import Image
 
 from deployments.engine.engine_stats import size_class
-from deployments.engine.fiber import current_unproven, use_exactness, use_lora_set
 from deployments.engine.scheduled_job import ScheduledJob
-from deployments.engine.work import Checkpointed, Emit, Finished
+from deployments.engine.work import Checkpointed, Finished
 from deployments.executors.inputs import decode_inputs
-from deployments.executors.previews import PreviewReady, attach_previews, encode_preview
+from deployments.executors.pipeline_calls import PipelineCalls
+from deployments.executors.previews import PreviewReady, encode_preview
 from deployments.executors.run import Run
 from deployments.media.inpainting import PasteBack
-from deployments.pipelines.framewise import set_frame
 from deployments.pipelines.pending_pictures import PendingPictures
-from deployments.pipelines.resume import Progress, restore
-from deployments.pipelines.truncation import TokenizedText, cut_texts, watch_tokenizers
-from deployments.protocol.events import Event, Handover, Step
+from deployments.pipelines.truncation import TokenizedText, cut_texts
+from deployments.protocol.events import Event, Handover
 from deployments.protocol.request import ResolvedRequest
-from deployments.validation.resolve import denoising_steps
 
 PRIORITIES = {"low": -1, "normal": 0, "high": 1}
 
@@ -38,59 +35,24 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
     Raises BadRequest for pictures that cannot be used, ModelUnavailable when a ControlNet or the refiner
     cannot be loaded.
     """
-    request, model, loras = run.request, run.model, run.lora_set
+    request, model = run.request, run.model
     inputs = await asyncio.to_thread(decode_inputs, request, model.preprocessors, run.frame)
     for warning in inputs.warnings:
         run.warn(*warning)
     await asyncio.to_thread(model.pipelines.prepare, request)  # loads what a first request needs
-    progress = (restore(run.resume, request) if run.resume else None) or Progress()
-    steps = denoising_steps(request, model.card)
-    tokenized: list[TokenizedText] = []
-
-    def call_pipeline(emit: Emit) -> list[Any]:
-        """Runs as a fiber on the engine's thread."""
-
-        def attach(pipeline: Any) -> None:
-            watch_tokenizers(pipeline, request.max_sequence_length, tokenized.append)
-            text_loras = loras.label if loras and loras.touches_text else None
-            # of requests without a promise, embeddings may be inexact and are kept for such requests only
-            promised = request.exact != "off"
-            unproven = current_unproven if promised else frozenset
-            model.prompts.attach(pipeline, (text_loras, promised), unproven, tokenized)
-            if run.frame is not None:
-                set_frame(pipeline, run.frame)
-            attach_previews(pipeline, model.previewer, request, steps, progress, emit)
-
-        use_lora_set(loras)
-        use_exactness(request.exact)
-
-        def on_step(step: int, all_steps: int) -> None:
-            progress.unproven |= current_unproven()
-            emit(Step(step, all_steps))
-
-        return model.pipelines.call(
-            request,
-            on_step,
-            inputs.image,
-            inputs.mask,
-            inputs.control_maps,
-            output_type="pending",
-            progress=progress,
-            attach=attach,
-        )
-
-    job = _scheduled_job(run, steps, progress)
-    items = run.worker.submit(call_pipeline, job, max_wait_s=run.max_wait_s, snapshot=progress.save)
+    calls = PipelineCalls(run, inputs)
+    job = _scheduled_job(run, calls)
+    items = run.worker.submit(calls.work, job, max_wait_s=run.max_wait_s, snapshot=calls.save)
     async with aclosing(items):
         async for item in items:
             match item:
                 case Finished():
-                    _warn_of_cut_texts(run, tokenized)
-                    yield await _complete(item, progress, inputs.paste_back)
+                    _warn_of_cut_texts(run, calls.tokenized)
+                    yield await _complete(item, calls.unproven, inputs.paste_back)
                 case PreviewReady():
                     yield await asyncio.to_thread(encode_preview, item, request, inputs.paste_back)
                 case Checkpointed(state=state):
-                    yield Handover(0, b"") if state is None else Handover(progress.step, state)
+                    yield Handover(0, b"") if state is None else Handover(calls.steps_done, state)
                 case _:
                     yield item
 
@@ -104,10 +66,10 @@ def _warn_of_cut_texts(run: Run, tokenized: list[TokenizedText]) -> None:
         run.warn("prompt_truncated", field, message)
 
 
-async def _complete(finished: Finished, progress: Progress, paste_back: PasteBack | None) -> Finished:
+async def _complete(finished: Finished, unproven: frozenset[str], paste_back: PasteBack | None) -> Finished:
     """The same with what the request shared on an earlier replica, and with its finished pictures: the device
     may still need some time for them, and some are put back into the given picture."""
-    finished = replace(finished, unproven=finished.unproven | progress.unproven)
+    finished = replace(finished, unproven=finished.unproven | unproven)
     if paste_back is None and not isinstance(finished.value[0], PendingPictures):
         return finished
     started = time.monotonic()
@@ -116,8 +78,10 @@ async def _complete(finished: Finished, progress: Progress, paste_back: PasteBac
 
 
 def _pictures(value: list[Any], paste_back: PasteBack | None) -> list[Image]:
-    """The pictures of a pipeline's result. Blocks; call it in a thread."""
-    pictures: list[Image] = value[0].pictures() if isinstance(value[0], PendingPictures) else value
+    """The pictures of what the pipeline calls returned. Blocks; call it in a thread."""
+    pictures: list[Image] = []
+    for item in value:
+        pictures += item.pictures() if isinstance(item, PendingPictures) else [item]
     return pictures if paste_back is None else [paste_back.picture(picture) for picture in pictures]
 
 
@@ -129,7 +93,7 @@ def reported_unproven(request: ResolvedRequest, unproven: Collection[str]) -> tu
     return tuple(sorted(unproven)) if request.exact == "prefer" else ()
 
 
-def _scheduled_job(run: Run, steps: int, progress: Progress) -> ScheduledJob:
+def _scheduled_job(run: Run, calls: PipelineCalls) -> ScheduledJob:
     """The request as the step scheduler sees it."""
     request, model_id = run.request, run.model.card.id
     num_frames = None if request.video is None else request.video.num_frames
@@ -137,8 +101,8 @@ def _scheduled_job(run: Run, steps: int, progress: Progress) -> ScheduledJob:
         user=run.user,
         priority=PRIORITIES[request.priority],
         deadline=None if request.deadline_s is None else time.monotonic() + request.deadline_s,
-        steps=steps,
-        steps_done=progress.step,
+        steps=calls.steps,
+        steps_done=calls.steps_done,
         batch_size=request.num_images,
         labels=(model_id, size_class(request.width, request.height, num_frames)),
         shape=(model_id, request.width, request.height, num_frames),

@@ -12,6 +12,7 @@ from cachetools import LRUCache
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from deployments.engine.branches import SharedResults
 from deployments.pipelines.truncation import TokenizedText
 
 
@@ -52,10 +53,10 @@ class PromptCache:
         encode = getattr(pipeline, "encode_prompt", None)
         if encode is None or not self._results.maxsize:
             return
-        function = getattr(encode, "__func__", encode)
+        encoder = _encoder_of(pipeline)
 
         def cached_encode(*args: Any, **kwargs: Any) -> Any:
-            key = _key(function, args, kwargs)
+            key = _key(encoder, args, kwargs)
             if key is None:  # a picture or finished embeddings among the arguments
                 return encode(*args, **kwargs)
             return self._result((key, variant), lambda: encode(*args, **kwargs), unproven, tokenized)
@@ -89,15 +90,40 @@ class PromptCache:
         return result
 
 
+def share_prompts(pipeline: Any, shared: SharedResults) -> None:
+    """Let branches of one request encode a prompt once, as their pipeline objects do with this one."""
+    encode = getattr(pipeline, "encode_prompt", None)
+    if encode is None:
+        return
+    encoder = _encoder_of(pipeline)
+
+    def shared_encode(*args: Any, **kwargs: Any) -> Any:
+        key = _key(encoder, args, kwargs)
+        if key is None:
+            return encode(*args, **kwargs)
+        return shared.get(key, lambda: encode(*args, **kwargs))
+
+    vars(pipeline)["encode_prompt"] = shared_encode
+
+
+Encoder = tuple[Any, tuple[int, ...]]  # encode_prompt of a class, and the text encoders that it calls
+
+
+def _encoder_of(pipeline: Any) -> Encoder:
+    """A refiner has the class of the base model's image-to-image pipeline and other text encoders."""
+    parts = [part for name, part in sorted(vars(pipeline).items()) if name.startswith("text_encoder")]
+    return type(pipeline).encode_prompt, tuple(map(id, parts))
+
+
 @cache
 def _signature(function: Any) -> inspect.Signature:
     return inspect.signature(function)
 
 
-def _key(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable | None:
-    """The function and all its arguments; None if one of them is more than text and numbers."""
-    bound = _signature(function).bind_partial(None, *args, **kwargs).arguments
-    components: list[Hashable] = [function]
+def _key(encoder: Encoder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable | None:
+    """The encoder and all arguments; None if one of them is more than text and numbers."""
+    bound = _signature(encoder[0]).bind_partial(None, *args, **kwargs).arguments
+    components: list[Hashable] = [encoder]
     for name, value in bound.items():
         hashable = _hashable(value)
         if hashable is _UNHASHABLE:

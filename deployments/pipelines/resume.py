@@ -6,6 +6,7 @@ history: FLUX text-to-image. The picture is bit-equal to that of an uninterrupte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ RESUMABLE = frozenset({"FluxPipeline"})
 
 @dataclass(slots=True)
 class Progress:
-    """How far the denoising of a request is; updated by its pipeline call after every step."""
+    """How far the denoising of a picture is; updated by its pipeline call after every step."""
 
     step: int = 0  # finished steps
     latents: Tensor | None = None  # after that step, as the pipeline packs them; never changed in place
@@ -31,25 +32,44 @@ class Progress:
     # modules whose forwards were shared in batch sizes not proven exact, on this and on earlier replicas
     unproven: frozenset[str] = frozenset()
 
-    def save(self) -> bytes | None:
-        """The state for `restore`; None before the first step and for pipelines that cannot be resumed."""
-        if not self.resumable or self.latents is None:
-            return None
-        unproven = torch.tensor(list("\n".join(sorted(self.unproven)).encode()), dtype=torch.uint8)
-        latents = self.latents.detach().cpu().contiguous()
-        return bytes_of({"latents": latents, "step": torch.tensor(self.step), "unproven": unproven})
+
+def save(pictures: Sequence[Progress]) -> bytes | None:
+    """The state of all pictures of a request for `restore`.
+
+    None before the first step of any, and for pipelines that cannot be resumed.
+    """
+    tensors = {
+        f"latents.{index}": picture.latents.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for index, picture in enumerate(pictures)
+        if picture.resumable and picture.latents is not None
+    }
+    if not tensors:
+        return None
+    unproven = frozenset[str]().union(*(picture.unproven for picture in pictures))
+    names = torch.tensor(list("\n".join(sorted(unproven)).encode()), dtype=torch.uint8)
+    steps = torch.tensor([picture.step for picture in pictures])
+    return bytes_of(tensors | {"steps": steps, "unproven": names})
 
 
-def restore(state: bytes, request: ResolvedRequest) -> Progress | None:
-    """The progress from the bytes of `save`; None if it does not match the request, which then restarts."""
+def restore(state: bytes, request: ResolvedRequest) -> list[Progress] | None:
+    """The progress of all pictures from the bytes of `save`. Those without latents of a step before the last
+    start anew; None: all of them do, because the state does not match the request.
+    """
     try:
         tensors = tensors_of(state)
-        latents, step = tensors["latents"], int(tensors["step"])
+        steps = [int(step) for step in tensors["steps"]]
         unproven = frozenset(bytes(tensors["unproven"].tolist()).decode().split("\n")) - {""}
     except (SafetensorError, KeyError, ValueError, RuntimeError):
         return None
-    matches = 0 < step < request.num_inference_steps and latents.shape[0] == request.num_images
-    return Progress(step, latents, unproven=unproven) if matches else None
+    if len(steps) != request.num_images:
+        return None
+    pictures = [
+        Progress(step, tensors[f"latents.{index}"], unproven=unproven)
+        if f"latents.{index}" in tensors and 0 < step < request.num_inference_steps
+        else Progress()
+        for index, step in enumerate(steps)
+    ]
+    return pictures if any(picture.step for picture in pictures) else None
 
 
 def can_resume(pipeline: Any, request: ResolvedRequest) -> bool:

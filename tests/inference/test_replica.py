@@ -91,15 +91,19 @@ async def test_the_file_has_the_format_asked_for(model: ModelReplica, form: Any)
     assert Image.open(io.BytesIO(picture.data)).format == form.upper()
 
 
-async def test_picture_i_of_a_request_is_the_picture_of_seed_plus_i(model: ModelReplica) -> None:
-    together = await pictures_of(model, num_images=3, seed=40)
+@pytest.mark.parametrize("edit", [None, Edit(image=png()), Edit(image=png(), mask_image=png())])
+async def test_picture_i_of_a_request_is_the_picture_of_seed_plus_i(
+    model: ModelReplica, edit: Edit | None
+) -> None:
+    facts = {"edit": edit, "exact": "strict"}
 
-    alone = [(await pictures_of(model, seed=seed))[0] for seed in (40, 41, 42)]
+    together = await pictures_of(model, num_images=3, seed=40, **facts)
+    alone = [(await pictures_of(model, seed=seed, **facts))[0] for seed in (40, 41, 42)]
 
     assert [picture.seed for picture in together] == [40, 41, 42]
     assert [picture.metadata["seed"] for picture in together] == [40, 41, 42]
     for one, other in zip(together, alone, strict=True):
-        assert np.abs(pixels(one.data) - pixels(other.data)).max() <= 1
+        assert np.array_equal(pixels(one.data), pixels(other.data))
 
 
 LONG = "a red circle on a blue background, " * 12

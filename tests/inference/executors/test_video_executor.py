@@ -226,7 +226,7 @@ async def test_a_short_request_runs_between_the_steps_of_a_long_one_and_changes_
         made.append(all_steps > 6)
         return Step(step, all_steps)
 
-    monkeypatch.setattr("deployments.executors.denoise.Step", noted)
+    monkeypatch.setattr("deployments.executors.pipeline_calls.Step", noted)
     events_together: dict[str, list[Event]] = {}
 
     async def follow(kind: str) -> None:

@@ -52,6 +52,19 @@ def test_what_was_shared_before_the_prompt_does_not_matter() -> None:
     assert second.encoded == []
 
 
+def test_a_refiner_of_the_same_class_reads_nothing_of_the_base_models_encoders() -> None:
+    cache = PromptCache(2**20)
+    base, refiner, again = Pipeline(), Pipeline(), Pipeline()
+    base.text_encoder_2, refiner.text_encoder_2 = object(), object()  # type: ignore[attr-defined]
+    again.text_encoder_2 = base.text_encoder_2  # type: ignore[attr-defined]
+
+    for pipeline in (base, refiner, again):
+        cache.attach(pipeline)
+        pipeline.encode_prompt("a fox")
+
+    assert [pipeline.encoded for pipeline in (base, refiner, again)] == [["a fox"], ["a fox"], []]
+
+
 def test_requests_of_another_variant_read_nothing_of_it() -> None:
     cache = PromptCache(2**20)
 
