@@ -8,7 +8,7 @@ from starlette.requests import Request
 from serve_app.admission.principals import Scope
 from serve_app.api.auth import CurrentCaller
 from serve_app.api.caller import CallerContext
-from serve_app.api.request_body import documented, read_json_or_form
+from serve_app.api.request_body import documented, opened_body
 from serve_app.api.schemas.lora import LoraDeleted, LoraList, LoraOut, RegisterLoraBody
 from serve_app.loras.record import LoraRecord
 
@@ -23,14 +23,18 @@ async def register(http_request: Request, caller: CurrentCaller) -> LoraOut:
 
     It is read and checked before it is stored. Sending the same file again changes its description.
     """
-    body = await read_json_or_form(http_request, RegisterLoraBody, FILES)
-    if body.public:
-        caller.principal.require(Scope.admin)
-    spec = body.to_spec()
-    preview = None
-    if body.preview is not None:
-        preview = await caller.state.input_check.thumbnail(body.preview, "preview")
-    return lora_out(await caller.lora_service.register(spec, caller.owner, body.to_label(preview)), caller)
+    # a large file stays on disk while it is checked and stored
+    async with (
+        caller.state.uploads.hold(caller.owner),
+        opened_body(http_request, RegisterLoraBody, FILES, on_disk=("file",)) as body,
+    ):
+        if body.public:
+            caller.principal.require(Scope.admin)
+        preview = None
+        if body.preview is not None:
+            preview = await caller.state.input_check.thumbnail(body.preview, "preview")
+        label = body.to_label(preview)
+        return lora_out(await caller.lora_service.register(body.to_spec(), caller.owner, label), caller)
 
 
 @router.get("/api/loras")

@@ -1,10 +1,12 @@
 """Request bodies as schemas, from JSON or from a form; every fault is named and nothing is guessed."""
 
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
@@ -12,6 +14,7 @@ from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import MAX_LORAS
 from serve_app.api.schemas.lora_fields import AS_TEXT
 from serve_app.api.validation_messages import bad_request
+from serve_app.storage.spooled_file import SpooledFile
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -34,21 +37,34 @@ async def read_json_or_form(http_request: Request, schema: type[Body], files: tu
 
     A schema with the field `lora_files` takes up to MAX_LORAS further uploads, under any names.
     """
+    async with opened_body(http_request, schema, files) as body:
+        return body
+
+
+@asynccontextmanager
+async def opened_body(
+    http_request: Request, schema: type[Body], files: tuple[str, ...], on_disk: tuple[str, ...] = ()
+) -> AsyncIterator[Body]:
+    """As read_json_or_form; uploads in the fields `on_disk` are a SpooledFile, which is there while this is
+    open.
+    """
     content_type = _content_type(http_request)
     if content_type != "multipart/form-data":
         if not _is_json(content_type):
             raise HTTPException(
                 415, "send JSON with Content-Type: application/json, or a multipart/form-data form"
             )
-        return await read_json(http_request, schema)
+        yield await read_json(http_request, schema)
+        return
     max_lora_files = MAX_LORAS if "lora_files" in schema.model_fields else 0
-    texts, uploads = await _read_form(http_request, files, max_lora_files)
-    try:
-        body = schema.model_validate_strings(texts)
-    except ValidationError as error:
-        raise bad_request(error, schema) from None
-    lora_files = {name: uploads.pop(name) for name in list(uploads) if name not in files}
-    return body.model_copy(update={**uploads, "lora_files": lora_files} if max_lora_files else uploads)
+    async with http_request.form(max_files=len(files) + max_lora_files, max_fields=MAX_FORM_FIELDS) as form:
+        texts, uploads = await _read_form(form, files, any_files=bool(max_lora_files), on_disk=on_disk)
+        try:
+            body = schema.model_validate_strings(texts)
+        except ValidationError as error:
+            raise bad_request(error, schema) from None
+        lora_files = {name: uploads.pop(name) for name in list(uploads) if name not in files}
+        yield body.model_copy(update={**uploads, "lora_files": lora_files} if max_lora_files else uploads)
 
 
 def documented(schema: type[BaseModel], files: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -78,29 +94,27 @@ def _inline(node: Any, definitions: dict[str, Any]) -> Any:
 
 
 async def _read_form(
-    http_request: Request, files: tuple[str, ...], max_other_files: int = 0
-) -> tuple[dict[str, str], dict[str, bytes]]:
+    form: FormData, files: tuple[str, ...], *, any_files: bool, on_disk: tuple[str, ...]
+) -> tuple[dict[str, str], dict[str, bytes | SpooledFile]]:
     """Text fields and uploads. Empty text fields are left out: a form sends every field.
 
-    max_other_files: how many uploads may have names that are not in `files`.
+    any_files: whether uploads may have names that are not in `files`.
     """
     texts: dict[str, str] = {}
-    uploads: dict[str, bytes] = {}
-    max_files = len(files) + max_other_files
-    async with http_request.form(max_files=max_files, max_fields=MAX_FORM_FIELDS) as form:
-        for name, value in form.multi_items():
-            if name.startswith("loras["):
-                raise BadRequest(
-                    f"{name[:100]} does not say which weight belongs to which LoRA; {AS_TEXT}", param="loras"
-                )
-            if name in texts or name in uploads:
-                raise BadRequest(f"{name[:100]} is there twice; send it once", param=name[:100])
-            if isinstance(value, UploadFile):
-                if name not in files and not max_other_files:
-                    raise BadRequest(f"{name[:100]} cannot be a file; files are {', '.join(files)}")
-                uploads[name] = await value.read()
-            elif value:
-                texts[name] = _check_text(name, value)
+    uploads: dict[str, bytes | SpooledFile] = {}
+    for name, value in form.multi_items():
+        if name.startswith("loras["):
+            raise BadRequest(
+                f"{name[:100]} does not say which weight belongs to which LoRA; {AS_TEXT}", param="loras"
+            )
+        if name in texts or name in uploads:
+            raise BadRequest(f"{name[:100]} is there twice; send it once", param=name[:100])
+        if isinstance(value, UploadFile):
+            if name not in files and not any_files:
+                raise BadRequest(f"{name[:100]} cannot be a file; files are {', '.join(files)}")
+            uploads[name] = SpooledFile(value.file) if name in on_disk else await value.read()
+        elif value:
+            texts[name] = _check_text(name, value)
     return texts, uploads
 
 

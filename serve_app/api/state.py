@@ -10,6 +10,7 @@ from starlette.requests import HTTPConnection
 
 from deployments.protocol.card import ModelCard
 from serve_app.admission.authenticator import Authenticator, StoreClient
+from serve_app.admission.fair_slots import FairSlots
 from serve_app.admission.input_check import InputCheck
 from serve_app.api.metrics import ApiMetrics
 from serve_app.jobs.service import JobService
@@ -17,6 +18,7 @@ from serve_app.loras.service import LoraService
 from serve_app.settings import Settings
 
 READY = "ready"
+UPLOADS, UPLOADS_PER_OWNER, UPLOAD_WAIT_S = 32, 4, 60.0  # files that are received at once, on disk
 ModelProofs = Callable[[Iterable[str]], Awaitable[Mapping[str, Sequence[Mapping[str, object]] | None]]]
 
 
@@ -36,6 +38,9 @@ class ApiState:
     # by id: what a replica has proven of batch sizes; None: no replica has reported
     model_proofs: ModelProofs = no_proofs
     input_check: InputCheck = field(default_factory=InputCheck)
+    uploads: FairSlots = field(
+        default_factory=lambda: FairSlots(UPLOADS, UPLOADS_PER_OWNER, UPLOAD_WAIT_S, "uploads")
+    )
     metrics: ApiMetrics = field(default_factory=ApiMetrics)
     lora_service: LoraService | None = None  # None: requests cannot name LoRAs
     refresh_cards: Callable[[], Awaitable[None]] | None = None  # None: cards never change

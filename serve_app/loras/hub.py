@@ -6,7 +6,7 @@ import json
 import re
 
 from deployments.protocol.errors import BadRequest
-from serve_app.storage.url_fetcher import FetchedFile, UrlFetcher
+from serve_app.storage.url_fetcher import UrlFetcher, Write
 
 HUB = "https://huggingface.co"
 HOSTS = ("huggingface.co", "*.huggingface.co", "*.hf.co")  # the hub redirects downloads to the latter
@@ -17,19 +17,21 @@ HUB_ID = re.compile(rf"({PART}/{PART})(?:@({PART}))?((?:/{PART})*)")
 DEFAULT_FILE = "pytorch_lora_weights.safetensors"
 
 
-async def fetch_from_hub(
+async def download_from_hub(
     fetcher: UrlFetcher,
     hub_id: str,
     token: str | None,
+    write: Write,
     *,
     max_bytes: int,
     timeout_s: float,
-) -> FetchedFile:
-    """The file of `owner/repo`, `owner/repo/file.safetensors` or `owner/repo@revision/...`.
+) -> str:
+    """The SHA-256 (hex) of a file, whose bytes go to `write`.
 
-    Without a file name: DEFAULT_FILE (the name that diffusers saves under), else the only safetensors file.
+    hub_id: `owner/repo`, `owner/repo/file.safetensors` or `owner/repo@revision/...`. Without a file name:
+    DEFAULT_FILE (the name that diffusers saves under), else the only safetensors file.
     token: of a Hugging Face account; None: no login. max_bytes: of the file.
-    Raises BadRequest for an id that is not one file, and what UrlFetcher.get raises.
+    Raises BadRequest for an id that is not one file, and what UrlFetcher.download raises.
     """
     match = HUB_ID.fullmatch(hub_id)
     if match is None or ".." in hub_id:
@@ -46,8 +48,9 @@ async def fetch_from_hub(
         file = _file_name(repo, listing.data)
     if not file.endswith(".safetensors"):
         raise BadRequest(f"{file} is no safetensors file; others are not opened", param="loras")
-    return await fetcher.get(
+    return await fetcher.download(
         f"{HUB}/{repo}/resolve/{revision}/{file}",
+        write,
         max_bytes=max_bytes,
         timeout_s=timeout_s,
         headers=headers,

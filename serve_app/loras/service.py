@@ -86,7 +86,7 @@ class LoraService:
             raise BadRequest("send a file, a url or a hub id to register", param="url")
         source: LoraSource = "upload" if spec.kind == "file" else spec.kind
         async with AsyncExitStack() as holds:
-            digest, info = await self._intake.take_in(spec, holds)
+            digest, info = await self._intake.take_in(spec, owner, holds)
             record = make_record(digest, info, label, owner, source)
             record = await self._registry.add(record, label.preview)
         logger.info("LoRA registered", extra={"lora": record.id, "size_bytes": record.size_bytes})
@@ -139,7 +139,7 @@ class LoraService:
     ) -> tuple[str, str]:
         """Digest and name of a LoRA that fits the model, its file stored and held."""
         if spec.kind != "id":
-            digest, info = await self._intake.take_in(spec, holds)
+            digest, info = await self._intake.take_in(spec, owner, holds)
             shown = info.name or "this LoRA"
             fits = await self._compatibility.check(shown, digest, card, spec.param)
             if not fits and not fits_family(info.family, card):

@@ -9,6 +9,7 @@ from typing import Literal
 
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import MAX_LORA_WEIGHT
+from serve_app.storage.spooled_file import SpooledFile
 
 TAG = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
 
@@ -22,7 +23,7 @@ class LoraSpec:
     kind: LoraSpecKind
     weight: float
     reference: str = ""  # of kind id: id or name; url: the URL; hub: the hub id
-    file: bytes | None = None  # of kind file
+    file: bytes | SpooledFile | None = None  # of kind file
     param: str = "loras"  # the request's field that asks for it, for messages
 
 

@@ -6,10 +6,11 @@ import os
 import secrets
 import shutil
 from contextlib import suppress
+from mmap import mmap
 from pathlib import Path
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | mmap) -> None:
     """Write a temporary file, flush it and rename it: a crash leaves the complete file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

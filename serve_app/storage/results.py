@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from mmap import mmap
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
@@ -92,14 +93,14 @@ class ResultStore:
         self._local = isinstance(self._fs, LocalFileSystem)
         self._min_free_bytes = min_free_bytes
 
-    async def put(self, path: str, data: bytes) -> StoredFile:
-        """Write a file; it is durable and complete when this returns."""
+    async def put(self, path: str, data: bytes | mmap) -> StoredFile:
+        """Write a file; it is durable and complete when this returns. A cancelled caller waits for that."""
         full = self._full(path)
         if self._local:
             await _in_thread(write_file, Path(full), data)
         else:
-            await _in_thread(self._fs.pipe_file, full, data, **self._s3_headers(path))
-        return StoredFile(path, len(data), hashlib.sha256(data).hexdigest())
+            await _in_thread(self._fs.pipe_file, full, bytes(data), **self._s3_headers(path))
+        return StoredFile(path, len(data), await _in_thread(_sha256, data))
 
     async def get(self, path: str, *, sha256: str | None = None) -> bytes:
         """The bytes of a file. Raises NotFound, and Internal when they differ from `sha256`."""
@@ -108,7 +109,7 @@ class ResultStore:
             data: bytes = await _in_thread(self._fs.cat_file, full)
         except FileNotFoundError:
             raise NotFound("the file is no longer stored") from None
-        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        if sha256 is not None and await _in_thread(_sha256, data) != sha256:
             raise Internal("the stored file is damaged; generate it again")
         return data
 
@@ -235,6 +236,10 @@ class ResultStore:
 
     def _exists(self, full: str) -> bool:
         return bool(self._fs.exists(full))
+
+
+def _sha256(data: bytes | mmap) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -11,6 +11,7 @@ import hashlib
 import re
 import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,12 +29,16 @@ T = TypeVar("T")
 MAX_URL_CHARS = 2048
 MAX_REDIRECTS = 3
 CONNECT_TIMEOUT_S = 10.0
+STALL_S = 15.0  # without a single byte
+SLOW_AFTER_S = 20.0  # from then on a file must have come at MIN_BYTES_PER_S at least
+MIN_BYTES_PER_S = 64 * 2**10
 REDIRECTS = (301, 302, 303, 307, 308)
 PORTS = {"https": 443, "http": 80}
 HOST = re.compile(r"(?=.{1,253}\Z)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9]")
 PATTERN = re.compile(r"\*|(\*\.)?[a-z0-9_.-]+")
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]  # (host, port) -> every address it has
+Write = Callable[[bytes], Awaitable[object]]
 OnProgress = Callable[[int, int | None], object]  # (bytes received, bytes in all if they are known)
 
 
@@ -114,8 +119,41 @@ class UrlFetcher:
         Raises BadRequest or Forbidden for a URL that is not allowed or a missing file, TooLarge above
         max_bytes, Unreachable after timeout_s (in total) or when the connection fails.
         """
+        data = bytearray()
+
+        async def append(chunk: bytes) -> None:
+            data.extend(chunk)
+
+        address, sha256 = await self._fetch(url, append, max_bytes, timeout_s, headers, on_progress)
+        return FetchedFile(bytes(data), sha256, address.url)
+
+    async def download(
+        self,
+        url: str,
+        write: Write,
+        *,
+        max_bytes: int,
+        timeout_s: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> str:
+        """The SHA-256 (hex) of the file at the URL, whose bytes go to `write` as they come.
+
+        Raises as `get` does, and Unreachable for a file that comes slower than MIN_BYTES_PER_S.
+        """
+        return (await self._fetch(url, write, max_bytes, timeout_s, headers, _check_speed()))[1]
+
+    async def _fetch(
+        self,
+        url: str,
+        write: Write,
+        max_bytes: int,
+        timeout_s: float,
+        headers: Mapping[str, str] | None,
+        on_progress: OnProgress | None,
+    ) -> tuple[_Address, str]:
         first = self._address(url)
-        return await _in_time(self._get(first, max_bytes, dict(headers or {}), on_progress), timeout_s, first)
+        work = self._get(first, write, max_bytes, dict(headers or {}), on_progress)
+        return await _in_time(work, timeout_s, first)
 
     async def post(self, url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float = 5.0) -> int:
         """The status of the answer, whose body is not read. Redirects are not followed.
@@ -128,18 +166,18 @@ class UrlFetcher:
     async def _get(
         self,
         address: _Address,
+        write: Write,
         max_bytes: int,
         headers: dict[str, str],
         on_progress: OnProgress | None,
-    ) -> FetchedFile:
+    ) -> tuple[_Address, str]:
         first = address
         for _ in range(MAX_REDIRECTS + 1):
             private = {} if address.host == first.host else {"authorization", "cookie"}
             sent = {name: value for name, value in headers.items() if name.lower() not in private}
             async with self._call("GET", address, sent) as response:
                 if response.status not in REDIRECTS:
-                    data = await _read(response, address, max_bytes, on_progress)
-                    return FetchedFile(data, hashlib.sha256(data).hexdigest(), address.url)
+                    return address, await _read(response, address, write, max_bytes, on_progress)
                 where = _header(response, b"location")
             address = self._address(urljoin(address.url, where))
         raise BadRequest(f"{first.host} redirects more than {MAX_REDIRECTS} times; send the final address")
@@ -164,7 +202,7 @@ class UrlFetcher:
                 port=address.port,
                 target=address.target.encode(),
             )
-            timeouts = {"connect": CONNECT_TIMEOUT_S}
+            timeouts = {"connect": CONNECT_TIMEOUT_S, "read": STALL_S, "write": STALL_S}
             async with pool.stream(
                 method, url, headers=list(sent.items()), content=body, extensions={"timeout": timeouts}
             ) as response:
@@ -256,9 +294,16 @@ async def _resolve(host: str, port: int) -> list[str]:
 
 
 async def _read(
-    response: httpcore.Response, address: _Address, max_bytes: int, on_progress: OnProgress | None
-) -> bytes:
-    """The body. Raises before reading it when the status or a header already forbids it."""
+    response: httpcore.Response,
+    address: _Address,
+    write: Write,
+    max_bytes: int,
+    on_progress: OnProgress | None,
+) -> str:
+    """The SHA-256 (hex) of the body, which goes to `write`.
+
+    Raises before reading it when the status or a header already forbids it.
+    """
     if response.status != 200:
         raise BadRequest(f"{address.host} answers {response.status}; check the address and who may read it")
     if _header(response, b"content-encoding").lower() not in ("", "identity"):
@@ -268,14 +313,31 @@ async def _read(
     too_large = TooLarge(f"the file of {address.host} is over the limit of {max_bytes} bytes")
     if total is not None and total > max_bytes:
         raise too_large
-    data = bytearray()
+    received, sha256 = 0, hashlib.sha256()
     async for chunk in response.aiter_stream():
-        data += chunk
-        if len(data) > max_bytes:
+        received += len(chunk)
+        if received > max_bytes:
             raise too_large
+        sha256.update(chunk)
+        await write(chunk)
         if on_progress is not None:
-            on_progress(len(data), total)
-    return bytes(data)
+            on_progress(received, total)
+    return sha256.hexdigest()
+
+
+def _check_speed() -> OnProgress:
+    """Raises Unreachable once a file comes too slowly: it would hold its place for a long time."""
+    began = time.monotonic()
+
+    def check(received: int, _total: int | None) -> None:
+        elapsed_s = time.monotonic() - began
+        if elapsed_s > SLOW_AFTER_S and received < MIN_BYTES_PER_S * elapsed_s:
+            raise Unreachable(
+                f"the file came at {received / elapsed_s / 1024:.0f} KiB/s; at least "
+                f"{MIN_BYTES_PER_S // 1024} KiB/s are needed: use a faster host, or upload it"
+            )
+
+    return check
 
 
 def _header(response: httpcore.Response, name: bytes) -> str:

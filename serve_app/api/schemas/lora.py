@@ -2,13 +2,15 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, Field, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import BaseModel, Field, InstanceOf, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic.json_schema import SkipJsonSchema
 
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import Strict
 from serve_app.api.schemas.files import FileBytes
 from serve_app.loras.record import PUBLIC, LoraLabel, LoraRecord
 from serve_app.loras.spec import LoraSpec
+from serve_app.storage.spooled_file import SpooledFile
 
 
 def _split_words(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
@@ -18,7 +20,9 @@ def _split_words(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
 class RegisterLoraBody(Strict):
     """A LoRA to store: the form part `file`, or url, base64 or hub."""
 
-    file: FileBytes | None = Field(None, repr=False)
+    file: FileBytes | SkipJsonSchema[InstanceOf[SpooledFile]] | None = Field(
+        None, repr=False
+    )  # set by a form
     base64: FileBytes | None = Field(None, repr=False)
     url: str | None = Field(None, max_length=2048)
     hub: str | None = Field(None, max_length=300)
