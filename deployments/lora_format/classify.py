@@ -3,9 +3,10 @@ trigger words."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from json.decoder import scanstring  # type: ignore[attr-defined]  # typeshed does not list it
 from typing import Literal
 
 LoraNetwork = Literal[
@@ -64,13 +65,14 @@ _ARCHITECTURES: tuple[tuple[str, LoraFamily], ...] = (  # fragments of what trai
 )
 _UNET_SECOND_BLOCK = r"attentions[._]\d+[._]transformer_blocks[._][1-9]"  # SDXL's; SD has one block each
 _FAMILY_KEYS: tuple[tuple[str, LoraFamily], ...] = (  # patterns over all tensor names; the first match counts
-    (r"\.img_attn_qkv|token_refiner", "hunyuan_video"),
+    (r"\.img_attn_qkv|token_refiner|img_mlp[._]fc1|(img|txt)_mod[._]linear", "hunyuan_video"),
     (r"single_transformer_blocks|double_blocks|single_blocks", "flux"),
     (r"(^|[ .]|lora_unet_)blocks[._]\d+[._](self_attn|cross_attn|attn1|attn2|ffn)", "wan"),
     (r"(^|[ ]|transformer\.|model\.)transformer_blocks\.\d+\.attn[12]\.", "ltx"),
     (rf"lora_te2_|text_encoder_2\.|{_UNET_SECOND_BLOCK}|lora_unet_(in|out)put_blocks", "sdxl"),
     (r"unet[._]|(down|up)_blocks", "sd"),
 )
+_TAG_COUNT = re.compile(r"\s*:\s*(\d{1,9})\b")
 _MAX_TRIGGER_WORDS = 8  # of a phrase
 _MAX_FREQUENT_TAGS = 3
 _MAX_WORD_CHARS = 100
@@ -128,14 +130,24 @@ def trigger_words(metadata: Mapping[str, str]) -> tuple[str, ...]:
     if phrase:
         words = [word.strip()[:_MAX_WORD_CHARS] for word in phrase[:_MAX_PHRASE_CHARS].split(",")]
         return tuple([word for word in words if word][:_MAX_TRIGGER_WORDS])
-    try:
-        folders = json.loads(metadata.get("ss_tag_frequency") or "{}")
-    except (ValueError, RecursionError):
-        return ()
-    counts: dict[str, float] = {}
-    for tags in folders.values() if isinstance(folders, dict) else ():
-        for tag, count in tags.items() if isinstance(tags, dict) else ():
-            if isinstance(count, int):
-                word = tag.strip()[:_MAX_WORD_CHARS]
-                counts[word] = counts.get(word, 0) + count
-    return tuple(sorted(counts, key=lambda word: -counts[word])[:_MAX_FREQUENT_TAGS])
+    counts: Counter[str] = Counter()
+    for tag, count in _tag_counts(metadata.get("ss_tag_frequency", "")):
+        counts[tag.strip()[:_MAX_WORD_CHARS]] += count
+    return tuple(tag for tag, _ in counts.most_common(_MAX_FREQUENT_TAGS))
+
+
+def _tag_counts(text: str) -> Iterator[tuple[str, int]]:
+    """Tags and their counts in kohya's {"folder": {"tag": count}}.
+
+    One by one: to read megabytes as one JSON value would stop all other threads for its time.
+    """
+    at = text.find('"')
+    while at >= 0:
+        try:
+            tag, at = scanstring(text, at + 1, False)
+        except ValueError:
+            return
+        count = _TAG_COUNT.match(text, at)
+        if count is not None:
+            yield tag, int(count[1])
+        at = text.find('"', at)

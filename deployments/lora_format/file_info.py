@@ -15,7 +15,6 @@ from deployments.lora_format.header import (
     refusal,
     shortened,
 )
-from deployments.lora_format.tensor_groups import TensorGroups, group_tensors
 from deployments.lora_format.value_check import CheckedValues, check_values
 
 MAX_RANK = 128
@@ -38,7 +37,7 @@ class LoraFileInfo:
     name: str = ""  # from the metadata
     trigger_words: tuple[str, ...] = ()  # from the metadata, the most frequent first
     metadata: Mapping[str, str] = field(default_factory=dict)  # at most 64 entries of 2,000 characters
-    notes: tuple[str, ...] = ()  # sentences about what is in the file and has no effect
+    notes: tuple[str, ...] = ()  # sentences: what is in the file without effect, or is missing
 
 
 def inspect_lora(file: FileBytes) -> LoraFileInfo:
@@ -66,11 +65,10 @@ def lora_info(header: LoraHeader, size_bytes: int) -> LoraFileInfo:
     Raises BadRequest.
     """
     tensors, metadata = header.tensors, header.metadata
-    groups = group_tensors(tensors)
     kept = list(metadata.items())[:_MAX_METADATA_ENTRIES]
     dtypes = [entry.dtype for entry in tensors.values()]
     return LoraFileInfo(
-        rank=_rank(header, groups),
+        rank=_rank(header),
         tensors=len(tensors),
         dtype=max(DTYPE_BYTES, key=dtypes.count),
         size_bytes=size_bytes,
@@ -82,12 +80,13 @@ def lora_info(header: LoraHeader, size_bytes: int) -> LoraFileInfo:
     )
 
 
-def _rank(header: LoraHeader, groups: TensorGroups) -> int:
+def _rank(header: LoraHeader) -> int:
     """The largest rank. Raises BadRequest where there is none, or it is over MAX_RANK."""
-    ranks = {pair.down: (header.tensors[pair.down].shape or (0,))[0] for pair in groups.pairs}
+    ranks = {pair.down: (header.tensors[pair.down].shape or (0,))[0] for pair in header.groups.pairs}
     largest = max(ranks, key=lambda key: ranks[key], default=None)
     if largest is None or not ranks[largest]:
-        first = groups.problems[0].reason if groups.problems else "it has no layer with a rank"
+        problems = header.groups.problems
+        first = problems[0].reason if problems else "it has no layer with a rank"
         raise refusal(first)
     if ranks[largest] > MAX_RANK:
         raise refusal(

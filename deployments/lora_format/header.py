@@ -16,6 +16,7 @@ from json.decoder import scanstring  # type: ignore[attr-defined]  # typeshed do
 from mmap import mmap
 from typing import Any
 
+from deployments.lora_format.tensor_groups import TensorGroups, group_tensors
 from deployments.protocol.errors import BadRequest, TooLarge
 
 FileBytes = bytes | memoryview | mmap
@@ -23,7 +24,7 @@ FileBytes = bytes | memoryview | mmap
 SIZE_BYTES = 8  # before the header
 MAX_HEADER_BYTES = 16 * 2**20  # as text it takes up to four times as much memory
 MAX_FILE_BYTES = 512 * 2**20
-MAX_TENSORS = 4096
+MAX_TENSORS = 8192
 MAX_ENTRY_CHARS = 1024  # of a tensor's dtype, shape and offsets
 MAX_BLOCK_DIGITS = 4
 MAX_NAME_CHARS = 500
@@ -55,6 +56,7 @@ class LoraHeader:
     """The checked header of a whole file."""
 
     tensors: Mapping[str, TensorEntry]  # by name, at least one
+    groups: TensorGroups  # of these tensors
     metadata: Mapping[str, str]  # the first MAX_METADATA_ENTRIES of at most MAX_METADATA_CHARS
     size_bytes: int  # of the header; the tensors begin after SIZE_BYTES more
 
@@ -107,7 +109,7 @@ def parse_header(header: bytes, file_bytes: int | None) -> LoraHeader:
     tensors = {key: _checked_entry(key, value) for key, value in table.items()}
     if file_bytes is not None:
         _check_offsets(tensors, file_bytes - SIZE_BYTES - len(header))
-    return LoraHeader(tensors, metadata, len(header))
+    return LoraHeader(tensors, group_tensors(tensors), metadata, len(header))
 
 
 def shortened(text: str) -> str:

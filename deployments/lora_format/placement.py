@@ -10,9 +10,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from deployments.lora_format.header import FACTOR_DTYPES, TensorEntry
+from deployments.lora_format.header import FACTOR_DTYPES, LoraHeader, TensorEntry
 from deployments.lora_format.layer_names import LayerKey, LayerNames, Target
-from deployments.lora_format.tensor_groups import FactorPair, Problem, group_tensors
+from deployments.lora_format.tensor_groups import FactorPair, Problem
 
 CURE = "use a file that was trained for this model, or save it without this layer"
 
@@ -33,15 +33,14 @@ class PlacedTensors:
     problems: tuple[Problem, ...]
 
 
-def place(tensors: Mapping[str, TensorEntry], names: LayerNames) -> PlacedTensors:
+def place(header: LoraHeader, names: LayerNames) -> PlacedTensors:
     """The layers of the model that the factors change, and a problem for every tensor without a place."""
-    groups = group_tensors(tensors)
-    problems = list(groups.problems)
+    problems = list(header.groups.problems)
     factors: list[PlacedFactors] = []
     changed: dict[LayerKey, FactorPair] = {}
-    for pair in groups.pairs:
+    for pair in header.groups.pairs:
         targets = names.find(pair.module) or ()
-        reason = _mismatch(pair, targets, tensors) or _second_change(pair, targets, changed)
+        reason = _mismatch(pair, targets, header.tensors) or _second_change(pair, targets, changed)
         if reason is not None:
             problems.append(Problem(pair.down, reason, (pair.up, pair.down)))
             continue

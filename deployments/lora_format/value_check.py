@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from deployments.lora_format.header import LoraHeader, refusal
 from deployments.lora_format.placement import check_pair
 from deployments.lora_format.scales import LoraScales
-from deployments.lora_format.tensor_groups import FactorPair, Problem, TensorGroups, group_tensors
+from deployments.lora_format.tensor_groups import FactorPair, Problem, TensorGroups
 from deployments.lora_format.values import ReadBytes, TensorValues, tensor_values
 
+PEFT_PREFIX = "base_model.model."
 MAX_VALUE = 65504.0  # of a factor: float16's largest
 MAX_CHANGE = 1000.0  # root mean square of what is added to a weight; those of models are below 1
 CURE = "its training has diverged or the file is damaged; use an earlier checkpoint"
@@ -22,7 +23,7 @@ class CheckedValues:
     """The values of an accepted file."""
 
     tensors: Mapping[str, TensorValues]  # by name
-    notes: tuple[str, ...] = ()  # sentences about what has no effect
+    notes: tuple[str, ...] = ()  # sentences: what has no effect, or is missing
 
     def is_zero(self, pair: FactorPair) -> bool:
         """Whether the product of these factors changes nothing."""
@@ -44,7 +45,7 @@ def check_values(header: LoraHeader, read: ReadBytes) -> CheckedValues:
         values = tensors[key] = tensor_values(entry, read)
         if not math.isfinite(values.largest):
             raise refusal(f"{key!r} holds values that are not finite (NaN or infinite); {CURE}")
-    groups = group_tensors(header.tensors)
+    groups = header.groups
     checked = CheckedValues(tensors)
     for problem in groups.problems:
         if not checked.is_harmless(problem):
@@ -54,7 +55,8 @@ def check_values(header: LoraHeader, read: ReadBytes) -> CheckedValues:
         reason = check_pair(pair, header.tensors) or _absurdity(pair, header, tensors, largest_alpha)
         if reason is not None:
             raise refusal(reason)
-    return replace(checked, notes=_notes(groups, checked))
+    notes = (*_notes_on_zeros(groups, checked), *_notes_on_alphas(groups, largest_alpha))
+    return replace(checked, notes=notes)
 
 
 def _absurdity(
@@ -77,7 +79,18 @@ def _absurdity(
     return None
 
 
-def _notes(groups: TensorGroups, values: CheckedValues) -> tuple[str, ...]:
+def _notes_on_alphas(groups: TensorGroups, largest_alpha: float | None) -> tuple[str, ...]:
+    """That the alphas of a file that peft saved are elsewhere."""
+    has_alphas = largest_alpha is not None or any(pair.alpha is not None for pair in groups.pairs)
+    if has_alphas or not all(pair.module.startswith(PEFT_PREFIX) for pair in groups.pairs):
+        return ()
+    return (
+        "It holds no alphas, so alpha / rank counts as 1; peft keeps them in adapter_config.json beside the "
+        "file: set the weight to lora_alpha / r where they differ.",
+    )
+
+
+def _notes_on_zeros(groups: TensorGroups, values: CheckedValues) -> tuple[str, ...]:
     """What the file holds without effect."""
     idle = [pair.down for pair in groups.pairs if values.is_zero(pair)]
     idle += [problem.key for problem in groups.problems]

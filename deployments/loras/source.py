@@ -58,7 +58,7 @@ def read_lora(file: bytes, pipeline: Any) -> Adapter:
     shapes that do not fit.
     """
     header, info, values = inspect_file(file)
-    placement = place(header.tensors, LayerNames(layer_shapes(pipeline)))
+    placement = place(header, LayerNames(layer_shapes(pipeline)))
     for problem in placement.problems:
         if not values.is_harmless(problem):
             raise refusal(f"{problem.reason}{_family_hint(info)}")

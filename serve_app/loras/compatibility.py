@@ -102,4 +102,4 @@ class CompatibilityCheck:
 
 def _placed(header: bytes, names: LayerNames) -> tuple[LoraHeader, PlacedTensors]:
     parsed = parse_header(header, None)
-    return parsed, place(parsed.tensors, names)
+    return parsed, place(parsed, names)

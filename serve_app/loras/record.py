@@ -18,6 +18,8 @@ PUBLIC = "public"  # the owner of LoRAs that every caller may use
 NAME = re.compile(r"\w[\w .+-]{0,99}")  # no colon or bracket, so that it can stand in <lora:name:0.8>
 MAX_WORDS, MAX_WORD_CHARS, MAX_TEXT_CHARS = 16, 100, 2000
 
+SAME_NAMES = ({"sd", "sdxl"}, {"flux", "hunyuan_video"})  # families whose files may have the same names
+
 LoraSource = Literal["built-in", "upload", "url", "hub"]
 
 
@@ -40,7 +42,7 @@ class LoraRecord:
     created_at: float  # unix seconds; 0 for built-in ones
     model: str | None = None  # built-in: id of the only model it is for
     preview: bool = False  # the registry has a small WebP picture of it
-    notes: tuple[str, ...] = ()  # sentences about what is in the file and has no effect
+    notes: tuple[str, ...] = ()  # sentences: what is in the file without effect, or is missing
 
     def fits(self, card: ModelCard) -> bool:
         """Whether it may be used with this model, as far as its header says."""
@@ -63,8 +65,9 @@ class LoraLabel:
 
 
 def fits_family(family: LoraFamily, card: ModelCard) -> bool:
-    """Whether a LoRA of this family may be used with the model; unknown: the shapes decide later."""
-    return family in ("unknown", card.family)
+    """Whether a LoRA of this family may be used with the model, as far as names show; the shapes decide
+    later."""
+    return family in ("unknown", card.family) or {family, card.family} in SAME_NAMES
 
 
 def lora_id(digest: str) -> str:

@@ -74,7 +74,7 @@ class LoraOut(BaseModel):
     source: str = Field(description="built-in, upload, url or hub.")
     public: bool = Field(description="All users may use it.")
     mine: bool = Field(description="The caller may delete it.")
-    notes: list[str] = Field(description="What is in the file and has no effect: layers that are zero.")
+    notes: list[str] = Field(description="What is in the file without effect, or is missing in it.")
     preview_url: str | None
     created_at: float | None = Field(description="Unix seconds; null for those that come with a model.")
 

@@ -127,7 +127,7 @@ def test_family_and_key_style_are_guessed_from_the_keys(key: str, family: str, s
         (forged(pair() | {DOWN: entry([129, 2], 0), UP: entry([2, 129], 516)}, bytes(1032)), "rank is 129"),
         (forged({UP: entry([8, 4], 0)}, bytes(64)), "has no counterpart"),
         (forged({"unet.blocks.99999.lora_A.weight": entry([4, 8], 0)}, bytes(64)), "no name of a layer"),
-        (forged({f"unet.{i}.lora_A.weight": entry([0], 0) for i in range(MAX_TENSORS + 1)}), "has over 4096"),
+        (forged({f"unet.{i}.lora_A.weight": entry([0], 0) for i in range(MAX_TENSORS + 1)}), "has over 8192"),
         (forged(pair() | {DOWN: entry([4, 8], 0) | {"shape": [1] * 2000}}, bytes(128)), "not readable"),
         (forged(pair() | {"x" * 600: entry([4, 8], 128)}, bytes(192)), "table of tensors has too long names"),
     ],
@@ -261,7 +261,7 @@ def test_of_a_hundred_thousand_empty_tensors_only_the_first_are_read() -> None:
     table = json.dumps({f"unet.{i}.lora_A.weight": entry([0], 0) for i in range(MAX_TENSORS + 1)})
     file = forged(table[:-1].encode() + b"," + b"?" * 10_000_000)
 
-    with pytest.raises(BadRequest, match="table of tensors has over 4096 entries"):
+    with pytest.raises(BadRequest, match="table of tensors has over 8192 entries"):
         inspect_lora(file)
 
 

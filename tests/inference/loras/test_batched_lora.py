@@ -23,10 +23,11 @@ from deployments.lora_format.layer_names import PARTS
 from deployments.loras import low_rank_products
 from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.lora_set import LoraSet, combine
-from deployments.loras.source import read_lora
+from deployments.loras.source import layer_shapes, read_lora
 from tests.inference import tiny
 from tests.inference.engine.together import Together
 from tests.inference.lora_files import file_of, random_lora, with_diffusers
+from tests.inference.lora_trainers import FORMATS, make_file
 from tests.inference.tiny_controls import flux_controlnet, unet_controlnet
 
 ROOT = Path(__file__).parents[3]
@@ -214,6 +215,36 @@ def test_each_request_equals_diffusers_with_its_adapters_alone(name: str, tmp_pa
             alone = with_diffusers(make(), own, tmp_path)
             wanted = call_of(alone, seed, num_inference_steps=steps[seed], **arguments)()
         assert distance(answers[seed], wanted) <= TOLERANCE, f"request {seed}"
+
+
+TRAINED = {  # files with layers that diffusers' own loader drops or refuses
+    "flux": "flux: kohya sd-scripts with T5",
+    "sdxl": "sdxl: kohya sd-scripts and LyCORIS, convolutions too",
+    "wan": "wan: musubi-tuner",
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_trainers_file_equals_the_weights_with_its_changes_added(name: str) -> None:
+    make, _, arguments = MODELS[name]
+    engine, changed, strength = LoraEngine(make()), make(), 0.01
+    one = next(one for one in FORMATS if one.id == TRAINED[name])
+    file = make_file(one, layer_shapes(engine.pipeline))
+    lora_set = engine.lora_set([(file_of(file.tensors), strength)])
+    for (part, path), delta in file.deltas.items():
+        weight = getattr(changed, part).get_submodule(path).weight
+        weight.data += (strength * delta).float().view(weight.shape)
+    works = [
+        (call_of(engine.pipeline, seed, num_inference_steps=2, **arguments), own)
+        for seed, own in enumerate((lora_set, None, lora_set))
+    ]
+
+    answers = engine.together(works)
+
+    for seed, pipeline in enumerate((changed, make(), changed)):
+        wanted = call_of(pipeline, seed, num_inference_steps=2, **arguments)()
+        assert distance(answers[seed], wanted) <= TOLERANCE, f"request {seed}"
+    assert distance(answers[0], call_of(make(), 0, num_inference_steps=2, **arguments)()) > 0.01
 
 
 def noise_picture() -> Image.Image:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from deployments.engine.lora_rows import run_with_lora_rows
+from deployments.lora_format.layer_names import LayerKey
 from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.lora_set import LoraSet, combine
 from deployments.loras.shared_inputs import SharedInputs
-from deployments.loras.source import LayerKey, LowRankFactors
+from deployments.loras.source import LowRankFactors
 
 Q, K, V = (("unet", name) for name in "qkv")
 
