@@ -82,7 +82,9 @@ class Edit(Strict):
         None, description="A picture file; `mask_channel` says which part is generated anew.", repr=False
     )
     strength: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
-        None, description="0 keeps the picture, 1 replaces it. None: the card's default, or 1 with `grow`."
+        None,
+        description="0 keeps the picture, 1 replaces it. None: the card's default; 1 where the picture "
+        "is transparent or grows.",
     )
     mask_channel: MaskChannel = Field(
         "luminance",
@@ -112,6 +114,11 @@ class Edit(Strict):
     def is_masked(self) -> bool:
         """Whether parts are kept and others are generated anew."""
         return self.mask_image is not None or self.mask_channel == "alpha" or self.grow is not None
+
+    @property
+    def has_pixels(self) -> bool:
+        """Whether the picture has something to begin with in all that is generated anew."""
+        return self.grow is None and (self.mask_image is not None or self.mask_channel != "alpha")
 
 
 class Control(Strict):

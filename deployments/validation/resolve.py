@@ -261,8 +261,8 @@ def _edit(request: GenerationRequest, card: ModelCard, result: ImageSize | None)
     if edit is None:
         return None
     strength = edit.strength
-    if strength is None:  # where a picture grows there is nothing to keep
-        strength = card.strength if edit.grow is None else 1.0
+    if strength is None:
+        strength = card.strength if edit.has_pixels else 1.0
     if request.video is not None and card.videos is not None and not card.videos.framewise:
         strength = 1.0
     facts = {name: getattr(edit, name) for name in Edit.model_fields} | {"strength": strength}

@@ -207,13 +207,18 @@ class ImageBody(NativeFields):
         grow = self._grow()
         if self.image is not None:
             return Edit(image=self.image, grow=grow, **given)
-        sides = () if grow is None else (f"grow_{side}" for side in Grow.model_fields)
-        for name in (*given, *(side for side in sides if getattr(self, side))):
+        sides = () if grow is None else tuple(f"grow_{side}" for side, pixels in grow if pixels)
+        for name in (*given, *sides):
             raise BadRequest(f"{name} needs a picture to start from; send image too", param=name)
         return None
 
     def _grow(self) -> Grow | None:
-        sides = {side: getattr(self, f"grow_{side}") for side in Grow.model_fields}
+        sides = {
+            "left": self.grow_left,
+            "right": self.grow_right,
+            "top": self.grow_top,
+            "bottom": self.grow_bottom,
+        }
         return Grow(**sides) if any(sides.values()) else None
 
     def _controls(self) -> tuple[Control, ...]:

@@ -9,7 +9,6 @@ from deployments.protocol.request import (
     Control,
     Exactness,
     FitMode,
-    Grow,
     MaskChannel,
     ResolvedRequest,
     ResolvedVideo,
@@ -95,14 +94,17 @@ class JobMaskOut(BaseModel):
         edit = request.edit
         if edit is None or not edit.is_masked:
             return None
-        grow = {} if edit.grow is None else edit.grow.model_dump()
+        grow = edit.grow
         return cls(
             mask_channel=edit.mask_channel,
             paste_back=edit.paste_back,
             feather=edit.feather,
             only_masked=edit.only_masked,
             only_masked_padding=edit.only_masked_padding,
-            **{f"grow_{side}": grow.get(side, 0) for side in Grow.model_fields},
+            grow_left=0 if grow is None else grow.left,
+            grow_right=0 if grow is None else grow.right,
+            grow_top=0 if grow is None else grow.top,
+            grow_bottom=0 if grow is None else grow.bottom,
             result_width=edit.result_width or request.width,
             result_height=edit.result_height or request.height,
         )
