@@ -39,29 +39,31 @@ def decode_inputs(
     Raises BadRequest or TooLarge naming the field of a picture that cannot be used.
     """
     size, edit = (request.width, request.height), request.edit
+    notices: list[Notice] = []
     if edit is None:
-        return Inputs(None, None, _control_maps(request, preprocessors, None))
+        maps = _control_maps(request, preprocessors, None, notices)
+        return Inputs(None, None, maps, warnings=tuple(notices))
     if edit.is_masked:
         inpainting = prepare(edit, size, request.fit)
-        return Inputs(
-            inpainting.image,
-            inpainting.mask,
-            _control_maps(request, preprocessors, inpainting),
-            inpainting.paste_back,
-            _mask_warnings(edit, inpainting.marked),
-        )
+        notices += _mask_notices(edit, inpainting)
+        maps = _control_maps(request, preprocessors, inpainting, notices)
+        return Inputs(inpainting.image, inpainting.mask, maps, inpainting.paste_back, tuple(notices))
+    given = decode.own_size(edit.image, "image")
+    if decode.is_on_white(given):
+        notices.append(_on_white("image"))
     if frame is not None and frame.video.moves:
-        whole = with_aspect(decode.own_size(edit.image, "image"), size, request.fit)
-        image = camera_view(whole, frame, *size)
+        image = camera_view(with_aspect(given, size, request.fit), frame, *size)
     else:
-        image = decode.picture(edit.image, *size, "image", request.fit)
-    return Inputs(image, None, _control_maps(request, preprocessors, None))
+        image = fitted(given, size, request.fit)
+    maps = _control_maps(request, preprocessors, None, notices)
+    return Inputs(image, None, maps, warnings=tuple(notices))
 
 
 def _control_maps(
     request: ResolvedRequest,
     preprocessors: Mapping[ControlType, Preprocessor],
     inpainting: Inpainting | None,
+    notices: list[Notice],
 ) -> list[Image]:
     """One map per control picture. Of a canvas that is inpainted, each shows the area that is generated."""
 
@@ -71,21 +73,32 @@ def _control_maps(
         canvas = fitted(picture, inpainting.canvas_size, request.fit, black_border=is_map)
         return inpainting.area.picture(canvas, black_border=is_map)
 
-    return [
-        control_map(control, fit, control_field(request, index), preprocessors)
-        for index, control in enumerate(request.controls)
-    ]
+    maps = []
+    for index, control in enumerate(request.controls):
+        field = control_field(request, index)
+        given = decode.own_size(control.image, field)
+        if decode.is_on_white(given):
+            notices.append(_on_white(field))
+        maps.append(control_map(control, given, fit, field, preprocessors))
+    return maps
 
 
-def _mask_warnings(edit: ResolvedEdit, marked: float) -> tuple[Notice, ...]:
-    """marked: part of the picture that the mask marks, 0..1."""
+def _on_white(field: str) -> Notice:
+    message = f"{field} is transparent in parts; they became white, because models take opaque pictures"
+    return "transparency_removed", field, message
+
+
+def _mask_notices(edit: ResolvedEdit, inpainting: Inpainting) -> list[Notice]:
+    """What is remarkable about an inpainting's picture and mask."""
     field = "image" if edit.mask_image is None else "mask_image"
-    if marked == 0:
+    own_holes = edit.mask_image is None and edit.mask_channel == "alpha"
+    notices = [_on_white("image")] if inpainting.on_white and not own_holes else []
+    if inpainting.marked == 0:
         how = "transparent" if edit.mask_channel == "alpha" else "white and opaque"
         message = f"{field} edits nothing: none of its pixels is {how}, so the picture stays as it is"
-        return (("mask_empty", field, message),)
-    if marked == 1:
+        notices.append(("mask_empty", field, message))
+    if inpainting.marked == 1:
         what = "transparent" if edit.mask_channel == "alpha" else "white"
         message = f"{field} edits everything: all of it is {what}, so nothing of the picture is kept"
-        return (("mask_full", field, message),)
-    return ()
+        notices.append(("mask_full", field, message))
+    return notices

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from deployments.media import decode
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import Control, ControlType
 
@@ -42,15 +41,18 @@ COLOURS = (
 
 
 def control_map(
-    control: Control, fit: Fit, field: str, preprocessors: Mapping[ControlType, Preprocessor]
+    control: Control,
+    given: Image.Image,
+    fit: Fit,
+    field: str,
+    preprocessors: Mapping[ControlType, Preprocessor],
 ) -> Image.Image:
     """The control map for a ControlNet: RGB, of the request's size.
 
-    fit: lays a picture into that size. field: name of the picture in errors.
+    given: the control picture in its own size. fit: lays it into that size. field: its name in errors.
     preprocessors: estimate depth and poses; edges need none.
-    Raises BadRequest or TooLarge as `decode.picture` does, BadRequest when the map cannot be made.
+    Raises BadRequest when the map cannot be made.
     """
-    given = decode.own_size(control.image, field)
     is_map = control.is_map
     if is_map is None:
         is_map = control.type == "canny" and is_edge_map(given)

@@ -112,6 +112,7 @@ class Inpainting:
     canvas_size: Size
     paste_back: PasteBack | None  # None: the pipeline's pictures are the result
     marked: float  # part of the canvas that the mask marks, 0..1
+    on_white: bool  # whether the given picture was transparent somewhere
 
 
 def prepare(edit: ResolvedEdit, size: Size, fit: FitMode) -> Inpainting:
@@ -120,6 +121,7 @@ def prepare(edit: ResolvedEdit, size: Size, fit: FitMode) -> Inpainting:
     Raises BadRequest or TooLarge naming the field of a picture that cannot be used.
     """
     canvas = decode.own_size(edit.image, "image")
+    on_white = decode.is_on_white(canvas)
     grey = fitted_mask(_given_mask(edit, canvas.size), canvas.size, fit)
     if edit.grow is not None:
         canvas, grey = _grown(canvas, grey, edit.grow)
@@ -140,6 +142,7 @@ def prepare(edit: ResolvedEdit, size: Size, fit: FitMode) -> Inpainting:
         canvas.size,
         _paste_back(canvas, mask, area, edit) if edit.paste_back else None,
         float((np.asarray(mask) > 0).mean()),
+        on_white,
     )
 
 

@@ -29,6 +29,7 @@ PROGRAM = Path(__file__).with_name("decoder_child.py")
 PROCESSES = 2  # pictures decoded at once in this process; each may take 400 MiB
 TIMEOUT_S = 60.0  # wall-clock, for machines under load; CPU time has its own limit in the child
 CHUNK_BYTES = 2**20
+ON_WHITE = "on_white"  # key in a decoded picture's `info`: whether transparent pixels became white
 
 
 class DecodeMode(Enum):
@@ -147,14 +148,16 @@ class _Child:
         if length > 3 * MAX_PIXELS:  # a compromised child may answer anything, here and below
             raise DecoderLost
         body = self._read(length, deadline)
-        if status != b"K":
+        if status not in (b"K", b"W"):
             return body.decode("ascii", "replace"), None
         if mode is DecodeMode.check:
             return "", Image.new("1", (1, 1))
         try:
-            return "", Image.frombytes(pixel_mode.decode("ascii").strip(), (width, height), body)
+            picture = Image.frombytes(pixel_mode.decode("ascii").strip(), (width, height), body)
         except ValueError:
             raise DecoderLost from None
+        picture.info[ON_WHITE] = status == b"W"
+        return "", picture
 
     def kill(self) -> None:
         self._process.kill()

@@ -4,7 +4,8 @@ decoder.py starts it by its path. It imports nothing of ours and exchanges binar
 big-endian:
 
 in:  mode (1: P picture, M mask, H holes, C check), EXIF orientation (1), length (4), the file
-out: K, pixel mode (4), width (4), height (4), length (4), the pixels
+out: K, or W where transparent pixels became white; pixel mode (4), width (4), height (4), length (4), the
+     pixels
 or:  E, 12 bytes without meaning, length (4), the name of the error
 
 It ends when its input ends.
@@ -60,7 +61,7 @@ def main() -> None:
         cpu_s = int(used.ru_utime + used.ru_stime) + CPU_S
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, resource.RLIM_INFINITY))
         try:
-            picture = _decoded(data, mode, orientation)
+            status, picture = _decoded(data, mode, orientation)
             pixels = b"" if mode == b"C" else picture.tobytes()
             pixel_mode, (width, height) = picture.mode.ljust(4).encode(), picture.size
         except MemoryError:
@@ -70,12 +71,12 @@ def main() -> None:
             name = type(error).__name__.encode()
             _write(ANSWER.pack(b"E", b"    ", 0, 0, len(name)) + name)
         else:
-            _write(ANSWER.pack(b"K", pixel_mode, width, height, len(pixels)))
+            _write(ANSWER.pack(status, pixel_mode, width, height, len(pixels)))
             _write(pixels)
 
 
-def _decoded(data: bytes, mode: bytes, orientation: int) -> Image.Image:
-    """The upright picture without metadata, as L or RGB; C: as opened.
+def _decoded(data: bytes, mode: bytes, orientation: int) -> tuple[bytes, Image.Image]:
+    """The status and the upright picture without metadata, as L or RGB; C: as opened.
 
     P: RGB, transparency composed on white. M: the brightness of a mask, transparent pixels black.
     H: how transparent each pixel is.
@@ -85,17 +86,20 @@ def _decoded(data: bytes, mode: bytes, orientation: int) -> Image.Image:
             raise Image.DecompressionBombError
         opened.load()
         if mode == b"C":
-            return opened
+            return b"K", opened
         colours, alpha = _colours_and_alpha(opened, data)
     if mode == b"H":
-        return _upright(ImageChops.invert(alpha or Image.new("L", colours.size, 255)), orientation)
+        holes = ImageChops.invert(alpha or Image.new("L", colours.size, 255))
+        return b"K", _upright(holes, orientation)
     if mode == b"M":
         grey = colours.convert("L")
-        return _upright(grey if alpha is None else ImageChops.multiply(grey, alpha), orientation)
+        mask = grey if alpha is None else ImageChops.multiply(grey, alpha)
+        return b"K", _upright(mask, orientation)
     colours = colours.convert("RGB")
-    if alpha is not None:
-        colours = Image.composite(colours, Image.new("RGB", colours.size, "white"), alpha)
-    return _upright(colours, orientation)
+    if alpha is None or alpha.getextrema()[0] == 255:
+        return b"K", _upright(colours, orientation)
+    white = Image.new("RGB", colours.size, "white")
+    return b"W", _upright(Image.composite(colours, white, alpha), orientation)
 
 
 def _upright(picture: Image.Image, orientation: int) -> Image.Image:

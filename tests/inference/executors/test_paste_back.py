@@ -359,6 +359,18 @@ async def test_a_picture_without_transparency_edits_nothing_by_alpha(flux: Model
     assert "transparent" in events[-1].warnings[0].message
 
 
+@pytest.mark.parametrize("masked", [False, True])
+async def test_a_transparent_picture_becomes_white_with_a_warning(flux: ModelReplica, masked: bool) -> None:
+    mask = png(rectangle(96, 64, 0, 0, 10, 10)) if masked else None
+    source = hole(96, 64, 32, 16, 63, 47)
+
+    holed = await events_of(flux, Edit(image=png(source), mask_image=mask))
+    opaque = await events_of(flux, Edit(image=png(source.convert("RGB")), mask_image=mask))
+
+    assert [(w.code, w.param) for w in holed[-1].warnings] == [("transparency_removed", "image")]
+    assert opaque[-1].warnings == ()
+
+
 # --- previews, batches, refusals ----------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from transformers import (
     VitPoseForPoseEstimation,
 )
 
+from deployments.media import decode
 from deployments.media.control import COLOURS, control_map, depth_map, edge_map, is_edge_map, pose_map
 from deployments.media.fitting import fitted
 from deployments.models import preprocessors
@@ -73,7 +74,8 @@ def fit(picture: Image.Image, is_map: bool) -> Image.Image:
 
 def made(picture: bytes, kind: Any = "canny", **changes: Any) -> Image.Image:
     """The control map of a request without models that find anything."""
-    return control_map(Control(image=picture, type=kind, **changes), fit, "control_image", {})
+    control = Control(image=picture, type=kind, **changes)
+    return control_map(control, decode.own_size(picture, "control_image"), fit, "control_image", {})
 
 
 # --- edges ------------------------------------------------------------------------------------------------
@@ -210,7 +212,7 @@ def test_a_picture_without_people_is_refused_with_advice() -> None:
     control = Control(image=file(drawing()), type="pose")
 
     with pytest.raises(BadRequest, match=r"no person was detected in .*; send a pose map"):
-        control_map(control, fit, "control_image", {"pose": lambda _: []})
+        control_map(control, drawing(), fit, "control_image", {"pose": lambda _: []})
 
 
 def test_a_peak_is_a_part_of_the_sides_a_quarter_cell_towards_its_neighbour() -> None:
@@ -302,7 +304,7 @@ def test_depth_is_found_by_the_cards_model(folder: Path) -> None:
     find = lazy_preprocessors({"depth": card_entry(folder, "depth")}, CPU)
 
     depth = find["depth"](drawing())
-    drawn = control_map(Control(image=file(drawing()), type="depth"), fit, "control_image", find)
+    drawn = control_map(Control(image=file(drawing()), type="depth"), drawing(), fit, "control_image", find)
 
     assert depth.shape == (96, 128)
     assert depth.std() > 0
