@@ -230,10 +230,11 @@ class Chaos:
             report.lost += not job.state.ended
             report.double += endings > 1
             if job.state is JobState.completed:
-                report.unreadable += not await _readable(results, job.artifacts)
+                report.unreadable += not await is_readable(results, job.artifacts)
 
 
-async def _readable(results: ResultStore, artifacts: tuple[object, ...]) -> bool:
+async def is_readable(results: ResultStore, artifacts: tuple[object, ...]) -> bool:
+    """Whether every file of a job is there with the bytes that were written; False without files."""
     try:
         for artifact in artifacts:
             await results.get(artifact.path, sha256=artifact.sha256)  # type: ignore[attr-defined]
