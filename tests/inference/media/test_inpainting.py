@@ -94,6 +94,9 @@ def test_every_byte_outside_is_kept_and_every_marked_pixel_is_new(
     kept = ~within(Image.fromarray(marked * 255), feather)
     assert (result[kept] == canvas[kept]).all()
     assert (np.asarray(inpainting.mask) > 0).any(), "the pipeline has something to do"
+    rough = Image.new("RGB", (size[0] // 8, size[1] // 8), NEW)
+    preview = inpainting.paste_back.preview(rough, 100)
+    assert max(preview.size) == min(100, max(result.shape[:2]))
 
 
 def test_the_feather_falls_smoothly_and_evenly() -> None:
