@@ -94,7 +94,7 @@ def test_a_deleted_adapter_leaves_every_replica(client: httpx.Client) -> None:
 def test_a_wrong_shape_is_refused_before_the_job_is_accepted(client: httpx.Client) -> None:
     layer = "transformer.transformer_blocks.0.attn.to_q"
     file = save(
-        {f"{layer}.lora_A.weight": torch.zeros(4, 3072), f"{layer}.lora_B.weight": torch.zeros(3072, 4)}
+        {f"{layer}.lora_A.weight": torch.ones(4, 3072), f"{layer}.lora_B.weight": torch.ones(3072, 4)}
     )
     assert until(lambda: "tiny-flux-schnell" in ready(client), "the model can report its layer shapes")
     before = len(client.get("/api/generate/").json()["jobs"])

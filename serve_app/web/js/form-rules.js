@@ -173,6 +173,12 @@ function controlsBody(controls, model) {
 
 export const MAX_LORA_WEIGHT = 2;
 
+/** Families that the names in a LoRA file may not tell apart; the service compares the layers. */
+const SAME_NAMES = [
+  ["sd", "sdxl"],
+  ["flux", "hunyuan_video"],
+];
+
 /**
  * The LoRAs that may be used with the model.
  *
@@ -184,7 +190,9 @@ export function fittingLoras(loras, model) {
   return loras.filter(
     (lora) =>
       (lora.model === null || lora.model === model.id) &&
-      (lora.family === "unknown" || lora.family === model.family),
+      (lora.family === "unknown" ||
+        lora.family === model.family ||
+        SAME_NAMES.some((names) => names.includes(lora.family) && names.includes(model.family))),
   );
 }
 

@@ -162,11 +162,12 @@ test("only LoRAs of the model's family, or made for it, are offered", () => {
   const own = { ...INK, id: "2", model: "sdxl" };
   const others = { ...INK, id: "3", model: "another" };
   const unknown = { ...INK, id: "4", family: "unknown" };
-  const all = [INK, own, others, unknown];
+  const alike = { ...INK, id: "5", family: "sd" }; // names do not tell SD and SDXL apart
+  const all = [INK, own, others, unknown, alike];
 
   assert.deepEqual(
     rules.fittingLoras(all, SDXL).map(({ id }) => id),
-    [INK.id, "2", "4"],
+    [INK.id, "2", "4", "5"],
   );
   assert.deepEqual(
     rules.fittingLoras(all, { ...SDXL, family: "flux" }).map(({ id }) => id),
