@@ -33,8 +33,9 @@ FACTOR_DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "F8_E4M3": 1, "F8_E5M2
 NUMBER_DTYPES = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1}  # of alphas alone
 DTYPE_BYTES = FACTOR_DTYPES | NUMBER_DTYPES
 METADATA = "__metadata__"
-MAX_METADATA_ENTRIES = 64  # that are kept
-MAX_METADATA_CHARS = 4 * 2**20  # of a value that is kept
+MAX_METADATA_ENTRIES = 4096
+MAX_METADATA_CHARS = 4 * 2**20  # of a value; longer ones are not kept
+ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers' save_lora_weights writes peft's settings
 PICKLE_MAGIC = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -57,7 +58,7 @@ class LoraHeader:
 
     tensors: Mapping[str, TensorEntry]  # by name, at least one
     groups: TensorGroups  # of these tensors
-    metadata: Mapping[str, str]  # the first MAX_METADATA_ENTRIES of at most MAX_METADATA_CHARS
+    metadata: Mapping[str, str]  # entries of at most MAX_METADATA_CHARS
     size_bytes: int  # of the header; the tensors begin after SIZE_BYTES more
 
 
@@ -178,8 +179,16 @@ class _Table:
             if self._next() != '"':
                 raise refusal("its metadata is not a table of texts")
             value, self._at = scanstring(self._text, self._at + 1, True)
-            if len(kept) < MAX_METADATA_ENTRIES and len(value) <= MAX_METADATA_CHARS:
+            if key in kept:
+                raise ValueError("a name occurs twice")
+            if len(value) <= MAX_METADATA_CHARS:
                 kept[key] = value
+            elif key == ADAPTER_METADATA:
+                raise refusal(f"its metadata entry {key} is over {MAX_METADATA_CHARS} characters; correct it")
+            if len(kept) > MAX_METADATA_ENTRIES:
+                raise refusal(
+                    f"its metadata has over {MAX_METADATA_ENTRIES} entries; save it without the tags"
+                )
         return kept
 
     def _entry(self, key: str) -> Any:

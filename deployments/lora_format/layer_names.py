@@ -18,7 +18,7 @@ PARTS = ("transformer", "unet", "text_encoder", "text_encoder_2", "text_encoder_
 
 _DENOISER = ""
 _T5 = ("text_encoder_3", "text_encoder_2", "text_encoder")  # of the three, the one that has the layer
-_PREFIXES: tuple[tuple[str, Sequence[str]], ...] = (  # in front of a module's name; the first that fits
+_PREFIXES: tuple[tuple[str, Sequence[str]], ...] = (  # in front of a module's name, the longest first
     ("lora_unet_", (_DENOISER,)),
     ("lora_transformer_", (_DENOISER,)),
     ("lora_te1_", ("text_encoder",)),
@@ -34,6 +34,7 @@ _PREFIXES: tuple[tuple[str, Sequence[str]], ...] = (  # in front of a module's n
     ("text_encoder.", ("text_encoder",)),
     ("transformer.", (_DENOISER,)),
     ("unet.", (_DENOISER,)),
+    ("lora_", (_DENOISER,)),
     ("", (_DENOISER,)),
 )
 _OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
@@ -66,12 +67,12 @@ class LayerNames:
     def find(self, module: str) -> tuple[Target, ...] | None:
         """The layers that the module stands for, in the order of its outputs; None where there is none."""
         module = _unwrapped(module)
-        prefix, parts = next((prefix, parts) for prefix, parts in _PREFIXES if module.startswith(prefix))
-        for part in parts:
-            for name in _spellings(module.removeprefix(prefix), part):
-                found = self._targets.get((part or self._denoiser, name))
-                if found is not None:
-                    return found
+        for prefix, parts in _PREFIXES:
+            for part in parts if module.startswith(prefix) else ():
+                for name in _spellings(module.removeprefix(prefix), part):
+                    found = self._targets.get((part or self._denoiser, name))
+                    if found is not None:
+                        return found
         return None
 
     def _is_of_denoiser(self, name: str) -> bool:

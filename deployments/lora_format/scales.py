@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deployments.lora_format.classify import REMEDY, UNSUPPORTED
-from deployments.lora_format.header import refusal
-
-METADATA_KEY = "lora_adapter_metadata"  # where diffusers' save_lora_weights writes peft's settings
+from deployments.lora_format.header import ADAPTER_METADATA, refusal
 
 
 class LoraScales:
@@ -65,7 +63,7 @@ def _number(value: object) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise refusal(
-            f"its metadata entry {METADATA_KEY} has an alpha that is no number; correct or remove it"
+            f"its metadata entry {ADAPTER_METADATA} has an alpha that is no number; correct or remove it"
         )
     return value
 
@@ -74,11 +72,11 @@ def _peft_settings(metadata: Mapping[str, str]) -> Mapping[str, Any]:
     """peft's settings by "part.name", as diffusers' save_lora_weights writes them; empty where there are
     none."""
     try:
-        settings = json.loads(metadata.get(METADATA_KEY) or "{}")
+        settings = json.loads(metadata.get(ADAPTER_METADATA) or "{}")
     except (ValueError, RecursionError):
-        raise refusal(f"its metadata entry {METADATA_KEY} is not JSON; correct or remove it") from None
+        raise refusal(f"its metadata entry {ADAPTER_METADATA} is not JSON; correct or remove it") from None
     if not isinstance(settings, dict):
-        raise refusal(f"its metadata entry {METADATA_KEY} is no table; correct or remove it")
+        raise refusal(f"its metadata entry {ADAPTER_METADATA} is no table; correct or remove it")
     for key, value in settings.items():
         if key.endswith(".use_dora") and value:
             raise refusal(f"{UNSUPPORTED['dora']} ({key!r} in its metadata); {REMEDY}")

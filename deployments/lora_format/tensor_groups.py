@@ -21,8 +21,9 @@ _ALPHA = re.compile(
     r"(?:\.default)?\.(?:alpha|lora_alpha)(?:\.default)?"
 )
 _PRODUCT = re.compile(
-    r"(?P<module>.+)\.(?:lokr_(?:w[12](?:_[ab])?|t2)|hada_(?:w[12]_[ab]|t[12])|lora_mid(?:\.weight)?)"
+    r"(?P<module>.+)\.(?:(?P<kind>lokr|hada)_(?:w[12](?:_[ab])?|t[12])|lora_mid(?:\.weight)?)"
 )
+_TUCKER = "lora_mid"
 _DIFFERENCE = re.compile(r".+\.(?:diff|diff_\w+|w_norm|b_norm|lora_(?:A|B|up|down)(?:\.\w+)?\.bias)")
 _REPLACED = re.compile(r".+\.(?:set_weight|reshape_weight|weight|bias|scale)")  # 0 is a value like others
 
@@ -54,37 +55,32 @@ class TensorGroups:
     problems: tuple[Problem, ...]
 
 
-def down_module(key: str) -> str | None:
-    """The module whose first factor, of shape (rank, ...), this tensor is."""
-    named = _factor(key)
-    return named[0] if named is not None and named[1] == "down" else None
-
-
 def group_tensors(keys: Iterable[str]) -> TensorGroups:
     """The pairs of factors in a file, and a problem for every tensor that is in none."""
     factors: dict[str, dict[str, list[str]]] = {}
-    products: dict[str, list[str]] = {}
+    products: dict[tuple[str, str], list[str]] = {}  # by module and kind
     others: list[str] = []
     for key in keys:
         named = _factor(key)
         if named is not None:
             factors.setdefault(named[0], {}).setdefault(named[1], []).append(key)
         elif (product := _PRODUCT.fullmatch(key)) is not None:
-            products.setdefault(product["module"], []).append(key)
+            products.setdefault((product["module"], product["kind"] or _TUCKER), []).append(key)
         else:
             others.append(key)
     pairs, problems = [], []
-    for module, roles in factors.items():
-        extra = products.get(module, [])
-        if not extra and set(roles) >= {"down", "up"} and all(len(names) == 1 for names in roles.values()):
-            alpha = roles.get("alpha", [None])[0]
-            pairs.append(FactorPair(module, roles["down"][0], roles["up"][0], alpha))
-        elif not extra:
-            problems.append(_incomplete(roles))
-    for module, names in products.items():
-        roles = factors.get(module, {})
+    for (module, kind), names in products.items():
+        roles: dict[str, list[str]] = {}
+        if kind == _TUCKER or set(factors.get(module, ())) == {"alpha"}:  # they are of this product
+            roles = factors.pop(module, {})
         zero = (*names, *roles.get("down", ()), *roles.get("up", ()))
         problems.append(replace(_other(names[0]), unless_zero=zero))
+    for module, roles in factors.items():
+        if set(roles) >= {"down", "up"} and all(len(names) == 1 for names in roles.values()):
+            alpha = roles.get("alpha", [None])[0]
+            pairs.append(FactorPair(module, roles["down"][0], roles["up"][0], alpha))
+        else:
+            problems.append(_incomplete(roles))
     return TensorGroups(tuple(pairs), (*problems, *map(_other, others)))
 
 

@@ -30,15 +30,27 @@ def stored_layer_shapes(weights: Weights) -> Mapping[str, Shape] | None:
 
 
 def _layers(folder: Path, variant: str | None) -> Iterator[tuple[str, Shape]]:
+    """Raises ValueError where the files do not say all."""
     for part in PARTS:
-        for file in sorted((folder / part).glob("*.safetensors")):
-            if (file.name.count(".") > 1) if variant is None else (f".{variant}" not in file.name):
-                continue  # of another variant
+        if not (folder / part).is_dir():
+            continue
+        if "quantization_config" in json.loads((folder / part / "config.json").read_bytes()):
+            raise ValueError(f"{part} is quantised: its files hold other shapes than its layers have")
+        files = [file for file in (folder / part).glob("*.safetensors") if _variant(file) == variant]
+        if not files:
+            raise ValueError(f"{part} has no safetensors files")
+        for file in files:
             for name, entry in _header(file).items():
                 path, _, kind = name.rpartition(".")
                 is_layer = kind == "weight" and path.rpartition(".")[2] not in EMBEDDINGS
                 if is_layer and len(entry["shape"]) in (2, 4):
                     yield f"{part}.{path}", tuple(entry["shape"])
+
+
+def _variant(file: Path) -> str | None:
+    """fp16 of model.fp16.safetensors and model.fp16-00001-of-00002.safetensors; None where there is none."""
+    infix = file.name.removesuffix(".safetensors").partition(".")[2]
+    return infix.partition("-")[0] or None
 
 
 def _header(file: Path) -> Mapping[str, Mapping[str, list[int]]]:

@@ -185,6 +185,26 @@ def test_rank_and_alpha_of_diffusers_metadata_are_used(flux: Any) -> None:
         assert one.scale == (0.5 if path.endswith("attn.to_k") else 2.0)
 
 
+def test_settings_are_found_behind_all_that_a_trainer_notes(flux: Any) -> None:
+    own = attention_only(flux, "transformer", rank=4)
+    notes = {f"ss_{number:03}": "noted" for number in range(300)}
+    note = json.dumps({"transformer.r": 4, "transformer.lora_alpha": 2})
+
+    adapter = read_lora(file_of(own, {**notes, "zz": "last", "lora_adapter_metadata": note}), flux)
+
+    assert {one.scale for one in adapter.factors.values()} == {0.5}
+
+
+@pytest.mark.parametrize("ending", ["lokr_w1", "hada_w1_a", "diff_b", "lora_B.bias"])
+def test_zeros_beside_the_factors_of_a_layer_take_nothing_from_them(flux: Any, ending: str) -> None:
+    own = attention_only(flux, "transformer")
+    layer = next(iter(own)).removesuffix(".lora_A.weight")
+
+    adapter = read_lora(file_of({**own, f"{layer}.{ending}": torch.zeros(32)}), flux)
+
+    assert same(adapter, read_lora(file_of(own), flux))
+
+
 def test_factors_have_the_dtype_of_their_layer() -> None:
     pipeline = tiny.flux().to(torch.bfloat16)
 

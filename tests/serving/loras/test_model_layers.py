@@ -55,6 +55,7 @@ def test_embeddings_norms_and_three_dimensional_convolutions_are_no_layers() -> 
 
 def test_weights_elsewhere_or_in_another_format_are_left_to_the_replica(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text("{}")
     (tmp_path / "unet" / "model.safetensors").write_bytes(b"not safetensors")
 
     for weights in (
@@ -66,13 +67,31 @@ def test_weights_elsewhere_or_in_another_format_are_left_to_the_replica(tmp_path
         assert stored_layer_shapes(weights) is None
 
 
-def test_only_the_files_of_a_variant_are_read(tmp_path: Path) -> None:
-    (tmp_path / "unet").mkdir()
-    for name, width in (("model.fp16.safetensors", 4), ("model.safetensors", 8)):
-        header = json.dumps(
-            {"a.weight": {"dtype": "F16", "shape": [2, width], "data_offsets": [0, 4 * width]}}
-        )
-        (tmp_path / "unet" / name).write_bytes(len(header).to_bytes(8, "little") + header.encode())
+def part(folder: Path, name: str, files: dict[str, int], **config: object) -> None:
+    """A part of a pipeline, with a layer of this width in each file."""
+    (folder / name).mkdir()
+    (folder / name / "config.json").write_text(json.dumps(config))
+    for file, width in files.items():
+        entry = {"dtype": "F16", "shape": [2, width], "data_offsets": [0, 4 * width]}
+        header = json.dumps({"a.weight": entry})
+        (folder / name / file).write_bytes(len(header).to_bytes(8, "little") + header.encode())
 
+
+def test_nothing_is_known_where_the_files_do_not_say_all(tmp_path: Path) -> None:
+    """Else LoRAs would be refused that fit."""
+    part(tmp_path, "unet", {"model.safetensors": 4})
+    assert stored_layer_shapes(Weights(path=str(tmp_path))) == {"unet.a": (2, 4)}
+
+    part(tmp_path, "text_encoder", {"pytorch_model.bin": 4})
+    assert stored_layer_shapes(Weights(path=str(tmp_path))) is None
+
+    part(tmp_path / "text_encoder", "transformer", {"model.safetensors": 4}, quantization_config={"bits": 4})
+    assert stored_layer_shapes(Weights(path=str(tmp_path / "text_encoder"))) is None
+
+
+def test_only_the_files_of_a_variant_are_read(tmp_path: Path) -> None:
+    files = {"model.fp16.safetensors": 4, "model.safetensors": 8, "model.bf16-00001-of-00001.safetensors": 16}
+    part(tmp_path, "unet", files)
     assert stored_layer_shapes(Weights(path=str(tmp_path), variant="fp16")) == {"unet.a": (2, 4)}
     assert stored_layer_shapes(Weights(path=str(tmp_path))) == {"unet.a": (2, 8)}
+    assert stored_layer_shapes(Weights(path=str(tmp_path), variant="bf16")) == {"unet.a": (2, 16)}
