@@ -1,8 +1,10 @@
 """Request bodies as schemas, from JSON or from a form; every fault is named and nothing is guessed."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -12,24 +14,27 @@ from starlette.requests import Request
 
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import MAX_LORAS
+from serve_app.api.json_shape import check_json_shape
 from serve_app.api.schemas.lora_fields import AS_TEXT
+from serve_app.api.state import api_state
 from serve_app.api.validation_messages import bad_request
 from serve_app.storage.spooled_file import SpooledFile
 
 Body = TypeVar("Body", bound=BaseModel)
 
 MAX_FORM_FIELDS = 64
+LARGE_BYTES = 256 * 2**10  # from here on a body is parsed beside the event loop
 
 
 async def read_json(http_request: Request, schema: type[Body]) -> Body:
     """The JSON body as `schema`. Raises BadRequest, or 415 for another content type."""
     if not _is_json(_content_type(http_request)):
         raise HTTPException(415, "send JSON, with the header Content-Type: application/json")
-    try:
-        # Rust's parser: NaN, endless numbers, lone surrogates and deep nesting are faults, not crashes
-        return schema.model_validate_json(await http_request.body())
-    except ValidationError as error:
-        raise bad_request(error, schema) from None
+    body = await http_request.body()
+    parse = partial(_parsed, body, schema, api_state(http_request).settings.max_json_depth)
+    if len(body) < LARGE_BYTES:
+        return parse()
+    return await asyncio.to_thread(parse)
 
 
 async def read_json_or_form(http_request: Request, schema: type[Body], files: tuple[str, ...]) -> Body:
@@ -65,6 +70,19 @@ async def opened_body(
             raise bad_request(error, schema) from None
         lora_files = {name: uploads.pop(name) for name in list(uploads) if name not in files}
         yield body.model_copy(update={**uploads, "lora_files": lora_files} if max_lora_files else uploads)
+
+
+def _parsed(body: bytes, schema: type[Body], max_depth: int) -> Body:
+    """Raises BadRequest, and HTTPException for what is no request at all."""
+    try:
+        check_json_shape(body, max_depth)
+    except BadRequest as error:
+        raise HTTPException(400, error.message) from None
+    try:
+        # Rust's parser: NaN, endless numbers, lone surrogates and deep nesting are faults, not crashes
+        return schema.model_validate_json(body)
+    except ValidationError as error:
+        raise bad_request(error, schema) from None
 
 
 def documented(schema: type[BaseModel], files: tuple[str, ...] = ()) -> dict[str, Any]:

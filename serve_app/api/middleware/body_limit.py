@@ -1,70 +1,44 @@
-"""A limit on the size of request bodies, counted as they arrive, and on the shape of their JSON."""
+"""A limit on the size of request bodies, counted while the route reads them."""
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from deployments.protocol.errors import BadRequest, TooLarge
+from deployments.protocol.errors import TooLarge
 from serve_app.api.errors import render, route_path
-from serve_app.api.middleware.json_shape import check_json_shape
 
 UPLOADS_PATH = "/api/loras"  # takes a form with a file
-
-
-class ClientGone(Exception):
-    """The client disconnected before its body was complete."""
+SMALL_PATHS = ("/auth/", "/admin/")  # of which the first are read before a key is known
+SMALL_BYTES = 64 * 2**10
 
 
 class BodyLimitMiddleware:
-    """Reads a body up to the limit and checks its JSON before any route sees it.
+    """Refuses a body that states a size over the limit at once, and any other where it exceeds it.
 
-    The upload of a LoRA has a limit of its own, and is read by the route once its caller is known.
+    Nothing is read here: a route reads its body after its caller is known, so a stranger costs no memory.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_depth: int, max_upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_upload_bytes: int) -> None:
+        """max_upload_bytes: of a form with a LoRA, which stays on disk."""
         self.app = app
         self.max_bytes = max_bytes
-        self.max_depth = max_depth
         self.max_upload_bytes = max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] not in ("POST", "PUT", "PATCH"):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        content_type = Headers(scope=scope).get("content-type", "")
-        if route_path(scope) == UPLOADS_PATH and content_type.lower().startswith("multipart/"):
-            await self.app(scope, _counted(receive, self.max_upload_bytes), send)
-            return
-        try:
-            body = await self._read(scope, receive)
-            if "json" in content_type.lower():
-                check_json_shape(body, self.max_depth)
-        except TooLarge as error:
-            await render(error, scope)(scope, receive, send)
-        except BadRequest as error:
-            await render(error, scope, status=400)(scope, receive, send)
-        except ClientGone:
-            return
+        headers = Headers(scope=scope)
+        limit = self._limit(route_path(scope), headers.get("content-type", "").lower())
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and (len(declared) > 15 or int(declared) > limit):
+            await render(_too_large(limit), scope)(scope, receive, send)
         else:
-            await self.app(scope, _replayed(body, receive), send)
+            await self.app(scope, _counted(receive, limit), send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body. Raises TooLarge, ClientGone."""
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdecimal() and (len(declared) > 15 or int(declared) > self.max_bytes):
-            raise self._too_large()
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGone
-            body += message.get("body", b"")
-            if len(body) > self.max_bytes:
-                raise self._too_large()
-            if not message.get("more_body", False):
-                return bytes(body)
-
-    def _too_large(self) -> TooLarge:
-        return TooLarge(f"the body is over {self.max_bytes} bytes; send fewer or smaller pictures")
+    def _limit(self, path: str, content_type: str) -> int:
+        if path == UPLOADS_PATH and content_type.startswith("multipart/"):
+            return self.max_upload_bytes
+        return min(self.max_bytes, SMALL_BYTES) if path.startswith(SMALL_PATHS) else self.max_bytes
 
 
 def _counted(receive: Receive, max_bytes: int) -> Receive:
@@ -76,21 +50,11 @@ def _counted(receive: Receive, max_bytes: int) -> Receive:
         message = await receive()
         received += len(message.get("body", b""))
         if received > max_bytes:
-            raise TooLarge(f"the upload is over {max_bytes} bytes")
+            raise _too_large(max_bytes)
         return message
 
     return counted
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives the whole body once, then what the server sends next (a disconnect)."""
-    given = False
-
-    async def replayed() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replayed
+def _too_large(max_bytes: int) -> TooLarge:
+    return TooLarge(f"the body is over {max_bytes} bytes; send fewer or smaller files")

@@ -2,6 +2,7 @@
 
 import logging
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.protocol.errors import Internal, WeftError
@@ -33,6 +34,8 @@ class ErrorBoundaryMiddleware:
 
         try:
             await self.app(scope, receive, send_and_note)
+        except ClientDisconnect:
+            return  # before its body was complete: there is no one to answer
         except Exception as error:
             if scope["type"] not in ("http", "websocket"):
                 raise

@@ -37,7 +37,6 @@ def middleware_stack(state: ApiState) -> list[Middleware]:
         Middleware(
             BodyLimitMiddleware,
             max_bytes=settings.max_body_bytes,
-            max_depth=settings.max_json_depth,
             max_upload_bytes=settings.max_adapter_bytes + FORM_BYTES,
         ),
     ]

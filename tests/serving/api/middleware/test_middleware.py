@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -32,7 +33,7 @@ ALL: list[Callable[[ASGIApp], ASGIApp]] = [
     ErrorBoundaryMiddleware,
     lambda app: TimeLimitMiddleware(app, 1.0),
     HeaderLimitMiddleware,
-    lambda app: BodyLimitMiddleware(app, 10, 2, 20),
+    lambda app: BodyLimitMiddleware(app, 10, 20),
 ]
 
 
@@ -166,14 +167,65 @@ async def test_an_answer_that_has_begun_may_take_longer_than_the_limit() -> None
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
 
 
-async def test_a_client_that_leaves_within_its_body_reaches_no_route() -> None:
-    async def app(_call: Scope, _receive: Receive, _send: Send) -> None:
-        pytest.fail("no route is called for half a body")
+async def test_a_client_that_leaves_within_its_body_gets_no_answer(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def app(call: Scope, receive: Receive, _send: Send) -> None:
+        await Request(call, receive).body()
+        pytest.fail("half a body is none")
 
     first = {"type": "http.request", "body": b"half", "more_body": True}
-    sent = await answered(BodyLimitMiddleware(app, 10, 2, 20), scope(method="POST"), first)
+    stack = ErrorBoundaryMiddleware(BodyLimitMiddleware(app, 10, 20))
+    sent = await answered(stack, scope(method="POST"), first)
 
     assert sent == []
+    assert caplog.records == []
+
+
+async def test_no_byte_of_a_body_is_read_before_the_route_asks_for_it() -> None:
+    async def receive() -> Message:
+        pytest.fail("a stranger's body costs no memory")
+
+    sent: list[Message] = []
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    call = scope(method="POST", headers=[(b"content-length", b"9")])
+    await BodyLimitMiddleware(hello, 10, 20)(call, receive, send)
+
+    assert sent[0]["status"] == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "content_type", "limit"),
+    [
+        ("/api/generate/image", b"application/json", 100_000),
+        ("/api/loras", b"multipart/form-data; boundary=x", 200_000),
+        ("/api/loras", b"application/json", 100_000),
+        ("/auth/token", b"application/json", 2**16),
+    ],
+)
+@pytest.mark.parametrize("declared", [True, False])
+async def test_a_body_over_the_limit_of_its_path_is_refused_by_its_head_or_as_it_comes(
+    path: str, content_type: bytes, limit: int, declared: bool
+) -> None:
+    read: list[int] = []
+
+    async def app(call: Scope, receive: Receive, send: Send) -> None:
+        read.append(len(await Request(call, receive).body()))
+        await hello(call, receive, send)
+
+    async def status(size: int) -> int:
+        headers = [(b"content-type", content_type)]
+        headers += [(b"content-length", str(size).encode())] if declared else []
+        body = {"type": "http.request", "body": bytes(size)}
+        stack = ErrorBoundaryMiddleware(BodyLimitMiddleware(app, 100_000, 200_000))
+        sent = await answered(stack, scope(method="POST", path=path, headers=headers), body)
+        return int(sent[0]["status"])
+
+    assert [await status(limit), await status(limit + 1)] == [200, 413]
+    assert read == [limit]
 
 
 async def test_a_call_that_is_never_answered_counts_as_499() -> None:

@@ -1,12 +1,15 @@
 """How deep and how full a JSON body may be."""
 
 import time
+from contextlib import suppress
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deployments.protocol.errors import BadRequest
-from serve_app.api.middleware.json_shape import check_json_shape
+from serve_app.api.json_shape import check_json_shape
 
 
 def test_an_ordinary_body_passes():
@@ -46,8 +49,44 @@ def test_the_longest_bodies_are_scanned_in_linear_time(body: bytes):
 def _cpu_s(body: bytes) -> float:
     """Seconds of CPU that a scan takes."""
     began = time.process_time()
-    check_json_shape(body, max_depth=32)
+    with suppress(BadRequest):  # of too many quotes
+        check_json_shape(body, max_depth=32)
     return time.process_time() - began
+
+
+@pytest.mark.parametrize(
+    ("body", "named"),
+    [
+        (b'"' + b'\\"' * 200_000 + b'"', "quotes"),
+        (b"[" + b" " * 2**21 + b"1]", "bytes beside its strings"),
+        (b"[" + b"7" * 2**21 + b"]", "bytes beside its strings"),
+        (b"[" * 33 + b" " * 2**21, "deeper than 32 levels"),
+    ],
+)
+def test_a_body_that_is_no_request_is_refused_by_its_shape(body: bytes, named: str):
+    with pytest.raises(BadRequest, match=named):
+        check_json_shape(body, max_depth=32)
+
+
+@given(st.text(st.sampled_from('"\\[]{},a '), max_size=40), st.integers(1, 4))
+def test_the_shape_is_that_of_a_reader_character_by_character(text: str, max_depth: int):
+    depth, deepest, within, escaped = 0, 0, False, False
+    for character in text:
+        if within:
+            within = escaped or character != '"'
+            escaped = character == "\\" and not escaped
+        else:
+            within = character == '"'
+            depth += (character in "[{") - (character in "]}")
+            deepest = max(deepest, depth)
+
+    refused = False
+    try:
+        check_json_shape(text.encode(), max_depth)
+    except BadRequest:
+        refused = True
+
+    assert refused == (deepest > max_depth)
 
 
 def test_brackets_in_strings_do_not_count():

@@ -1,0 +1,111 @@
+"""Large bodies: read once their caller is known, and decoded in parts beside the event loop."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.api import request_body
+from serve_app.api.native.image_body import ImageBody
+from serve_app.api.schemas import files
+from tests.serving.api.conftest import KEY
+from tests.serving.api.test_access import calls
+
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize("app", ["locked"], indirect=True)
+async def test_no_route_reads_the_body_of_a_caller_without_a_key(
+    app: FastAPI, client: httpx.AsyncClient
+) -> None:
+    read: list[str] = []
+
+    async def body(path: str) -> AsyncIterator[bytes]:
+        read.append(path)
+        yield b"{}"
+
+    for method, path in calls(app):
+        if method in ("post", "patch", "put") and path not in ("/auth/token", "/auth/session"):
+            for headers in ({}, {"Authorization": "Bearer wrong"}):
+                answer = await client.request(method, path, content=body(path), headers=JSON | headers)
+                assert answer.status_code in (401, 429), path
+
+    assert read == []
+
+
+@pytest.mark.parametrize("app", ["locked"], indirect=True)
+@pytest.mark.parametrize("path", ["/auth/token", "/auth/session"])
+async def test_a_log_in_takes_no_large_body(client: httpx.AsyncClient, path: str) -> None:
+    large = {"api_key": KEY, "email": "x" * 100_000}
+
+    answer = await client.post(path, json=large)
+
+    assert answer.status_code == 413
+
+
+async def test_a_large_body_is_parsed_in_another_thread(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[bool] = []
+    parsed = request_body._parsed
+
+    def noted(*args: Any) -> Any:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return parsed(*args)
+
+    monkeypatch.setattr(request_body, "_parsed", noted)
+    for size in (300, 300_000):
+        image = base64.b64encode(bytes(size)).decode()
+        answer = await client.post(
+            "/api/generate/image", json={"prompt": "x", "model": "sketch", "image": image}
+        )
+        assert answer.status_code == 422
+
+    assert threads == [True, False]
+
+
+@given(
+    data=st.binary(max_size=300),
+    size=st.integers(1, 16).map(lambda n: 4 * n),
+    blanks=st.lists(st.tuples(st.integers(0, 400), st.sampled_from(" \n\r\t")), max_size=20),
+)
+def test_base64_in_parts_is_base64(data: bytes, size: int, blanks: list[tuple[int, str]]) -> None:
+    text = base64.b64encode(data).decode()
+    for at, blank in blanks:
+        text = text[:at] + blank + text[at:]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(files, "PART_CHARS", size)
+
+        assert files._decode(text) == data
+
+
+@given(text=st.text(st.sampled_from("Aa0+/=-* é"), max_size=24), size=st.sampled_from([4, 8, 12]))
+def test_what_is_no_base64_is_refused_in_parts_as_in_whole(text: str, size: int) -> None:
+    def decoded(decode: Any) -> bytes | None:
+        try:
+            return bytes(decode(text))
+        except (binascii.Error, ValueError):
+            return None
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(files, "PART_CHARS", size)
+        in_parts = decoded(files._decode)
+
+    assert in_parts == decoded(lambda text: base64.b64decode("".join(text.split()), validate=True))
+
+
+def test_a_picture_of_many_parts_comes_whole() -> None:
+    data = bytes(range(256)) * 5000
+    body = {"prompt": "x", "image": "data:image/png;base64," + base64.encodebytes(data).decode()}
+
+    assert ImageBody.model_validate_json(json.dumps(body)).image == data
