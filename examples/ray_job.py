@@ -2,7 +2,7 @@
 
     ray job submit --working-dir . -- python -m examples.ray_job prompts.txt images/
 
-or, next to `weft serve` on the same machine, `RAY_ADDRESS=auto python -m examples.ray_job ...`.
+or, next to `weft serve` on the same machine, as in examples/README.md.
 Nothing is durable on this path: the caller keeps the results, and repeats requests whose replica dies.
 """
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import http.client
-import os
 import shutil
 import socket
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -19,35 +15,20 @@ import typer
 from deployments.protocol.card import ModelCard, load_cards
 from deployments.protocol.errors import BadRequest, WeftError
 from serve_app.admission.loopback import is_loopback
-from serve_app.redis.embedded import running_server
+from serve_app.cli.findings import Finding, Level, listens, status_of
+from serve_app.cli.ray_ports import ray_findings, ray_listeners
+from serve_app.redis.append_only import inspect
+from serve_app.redis.embedded import find_server, running_server
 from serve_app.redis.info import RedisInfo, query_info
 from serve_app.redis.reachable import check_redis
 from serve_app.settings import ROOT, Settings
 
-DASHBOARD_PORT = 8265
-RAY_PORTS = {6379: "Ray's control store", DASHBOARD_PORT: "Ray's dashboard", 10001: "Ray's client server"}
+RAY_TOKEN = Path("~/.ray/auth_token")  # written by Ray, for everybody to read
 KEY_MIN_CHARS = 24  # a shorter key was probably made up by a person and can be guessed
 LOW_SPACE = 4  # times min_free_bytes
 CLOCK_WARN_S, CLOCK_FAIL_S = 1.0, 5.0
-CONNECT_TIMEOUT_S = 3.0
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
-
-
-class Level(StrEnum):
-    """How serious a finding is."""
-
-    ok = "ok"
-    warn = "warn"
-    fail = "fail"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The result of one check."""
-
-    level: Level
-    text: str  # what was found; unless ok, also what to do
 
 
 @app.command()
@@ -75,7 +56,7 @@ def examine(settings: Settings, host: str, port: int) -> Iterator[Finding]:
     """All findings, the most dangerous subjects first. host, port: where the service should be listening."""
     yield from key_findings(settings, host)
     yield from service_findings(host, port, has_key=not settings.auth_disabled)
-    yield from ray_findings()
+    yield from ray_findings(ray_listeners())
     yield from _store(settings)
     yield from disk_findings(settings)
     yield from secret_file_findings(settings.data_dir)
@@ -128,34 +109,6 @@ def service_findings(host: str, port: int, *, has_key: bool) -> Iterator[Finding
     for other in own_addresses():
         if is_loopback(host) and listens(other, port):
             yield Finding(Level.fail, f"port {port} can be reached as {other}, not only on loopback")
-
-
-def ray_findings() -> Iterator[Finding]:
-    """Whether Ray can be reached from outside: a caller that can reach it runs code on every node."""
-    mode = os.environ.get("RAY_AUTH_MODE", "")
-    local = listens("127.0.0.1", DASHBOARD_PORT)
-    if local and status_of("127.0.0.1", DASHBOARD_PORT, "/api/jobs/") not in (401, 403):
-        yield Finding(
-            Level.fail, "Ray's dashboard accepts jobs without a token; set RAY_AUTH_MODE=token on every node"
-        )
-    elif local:
-        yield Finding(Level.ok, "Ray's dashboard requires a token")
-    elif mode == "disabled":
-        yield Finding(Level.fail, "RAY_AUTH_MODE=disabled; set it to token")
-    else:
-        yield Finding(Level.ok, "no Ray dashboard on this machine")
-    reached = [
-        f"{name} ({address}:{port})"
-        for address in own_addresses()
-        for port, name in RAY_PORTS.items()
-        if listens(address, port)
-    ]
-    if reached:
-        yield Finding(
-            Level.warn,
-            f"can be reached from outside this machine unless a firewall stops it: {', '.join(reached)}; "
-            "see docs/security.md for the ports",
-        )
 
 
 def store_findings(info: RedisInfo, appendfsync: str | None) -> Iterator[Finding]:
@@ -246,8 +199,8 @@ def disk_findings(settings: Settings) -> Iterator[Finding]:
 
 def secret_file_findings(data_dir: Path) -> Iterator[Finding]:
     """Whether only our user can read the files with secrets."""
-    for name in ("api_key", "jwt_secret", "valkey/secret", "valkey/users.acl", "valkey/valkey.conf"):
-        path = data_dir / name
+    ours = ("api_key", "jwt_secret", "valkey/secret", "valkey/users.acl", "valkey/valkey.conf")
+    for path in (*(data_dir / name for name in ours), RAY_TOKEN.expanduser()):
         if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
             yield Finding(Level.fail, f"other users of this machine can read {path}; run chmod 600 on it")
 
@@ -281,6 +234,7 @@ def _store(settings: Settings) -> Iterator[Finding]:
         yield Finding(
             Level.warn, f"no store: REDIS_URL is not set and no `weft serve` runs on {settings.data_dir}"
         )
+        yield from _resting_store(settings)
         return
     try:
         info = query_info(url, settings.redis_prefix)
@@ -290,25 +244,18 @@ def _store(settings: Settings) -> Iterator[Finding]:
     yield from store_findings(info, appendfsync)
 
 
-def listens(address: str, port: int) -> bool:
-    """Whether a server accepts connections at this address."""
+def _resting_store(settings: Settings) -> Iterator[Finding]:
+    """Whether the files of an embedded store that does not run can be loaded."""
+    directory = settings.data_dir / "valkey"
+    if not directory.is_dir():
+        return
     try:
-        with socket.create_connection((address, port), timeout=CONNECT_TIMEOUT_S):
-            return True
-    except OSError:
-        return False
-
-
-def status_of(address: str, port: int, path: str) -> int:
-    """The HTTP status of a GET without a key. Raises OSError when no server answers."""
-    connection = http.client.HTTPConnection(address, port, timeout=CONNECT_TIMEOUT_S)
-    try:
-        connection.request("GET", path)
-        return connection.getresponse().status
-    except http.client.HTTPException as error:
-        raise ConnectionError(f"{address}:{port} does not answer with HTTP") from error
-    finally:
-        connection.close()
+        damage = inspect(directory, find_server())
+    except RuntimeError as error:
+        yield Finding(Level.fail, str(error))
+        return
+    if damage is not None:
+        yield Finding(Level.fail, f"the job store is damaged: {damage.text}; run weft repair")
 
 
 def own_addresses() -> list[str]:

@@ -32,6 +32,11 @@ COMMANDS = {  # name -> (module that holds its Typer app, name of that app, help
     "models": ("serve_app.cli.models", "app", "List the model cards."),
     "users": ("serve_app.cli.users", "users", "Add, list, disable and enable users."),
     "keys": ("serve_app.cli.users", "keys", "Create, list and revoke API keys."),
+    "repair": (
+        "serve_app.cli.repair",
+        "app",
+        "Show what is wrong with the embedded job store, and mend it.",
+    ),
     "doctor": (
         "serve_app.cli.doctor",
         "app",

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
-import signal
-import threading
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,8 +16,16 @@ from deployments import __version__
 from serve_app.admission.loopback import is_loopback
 from serve_app.cli.serve_config import read_config
 from serve_app.cli.start_checks import check_start
+from serve_app.cli.stop_signals import StopSignals
+from serve_app.cli.watchdog import ExitStatus, Watchdog
+from serve_app.processes import adopt_orphans, end_descendants
 from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.settings import ROOT, Settings
+
+if TYPE_CHECKING:
+    from serve_app.ray_serve.local_health import LocalHealth
+
+SIGNALLED = 128  # plus the signal's number: the status of a process that a second signal has ended
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -56,37 +62,68 @@ class AccessKey:
 
 
 def _run(settings: Settings, config: dict[str, Any]) -> None:
-    """Start everything, and return when it has been stopped. Raises typer.Exit when it does not start."""
-    from serve_app.ray_serve.local_cluster import deploy, local_ray  # Ray takes a second
+    """Start everything, and stop it at a signal. Raises typer.Exit with the status of the process."""
+    from serve_app.ray_serve.local_cluster import parse_config  # Ray takes a second
+    from serve_app.ray_serve.local_health import LocalHealth
 
-    stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
+    parse_config(config)
+    adopt_orphans()
+    store = None
+    if settings.redis_url is None:
+        store = EmbeddedRedis(settings.data_dir, settings.redis_prefix, _report)
+    http = config["http_options"]
+    health = LocalHealth(http["host"], http["port"])
+    watchdog = Watchdog(lambda: health.fault() or (store.failure if store else None), store)
+    with StopSignals(lambda number: watchdog.end_now(SIGNALLED + number)) as signals:
+        try:
+            status = _serve(settings, config, store, health, watchdog, signals)
+        except SystemExit:
+            if not signals.received.is_set():
+                raise
+            status = ExitStatus.stopped  # by Ray's own handler of SIGTERM, while Ray starts
+        finally:
+            watchdog.close()
+            end_descendants()
+    raise typer.Exit(status)
+
+
+def _serve(
+    settings: Settings,
+    config: dict[str, Any],
+    store: EmbeddedRedis | None,
+    health: LocalHealth,
+    watchdog: Watchdog,
+    signals: StopSignals,
+) -> ExitStatus:
+    """Serve until a signal comes, and stop what was started in the opposite order."""
+    from serve_app.ray_serve.local_cluster import deploy, local_ray
+
     http = config["http_options"]
     with ExitStack() as stack:
         _report(f"Weft {__version__}, data in {settings.data_dir}")
-        key = _prepare_environment(settings, http["host"], stack)
+        if store is not None:
+            os.environ["REDIS_URL"] = stack.enter_context(store)
+            _report("job store: embedded Valkey")
+        key = _prepare_environment(settings, http["host"])
+        watchdog.start()
         _report("starting Ray")
         stack.enter_context(local_ray())
+        stack.callback(watchdog.stopping)
+        signals.install()  # Ray has set its own handlers
         _report("loading models")
-        if deploy(config, _report, stopped):
+        if not signals.received.is_set() and deploy(config, _report, signals.received):
+            health.watch_service()
             _report(greeting(http["host"], http["port"], key, config))
-            stopped.wait()
-            _report("stopping")
-        elif not stopped.is_set():
-            raise typer.Exit(1)
+            signals.received.wait()
+        elif not signals.received.is_set():
+            return ExitStatus.failed
+        _report("stopping")
+    return ExitStatus.stopped
 
 
-def _prepare_environment(settings: Settings, host: str, stack: ExitStack) -> AccessKey | None:
-    """Set the variables that replicas inherit, and start the embedded store when no other is configured.
-
-    Returns the key that callers must send, None when none is required.
-    """
+def _prepare_environment(settings: Settings, host: str) -> AccessKey | None:
+    """Set the variables that replicas inherit. Returns the key that callers must send, None for none."""
     os.environ["WEFT_DATA_DIR"] = str(settings.data_dir)
-    if settings.redis_url is None:
-        store = EmbeddedRedis(settings.data_dir, settings.redis_prefix)
-        os.environ["REDIS_URL"] = stack.enter_context(store)
-        _report("job store: embedded Valkey")
     key = required_key(settings, host)
     if key is not None and settings.jwt_secret is None:
         os.environ["WEFT_JWT_SECRET"], _ = _kept_secret(settings.data_dir / "jwt_secret")

@@ -12,14 +12,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from pydantic import ValidationError
 from ray import serve
 from ray.serve.schema import ApplicationStatusOverview, ServeDeploySchema
 
-from serve_app.ray_serve.private_api import LOOPBACK_NODE, deploy_applications
+from deployments.protocol.errors import BadRequest
+from deployments.protocol.invalid_values import wrong_values
+from serve_app.processes import descendants, end_descendants
+from serve_app.ray_serve.private_api import LOOPBACK_NODE, deploy_applications, local_node
 from serve_app.setting_values import without_secrets
 
 STARTUP_LIMIT_S = 3600.0  # a large model may be downloading
 OBJECT_STORE_BYTES = 256 * 2**20  # images travel through it one at a time
+STARTS = 2
 CAUSE = re.compile(r"(\w+\.)*\w*(Error|Exception|Request|NotFound|Unavailable|OutOfMemory)\b.*: ")
 
 
@@ -27,7 +32,7 @@ CAUSE = re.compile(r"(\w+\.)*\w*(Error|Exception|Request|NotFound|Unavailable|Ou
 def local_ray(**options: Any) -> Iterator[None]:
     """A new Ray on loopback, shut down after the block; other Rays on the machine are not touched.
 
-    options: for ray.init; they override ours.
+    options: for ray.init; they override ours. Raises RuntimeError when it does not start.
     """
     ours: dict[str, Any] = {
         "address": "local",  # without it ray.init joins a cluster that it finds on the machine
@@ -37,12 +42,40 @@ def local_ray(**options: Any) -> Iterator[None]:
         "object_store_memory": OBJECT_STORE_BYTES,
         **LOOPBACK_NODE,
     }
-    ray.init(**(ours | options))
+    _start(ours | options)
     try:
         yield
     finally:
-        serve.shutdown()  # type: ignore[no-untyped-call]
-        ray.shutdown()
+        if ray.is_initialized():
+            serve.shutdown()  # type: ignore[no-untyped-call]
+            ray.shutdown()
+
+
+def _start(options: Mapping[str, Any]) -> None:
+    """Start Ray, with a second try: on a busy machine its node may need longer than Ray waits (30 s)."""
+    reason = ""
+    for _ in range(STARTS):
+        others = {process.pid for process in descendants()}
+        try:
+            with local_node():
+                ray.init(**options)
+            return
+        except Exception as error:  # Ray raises a bare one
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            ray.shutdown()
+            end_descendants(keep=others)
+    raise RuntimeError(
+        f"Ray did not start, tried {STARTS} times ({reason}); stop what keeps this machine busy or fills its "
+        "memory or /tmp, and start again; Ray's logs are in /tmp/ray/session_latest/logs"
+    )
+
+
+def parse_config(config: Mapping[str, Any]) -> ServeDeploySchema:
+    """The Serve config as Serve reads it. Raises BadRequest naming the key at fault."""
+    try:
+        return ServeDeploySchema.model_validate(config)
+    except ValidationError as error:
+        raise BadRequest(f"the Serve config is not valid: {wrong_values(error)}") from None
 
 
 def deploy(
@@ -53,7 +86,7 @@ def deploy(
     Returns False when one failed (the reason is on stderr) or `stopped` was set meanwhile.
     """
     stopped = stopped or threading.Event()
-    schema = ServeDeploySchema.model_validate(config)
+    schema = parse_config(config)
     serve.start(
         proxy_location=schema.proxy_location,
         http_options=schema.http_options.model_dump(),

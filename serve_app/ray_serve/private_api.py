@@ -6,10 +6,13 @@ version of Ray, this module has to change.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ray import serve
+from ray._private import ray_constants, worker
 from ray._private.worker import global_worker
 from ray.experimental.internal_kv import _internal_kv_put, internal_kv_get_gcs_client
 
@@ -21,7 +24,41 @@ from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeDeploySchema, ServeInstanceDetails
 
-LOOPBACK_NODE = {"_node_ip_address": "127.0.0.1"}  # of ray.init: the node's processes bind to loopback
+LOOPBACK_NODE = {"_node_ip_address": "127.0.0.1"}  # of ray.init
+# Ray replaces a loopback address by one that other nodes reach, unless it is not to have other nodes
+ONE_NODE_VARIABLE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+ESSENTIAL = ("gcs_server", "raylet")  # processes without which a node serves nothing
+
+
+@contextmanager
+def local_node() -> Iterator[None]:
+    """A node that ray.init starts in this block listens on loopback only, and leaves SIGTERM of this process
+    alone, for which Ray would print a stack trace.
+
+    One port of each Serve replica is the exception: docs/security.md.
+    """
+    before = (ray_constants.ENABLE_RAY_CLUSTER, ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER)
+    variables = {name: os.environ.get(name) for name in ONE_NODE_VARIABLE}
+    os.environ |= ONE_NODE_VARIABLE  # for the processes of the node; Ray has read it for this one
+    ray_constants.ENABLE_RAY_CLUSTER, ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = False, True
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER, ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = before
+        for name, value in variables.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
+
+
+def ended_node_processes() -> dict[str, int]:
+    """The essential processes of the node that this process has started and that have exited, by name, with
+    their status; negative: the number of the signal. Empty without a node."""
+    node = worker._global_node  # noqa: SLF001
+    if node is None:
+        return {}
+    ended = [(name, process.poll()) for name, process in node.dead_processes()]
+    return {name: int(status) for name, status in ended if name in ESSENTIAL}
 
 
 def deploy_applications(schema: ServeDeploySchema) -> None:

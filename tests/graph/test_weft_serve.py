@@ -1,4 +1,4 @@
-"""`weft serve` as a newcomer runs it: one command up, Ctrl+C down, pictures kept."""
+"""`weft serve` as it is run: up by one command, down in order and when parts of it are killed; jobs kept."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from serve_app.admission.loopback import is_loopback
 from tests.graph.calls import ended, submit
-from tests.graph.running import PATIENCE_S, RAY, ROOT, free_port
+from tests.graph.running import PATIENCE_S, RAY, ROOT, free_port, until
 
 pytestmark = pytest.mark.ray
 
@@ -26,78 +28,161 @@ def environment(data: Path, **extra: str) -> dict[str, str]:
     return ours | {"WEFT_DATA_DIR": str(data)} | RAY | extra
 
 
+ESSENTIAL = {"gcs_server", "raylet", "valkey-server", "sh"}
+KEY = "the-operators-own-key-of-this-test-0123456789"
+SECRET = "the-operators-own-secret-of-this-test-0123456789"
+
+
+class Serve:
+    """`weft serve` as it was started, with what it has printed."""
+
+    def __init__(self, data: Path, port: int, **extra: str) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "serve_app.cli", "serve", "--port", str(port)],
+            cwd=ROOT,
+            env=environment(data, **extra),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.printed: list[str] = []
+
+    def wait_for(self, words: str) -> None:
+        """Returns when a line with these words has been printed."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.printed.append(line)
+            if words in line:
+                return
+        pytest.fail("weft serve has ended:\n" + "".join(self.printed))
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def pid_of(self, program: str) -> int:
+        (pid,) = (child.pid for child in self.family() if child.name() == program)
+        return pid
+
+    def end(self) -> int:
+        """The exit status; what was printed before it is in `printed`."""
+        assert self.process.stdout is not None
+        self.printed += self.process.stdout.readlines()
+        return self.process.wait(PATIENCE_S)
+
+
 @contextmanager
-def weft_serve(data: Path, port: int) -> Iterator[subprocess.Popen[str]]:
-    """The command running and ready; ended with the block by Ctrl+C, as from a terminal."""
-    command = [sys.executable, "-m", "serve_app.cli", "serve", "--port", str(port)]
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=environment(data),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        assert process.stdout is not None
-        said: list[str] = []
-        for line in process.stdout:
-            said.append(line)
-            if "Ctrl+C ends it" in line:
-                break
-        else:
-            pytest.fail("weft serve did not start:\n" + "".join(said))
-        try:
-            yield process
-        finally:
-            os.killpg(process.pid, signal.SIGINT)  # what a terminal does: the whole group
-            process.communicate(timeout=PATIENCE_S)
+def weft_serve(data: Path, port: int, **extra: str) -> Iterator[Serve]:
+    """The command while it runs; killed with all that it has started when the block leaves it running."""
+    serve = Serve(data, port, **extra)
+    try:
+        yield serve
+    finally:
+        if serve.process.poll() is None:
+            family = serve.family()
+            serve.process.kill()
+            for process in family:
+                with suppress(psutil.Error):
+                    process.kill()
+        serve.process.communicate()
 
 
-def test_ctrl_c_ends_all_it_started_and_a_second_start_keeps_jobs_and_pictures(tmp_path: Path) -> None:
+def assert_gone(family: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
+    assert [process for process in alive if process.status() != psutil.STATUS_ZOMBIE] == []
+
+
+def session_logs(serve: Serve) -> str:
+    """Everything that Ray and Serve have logged for this service, and the command lines of its processes."""
+    (folder,) = (Path(tempfile.gettempdir()) / "ray").glob(f"session_*_{serve.process.pid}")
+    texts = [path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()]
+    lines = [" ".join(child.cmdline()) for child in serve.family() if child.is_running()]
+    return "\n".join([*texts, *lines])
+
+
+def test_a_killed_node_ends_the_service_and_a_second_start_keeps_jobs_and_pictures(tmp_path: Path) -> None:
     port = free_port()
-    with weft_serve(tmp_path, port) as process, httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+    secrets = {"WEFT_API_KEY": KEY, "WEFT_JWT_SECRET": SECRET}
+    headers = {"Authorization": f"Bearer {KEY}"}
+
+    with (
+        weft_serve(tmp_path, port, **secrets) as serve,
+        httpx.Client(base_url=serve.url, headers=headers) as client,
+    ):
+        serve.wait_for("Ctrl+C ends it")
         job = ended(client, submit(client, prompt="a red circle", seed=1))
         image = client.get(job["artifacts"][0]["url"]).content
-        family = psutil.Process(process.pid).children(recursive=True)
-    assert process.returncode == 0
-    _, alive = psutil.wait_procs(family, timeout=PATIENCE_S)
-    assert alive == []
+        family = serve.family()
+        ours = {process.pid for process in family}
+        reached = [
+            str(connection.laddr)
+            for process in family
+            if not process.cmdline()[0].startswith("ray::ServeReplica")  # one port each, with Ray's token
+            for connection in process.net_connections("tcp")
+            if connection.status == psutil.CONN_LISTEN and not is_loopback(connection.laddr.ip)
+        ]
+        known = session_logs(serve) + "".join(serve.printed)
+        assert len(ours) > 10
+        assert reached == []
+        assert KEY not in known
+        assert SECRET not in known
 
-    with weft_serve(tmp_path, port), httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+        os.kill(serve.pid_of("raylet"), signal.SIGKILL)
+
+        assert serve.end() == 3
+        assert "weft: Ray's raylet was ended by signal 9, and nothing can be served" in serve.printed[-1]
+        assert_gone(family)
+
+    with (
+        weft_serve(tmp_path, port, **secrets) as serve,
+        httpx.Client(base_url=serve.url, headers=headers) as client,
+    ):
+        serve.wait_for("Ctrl+C ends it")
         again = client.get(f"/api/generate/{job['id']}").json()
         assert again["status"] == "completed"
         assert client.get(again["artifacts"][0]["url"]).content == image
+        family = serve.family()
+
+        os.killpg(serve.process.pid, signal.SIGINT)  # what a terminal does: the whole group
+
+        assert serve.end() == 0
+        assert_gone(family)
 
 
-def test_a_second_serve_on_the_same_data_is_refused_in_words(tmp_path: Path) -> None:
-    from serve_app.redis.embedded import EmbeddedRedis
+def test_sigterm_ends_it_without_a_trace_also_while_it_starts(tmp_path: Path) -> None:
+    with weft_serve(tmp_path, free_port()) as serve:
+        serve.wait_for("loading models")
+        family = serve.family()
+        serve.process.send_signal(signal.SIGTERM)
 
-    with EmbeddedRedis(tmp_path):
-        done = subprocess.run(
-            [sys.executable, "-m", "serve_app.cli", "serve", "--port", str(free_port())],
-            cwd=ROOT,
-            env=environment(tmp_path),
-            capture_output=True,
-            text=True,
-            timeout=PATIENCE_S,
-            check=False,
-        )
-
-    assert done.returncode == 1
-    assert "in use by another weft serve" in done.stderr
+        assert serve.end() == 0
+        assert_gone(family)
+    assert "SIGTERM" not in "".join(serve.printed)
+    assert "Traceback" not in "".join(serve.printed)
 
 
-def test_an_unknown_setting_stops_the_start_with_its_name(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "serve_app.cli", "serve"],
-        cwd=ROOT,
-        env=environment(tmp_path, WEFT_LEESE_S="3"),
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+@pytest.mark.parametrize(
+    ("after", "program", "status"),
+    [("starting Ray", None, 143), ("loading models", "gcs_server", 3), ("loading models", "weft", -9)],
+)
+def test_whatever_is_killed_while_it_starts_nothing_stays(
+    after: str, program: str | None, status: int, tmp_path: Path
+) -> None:
+    with weft_serve(tmp_path, free_port()) as serve:
+        serve.wait_for(after)
+        family = serve.family()
+        if program == "weft":
+            serve.process.kill()
+        elif program is not None:
+            os.kill(serve.pid_of(program), signal.SIGKILL)
+        else:
+            until(lambda: serve.process.send_signal(signal.SIGTERM) or serve.process.poll(), "its end")
 
-    assert done.returncode == 1
-    assert "WEFT_LEESE_S" in done.stderr
+        assert serve.process.wait(PATIENCE_S) == status
+        if program == "weft":  # workers that were starting look for their node for a minute
+            workers = [process for process in family if process.name() not in ESSENTIAL]
+            family = [process for process in family if process not in workers]
+            for worker in workers:
+                worker.kill()
+        assert_gone(family)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import http.server
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import replace
@@ -12,8 +15,9 @@ import pytest
 from pydantic import SecretStr
 
 from serve_app.cli import doctor
-from serve_app.cli.doctor import Finding, Level
+from serve_app.cli.findings import Finding, Level
 from serve_app.cli.main import main
+from serve_app.cli.ray_ports import Listener, ray_findings, ray_listeners
 from serve_app.redis.info import RedisInfo, query_info
 from serve_app.settings import Settings
 
@@ -31,9 +35,11 @@ def port_of() -> type[type[http.server.BaseHTTPRequestHandler]]:
 
     class Answers(http.server.BaseHTTPRequestHandler):
         status = 200
+        kind = "application/json"
 
         def do_GET(self) -> None:
             self.send_response(200 if self.path == "/health" else type(self).status)
+            self.send_header("content-type", type(self).kind)
             self.end_headers()
 
         def log_message(self, *_: object) -> None:
@@ -108,21 +114,77 @@ def test_a_running_service_that_lets_strangers_in_fails(
     assert "401" in texts(locked, Level.ok)
 
 
-def test_a_dashboard_without_a_token_fails(
-    port_of: type[http.server.BaseHTTPRequestHandler], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_dashboard_without_a_token_fails(port_of: type[http.server.BaseHTTPRequestHandler]) -> None:
     server = serving(port_of)
-    monkeypatch.setattr(doctor, "DASHBOARD_PORT", server.server_port)
-    monkeypatch.setattr(doctor, "RAY_PORTS", {})
+    dashboard = Listener("dashboard", "127.0.0.1", server.server_port, has_token=True)
 
-    unlocked = [*doctor.ray_findings()]
+    unlocked = [*ray_findings([dashboard])]
     port_of.status = 401  # type: ignore[attr-defined]
-    locked = [*doctor.ray_findings()]
+    locked = [*ray_findings([dashboard])]
+    port_of.status, port_of.kind = 200, "text/plain"  # type: ignore[attr-defined]
+    metrics = [*ray_findings([dashboard])]
     server.shutdown()
     server.server_close()
 
     assert "RAY_AUTH_MODE=token" in texts(unlocked, Level.fail)
     assert texts(locked, Level.fail) == ""
+    assert texts(metrics, Level.fail) == ""
+
+
+@pytest.mark.parametrize(
+    ("program", "address", "has_token", "level", "words"),
+    [
+        ("raylet", "::", False, Level.fail, "raylet on *:7, and no token is required there"),
+        ("gcs_server", "192.0.2.7", False, Level.fail, "gcs_server on 192.0.2.7:7"),
+        ("ray::ServeReplica:weft:Ingress", "::", True, Level.warn, "with Ray's token only"),
+        ("monitor", "0.0.0.0", True, Level.warn, "metrics are among these ports"),
+        (
+            "raylet",
+            "::ffff:127.0.0.1",
+            False,
+            Level.ok,
+            "1 ports of Ray can be reached from this machine only",
+        ),
+        ("ray::ProxyActor", "0.0.0.0", True, Level.ok, ""),
+    ],
+)
+def test_a_port_of_ray_is_named_with_those_who_can_reach_it(
+    program: str, address: str, has_token: bool, level: Level, words: str
+) -> None:
+    findings = [*ray_findings([Listener(program, address, 7, has_token)])]
+
+    assert words in texts(findings, level)
+    assert all(finding.level is level for finding in findings)
+
+
+LISTENING = """
+import socket, sys
+servers = [socket.create_server((address, 0)) for address in ("0.0.0.0", "127.0.0.1")]
+print(*(server.getsockname()[1] for server in servers), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_the_ports_that_are_really_used_are_found(tmp_path: Path) -> None:
+    program = tmp_path / "ray" / "autoscaler" / "_private" / "monitor.py"
+    program.parent.mkdir(parents=True)
+    program.write_text(LISTENING)
+
+    with subprocess.Popen(
+        [sys.executable, str(program)],
+        env={**os.environ, "RAY_AUTH_MODE": "token"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        everywhere, local = map(int, process.stdout.readline().split())
+        found = {listener.port: listener for listener in ray_listeners()}
+        process.communicate("")
+
+    assert found[everywhere] == Listener("monitor", "0.0.0.0", everywhere, has_token=True)
+    assert found[local].is_local
+    assert not found[everywhere].is_local
 
 
 def test_a_distant_store_wants_a_password_and_a_closed_way() -> None:
@@ -149,7 +211,8 @@ def test_the_command_ends_with_a_count_and_a_status(
     monkeypatch.setenv("REDIS_URL", valkey_url)
     monkeypatch.setenv("WEFT_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(doctor, "own_addresses", list)
-    monkeypatch.setattr(doctor, "DASHBOARD_PORT", 1)
+    monkeypatch.setattr(doctor, "ray_listeners", list)  # what else runs on this machine
+    monkeypatch.setattr(doctor, "RAY_TOKEN", tmp_path / "auth_token")
 
     safe = main(["doctor", "--port", "1"])
     unsafe = main(["doctor", "--host", "0.0.0.0", "--port", "1"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import inspect
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 import pytest
 import ray
 from ray import serve
+from ray._private import ray_constants, services
+from ray._private.node import Node
 from ray._private.worker import Worker, global_worker
 from ray.experimental import internal_kv
 from ray.serve._private import replica as serve_replica
@@ -50,6 +53,33 @@ def test_a_node_can_be_bound_to_loopback() -> None:
 
     for option in private_api.LOOPBACK_NODE:
         assert f'"{option}"' in source, CHANGED + f"the option {option} of ray.init"
+    assert "ENABLE_RAY_CLUSTER" in inspect.getsource(services.get_node_ip_address), CHANGED + "loopback"
+    assert [*private_api.ONE_NODE_VARIABLE] == [ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR], (
+        CHANGED + "loopback"
+    )
+    assert ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER is False, CHANGED + "the handler of signals"
+
+
+def test_the_environment_is_as_before_when_a_local_node_has_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    (name,) = private_api.ONE_NODE_VARIABLE
+    monkeypatch.setenv(name, "1")
+    before = ray_constants.ENABLE_RAY_CLUSTER
+
+    with private_api.local_node():
+        inside = (os.environ[name], ray_constants.ENABLE_RAY_CLUSTER)
+
+    assert inside == ("0", False)
+    assert (os.environ[name], ray_constants.ENABLE_RAY_CLUSTER) == ("1", before)
+
+
+def test_the_processes_of_a_node_are_found_where_we_look_for_them() -> None:
+    assert {*private_api.ESSENTIAL} == {
+        ray_constants.PROCESS_TYPE_GCS_SERVER,
+        ray_constants.PROCESS_TYPE_RAYLET,
+    }, CHANGED + "the names of a node's processes"
+    assert parameters(Node.dead_processes) == {"self"}, CHANGED + "Node.dead_processes"
+    assert "_global_node = None" in inspect.getsource(ray._private.worker), CHANGED + "_global_node"
+    assert private_api.ended_node_processes() == {}  # there is no node
 
 
 def test_a_replica_actor_holds_its_replica_where_we_look_for_it() -> None:

@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import redis as redis_py
 
+from serve_app.redis import embedded
 from serve_app.redis.embedded import EmbeddedRedis
 from tests.patience import patience
 
@@ -100,7 +102,8 @@ def test_a_second_start_on_one_directory_is_refused(tmp_path: Path) -> None:
         assert answers(url)
 
 
-def test_the_server_of_a_killed_parent_is_terminated_before_a_new_one_starts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("guarded", [True, False])
+def test_the_server_of_a_killed_parent_is_terminated(guarded: bool, tmp_path: Path) -> None:
     parent = subprocess.Popen(
         [sys.executable, "-c", KILLED_PARENT, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -110,16 +113,42 @@ def test_the_server_of_a_killed_parent_is_terminated_before_a_new_one_starts(tmp
     assert parent.stdin is not None
     assert parent.stdout is not None
     with parent.stdin, parent.stdout:
-        url, leftover = parent.stdout.readline().split()
+        url, text = parent.stdout.readline().split()
+        leftover = int(text)
         with redis_py.Redis.from_url(url) as client:
             client.set("weft:kept", "yes")
+        if not guarded:  # then the next start has to end it
+            (guard,) = (child for child in psutil.Process(parent.pid).children() if child.pid != leftover)
+            guard.kill()
         parent.kill()
         parent.wait()
-        assert lives(int(leftover))
+        if guarded:
+            eventually(lambda: not lives(leftover))
+        else:
+            assert lives(leftover)
 
     with EmbeddedRedis(tmp_path) as url, redis_py.Redis.from_url(url) as client:
-        assert not lives(int(leftover))
+        assert not lives(leftover)
         assert client.get("weft:kept") == b"yes"
+
+
+def test_a_server_that_does_not_restart_has_gone_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedded, "RESTARTS_MAX", 2)
+    server = EmbeddedRedis(tmp_path)
+    server.start()
+    try:
+        before = server.failure
+        (tmp_path / "valkey" / "users.acl").write_text("no rules")  # it does not start with these
+
+        os.kill(server.pid, signal.SIGKILL)
+        eventually(lambda: server.failure is not None)
+
+        assert before is None
+        assert "did not restart in 2 tries" in str(server.failure)
+    finally:
+        server.stop()
 
 
 def test_a_long_path_gets_a_short_private_socket(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""What a check of `weft doctor` returns, and the two questions that it asks of an address."""
+
+from __future__ import annotations
+
+import http.client
+import socket
+from dataclasses import dataclass
+from enum import StrEnum
+
+CONNECT_TIMEOUT_S = 3.0
+
+
+class Level(StrEnum):
+    """How serious a finding is."""
+
+    ok = "ok"
+    warn = "warn"
+    fail = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The result of one check."""
+
+    level: Level
+    text: str  # what was found; unless ok, also what to do
+
+
+def listens(address: str, port: int) -> bool:
+    """Whether a server accepts connections at this address."""
+    try:
+        with socket.create_connection((address, port), timeout=CONNECT_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
+
+
+def status_of(address: str, port: int, path: str) -> int:
+    """The HTTP status of a GET without a key. Raises OSError when no server answers."""
+    return answer_of(address, port, path)[0]
+
+
+def answer_of(address: str, port: int, path: str) -> tuple[int, str]:
+    """Status and content type of a GET without a key. Raises OSError when no server answers."""
+    connection = http.client.HTTPConnection(address, port, timeout=CONNECT_TIMEOUT_S)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.getheader("content-type", "")
+    except http.client.HTTPException as error:
+        raise ConnectionError(f"{address}:{port} does not answer with HTTP") from error
+    finally:
+        connection.close()
