@@ -82,7 +82,7 @@ def _pictures(value: list[Any], paste_back: PasteBack | None) -> list[Image]:
     pictures: list[Image] = []
     for item in value:
         pictures += item.pictures() if isinstance(item, PendingPictures) else [item]
-    return pictures if paste_back is None else [paste_back.picture(picture) for picture in pictures]
+    return pictures if paste_back is None else paste_back.pictures(pictures)
 
 
 def reported_unproven(request: ResolvedRequest, unproven: Collection[str]) -> tuple[str, ...]:

@@ -65,6 +65,6 @@ def encode_preview(
     if paste_back is None:
         small = still.preview(rough, request.width, request.height)
     else:
-        shown = paste_back.preview(rough, still.PREVIEW_SIDE)
+        shown = paste_back.preview(rough)
         small = still.preview(shown, shown.width, shown.height)
     return Preview(ready.step, "image/webp", small)

@@ -6,7 +6,9 @@ and is not what the caller sent; therefore the given pixels are put back outside
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -14,10 +16,12 @@ from PIL import Image
 from deployments.media import decode
 from deployments.media.fitting import Size, contained, fitted, fitted_mask, padded
 from deployments.media.masks import black_and_white, transition, whole_cells
+from deployments.media.still import PREVIEW_SIDE
 from deployments.protocol.request import FitMode, Grow, ResolvedEdit
 from deployments.validation.image_header import ImageSize
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels
+KEPT_PIXELS = 4_200_000  # of a canvas while its request waits and runs, 4 bytes each; larger: decoded again
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +56,31 @@ class Area:
 class PasteBack:
     """The given picture, for finished pictures to be put into."""
 
-    canvas: Image.Image  # RGB
+    canvas: Callable[[], Image.Image]  # RGB
+    small: Image.Image  # the same of at most PREVIEW_SIDE a side
+    scale: float  # of `small`
     area: Area
     changed: Box | None  # of the canvas: mask and feather; None where the mask marks nothing
     weight: Image.Image  # L, of the size of `changed`: 255 is all generated
 
-    def picture(self, generated: Image.Image) -> Image.Image:
-        """The canvas with the generated picture in its mask and a smooth transition around it."""
+    def pictures(self, generated: Sequence[Image.Image]) -> list[Image.Image]:
+        """The canvas with each generated picture in its mask and a smooth transition around it.
+
+        Blocks; call it in a thread.
+        """
+        canvas = self.canvas()
+        return [self._picture(canvas, picture) for picture in generated]
+
+    def _picture(self, canvas: Image.Image, generated: Image.Image) -> Image.Image:
+        result = canvas.copy()
         if self.changed is None:
-            return self.canvas.copy()
+            return result
         left, top, right, bottom = self.area.box
         shown = generated
         if self.area.inner != (0, 0, *generated.size):
             shown = shown.crop(self.area.inner)
         if shown.size != (right - left, bottom - top):
             shown = shown.resize((right - left, bottom - top), Image.Resampling.LANCZOS)
-        result = self.canvas.copy()
         inside = (
             self.changed[0] - left,
             self.changed[1] - top,
@@ -77,13 +90,12 @@ class PasteBack:
         result.paste(shown.crop(inside), self.changed[:2], self.weight)
         return result
 
-    def preview(self, rough: Image.Image, side: int) -> Image.Image:
-        """The same with a preview of the pipeline's picture, of at most `side` pixels a side."""
-        scale = min(1.0, side / max(self.canvas.size))
-        small = _scaled(self.canvas, scale)
+    def preview(self, rough: Image.Image) -> Image.Image:
+        """The same in small, with a preview of the pipeline's picture."""
+        small = self.small.copy()
         if self.changed is None:
             return small
-        left, top, right, bottom = (round(edge * scale) for edge in self.changed)
+        left, top, right, bottom = (round(edge * self.scale) for edge in self.changed)
         size = max(1, right - left), max(1, bottom - top)
         part = rough.resize(size, Image.Resampling.BICUBIC, box=self._rough_box(rough.size))
         small.paste(part, (left, top), self.weight.resize(size, Image.Resampling.BOX))
@@ -120,17 +132,11 @@ def prepare(edit: ResolvedEdit, size: Size, fit: FitMode) -> Inpainting:
 
     Raises BadRequest or TooLarge naming the field of a picture that cannot be used.
     """
-    canvas = decode.own_size(edit.image, "image")
-    on_white = decode.is_on_white(canvas)
-    grey = fitted_mask(_given_mask(edit, canvas.size), canvas.size, fit)
-    if edit.grow is not None:
-        canvas, grey = _grown(canvas, grey, edit.grow)
+    given = decode.own_size(edit.image, "image")
     wanted = size
     if edit.result_width is not None and edit.result_height is not None:
         wanted = ImageSize(edit.result_width, edit.result_height)
-    if canvas.size != wanted:
-        canvas, grey = fitted(canvas, wanted, fit), fitted_mask(grey, wanted, fit)
-    mask = black_and_white(grey)
+    canvas, mask = _canvas(given, edit, wanted, fit), _mask(given.size, edit, wanted, fit)
     box = (0, 0, *canvas.size)
     if edit.only_masked:
         box = _masked_box(mask, max(edit.only_masked_padding, edit.feather), size)
@@ -140,10 +146,37 @@ def prepare(edit: ResolvedEdit, size: Size, fit: FitMode) -> Inpainting:
         area.mask(mask),
         area,
         canvas.size,
-        _paste_back(canvas, mask, area, edit) if edit.paste_back else None,
+        _paste_back(canvas, mask, area, edit, fit) if edit.paste_back else None,
         float((np.asarray(mask) > 0).mean()),
-        on_white,
+        decode.is_on_white(given),
     )
+
+
+def _canvas(given: Image.Image, edit: ResolvedEdit, size: Size, fit: FitMode) -> Image.Image:
+    """The given picture with what it grows by, mirrored into the new area, in this size."""
+    if edit.grow is not None:
+        pixels = np.pad(np.asarray(given), (*_borders(edit.grow), (0, 0)), mode="symmetric")
+        given = Image.fromarray(pixels)
+    return fitted(given, size, fit) if given.size != size else given
+
+
+def _canvas_again(edit: ResolvedEdit, size: Size, fit: FitMode) -> Image.Image:
+    return _canvas(decode.own_size(edit.image, "image"), edit, size, fit)
+
+
+def _mask(given_size: Size, edit: ResolvedEdit, size: Size, fit: FitMode) -> Image.Image:
+    """The mask, black and white, in this size; it marks what the picture grows by, too.
+
+    given_size: of the given picture, to which the given mask belongs.
+    """
+    grey = fitted_mask(_given_mask(edit, given_size), given_size, fit)
+    if edit.grow is not None:
+        grey = Image.fromarray(np.pad(np.asarray(grey), _borders(edit.grow), constant_values=255))
+    return black_and_white(fitted_mask(grey, size, fit) if grey.size != size else grey)
+
+
+def _borders(grow: Grow) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (grow.top, grow.bottom), (grow.left, grow.right)
 
 
 def _given_mask(edit: ResolvedEdit, size: Size) -> Image.Image:
@@ -153,14 +186,6 @@ def _given_mask(edit: ResolvedEdit, size: Size) -> Image.Image:
     if edit.mask_channel == "alpha":
         return decode.mask(edit.image, "alpha", "image")
     return Image.new("L", size)
-
-
-def _grown(canvas: Image.Image, grey: Image.Image, grow: Grow) -> tuple[Image.Image, Image.Image]:
-    """The extended picture, mirrored into the new area, and its mask, which marks that area."""
-    borders = ((grow.top, grow.bottom), (grow.left, grow.right))
-    pixels = np.pad(np.asarray(canvas), (*borders, (0, 0)), mode="symmetric")
-    marks = np.pad(np.asarray(grey), borders, constant_values=255)
-    return Image.fromarray(pixels), Image.fromarray(marks)
 
 
 def _masked_box(mask: Image.Image, margin: int, frame: Size) -> Box:
@@ -186,14 +211,20 @@ def _widened(start: int, end: int, length: int, limit: int) -> tuple[int, int]:
     return start, start + length
 
 
-def _paste_back(canvas: Image.Image, mask: Image.Image, area: Area, edit: ResolvedEdit) -> PasteBack:
+def _paste_back(
+    canvas: Image.Image, mask: Image.Image, area: Area, edit: ResolvedEdit, fit: FitMode
+) -> PasteBack:
+    is_large = canvas.width * canvas.height > KEPT_PIXELS
+    canvas_of = partial(_canvas_again, edit, canvas.size, fit) if is_large else (lambda: canvas)
+    scale = min(1.0, PREVIEW_SIDE / max(canvas.size))
+    small = _scaled(canvas, scale)
     box = mask.getbbox()
     if box is None or edit.strength == 0:
-        return PasteBack(canvas, area, None, Image.new("L", (1, 1)))
+        return PasteBack(canvas_of, small, scale, area, None, Image.new("L", (1, 1)))
     left, top, right, bottom = _extended(box, edit.feather, canvas.size)
     edges = area.box  # with only_masked there is nothing outside of it
     changed = max(left, edges[0]), max(top, edges[1]), min(right, edges[2]), min(bottom, edges[3])
-    return PasteBack(canvas, area, changed, transition(mask.crop(changed), edit.feather))
+    return PasteBack(canvas_of, small, scale, area, changed, transition(mask.crop(changed), edit.feather))
 
 
 def _extended(box: Box, margin: int, size: Size) -> Box:

@@ -85,7 +85,7 @@ def test_every_byte_outside_is_kept_and_every_marked_pixel_is_new(
 
     assert inpainting.image.size == inpainting.mask.size == size
     assert inpainting.paste_back is not None
-    result = np.asarray(inpainting.paste_back.picture(Image.new("RGB", size, NEW)))
+    result = np.asarray(inpainting.paste_back.pictures([Image.new("RGB", size, NEW)])[0])
     canvas, marked = np.zeros_like(result), np.ones(result.shape[:2], np.uint8)
     inside = np.s_[grown[2] : grown[2] + height, grown[0] : grown[0] + width]
     canvas[inside], marked[inside] = np.asarray(source), np.asarray(mask) > 0
@@ -95,8 +95,8 @@ def test_every_byte_outside_is_kept_and_every_marked_pixel_is_new(
     assert (result[kept] == canvas[kept]).all()
     assert (np.asarray(inpainting.mask) > 0).any(), "the pipeline has something to do"
     rough = Image.new("RGB", (size[0] // 8, size[1] // 8), NEW)
-    preview = inpainting.paste_back.preview(rough, 100)
-    assert max(preview.size) == min(100, max(result.shape[:2]))
+    preview = inpainting.paste_back.preview(rough)
+    assert max(preview.size) == min(256, max(result.shape[:2]))
 
 
 def test_the_feather_falls_smoothly_and_evenly() -> None:
@@ -107,7 +107,8 @@ def test_the_feather_falls_smoothly_and_evenly() -> None:
 
     pasted = prepare(edit, size, "crop").paste_back
     assert pasted is not None
-    row = np.asarray(pasted.picture(Image.new("RGB", size, (255, 255, 255))))[20, :, 0].astype(int)
+    (picture,) = pasted.pictures([Image.new("RGB", size, (255, 255, 255))])
+    row = np.asarray(picture)[20, :, 0].astype(int)
 
     assert row[29] == 0, "the 21st pixel"
     assert (row[50:] == 255).all()
@@ -123,7 +124,24 @@ def test_strength_zero_gives_the_picture_itself() -> None:
     inpainting = prepare(edit, size, "crop")
 
     assert inpainting.paste_back is not None
-    assert inpainting.paste_back.picture(inpainting.image).tobytes() == source.tobytes()
+    assert inpainting.paste_back.pictures([inpainting.image])[0].tobytes() == source.tobytes()
+
+
+def test_a_large_picture_is_not_kept_while_its_request_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    source, mask = photo(150, 90), rectangle((150, 90), (20, 20, 40, 40))
+    edit, size = resolved(Edit(image=png(source), mask_image=png(mask), grow=Grow(left=8)))
+    kept = prepare(edit, size, "crop").paste_back
+    monkeypatch.setattr("deployments.media.inpainting.KEPT_PIXELS", 1000)
+
+    restored = prepare(edit, size, "crop").paste_back
+
+    assert kept is not None
+    assert restored is not None
+    assert kept.canvas() is kept.canvas()
+    assert restored.canvas() is not restored.canvas()
+    new = Image.new("RGB", size, NEW)
+    one, other = kept.pictures([new, new]), restored.pictures([new, new])
+    assert [picture.tobytes() for picture in one] == [picture.tobytes() for picture in other]
 
 
 def test_a_grown_picture_is_mirrored_into_the_new_area() -> None:
