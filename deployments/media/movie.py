@@ -119,13 +119,13 @@ def _timed(spec: VideoSpec, parts: Sequence[Any]) -> list[Any]:
     for index, part in enumerate(parts):
         for packet in part.demux(part.streams.video[0]):
             if packet.pts is not None:  # None marks the end of the stream
-                number = round(packet.pts * packet.time_base * spec.fps)
+                number = round(packet.pts * packet.time_base * spec.rate)
                 packets.append((packet, index * SEGMENT_FRAMES + number))
     if len(packets) != spec.num_frames:
         raise Internal(f"the segments contain {len(packets)} frames of {spec.num_frames}")
     delay = max(position - number for position, (_, number) in enumerate(packets))
     for position, (packet, number) in enumerate(packets):
-        ticks = 1 / (packet.time_base * spec.fps)
+        ticks = 1 / (packet.time_base * spec.rate)
         packet.pts, packet.dts = round(number * ticks), round((position - delay) * ticks)
         packet.duration = round(ticks)
     return [packet for packet, _ in packets]
@@ -144,7 +144,7 @@ def _stream(container: Any, spec: VideoSpec, threads: int) -> Any:
             os.environ.setdefault("SVT_LOG", "1")  # only errors; by default it prints its settings
             options = {"preset": "8", "svtav1-params": f"lp={threads}"}
     options |= {"crf": crf, "g": str(SEGMENT_FRAMES)}
-    stream = container.add_stream(ENCODERS[name], rate=spec.fps, options=options)
+    stream = container.add_stream(ENCODERS[name], rate=spec.rate, options=options)
     stream.width, stream.height, stream.pix_fmt = spec.width, spec.height, "yuv420p"
     codec = stream.codec_context
     codec.thread_count = threads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 import numpy as np
@@ -16,6 +17,8 @@ SEGMENT_FRAMES = 32  # each segment starts with a key frame; 2 s at the 16 frame
 SHEET_TILES = 25  # at most
 SHEET_COLUMNS = 5
 MIN_SIDE, MAX_SIDE = 16, 8192  # pixels
+NTSC = Fraction(1000, 1001)  # of 24, 30 and 60 frames a second, which are written 23.976, 29.97 and 59.94
+NTSC_WRITTEN = 0.005  # how far what is written may be from it
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +28,7 @@ class VideoSpec:
     width: int  # pixels; both even, because colours in yuv420p have half the resolution
     height: int
     num_frames: int
-    fps: int
+    fps: float
     format: Literal["mp4", "webm"] = "mp4"
     quality: int = 80  # 1..100
     comment: str = ""  # written into the container, as is the description
@@ -41,9 +44,17 @@ class VideoSpec:
             )
         if max(self.width, self.height) > MAX_SIDE or self.num_frames < 1 or not 1 <= self.fps <= 120:
             raise BadRequest(
-                f"{self.num_frames} frames of {self.width}x{self.height} at {self.fps} a second cannot be "
+                f"{self.num_frames} frames of {self.width}x{self.height} at {self.fps:g} a second cannot be "
                 f"encoded; sides go up to {MAX_SIDE}, frames from 1, fps from 1 to 120"
             )
+
+    @property
+    def rate(self) -> Fraction:
+        """Frames a second as containers hold it; 30000/1001 for 29.97."""
+        if float(self.fps).is_integer():
+            return Fraction(int(self.fps))
+        ntsc = round(self.fps) * NTSC
+        return ntsc if abs(ntsc - self.fps) <= NTSC_WRITTEN else Fraction(self.fps).limit_denominator(1001)
 
     @property
     def media_type(self) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_SEED = 2**63 - 1
+SEEDS = 2**32  # random seeds are below it: as other tools draw them, and exact in JavaScript's numbers
 MAX_CONTROLS = 4  # of one request; each costs a forward of its ControlNet at every step
 MAX_CONTROL_WEIGHT = 2.0
 MAX_PREVIEWS = 8
@@ -174,7 +175,7 @@ class Video(Strict):
     """Asks for a video as the result. A field that is None takes the card's default."""
 
     num_frames: int | None = Field(None, ge=1, le=MAX_FRAMES)
-    fps: int | None = Field(None, ge=1, le=MAX_FPS, description="Frames shown per second.")
+    fps: int | float | None = Field(None, ge=1, le=MAX_FPS, description="Frames shown per second.")
     seconds: float | None = Field(
         None, gt=0, le=600, description="Instead of num_frames; the nearest number of frames is taken."
     )
@@ -292,7 +293,7 @@ class ResolvedVideo(Video):
     """A video in which everything is decided; `seconds` has become num_frames."""
 
     num_frames: int
-    fps: int
+    fps: int | float
     seconds: None = None
     framewise: bool = Field(False, description="A picture model makes every frame as a picture.")
 

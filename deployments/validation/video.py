@@ -112,7 +112,7 @@ def _end_seed(video: Video, limits: Videos, seed: int) -> int | None:
     return seed + 1 if seed < MAX_SEED else 0
 
 
-def _num_frames(video: Video, fps: int, limits: Videos, card_id: str) -> int:
+def _num_frames(video: Video, fps: float, limits: Videos, card_id: str) -> int:
     if video.seconds is not None:
         return _frames_of_seconds(video, video.seconds, fps, limits, card_id)
     requested = limits.num_frames if video.num_frames is None else video.num_frames
@@ -127,13 +127,13 @@ def _num_frames(video: Video, fps: int, limits: Videos, card_id: str) -> int:
     return requested
 
 
-def _frames_of_seconds(video: Video, seconds: float, fps: int, limits: Videos, card_id: str) -> int:
+def _frames_of_seconds(video: Video, seconds: float, fps: float, limits: Videos, card_id: str) -> int:
     if video.num_frames is not None:
         raise BadRequest("seconds and num_frames are both given; send one of them", param="seconds")
     longest_s = limits.max_frames / fps
     if seconds > longest_s:
         raise BadRequest(
-            f"seconds is {seconds:g}; {card_id} makes at most {longest_s:.4g} at {fps} frames a second",
+            f"seconds is {seconds:g}; {card_id} makes at most {longest_s:.4g} at {fps:g} frames a second",
             param="seconds",
         )
     return _nearest_num_frames(seconds * fps, limits)

@@ -58,8 +58,10 @@ def default_model(
     """Id of the model for a request that names none: the first that can serve it, loaded models first.
 
     controls: types of its control pictures. refiner: whether the model must have one.
-    Raises ModelUnavailable when no card can do that.
+    Raises BadRequest when no card can do that, ModelUnavailable while no model is served at all.
     """
+    if not cards:
+        raise ModelUnavailable("no model is served now; try again later", param="model")
     able = [
         card.id
         for card in cards.values()
@@ -70,7 +72,10 @@ def default_model(
     if not able:
         with_controls = f" with control pictures of type {', '.join(sorted(controls))}" if controls else ""
         with_refiner = " and a refiner" if refiner else ""
-        raise ModelUnavailable(
-            f"no model here can do {task.value}{with_controls}{with_refiner}", param="model"
+        tasks = dict.fromkeys(known for card in cards.values() for known in card.tasks)
+        raise BadRequest(
+            f"no model here can do {task.value}{with_controls}{with_refiner}; "
+            f"they can do {', '.join(tasks)}: see GET /api/models/",
+            param="model",
         )
     return next((model_id for model_id in able if model_id in ready), able[0])

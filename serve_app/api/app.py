@@ -23,6 +23,7 @@ from serve_app.api import (
 from serve_app.api.auth import get_caller
 from serve_app.api.middleware.stack import middleware_stack
 from serve_app.api.openapi import ERROR_RESPONSES, WeftApi
+from serve_app.api.query import check_parameters
 from serve_app.api.state import ApiState
 
 ROUTERS: tuple[APIRouter, ...] = (
@@ -55,12 +56,13 @@ def create_app(state: ApiState) -> FastAPI:
     exception_handlers.install(app)
     app.include_router(ops.public)
     app.include_router(docs.public)
-    app.include_router(sessions.public, responses=ERROR_RESPONSES)
-    app.include_router(links.public, responses=ERROR_RESPONSES)
-    app.include_router(websocket.router)
+    checked = Depends(check_parameters)
+    app.include_router(sessions.public, dependencies=[checked], responses=ERROR_RESPONSES)
+    app.include_router(links.public, dependencies=[checked], responses=ERROR_RESPONSES)
+    app.include_router(websocket.router, dependencies=[checked])
     for router in ROUTERS:
         # denied by default: a route of these routers needs a known caller even if it forgets to ask
-        app.include_router(router, dependencies=[Depends(get_caller)], responses=ERROR_RESPONSES)
+        app.include_router(router, dependencies=[Depends(get_caller), checked], responses=ERROR_RESPONSES)
     if state.settings.ui:
         app.include_router(page.router)
         app.mount("/ui", page.PageFiles(), name="ui")

@@ -1,5 +1,6 @@
 """Handlers for every expected exception of a route; unexpected ones end in ErrorBoundaryMiddleware."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
@@ -7,6 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import HTTPConnection
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.websockets import WebSocket
 
 from deployments.protocol.errors import BadRequest, Internal, NotFound, TooLarge, WeftError
@@ -35,20 +37,35 @@ async def _on_invalid_parameters(connection: HTTPConnection, error: Exception) -
 
 async def _on_http_exception(connection: HTTPConnection, error: Exception) -> Any:
     assert isinstance(error, HTTPException)
-    response = await _answer(connection, _from_http_exception(connection, error), status=error.status_code)
-    if response is not None and error.headers:
-        response.headers.update(error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(_allowed_methods(connection))
+    reason = _from_http_exception(connection, error, headers)
+    response = await _answer(connection, reason, status=error.status_code)
+    if response is not None:
+        response.headers.update(headers)
     return response
 
 
-def _from_http_exception(connection: HTTPConnection, error: HTTPException) -> WeftError:
+def _allowed_methods(connection: HTTPConnection) -> list[str]:
+    """The methods that some route of this path takes; the router names those of the first route only."""
+    methods: set[str] = set()
+    for route in connection.app.routes:
+        for method in ("GET", "POST", "PATCH", "PUT", "DELETE"):
+            if route.matches({**connection.scope, "method": method})[0] is Match.FULL:
+                methods.add(method)
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
+
+
+def _from_http_exception(
+    connection: HTTPConnection, error: HTTPException, headers: Mapping[str, str]
+) -> WeftError:
     call = f"{connection.scope.get('method', 'GET')} {route_path(connection.scope)[:200]}"
     match error.status_code:
         case 404:
             return NotFound(f"there is no {call}; GET /docs lists what there is")
         case 405:
-            allowed = (error.headers or {}).get("Allow", "another method")
-            return BadRequest(f"{call} is not allowed; use {allowed}")
+            return BadRequest(f"{call} is not allowed; use {headers['Allow']}")
         case 413:
             return TooLarge(str(error.detail))
         case status if status < 500:

@@ -1,13 +1,16 @@
 """Jobs of the caller: read, list, cancel, delete; the result cache and the webhook secret."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query
 
+from deployments.protocol.errors import NotFound
+from serve_app.admission.validation import find_card
 from serve_app.api.auth import CurrentCaller
-from serve_app.api.caller import JobId
-from serve_app.api.schemas.job import JobEnded, JobList, JobOut, WebhookSecret
-from serve_app.jobs.job import JobState
+from serve_app.api.caller import CallerContext, JobId
+from serve_app.api.schemas.job import AfterCancel, JobEnded, JobList, JobOut, WebhookSecret
+from serve_app.jobs.job import Job, JobState
+from serve_app.jobs.store.owner_index import JobFilter
 
 router = APIRouter(tags=["generate"])
 
@@ -40,10 +43,15 @@ async def list_jobs(
     ] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     status: Annotated[JobState | None, Query(description="Only jobs in this state.")] = None,
-    model: Annotated[str | None, Query(max_length=200, description="Only jobs of this model id.")] = None,
+    model: Annotated[str | None, Query(max_length=200, description="Only jobs of this model.")] = None,
+    kind: Annotated[Literal["image", "video"] | None, Query(description="Only jobs of this kind.")] = None,
+    q: Annotated[
+        str | None, Query(max_length=200, description="Only jobs with this text in their prompt.")
+    ] = None,
 ) -> JobList:
     """The caller's jobs, newest first."""
-    page = await caller.job_service.list(caller.owner, cursor=cursor, limit=limit, state=status, model=model)
+    where = JobFilter(status, None if model is None else _model_id(model, caller), kind, q)
+    page = await caller.job_service.list(caller.owner, cursor=cursor, limit=limit, where=where)
     return JobList(jobs=[JobOut.of(job, caller.prefix) for job in page.jobs], next_cursor=page.next_cursor)
 
 
@@ -55,4 +63,25 @@ async def cancel_or_delete(job_id: JobId, caller: CurrentCaller) -> JobEnded:
         await caller.job_service.delete(job_id, caller.owner)
         return JobEnded(id=job_id, status="deleted")
     job = await caller.job_service.cancel(job_id, caller.owner)
-    return JobEnded(id=job_id, status="cancelled" if job.state is JobState.cancelled else "cancelling")
+    return JobEnded(id=job_id, status=_after_cancel(job))
+
+
+def _model_id(name: str, caller: CallerContext) -> str:
+    """The id of the model with this id or alias; the name itself for one that is served no more."""
+    try:
+        return find_card(name, caller.state.cards).id
+    except NotFound:
+        return name
+
+
+def _after_cancel(job: Job) -> AfterCancel:
+    """What became of a job that was to be cancelled; it may have ended by itself meanwhile."""
+    match job.state:
+        case JobState.completed:
+            return "completed"
+        case JobState.failed:
+            return "failed"
+        case JobState.cancelled:
+            return "cancelled"
+        case _:
+            return "cancelling"

@@ -2,12 +2,13 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -15,6 +16,7 @@ from starlette.requests import Request
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import MAX_LORAS
 from serve_app.api.json_shape import check_json_shape
+from serve_app.api.schemas.body import check_names, field_names, without_nulls
 from serve_app.api.schemas.lora_fields import AS_TEXT
 from serve_app.api.state import api_state
 from serve_app.api.validation_messages import bad_request
@@ -62,8 +64,10 @@ async def opened_body(
         yield await read_json(http_request, schema)
         return
     max_lora_files = MAX_LORAS if "lora_files" in schema.model_fields else 0
-    async with http_request.form(max_files=len(files) + max_lora_files, max_fields=MAX_FORM_FIELDS) as form:
-        texts, uploads = await _read_form(form, files, any_files=bool(max_lora_files), on_disk=on_disk)
+    fields = {name: field for field in files for name in field_names(schema)[field]}
+    async with http_request.form(max_files=len(fields) + max_lora_files, max_fields=MAX_FORM_FIELDS) as form:
+        texts, uploads = await _read_form(form, fields, any_files=bool(max_lora_files), on_disk=on_disk)
+        check_names([*texts, *uploads], schema)
         try:
             body = schema.model_validate_strings(texts)
         except ValidationError as error:
@@ -79,8 +83,14 @@ def _parsed(body: bytes, schema: type[Body], max_depth: int) -> Body:
     except BadRequest as error:
         raise HTTPException(400, error.message) from None
     try:
-        # Rust's parser: NaN, endless numbers, lone surrogates and deep nesting are faults, not crashes
-        return schema.model_validate_json(body)
+        # Rust's parser: endless numbers, lone surrogates and deep nesting are faults, not crashes
+        values = without_nulls(from_json(body))
+    except ValueError as error:
+        raise BadRequest(f"the body is not valid JSON ({error}); send one object") from None
+    if isinstance(values, dict):
+        check_names(values, schema)
+    try:
+        return schema.model_validate(values)
     except ValidationError as error:
         raise bad_request(error, schema) from None
 
@@ -112,11 +122,12 @@ def _inline(node: Any, definitions: dict[str, Any]) -> Any:
 
 
 async def _read_form(
-    form: FormData, files: tuple[str, ...], *, any_files: bool, on_disk: tuple[str, ...]
+    form: FormData, files: Mapping[str, str], *, any_files: bool, on_disk: tuple[str, ...]
 ) -> tuple[dict[str, str], dict[str, bytes | SpooledFile]]:
-    """Text fields and uploads. Empty text fields are left out: a form sends every field.
+    """Text fields by name, and uploads by field. Empty ones are left out: a form sends every field.
 
-    any_files: whether uploads may have names that are not in `files`.
+    files: by name of a file field, the field of the schema. any_files: whether uploads may have names that
+    are not in `files`.
     """
     texts: dict[str, str] = {}
     uploads: dict[str, bytes | SpooledFile] = {}
@@ -125,12 +136,15 @@ async def _read_form(
             raise BadRequest(
                 f"{name[:100]} does not say which weight belongs to which LoRA; {AS_TEXT}", param="loras"
             )
-        if name in texts or name in uploads:
+        field = files.get(name, name)
+        if name in texts or field in uploads:
             raise BadRequest(f"{name[:100]} is there twice; send it once", param=name[:100])
         if isinstance(value, UploadFile):
+            if not (value.filename or value.size):
+                continue  # a file field of a web page in which no file was chosen
             if name not in files and not any_files:
                 raise BadRequest(f"{name[:100]} cannot be a file; files are {', '.join(files)}")
-            uploads[name] = SpooledFile(value.file) if name in on_disk else await value.read()
+            uploads[field] = SpooledFile(value.file) if field in on_disk else await value.read()
         elif value:
             texts[name] = _check_text(name, value)
     return texts, uploads

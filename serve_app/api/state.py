@@ -44,6 +44,7 @@ class ApiState:
     metrics: ApiMetrics = field(default_factory=ApiMetrics)
     lora_service: LoraService | None = None  # None: requests cannot name LoRAs
     refresh_cards: Callable[[], Awaitable[None]] | None = None  # None: cards never change
+    behind_serve: bool = False  # whether Ray Serve's proxy passes the calls on
     accounts: StoreClient | None = None  # the store of users and keys; None: there is only WEFT_API_KEY
 
     @cached_property

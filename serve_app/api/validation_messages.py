@@ -1,12 +1,13 @@
 """pydantic's validation errors as one sentence: which field is wrong, and what would be right."""
 
-from collections.abc import Mapping
-from difflib import get_close_matches
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from deployments.protocol.errors import BadRequest
+from serve_app.api.field_suggestions import suggestion
+from serve_app.api.schemas.body import field_names
 
 MAX_FAULTS = 5  # in one message
 
@@ -23,10 +24,10 @@ def plain_message(fault: Mapping[str, Any]) -> str:
     """pydantic's message without its prefixes, and in our words where those are clearer."""
     message = str(fault["msg"]).removeprefix("Value error, ").removeprefix("Input ")
     match fault["type"]:
-        case "json_invalid":
-            return f"the body is not valid JSON ({message.removeprefix('Invalid JSON: ')}); send one object"
         case "model_type":
             return 'the body must be one JSON object, such as {"prompt": "a red fox"}'
+        case "list_type":
+            return "should be a valid array"
         case "finite_number":
             return "must be a finite number; NaN and numbers beyond 1e308 are not"
         case _:
@@ -38,6 +39,23 @@ def _field_name(fault: Mapping[str, Any]) -> str | None:
     return name or None
 
 
+def _inner(schema: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
+    """The schema of the object at this path in a body; the last known one where it cannot be found."""
+    for part in path:
+        names = field_names(schema).items()
+        field = next((field for field, known in names if part in known), None)
+        if field is not None:
+            schema = next(_schemas_in(schema.model_fields[field].annotation), schema)
+    return schema
+
+
+def _schemas_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _schemas_in(argument)
+
+
 def _describe(fault: Mapping[str, Any], schema: type[BaseModel]) -> str:
     name = _field_name(fault)
     if name is None:
@@ -45,8 +63,6 @@ def _describe(fault: Mapping[str, Any], schema: type[BaseModel]) -> str:
     if fault["type"] == "missing":
         return f"{name} is missing"
     if fault["type"] == "extra_forbidden":
-        fields = sorted(schema.model_fields)
-        near = get_close_matches(name, fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"there is {', '.join(fields)}"
-        return f"{name} is not a field of this request; {hint}"
+        *path, last = fault["loc"]
+        return f"{name} is not a field of this request; {suggestion(str(last), _inner(schema, path))}"
     return f"{name}: {plain_message(fault)}"

@@ -12,7 +12,7 @@ from deployments.protocol.request import GenerationRequest
 from serve_app.job_ids import is_job_id
 from serve_app.jobs import follow, signed_links
 from serve_app.jobs.job import IdempotencyKey, Job, JobState, StoredArtifact
-from serve_app.jobs.store.owner_index import JobPage
+from serve_app.jobs.store.owner_index import ALL_JOBS, JobFilter, JobPage
 from serve_app.jobs.store.reads import NO_SUCH_JOB
 from serve_app.jobs.store.store import FROM_START, JobStore
 from serve_app.jobs.submission import Submission
@@ -95,11 +95,10 @@ class JobService:
         *,
         cursor: str | None = None,
         limit: int = 50,
-        state: JobState | None = None,
-        model: str | None = None,
+        where: JobFilter = ALL_JOBS,
     ) -> JobPage:
         """The owner's jobs, newest first; a page may be short and still have a next_cursor."""
-        return await self._store.page(owner, cursor=cursor, limit=limit, state=state, model=model)
+        return await self._store.page(owner, cursor=cursor, limit=limit, where=where)
 
     async def cancel(self, job_id: str, owner: str) -> Job:
         """The job: cancelled, or running with cancel_requested, or as it ended before."""

@@ -10,7 +10,7 @@ from deployments.protocol import log_context
 from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest, Forbidden, Overloaded
-from deployments.protocol.request import GenerationRequest, ResolvedRequest
+from deployments.protocol.request import SEEDS, GenerationRequest, ResolvedRequest
 from serve_app.admission.validation import validate
 from serve_app.job_ids import new_job_id
 from serve_app.jobs import inputs
@@ -22,8 +22,6 @@ from serve_app.settings import Settings
 from serve_app.storage.model_digests import ModelDigests
 from serve_app.storage.results import ResultStore, input_path
 from serve_app.storage.url_fetcher import UrlFetcher
-
-SEEDS = 2**32  # random seeds are below it: as other tools draw them, and exact in JavaScript's numbers
 
 logger = logging.getLogger(__name__)
 

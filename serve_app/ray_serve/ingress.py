@@ -53,6 +53,7 @@ class Ingress:
                 lora_service=loras,
                 refresh_cards=served.refresh if served.cards_are_dynamic else None,
                 accounts=services.store.redis,
+                behind_serve=True,
                 metrics=ApiMetrics(RayMeter()),
             )
         )

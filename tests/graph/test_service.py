@@ -180,6 +180,26 @@ def test_bad_input_is_refused_before_any_job_exists(client: httpx.Client) -> Non
     assert client.get("/api/generate/", params={"limit": 1}).json() == before
 
 
+def test_an_answer_has_one_request_id_though_serve_adds_one_itself(client: httpx.Client) -> None:
+    for path in ("/health", "/api/models/", "/nothing/here"):
+        given = client.get(path, headers={"x-request-id": "caller-0001"})
+        made = client.get(path)
+
+        assert given.headers.get_list("x-request-id") == ["caller-0001"]
+        assert len(made.headers.get_list("x-request-id")) == 1
+    failed = client.post("/api/generate/image", json={"prompt": "a", "width": 1})
+    assert len(failed.headers.get_list("x-request-id")) == 1
+
+
+def test_head_has_the_head_of_get_through_serve(client: httpx.Client) -> None:
+    for path in ("/", "/ui/", "/health", "/api/models/", "/docs"):
+        got, head = client.get(path), client.head(path)
+
+        assert (head.status_code, head.content) == (got.status_code, b""), path
+        assert head.headers["content-type"] == got.headers["content-type"] if got.content else True
+        assert head.headers.get("content-length") == got.headers.get("content-length")
+
+
 def test_the_page_and_the_docs_are_served(client: httpx.Client) -> None:
     page = client.get("/", follow_redirects=True)
     assert "<title" in page.text

@@ -10,14 +10,20 @@ from deployments.protocol import log_context
 from deployments.protocol.log_context import LogContext
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
-RESPONSE_STARTS = ("http.response.start", "websocket.http.response.start")
+HTTP_START = "http.response.start"
+WEBSOCKET_STARTS = ("websocket.http.response.start",)
 
 
 class RequestIdMiddleware:
-    """Keeps the caller's X-Request-Id when it is well formed, and makes one otherwise."""
+    """Keeps the caller's X-Request-Id when it is well formed, and makes one otherwise.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Ray Serve's proxy gives every HTTP call without an id one, and adds the call's id to the answer itself.
+    """
+
+    def __init__(self, app: ASGIApp, *, sent_by_proxy: bool = False) -> None:
+        """sent_by_proxy: this app runs behind Ray Serve's proxy."""
         self.app = app
+        self.response_starts = WEBSOCKET_STARTS if sent_by_proxy else (HTTP_START, *WEBSOCKET_STARTS)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -27,7 +33,7 @@ class RequestIdMiddleware:
         scope = {**scope, "state": {**scope.get("state", {}), "request_id": request_id}}
 
         async def send_with_id(message: Message) -> None:
-            if message["type"] in RESPONSE_STARTS:
+            if message["type"] in self.response_starts:
                 MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 

@@ -6,6 +6,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from serve_app.admission.forwarded import TrustedProxies
 from serve_app.api.middleware.body_limit import BodyLimitMiddleware
 from serve_app.api.middleware.error_boundary import ErrorBoundaryMiddleware
+from serve_app.api.middleware.head import HeadMiddleware
 from serve_app.api.middleware.header_limit import HeaderLimitMiddleware
 from serve_app.api.middleware.http_metrics import HttpMetricsMiddleware
 from serve_app.api.middleware.local_only import LocalOnlyMiddleware
@@ -26,13 +27,14 @@ def middleware_stack(state: ApiState) -> list[Middleware]:
     return [
         Middleware(ServeHeadersMiddleware),
         Middleware(TrustedProxiesMiddleware, proxies=TrustedProxies(settings.trusted_proxies)),
-        Middleware(RequestIdMiddleware),
+        Middleware(RequestIdMiddleware, sent_by_proxy=state.behind_serve),
         Middleware(HttpMetricsMiddleware, metrics=state.metrics),
         Middleware(SecurityHeadersMiddleware),
         Middleware(ErrorBoundaryMiddleware),
         Middleware(TimeLimitMiddleware, max_call_s=settings.max_call_s),
         Middleware(HeaderLimitMiddleware),
         Middleware(LocalOnlyMiddleware, settings=settings),
+        Middleware(HeadMiddleware),
         Middleware(GZipMiddleware, minimum_size=GZIP_FROM_BYTES, compresslevel=5),
         Middleware(
             BodyLimitMiddleware,

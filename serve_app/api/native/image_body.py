@@ -5,7 +5,9 @@ from typing import Annotated, Any, Self
 from pydantic import (
     AliasChoices,
     Field,
+    TypeAdapter,
     ValidationError,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
@@ -27,13 +29,14 @@ from deployments.protocol.request import (
     OutputOptions,
     PictureFormat,
     Priority,
-    Strict,
     Task,
 )
+from serve_app.api.schemas.body import RequestBody
 from serve_app.api.schemas.files import ImageBytes
 from serve_app.api.schemas.generation import NativeFields
+from serve_app.api.schemas.numbers import Int, in_form
 
-IMAGE_FILES = ("image", "mask_image", "control_image")  # the file fields of a form
+IMAGE_FILES = ("image", "mask_image", "control_image")  # the file fields of a form, under any of their names
 
 EDIT_FIELDS = (  # that Edit has under the same names
     "mask_image",
@@ -45,23 +48,24 @@ EDIT_FIELDS = (  # that Edit has under the same names
     "only_masked_padding",
 )
 
-GrowPixels = Annotated[int, Field(ge=0, le=MAX_GROW)]
+GrowPixels = Annotated[Int, Field(ge=0, le=MAX_GROW)]
 Weight = Annotated[float, Field(ge=0, le=MAX_CONTROL_WEIGHT)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-def _bool_or_fraction(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+def _bool_or_fraction(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
     """One error message for a field of two types; pydantic would give one for each type."""
     try:
-        return handler(value)
+        return handler(_TEXT.validate_strings(value) if in_form(info) else value)
     except ValidationError:
         raise ValueError("must be true, false, or a number between 0 and 1, such as 0.8") from None
 
 
+_TEXT: TypeAdapter[bool | float] = TypeAdapter(bool | float)  # as a form writes it
 BoolOrFraction = Annotated[bool | Annotated[float, Field(gt=0, lt=1)], WrapValidator(_bool_or_fraction)]
 
 
-class ControlBody(Strict):
+class ControlBody(RequestBody):
     """One image whose edges, depth or pose the result follows."""
 
     image: ImageBytes = Field(repr=False)
@@ -93,21 +97,40 @@ class ImageBody(NativeFields):
 
     kind = "image"
 
-    num_images: int = Field(1, description="Images; their seeds count up from `seed`.")
+    num_images: Int = Field(
+        1,
+        validation_alias=AliasChoices(
+            "num_images", "n", "batch_size", "num_outputs", "num_images_per_prompt"
+        ),
+        description="Images; their seeds count up from `seed`. `n`, `batch_size`, `num_outputs` and "
+        "`num_images_per_prompt` are other names for it.",
+    )
     output_format: PictureFormat = "png"
-    output_quality: int = Field(95, ge=1, le=100, description="JPEG and WebP only.")
+    output_quality: Int = Field(95, ge=1, le=100, description="JPEG and WebP only.")
     priority: Priority = Field(
         "normal",
         description="Of this job: high before normal before low, within each owner's fair share.",
     )
-    image: ImageBytes | None = Field(None, repr=False, description="An image to start from.")
+    image: ImageBytes | None = Field(
+        None,
+        repr=False,
+        validation_alias=AliasChoices("image", "init_image"),
+        description="An image to start from; `init_image` is another name for it.",
+    )
     mask_image: ImageBytes | None = Field(
         None,
         repr=False,
-        description="White is regenerated, black and transparent pixels are kept; needs `image`.",
+        validation_alias=AliasChoices("mask_image", "mask"),
+        description="White is regenerated, black and transparent pixels are kept; needs `image`. `mask` is "
+        "another name for it.",
     )
     strength: float | None = Field(
-        None, ge=0, le=1, description="0 keeps the image, 1 replaces it; needs `image`."
+        None,
+        ge=0,
+        le=1,
+        validation_alias=AliasChoices("strength", "denoising_strength", "prompt_strength"),
+        description="0 keeps the image, 1 replaces it; needs `image`. `denoising_strength` and "
+        "`prompt_strength` are other names for it.",
     )
     mask_channel: MaskChannel | None = Field(
         None,
@@ -119,7 +142,7 @@ class ImageBody(NativeFields):
         description="true (the default): what the mask keeps is byte for byte that of `image`. false: as it "
         "comes out of the model.",
     )
-    feather: int | None = Field(
+    feather: Int | None = Field(
         None,
         ge=0,
         le=MAX_FEATHER,
@@ -133,7 +156,7 @@ class ImageBody(NativeFields):
         description="Regenerate the masked area alone, at the model's full size; `inpaint_full_res` is "
         "another name for it.",
     )
-    only_masked_padding: int | None = Field(
+    only_masked_padding: Int | None = Field(
         None,
         ge=0,
         le=MAX_GROW,

@@ -1,9 +1,12 @@
 """The body of POST /api/generate/video, which the task dialect takes too."""
 
-from pydantic import Field
+import secrets
+
+from pydantic import AliasChoices, Field
 
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import (
+    SEEDS,
     Edit,
     FitMode,
     GenerationRequest,
@@ -15,6 +18,7 @@ from deployments.protocol.request import (
 )
 from serve_app.api.schemas.files import ImageBytes
 from serve_app.api.schemas.generation import NativeFields
+from serve_app.api.schemas.numbers import RANDOM, EndSeed, Fps, Int
 from serve_app.api.schemas.seconds import Seconds
 
 VIDEO_FILES = ("image",)  # the file fields of a form
@@ -28,17 +32,32 @@ class VideoBody(NativeFields):
 
     kind = "video"
 
-    num_frames: int | None = Field(None, description="Frames; the model lists which numbers it can make.")
+    num_frames: Int | None = Field(None, description="Frames; the model lists which numbers it can make.")
     seconds: Seconds | None = Field(
-        None, gt=0, le=600, description="Instead of num_frames; the nearest number of frames is taken."
+        None,
+        gt=0,
+        le=600,
+        validation_alias=AliasChoices("seconds", "duration"),
+        description="Instead of num_frames; the nearest number of frames is taken. `duration` is "
+        "another name for it.",
     )
-    fps: int | None = Field(None, description="Frames shown per second.")
+    fps: Fps | None = Field(
+        None,
+        validation_alias=AliasChoices("fps", "frame_rate"),
+        description="Frames shown per second, such as 24, 29.97 or `30000/1001`; `frame_rate` is another "
+        "name for it.",
+    )
     output_format: VideoFormat = Field("mp4", description="mp4: H.264. webm: VP9, or AV1.")
     output_codec: VideoCodec | None = Field(
         None, description="mp4: h264. webm: vp9 or av1; without it the first of the format."
     )
-    output_quality: int = Field(80, ge=1, le=100, description="Of the encoding: higher is larger and closer.")
-    image: ImageBytes | None = Field(None, repr=False, description="The first frame of the video.")
+    output_quality: Int = Field(80, ge=1, le=100, description="Of the encoding: higher is larger and closer.")
+    image: ImageBytes | None = Field(
+        None,
+        repr=False,
+        validation_alias=AliasChoices("image", "init_image"),
+        description="The first frame of the video; `init_image` is another name for it.",
+    )
     strength: float | None = Field(
         None,
         ge=0,
@@ -49,7 +68,9 @@ class VideoBody(NativeFields):
         "crop", description="How an `image` of another aspect ratio is fitted: crop, pad or stretch."
     )
     end_prompt: str | None = Field(None, description="Frame-wise only: what the last frame shows.")
-    end_seed: int | None = Field(None, description="Frame-wise only: the seed of the last frame's noise.")
+    end_seed: EndSeed = Field(
+        None, description="Frame-wise only: the seed of the last frame's noise; -1 for a random one."
+    )
     zoom: float | None = Field(
         None,
         description="Frame-wise only, 0.25-4: magnification of the last frame relative to `image`, "
@@ -84,7 +105,7 @@ class VideoBody(NativeFields):
                 codec=self.output_codec,
                 quality=self.output_quality,
                 end_prompt=self.end_prompt,
-                end_seed=self.end_seed,
+                end_seed=secrets.randbelow(SEEDS) if self.end_seed == RANDOM else self.end_seed,
                 zoom=self.zoom,
                 pan_x=self.pan_x,
                 pan_y=self.pan_y,

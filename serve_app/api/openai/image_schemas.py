@@ -8,6 +8,7 @@ from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import GenerationRequest, OutputOptions, PictureFormat, Task
 from serve_app.api.schemas.generation import OpenAIFields
 from serve_app.api.schemas.job import WarningOut
+from serve_app.api.schemas.numbers import Int
 
 
 class OpenAIImageBody(OpenAIFields):
@@ -15,19 +16,19 @@ class OpenAIImageBody(OpenAIFields):
 
     kind = "openai image"
 
-    n: int | None = Field(None, ge=1, le=10, description="Number of images.")
+    n: Int | None = Field(None, ge=1, le=10, description="Number of images.")
     response_format: Literal["url", "b64_json"] | None = Field(
         None, description="b64_json by default; a url needs the same key."
     )
     output_format: PictureFormat | None = None
-    output_compression: int | None = Field(None, ge=0, le=100, description="JPEG and WebP quality.")
+    output_compression: Int | None = Field(None, ge=0, le=100, description="JPEG and WebP quality.")
     stream: bool | None = Field(None, description="Answer with server-sent events.")
-    partial_images: int | None = Field(
+    partial_images: Int | None = Field(
         None, ge=0, le=3, description="Preview images during denoising; needs stream."
     )
     background: Literal["auto", "opaque"] | None = Field(None, description="Images are always opaque.")
     scheduler: str | None = Field(None, description="Noise scheduler, where the model offers a choice.")
-    max_sequence_length: int | None = Field(None, description="Text tokens.")
+    max_sequence_length: Int | None = Field(None, description="Text tokens.")
     # Accepted and ignored: no model here has such a choice.
     quality: str | None = None
     style: str | None = None

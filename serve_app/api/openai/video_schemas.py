@@ -10,20 +10,21 @@ from deployments.protocol.request import (
     FitMode,
     GenerationRequest,
     ResolvedRequest,
-    Strict,
     Task,
     Video,
     VideoFormat,
 )
+from serve_app.api.schemas.body import RequestBody
 from serve_app.api.schemas.files import ImageBytes
 from serve_app.api.schemas.generation import OpenAIFields
 from serve_app.api.schemas.job import WarningOut
+from serve_app.api.schemas.numbers import Fps, Int
 from serve_app.api.schemas.seconds import Seconds
 from serve_app.api.schemas.submit_body import SubmitDefaults
 from serve_app.jobs.job import Job, JobState
 
 
-class ImageReference(Strict):
+class ImageReference(RequestBody):
     """An image as OpenAI's JSON carries it."""
 
     image_url: ImageBytes = Field(repr=False)
@@ -41,8 +42,8 @@ class OpenAIVideoBody(OpenAIFields):
     reference_url: ImageBytes | None = Field(
         None, repr=False, validation_alias="input_reference[image_url]", description="The same, in a form."
     )
-    num_frames: int | None = Field(None, description="Frames; the model lists which numbers it can make.")
-    fps: int | None = Field(None, description="Frames shown per second.")
+    num_frames: Int | None = Field(None, description="Frames; the model lists which numbers it can make.")
+    fps: Fps | None = Field(None, description="Frames shown per second.")
     output_format: VideoFormat | None = None
     fit: FitMode | None = Field(
         None, description="How a first frame of another aspect ratio is fitted: crop, pad or stretch."
@@ -75,7 +76,7 @@ class OpenAIVideoBody(OpenAIFields):
         return self.reference_url if reference is None else reference
 
 
-class VideoRemixBody(Strict):
+class VideoRemixBody(RequestBody):
     """A finished video again, with another prompt."""
 
     prompt: str
@@ -102,13 +103,13 @@ class RemixRequest(SubmitDefaults):
         return self.original.model_copy(update={"model": model, "prompt": self.prompt})
 
 
-class VideoId(Strict):
+class VideoId(RequestBody):
     """A finished video of the caller."""
 
     id: str
 
 
-class VideoEditBody(Strict):
+class VideoEditBody(RequestBody):
     """A finished video again, with another prompt: OpenAI's `edits`."""
 
     prompt: str
@@ -234,7 +235,7 @@ class VideoObject(BaseModel):
     size: str
     remixed_from_video_id: str | None = None
     error: VideoError | None = None
-    fps: int
+    fps: int | float
     num_frames: int
     seed: int
     warnings: list[WarningOut]

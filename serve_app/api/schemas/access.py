@@ -7,11 +7,13 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from serve_app.admission.api_keys import ApiKey
 from serve_app.admission.principals import USER_SCOPES, Role, Scope
 from serve_app.admission.users import User
+from serve_app.api.schemas.body import NullableFields
+from serve_app.api.schemas.numbers import Int
 
-Seconds = Annotated[int, Field(ge=60, le=10 * 366 * 86_400)]
+Seconds = Annotated[Int, Field(ge=60, le=10 * 366 * 86_400, strict=True)]
 
 
-class LoginBody(BaseModel):
+class LoginBody(NullableFields):
     """A key, in this body or in the header."""
 
     model_config = ConfigDict(extra="forbid")
@@ -46,7 +48,7 @@ class LoggedOut(BaseModel):
     status: Literal["logged out"] = "logged out"
 
 
-class UserBody(BaseModel):
+class UserBody(NullableFields):
     """A new user."""
 
     model_config = ConfigDict(extra="forbid")
@@ -54,10 +56,10 @@ class UserBody(BaseModel):
     name: str = Field(min_length=1, max_length=100)
     email: str = Field(max_length=320)
     role: Role = Role.user
-    images_per_day: int | None = Field(None, ge=0, le=10**9)
+    images_per_day: Int | None = Field(None, ge=0, le=10**9, strict=True)
 
 
-class UserChange(BaseModel):
+class UserChange(NullableFields):
     """Disable a user, or enable them again."""
 
     model_config = ConfigDict(extra="forbid")
@@ -91,7 +93,7 @@ class UserList(BaseModel):
     users: list[UserOut]
 
 
-class KeyBody(BaseModel):
+class KeyBody(NullableFields):
     """A new key."""
 
     model_config = ConfigDict(extra="forbid")

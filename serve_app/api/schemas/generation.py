@@ -8,6 +8,8 @@ from pydantic import AliasChoices, Field
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import MAX_PREVIEWS, Exactness
 from serve_app.api.schemas.lora_fields import LoraFields
+from serve_app.api.schemas.numbers import Int, Seed
+from serve_app.api.schemas.sampler_names import SchedulerName
 
 SIZE = re.compile(r"([0-9]{1,5})x([0-9]{1,5})")
 
@@ -17,11 +19,15 @@ class GenerationFields(LoraFields):
 
     prompt: str = Field(description="What to generate.", examples=["a red fox in the snow"])
     model: str | None = Field(None, description="Id or alias; without it a model that is ready.")
-    width: int | None = Field(None, description="Pixels.", examples=[64])
-    height: int | None = Field(None, description="Pixels.", examples=[64])
-    num_inference_steps: int | None = Field(None, description="Denoising steps.", examples=[4])
+    width: Int | None = Field(None, description="Pixels.", examples=[64])
+    height: Int | None = Field(None, description="Pixels.", examples=[64])
+    num_inference_steps: Int | None = Field(None, description="Denoising steps.", examples=[4])
     guidance_scale: float | None = Field(None, description="How closely to follow the prompt.")
-    seed: int | None = Field(None, description="0 to 2^63-1; without it a random one.", examples=[7])
+    seed: Seed = Field(
+        None,
+        description="0 to 2^63-1, as a number or as text; -1, random or none: a random one.",
+        examples=[7],
+    )
     exact: Exactness | None = Field(
         None,
         description="strict: no bit depends on other requests. prefer: none where that is proven, and a "
@@ -37,15 +43,25 @@ class NativeFields(GenerationFields):
     """The fields that the native bodies for images and for videos share."""
 
     negative_prompt: str = Field("", description="What to avoid, for models that take it.")
-    num_inference_steps: int | None = Field(
+    num_inference_steps: Int | None = Field(
         None,
         validation_alias=AliasChoices("num_inference_steps", "steps"),
         description="Denoising steps; `steps` is another name for it.",
         examples=[4],
     )
-    scheduler: str = Field("auto", description="Noise scheduler, where the model offers a choice.")
-    max_sequence_length: int | None = Field(None, description="Text tokens.")
-    previews: int = Field(
+    guidance_scale: float | None = Field(
+        None,
+        validation_alias=AliasChoices("guidance_scale", "cfg_scale"),
+        description="How closely to follow the prompt; `cfg_scale` is another name for it.",
+    )
+    scheduler: SchedulerName = Field(
+        "auto",
+        validation_alias=AliasChoices("scheduler", "sampler", "sampler_name"),
+        description="Noise scheduler, where the model offers a choice; `sampler` and `sampler_name` are "
+        "other names for it, and `Euler a` for `euler_a`.",
+    )
+    max_sequence_length: Int | None = Field(None, description="Text tokens.")
+    previews: Int = Field(
         0, ge=0, le=MAX_PREVIEWS, description="Preview images during denoising, sent as events."
     )
     webhook_url: str | None = Field(

@@ -114,7 +114,7 @@ class JobVideoOut(BaseModel):
     """The video as it is generated."""
 
     num_frames: int
-    fps: int
+    fps: int | float
     seconds: float
     format: str
     quality: int
@@ -321,10 +321,14 @@ class JobList(BaseModel):
     next_cursor: str | None = Field(description="`cursor` of the next page; null: this is the last one.")
 
 
+AfterCancel = Literal["cancelled", "cancelling", "completed", "failed"]
+
+
 class JobEnded(BaseModel):
     """What a DELETE did."""
 
     id: str
-    status: Literal["cancelled", "cancelling", "deleted"] = Field(
-        description="cancelling: the job runs, and stops at its next step."
+    status: AfterCancel | Literal["deleted"] = Field(
+        description="cancelling: the job runs, and stops at its next step. completed, failed: it ended "
+        "before it could be cancelled; it stays until it is deleted."
     )

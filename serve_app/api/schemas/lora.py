@@ -6,7 +6,7 @@ from pydantic import BaseModel, Field, InstanceOf, ValidatorFunctionWrapHandler,
 from pydantic.json_schema import SkipJsonSchema
 
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import Strict
+from serve_app.api.schemas.body import RequestBody
 from serve_app.api.schemas.files import FileBytes
 from serve_app.loras.record import PUBLIC, LoraLabel, LoraRecord
 from serve_app.loras.spec import LoraSpec
@@ -17,7 +17,7 @@ def _split_words(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
     return value.split(",") if isinstance(value, str) else handler(value)
 
 
-class RegisterLoraBody(Strict):
+class RegisterLoraBody(RequestBody):
     """A LoRA to store: the form part `file`, or url, base64 or hub."""
 
     file: FileBytes | SkipJsonSchema[InstanceOf[SpooledFile]] | None = Field(

@@ -7,8 +7,10 @@ from pydantic import AliasChoices, Field, ValidatorFunctionWrapHandler, WrapVali
 from pydantic.json_schema import SkipJsonSchema
 
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import MAX_LORA_WEIGHT, MAX_LORAS, Strict
+from deployments.protocol.request import MAX_LORA_WEIGHT, MAX_LORAS
+from serve_app.api.schemas.body import RequestBody, without_nulls
 from serve_app.api.schemas.files import FileBytes
+from serve_app.api.schemas.numbers import Int
 from serve_app.api.schemas.submit_body import SubmitDefaults
 from serve_app.loras.spec import LoraSpec
 
@@ -18,7 +20,7 @@ AS_TEXT = 'send loras as JSON text, [{"id": "night", "weight": 0.8}], or as "nig
 Weight = Annotated[float, Field(ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)]
 
 
-class LoraBody(Strict):
+class LoraBody(RequestBody):
     """One LoRA of a request, by exactly one of id, url, base64, upload and hub."""
 
     id: str | None = Field(
@@ -69,7 +71,7 @@ class LoraBody(Strict):
         return LoraSpec("hub", self.weight, self.hub, param=param)
 
 
-class VllmOmniLora(Strict):
+class VllmOmniLora(RequestBody):
     """One LoRA as vLLM-Omni's clients write it."""
 
     name: str | None = Field(
@@ -79,7 +81,7 @@ class VllmOmniLora(Strict):
         None, min_length=1, max_length=1000, description="As `lora_path`; when it is given, name is a label."
     )
     scale: Weight = Field(1.0, validation_alias=AliasChoices("scale", "weight"))
-    int_id: int | None = Field(None, description="Accepted and ignored.")
+    int_id: Int | None = Field(None, description="Accepted and ignored.")
 
     @model_validator(mode="after")
     def _check_name_or_path(self) -> Self:
@@ -104,7 +106,7 @@ def _list_or_text(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
             entries = json.loads(text)
         except (ValueError, RecursionError):
             raise ValueError(f"cannot be read as JSON; {AS_TEXT}") from None
-        entries = entries if isinstance(entries, list) else [entries]
+        entries = without_nulls(entries if isinstance(entries, list) else [entries])
         _check_count(entries)
         return [LoraBody.model_validate(entry) for entry in entries]
     parts = [part.strip() for part in text.split(",") if part.strip()]
@@ -136,7 +138,7 @@ def _object_or_text(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         entry = json.loads(value)
     except (ValueError, RecursionError):
         raise ValueError('cannot be read as JSON; send {"name": "night", "scale": 0.8}') from None
-    return VllmOmniLora.model_validate(entry)
+    return VllmOmniLora.model_validate(without_nulls(entry))
 
 
 class LoraFields(SubmitDefaults):

@@ -2,7 +2,8 @@
 
 from typing import ClassVar, Protocol
 
-from deployments.protocol.request import ControlType, GenerationRequest, Strict, Task
+from deployments.protocol.request import ControlType, GenerationRequest, Task
+from serve_app.api.schemas.body import RequestBody
 from serve_app.jobs.store.cache_keys import body_digest
 from serve_app.loras.spec import LoraSpec
 
@@ -40,7 +41,7 @@ class SubmitBody(Protocol):
         """SHA-256 of the body: equal for equal bodies of one kind."""
 
 
-class SubmitDefaults(Strict):
+class SubmitDefaults(RequestBody):
     """The answers of a body that has no control images, refiner, webhook or LoRAs."""
 
     kind: ClassVar[str]  # of the body in its digest: another one would change the digests of stored keys

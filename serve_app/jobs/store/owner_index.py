@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 from redis.asyncio import Redis
 
@@ -18,6 +18,28 @@ CHUNK = 100  # index entries read at once
 CHUNKS = 10  # at most, per page: a rare filter is answered with a short page and a cursor
 
 Edge = tuple[int, str]  # (time of acceptance in us, job id): where a page ended
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Which jobs of an owner are listed; None: any."""
+
+    state: JobState | None = None
+    model: str | None = None
+    kind: Literal["image", "video"] | None = None
+    text: str | None = None  # in the prompt, whatever its case
+
+    def admits(self, job: Job) -> bool:
+        request = job.request
+        return (
+            self.state in (None, job.state)
+            and self.model in (None, request.model)
+            and self.kind in (None, "image" if request.video is None else "video")
+            and (self.text is None or self.text.casefold() in request.prompt.casefold())
+        )
+
+
+ALL_JOBS = JobFilter()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,16 +58,14 @@ class OwnerIndex:
         self._keys = keys
         self._key = keys.owner(owner)
 
-    async def page(
-        self, *, cursor: str | None, limit: int, state: JobState | None, model: str | None
-    ) -> JobPage:
-        """At most `limit` jobs older than the cursor, in this state, of this model."""
+    async def page(self, *, cursor: str | None, limit: int, where: JobFilter) -> JobPage:
+        """At most `limit` jobs older than the cursor that the filter admits."""
         edge = _parse(cursor)
         found: list[Job] = []
         for _ in range(CHUNKS):
             entries = await self._older(edge)
             for entry, job in await self._read(entries):
-                if state in (None, job.state) and model in (None, job.request.model):
+                if where.admits(job):
                     if len(found) == limit:
                         assert edge is not None, "a full page has a last job"
                         return JobPage(tuple(found), f"{edge[0]}-{edge[1]}")

@@ -21,7 +21,7 @@ from serve_app.jobs.store.file_expiry import FileExpiry
 from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.leases import Leases
 from serve_app.jobs.store.outbox import Outbox
-from serve_app.jobs.store.owner_index import JobPage, OwnerIndex
+from serve_app.jobs.store.owner_index import ALL_JOBS, JobFilter, JobPage, OwnerIndex
 from serve_app.jobs.store.reads import existing_job, read_group, read_job
 from serve_app.jobs.store.result_cache import ResultCache
 from serve_app.jobs.store.throughput import ThroughputStats
@@ -103,8 +103,7 @@ class JobStore:
         *,
         cursor: str | None = None,
         limit: int = 50,
-        state: JobState | None = None,
-        model: str | None = None,
+        where: JobFilter = ALL_JOBS,
     ) -> JobPage:
         """The owner's jobs, newest first. A page may be short and still have a next_cursor.
 
@@ -112,7 +111,7 @@ class JobStore:
         """
         index = OwnerIndex(self.redis, self._keys, owner)
         with redis_errors():
-            return await index.page(cursor=cursor, limit=limit, state=state, model=model)
+            return await index.page(cursor=cursor, limit=limit, where=where)
 
     async def cancel(self, job_id: str) -> Job:
         """The job: cancelled if it waited, marked and soon cancelled if it runs, unchanged if it ended."""

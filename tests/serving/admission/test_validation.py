@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import BadRequest, ModelUnavailable, NotFound, WeftError
+from deployments.protocol.errors import BadRequest, NotFound, WeftError
 from deployments.protocol.request import GenerationRequest, Task
 from serve_app.admission.validation import MAX_COST_MPX_STEPS, default_model, find_card, validate
 from tests.serving.api.cards import CARDS, SCHNELL, SKETCH
@@ -86,12 +86,12 @@ def test_the_default_model_takes_the_control_pictures_and_has_the_refiner_asked_
 
     assert default_model(Task.t2i, CARDS, ready, controls={"canny"}) == SKETCH.id
     assert default_model(Task.t2i, CARDS, ready, refiner=True) == SKETCH.id
-    with pytest.raises(ModelUnavailable, match="t2i with control pictures of type canny, pose"):
+    with pytest.raises(BadRequest, match="t2i with control pictures of type canny, pose"):
         default_model(Task.t2i, CARDS, ready, controls={"pose", "canny"})
 
 
 def test_a_task_that_no_model_can_do_is_refused_with_the_reason():
-    with pytest.raises(ModelUnavailable, match="no model here can do inpaint"):
+    with pytest.raises(BadRequest, match="no model here can do inpaint"):
         default_model(Task.inpaint, {"sketch": SKETCH}, ready=())
 
 

@@ -45,7 +45,7 @@ async def assert_refused(
         ({"model": "skech"}, "Did you mean 'sketch'?", "model"),
         ({"model": 7}, "valid string", "model"),
         ({"model": ""}, "at least 1 character", "model"),
-        ({"prompt": None}, "valid string", "prompt"),
+        ({"prompt": None}, "prompt is missing", "prompt"),
         ({"prompt": "   "}, "describe the picture", "prompt"),
         ({"prompt": "x" * 100_000}, "32000", "prompt"),
         ({"prompt": "x" * 5_000}, "sketch takes at most 4000", "prompt"),
@@ -64,7 +64,9 @@ async def assert_refused(
         ({"steps": 4, "num_inference_steps": 5}, "steps", "steps"),
         ({"guidance_scale": 21}, "0-20", "guidance_scale"),
         ({"guidance_scale": -1.0}, "greater than or equal to 0", "guidance_scale"),
-        ({"seed": -1}, "greater than or equal to 0", "seed"),
+        ({"seed": -2}, "greater than or equal to 0", "seed"),
+        ({"seed": "seven"}, "-1 for a random one", "seed"),
+        ({"seed": 1e17}, "write it without one", "seed"),
         ({"seed": 2**63}, "less than or equal to 9223372036854775807", "seed"),
         ({"seed": 2**63 - 1, "num_images": 2}, "seed must be at most", "seed"),
         ({"num_images": 5}, "at most 4 at once", "num_images"),
@@ -77,7 +79,6 @@ async def assert_refused(
         ({"previews": True}, "valid integer", "previews"),
         ({"previews": "4"}, "valid integer", "previews"),
         ({"previews": 2.5}, "valid integer", "previews"),
-        ({"previews": None}, "valid integer", "previews"),
         ({"preview": 4}, "did you mean previews?", "preview"),
         ({"strength": 0.5}, "send image too", "strength"),
         ({"mask_image": base64.b64encode(forged.png()).decode()}, "send image too", "mask_image"),
@@ -391,7 +392,7 @@ async def test_no_body_whatever_breaks_the_openai_dialect(
         headers={"content-type": "application/json"},
     )
 
-    assert answer.status_code in (200, 400, 404), answer.text
+    assert answer.status_code in (200, 400, 403, 404), answer.text
     assert answer.status_code == 200 or answer.json()["error"]["message"]
     assert "event: error" not in answer.text
 

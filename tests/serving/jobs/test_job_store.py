@@ -15,6 +15,7 @@ from serve_app.jobs import events
 from serve_app.jobs.job import JobError, JobState, NewJob, StoredArtifact
 from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.leases import Claim, StaleClaim
+from serve_app.jobs.store.owner_index import JobFilter
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.store.transitions import Placement
 from serve_app.settings import Settings
@@ -467,8 +468,8 @@ async def test_lists_are_filtered_by_state_and_model(store: JobStore) -> None:
     waiting = await accepted(store, model="a")
     await store.leases.complete(await claimed(store, "a"), [], 1.0)
 
-    found = await store.page(OWNER, state=JobState.queued, model="a")
-    done = await store.page(OWNER, state=JobState.completed)
+    found = await store.page(OWNER, where=JobFilter(JobState.queued, "a"))
+    done = await store.page(OWNER, where=JobFilter(JobState.completed))
 
     assert [job.id for job in found.jobs] == [waiting]
     assert len(done.jobs) == 1
@@ -484,7 +485,7 @@ async def test_a_rare_filter_is_answered_in_short_pages_that_lead_to_the_end(
     cursor: str | None = None
 
     for _ in range(4):
-        page = await store.page(OWNER, cursor=cursor, limit=5, model="b")
+        page = await store.page(OWNER, cursor=cursor, limit=5, where=JobFilter(model="b"))
         pages.append([job.id for job in page.jobs])
         cursor = page.next_cursor
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments.protocol import log_context
@@ -96,6 +96,16 @@ async def test_the_request_id_is_in_the_answer_the_state_and_the_log_context() -
 
     assert [*seen, header(sent, "x-request-id")] == ["caller-0001"] * 3
     assert log_context.current().request_id != "caller-0001"
+
+
+async def test_behind_serve_the_request_id_is_left_to_its_proxy() -> None:
+    async def app(_call: Scope, receive: Receive, send: Send) -> None:
+        await Response()(_call, receive, send)
+
+    call = scope(headers=[(b"x-request-id", b"caller-0001")])
+    sent = await answered(RequestIdMiddleware(app, sent_by_proxy=True), call)
+
+    assert b"x-request-id" not in dict(sent[0]["headers"])
 
 
 async def test_an_unexpected_error_is_answered_with_its_request_id(caplog: pytest.LogCaptureFixture) -> None:
