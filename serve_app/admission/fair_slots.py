@@ -6,16 +6,24 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from deployments.protocol.errors import Overloaded
 
 RETRY_AFTER_S = 5.0
 
 
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    owner: str
+    granted: asyncio.Future[None]
+
+
 class FairSlots:
     """At most `total` at once, and of one owner at most `per_owner`.
 
-    A caller that finds none free waits. An owner that waits for its own work stands in the way of no other.
+    A caller that finds none free waits. A slot that becomes free goes to the waiting owner who holds the
+    fewest, and among these to the first who came.
     """
 
     def __init__(self, total: int, per_owner: int, wait_s: float, work: str) -> None:
@@ -25,42 +33,53 @@ class FairSlots:
         self._wait_s = wait_s
         self._work = work
         self._held: Counter[str] = Counter()
-        self._waiting: list[asyncio.Future[None]] = []
+        self._waiting: list[_Waiter] = []
 
     @asynccontextmanager
     async def hold(self, owner: str) -> AsyncIterator[None]:
         """Hold a slot while this is open. Raises Overloaded where none is free within the wait."""
-        try:
-            async with asyncio.timeout(self._wait_s) as waiting:
-                await self._acquire(owner)
-        except TimeoutError:
-            if not waiting.expired():
-                raise
-            raise self._overloaded(owner) from None
+        await self._acquire(_Waiter(owner, asyncio.get_running_loop().create_future()))
         try:
             yield
         finally:
-            self._held[owner] -= 1
-            self._held += Counter()  # drops owners without any
-            self._wake()
+            self._release(owner)
 
-    async def _acquire(self, owner: str) -> None:
-        while self._held.total() >= self._total or self._held[owner] >= self._per_owner:
-            woken = asyncio.get_running_loop().create_future()
-            self._waiting.append(woken)
-            await woken
-        self._held[owner] += 1
+    async def _acquire(self, waiter: _Waiter) -> None:
+        self._waiting.append(waiter)
+        self._grant()
+        try:
+            async with asyncio.timeout(self._wait_s):
+                await waiter.granted
+        except BaseException as error:
+            if waiter in self._waiting:
+                self._waiting.remove(waiter)
+            else:  # granted in the same turn of the loop
+                self._release(waiter.owner)
+            if isinstance(error, TimeoutError):
+                raise self._overloaded(waiter.owner) from None
+            raise
 
-    def _wake(self) -> None:
-        woken, self._waiting = self._waiting, []
-        for waiter in woken:
-            if not waiter.done():
-                waiter.set_result(None)
+    def _release(self, owner: str) -> None:
+        self._held[owner] -= 1
+        self._held += Counter()  # drops owners without any
+        self._grant()
+
+    def _grant(self) -> None:
+        while self._held.total() < self._total:
+            able = [
+                w for w in self._waiting if not w.granted.done() and self._held[w.owner] < self._per_owner
+            ]
+            if not able:
+                return
+            first = min(able, key=lambda waiter: self._held[waiter.owner])
+            self._waiting.remove(first)
+            self._held[first.owner] += 1
+            first.granted.set_result(None)
 
     def _overloaded(self, owner: str) -> Overloaded:
-        whose = "of yours are" if self._held[owner] >= self._per_owner else "are"
-        count = self._per_owner if self._held[owner] >= self._per_owner else self._total
+        at_share = self._held[owner] >= self._per_owner
+        count, whose = (self._per_owner, " of yours") if at_share else (self._total, "")
         return Overloaded(
-            f"{count} {self._work} {whose} in progress, which is the limit; try again",
+            f"{count} {self._work}{whose} are in progress, which is the limit; try again",
             retry_after_s=RETRY_AFTER_S,
         )

@@ -32,7 +32,7 @@ async def register(http_request: Request, caller: CurrentCaller) -> LoraOut:
             caller.principal.require(Scope.admin)
         preview = None
         if body.preview is not None:
-            preview = await caller.state.input_check.thumbnail(body.preview, "preview")
+            preview = await caller.state.input_check.thumbnail(body.preview, "preview", caller.owner)
         label = body.to_label(preview)
         return lora_out(await caller.lora_service.register(body.to_spec(), caller.owner, label), caller)
 

@@ -24,7 +24,7 @@ async def submit(caller: CallerContext, body: SubmitBody) -> Job:
     began = time.perf_counter()
     model = await _default_model(caller, body) if body.model is None else body.model
     request = _to_request(body, model)
-    await caller.state.input_check.verify(request)
+    await caller.state.input_check.verify(request, caller.owner)
     async with _with_loras(caller, body, request) as complete:
         job = await caller.job_service.submit(
             complete,

@@ -75,3 +75,33 @@ async def test_a_cancelled_wait_takes_no_slot_and_wakes_no_one_in_vain() -> None
         pass
 
     assert waiting.cancelled()
+
+
+async def test_a_free_slot_goes_to_the_owner_who_holds_the_fewest() -> None:
+    slots = FairSlots(total=2, per_owner=2, wait_s=patience(), work="pictures")
+    order: asyncio.Queue[str] = asyncio.Queue()
+
+    async def work(owner: str, name: str) -> None:
+        async with slots.hold(owner):
+            order.put_nowait(name)
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*(work("ann", f"ann{n}") for n in range(4)), work("bob", "bob"))
+
+    assert [order.get_nowait() for _ in range(3)] == ["ann0", "ann1", "bob"]
+
+
+async def test_a_slot_granted_to_a_caller_who_is_cancelled_at_that_moment_is_free_again() -> None:
+    slots = FairSlots(total=1, per_owner=1, wait_s=patience(), work="pictures")
+    held = slots.hold("ann")
+    await held.__aenter__()
+    waiting = asyncio.create_task(slots.hold("bob").__aenter__())
+    await asyncio.sleep(0)
+    await held.__aexit__(None, None, None)  # grants bob the slot before he runs
+    waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+
+    async with slots.hold("cy"):
+        pass
+
+    assert waiting.cancelled()
