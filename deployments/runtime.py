@@ -31,7 +31,7 @@ from deployments.observability.metrics import Sample
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable, OutOfMemory, WeftError
 from deployments.protocol.events import Event
-from deployments.protocol.request import ResolvedRequest
+from deployments.protocol.request import Lora, ResolvedRequest
 
 MIB = 2**20
 
@@ -113,6 +113,8 @@ class Runtime:
                     max_wait_s=max_wait_s,
                     lora_set=lora_set,
                 )
+                for lora in model.loras.without_effect(request.loras):
+                    run.warn("lora_without_effect", "loras", _without_effect(lora))
                 async with aclosing(execute(run)) as events:
                     yield events
         except Exception as error:
@@ -175,3 +177,8 @@ class Runtime:
         """Raises ModelUnavailable when a thread is dead or hangs."""
         self.worker.check()
         self.decode_thread.check()
+
+
+def _without_effect(lora: Lora) -> str:
+    name = lora.name or lora.id[:12]
+    return f"the LoRA {name} holds only zeros and changes nothing; use a later checkpoint of its training"

@@ -26,8 +26,8 @@ class CheckedValues:
     notes: tuple[str, ...] = ()  # sentences: what has no effect, or is missing
 
     def is_zero(self, pair: FactorPair) -> bool:
-        """Whether the product of these factors changes nothing."""
-        return self.tensors[pair.down].is_zero or self.tensors[pair.up].is_zero
+        """Whether these factors change nothing: one of them is zero, or their alpha."""
+        return any(self.tensors[key].is_zero for key in (pair.down, pair.up, pair.alpha) if key is not None)
 
     def is_harmless(self, problem: Problem) -> bool:
         """Whether nothing is lost without the tensors of this problem."""

@@ -18,6 +18,7 @@ from deployments.lora_format.header import TensorEntry
 CHUNK_BYTES = 4 * 2**20
 _NUMPY_TYPES = {"F16": "<f2", "F32": "<f4", "F64": "<f8", "I64": "<i8", "I32": "<i4", "I16": "<i2",
                 "I8": "<i1", "U8": "<u1"}  # fmt: skip
+_SAFE = (1e-12, 1e12)  # magnitudes whose squares neither vanish nor overflow in float32, added up
 ReadBytes = Callable[[int, int], bytes | memoryview]  # of the tensors, from and to
 
 
@@ -42,15 +43,22 @@ def tensor_values(entry: TensorEntry, read: ReadBytes) -> TensorValues:
         values = decoded(entry.dtype, read(start, min(entry.end, start + CHUNK_BYTES)))
         if not count:
             first = float(values[0])
-        magnitude = float(np.max(np.abs(values)))
+        high, low = float(values.max()), float(values.min())  # NaN where a value is
+        magnitude = high if math.isnan(high) else max(high, -low)
         if not math.isfinite(magnitude):
             return TensorValues(magnitude, math.inf, first)
         largest = max(largest, magnitude)
-        if magnitude:  # scaled, so that squares neither overflow nor vanish
-            scaled = values / magnitude
-            squares += float(np.dot(scaled, scaled)) * magnitude * magnitude
+        squares += _sum_of_squares(values, magnitude)
         count += values.size
     return TensorValues(largest, math.sqrt(squares / count) if count else 0.0, first)
+
+
+def _sum_of_squares(values: NDArray[np.floating], magnitude: float) -> float:
+    """magnitude: of the largest value."""
+    if magnitude == 0 or _SAFE[0] < magnitude < _SAFE[1]:
+        return float(np.dot(values, values))
+    scaled = values / magnitude
+    return float(np.dot(scaled, scaled)) * magnitude * magnitude
 
 
 def is_zero(dtype: str, data: bytes | memoryview) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from deployments.engine.device_streams import engine_stream
 from deployments.engine.out_of_memory import load_or_free
+from deployments.lora_format.layer_names import LayerNames
 from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.device_slots import DeviceSlot, DeviceSlots, SlotMemory
 from deployments.loras.file_reader import LoraFileReader, check_digest
@@ -132,6 +133,7 @@ class LoraCache:
         self._batched_lora = batched_lora
         self._device = device
         self._files = files
+        self._names: LayerNames | None = None
         self._host = _HostCache(limits)
         self._slots = DeviceSlots(
             limits.on_device, wait_s=limits.wait_s, max_overtaken_s=limits.max_overtaken_s, memory=memory
@@ -194,6 +196,11 @@ class LoraCache:
                 self._release_set(key, active)
             self._slots.unpin(ids)
 
+    def without_effect(self, loras: Sequence[Lora]) -> list[Lora]:
+        """Those of these, which a request is `using`, that change nothing: they hold only zeros."""
+        loaded = [(lora, self._slots[lora.id].loaded) for lora in loras]
+        return [lora for lora, adapter in loaded if adapter is not None and not adapter.factors]
+
     async def make_way(self) -> Literal["freed", "in_use", "nothing"]:
         """Evict an idle LoRA from the device; see DeviceSlots.make_way."""
         return self._slots.make_way()
@@ -233,7 +240,9 @@ class LoraCache:
         adapter = self._host.get(lora.id)
         if adapter is None:
             file = lora.file if lora.file is not None else await self._files.read(lora.id)
-            read = partial(_read_checked, file, lora.id, self._pipeline)
+            if self._names is None:
+                self._names = await self._in_thread(lambda: LayerNames(self.layers))
+            read = partial(_read_checked, file, lora.id, self._pipeline, self._names)
             adapter = await self._in_thread(
                 partial(load_or_free, what, read, len(file), cure=CURE, param="loras")
             )
@@ -290,10 +299,10 @@ class LoraCache:
             tensor.record_stream(engine_stream(self._device))
 
 
-def _read_checked(file: bytes, digest: str, pipeline: Any) -> Adapter:
+def _read_checked(file: bytes, digest: str, pipeline: Any, names: LayerNames) -> Adapter:
     check_digest(file, digest)
     with torch.inference_mode():
-        return read_lora(file, pipeline)
+        return read_lora(file, pipeline, names)
 
 
 def _lower_priority_of_this_thread() -> None:

@@ -50,15 +50,16 @@ class Adapter:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def read_lora(file: bytes, pipeline: Any) -> Adapter:
-    """The LoRA of a safetensors file, fitted to the modules of a diffusers pipeline.
+def read_lora(file: bytes, pipeline: Any, names: LayerNames | None = None) -> Adapter:
+    """The LoRA of a safetensors file, fitted to the modules of a diffusers pipeline. names: of its layers,
+    where they are known.
 
     Every tensor is used as it is, or is zero and changes nothing. Runs no code of the file and opens no path.
     Raises BadRequest with the reason and the key: all that inspect_lora finds, layers of another model, and
     shapes that do not fit.
     """
     header, info, values = inspect_file(file)
-    placement = place(header, LayerNames(layer_shapes(pipeline)))
+    placement = place(header, LayerNames(layer_shapes(pipeline)) if names is None else names)
     for problem in placement.problems:
         if not values.is_harmless(problem):
             raise refusal(f"{problem.reason}{_family_hint(info)}")

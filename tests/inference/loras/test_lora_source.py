@@ -195,6 +195,16 @@ def test_settings_are_found_behind_all_that_a_trainer_notes(flux: Any) -> None:
     assert {one.scale for one in adapter.factors.values()} == {0.5}
 
 
+def test_an_alpha_of_zero_leaves_its_layer_alone(flux: Any) -> None:
+    own = attention_only(flux, "transformer")
+    layer = next(iter(own)).removesuffix(".lora_A.weight")
+
+    adapter = read_lora(file_of({**own, f"{layer}.alpha": torch.tensor(0.0)}), flux)
+
+    assert len(adapter.factors) == len(own) / 2 - 1
+    assert f"'{layer}.lora_A.weight'" in adapter.info.notes[0]
+
+
 @pytest.mark.parametrize("ending", ["lokr_w1", "hada_w1_a", "diff_b", "lora_B.bias"])
 def test_zeros_beside_the_factors_of_a_layer_take_nothing_from_them(flux: Any, ending: str) -> None:
     own = attention_only(flux, "transformer")

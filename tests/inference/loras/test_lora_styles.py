@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+from safetensors.torch import load, save
 
 from deployments.protocol.card import load_card
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.events import Artifact, Failed
+from deployments.protocol.events import Artifact, Done, Failed
 from deployments.protocol.request import GenerationRequest, Lora
 from deployments.replica import ModelReplica
 from deployments.validation.resolve import resolve
@@ -153,3 +154,19 @@ async def test_a_card_that_takes_none_refuses() -> None:
 
     with pytest.raises(BadRequest, match="takes no LoRA"):
         resolve(styled("night"), none, fresh_seed=1)
+
+
+async def test_a_lora_of_zeros_is_warned_of(model: ModelReplica) -> None:
+    tensors = load(FILES["night"])
+    zero = save({key: tensor * 0 if ".lora_B." in key else tensor for key, tensor in tensors.items()})
+    request = styled("outline")
+    loras = (*request.loras, Lora.of(zero, 1.0, "unborn"))
+
+    ends = [
+        event
+        async for event in model.generate(request.model_copy(update={"loras": loras}), unlimited_wait=True)
+        if isinstance(event, Done)
+    ]
+
+    assert [(one.code, one.param) for one in ends[0].warnings] == [("lora_without_effect", "loras")]
+    assert "unborn holds only zeros" in ends[0].warnings[0].message
