@@ -96,4 +96,4 @@ class PipelineCalls:
         if run.frame is not None:
             set_frame(pipeline, run.frame)
         if emit is not None:
-            attach_previews(pipeline, run.model.previewer, request, self.steps, progress, emit)
+            attach_previews(pipeline, run.model.previewer, request, progress, emit)

@@ -16,6 +16,7 @@ from deployments.pipelines.resume import Progress
 from deployments.pipelines.transfers import HostCopy
 from deployments.protocol.events import Preview
 from deployments.protocol.request import ResolvedRequest
+from deployments.validation.preview_steps import preview_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,22 +32,21 @@ def attach_previews(
     pipeline: Any,
     previewer: Previewer | None,
     request: ResolvedRequest,
-    steps: int,
     progress: Progress,
     emit: Callable[[PreviewReady], None],
 ) -> None:
     """Have `emit` called with the previews that the request asks for, spread evenly over its steps.
 
-    pipeline: the request's own object. steps: denoising steps of the request; the last one has no preview.
+    pipeline: the request's own object.
     """
     wanted_previews = request.output.previews
-    if not wanted_previews or previewer is None or steps < 2:
+    if not wanted_previews or previewer is None:
         return
-    interval = -(-steps // (wanted_previews + 1))  # rounded up
 
     def is_wanted() -> bool:
-        step = progress.step + 1
-        return step % interval == 0 and step < steps
+        # known only now: noise schedulers of second order call the model more often than once per step
+        all_steps = progress.before + pipeline.num_timesteps + progress.after
+        return progress.step + 1 in preview_steps(all_steps, wanted_previews)
 
     def emit_preview(latents: Tensor) -> None:
         emit(PreviewReady(progress.step + 1, previewer, HostCopy(latents)))

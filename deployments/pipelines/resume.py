@@ -28,6 +28,8 @@ class Progress:
 
     step: int = 0  # finished steps
     latents: Tensor | None = None  # after that step, as the pipeline packs them; never changed in place
+    before: int = 0  # steps that were done when the running pipeline object was called
+    after: int = 0  # steps of another pipeline object that come after its own
     resumable: bool = False
     # modules whose forwards were shared in batch sizes not proven exact, on this and on earlier replicas
     unproven: frozenset[str] = frozenset()

@@ -19,7 +19,8 @@ def step_callback(
     on_step: called with finished steps and all steps. after: steps of another pipeline after this one.
     The function raises NotFinite when the latents are not finite after the last step of all.
     """
-    before = progress.step
+    before = progress.before = progress.step
+    progress.after = after
 
     def at_step_end(pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         last = step + 1 == pipe.num_timesteps

@@ -80,6 +80,7 @@ class FakeModels:
         self.closed_early = 0  # calls that were cancelled
         self.merged_unproven: tuple[str, ...] = ()  # what the next calls report
         self.warnings: tuple[Adjustment, ...] = ()
+        self.file_kinds = ["image"]
 
     def free_slots(self) -> Mapping[str, int]:
         return {model: slots - self.running_of[model] for model, slots in self.slots.items()}
@@ -115,7 +116,8 @@ class FakeModels:
                 if step == self.steps:
                     await self.gate.wait()
                 yield events.Step(step, self.steps)
-            yield events.Artifact(0, "image", "image/png", picture(), 64, 64, request.seed)
+            for kind in self.file_kinds:
+                yield events.Artifact(0, kind, "image/png", picture(), 64, 64, request.seed)
             yield events.Done(0.0, 0.5, self.merged_unproven, self.warnings)
         except (asyncio.CancelledError, GeneratorExit):
             self.closed_early += 1

@@ -98,14 +98,14 @@ class Usage(BaseModel):
 
 
 class PartialImage(BaseModel):
-    """A preview of the unfinished image."""
+    """A preview of the unfinished image, in the format and the size that the finished one has."""
 
     type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
     b64_json: str
     partial_image_index: int
     created_at: int
-    output_format: str
-    size: str = Field(description="Of the finished image.")
+    output_format: PictureFormat
+    size: str
     quality: Literal["auto"] = "auto"
     background: Literal["opaque"] = "opaque"
 

@@ -23,6 +23,7 @@ from serve_app.api.openai.image_schemas import (
     OpenAIImageBody,
     PartialImage,
 )
+from serve_app.api.openai.partial_images import partial_image
 from serve_app.api.request_body import documented, read_json
 from serve_app.api.schemas.job import JobOut, WarningOut
 from serve_app.api.submit import submit
@@ -137,16 +138,17 @@ async def _images(caller: CallerContext, job: Job, *, as_url: bool) -> list[Imag
 async def _stream(caller: CallerContext, job: Job) -> AsyncGenerator[bytes]:
     """The job's previews and its images. No other event: the SDK parses every event as an image."""
     ended = False
-    shown = 0
+    shown = last_step = 0  # partial images, and the denoising step of the last
     try:
         async for item in sse.with_keep_alives(caller.job_service.follow(job.id, caller.owner)):
             if item is None:
                 yield sse.KEEP_ALIVE
                 continue
             _, event = item
-            if isinstance(event, Preview) and shown < job.request.output.previews:
-                yield _event(_partial_image(job, event, shown))
-                shown += 1
+            # a job that was begun again may send some of its previews again
+            if isinstance(event, Preview) and event.step > last_step and shown < job.request.output.previews:
+                yield _event(await _partial_image(job, event, shown))
+                shown, last_step = shown + 1, event.step
             ended = ended or isinstance(event, ENDINGS)
         job = (await caller.job_service.get(job.id, caller.owner)).job
         caller.state.metrics.add("weft_jobs_finished_observed_total", state=job.state.value)
@@ -166,12 +168,14 @@ def _event(image: PartialImage | CompletedImage) -> bytes:
     return sse.event(image.type, image.model_dump_json())
 
 
-def _partial_image(job: Job, preview: Preview, index: int) -> PartialImage:
+async def _partial_image(job: Job, preview: Preview, index: int) -> PartialImage:
+    request = job.request
+    data = await asyncio.to_thread(partial_image, preview.data, request.output, request.width, request.height)
     return PartialImage(
-        b64_json=base64.b64encode(preview.data).decode(),
+        b64_json=base64.b64encode(data).decode(),
         partial_image_index=index,
         created_at=int(job.created_at),
-        output_format=preview.media_type.removeprefix("image/"),
+        output_format=request.output.format,
         size=_size(job),
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from deployments.protocol import events
 from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.errors import Internal, ModelUnavailable, NotFound, WeftError
 from deployments.protocol.request import ResolvedRequest
+from deployments.validation.preview_steps import preview_steps
 from serve_app.jobs.job import Job, JobError, ResumePoint, StoredArtifact
 from serve_app.jobs.store.leases import Claim, StaleClaim
 from serve_app.jobs.store.store import JobStore
@@ -175,7 +176,9 @@ class Attempt:
             source = await self._store.get(source_id)
             if source.files_expired:
                 raise NotFound("its files were removed")
-            return Output(await self._files.copy(source.artifacts), 0.0, late_warnings(source))
+            artifacts = await self._files.copy(source.artifacts)
+            await self._show_finished(artifacts)
+            return Output(artifacts, 0.0, late_warnings(source))
         except (NotFound, OSError) as error:
             logger.info(
                 "cached files are lost; the model runs the job",
@@ -185,6 +188,16 @@ class Attempt:
             return Failure(
                 events.Failed("model_unavailable", message, retryable=True), not_request_fault=True
             )
+
+    async def _show_finished(self, artifacts: Sequence[StoredArtifact]) -> None:
+        """The previews that the request asks for, where nothing is computed: they show the result."""
+        request = self.claim.job.request
+        steps = preview_steps(request.num_inference_steps, request.output.previews)
+        thumbnail = next((artifact for artifact in artifacts if artifact.kind == "thumbnail"), None)
+        if steps and thumbnail is not None:
+            data = await self._files.read(thumbnail)
+            for step in steps:
+                self._keeper.publish(events.Preview(step, thumbnail.media_type, data))
 
     async def _consume(self, stream: EventStream) -> Output | Failure:
         """Publish progress and store artifacts until the stream's last event."""

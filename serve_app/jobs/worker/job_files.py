@@ -74,6 +74,10 @@ class JobFiles:
             seed=artifact.seed,
         )
 
+    async def read(self, artifact: StoredArtifact) -> bytes:
+        """The content of a stored artifact. Raises NotFound and OSError."""
+        return await self._results.get(artifact.path)
+
     async def copy(self, artifacts: Sequence[StoredArtifact]) -> tuple[StoredArtifact, ...]:
         """Copies of another job's artifacts under this attempt. Raises NotFound and OSError."""
         return tuple([await self._copy_one(artifact) for artifact in artifacts])

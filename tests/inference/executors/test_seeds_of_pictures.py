@@ -213,6 +213,29 @@ def test_the_pictures_of_a_request_encode_its_prompt_once_and_share_every_step(
     assert four.rows == 4 * one.rows == 4 * (3 + 1)
 
 
+@pytest.mark.parametrize(
+    ("task", "scheduler", "steps", "at"),
+    [
+        ("t2i", "auto", 4, [1, 3]),
+        ("t2i", "heun", 4, [2, 5]),  # of 7 calls of the model
+        ("i2i", "auto", 10, [2, 5]),  # strength 0.7
+        ("ensemble", "auto", 9, [3, 6]),
+        ("t2i", "auto", 1, []),
+    ],
+)
+def test_previews_come_at_even_distances_of_the_steps_that_run(
+    task: str, scheduler: str, steps: int, at: list[int]
+) -> None:
+    model = loaded(built("SDXL"), ["t2i", "i2i"])
+    request = request_of(
+        "SDXL", task, scheduler=scheduler, num_inference_steps=steps, output=OutputOptions(previews=2)
+    )
+
+    played = play(model, request)
+
+    assert [item.step for item in played.items if isinstance(item, PreviewReady)] == at
+
+
 def test_previews_are_of_the_first_picture_and_as_many_as_one_picture_has() -> None:
     model = loaded(built("FLUX.1-dev"))
     output = OutputOptions(previews=2)

@@ -22,6 +22,7 @@ class FakeModel:
         self.merged_unproven: tuple[str, ...] = ()
         self.warnings: tuple[Adjustment, ...] = ()
         self.requests: list[ResolvedRequest] = []
+        self.lost_after: int | None = None  # step after which the next request's replica is lost
 
     def free_slots(self) -> Mapping[str, int]:
         return {"sketch": 8, "tiny-flux-schnell": 8}
@@ -39,6 +40,10 @@ class FakeModel:
                 yield Preview(step, "image/webp", preview_file(step))
             if step == 1:
                 await self.gate.wait()
+            if step == self.lost_after:
+                self.lost_after = None
+                yield Failed("model_unavailable", "the replica is lost", retryable=True)
+                return
         if self.failure is not None:
             yield self.failure
             return

@@ -12,7 +12,7 @@ from deployments.protocol import events
 from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import Weights
 from deployments.protocol.errors import Conflict, NotFound
-from deployments.protocol.request import Edit, GenerationRequest
+from deployments.protocol.request import Edit, GenerationRequest, OutputOptions
 from serve_app.jobs import events as job_events
 from serve_app.jobs.job import IdempotencyKey, Job, JobState
 from serve_app.jobs.service import JobService
@@ -388,6 +388,44 @@ async def test_a_follower_drops_a_leader_that_was_deleted(
         await store.get(first.id)
     await eventually(lambda: True)
     assert (await service.submit(SEEDED, OWNER)).cached_from is None
+
+
+# ---- previews ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("previews", "steps"), [(0, []), (1, [2]), (2, [1, 3]), (3, [1, 2, 3]), (8, [1, 2, 3])]
+)
+async def test_a_copy_shows_the_result_as_often_as_a_computed_job_shows_what_it_has(
+    previews: int,
+    steps: list[int],
+    service: JobService,
+    store: JobStore,
+    dispatcher: Dispatcher,
+    models: FakeModels,
+) -> None:
+    models.file_kinds = ["image", "thumbnail"]
+    await ended(store, (await service.submit(SEEDED, OWNER)).id)
+
+    wanted = SEEDED.model_copy(update={"output": OutputOptions(previews=previews)})
+    copy = await ended(store, (await service.submit(wanted, OWNER)).id)
+
+    assert copy.cached
+    published = [event for _, event in await store.events(copy.id)]
+    shown = [event for event in published if isinstance(event, job_events.Preview)]
+    assert shown == [job_events.Preview(step, "image/png", picture()) for step in steps]
+    assert isinstance(published[-1], job_events.JobCompleted)
+
+
+async def test_a_copy_whose_original_has_no_thumbnail_is_complete_without_previews(
+    service: JobService, store: JobStore, dispatcher: Dispatcher
+) -> None:
+    await ended(store, (await service.submit(SEEDED, OWNER)).id)
+
+    wanted = SEEDED.model_copy(update={"output": OutputOptions(previews=2)})
+    copy = await ended(store, (await service.submit(wanted, OWNER)).id)
+
+    assert (copy.cached, copy.state) == (True, JobState.completed)
 
 
 # ---- exactness ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from serve_app.api.openai.image_schemas import OpenAIImageBody
 from serve_app.api.state import ApiState
 from tests.patience import patience
 from tests.serving.api.conftest import KEY
-from tests.serving.api.fake_model import FakeModel, preview_file
+from tests.serving.api.fake_model import FakeModel
 
 
 @pytest.fixture
@@ -262,14 +262,57 @@ async def test_a_stream_brings_partial_images_and_then_the_picture(
     assert isinstance(second, ImageGenPartialImageEvent)
     assert isinstance(last, ImageGenCompletedEvent)
     assert (first.partial_image_index, second.partial_image_index) == (0, 1)
-    assert [base64.b64decode(event.b64_json) for event in (first, second)] == [
-        preview_file(1),
-        preview_file(2),
-    ]
-    assert (first.output_format, first.size) == ("webp", "128x64")
+    for step, partial in enumerate((first, second), 1):
+        shown = picture(partial.b64_json)
+        assert (shown.format, shown.size, shown.getpixel((64, 32))) == ("PNG", (128, 64), (step, 80, 120))
+        assert (partial.output_format, partial.size) == ("png", "128x64")
     assert (picture(last.b64_json).format, picture(last.b64_json).size) == ("PNG", (128, 64))
     assert (last.output_format, last.size, last.usage.total_tokens) == ("png", "128x64", 0)
     assert fake_model.requests[0].output.previews == 2
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("n", [1, 3])
+async def test_partial_images_have_the_format_of_the_images_and_are_as_many_for_several(
+    n: int, output_format: Any, sdk: openai.AsyncOpenAI, fake_model: FakeModel
+):
+    stream = await sdk.images.generate(
+        prompt="a red fox",
+        model="sketch",
+        size="64x128",
+        n=n,
+        stream=True,
+        partial_images=2,
+        output_format=output_format,
+        output_compression=90,
+    )
+
+    events = [event async for event in stream]
+
+    assert [event.type for event in events] == [
+        *["image_generation.partial_image"] * 2,
+        *["image_generation.completed"] * n,
+    ]
+    assert [e.partial_image_index for e in events if isinstance(e, ImageGenPartialImageEvent)] == [0, 1]
+    for event in events:
+        shown = picture(event.b64_json)
+        assert (shown.format, shown.size) == (output_format.upper(), (64, 128))
+        assert (event.output_format, event.size) == (output_format, "64x128")
+
+
+async def test_a_job_that_is_begun_again_sends_no_partial_image_twice(
+    sdk: openai.AsyncOpenAI, fake_model: FakeModel
+):
+    fake_model.lost_after = 1
+    stream = await sdk.images.generate(prompt="a red fox", model="sketch", stream=True, partial_images=2)
+
+    first, second, last = [event async for event in stream]
+
+    assert isinstance(first, ImageGenPartialImageEvent)
+    assert isinstance(second, ImageGenPartialImageEvent)
+    assert isinstance(last, ImageGenCompletedEvent)
+    seen = [picture(event.b64_json).getpixel((0, 0)) for event in (first, second)]
+    assert seen == [(1, 80, 120), (2, 80, 120)]
 
 
 async def test_a_stream_without_partial_images_is_one_event_per_picture(
