@@ -17,6 +17,7 @@ BOUNDS = {
     "less_than_equal": ("at most", "le"),
     "less_than": ("less than", "lt"),
 }
+SECRET = "secret"  # our own kind: the value is not shown
 WHOLE_NUMBER = {"int_parsing", "int_type", "int_from_float", "int_parsing_size"}
 NUMBER = {"float_parsing", "float_type", "finite_number"}
 WORDS = {
@@ -49,7 +50,7 @@ def what_is_right(fault: Mapping[str, Any], *, duration: bool = False) -> str:
         return f"must be a number{' of seconds, without a unit' if duration else ''}"
     if "min_length" in limits:
         return f"must have at least {limits['min_length']} characters"
-    if kind == "value_error":
+    if kind in ("value_error", SECRET):
         return message.removeprefix("Value error, ")
     return WORDS.get(kind) or f"is not valid: {message[:1].lower()}{message[1:]}"
 
@@ -73,4 +74,6 @@ def _located(fault: Mapping[str, Any], known: list[str]) -> str:
         return f"the key {name} is unknown{suggestion(str(fault['loc'][-1]), known)}"
     if not name:
         return text
-    return f"{name} {text}" if fault["type"] == "missing" else f"{name} ({shown(fault['input'])}) {text}"
+    if fault["type"] in ("missing", SECRET):
+        return f"{name} {text}"
+    return f"{name} ({shown(fault['input'])}) {text}"

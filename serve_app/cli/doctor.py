@@ -21,6 +21,7 @@ from serve_app.redis.append_only import inspect
 from serve_app.redis.embedded import find_server, running_server
 from serve_app.redis.info import RedisInfo, query_info
 from serve_app.redis.reachable import check_redis
+from serve_app.redis.server_files import owner_pid
 from serve_app.settings import ROOT, Settings
 
 RAY_TOKEN = Path("~/.ray/auth_token")  # written by Ray, for everybody to read
@@ -56,7 +57,7 @@ def examine(settings: Settings, host: str, port: int) -> Iterator[Finding]:
     """All findings, the most dangerous subjects first. host, port: where the service should be listening."""
     yield from key_findings(settings, host)
     yield from service_findings(host, port, has_key=not settings.auth_disabled)
-    yield from ray_findings(ray_listeners())
+    yield from ray_findings(ray_listeners(owner_pid(settings.data_dir)))
     yield from _store(settings)
     yield from disk_findings(settings)
     yield from secret_file_findings(settings.data_dir)

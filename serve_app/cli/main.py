@@ -126,7 +126,7 @@ def _sentence(error: Exception) -> str:
     """The reason of a failure in one line, without secrets."""
     from serve_app.setting_values import without_secrets  # not needed to print a version
 
-    if isinstance(error, WeftError | RuntimeError):
-        return without_secrets(str(error))
     text = " ".join(str(error).split())
+    if isinstance(error, WeftError | RuntimeError):
+        return without_secrets(text)
     return without_secrets(f"{type(error).__name__}: {text} (weft --debug ... shows where)")

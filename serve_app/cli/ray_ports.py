@@ -38,10 +38,13 @@ class Listener:
         return f"{self.program} on {'*' if self.address in WILDCARDS else self.address}:{self.port}"
 
 
-def ray_listeners() -> list[Listener]:
-    """The ports of all Ray processes on this machine that our user may see."""
+def ray_listeners(service: int | None = None) -> list[Listener]:
+    """The ports of the Ray processes that `weft serve` (process `service`) has started.
+
+    Without one those of all Ray processes on this machine that our user may see.
+    """
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.process_iter() if service is None else _started_by(service):
         with suppress(psutil.Error):
             match = PROGRAM.search(" ".join(process.cmdline()))
             if match is None:
@@ -54,6 +57,13 @@ def ray_listeners() -> list[Listener]:
                 if connection.status == psutil.CONN_LISTEN
             ]
     return found
+
+
+def _started_by(pid: int) -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(pid).children(recursive=True))
+    except psutil.Error:
+        return []
 
 
 def ray_findings(listeners: Sequence[Listener]) -> Iterator[Finding]:

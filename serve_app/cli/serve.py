@@ -8,7 +8,7 @@ import shlex
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -21,9 +21,6 @@ from serve_app.cli.watchdog import ExitStatus, Watchdog
 from serve_app.processes import adopt_orphans, end_descendants
 from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.settings import ROOT, Settings
-
-if TYPE_CHECKING:
-    from serve_app.ray_serve.local_health import LocalHealth
 
 SIGNALLED = 128  # plus the signal's number: the status of a process that a second signal has ended
 
@@ -63,20 +60,14 @@ class AccessKey:
 
 def _run(settings: Settings, config: dict[str, Any]) -> None:
     """Start everything, and stop it at a signal. Raises typer.Exit with the status of the process."""
-    from serve_app.ray_serve.local_cluster import parse_config  # Ray takes a second
-    from serve_app.ray_serve.local_health import LocalHealth
-
-    parse_config(config)
     adopt_orphans()
     store = None
     if settings.redis_url is None:
         store = EmbeddedRedis(settings.data_dir, settings.redis_prefix, _report)
-    http = config["http_options"]
-    health = LocalHealth(http["host"], http["port"])
-    watchdog = Watchdog(lambda: health.fault() or (store.failure if store else None), store)
+    watchdog = Watchdog(store)
     with StopSignals(lambda number: watchdog.end_now(SIGNALLED + number)) as signals:
         try:
-            status = _serve(settings, config, store, health, watchdog, signals)
+            status = _serve(settings, config, store, watchdog, signals)
         except SystemExit:
             if not signals.received.is_set():
                 raise
@@ -91,21 +82,25 @@ def _serve(
     settings: Settings,
     config: dict[str, Any],
     store: EmbeddedRedis | None,
-    health: LocalHealth,
     watchdog: Watchdog,
     signals: StopSignals,
 ) -> ExitStatus:
     """Serve until a signal comes, and stop what was started in the opposite order."""
-    from serve_app.ray_serve.local_cluster import deploy, local_ray
+    from serve_app.ray_serve.local_cluster import deploy, local_ray, parse_config  # Ray takes a second
+    from serve_app.ray_serve.local_health import LocalHealth
 
+    parse_config(config)
     http = config["http_options"]
+    health = LocalHealth(http["host"], http["port"])
     with ExitStack() as stack:
         _report(f"Weft {__version__}, data in {settings.data_dir}")
         if store is not None:
             os.environ["REDIS_URL"] = stack.enter_context(store)
             _report("job store: embedded Valkey")
         key = _prepare_environment(settings, http["host"])
-        watchdog.start()
+        if signals.received.is_set():
+            return ExitStatus.stopped
+        watchdog.start(lambda: health.fault() or (store.failure if store else None))
         _report("starting Ray")
         stack.enter_context(local_ray())
         stack.callback(watchdog.stopping)

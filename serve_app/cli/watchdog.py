@@ -26,27 +26,22 @@ class ExitStatus(IntEnum):
 
 
 class Watchdog:
-    """Polls `fault` in a thread of its own, until the process ends or `close`.
+    """Watches in a thread of its own, from `start` until the process ends or `close`.
 
-    fault: the sentence on what has gone for good, None while all is there.
     store: stopped in order, after everything else.
     """
 
-    def __init__(
-        self,
-        fault: Callable[[], str | None],
-        store: EmbeddedRedis | None = None,
-        stop_limit_s: float = STOP_LIMIT_S,
-    ) -> None:
-        self._fault = fault
+    def __init__(self, store: EmbeddedRedis | None = None, stop_limit_s: float = STOP_LIMIT_S) -> None:
         self._store = store
         self._stop_limit_s = stop_limit_s
         self._closed = threading.Event()
         self._stopping = threading.Event()
         self._ending = threading.Lock()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
+    def start(self, fault: Callable[[], str | None]) -> None:
+        """fault: the sentence on what has gone for good, None while all is there; it must not block."""
+        self._thread = threading.Thread(target=self._watch, args=(fault,), name="watchdog", daemon=True)
         self._thread.start()
 
     def stopping(self) -> None:
@@ -56,7 +51,7 @@ class Watchdog:
     def close(self) -> None:
         """Stop watching."""
         self._closed.set()
-        if self._thread.is_alive():
+        if self._thread is not None:
             self._thread.join()
 
     def end_now(self, status: int, sentence: str | None = None) -> NoReturn:
@@ -73,10 +68,10 @@ class Watchdog:
             finally:
                 os._exit(status)  # an ordinary exit would call Ray, which waits for what was killed
 
-    def _watch(self) -> None:
+    def _watch(self, find_fault: Callable[[], str | None]) -> None:
         stopping_s = broken_s = 0.0
         while not self._closed.wait(POLL_S):
-            fault = self._fault()
+            fault = find_fault()
             if not self._stopping.is_set():
                 if fault is not None:
                     self.end_now(ExitStatus.lost, fault)

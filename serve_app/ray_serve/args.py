@@ -4,26 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SecretStr,
+    Tag,
+    ValidationError,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from deployments.protocol.card import ModelCard, Serving, Weights, with_current_keys
 from deployments.protocol.errors import BadRequest, NotFound
-from deployments.protocol.invalid_values import suggestion, wrong_values
+from deployments.protocol.invalid_values import SECRET, suggestion, wrong_values
 from serve_app.ray_serve.default_card import default_card
+from serve_app.settings import Settings
 
 GATEWAY = "weft"  # default name of the gateway's application
+
+
+SECRET_SETTINGS = frozenset(
+    name
+    for name, field in Settings.model_fields.items()
+    if SecretStr in get_args(field.annotation) or field.annotation is SecretStr
+)
 
 
 class BuilderArgs(BaseModel):
     """Arguments of every builder. An unknown key is an error that names it."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
     settings: dict[str, Any] = Field(
         {}, description="Settings of serve_app/settings.py for this application; no secrets."
     )
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _refuse_secrets(cls, values: Any) -> Any:
+        """Serve logs arguments and shows them in Ray's dashboard."""
+        for name in values if isinstance(values, Mapping) else ():
+            if name in SECRET_SETTINGS:
+                raise PydanticCustomError(
+                    SECRET, "must not hold the secret {name}; set it in the environment", {"name": name}
+                )
+        return values
 
 
 class UncardedModel(BaseModel):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from ray import serve
@@ -30,6 +31,9 @@ ONE_NODE_VARIABLE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 ESSENTIAL = ("gcs_server", "raylet")  # processes without which a node serves nothing
 
 
+TOKEN = Path("~/.ray/auth_token")
+
+
 @contextmanager
 def local_node() -> Iterator[None]:
     """A node that ray.init starts in this block listens on loopback only, and leaves SIGTERM of this process
@@ -43,12 +47,20 @@ def local_node() -> Iterator[None]:
     ray_constants.ENABLE_RAY_CLUSTER, ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = False, True
     try:
         yield
+        close_token(TOKEN.expanduser())
     finally:
         ray_constants.ENABLE_RAY_CLUSTER, ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = before
         for name, value in variables.items():
             del os.environ[name]
             if value is not None:
                 os.environ[name] = value
+
+
+def close_token(path: Path) -> None:
+    """Let only our user read the file with Ray's token, which Ray writes for everybody to read."""
+    with suppress(OSError):  # there is none, or another user's
+        if path.stat().st_mode & 0o077:
+            path.chmod(0o600)
 
 
 def ended_node_processes() -> dict[str, int]:

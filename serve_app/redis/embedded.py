@@ -76,6 +76,7 @@ class EmbeddedRedis:
                 "WEFT_DATA_DIR to another directory"
             )
         try:
+            self._files.write_owner(self._owner_lock)
             self._server_lock = self._files.lock("server.lock")
             if self._server_lock < 0:
                 self._server_lock = _end_leftover(self._files)

@@ -93,6 +93,11 @@ class ServerFiles:
         }
         _write_private(self.config, CONFIG.format(**{name: _quoted(path) for name, path in paths.items()}))
 
+    def write_owner(self, lock: int) -> None:
+        """Note in the owner's lock file which process has it."""
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+
     def running_pid(self) -> int | None:
         """The process that uses our configuration file; None while that is uncertain."""
         try:
@@ -110,6 +115,20 @@ class ServerFiles:
         """Remove the short directory of the socket, if there is one."""
         if self._short_directory is not None:
             shutil.rmtree(self._short_directory, ignore_errors=True)
+
+
+def owner_pid(data_dir: Path) -> int | None:
+    """The process that serves from this directory, such as `weft serve`; None without one."""
+    path = data_dir.resolve() / "valkey" / "owner.lock"
+    try:
+        with path.open("r+b") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read())
+    except (OSError, ValueError):
+        pass
+    return None
 
 
 def configured_url(data_dir: Path) -> str | None:

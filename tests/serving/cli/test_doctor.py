@@ -180,10 +180,14 @@ def test_the_ports_that_are_really_used_are_found(tmp_path: Path) -> None:
         assert process.stdout is not None
         everywhere, local = map(int, process.stdout.readline().split())
         found = {listener.port: listener for listener in ray_listeners()}
+        ours = {listener.port for listener in ray_listeners(os.getpid())}
+        others = ray_listeners(process.pid)
         process.communicate("")
 
     assert found[everywhere] == Listener("monitor", "0.0.0.0", everywhere, has_token=True)
     assert found[local].is_local
+    assert {everywhere, local} <= ours
+    assert others == []
     assert not found[everywhere].is_local
 
 
@@ -211,7 +215,7 @@ def test_the_command_ends_with_a_count_and_a_status(
     monkeypatch.setenv("REDIS_URL", valkey_url)
     monkeypatch.setenv("WEFT_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(doctor, "own_addresses", list)
-    monkeypatch.setattr(doctor, "ray_listeners", list)  # what else runs on this machine
+    monkeypatch.setattr(doctor, "ray_listeners", lambda _: [])  # what else runs on this machine
     monkeypatch.setattr(doctor, "RAY_TOKEN", tmp_path / "auth_token")
 
     safe = main(["doctor", "--port", "1"])

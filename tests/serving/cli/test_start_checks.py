@@ -144,6 +144,9 @@ CAUSES = {
     "no models": Cause("models", config=with_args(models=[])),
     "an unknown model": Cause("did you mean tiny-wan?", config=with_args(models=["tiny-wam"])),
     "a model without a card": Cause("there is no card 'm'", config=with_args(models=["m"])),
+    "a secret in a config": Cause(
+        "settings must not hold the secret jwt_secret", config=with_args(settings={"jwt_secret": SECRET})
+    ),
     "settings of an application": Cause("lease_s", config=with_args(settings={"lease_s": "long"})),
     "an unknown setting of an application": Cause(
         "did you mean lease_s?", config=with_args(settings={"leese_s": 3})

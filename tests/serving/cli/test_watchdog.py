@@ -36,9 +36,9 @@ store = EmbeddedRedis(folder)
 store.start()
 child = subprocess.Popen(["sleep", "1000"])
 subprocess.run(["sh", "-c", "sleep 1000 & echo $! > " + str(folder / "orphan")], check=True)
-watchdog = Watchdog(lambda: "the node has gone" if (folder / "gone").exists() else None, store, 1.0)
+watchdog = Watchdog(store, 1.0)
 with StopSignals(lambda number: watchdog.end_now(128 + number)) as signals:
-    watchdog.start()
+    watchdog.start(lambda: "the node has gone" if (folder / "gone").exists() else None)
     print(child.pid, (folder / "orphan").read_text().strip(), *store.pids, flush=True)
     signals.received.wait()
     if "stuck" in sys.argv:

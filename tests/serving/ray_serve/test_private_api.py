@@ -15,6 +15,7 @@ import pytest
 import ray
 from ray import serve
 from ray._private import ray_constants, services
+from ray._private.authentication import authentication_token_setup
 from ray._private.node import Node
 from ray._private.worker import Worker, global_worker
 from ray.experimental import internal_kv
@@ -70,6 +71,19 @@ def test_the_environment_is_as_before_when_a_local_node_has_started(monkeypatch:
 
     assert inside == ("0", False)
     assert (os.environ[name], ray_constants.ENABLE_RAY_CLUSTER) == ("1", before)
+
+
+def test_only_our_user_can_read_rays_token(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "token").chmod(0o644)
+
+    private_api.close_token(tmp_path / "token")
+    private_api.close_token(tmp_path / "none")
+
+    assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
+    assert private_api.TOKEN.expanduser() == authentication_token_setup._get_default_token_path(), (
+        CHANGED + "the token's file"
+    )
 
 
 def test_the_processes_of_a_node_are_found_where_we_look_for_them() -> None:

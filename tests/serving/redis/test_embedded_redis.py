@@ -17,12 +17,14 @@ import redis as redis_py
 
 from serve_app.redis import embedded
 from serve_app.redis.embedded import EmbeddedRedis
+from serve_app.redis.server_files import owner_pid
 from tests.patience import patience
 
 KILLED_PARENT = """
 import os, signal, sys
 from pathlib import Path
 from serve_app.redis.embedded import EmbeddedRedis
+from serve_app.redis.server_files import owner_pid
 server = EmbeddedRedis(Path(sys.argv[1]))
 print(server.start(), server.pid, flush=True)
 sys.stdin.read()
@@ -92,6 +94,15 @@ def test_a_torn_last_write_does_not_stop_the_next_start(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path) as url, redis_py.Redis.from_url(url) as client:
         assert client.get("weft:kept") == b"yes"
         assert client.get("weft:torn") is None
+
+
+def test_the_process_that_serves_from_a_directory_is_known(tmp_path: Path) -> None:
+    before = owner_pid(tmp_path)
+    with EmbeddedRedis(tmp_path):
+        meanwhile = owner_pid(tmp_path)
+    after = owner_pid(tmp_path)
+
+    assert (before, meanwhile, after) == (None, os.getpid(), None)
 
 
 def test_a_second_start_on_one_directory_is_refused(tmp_path: Path) -> None:
