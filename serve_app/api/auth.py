@@ -1,5 +1,6 @@
 """Who calls, what they may do, and how often: the dependency of every route behind a key."""
 
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from typing import Annotated
@@ -16,6 +17,8 @@ from serve_app.admission.rate_limits import CallClass
 from serve_app.api.caller import CallerContext, base_address, forwarded_host, mount_prefix
 from serve_app.api.route_scopes import needed_scope
 from serve_app.api.state import ApiState, CurrentState
+
+logger = logging.getLogger(__name__)
 
 SESSION_COOKIE = "weft_session"
 CSRF_HEADER = "x-weft-csrf"  # a page of another site can send it only after a preflight, which is refused
@@ -85,6 +88,7 @@ async def count_wrong_key(connection: HTTPConnection, state: ApiState, presented
     that is not trusted, all callers do.
     """
     limits, address = state.authenticator.limits, caller_address(connection)
+    logger.info("a wrong key was sent", extra={"client": address, "key": public_name(presented)})
     if limits is not None:
         await limits.take(CallClass.guess, address)
         await limits.take(CallClass.auth, f"{address} wrong {public_name(presented)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from dataclasses import replace
 
@@ -79,6 +80,19 @@ async def test_wrong_keys_of_one_prefix_are_counted_and_the_right_one_still_open
 
     assert tries == [401] * 10 + [429] * 2
     assert right.status_code == 200
+
+
+async def test_a_wrong_key_is_logged_with_its_callers_address_and_without_its_secret(
+    state: ApiState, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = made_up_key()
+    with caplog.at_level(logging.INFO, "serve_app"):
+        async with through(app_of(state, **LOCKED, trusted_proxies=("10.0.0.0/8",))) as client:
+            await client.get("/auth/me", headers=bearer(key) | {"X-Forwarded-For": "203.0.113.9"})
+
+    line = next(record for record in caplog.records if record.getMessage() == "a wrong key was sent")
+    assert (line.__dict__["client"], line.__dict__["key"]) == ("203.0.113.9", key[3:15])
+    assert key[16:] not in str([record.__dict__ for record in caplog.records])
 
 
 async def test_callers_behind_a_trusted_proxy_are_counted_apart(state: ApiState) -> None:

@@ -8,15 +8,18 @@ from dataclasses import dataclass, field
 
 import httpx
 import pytest
+import websockets
 from fastapi import FastAPI
 from redis.asyncio import Redis
 from starlette.routing import WebSocketRoute
+from websockets.asyncio.client import connect
 
 from serve_app.admission.authenticator import AccountStore
 from serve_app.admission.principals import Role, Scope
 from serve_app.api.route_scopes import PUBLIC, ROUTE_SCOPES, route_name
 from serve_app.settings import Settings
-from tests.serving.api.conftest import KEY
+from tests.patience import patience
+from tests.serving.api.conftest import KEY, client_of
 from tests.serving.api.fake_model import FakeModel
 from tests.serving.api.lora_files import lora_file
 from tests.serving.api.test_access import FILLED, UNKNOWN, leaves
@@ -141,6 +144,22 @@ async def test_every_route_asks_every_credential_for_its_scope(
                 wrong.append(f"{credential.name}: {route} -> {answer.status_code} {answer.text[:120]}")
 
     assert wrong == []
+
+
+async def test_a_socket_asks_for_the_scope_too(app: FastAPI, address: str, accounts: AccountStore) -> None:
+    async with client_of(app) as client:
+        issuer = Issuer(client, accounts)
+        keys = {scope: await issuer.key(frozenset({scope}), Role.admin) for scope in Scope}
+
+    async def refusal(key: str) -> int:
+        headers = {"Authorization": f"Bearer {key}"}
+        with pytest.raises(websockets.InvalidStatus) as refused:
+            await connect(f"ws://{address}/ws/{UNKNOWN}", additional_headers=headers, open_timeout=patience())
+        return refused.value.response.status_code
+
+    statuses = {scope: await refusal(key) for scope, key in keys.items()}
+
+    assert statuses == dict.fromkeys(Scope, 403) | {Scope.read: 404}
 
 
 async def test_a_lora_for_all_users_takes_the_admin_scope_and_not_the_role_alone(
