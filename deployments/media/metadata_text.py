@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from deployments.protocol.visible_text import visible
 
 # how readers of A1111's form find its parts; the last line of our own begins so, too
-_LINE_MARK = re.compile(r"^(\s*)(negative prompt|steps):", re.IGNORECASE | re.MULTILINE)
+_LINE_MARK = re.compile(r"^([^\S\n]*)(negative prompt|steps):", re.IGNORECASE | re.MULTILINE)
 
 
 def prompt_lines(text: str) -> str:

@@ -12,6 +12,8 @@ from deployments.protocol.request import MAX_LORA_WEIGHT
 from serve_app.storage.spooled_file import SpooledFile
 
 TAG = re.compile(r"<lora:([^<>]*)>", re.IGNORECASE)
+# only from the first of several blanks: from each of them the time would grow with the square of their number
+BLANKS_AND_TAG = re.compile(rf"(?<![ \t])[ \t]*{TAG.pattern}", re.IGNORECASE)
 
 LoraSpecKind = Literal["id", "url", "file", "hub"]
 
@@ -36,8 +38,7 @@ def extract_lora_tags(prompt: str) -> tuple[str, tuple[LoraSpec, ...]]:
     specs = tuple([_parse_tag(match[1]) for match in TAG.finditer(prompt)])
     if not specs:
         return prompt, ()
-    bare = re.sub(rf"[ \t]*{TAG.pattern}", "", prompt, flags=re.IGNORECASE)
-    return bare.strip(), specs
+    return BLANKS_AND_TAG.sub("", prompt).strip(), specs
 
 
 def check_weight(weight: float, param: str) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import time
 import unicodedata
 from typing import Any
 
@@ -135,3 +136,15 @@ def test_a_video_holds_the_same_text(form: str) -> None:
 
     assert shown.metadata["comment"] == parameters
     assert unsafe(shown.metadata["comment"]) == []
+
+
+@pytest.mark.parametrize("filler", ["\n", " ", "\t", " \n", "steps", "\x00", "狐"])
+def test_a_prompt_of_one_repeated_part_is_written_in_linear_time(filler: str) -> None:
+    def cpu_s(repeats: int) -> float:
+        began = time.process_time()
+        prompt_lines(filler * repeats)
+        return time.process_time() - began
+
+    short = min(cpu_s(8_000) for _ in range(3))
+
+    assert cpu_s(32_000) < 8 * max(short, 0.01)  # 16 times as long if it were quadratic

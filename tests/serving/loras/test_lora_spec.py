@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from deployments.protocol.errors import BadRequest
@@ -41,3 +43,15 @@ def test_an_ambiguous_tag_is_refused(tag: str) -> None:
         extract_lora_tags(f"a fox {tag}")
 
     assert refused.value.param == "prompt"
+
+
+@pytest.mark.parametrize("filler", [" ", "\t", "<lora:", "<lora:a", ">", ":"])
+def test_a_prompt_of_one_repeated_part_is_read_in_linear_time(filler: str):
+    def cpu_s(repeats: int) -> float:
+        began = time.process_time()
+        extract_lora_tags("<lora:night:1>" + filler * repeats)
+        return time.process_time() - began
+
+    short = min(cpu_s(8_000) for _ in range(3))
+
+    assert cpu_s(32_000) < 8 * max(short, 0.01)  # 16 times as long if it were quadratic
