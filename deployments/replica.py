@@ -61,6 +61,7 @@ class ModelReplica:
         lora_files: LoraFileReader | None = None,
         lora_folder: str | None = None,
         lora_pool: object = None,  # noqa: ARG002  naming it binds the deployment
+        others_serve: Callable[[], bool] = lambda: False,
         end_process: Callable[[], object] = _end_process,
     ) -> None:
         """cards: the first is loaded now, the others when asked for; its `serving` section applies to all.
@@ -71,9 +72,13 @@ class ModelReplica:
         lora_files: reads LoRA files by digest; without it, requests must bring their files.
         lora_folder: keeps fetched LoRA files; replicas on one machine may share it.
         lora_pool: a deployment bound to the same Serve application by being named here; never called.
+        others_serve: whether other replicas of this deployment take requests.
         end_process: called when the engine or its device has failed for good.
 
-        Raises ModelUnavailable when the weights cannot be loaded, and where Ray gave it several GPUs.
+        Raises the reason when the first model cannot be loaded and others serve it, so that Serve sends them
+        the requests, and keeps the earlier version of an update. A replica without others stays: requests for
+        the model fail with the reason, it is tried again, and the other models are served.
+        Raises ModelUnavailable where Ray gave it several GPUs.
         """
         began = time.monotonic()
         os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # a model folder may hold code; never run it
@@ -99,10 +104,12 @@ class ModelReplica:
             lora_folder=None if lora_folder is None else Path(lora_folder),
             encoder=RemoteEncoder(encoder) if isinstance(encoder, DeploymentHandle) else encoder,
         )
+        if self._runtime.load_failures and others_serve():
+            self._runtime.check_loaded(first.id)
         loaded = time.monotonic()
         if on_stop is not None:
             on_stop(lambda: self.drain(STOP_GRACE_S))
-        if first.serving.warm_up:
+        if first.serving.warm_up and not self._runtime.load_failures:
             self._warm_up(first)
         self.start_phases = {  # seconds
             "imports": imported - began,
@@ -185,6 +192,10 @@ class ModelReplica:
     async def proofs(self) -> list[dict[str, object]]:
         """What is known of batch sizes, by module and shape; of many shapes, the last MAX_PROOFS."""
         return [asdict(state) for state in self._runtime.worker.proofs()[-MAX_PROOFS:]]
+
+    async def load_failures(self) -> dict[str, dict[str, object]]:
+        """By model, why it is not loaded though that was tried: the fields of LoadFailure."""
+        return {model: asdict(failure) for model, failure in self._runtime.load_failures.items()}
 
     def samples(self) -> Iterator[Sample]:
         """Current values of all metrics of this replica, for its reporter."""

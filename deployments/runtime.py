@@ -25,6 +25,7 @@ from deployments.loras.file_reader import LoraFileReader
 from deployments.models.activations import MAX_ROWS
 from deployments.models.determinism import set_determinism_flags
 from deployments.models.hardware import PeakMeter
+from deployments.models.load_failures import LoadFailure
 from deployments.models.model_loader import ModelLoader
 from deployments.observability import collectors
 from deployments.observability.metrics import Sample
@@ -58,7 +59,7 @@ class Runtime:
         """Load the first card's model and start the engine's thread. See ModelReplica for the parameters.
 
         gpu_share: the part of a GPU that belongs to this process, as `num_gpus`.
-        Raises ModelUnavailable when the weights cannot be loaded.
+        A model that cannot be loaded is in `load_failures`, and tried again for a later request.
         """
         serving = cards[0].serving
         torch.set_num_threads(max(1, int(serving.num_cpus)))  # Ray sets 1 for small replicas
@@ -93,8 +94,9 @@ class Runtime:
         """The events of the request, whose model and LoRAs are loaded and kept as long as the block runs.
 
         Leaving the block early cancels the request.
-        Raises ModelUnavailable when the model cannot be loaded or the device fails, OutOfMemory where
-        it does not fit or memory runs out outside of the engine; for LoRAs, see LoraCache.using.
+        Raises ModelFailed when the model cannot be loaded, ModelUnavailable when that may pass or the device
+        fails, OutOfMemory where it does not fit or memory runs out outside of the engine; for LoRAs, see
+        LoraCache.using.
         """
         self._loader.admission.enter_loop()
         try:
@@ -159,6 +161,15 @@ class Runtime:
             "activations": memory.activation_bytes,
             "limit": memory.limit_bytes,
         }
+
+    @property
+    def load_failures(self) -> dict[str, LoadFailure]:
+        """By model id, why it is not loaded though that was tried."""
+        return self._loader.failures.report()
+
+    def check_loaded(self, model_id: str) -> None:
+        """Raises the reason why this model is not loaded though that was tried."""
+        self._loader.failures.check(model_id)
 
     def layer_shapes(self, model_id: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the layers that a LoRA may change, by component and path; empty before it is loaded."""

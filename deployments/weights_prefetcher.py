@@ -104,12 +104,14 @@ def target_nodes(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
 @ray.remote
 def _fetch_all(cards: Sequence[ModelCard]) -> None:
     """Runs on the node. Raises ModelUnavailable with all errors, after everything was tried."""
+    from deployments.models.load_errors import explain  # imports torch
+
     failed: list[str] = []
     for card in cards:
         for weights in card.all_weights:
             try:
                 fetch(weights, pipeline=weights == card.weights)
-            except ModelUnavailable as error:
-                failed.append(error.message)
+            except Exception as error:
+                failed.append(str(explain(error, weights, card.licence)))
     if failed:
         raise ModelUnavailable("; ".join(failed))

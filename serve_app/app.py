@@ -30,6 +30,7 @@ from serve_app.ray_serve.dispatcher import DispatcherReplica
 from serve_app.ray_serve.ingress import Ingress
 from serve_app.ray_serve.lora_files import LORA_FILES, LoraFileClient, LoraFilesReplica
 from serve_app.ray_serve.routing import deployment_groups, makes_videos, routes_of
+from serve_app.ray_serve.served_models import others_run
 from serve_app.ray_serve.shutdown_hook import on_stop
 from serve_app.settings import Settings
 
@@ -135,22 +136,25 @@ def _models(
     encoder = _encoder(encoder_args or EncoderArgs())
     routes = routes_of(cards, "")
     files = lora_files or {}
+    common = {"others_serve": others_run}
     models: dict[str, Application] = {}
     for name, members in deployment_groups(cards).items():
         refiners, serving = _refiners(members, known), members[0].serving
         loras = routes[members[0].id].loras
         deployment = _deployment(name, serving)
         if makes_videos(members):
-            model = deployment(ModelReplica).bind(members, refiners, on_stop, encoder=encoder, **files)
+            model = deployment(ModelReplica).bind(
+                members, refiners, on_stop, encoder=encoder, **common, **files
+            )
         elif loras is None:
-            model = deployment(ModelReplica).bind(members, refiners, on_stop)
+            model = deployment(ModelReplica).bind(members, refiners, on_stop, **common)
         elif loras == name:
-            model = deployment(ModelReplica).bind(members, refiners, on_stop, **files)
+            model = deployment(ModelReplica).bind(members, refiners, on_stop, **common, **files)
         else:
             pool = _deployment(loras, _lora_pool_serving(serving))(ModelReplica).bind(
-                members, refiners, on_stop, **files
+                members, refiners, on_stop, **common, **files
             )
-            model = deployment(ModelReplica).bind(members, refiners, on_stop, lora_pool=pool)
+            model = deployment(ModelReplica).bind(members, refiners, on_stop, lora_pool=pool, **common)
         models |= dict.fromkeys([card.id for card in members], model)
     return models
 

@@ -23,7 +23,7 @@ from deployments.loras.joint_linear import LoraLayer
 from deployments.loras.lora_forward import LoraForward, LoraModel
 from deployments.loras.lora_set import LoraSet
 from deployments.loras.low_rank_products import BatchInvariance
-from deployments.protocol.errors import ModelUnavailable
+from deployments.protocol.errors import ModelFailed
 
 
 class BatchedLora:
@@ -40,12 +40,12 @@ class BatchedLora:
     def make_graph_layers(self, blocks: Iterable[nn.Module]) -> None:
         """Let code that is compiled for these blocks not depend on LoRAs, before it is compiled.
 
-        Raises ModelUnavailable for a block with convolutions, which LoRAs may change too.
+        Raises ModelFailed for a block with convolutions, which LoRAs may change too.
         """
         for block in blocks:
             layers = list(block.modules())
             if any(isinstance(layer, nn.Conv2d) for layer in layers):
-                raise ModelUnavailable(
+                raise ModelFailed(
                     f"{type(block).__name__} has convolutions and cannot be compiled with LoRAs; "
                     "set lora: none in the card, or take compile out"
                 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from deployments.protocol.errors import ModelUnavailable
+from deployments.protocol.errors import ModelFailed
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 def repeated_blocks(pipeline: Any) -> list[nn.Module]:
     """The blocks that the denoisers repeat.
 
-    Raises ModelUnavailable where diffusers does not say which.
+    Raises ModelFailed where diffusers does not say which.
     """
     components = {name: getattr(pipeline, name, None) for name in DENOISERS}
     denoisers: dict[str, Any] = {name: c for name, c in components.items() if isinstance(c, nn.Module)}
@@ -26,7 +26,7 @@ def repeated_blocks(pipeline: Any) -> list[nn.Module]:
     for name, denoiser in denoisers.items():
         kinds = getattr(denoiser, "_repeated_blocks", None)
         if not kinds:
-            raise ModelUnavailable(
+            raise ModelFailed(
                 f"{type(denoiser).__name__} cannot be compiled: diffusers does not name its repeated blocks; "
                 "take compile out of the card"
             )

@@ -14,46 +14,46 @@ import torch
 from diffusers import ControlNetModel, DiffusionPipeline, FluxControlNetModel
 from torch import nn
 
-from deployments.engine.out_of_memory import is_out_of_memory, load_or_free
+from deployments.engine.out_of_memory import load_or_free
+from deployments.models.load_errors import explain
 from deployments.models.thread_dtype import thread_default_dtype
-from deployments.models.weight_cache import local_folder
-from deployments.protocol.card import Family, Weights
-from deployments.protocol.errors import ModelUnavailable
+from deployments.models.weight_cache import local_folder, local_path
+from deployments.protocol.card import Family, Licence, Weights
+from deployments.protocol.errors import ModelFailed
 
 logger = logging.getLogger(__name__)
 
 Admit = Callable[[Sequence[nn.Module]], None]
 
-ROOT = Path(__file__).resolve().parents[2]  # relative paths of weights start at the repository
 CONTROLNETS: dict[str, Any] = {"sd": ControlNetModel, "sdxl": ControlNetModel, "flux": FluxControlNetModel}
 
 
 def folder_of(weights: Weights, index: str = "model_index.json") -> Path | None:
     """The local folder, which contains the file `index`; None for weights of the hub.
 
-    Raises ModelUnavailable naming the folder and the missing file.
+    Raises ModelFailed naming the folder and the missing file, ModelUnavailable where a download may succeed
+    later.
     """
     if weights.path is None:
         return None
     if "://" in weights.path:
-        folder = _fetched(weights.path)
+        folder = _fetched(weights)
     else:
-        folder = Path(weights.path).expanduser()
-    folder = folder if folder.is_absolute() else ROOT / folder
+        folder = local_path(weights)
     if not (folder / index).is_file():
         kind = "diffusers model" if index == "model_index.json" else "model"
-        raise ModelUnavailable(
+        raise ModelFailed(
             f"no weights in {weights.path}: {index} is missing; "
             f"put a {kind} folder there or correct the path in the card"
         )
     return folder
 
 
-def _fetched(url: str) -> Path:
+def _fetched(weights: Weights) -> Path:
     try:
-        return local_folder(url)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelUnavailable(f"the weights {url} cannot be fetched: {error}") from error
+        return local_folder(str(weights.path))
+    except Exception as error:
+        raise explain(error, weights) from error
 
 
 def load_pipeline(
@@ -61,26 +61,29 @@ def load_pipeline(
     device: torch.device,
     *,
     admit: Admit = lambda _modules: None,
+    licence: Licence | None = None,
 ) -> Any:
     """The pipeline named in the model_index.json of the weights, on `device`. Reads safetensors only.
 
     admit: called with the modules before they are moved to the device; what it raises ends the loading.
-    May be called while other threads are at work.
-    Raises ModelUnavailable when a file is missing, a download fails or a licence is not accepted,
-    OutOfMemory when they do not fit.
+    licence: of the model, for messages. May be called while other threads are at work.
+    Raises ModelFailed when a file is missing or damaged or a licence is not accepted, ModelUnavailable when a
+    download may succeed later, OutOfMemory when they do not fit.
     """
     folder = folder_of(weights)
     return load_or_free(
         f"the model {weights.path or weights.repo}",
-        partial(_load_pipeline, weights, folder, device, admit),
+        partial(_load_pipeline, weights, folder, device, admit, licence),
         weight_bytes(folder, weights),
         cure="try again when less is running; operators: a larger device, or fewer models on it",
     )
 
 
-def _load_pipeline(weights: Weights, folder: Path | None, device: torch.device, admit: Admit) -> Any:
+def _load_pipeline(
+    weights: Weights, folder: Path | None, device: torch.device, admit: Admit, licence: Licence | None
+) -> Any:
     options: dict[str, Any] = {"dtype": getattr(torch, weights.dtype), "use_safetensors": True}
-    pipeline = _from_pretrained(DiffusionPipeline, weights, folder, options)
+    pipeline = _from_pretrained(DiffusionPipeline, weights, folder, options, licence)
     vae = getattr(pipeline, "vae", None)
     if vae is not None and "force_upcast" in vae.config:
         # img2img pipelines would cast the shared VAE to float32 and back while other requests use it. The
@@ -96,11 +99,10 @@ def load_controlnet(
     """A ControlNet for models of `family`, on `device`. May be called while other threads are at work.
 
     admit: as for load_pipeline.
-    Raises ModelUnavailable and OutOfMemory as load_pipeline does, and for a family whose ControlNets are not
-    supported.
+    Raises what load_pipeline raises, and ModelFailed for a family whose ControlNets are not supported.
     """
     if family not in CONTROLNETS:
-        raise ModelUnavailable(f"ControlNets for {family} are not supported; take controls out of the card")
+        raise ModelFailed(f"ControlNets for {family} are not supported; take controls out of the card")
     options: dict[str, Any] = {"torch_dtype": getattr(torch, weights.dtype), "use_safetensors": True}
     folder = folder_of(weights, "config.json")
 
@@ -138,16 +140,17 @@ def _elements_in(file: Path) -> int:
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
-def _from_pretrained(kind: Any, weights: Weights, folder: Path | None, options: dict[str, Any]) -> Any:
+def _from_pretrained(
+    kind: Any, weights: Weights, folder: Path | None, options: dict[str, Any], licence: Licence | None = None
+) -> Any:
     """An object of class `kind`, loaded from the folder or from the hub."""
     if weights.repo is not None:
         options = options | {"revision": weights.revision, "variant": weights.variant}
     try:
         with thread_default_dtype():
             return kind.from_pretrained(folder or weights.repo, **options)
-    except (OSError, ValueError) as error:
-        if is_out_of_memory(error):  # diffusers says of a file that does not fit that it cannot be read
+    except Exception as error:
+        explained = explain(error, weights, licence)
+        if explained is error:
             raise
-        raise ModelUnavailable(
-            f"the weights {weights.path or weights.repo} cannot be loaded: {error}"
-        ) from error
+        raise explained from error

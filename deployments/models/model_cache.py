@@ -40,11 +40,13 @@ class ModelCache(Generic[T]):
         limit: int,
         admission: MemoryAdmission,
         expected_bytes: Callable[[str], int] = lambda _name: 0,
+        prepare: Callable[[str], None] = lambda _name: None,
     ) -> None:
         """size_of: bytes of a loaded model; expected_bytes: of one that is not loaded yet, by name.
 
         admission: asked before a model is loaded. `load` records what it really took, nothing if it fails,
         and `unload` releases it.
+        prepare: runs in a thread before others make way for a model; what it raises leaves them loaded.
         """
         self._load = load
         self._unload = unload
@@ -54,6 +56,8 @@ class ModelCache(Generic[T]):
         self._expected_bytes = expected_bytes
         admission.add_evictor(self._make_way)
         self._entries: OrderedDict[str, _CachedModel[T]] = OrderedDict()
+        self._prepare = prepare
+        self._preparing: dict[str, asyncio.Lock] = {}
         self._loading = asyncio.Lock()
         self._released = asyncio.Event()
 
@@ -75,7 +79,7 @@ class ModelCache(Generic[T]):
     async def using(self, name: str) -> AsyncGenerator[T]:
         """The model, loaded if necessary and pinned while the block runs.
 
-        Raises what `load` raises, OutOfMemory for a model that the device cannot hold.
+        Raises what `prepare` and `load` raise, OutOfMemory for a model that the device cannot hold.
         """
         while (entry := self._entries.get(name)) is None:
             loading = asyncio.ensure_future(self._load_entry(name))
@@ -93,6 +97,10 @@ class ModelCache(Generic[T]):
             self._admission.notify()
 
     async def _load_entry(self, name: str) -> None:
+        async with self._preparing.setdefault(name, asyncio.Lock()):  # others load while this one downloads
+            if name in self._entries:
+                return
+            await asyncio.to_thread(self._prepare, name)
         async with self._loading:
             if name in self._entries:
                 return

@@ -20,7 +20,7 @@ from deployments.loras.cache import LoraCache, LoraCacheLimits
 from deployments.loras.file_cache import LoraFileCache
 from deployments.loras.file_reader import LoraFileReader
 from deployments.models.compile import compile_blocks, repeated_blocks
-from deployments.models.load import load_controlnet, load_pipeline
+from deployments.models.load import Admit, load_controlnet, load_pipeline
 from deployments.models.memory_admission import MemoryAdmission
 from deployments.models.model_memory import LoraMemory, ModelMemory
 from deployments.models.preprocessors import lazy_preprocessors
@@ -51,21 +51,24 @@ class ModelInstance:
 
         admission: asked before anything is moved to the device.
         lora_files: reads the files of LoRAs that a request only names; without it, requests bring the files.
-        Raises ModelUnavailable when the weights cannot be loaded, OutOfMemory when they do not fit.
+        Raises ModelFailed or ModelUnavailable when the weights cannot be loaded, OutOfMemory when they do not
+        fit.
         """
         started = time.monotonic()
         serving = card.serving
         self.card = card
         self._memory = ModelMemory(admission, card)
         self._device = device
-        pipeline = load_pipeline(card.weights, device, admit=self._memory.admit_pipeline)
+        pipeline = load_pipeline(
+            card.weights, device, admit=self._memory.admit_pipeline, licence=card.licence
+        )
         blocks = repeated_blocks(pipeline) if serving.compile else []
         self.pipelines = DiffusersModel(
             pipeline,
             _pipeline_tasks(card),
             controls=card.controls,
             load_controlnet=self._load_controlnet,
-            load_refiner=None if refiner is None else partial(self._load_refiner, refiner.weights),
+            load_refiner=None if refiner is None else partial(self._load_refiner, refiner),
         )
         self.previewer = Previewer.fitted_to(pipeline)
         self.prompts = PromptCache(serving.prompt_cache_mib * MIB)
@@ -126,11 +129,14 @@ class ModelInstance:
             weights, "the ControlNet", lambda admit: load_controlnet(weights, family, device, admit)
         )
 
-    def _load_refiner(self, weights: Weights) -> Any:
+    def _load_refiner(self, refiner: ModelCard) -> Any:
         """The refiner's pipeline."""
-        return self._memory.load(
-            weights, "the refiner", lambda admit: load_pipeline(weights, self._device, admit=admit)
-        )
+        weights = refiner.weights
+
+        def load(admit: Admit) -> Any:
+            return load_pipeline(weights, self._device, admit=admit, licence=refiner.licence)
+
+        return self._memory.load(weights, "the refiner", load)
 
     def _stacked_bytes(self) -> int:
         """Copies of LoRAs and of prompt embeddings for the last batches, beyond the one copy of each LoRA

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import TypeVar
 
+from deployments.engine.device_errors import DeviceBroken, is_device_broken
 from deployments.loras.file_reader import LoraFileReader
 from deployments.models.device_memory import GIB, DeviceMemory
 from deployments.models.hardware import best_device, limit_to_share, memory_bytes
+from deployments.models.load import folder_of
+from deployments.models.load_errors import explain
+from deployments.models.load_failures import LoadFailures, operator_state
 from deployments.models.memory_admission import MemoryAdmission
 from deployments.models.model_cache import ModelCache
 from deployments.models.model_instance import ModelInstance
+from deployments.models.weight_cache import fetch
 from deployments.protocol.card import ModelCard
+from deployments.protocol.errors import ModelFailed, ModelUnavailable, Overloaded, WeftError
+
+RETRY_PAUSES_S = (1.0, 3.0)  # before the network is tried again
+MAX_CHARS = 1_000  # of a message
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +52,7 @@ class ModelLoader:
         self.memory = DeviceMemory(self._limit_bytes)
         self.admission = MemoryAdmission(self.memory)
         self.loads: dict[str, tuple[int, float]] = {}  # by model: number of loads, and their seconds
+        self.failures = LoadFailures(lambda name: operator_state(self._cards[name].weights))
         self._cards = {card.id: card for card in cards}
         self._refiners = refiners
         self._lora_files = lora_files
@@ -46,7 +60,8 @@ class ModelLoader:
     def open_cache(self, limit: int) -> ModelCache[ModelInstance]:
         """A cache of at most `limit` models; the model of the first card is loaded at once.
 
-        Raises ModelUnavailable when its weights cannot be loaded, OutOfMemory when they do not fit.
+        When it cannot be loaded, the replica serves the others, and `failures` says why: a replica that ended
+        here would be started again and again, and no one would learn the reason.
         """
         cache = ModelCache(
             self._load,
@@ -55,12 +70,67 @@ class ModelLoader:
             limit=limit,
             admission=self.admission,
             expected_bytes=self._expected_bytes,
+            prepare=self._prepare,
         )
         first = next(iter(self._cards))
-        cache.put(first, self._load(first))
+        with suppress(WeftError):  # it is recorded
+            self._prepare(first)
+            cache.put(first, self._load(first))
         return cache
 
+    def _prepare(self, name: str) -> None:
+        """Fetch the weights to this node, before others have to make way for them on the device.
+
+        Raises at once what the last try raised, until it is time for another one: see LoadFailures.
+        """
+        self.failures.check(name)
+        self._recorded(name, lambda: self._with_retry(name, lambda: self._fetch(self._cards[name])))
+
     def _load(self, name: str) -> ModelInstance:
+        return self._recorded(name, lambda: self._with_retry(name, lambda: self._load_once(name)))
+
+    def _recorded(self, name: str, work: Callable[[], T]) -> T:
+        """What the work returns; a failure is recorded, and a bug of a library is one too."""
+        try:
+            return work()
+        except (Overloaded, DeviceBroken):
+            raise
+        except WeftError as error:
+            self.failures.record(name, error)
+            raise
+        except Exception as error:
+            if is_device_broken(error):
+                raise
+            logger.exception("a model cannot be loaded", extra={"model": name})
+            failure = ModelFailed(f"{name} cannot be loaded: {type(error).__name__}: {error}"[:MAX_CHARS])
+            self.failures.record(name, failure)
+            raise failure from error
+
+    def _with_retry(self, name: str, work: Callable[[], T]) -> T:
+        """What the work returns, tried again while only the network is in the way."""
+        for pause_s in RETRY_PAUSES_S:
+            try:
+                return work()
+            except ModelUnavailable as error:
+                about = {"model": name, "pause_s": pause_s, "error": error.message}
+                logger.warning("weights were not fetched; it is tried again", extra=about)
+            time.sleep(pause_s)
+        return work()
+
+    def _fetch(self, card: ModelCard) -> None:
+        """Have the weights on this node. Raises ModelFailed, ModelUnavailable."""
+        if not card.weights.is_remote:
+            folder_of(card.weights)
+            return
+        try:
+            fetch(card.weights, pipeline=True)
+        except Exception as error:
+            explained = explain(error, card.weights, card.licence)
+            if explained is error:
+                raise
+            raise explained from error
+
+    def _load_once(self, name: str) -> ModelInstance:
         started = time.monotonic()
         try:
             model = ModelInstance(
@@ -76,6 +146,7 @@ class ModelLoader:
             raise
         times, seconds = self.loads.get(name, (0, 0.0))
         self.loads[name] = (times + 1, seconds + time.monotonic() - started)
+        self.failures.clear(name)
         self._log_memory()
         return model
 

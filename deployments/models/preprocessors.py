@@ -19,11 +19,11 @@ from transformers import (
     VitPoseForPoseEstimation,
 )
 
-from deployments.engine.out_of_memory import is_out_of_memory, load_or_free
+from deployments.engine.out_of_memory import load_or_free
 from deployments.models.load import Admit, folder_of, weight_bytes
+from deployments.models.load_errors import explain
 from deployments.models.thread_dtype import thread_default_dtype
 from deployments.protocol.card import ControlNet, Weights
-from deployments.protocol.errors import ModelUnavailable
 from deployments.protocol.request import ControlType
 
 logger = logging.getLogger(__name__)
@@ -211,7 +211,8 @@ def _from_pretrained(kind: Any, weights: Weights, options: dict[str, Any]) -> An
     try:
         with thread_default_dtype():
             return kind.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        if is_out_of_memory(error):
+    except Exception as error:
+        explained = explain(error, weights)
+        if explained is error:
             raise
-        raise ModelUnavailable(f"the weights {source} cannot be loaded: {error}") from error
+        raise explained from error

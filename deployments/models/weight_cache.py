@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -16,10 +17,11 @@ from typing import Any
 import fsspec
 
 from deployments.protocol.card import Weights
-from deployments.protocol.errors import ModelUnavailable
 
 logger = logging.getLogger(__name__)
 
+ROOT = Path(__file__).resolve().parents[2]  # relative paths of weights start at the repository
+ASK_TIMEOUT_S = 5.0  # for the size of a download
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # in a hub repository of a single module
 MODEL_CACHE = "WEFT_MODEL_CACHE"  # Settings.model_cache; Ray's processes inherit it
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # torch's own setting
@@ -29,26 +31,30 @@ def fetch(weights: Weights, *, pipeline: bool) -> None:
     """Download the weights to this node, if they are not complete here already.
 
     pipeline: whether they are a whole pipeline, not a single module.
-    Raises ModelUnavailable with the reason.
+    Raises what the hub and fsspec raise: see load_errors.explain.
     """
     started = time.monotonic()
     name = weights.path or weights.repo
-    try:
-        if weights.repo is not None:
-            _from_hub(weights, pipeline=pipeline)
-        elif "://" in (weights.path or ""):
-            local_folder(str(weights.path))
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelUnavailable(f"the weights {name} cannot be fetched: {error}") from error
+    if weights.repo is not None:
+        _from_hub(weights, pipeline=pipeline)
+    elif "://" in (weights.path or ""):
+        local_folder(str(weights.path))
     seconds = round(time.monotonic() - started, 3)
     logger.info("weights are complete", extra={"weights": name, "seconds": seconds})
+
+
+def local_path(weights: Weights) -> Path:
+    """The folder that a card names; a relative one is under the repository."""
+    folder = Path(weights.path or "").expanduser()
+    return folder if folder.is_absolute() else ROOT / folder
 
 
 def local_folder(url: str) -> Path:
     """The local copy of the folder at this fsspec URL (s3://, gs://, file://, ...), downloaded if missing.
 
     It is complete or absent; other processes on this node that need it meanwhile wait for the download.
-    Raises FileNotFoundError when the URL has no folder, other OSErrors, ImportError without its driver.
+    Raises FileNotFoundError when the URL has no folder, OSError (ENOSPC) when it is larger than the space
+    left, other OSErrors, ImportError without its driver.
     """
     folder = _cache() / hashlib.sha256(url.encode()).hexdigest()[:24]
     if folder.is_dir():
@@ -62,6 +68,9 @@ def local_folder(url: str) -> Path:
         filesystem, path = fsspec.core.url_to_fs(url)
         if not filesystem.isdir(path):
             raise FileNotFoundError(f"there is no folder at {url}")
+        needed = filesystem.du(path)
+        if needed > shutil.disk_usage(folder.parent).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.parent))
         filesystem.get(path.rstrip("/") + "/", f"{partial}/", recursive=True)
         partial.rename(folder)
     return folder
@@ -78,6 +87,39 @@ def _from_hub(weights: Weights, *, pipeline: bool) -> None:
     from huggingface_hub import snapshot_download
 
     snapshot_download(str(weights.repo), allow_patterns=FILES, **options)
+
+
+def hub_token() -> str | None:
+    """The hub's token, from the environment or from the file that `hf auth login` writes."""
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def cache_folder(weights: Weights) -> Path:
+    """The folder of this node into which such weights are downloaded."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) if weights.repo is not None else _cache()
+
+
+def remote_bytes(weights: Weights) -> int | None:
+    """About how many bytes the download of these weights has; None where the other side does not say."""
+    try:
+        if weights.repo is not None:
+            from huggingface_hub import HfApi
+
+            info = HfApi().model_info(
+                weights.repo, revision=weights.revision, files_metadata=True, timeout=ASK_TIMEOUT_S
+            )
+            files = [file for file in info.siblings or () if file.rfilename.endswith(".safetensors")]
+            variant = f".{weights.variant}." if weights.variant else ""
+            return sum(file.size or 0 for file in files if variant in file.rfilename) or None
+        filesystem, path = fsspec.core.url_to_fs(weights.path)
+        return int(filesystem.du(path)) or None
+    except Exception as error:  # it is for a message only
+        logger.info("the size of weights is not known", extra={"error": repr(error)})
+        return None
 
 
 def keep_compiled_code() -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from deployments.media.video_spec import Frames
-from deployments.protocol.errors import ModelUnavailable
+from deployments.protocol.errors import ModelFailed
 from deployments.protocol.request import Task
 
 CHUNK_FRAMES = 8  # frames per call of a video that its pipeline decoded as a whole
@@ -31,7 +31,7 @@ class LatentDecoder(Protocol):
 def video_class(pipeline_class: type, task: Task) -> type:
     """The pipeline of diffusers for `task` with the components of this one.
 
-    Raises ModelUnavailable when diffusers has none.
+    Raises ModelFailed when diffusers has none.
     """
     name = pipeline_class.__name__
     is_i2v = "ImageToVideo" in name
@@ -40,7 +40,7 @@ def video_class(pipeline_class: type, task: Task) -> type:
     sibling = name.replace("ImageToVideo", "") if is_i2v else name.replace("Pipeline", "ImageToVideoPipeline")
     found = getattr(diffusers, sibling, None)
     if not isinstance(found, type):
-        raise ModelUnavailable(f"diffusers has no {sibling}; take {task.value} out of the card's tasks")
+        raise ModelFailed(f"diffusers has no {sibling}; take {task.value} out of the card's tasks")
     return found
 
 

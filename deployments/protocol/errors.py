@@ -11,6 +11,7 @@ WeftError
 |-- RateLimited        too many calls in too short a time
 |-- Overloaded         the service is full; try again later
 |-- ModelUnavailable   the model is not loaded, its replica died, or its store is down
+|-- ModelFailed        the model cannot be loaded until its operator changes something
 |-- OutOfMemory        a single request does not fit the device
 |-- Cancelled          the job was cancelled
 `-- Internal           a bug of Weft
@@ -81,6 +82,10 @@ class ModelUnavailable(WeftError):
     retryable = True
 
 
+class ModelFailed(WeftError):
+    kind = "model_failed"
+
+
 class OutOfMemory(WeftError):
     kind = "out_of_memory"
 
@@ -110,6 +115,7 @@ KINDS: dict[str, type[WeftError]] = {
         RateLimited,
         Overloaded,
         ModelUnavailable,
+        ModelFailed,
         OutOfMemory,
         Cancelled,
         Internal,

@@ -54,8 +54,10 @@ def default_model(
     *,
     controls: Collection[str] = (),
     refiner: bool = False,
+    failed: Collection[str] = (),
 ) -> str:
-    """Id of the model for a request that names none: the first that can serve it, loaded models first.
+    """Id of the model for a request that names none: the first that can serve it, loaded models first and
+    `failed` ones last.
 
     controls: types of its control pictures. refiner: whether the model must have one.
     Raises BadRequest when no card can do that, ModelUnavailable while no model is served at all.
@@ -78,4 +80,4 @@ def default_model(
             f"they can do {', '.join(tasks)}: see GET /api/models/",
             param="model",
         )
-    return next((model_id for model_id in able if model_id in ready), able[0])
+    return min(able, key=lambda model_id: (model_id in failed, model_id not in ready))

@@ -22,6 +22,7 @@ STATUS: Mapping[str, int] = {
     "rate_limited": 429,
     "overloaded": 503,
     "model_unavailable": 503,
+    "model_failed": 503,  # final: the message says what the operator has to change
     "out_of_memory": 422,  # the request is too big for the device: a smaller one helps, a retry does not
     "cancelled": 409,
     "internal": 500,

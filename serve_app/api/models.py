@@ -52,5 +52,10 @@ async def delete_model(model: str, caller: CurrentCaller) -> LoraDeleted:
 
 async def _models_out(caller: CallerContext, cards: list[ModelCard]) -> list[ModelOut]:
     state = caller.state
-    states, proofs = await asyncio.gather(state.model_states(), state.model_proofs(card.id for card in cards))
-    return [ModelOut.of(card, states.get(card.id, "absent"), proofs.get(card.id)) for card in cards]
+    states, failures, proofs = await asyncio.gather(
+        state.model_states(), state.model_failures(), state.model_proofs(card.id for card in cards)
+    )
+    return [
+        ModelOut.of(card, states.get(card.id, "absent"), proofs.get(card.id), failures.get(card.id))
+        for card in cards
+    ]

@@ -17,9 +17,25 @@ from serve_app.jobs.service import JobService
 from serve_app.loras.service import LoraService
 from serve_app.settings import Settings
 
-READY = "ready"
+READY, FAILED, ERROR = "ready", "failed", "error"  # states of models
 UPLOADS, UPLOADS_PER_OWNER, UPLOAD_WAIT_S = 32, 4, 60.0  # files that are received at once, on disk
 ModelProofs = Callable[[Iterable[str]], Awaitable[Mapping[str, Sequence[Mapping[str, object]] | None]]]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFailure:
+    """Why a model cannot serve. Times are unix seconds; None: not known."""
+
+    kind: str
+    message: str
+    since: float | None = None
+    tries: int | None = None
+    retry_at: float | None = None  # the first request from then on tries again
+
+
+async def no_failures() -> dict[str, ModelFailure]:
+    """For an app without replicas."""
+    return {}
 
 
 async def no_proofs(_models: Iterable[str]) -> dict[str, None]:
@@ -34,7 +50,10 @@ class ApiState:
     job_service: JobService
     cards: Mapping[str, ModelCard]  # the models served here, by id
     settings: Settings
-    model_states: Callable[[], Awaitable[Mapping[str, str]]]  # by id: ready, loading, idle or error
+    model_states: Callable[[], Awaitable[Mapping[str, str]]]  # by id: ready, loading, idle, failed or error
+    model_failures: Callable[[], Awaitable[Mapping[str, ModelFailure]]] = (
+        no_failures  # by id; of the last two
+    )
     # by id: what a replica has proven of batch sizes; None: no replica has reported
     model_proofs: ModelProofs = no_proofs
     input_check: InputCheck = field(default_factory=InputCheck)
@@ -51,11 +70,6 @@ class ApiState:
     def authenticator(self) -> Authenticator:
         """Checks keys, tokens, tickets and rate limits."""
         return Authenticator(self.settings, self.accounts)
-
-    async def ready_models(self) -> list[str]:
-        """Ids of the models that would begin at once."""
-        states = await self.model_states()
-        return [card for card in self.cards if states.get(card) == READY]
 
 
 def api_state(connection: HTTPConnection) -> ApiState:

@@ -12,6 +12,7 @@ from deployments.protocol.request import GenerationRequest
 from serve_app.admission.validation import default_model, find_card
 from serve_app.api.caller import CallerContext
 from serve_app.api.schemas.submit_body import SubmitBody
+from serve_app.api.state import ERROR, FAILED, READY
 from serve_app.api.validation_messages import bad_request
 from serve_app.jobs.job import IdempotencyKey, Job
 from serve_app.loras.spec import extract_lora_tags
@@ -39,9 +40,14 @@ async def submit(caller: CallerContext, body: SubmitBody) -> Job:
 
 async def _default_model(caller: CallerContext, body: SubmitBody) -> str:
     state = caller.state
-    ready = await state.ready_models()
+    states = await state.model_states()
     return default_model(
-        body.task, state.cards, ready, controls=body.control_types, refiner=body.uses_refiner
+        body.task,
+        state.cards,
+        [model for model, found in states.items() if found == READY],
+        controls=body.control_types,
+        refiner=body.uses_refiner,
+        failed=[model for model, found in states.items() if found in (FAILED, ERROR)],
     )
 
 

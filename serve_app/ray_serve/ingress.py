@@ -17,7 +17,8 @@ from serve_app.api.metrics import ApiMetrics
 from serve_app.api.state import ApiState
 from serve_app.loras.builtin import BuiltInLoras
 from serve_app.ray_serve.model_client import ModelClient
-from serve_app.ray_serve.proof_reports import ProofReports
+from serve_app.ray_serve.model_states import ModelStates
+from serve_app.ray_serve.replica_reports import ReplicaReports
 from serve_app.ray_serve.served_models import ServedModels
 from serve_app.services import Services
 from serve_app.settings import Settings
@@ -42,14 +43,16 @@ class Ingress:
         """Called by Serve in the replica, after the constructor."""
         services, served = Services.open(self._settings), self._served
         client = ModelClient(served)
+        states = ModelStates(served, client.load_failures)
         loras = services.lora_service(BuiltInLoras(served.cards.values()), client.unload, client.layer_shapes)
         return create_app(
             ApiState(
                 job_service=services.job_service(served.cards),
                 cards=served.cards,
                 settings=self._settings,
-                model_states=served.states,
-                model_proofs=ProofReports(client.proofs).of,
+                model_states=states.states,
+                model_failures=states.failures,
+                model_proofs=ReplicaReports(client.proofs).of,
                 lora_service=loras,
                 refresh_cards=served.refresh if served.cards_are_dynamic else None,
                 accounts=services.store.redis,

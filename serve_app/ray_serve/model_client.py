@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, cast
 
@@ -13,17 +14,20 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deployments.protocol import log_context
-from deployments.protocol.errors import Internal, ModelUnavailable
+from deployments.protocol.errors import Internal, ModelFailed, ModelUnavailable
 from deployments.protocol.events import Event, Failed
 from deployments.protocol.request import ResolvedRequest
 from serve_app.loras.model_layers import stored_layer_shapes
 from serve_app.ray_serve.private_api import unchecked_handle
-from serve_app.ray_serve.proof_reports import ProofReport
-from serve_app.ray_serve.routing import ModelRoute
+from serve_app.ray_serve.replica_reports import ProofReport
+from serve_app.ray_serve.routing import ModelRoute, last_lines
 from serve_app.ray_serve.served_models import ServedModels
 
 UNLOAD_TIMEOUT_S = 30.0
 ANSWER_TIMEOUT_S = 2.0  # that a call waits for a replica's layer shapes, before a job is accepted, or proofs
+WATCH_EVERY_S = 2.0  # a request that waits for its first event
+GIVEN_UP_S = 4.0  # until a request fails whose deployment Serve has given up, so that two reports say so
+FAILING_S = 120.0  # until it fails where Serve goes on trying
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +57,7 @@ class ModelClient:
         )
         stream = cast(DeploymentResponseGenerator[Event], call)
         try:
-            async for event in stream:
+            async for event in self._begun(model, stream):
                 if isinstance(event, Failed) and (event.kind, event.param) == ("not_found", "model"):
                     raise self._replica_lost(model)  # its deployment was changed and serves other models now
                 yield event
@@ -64,6 +68,36 @@ class ModelClient:
         finally:
             # closing the Python iterator does not reach the replica; cancel() does, and is a no-op at the end
             stream.cancel()  # type: ignore[no-untyped-call]
+
+    async def _begun(self, model: str, stream: DeploymentResponseGenerator[Event]) -> AsyncGenerator[Event]:
+        """The events. Raises ModelFailed when Serve has no replica to begin with, and gets none to start."""
+        waiting = asyncio.ensure_future(anext(stream))
+        failing_since: float | None = None
+        try:
+            while not waiting.done():
+                await asyncio.wait({waiting}, timeout=WATCH_EVERY_S)
+                await self._served.refresh()
+                failing_since = self._check_startable(model, failing_since)
+            yield await waiting
+        except StopAsyncIteration:
+            return
+        finally:
+            waiting.cancel()
+        async for event in stream:
+            yield event
+
+    def _check_startable(self, model: str, failing_since: float | None) -> float | None:
+        """Since when no replica starts (time.monotonic()); None: one runs, or may still start.
+
+        Serve gives up on a deployment that never started, and goes on with one whose replicas have run.
+        """
+        pool, now = self._served.pool(model), time.monotonic()
+        if pool.state != "error":
+            return None
+        since = now if failing_since is None else failing_since
+        if now - since >= (GIVEN_UP_S if pool.status == "DEPLOY_FAILED" else FAILING_S):
+            raise ModelFailed(f"no replica of {model} starts: {last_lines(pool.message)}")
+        return since
 
     async def layer_shapes(self, model: str) -> Mapping[str, tuple[int, ...]] | None:
         """Shapes of the layers that a LoRA may change: by the headers of its weights, where they are in a
@@ -83,6 +117,14 @@ class ModelClient:
         """What a replica has proven of batch sizes; None when none answers within the time limit."""
         reports: Sequence[ProofReport] | None = await self._ask_replica(model, "proofs")
         return reports
+
+    async def load_failures(self, model: str) -> Mapping[str, Mapping[str, Any]] | None:
+        """By model of the same replicas, why one of these could not load it: the fields of LoadFailure.
+
+        None when no replica answers within the time limit.
+        """
+        failures: Mapping[str, Mapping[str, Any]] | None = await self._ask_replica(model, "load_failures")
+        return failures
 
     async def _ask_replica(self, model: str, method: str, *arguments: object) -> Any:
         """What the method returns on one running replica; None when none answers within ANSWER_TIMEOUT_S."""

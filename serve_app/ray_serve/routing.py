@@ -15,6 +15,7 @@ from serve_app.ray_serve.args import ModelArgs, select_cards
 from serve_app.settings import Settings
 
 MODEL_BUILDER = "serve_app.app:build_model"
+LAST_LINES = 3
 LORA_PREFIX = "lora-"  # starts the name of the deployment that serves a model's requests with LoRAs
 SETTLED_STATES = ("RUNNING", "UNHEALTHY")  # of an application that was deployed as its args say
 
@@ -39,6 +40,7 @@ class ReplicaPool:
     status: str = ""  # of the deployment, as Serve names it
     running: int = 0
     limit: int | None = None  # maximum number of replicas; None: not known
+    message: str = ""  # what Serve says of the deployment, such as why no replica starts
 
     @property
     def state(self) -> str:
@@ -59,6 +61,12 @@ class RunningApplication:
     status: str = ""
     deployed_at: float = 0.0  # unix seconds
     deployments: Mapping[str, ReplicaPool] = field(default_factory=dict)
+
+
+def last_lines(message: str) -> str:
+    """The end of what Serve says of a deployment, which is that of a traceback, on one line."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines[-LAST_LINES:]) or "Serve does not say why"
 
 
 class RouteTable(Protocol):

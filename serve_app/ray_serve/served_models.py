@@ -131,6 +131,12 @@ class ServedModels:
         self._refreshed_at = time.monotonic()
 
 
+def others_run() -> bool:
+    """Whether other replicas of the deployment of this process run. Blocks for one call to the controller."""
+    own = serve.get_replica_context()
+    return _find_pool(_running_applications(), own.app_name, own.deployment).running > 0
+
+
 def _find_pool(
     applications: Mapping[str, RunningApplication], application: str, deployment: str
 ) -> ReplicaPool:
@@ -159,5 +165,6 @@ def _pool(details: DeploymentDetails) -> ReplicaPool:
     return ReplicaPool(
         details.status.value,
         running=sum(replica.state == "RUNNING" for replica in details.replicas),
+        message=details.message,
         limit=details.target_num_replicas if not isinstance(scaling, dict) else scaling.get("max_replicas"),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import ModelUnavailable
+from deployments.protocol.errors import ModelFailed
 from deployments.protocol.events import Done, Failed
 from deployments.replica import ModelReplica
 from tests.inference.test_replica import CARD, events_of
@@ -28,9 +28,9 @@ def broken(tmp_path: Path) -> ModelCard:
     return CARD.model_copy(update={"id": "broken", "weights": weights, "serving": serving})
 
 
-def test_a_replica_does_not_start_on_a_model_whose_file_was_cut(broken: ModelCard) -> None:
-    with pytest.raises(ModelUnavailable, match="broken"):
-        ModelReplica([broken])
+def test_a_replica_does_not_start_beside_others_on_a_model_whose_file_was_cut(broken: ModelCard) -> None:
+    with pytest.raises(ModelFailed, match="broken"):
+        ModelReplica([broken], others_serve=lambda: True)
 
 
 async def test_a_model_that_cannot_be_read_fails_alone(broken: ModelCard) -> None:

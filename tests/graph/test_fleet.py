@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,11 @@ class Fleet:
         listed = self.client.get("/api/models").json()["models"]
         return {model["id"]: model["state"] for model in listed}
 
+    def failure(self, model: str) -> dict[str, Any] | None:
+        """Why a model cannot serve."""
+        found: dict[str, Any] | None = self.client.get(f"/api/models/{model}").json()["failure"]
+        return found
+
     def pids(self) -> Pids:
         """Of the fleet's replicas, by application and deployment."""
         client = _get_global_client()
@@ -205,6 +211,27 @@ def test_jobs_of_a_model_that_goes_wait_until_it_comes_back(fleet: Fleet) -> Non
     assert "queued" in left
     assert "failed" not in left
     assert [ended(fleet.client, job)["status"] for job in jobs] == ["completed"] * 4
+    fleet.deploy()
+
+
+def test_a_model_that_cannot_be_loaded_says_why_until_its_operator_mends_it(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    folder = tmp_path / "unfinished"
+    card = slow_card("unfinished", num_gpus=0, min_replicas=1)
+    card["weights"]["path"] = str(folder)
+    fleet.deploy(fleet.model(card))
+
+    refused = ended(fleet.client, fleet.submit("unfinished"))
+    shown = until(lambda: fleet.failure("unfinished"), "the gateway shows the reason")
+    shutil.copytree(ROOT / "models/tiny-flux-schnell", folder)
+    served = ended(fleet.client, fleet.submit("unfinished"))
+    until(lambda: fleet.models()["unfinished"] == "ready", "the gateway knows that it is loaded")
+
+    assert refused["error"]["kind"] == shown["kind"] == "model_failed"
+    for message in (refused["error"]["message"], shown["message"]):
+        assert f"no weights in {folder}: model_index.json is missing" in message
+    assert served["status"] == "completed"
     fleet.deploy()
 
 

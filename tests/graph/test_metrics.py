@@ -176,6 +176,6 @@ def test_weights_are_fetched_to_the_nodes_before_a_replica_starts(service: Servi
             lambda: [reason for reason in handle.status.remote().result().values() if "nothing" in reason],
             "the failure is logged",
         )
-        assert "cannot be fetched: there is no folder at" in reasons[0]
+        assert "cannot be loaded: there is no folder at" in reasons[0]
     finally:
         serve.delete("fetcher")

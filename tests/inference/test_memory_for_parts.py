@@ -19,8 +19,9 @@ from PIL import Image
 from deployments.engine.out_of_memory import load_or_free
 from deployments.loras import cache as lora_cache
 from deployments.loras import source as lora_source
-from deployments.models.load import ROOT, weight_bytes
+from deployments.models.load import weight_bytes
 from deployments.models.preprocessors import lazy_preprocessors
+from deployments.models.weight_cache import ROOT
 from deployments.protocol.card import ControlNet, ModelCard, Weights, load_card
 from deployments.protocol.errors import OutOfMemory
 from deployments.protocol.events import Done, Event, Failed

@@ -220,8 +220,13 @@ async def test_closing_the_stream_frees_the_slot(model: ModelReplica) -> None:
 async def test_missing_weights_are_named_in_the_error() -> None:
     nowhere = CARD.weights.model_copy(update={"path": "models/nowhere"})
 
-    with pytest.raises(ModelUnavailable, match=r"models/nowhere: model_index\.json is missing"):
-        ModelReplica([CARD.model_copy(update={"weights": nowhere})])
+    model = ModelReplica([CARD.model_copy(update={"weights": nowhere})])
+    (failed,) = await events_of(model)
+    model.__del__()
+
+    assert isinstance(failed, Failed)
+    assert "models/nowhere: model_index.json is missing" in failed.message
+    assert not failed.retryable
 
 
 async def test_a_stopped_engine_fails_the_health_check_and_refuses_work() -> None:

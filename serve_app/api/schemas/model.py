@@ -1,6 +1,7 @@
 """Models and their limits, from which a client can build a form without knowing any model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Self
 
 from pydantic import BaseModel, Field
@@ -8,6 +9,7 @@ from pydantic import BaseModel, Field
 from deployments.protocol.card import Guidance, Licence, ModelCard, Sizes, Steps, Videos
 from deployments.protocol.request import Exactness
 from serve_app.api.schemas.lora import LoraOut
+from serve_app.api.state import ModelFailure
 
 
 class ControlOut(BaseModel):
@@ -27,6 +29,16 @@ class ProofOut(BaseModel):
     proven: list[int] = Field(description="They change no bit of a result.")
     refused: list[int] = Field(description="They change bits, or failed.")
     pending: list[int] = Field(description="Not tried yet.")
+
+
+class ModelFailureOut(BaseModel):
+    """Why a model cannot serve, and when it is tried again."""
+
+    kind: str = Field(examples=["model_failed"])
+    message: str = Field(description="Cause and cure.")
+    since: float | None = Field(description="Unix seconds of the first failure in a row.")
+    tries: int | None
+    retry_at: float | None = Field(description="Unix seconds; the first request from then on tries again.")
 
 
 class ModelOut(BaseModel):
@@ -61,12 +73,20 @@ class ModelOut(BaseModel):
         description="What one of its replicas has proven; null: no replica has reported."
     )
     state: str = Field(
-        description="ready; loading; idle: the first request starts it; error; absent: not deployed.",
+        description="ready; loading; idle: the first request starts it; failed: it could not be loaded; "
+        "error: no replica of it starts; absent: not deployed.",
         examples=["ready"],
     )
+    failure: ModelFailureOut | None = Field(None, description="Of a model that is failed or in error.")
 
     @classmethod
-    def of(cls, card: ModelCard, state: str, proofs: Sequence[Mapping[str, object]] | None = None) -> Self:
+    def of(
+        cls,
+        card: ModelCard,
+        state: str,
+        proofs: Sequence[Mapping[str, object]] | None = None,
+        failure: ModelFailure | None = None,
+    ) -> Self:
         return cls(
             id=card.id,
             name=card.name,
@@ -102,6 +122,7 @@ class ModelOut(BaseModel):
             exact=card.serving.exact,
             proofs=None if proofs is None else [ProofOut.model_validate(proof) for proof in proofs],
             state=state,
+            failure=None if failure is None else ModelFailureOut.model_validate(asdict(failure)),
         )
 
 

@@ -18,7 +18,7 @@ from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.lora_set import LoraSet, combine
 from deployments.loras.source import read_lora
 from deployments.models.compile import compile_blocks, repeated_blocks
-from deployments.protocol.errors import ModelUnavailable
+from deployments.protocol.errors import ModelFailed
 from tests.inference import tiny
 from tests.inference.lora_files import file_of, random_lora
 
@@ -116,7 +116,7 @@ def test_joins_leaves_and_other_loras_make_no_graph_and_change_no_bit(compiled: 
 def test_blocks_with_convolutions_are_not_compiled_with_loras() -> None:
     block = nn.Sequential(nn.Linear(4, 4), nn.Conv2d(4, 4, 1))
 
-    with pytest.raises(ModelUnavailable, match=r"Sequential has convolutions.*set lora: none in the card"):
+    with pytest.raises(ModelFailed, match=r"Sequential has convolutions.*set lora: none in the card"):
         BatchedLora({}, deterministic=True).make_graph_layers([block])
 
 

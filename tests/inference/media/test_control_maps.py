@@ -31,7 +31,7 @@ from deployments.media.fitting import fitted
 from deployments.models import preprocessors
 from deployments.models.preprocessors import lazy_preprocessors, padded_box, peaks
 from deployments.protocol.card import ControlNet, Licence, Weights
-from deployments.protocol.errors import BadRequest, ModelUnavailable
+from deployments.protocol.errors import BadRequest, ModelFailed
 from deployments.protocol.request import Control
 
 CPU = torch.device("cpu")
@@ -331,5 +331,5 @@ def test_a_card_without_preprocessors_has_none() -> None:
 def test_a_preprocessor_whose_files_are_missing_is_named(tmp_path: Path) -> None:
     find = lazy_preprocessors({"depth": card_entry(tmp_path, "nowhere")}, CPU)
 
-    with pytest.raises(ModelUnavailable, match=r"nowhere: config\.json is missing"):
+    with pytest.raises(ModelFailed, match=r"nowhere: config\.json is missing"):
         find["depth"](drawing())

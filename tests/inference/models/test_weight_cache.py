@@ -12,7 +12,6 @@ import torch
 from deployments.models import weight_cache
 from deployments.models.load import load_pipeline
 from deployments.protocol.card import Weights, load_card
-from deployments.protocol.errors import ModelUnavailable
 from deployments.weights_prefetcher import target_nodes
 
 ROOT = Path(__file__).parents[3]
@@ -66,7 +65,7 @@ def test_a_partial_download_is_not_used(cache: Path) -> None:
 
 
 def test_a_url_without_weights_is_named_in_the_error(cache: Path) -> None:
-    with pytest.raises(ModelUnavailable, match="memory://bucket/nothing cannot be fetched"):
+    with pytest.raises(FileNotFoundError, match="no folder at memory://bucket/nothing"):
         weight_cache.fetch(Weights(path="memory://bucket/nothing"), pipeline=True)
 
     assert not any(path.is_dir() for path in cache.iterdir())

@@ -32,7 +32,7 @@ from deployments.media.control import edge_map
 from deployments.models.load import load_controlnet, load_pipeline
 from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.protocol.card import ControlNet, ModelCard, Weights, load_cards
-from deployments.protocol.errors import BadRequest, ModelUnavailable
+from deployments.protocol.errors import BadRequest, ModelFailed
 from deployments.protocol.events import Artifact, Event, Failed, Step
 from deployments.protocol.request import Control, GenerationRequest, ResolvedEdit, ResolvedRequest, Task
 from deployments.replica import ModelReplica
@@ -555,12 +555,12 @@ def test_loading_during_requests_does_not_change_the_default_dtype_of_torch(
 
 
 def test_a_controlnet_whose_files_are_missing_is_named(folder: Path) -> None:
-    with pytest.raises(ModelUnavailable, match=r"nowhere: config\.json is missing"):
+    with pytest.raises(ModelFailed, match=r"nowhere: config\.json is missing"):
         load_controlnet(weights_in(folder, "nowhere"), "sdxl", CPU)
 
 
 def test_controlnets_of_an_unsupported_family_are_refused(folder: Path) -> None:
-    with pytest.raises(ModelUnavailable, match="ControlNets for hunyuan_video are not supported"):
+    with pytest.raises(ModelFailed, match="ControlNets for hunyuan_video are not supported"):
         load_controlnet(weights_in(folder, "canny"), "hunyuan_video", CPU)
 
 
