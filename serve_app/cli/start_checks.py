@@ -20,6 +20,7 @@ from serve_app.redis.reachable import check_redis
 from serve_app.settings import ROOT, Settings
 
 PROBE_BYTES = 64 * 2**10  # a folder that cannot take these is full
+DATA_FOLDERS = ("valkey", "results", "adapter-cache")
 PRIVATE_CHARS = 32  # of a generated secret, at least
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HTTP_SETTING = "--port, WEFT_PORT or http_options.port of the Serve config"
@@ -35,7 +36,7 @@ def check_start(
     _check_results(settings)
     _check_ray_token()
     check_weights(served_cards(config, file).values())
-    check_folder(settings.data_dir, "WEFT_DATA_DIR")
+    check_folder(settings.data_dir, "WEFT_DATA_DIR", DATA_FOLDERS)
     if settings.model_cache is not None:
         check_folder(settings.model_cache.expanduser(), "WEFT_MODEL_CACHE")
     for name in ("api_key", "jwt_secret"):
@@ -61,20 +62,24 @@ def check_ports(config: Mapping[str, Any]) -> None:
         check_address("0.0.0.0", grpc.get("port", 9000), "gRPC", "grpc_options.port of the Serve config")
 
 
-def check_folder(folder: Path, variable: str) -> None:
-    """Create the folder, and write to it. Raises BadRequest when that is not possible."""
+def check_folder(folder: Path, variable: str, parts: Iterable[str] = ()) -> None:
+    """Create the folder, and write to it. Raises BadRequest when that is not possible.
+
+    parts: folders in it that must be usable where they exist; others, such as lost+found, are not ours.
+    """
     cure = f"correct {variable}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for part in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-            if not os.access(part, os.R_OK | os.W_OK | os.X_OK):
+        for part in (folder, *(folder / name for name in parts)):
+            if part.exists() and not part.is_dir():
+                raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(part))
+            if part.exists() and not os.access(part, os.R_OK | os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, "permission denied", str(part))
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"\0" * PROBE_BYTES)
-    except (FileExistsError, NotADirectoryError):
-        raise BadRequest(
-            f"{folder} cannot be a folder, because it or one above it is a file; {cure}"
-        ) from None
+    except (FileExistsError, NotADirectoryError) as error:
+        where = error.filename or folder
+        raise BadRequest(f"{where} cannot be a folder: it or one above it is a file; {cure}") from None
     except OSError as error:
         if error.errno in FULL:
             raise BadRequest(f"the disk of {folder} is full; free some space, or {cure}") from None

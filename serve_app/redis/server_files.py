@@ -78,7 +78,7 @@ class ServerFiles:
             self._short_directory = Path(tempfile.mkdtemp(prefix="weft-"))  # mkdtemp sets mode 0700
             self._socket = self._short_directory / "valkey.sock"
         secret, acl = self.directory / "secret", self.directory / "users.acl"
-        if not secret.exists():
+        if not secret.exists() or not secret.read_text().strip():  # by a disk that was full
             _write_private(secret, secrets.token_urlsafe(32))
         self._secret = secret.read_text()
         digest = hashlib.sha256(self._secret.encode()).hexdigest()

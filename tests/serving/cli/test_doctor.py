@@ -18,6 +18,7 @@ from serve_app.cli import doctor
 from serve_app.cli.findings import Finding, Level
 from serve_app.cli.main import main
 from serve_app.cli.ray_ports import Listener, ray_findings, ray_listeners
+from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.redis.info import RedisInfo, query_info
 from serve_app.settings import Settings
 
@@ -189,6 +190,23 @@ def test_the_ports_that_are_really_used_are_found(tmp_path: Path) -> None:
     assert {everywhere, local} <= ours
     assert others == []
     assert not found[everywhere].is_local
+
+
+def test_a_damaged_store_at_rest_is_found(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with EmbeddedRedis(settings.data_dir):
+        pass
+    (base,) = (settings.data_dir / "valkey" / "appendonlydir").glob("*.base.rdb")
+    base.unlink()
+    monkeypatch.setenv("WEFT_DATA_DIR", str(settings.data_dir))
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    monkeypatch.setattr(doctor, "ray_listeners", lambda _: [])
+
+    status = main(["doctor", "--port", "1"])
+
+    assert status == 1
+    assert f"fail  the job store is damaged: {base} is missing; run weft repair" in capsys.readouterr().out
 
 
 def test_a_distant_store_wants_a_password_and_a_closed_way() -> None:

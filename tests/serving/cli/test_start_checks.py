@@ -360,6 +360,17 @@ def test_weft_serve_does_not_start_on_a_taken_port(clean: Path, capfd: pytest.Ca
     assert "so gRPC cannot use it" in grpc_words
 
 
+@pytest.mark.parametrize("name", ["valkey", "results", "adapter-cache"])
+def test_a_file_where_a_folder_of_ours_belongs_is_named(
+    name: str, clean: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    written(clean / "data" / name, b"")
+    (clean / "data" / "lost+found").mkdir(mode=0)  # of the file system
+
+    assert main(["serve"]) == 1
+    assert f"{clean / 'data' / name} cannot be a folder" in capfd.readouterr().err
+
+
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     code = (
         "import resource, signal, sys\n"

@@ -96,6 +96,15 @@ def test_a_torn_last_write_does_not_stop_the_next_start(tmp_path: Path) -> None:
         assert client.get("weft:torn") is None
 
 
+def test_a_secret_that_was_lost_is_made_again(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path) as url, redis_py.Redis.from_url(url) as client:
+        client.set("weft:kept", "yes")
+    (tmp_path / "valkey" / "secret").write_text("")
+
+    with EmbeddedRedis(tmp_path) as url, redis_py.Redis.from_url(url) as client:
+        assert client.get("weft:kept") == b"yes"
+
+
 def test_the_process_that_serves_from_a_directory_is_known(tmp_path: Path) -> None:
     before = owner_pid(tmp_path)
     with EmbeddedRedis(tmp_path):
