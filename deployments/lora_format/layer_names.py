@@ -37,6 +37,10 @@ _PREFIXES: tuple[tuple[str, Sequence[str]], ...] = (  # in front of a module's n
     ("lora_", (_DENOISER,)),
     ("", (_DENOISER,)),
 )
+_WRAPPERS = (
+    "module.", "_orig_mod.", "pipe.dit.", "base_model.model.", "model.diffusion_model.", "diffusion_model.",
+    "lycoris_",
+)  # fmt: skip
 _OLD_TEXT_NAMES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
@@ -83,7 +87,7 @@ class LayerNames:
         for path in paths:
             shape = layers[path]
             end = at + shape[0]
-            yield Target((self._denoiser, path), shape, (at, end), native in SWAPPED_HALVES)
+            yield Target((self._denoiser, path), shape, (at, end), (native, path) == SWAPPED_HALVES)
             at = end
 
     def _add(self, part: str, path: str, targets: tuple[Target, ...]) -> None:
@@ -94,8 +98,8 @@ class LayerNames:
 
 
 def _unwrapped(module: str) -> str:
-    """The name without what peft, ComfyUI and LyCORIS put in front of all names."""
-    for wrapper in ("base_model.model.", "model.diffusion_model.", "diffusion_model.", "lycoris_"):
+    """The name without what peft, torch, DiffSynth, ComfyUI and LyCORIS put in front of all names."""
+    for wrapper in _WRAPPERS:
         module = module.removeprefix(wrapper)
     for part in PARTS:  # peft's wrapper may stand behind the part too
         module = module.replace(f"{part}.base_model.model.", f"{part}.", 1)

@@ -1,7 +1,7 @@
 """The names that models' first releases gave to the layers that diffusers names otherwise.
 
-Trainers of FLUX, HunyuanVideo, Wan, LTX and Stable Diffusion write them. {n} is the number of a block. A
-fused layer stands for several of diffusers', whose outputs follow each other in its rows.
+Trainers of FLUX, HunyuanVideo, Wan, Z-Image, Stable Diffusion and others write them. {n} is the number of a
+block. A fused layer stands for several of diffusers', whose outputs follow each other in its rows.
 """
 
 from __future__ import annotations
@@ -75,6 +75,42 @@ _HUNYUAN_VIDEO: Names = {  # as _FLUX where not named here
     "txt_in.individual_token_refiner.blocks.{n}.mlp.fc2": (f"{_REFINER}.ff.net.2",),
     "txt_in.individual_token_refiner.blocks.{n}.adaLN_modulation.1": (f"{_REFINER}.norm_out.linear",),
 }
+_FLUX_2: Names = {  # as _FLUX where not named here
+    "double_blocks.{n}.img_mlp.0": (f"{_DOUBLE}.ff.linear_in",),
+    "double_blocks.{n}.img_mlp.2": (f"{_DOUBLE}.ff.linear_out",),
+    "double_blocks.{n}.txt_mlp.0": (f"{_DOUBLE}.ff_context.linear_in",),
+    "double_blocks.{n}.txt_mlp.2": (f"{_DOUBLE}.ff_context.linear_out",),
+    "single_blocks.{n}.linear1": (f"{_SINGLE}.attn.to_qkv_mlp_proj",),
+    "single_blocks.{n}.linear2": (f"{_SINGLE}.attn.to_out",),
+    "double_stream_modulation_img.lin": ("double_stream_modulation_img.linear",),
+    "double_stream_modulation_txt.lin": ("double_stream_modulation_txt.linear",),
+    "single_stream_modulation.lin": ("single_stream_modulation.linear",),
+    "time_in.in_layer": ("time_guidance_embed.timestep_embedder.linear_1",),
+    "time_in.out_layer": ("time_guidance_embed.timestep_embedder.linear_2",),
+    "guidance_in.in_layer": ("time_guidance_embed.guidance_embedder.linear_1",),
+    "guidance_in.out_layer": ("time_guidance_embed.guidance_embedder.linear_2",),
+}
+_REFINED = ("layers.{n}", "noise_refiner.{n}", "context_refiner.{n}")  # the blocks of Z-Image and Lumina 2
+_Z_IMAGE: Names = {
+    "x_embedder": ("all_x_embedder.2-1",),
+    "final_layer.linear": ("all_final_layer.2-1.linear",),
+    "final_layer.adaLN_modulation.1": ("all_final_layer.2-1.adaLN_modulation.1",),
+}
+_LUMINA_2: Names = {
+    "cap_embedder.1": ("time_caption_embed.caption_embedder.1",),
+    "t_embedder.mlp.0": ("time_caption_embed.timestep_embedder.linear_1",),
+    "t_embedder.mlp.2": ("time_caption_embed.timestep_embedder.linear_2",),
+    "final_layer.adaLN_modulation.1": ("norm_out.linear_1",),
+    "final_layer.linear": ("norm_out.linear_2",),
+}
+for _block in _REFINED:
+    _Z_IMAGE[f"{_block}.attention.qkv"] = tuple(f"{_block}.attention.to_{name}" for name in "qkv")
+    _Z_IMAGE[f"{_block}.attention.out"] = (f"{_block}.attention.to_out.0",)
+    _LUMINA_2[f"{_block}.attention.qkv"] = tuple(f"{_block}.attn.to_{name}" for name in "qkv")
+    _LUMINA_2[f"{_block}.attention.out"] = (f"{_block}.attn.to_out.0",)
+    _LUMINA_2[f"{_block}.adaLN_modulation.1"] = (f"{_block}.norm1.linear",)
+    for _number in "123":
+        _LUMINA_2[f"{_block}.feed_forward.w{_number}"] = (f"{_block}.feed_forward.linear_{_number}",)
 _WAN: Names = {
     "blocks.{n}.self_attn.q": ("blocks.{n}.attn1.to_q",),
     "blocks.{n}.self_attn.k": ("blocks.{n}.attn1.to_k",),
@@ -118,16 +154,16 @@ _RESNET = {  # of a resnet in Stable Diffusion's UNet
     "conv_shortcut": "skip_connection",
 }
 _UNET_MODULE = re.compile(r"(?:(?:down|up)_blocks\.\d+|mid_block)\.\w+\.\d+")
-_TABLES = (_FLUX, _XLABS, _HUNYUAN_VIDEO, _WAN, _LTX, _UNET)
+_TABLES = (_FLUX, _XLABS, _FLUX_2, _HUNYUAN_VIDEO, _WAN, _LTX, _Z_IMAGE, _LUMINA_2, _UNET)
 
-# the native layer gives shift and scale, diffusers' scale and shift
-SWAPPED_HALVES = frozenset({"final_layer.adaLN_modulation.1"})
+# of FLUX and those like it: the native layer gives shift and scale, diffusers' scale and shift
+SWAPPED_HALVES = ("final_layer.adaLN_modulation.1", "norm_out.linear")
 
 
 def native_names(paths: Iterable[str]) -> Names:
     """The native names of these layers of a denoiser. A name of which a layer is missing is left out."""
     known = set(paths)
-    blocks = 1 + max((int(n) for path in known for n in re.findall(r"blocks\.(\d+)\.", path)), default=-1)
+    blocks = 1 + max((int(n) for path in known for n in re.findall(r"\.(\d+)\.", path)), default=-1)
     found = dict(_unet_blocks(known))
     for name, layers in ((name, layers) for table in _TABLES for name, layers in table.items()):
         for number in range(blocks) if "{n}" in name else (0,):

@@ -53,7 +53,7 @@ def check_values(header: LoraHeader, read: ReadBytes) -> CheckedValues:
     largest_alpha = LoraScales(header.metadata).largest_alpha
     for pair in groups.pairs:
         reason = check_pair(pair, header.tensors) or _absurdity(pair, header, tensors, largest_alpha)
-        if reason is not None:
+        if reason is not None and not checked.is_zero(pair):
             raise refusal(reason)
     notes = (*_notes_on_zeros(groups, checked), *_notes_on_alphas(groups, largest_alpha))
     return replace(checked, notes=notes)

@@ -100,7 +100,7 @@ def make_file(one: Format, shapes: Shapes, seed: int = 0) -> File:
         whole = scale * up.double().flatten(1) @ down.double().flatten(1)
         for layer, delta in zip(layers, whole.split(rows), strict=True):
             part, _, path = layer.partition(".")
-            swapped = "final_layer" in module and "adaLN" in module  # BFL's order is shift, scale
+            swapped = layer.endswith("norm_out.linear") and "adaLN" in module  # BFL's order is shift, scale
             deltas[part, path] = torch.cat(delta.chunk(2)[::-1]) if swapped else delta
     return File(tensors, deltas, None if one.metadata is None else dict(one.metadata))
 
@@ -173,6 +173,37 @@ HUNYUAN_NATIVE = (
     (r"context_embedder\.proj_in", "txt_in.input_embedder"),
     (r"proj_out", "final_layer.linear"),
     (r"norm_out\.linear", "final_layer.adaLN_modulation.1"),
+)
+FLUX_2_NATIVE = (
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj", r"single_blocks.\1.linear1"),
+    (r"single_transformer_blocks\.(\d+)\.attn\.to_out", r"single_blocks.\1.linear2"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_[qkv]", r"double_blocks.\1.img_attn.qkv"),
+    (r"transformer_blocks\.(\d+)\.attn\.add_[qkv]_proj", r"double_blocks.\1.txt_attn.qkv"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_out\.0", r"double_blocks.\1.img_attn.proj"),
+    (r"transformer_blocks\.(\d+)\.attn\.to_add_out", r"double_blocks.\1.txt_attn.proj"),
+    (r"transformer_blocks\.(\d+)\.ff\.linear_in", r"double_blocks.\1.img_mlp.0"),
+    (r"transformer_blocks\.(\d+)\.ff\.linear_out", r"double_blocks.\1.img_mlp.2"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.linear_in", r"double_blocks.\1.txt_mlp.0"),
+    (r"transformer_blocks\.(\d+)\.ff_context\.linear_out", r"double_blocks.\1.txt_mlp.2"),
+    (r"(\w+_stream_modulation\w*)\.linear", r"\1.lin"),
+    (r"x_embedder", "img_in"),
+    (r"context_embedder", "txt_in"),
+    (r"time_guidance_embed\.timestep_embedder\.linear_1", "time_in.in_layer"),
+    (r"time_guidance_embed\.timestep_embedder\.linear_2", "time_in.out_layer"),
+    (r"proj_out", "final_layer.linear"),
+    (r"norm_out\.linear", "final_layer.adaLN_modulation.1"),
+)
+Z_IMAGE_NATIVE = (
+    (r"(.+)\.attention\.to_[qkv]", r"\1.attention.qkv"),
+    (r"(.+)\.attention\.to_out\.0", r"\1.attention.out"),
+    (r"all_(x_embedder|final_layer)\.2-1(.*)", r"\1\2"),
+    (r"(.+)", r"\1"),
+)
+LUMINA_2_NATIVE = (
+    (r"(.+)\.attn\.to_[qkv]", r"\1.attention.qkv"),
+    (r"(.+)\.attn\.to_out\.0", r"\1.attention.out"),
+    (r"(.+)\.feed_forward\.linear_([123])", r"\1.feed_forward.w\2"),
+    (r"(.+)\.norm1\.linear", r"\1.adaLN_modulation.1"),
 )
 WAN_NATIVE = (
     (r"blocks\.(\d+)\.attn1\.to_([qkv])", r"blocks.\1.self_attn.\2"),
@@ -430,6 +461,15 @@ FORMATS = [
     Format("musubi-tuner", "hunyuan_video", in_denoiser("lora_unet_", kohya(HUNYUAN_NATIVE))),
     Format("ComfyUI", "hunyuan_video", in_denoiser("diffusion_model.", native(HUNYUAN_NATIVE)), PEFT_ALPHA),
     Format("diffusers", "hunyuan_video", in_denoiser("transformer."), PEFT),
+    Format("kohya sd-scripts", "chroma", in_denoiser("lora_unet_", kohya(FLUX_NATIVE))),
+    Format("ai-toolkit, ComfyUI", "flux2", in_denoiser("diffusion_model.", native(FLUX_2_NATIVE)), PEFT),
+    Format("kohya sd-scripts, musubi-tuner", "flux2", in_denoiser("lora_unet_", kohya(FLUX_2_NATIVE))),
+    Format("musubi-tuner", "qwen_image", in_denoiser("lora_unet_", kohya())),
+    Format("ai-toolkit, ComfyUI", "qwen_image", in_denoiser("diffusion_model."), PEFT),
+    Format("ai-toolkit, ComfyUI", "z_image", in_denoiser("diffusion_model."), PEFT),
+    Format("Z-Image's own names", "z_image", in_denoiser("", native(Z_IMAGE_NATIVE)), PEFT_ALPHA),
+    Format("musubi-tuner", "z_image", in_denoiser("lora_unet_", kohya())),
+    Format("ComfyUI", "lumina2", in_denoiser("diffusion_model.", native(LUMINA_2_NATIVE)), PEFT_ALPHA),
 ]
 CONTENTS: dict[str, Callable[[tuple[str, str]], bool]] = {
     "denoiser": lambda layer: not layer[0].startswith("text"),
@@ -444,10 +484,16 @@ PIPELINES: dict[str, Callable[[], Any]] = {
     "wan": families.wan,
     "ltx": families.ltx,
     "hunyuan_video": families.hunyuan_video,
+    "chroma": families.chroma,
+    "flux2": families.flux2_klein,
+    "qwen_image": families.qwen_image,
+    "z_image": families.z_image,
+    "lumina2": families.lumina2,
 }
 FAMILIES = {
     "flux": "FLUX", "sdxl": "SDXL", "sd": "Stable Diffusion 1.5", "wan": "Wan", "ltx": "LTX",
-    "hunyuan_video": "HunyuanVideo",
+    "hunyuan_video": "HunyuanVideo", "chroma": "Chroma", "flux2": "FLUX.2", "qwen_image": "Qwen-Image",
+    "z_image": "Z-Image", "lumina2": "Lumina 2",
 }  # fmt: skip
 
 

@@ -118,7 +118,7 @@ def test_family_and_key_style_are_guessed_from_the_keys(key: str, family: str, s
         (forged({"__metadata__": {"lora_adapter_metadata": "x" * 2**23}}), "lora_adapter_metadata is over"),
         (forged({DOWN: 1}), "not dtype, shape"),
         (forged(pair() | {"x": entry([1], 128, "C64", 8)}, bytes(136)), "save it as one of F16, BF16, F32"),
-        (forged(pair() | {UP: entry([8, 4], 64, "I16")}, bytes(128)), "of type I16; save it as one of F16"),
+        (forged(pair() | {UP: entry([8, 4], 64, "I16")}, ones(64)), "of type I16; save it as one of F16"),
         (forged(pair() | {DOWN: entry([4, 8], 0) | {"shape": [-4, -8]}}, bytes(128)), "valid shape"),
         (forged(pair() | {DOWN: entry([4, 8], 0) | {"shape": [True, 8]}}, bytes(128)), "valid shape"),
         (forged(pair() | {DOWN: entry([4, 9], 0) | {"data_offsets": [0, 64]}}, bytes(128)), "another size"),

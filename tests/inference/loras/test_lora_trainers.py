@@ -86,7 +86,7 @@ def test_a_single_layer_of_a_trainers_file_is_enough(
 
 def _in_block_77(key: str) -> str:
     """The same layer of a block that no tiny model has."""
-    return re.sub(r"((?:blocks|layers)[._])\d+", r"\g<1>77", key, count=1)
+    return re.sub(r"((?:blocks|layers|refiner)[._])\d+", r"\g<1>77", key, count=1)
 
 
 @pytest.mark.parametrize("one", FORMATS, ids=lambda one: one.id)
@@ -148,6 +148,31 @@ def test_two_trainers_prefixes_in_one_file_both_count(
         if layer[1].startswith("single") or layer[0] == "text_encoder"
     }
     check(adapter, first | second)
+
+
+ALIKE = (
+    "flux: XLabs",
+    "flux2: ai-toolkit, ComfyUI",
+    "wan: ai-toolkit, diffusion-pipe",
+    "z_image: musubi-tuner",
+)
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_diffusers_own_converter_agrees_where_it_takes_a_whole_file(
+    name: str, pipelines: dict[str, Any], files: dict[str, File]
+) -> None:
+    """But for the last modulation of FLUX.2, whose halves diffusers exchanges in weights and not in LoRAs."""
+    pipeline, file = pipelines[name.partition(":")[0]], files[name]
+
+    converted = type(pipeline).lora_state_dict(dict(file.tensors))
+
+    layers = {key.partition(".lora_")[0] for key in converted}
+    assert layers == {".".join(layer) for layer in file.deltas}
+    for (part, path), expected in file.deltas.items():
+        if path != "norm_out.linear":
+            a, b = (converted[f"{part}.{path}.lora_{side}.weight"].double() for side in "AB")
+            torch.testing.assert_close(b @ a, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_page_lists_what_is_tested(files: dict[str, File]) -> None:
