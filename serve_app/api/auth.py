@@ -15,6 +15,7 @@ from serve_app.admission.forwarded import limit_name
 from serve_app.admission.principals import Scope, presented_key
 from serve_app.admission.rate_limits import CallClass
 from serve_app.api.caller import CallerContext, base_address, forwarded_host, mount_prefix
+from serve_app.api.middleware.body_limit import is_large
 from serve_app.api.route_scopes import needed_scope
 from serve_app.api.state import ApiState, CurrentState
 
@@ -64,6 +65,9 @@ async def get_caller(connection: HTTPConnection, state: CurrentState) -> AsyncGe
     async with AsyncExitStack() as stack:
         if state.authenticator.limits is not None and _submits(connection):
             await stack.enter_async_context(state.authenticator.limits.slot())
+        if is_large(connection):
+            await caller.body_slot.enter_async_context(state.large_bodies.hold(caller.owner))
+            stack.push_async_callback(caller.body_slot.aclose)
         if state.refresh_cards is not None:
             await state.refresh_cards()
         yield caller

@@ -1,6 +1,7 @@
 """The caller of a route: who it is, and the URLs under which it reached the service."""
 
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from typing import Annotated
 from urllib.parse import urlsplit
 
@@ -25,6 +26,7 @@ class CallerContext:
     prefix: str  # path prefix of links for this caller: "" or "/below"
     address: str  # base of links that work anywhere: https://host/below
     idempotency_key: str | None = None  # as it was sent
+    body_slot: AsyncExitStack = field(default_factory=AsyncExitStack)  # closed once the body is stored
 
     @property
     def job_service(self) -> JobService:

@@ -32,7 +32,8 @@ async def read_json(http_request: Request, schema: type[Body]) -> Body:
     """The JSON body as `schema`. Raises BadRequest, or 415 for another content type."""
     if not _is_json(_content_type(http_request)):
         raise HTTPException(415, "send JSON, with the header Content-Type: application/json")
-    body = await http_request.body()
+    # not http_request.body(), which would keep it in memory for as long as the call is open
+    body = b"".join([part async for part in http_request.stream()])
     parse = partial(_parsed, body, schema, api_state(http_request).settings.max_json_depth)
     if len(body) < LARGE_BYTES:
         return parse()

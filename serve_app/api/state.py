@@ -19,6 +19,7 @@ from serve_app.settings import Settings
 
 READY, FAILED, ERROR = "ready", "failed", "error"  # states of models
 UPLOADS, UPLOADS_PER_OWNER, UPLOAD_WAIT_S = 32, 4, 60.0  # files that are received at once, on disk
+LARGE_BODIES, LARGE_PER_OWNER = 16, 4  # bodies with pictures, in memory at once until they are stored
 ModelProofs = Callable[[Iterable[str]], Awaitable[Mapping[str, Sequence[Mapping[str, object]] | None]]]
 
 
@@ -59,6 +60,9 @@ class ApiState:
     input_check: InputCheck = field(default_factory=InputCheck)
     uploads: FairSlots = field(
         default_factory=lambda: FairSlots(UPLOADS, UPLOADS_PER_OWNER, UPLOAD_WAIT_S, "uploads")
+    )
+    large_bodies: FairSlots = field(
+        default_factory=lambda: FairSlots(LARGE_BODIES, LARGE_PER_OWNER, UPLOAD_WAIT_S, "large calls")
     )
     metrics: ApiMetrics = field(default_factory=ApiMetrics)
     lora_service: LoraService | None = None  # None: requests cannot name LoRAs

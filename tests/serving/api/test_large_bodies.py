@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
+import io
 import json
+import random
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -14,11 +18,17 @@ import pytest
 from fastapi import FastAPI
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from serve_app.admission.fair_slots import FairSlots
 from serve_app.api import request_body
+from serve_app.api.app import create_app
 from serve_app.api.native.image_body import ImageBody
 from serve_app.api.schemas import files
-from tests.serving.api.conftest import KEY
+from serve_app.api.state import ApiState
+from tests.patience import patience
+from tests.serving.api.conftest import KEY, client_of
+from tests.serving.api.fake_model import FakeModel
 from tests.serving.api.test_access import calls
 
 JSON = {"Content-Type": "application/json"}
@@ -72,6 +82,59 @@ async def test_a_large_body_is_parsed_in_another_thread(
         assert answer.status_code == 422
 
     assert threads == [True, False]
+
+
+def with_picture() -> dict[str, object]:
+    """A body of over a MiB that is accepted."""
+    buffer = io.BytesIO()
+    noise = Image.frombytes("RGB", (640, 640), random.Random(7).randbytes(640 * 640 * 3))
+    noise.save(buffer, "PNG", compress_level=0)
+    image = base64.b64encode(buffer.getvalue()).decode()
+    return {"prompt": "x", "model": "sketch", "image": image, "strength": 0.5}
+
+
+@pytest.mark.parametrize("how", ["json", "form", "chunked"])
+async def test_few_large_bodies_are_in_memory_at_once_and_small_ones_always(
+    state: ApiState, how: str
+) -> None:
+    slots = FairSlots(1, 1, 0.01, "large calls")
+    body = json.dumps(with_picture()).encode()
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield body
+
+    calls: dict[str, dict[str, Any]] = {
+        "json": {"content": body, "headers": JSON},
+        "chunked": {"content": parts(), "headers": JSON},
+        "form": {"data": {"prompt": "x", "model": "sketch"}, "files": {"image": body}},
+    }
+    async with client_of(create_app(replace(state, large_bodies=slots))) as client, slots.hold("local"):
+        large = await client.post("/api/generate/image", **calls[how])
+        small = await client.post("/api/generate/image", json={"prompt": "x", "model": "sketch"})
+
+    assert (large.status_code, small.status_code) == (503, 202)
+    assert "large calls of yours are in progress" in large.json()["error"]["message"]
+
+
+async def test_a_call_that_waits_for_its_job_holds_no_place_of_large_bodies(
+    state: ApiState, fake_model: FakeModel
+) -> None:
+    fake_model.gate.clear()
+    slots = FairSlots(1, 1, patience(), "large calls")
+    async with client_of(create_app(replace(state, large_bodies=slots))) as client:
+        large = {"prompt": "x", "model": "sketch", "style": "x" * 2**20}
+        waiting = asyncio.create_task(client.post("/v1/images/generations", json=large))
+        accepted = [
+            (await client.post("/api/generate/image", json=with_picture() | {"seed": seed})).status_code
+            for seed in range(2)
+        ]
+        still_waiting = not waiting.done()
+        fake_model.gate.set()
+        done = await waiting
+
+    assert accepted == [202, 202]
+    assert still_waiting
+    assert done.status_code == 200, done.text
 
 
 @given(

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deployments.protocol import log_context
 from deployments.protocol.errors import Overloaded
 from serve_app.api.metrics import ApiMetrics
+from serve_app.api.middleware import body_limit
 from serve_app.api.middleware.body_limit import BodyLimitMiddleware
 from serve_app.api.middleware.error_boundary import ErrorBoundaryMiddleware
 from serve_app.api.middleware.header_limit import HeaderLimitMiddleware
@@ -205,6 +207,33 @@ async def test_no_byte_of_a_body_is_read_before_the_route_asks_for_it() -> None:
     await BodyLimitMiddleware(hello, 10, 20)(call, receive, send)
 
     assert sent[0]["status"] == 200
+
+
+async def test_a_body_that_stalls_is_given_up_and_a_long_answer_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(body_limit, "STALL_S", 0.01)
+    messages = iter([{"type": "http.request", "body": b"ab", "more_body": False}])
+
+    async def receive() -> Message:
+        message = next(messages, None)
+        if message is None:
+            await asyncio.sleep(0.05)
+            return {"type": "http.disconnect"}
+        return message
+
+    async def reads_once(_call: Scope, receive: Receive, _send: Send) -> None:
+        await receive()
+        assert (await receive())["type"] == "http.disconnect"
+
+    async def send(_message: Message) -> None:
+        """Not called."""
+
+    await BodyLimitMiddleware(reads_once, 10, 20)(scope(method="POST"), receive, send)
+    with pytest.raises(HTTPException, match="no byte of the body came") as stalled:
+        await BodyLimitMiddleware(reads_once, 10, 20)(scope(method="POST"), receive, send)
+
+    assert stalled.value.status_code == 408
 
 
 @pytest.mark.parametrize(
