@@ -169,7 +169,8 @@ class Runtime:
 
     def check_loaded(self, model_id: str) -> None:
         """Raises the reason why this model is not loaded though that was tried."""
-        self._loader.failures.check(model_id)
+        if (error := self._loader.failures.error_of(model_id)) is not None:
+            raise error
 
     def layer_shapes(self, model_id: str) -> dict[str, tuple[int, ...]]:
         """Shapes of the layers that a LoRA may change, by component and path; empty before it is loaded."""

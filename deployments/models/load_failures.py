@@ -81,6 +81,11 @@ class LoadFailures:
         """The model is loaded."""
         self._entries.pop(name, None)
 
+    def error_of(self, name: str) -> WeftError | None:
+        """The error of the last try; None for a model that is loaded, or was never tried."""
+        entry = self._entries.get(name)
+        return None if entry is None else entry.error
+
     def report(self) -> dict[str, LoadFailure]:
         """By name, those that failed at their last try."""
         return {name: entry.failure for name, entry in list(self._entries.items())}

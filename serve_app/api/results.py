@@ -65,13 +65,18 @@ async def read_still(
     still: str,
     caller: CurrentCaller,
     if_none_match: Annotated[str | None, Header()] = None,
+    byte_range: Annotated[str | None, Header(alias="Range")] = None,
+    if_range: Annotated[str | None, Header()] = None,
 ) -> Response:
     """The thumbnail of a finished image or video; of a video also `poster`, its first frame, and
     `spritesheet`, up to 25 of its frames in rows of 5.
     """
     if still not in STILLS:
         raise NotFound(f"there is no such picture; there is {', '.join(STILLS)}", param="name")
-    return await result_file(caller, job_id, FileSelection(index, still, known_etags=if_none_match))
+    selection = FileSelection(
+        index, still, known_etags=if_none_match, byte_range=byte_range, if_range=if_range
+    )
+    return await result_file(caller, job_id, selection)
 
 
 async def result_file(caller: CallerContext, job_id: str, selection: FileSelection) -> Response:

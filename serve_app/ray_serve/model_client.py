@@ -28,6 +28,7 @@ ANSWER_TIMEOUT_S = 2.0  # that a call waits for a replica's layer shapes, before
 WATCH_EVERY_S = 2.0  # a request that waits for its first event
 GIVEN_UP_S = 4.0  # until a request fails whose deployment Serve has given up, so that two reports say so
 FAILING_S = 120.0  # until it fails where Serve goes on trying
+NO_NODE_S = 600.0  # until it fails where no node has the resources: an autoscaler may bring one
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +93,13 @@ class ModelClient:
         Serve gives up on a deployment that never started, and goes on with one whose replicas have run.
         """
         pool, now = self._served.pool(model), time.monotonic()
-        if pool.state != "error":
+        if pool.state != "error" and not pool.lacks_resources:
             return None
+        limit_s = GIVEN_UP_S if pool.status == "DEPLOY_FAILED" else FAILING_S
+        if pool.lacks_resources:
+            limit_s = NO_NODE_S
         since = now if failing_since is None else failing_since
-        if now - since >= (GIVEN_UP_S if pool.status == "DEPLOY_FAILED" else FAILING_S):
+        if now - since >= limit_s:
             raise ModelFailed(f"no replica of {model} starts: {last_lines(pool.message)}")
         return since
 

@@ -30,12 +30,12 @@ class ModelStates:
         return {model: FAILED if model in failed else state for model, state in states.items()}
 
     async def failures(self) -> dict[str, ModelFailure]:
-        """By model, why it cannot serve; without those that can."""
+        """By model, why it cannot serve, or why its start takes long; without those that can."""
         states = await self._served.states()
         of_serve = {
             model: ModelFailure("model_unavailable", last_lines(self._served.pool(model).message))
             for model, state in states.items()
-            if state == "error"
+            if state == "error" or self._served.pool(model).lacks_resources
         }
         return of_serve | await self._of_replicas(states)
 

@@ -16,6 +16,7 @@ from serve_app.settings import Settings
 
 MODEL_BUILDER = "serve_app.app:build_model"
 LAST_LINES = 3
+NOT_SCHEDULED = "to be scheduled"  # in what Serve says of a deployment whose replicas no node can take
 LORA_PREFIX = "lora-"  # starts the name of the deployment that serves a model's requests with LoRAs
 SETTLED_STATES = ("RUNNING", "UNHEALTHY")  # of an application that was deployed as its args say
 
@@ -50,6 +51,11 @@ class ReplicaPool:
         if self.status in ("UNHEALTHY", "DEPLOY_FAILED"):
             return "error"
         return "idle" if self.status == "HEALTHY" else "loading"
+
+    @property
+    def lacks_resources(self) -> bool:
+        """Whether no node has had what a replica needs for half a minute; one may still come."""
+        return self.state == "loading" and NOT_SCHEDULED in self.message
 
 
 @dataclass(frozen=True, slots=True)

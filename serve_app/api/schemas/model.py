@@ -77,7 +77,9 @@ class ModelOut(BaseModel):
         "error: no replica of it starts; absent: not deployed.",
         examples=["ready"],
     )
-    failure: ModelFailureOut | None = Field(None, description="Of a model that is failed or in error.")
+    failure: ModelFailureOut | None = Field(
+        None, description="Of a model that is failed or in error, or that no node can take."
+    )
 
     @classmethod
     def of(

@@ -54,11 +54,13 @@ async def test_head_of_a_file_gives_its_length(client: httpx.AsyncClient, fake_m
 
     whole = await client.head(f"/api/results/{job_id}/0.png")
     part = await client.head(f"/api/results/{job_id}/0.png", headers={"range": "bytes=0-99"})
+    still = await client.head(f"/api/results/{job_id}/0/thumbnail", headers={"range": "bytes=0-9"})
     none = await client.head(f"/api/results/{job_id}/1.png")
 
     assert int(whole.headers["content-length"]) == job["artifacts"][0]["size_bytes"]
     assert whole.headers["content-type"] == "image/png"
     assert (part.status_code, part.headers["content-length"]) == (206, "100")
+    assert (still.status_code, still.headers["content-length"]) == (206, "10")
     assert none.status_code == 404
 
 

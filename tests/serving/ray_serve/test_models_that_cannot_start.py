@@ -24,6 +24,10 @@ Traceback (most recent call last):
   File "replica.py", line 1
 deployments.protocol.errors.ModelFailed: no weights in models/x: put them there
 """
+NO_NODE = (
+    "Deployment 'x' in application 'weft' has 1 replicas that have taken more than 30s to be scheduled. "
+    'Resources required for each replica: {"GPU": 1.0}, total resources available: {"CPU": 4.0}.'
+)
 FAILURE = {"kind": "model_failed", "message": "no licence", "since": 1.0, "tries": 2, "retry_at": 3.0}
 
 
@@ -63,6 +67,10 @@ async def test_states_join_what_serve_and_the_replicas_report() -> None:
     assert sorted(asked) == ["broken", "whole"], "once each, and only of those that run"
 
 
+async def no_reports(_model: str) -> None:
+    """No replica runs."""
+
+
 class Stream:
     """A request at Serve: it waits for a replica until `begin`, and then ends after one event."""
 
@@ -94,7 +102,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
             return made
 
     monkeypatch.setattr(ModelClient, "_handle_for", lambda *_: Handle())
-    for name in ("WATCH_EVERY_S", "GIVEN_UP_S", "FAILING_S"):
+    for name in ("WATCH_EVERY_S", "GIVEN_UP_S", "FAILING_S", "NO_NODE_S"):
         monkeypatch.setattr(model_client, name, 0.0)
     return made
 
@@ -111,6 +119,29 @@ async def test_a_job_does_not_wait_for_a_replica_that_does_not_start(stream: Str
         await events_of(served)
 
     assert stream.cancelled
+
+
+async def test_a_job_does_not_wait_for_a_node_that_never_comes(stream: Stream) -> None:
+    served = served_with(**{MODEL: ReplicaPool("UPDATING", message=NO_NODE)})
+
+    with pytest.raises(ModelFailed, match="Resources required for each replica"):
+        await events_of(served)
+    shown = await ModelStates(served, no_reports).failures()
+
+    assert "Resources required" in shown[MODEL].message
+
+
+async def test_a_node_gets_time_to_come(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_client, "NO_NODE_S", 1e9)
+    served = served_with(**{MODEL: ReplicaPool("UPDATING", message=NO_NODE)})
+    waiting = asyncio.create_task(events_of(served))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not waiting.done()
+
+    stream.begin.set()
+
+    assert await waiting == [Started(4)]
 
 
 async def test_a_job_waits_for_a_replica_that_is_still_starting(stream: Stream) -> None:
