@@ -18,22 +18,28 @@ from deployments.executors.denoise import denoise
 from deployments.executors.frame_scheduler import FrameReady, FrameScheduler
 from deployments.executors.run import Run
 from deployments.executors.video_output import encoding_session, finish_video
+from deployments.media import still
 from deployments.pipelines.framewise import VideoFrame
 from deployments.protocol.card import ModelCard
-from deployments.protocol.events import Event, Failed, Queued, Stage, Started, Step
+from deployments.protocol.events import Event, Failed, Preview, Queued, Stage, Started, Step
 from deployments.protocol.request import ResolvedEdit, ResolvedRequest, ResolvedVideo
+from deployments.validation.preview_steps import preview_steps
 from deployments.validation.resolve import denoising_steps
 
 MAX_FRAMES_IN_FLIGHT = 16  # of one video in the engine
 
 
 async def generate_framewise_video(run: Run) -> AsyncGenerator[Event]:
-    """The request's events. Its frames share their forwards with each other and with other requests."""
+    """The request's events. Its frames share their forwards with each other and with other requests.
+
+    Its previews are finished frames, at even distances.
+    """
     video = _video_of(run.request)
     total_steps = _total_steps(run.request, run.model.card)
     started = time.monotonic()
     queued_s = 0.0
     unproven: set[str] = set()
+    frames, shown_frames = 0, preview_steps(video.num_frames, run.request.output.previews)
     async with (
         encoding_session(run, video.num_frames) as session,
         aclosing(_frames(run)) as events,
@@ -43,6 +49,9 @@ async def generate_framewise_video(run: Run) -> AsyncGenerator[Event]:
             match event:
                 case FrameReady(image=image):
                     unproven |= event.unproven
+                    frames += 1
+                    if frames in shown_frames:
+                        yield await asyncio.to_thread(_preview, steps_done, image)
                     await session.add(np.asarray(image, dtype=np.uint8)[None])
                     if session.encoded > encoded:
                         encoded = session.encoded
@@ -100,6 +109,10 @@ async def _frame_events(run: Run, source: ResolvedRequest, index: int) -> AsyncG
     async with aclosing(denoise(frame_run)) as items:
         async for item in items:
             yield FrameReady(item.value[0], item.unproven) if isinstance(item, Finished) else item
+
+
+def _preview(steps_done: int, frame: Image) -> Preview:
+    return Preview(steps_done, "image/webp", still.preview(frame, frame.width, frame.height))
 
 
 def _video_of(request: ResolvedRequest) -> ResolvedVideo:

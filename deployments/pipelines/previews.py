@@ -1,4 +1,4 @@
-"""Previews of unfinished pictures: the clean latents that the model predicts, mapped linearly to colours.
+"""Previews of unfinished pictures and videos: the clean latents that the model predicts, mapped to colours.
 
 The map is fitted to the model's own VAE when it is loaded: the colour of each latent is a weighted sum of its
 channels. That costs a matrix product of 17 x 3, where a decoder would cost about as much as a step.
@@ -7,6 +7,7 @@ channels. That costs a matrix product of 17 x 3, where a decoder would cost abou
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +34,18 @@ SIGMA_SPACE = frozenset(
 )
 
 
+# By VAE, the frames of the synthetic videos, of which the last latent is taken: the first latent of a video
+# has one frame, and the others, with several, map to other colours. None: the VAE encodes pictures.
+FIT_FRAMES = {
+    "AutoencoderKL": None,
+    "AutoencoderTiny": None,
+    "AutoencoderKLQwenImage": 1,
+    "AutoencoderKLWan": 9,
+    "AutoencoderKLHunyuanVideo": 9,
+    "AutoencoderKLLTXVideo": 9,
+}
+
+
 class Previewer:
     """Maps latents of one model to small pictures."""
 
@@ -43,17 +56,21 @@ class Previewer:
     @classmethod
     @torch.inference_mode()
     def fitted_to(cls, pipeline: Any) -> Previewer | None:
-        """Fit by least squares over synthetic pictures; None when the VAE is not one for single pictures."""
+        """Fit by least squares over synthetic pictures; None for a VAE of another kind."""
         vae = getattr(pipeline, "vae", None)
-        if type(vae).__name__ not in ("AutoencoderKL", "AutoencoderTiny") or vae is None:
+        kind = type(vae).__name__
+        if vae is None or kind not in FIT_FRAMES:
             return None
-        scale = 2 ** (len(vae.config.block_out_channels) - 1)
-        pictures = _synthetic_pictures(FIT_PICTURES, FIT_LATENTS * scale)
-        encoded = vae.encode(pictures.to(vae.device, vae.dtype))
+        frames = FIT_FRAMES[kind]
+        side = FIT_LATENTS * _pixels_per_latent(vae)
+        pictures = _synthetic_pictures(FIT_PICTURES, side)
+        given = pictures if frames is None else pictures.unsqueeze(2).repeat(1, 1, frames, 1, 1)
+        encoded = vae.encode(given.to(vae.device, vae.dtype))
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        latents = latents.float().cpu()
-        shift = vae.config.get("shift_factor") or 0.0
-        latents = (latents - shift) * (vae.config.get("scaling_factor") or 1.0)
+        latents = _as_denoised(latents.float().cpu(), vae)
+        if frames is not None:
+            latents = latents[:, :, -1]
+        scale = side // FIT_LATENTS
         samples = latents.permute(0, 2, 3, 1).flatten(0, 2)
         colours = functional.avg_pool2d(pictures, scale).permute(0, 2, 3, 1).flatten(0, 2)
         with_constant = torch.cat([samples, torch.ones(len(samples), 1)], 1)
@@ -64,6 +81,26 @@ class Previewer:
         flat = latents.float().permute(1, 2, 0)  # (H, W, C)
         colours = flat @ self._weights[:-1] + self._weights[-1]
         return np.asarray(((colours.nan_to_num() + 1) * 127.5).clamp(0, 255).byte().numpy())
+
+
+def _pixels_per_latent(vae: Any) -> int:
+    """On each side of a picture."""
+    known = getattr(vae, "spatial_compression_ratio", None)
+    return int(known) if known else int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def _as_denoised(latents: Tensor, vae: Any) -> Tensor:
+    """Latents (n, C, ...) of the VAE in the pipeline's scale."""
+    known = dict(vae.config) | dict(vae.named_buffers(recurse=False))  # LTX-Video's statistics are buffers
+    scaling = known.get("scaling_factor") or 1.0
+    if known.get("latents_mean") is None:
+        return (latents - (known.get("shift_factor") or 0.0)) * scaling
+    shape = (1, -1, *[1] * (latents.ndim - 2))
+    mean, std = (
+        torch.as_tensor(known[name], dtype=torch.float32).cpu().view(shape)
+        for name in ("latents_mean", "latents_std")
+    )
+    return (latents - mean) * scaling / std
 
 
 def _least_squares(samples: Tensor, colours: Tensor) -> Tensor:
@@ -80,7 +117,8 @@ def _least_squares(samples: Tensor, colours: Tensor) -> Tensor:
 def watch(
     pipeline: Any, width: int, height: int, wanted: Callable[[], bool], show: Callable[[Tensor], None]
 ) -> None:
-    """Have `show` called with the predicted clean latents (C, H, W) of the first picture.
+    """Have `show` called with the predicted clean latents (C, H, W) of the first picture; of a video, of the
+    frame in its middle.
 
     pipeline: a request's own object with a noise scheduler of its own; width, height: in pixels.
     wanted: called at every step of the noise scheduler; `show` is called for True.
@@ -134,15 +172,24 @@ def _sigma_now(scheduler: Any, timestep: Any) -> Tensor:
 
 
 def _unpacked(pipeline: Any, latents: Tensor, width: int, height: int) -> Tensor | None:
-    """Latents (C, H, W) from (1, C, H, W), or from tokens as FLUX packs them; None for other shapes."""
-    if latents.ndim == 4:
-        return latents[0]
+    """Latents (C, H, W) from those of a picture or a video, or from tokens as FLUX or LTX pack them; None for
+    other shapes."""
     if latents.ndim == 3 and hasattr(pipeline, "_unpack_latents"):
-        unpacked: Tensor = pipeline._unpack_latents(  # noqa: SLF001  no public name
-            latents, height, width, pipeline.vae_scale_factor
-        )
-        return unpacked[0] if unpacked.ndim == 4 else None
-    return None
+        unpack = pipeline._unpack_latents  # noqa: SLF001  no public name
+        if "num_frames" in inspect.signature(unpack).parameters:
+            ratio, patch, patch_t = (
+                pipeline.vae_spatial_compression_ratio,
+                pipeline.transformer_spatial_patch_size,
+                pipeline.transformer_temporal_patch_size,
+            )
+            height, width = height // ratio, width // ratio
+            num_frames = latents.shape[1] * patch * patch * patch_t // (height * width)
+            latents = unpack(latents, num_frames, height, width, patch, patch_t)
+        else:
+            latents = unpack(latents, height, width, pipeline.vae_scale_factor)
+    if latents.ndim == 5:
+        latents = latents[:, :, latents.shape[2] // 2]
+    return latents[0] if latents.ndim == 4 else None
 
 
 def _synthetic_pictures(count: int, side: int) -> Tensor:

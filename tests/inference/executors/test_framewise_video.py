@@ -17,8 +17,8 @@ from PIL import Image
 from deployments.executors.frame_scheduler import FrameReady, FrameScheduler
 from deployments.pipelines.framewise import VideoFrame, camera_view, slerp
 from deployments.protocol.card import Videos, load_card
-from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Started, Step
-from deployments.protocol.request import Edit, GenerationRequest, ResolvedVideo, Video
+from deployments.protocol.events import Artifact, Done, Event, Failed, Preview, Queued, Started, Step
+from deployments.protocol.request import Edit, GenerationRequest, OutputOptions, ResolvedVideo, Video
 from deployments.replica import ModelReplica
 from tests.inference.recorder import Recorder
 from tests.inference.video_files import ROOT, Frames, clip, decode_video, png
@@ -65,6 +65,24 @@ async def picture_of(model: ModelReplica, **changes: Any) -> Frames:
 
 def furthest(one: Frames, other: Frames) -> int:
     return int(np.abs(one.astype(np.int16) - other.astype(np.int16)).max())
+
+
+async def test_previews_are_finished_frames_at_even_distances(
+    model: ModelReplica, recorder: Recorder
+) -> None:
+    plain = await events_of(model, video=Video(num_frames=8))
+    output = OutputOptions(previews=3)
+
+    events = await events_of(model, video=Video(num_frames=8), output=output)
+
+    previews = [event for event in events if isinstance(event, Preview)]
+    steps = [preview.step for preview in previews]
+    assert len(steps) == 3
+    assert steps == sorted(steps)
+    for preview in previews:
+        shown = Image.open(io.BytesIO(preview.data))
+        assert (preview.media_type, shown.format, shown.size) == ("image/webp", "WEBP", (64, 64))
+    assert not any(isinstance(event, Preview) for event in plain)
 
 
 async def test_every_step_is_reported_and_the_file_has_all_frames(

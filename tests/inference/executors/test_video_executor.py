@@ -21,8 +21,18 @@ from deployments.encoder import VideoEncoder
 from deployments.pipelines.latent_decoder import latent_decoder, video_class
 from deployments.protocol.card import Weights, load_card
 from deployments.protocol.errors import Internal, ModelUnavailable
-from deployments.protocol.events import Artifact, Done, Event, Failed, Queued, Stage, Started, Step
-from deployments.protocol.request import Edit, GenerationRequest, Task, Video
+from deployments.protocol.events import (
+    Artifact,
+    Done,
+    Event,
+    Failed,
+    Preview,
+    Queued,
+    Stage,
+    Started,
+    Step,
+)
+from deployments.protocol.request import Edit, GenerationRequest, OutputOptions, Task, Video
 from deployments.replica import ModelReplica
 from tests.inference.recorder import Recorder
 from tests.inference.video_files import ROOT, Frames, decibels, decode_video, png
@@ -93,6 +103,22 @@ async def test_a_video_is_denoised_decoded_and_encoded_with_progress(model: Mode
     kinds = [event.kind for event in events if isinstance(event, Artifact)]
     assert kinds == ["video", "thumbnail", "poster", "spritesheet"]
     assert isinstance(events[-1], Done)
+
+
+async def test_previews_show_the_frame_in_the_middle_of_the_video(
+    model: ModelReplica, recorder: Recorder
+) -> None:
+    events = await events_of(
+        model, video=Video(num_frames=17), num_inference_steps=12, output=OutputOptions(previews=3)
+    )
+
+    previews = [event for event in events if isinstance(event, Preview)]
+    assert [preview.step for preview in previews] == [3, 6, 9]
+    shown = [Image.open(io.BytesIO(preview.data)) for preview in previews]
+    assert [(one.format, one.size) for one in shown] == [("WEBP", (64, 64))] * 3
+    middle = recorder.frames_of(CARD.videos.fps)[8].astype(np.int16)  # type: ignore[union-attr]
+    errors = [float(np.abs(np.asarray(one, dtype=np.int16) - middle).mean()) for one in shown]
+    assert max(errors) < 20, "the colours are those of the video"
 
 
 async def test_the_file_has_the_frames_of_diffusers(model: ModelReplica, recorder: Recorder) -> None:

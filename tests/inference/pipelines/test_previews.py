@@ -10,8 +10,9 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from deployments.pipelines.noise_schedulers import SCHEDULERS, noise_scheduler
-from deployments.pipelines.previews import Previewer, _least_squares, predicted_clean
+from deployments.pipelines.previews import Previewer, _least_squares, predicted_clean, watch
 from tests.inference import tiny
+from tests.inference.families import FAMILIES
 
 NOISE_SCHEDULERS = sorted(name for name in SCHEDULERS if not name.startswith("flow"))
 FLOW_SCHEDULERS = sorted(name for name in SCHEDULERS if name.startswith("flow"))
@@ -77,6 +78,29 @@ def test_a_preview_accepts_numbers_that_are_not_finite() -> None:
 
     assert look.shape == (8, 6, 3)
     assert look.dtype == np.uint8
+
+
+@pytest.mark.filterwarnings("default")  # of the libraries, about unusually small sizes
+@pytest.mark.parametrize(
+    "name", ["FLUX.1-dev", "SDXL", "Stable Diffusion 3", "Qwen-Image", "Wan", "LTX-Video", "HunyuanVideo"]
+)
+@torch.inference_mode()
+def test_every_step_of_a_family_can_be_shown_in_the_shape_of_its_picture(name: str) -> None:
+    family, seen = FAMILIES[name], list[torch.Tensor]()
+    pipeline = family.build()
+    request = {**family.requests()[0], "height": 32, "width": 64}
+    previewer = Previewer.fitted_to(pipeline)
+    assert previewer is not None
+    watch(pipeline, 64, 32, lambda: True, seen.append)
+    pipeline.set_progress_bar_config(disable=True)
+
+    pipeline(**request, generator=torch.Generator().manual_seed(0), output_type="latent")
+
+    shapes = {previewer.preview(latents).shape for latents in seen}
+    assert len(seen) == request["num_inference_steps"]
+    assert len(shapes) == 1
+    height, width, colours = shapes.pop()
+    assert (width, colours) == (2 * height, 3)
 
 
 def test_a_pipeline_without_a_picture_vae_has_no_previews() -> None:
