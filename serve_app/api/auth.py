@@ -4,7 +4,6 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from typing import Annotated
-from urllib.parse import urlsplit
 
 from fastapi import Depends
 from starlette.requests import HTTPConnection
@@ -18,6 +17,7 @@ from serve_app.api.caller import CallerContext, base_address, forwarded_host, mo
 from serve_app.api.middleware.body_limit import is_large
 from serve_app.api.route_scopes import needed_scope
 from serve_app.api.state import ApiState, CurrentState
+from serve_app.api.url_parts import url_parts
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def _check_sender(connection: HTTPConnection, state: ApiState) -> None:
         raise Forbidden(f"a call by cookie that changes something needs the header {CSRF_HEADER}: 1")
     origin = connection.headers.get("origin")
     is_socket = connection.scope["type"] == "websocket"
-    public = urlsplit(state.settings.public_url).netloc
+    public = url_parts(state.settings.public_url).netloc
     own_hosts = {connection.headers.get("host", ""), forwarded_host(connection), public} - {""}
-    if (origin is None and is_socket) or (origin is not None and urlsplit(origin).netloc not in own_hosts):
+    if (origin is None and is_socket) or (origin is not None and url_parts(origin).netloc not in own_hosts):
         raise Forbidden("another web site sent this call; open this service's own page")

@@ -60,8 +60,10 @@ def base_address(connection: HTTPConnection, state: ApiState) -> str:
     if state.settings.public_url:
         return state.settings.public_url.rstrip("/")
     host = forwarded_host(connection)
-    url = connection.base_url.replace(netloc=host) if host else connection.base_url
-    return str(url).rstrip("/")
+    if host:  # put together by hand: the Host header, which it replaces, need not be readable
+        scope = connection.scope
+        return f"{scope['scheme']}://{host}{scope.get('root_path', '')}".rstrip("/")
+    return str(connection.base_url).rstrip("/")
 
 
 def forwarded_host(connection: HTTPConnection) -> str:

@@ -105,4 +105,4 @@ async def _log_in(http_request: Request, state: ApiState, *, session: bool) -> t
 
 
 def _is_https(http_request: Request, state: ApiState) -> bool:
-    return http_request.url.scheme == "https" or state.settings.public_url.startswith("https:")
+    return http_request.scope["scheme"] == "https" or state.settings.public_url.startswith("https:")

@@ -60,7 +60,7 @@ class LoraIntake:
             raise Overloaded(
                 "there is not enough disk space for another LoRA; try again later", retry_after_s=60
             )
-        with _opened(spec.file) as file:
+        with await asyncio.to_thread(_opened, spec.file) as file:
             if spec.file is None:
                 async with self._fetches.hold(owner):
                     await self._fetch(spec, file)
@@ -113,6 +113,7 @@ class LoraIntake:
 
 
 def _opened(file: bytes | SpooledFile | None) -> SpooledFile:
+    """The file to read or to write to. Blocks."""
     if file is None:
         return SpooledFile()
     return SpooledFile.of(file) if isinstance(file, bytes) else file

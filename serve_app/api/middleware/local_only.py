@@ -1,7 +1,5 @@
 """Without a key, only callers on this machine are answered."""
 
-from urllib.parse import SplitResult, urlsplit
-
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -9,6 +7,7 @@ from deployments.protocol.errors import Forbidden
 from serve_app.admission.loopback import is_loopback
 from serve_app.api.errors import route_path
 from serve_app.api.middleware.send_error import send_error
+from serve_app.api.url_parts import url_parts
 from serve_app.settings import Settings
 
 PROBES = ("/health", "/ready")
@@ -23,7 +22,7 @@ class LocalOnlyMiddleware:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
-        self.public = _split(settings.public_url)
+        self.public = url_parts(settings.public_url)
         self.enabled = settings.auth_disabled
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,7 +45,7 @@ class LocalOnlyMiddleware:
             return (
                 f"this service has no key and answers only its own machine, not {client[0]}; set WEFT_API_KEY"
             )
-        host = _split(f"//{host_header}").hostname or ""
+        host = url_parts(f"//{host_header}").hostname or ""
         if not (is_loopback(host) or host == self.public.hostname):
             return (
                 f"this service has no key and answers only on loopback, not as {host[:100]!r}; "
@@ -59,14 +58,6 @@ class LocalOnlyMiddleware:
         cross_site = headers.get("sec-fetch-site") == "cross-site" and not followed_link
         origin = headers.get("origin")
         own_hosts = {headers.get("host", ""), self.public.netloc} - {""}
-        if cross_site or (origin is not None and _split(origin).netloc not in own_hosts):
+        if cross_site or (origin is not None and url_parts(origin).netloc not in own_hosts):
             return "another web site sent this call; open this service's own page, or set WEFT_API_KEY"
         return None
-
-
-def _split(url: str) -> SplitResult:
-    """The URL in its parts; all of them empty when it cannot be parsed."""
-    try:
-        return urlsplit(url)
-    except ValueError:
-        return urlsplit("")

@@ -305,6 +305,17 @@ async def test_a_cookie_changes_nothing_without_the_csrf_header_or_from_another_
     assert [bare.status_code, foreign.status_code, ours.status_code] == [403, 403, 202]
 
 
+@pytest.mark.parametrize("origin", ["http://[", "http://[::1", "null", "//", "http://127.0.0.1:x"])
+async def test_a_cookie_with_an_origin_that_is_no_address_is_refused(
+    client: httpx.AsyncClient, ann: Ann, origin: str
+):
+    await client.post("/auth/session", json={"api_key": ann.key})
+
+    answer = await client.post("/auth/ticket", headers=CSRF | {"Origin": origin})
+
+    assert answer.status_code == 403
+
+
 async def test_logging_out_ends_the_cookie_wherever_it_was_copied_to(client: httpx.AsyncClient, ann: Ann):
     await client.post("/auth/session", json={"api_key": ann.key})
     copied = client.cookies["weft_session"]

@@ -170,3 +170,16 @@ async def test_without_a_key_a_caller_from_elsewhere_is_refused_behind_a_local_p
         )
 
     assert [answer.status_code for answer in (here, elsewhere, rebound)] == [200, 403, 403]
+
+
+@pytest.mark.parametrize("host", ["[", "[::1", "a b", "", "x" * 300, "weft.example:99999", "é"])
+@pytest.mark.parametrize("forwarded", ["weft.example", ""])
+async def test_a_host_that_is_none_breaks_no_call(state: ApiState, host: str, forwarded: str) -> None:
+    headers = {"Host": host.encode("latin-1"), "X-Forwarded-Host": forwarded.encode()}
+    async with through(app_of(state, **LOCKED, trusted_proxies=("10.0.0.0/8",))) as client:
+        logged_in = await client.post("/auth/session", json={"api_key": KEY}, headers=headers)
+        client.cookies.clear()
+        reads = await client.get("/api/models/", headers=headers | bearer(KEY))
+        page = await client.get("/openapi.json", headers=headers)
+
+    assert [answer.status_code for answer in (logged_in, reads, page)] == [200] * 3
