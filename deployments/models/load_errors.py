@@ -133,6 +133,8 @@ def _damaged_file(weights: Weights) -> str | None:
 def _passing_reason(error: BaseException) -> str | None:
     """What the network or the other side does not do now; None when it is none of these."""
     for cause in causes_of(error):
+        if isinstance(cause, OfflineModeIsEnabled):  # a ConnectionError to huggingface_hub
+            return None
         status = _status(cause)
         if status in BUSY_STATUSES:
             return f"the hub answers {status}" + (" (too many requests)" if status == 429 else "")

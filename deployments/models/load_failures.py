@@ -74,7 +74,9 @@ class LoadFailures:
                 pause_s = 0.0  # others may have freed theirs
             since = now if before is None else before.failure.since
             failure = LoadFailure(error.kind, error.message, since, tries, now + pause_s)
-            self._entries[name] = _Entry(failure, error, self._state_of(name))
+            # a copy: the frames of the error itself keep what was half loaded
+            kept = type(error)(error.message, param=error.param)
+            self._entries[name] = _Entry(failure, kept, self._state_of(name))
         logger.error("a model cannot be loaded: %s", error.message, extra={"model": name, "tries": tries})
 
     def clear(self, name: str) -> None:

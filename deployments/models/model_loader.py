@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from deployments.engine.device_errors import DeviceBroken, is_device_broken
+from deployments.engine.out_of_memory import is_out_of_memory, shortage
 from deployments.loras.file_reader import LoraFileReader
 from deployments.models.device_memory import GIB, DeviceMemory
 from deployments.models.hardware import best_device, limit_to_share, memory_bytes
@@ -20,7 +21,7 @@ from deployments.models.model_cache import ModelCache
 from deployments.models.model_instance import ModelInstance
 from deployments.models.weight_cache import fetch
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import ModelFailed, ModelUnavailable, Overloaded, WeftError
+from deployments.protocol.errors import ModelFailed, ModelUnavailable, OutOfMemory, Overloaded, WeftError
 
 RETRY_PAUSES_S = (1.0, 3.0)  # before the network is tried again
 MAX_CHARS = 1_000  # of a message
@@ -102,7 +103,7 @@ class ModelLoader:
             if is_device_broken(error):
                 raise
             logger.exception("a model cannot be loaded", extra={"model": name})
-            failure = ModelFailed(f"{name} cannot be loaded: {type(error).__name__}: {error}"[:MAX_CHARS])
+            failure = _as_failure(name, error)
             self.failures.record(name, failure)
             raise failure from error
 
@@ -166,3 +167,9 @@ class ModelLoader:
         parts = {f"{part}_bytes": size for part, size in self.memory.held.items()}
         limit = self.memory.limit_bytes
         logger.info("memory of the device", extra={**parts, "limit_bytes": limit or "none"})
+
+
+def _as_failure(name: str, error: Exception) -> WeftError:
+    if is_out_of_memory(error):
+        return OutOfMemory(f"the model {name} does not fit into the memory{shortage(error)}")
+    return ModelFailed(f"{name} cannot be loaded: {type(error).__name__}: {error}"[:MAX_CHARS])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import shutil
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -152,6 +154,16 @@ def test_a_hub_that_does_not_answer_is_tried_again_and_said_so(
     assert [record.message for record in caplog.records].count(
         "weights were not fetched; it is tried again"
     ) == len(model_loader.RETRY_PAUSES_S)
+
+
+def test_a_node_that_may_not_ask_the_hub_says_so(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    error = failure_of(card_of(repo=REPO))
+
+    assert type(error) is ModelFailed, error.message
+    assert "HF_HUB_OFFLINE forbids to fetch them; unset it once" in error.message
+    assert hub.calls == 0
 
 
 def test_a_refusal_of_the_hub_is_final_and_asked_for_once(hub: Hub) -> None:
@@ -385,6 +397,42 @@ def test_a_lack_of_memory_is_reported_but_may_have_passed_by_the_next_request() 
 
     failures.check("m")
     assert failures.report()["m"].message == "2.0 GiB needed"
+
+
+def test_what_was_half_loaded_is_not_kept_by_its_error() -> None:
+    class Weights:
+        """Of a model that failed."""
+
+    failures = LoadFailures(lambda _name: "same")
+    kept: list[weakref.ref[Weights]] = []
+
+    def load() -> None:
+        weights = Weights()
+        kept.append(weakref.ref(weights))
+        raise ModelFailed("no")
+
+    try:
+        load()
+    except ModelFailed as error:
+        failures.record("m", error)
+    gc.collect()
+
+    assert failures.error_of("m") is not None
+    assert kept[0]() is None
+
+
+def test_a_bug_of_a_library_while_loading_is_a_failure_with_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(model_loader.ModelInstance, "__init__", broken)
+
+    error = failure_of(CARD)
+
+    assert type(error) is ModelFailed
+    assert error.message == f"{CARD.id} cannot be loaded: ZeroDivisionError: by zero"
 
 
 def test_a_new_token_lets_a_model_be_tried_at_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
