@@ -7,7 +7,7 @@ import socket
 import threading
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -16,20 +16,19 @@ class StopSignals:
     """Sets `received` at the first signal, whatever the main thread is doing; calls `again` at a second.
 
     The system hands a signal's number to a thread of ours: the main thread may be in a long call of a
-    library, in which Python runs no signal handler. Enter it in the main thread.
+    library, in which Python runs no signal handler. Enter it in the main thread. After the block both signals
+    are ignored.
     """
 
     def __init__(self, again: Callable[[int], None]) -> None:
         self.received = threading.Event()
         self._again = again
-        self._before: list[Any] = []  # handlers
         self._reader, self._writer = socket.socketpair()
         self._thread = threading.Thread(target=self._read, name="stop-signals", daemon=True)
 
     def __enter__(self) -> Self:
         self._writer.setblocking(False)
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._before = [signal.getsignal(number) for number in SIGNALS]
         self.install()
         self._thread.start()
         return self
@@ -38,8 +37,8 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         signal.set_wakeup_fd(-1)
-        for number, handler in zip(SIGNALS, self._before, strict=True):
-            signal.signal(number, handler)
+        for number in SIGNALS:  # the process is about to end, and in its own way
+            signal.signal(number, signal.SIG_IGN)
         self._writer.close()
         self._thread.join()
         self._reader.close()

@@ -49,10 +49,12 @@ class Watchdog:
         self._stopping.set()
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching. Does not return when `end_now` has been called meanwhile."""
         self._closed.set()
         if self._thread is not None:
             self._thread.join()
+        with self._ending:
+            pass
 
     def end_now(self, status: int, sentence: str | None = None) -> NoReturn:
         """Kill every process that this one has started, and exit."""

@@ -68,12 +68,12 @@ def inspect(directory: Path, server: str) -> Damage | None:
     folder = directory / FOLDER
     try:
         parts = _parts(folder)
-        if not parts:
+        if not parts and not (folder / MANIFEST).exists():
             return None
-        names = _manifest(folder)
-        if names is None:
+        listed = _manifest(folder)
+        if listed is None or (parts.get("base") and "b" not in listed.values()):
             return _without_manifest(folder, parts)
-        return next(_damages(folder, names, server), None)
+        return next(_damages(folder, listed, parts, server), None)
     except PermissionError as error:
         raise DamagedLog(
             f"{error.filename} cannot be read and written; give this user the permission (chown -R)"
@@ -89,8 +89,11 @@ def _parts(folder: Path) -> dict[str, list[tuple[int, str]]]:
     return {kind: sorted(files) for kind, files in parts.items()}
 
 
-def _manifest(folder: Path) -> list[str] | None:
-    """The names of base and changes in order; None when the manifest is missing or not one."""
+def _manifest(folder: Path) -> dict[str, str] | None:
+    """The names of the files in order, with their type: b(ase), i(ncrement), h(istory).
+
+    None when the manifest is missing or not one.
+    """
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
     except (FileNotFoundError, UnicodeDecodeError):
@@ -98,7 +101,7 @@ def _manifest(folder: Path) -> list[str] | None:
     lines = [LINE.fullmatch(line.strip()) for line in text.splitlines() if line.strip()]
     if not lines or not all(lines):
         return None
-    return [line[1] for line in lines if line is not None and line[3] != "h"]
+    return {line[1]: line[3] for line in lines if line is not None}
 
 
 def _without_manifest(folder: Path, parts: dict[str, list[tuple[int, str]]]) -> Damage:
@@ -128,8 +131,14 @@ def _without_manifest(folder: Path, parts: dict[str, list[tuple[int, str]]]) -> 
     return Damage(text, safe=True, repair=write)
 
 
-def _damages(folder: Path, names: list[str], server: str) -> Iterator[Damage]:
+def _damages(
+    folder: Path, listed: dict[str, str], parts: dict[str, list[tuple[int, str]]], server: str
+) -> Iterator[Damage]:
     advice = RESTORE.format(folder=folder)
+    for _, name in parts.get("incr", []):
+        if name not in listed and (folder / name).stat().st_size:  # an empty one had just been made
+            yield Damage(f"{folder / MANIFEST} does not name {name}, which holds changes", advice=advice)
+    names = [name for name, kind in listed.items() if kind != "h"]
     for name in names:
         path = folder / name
         if not path.exists():

@@ -76,7 +76,7 @@ class EmbeddedRedis:
                 "WEFT_DATA_DIR to another directory"
             )
         try:
-            self._files.write_owner(self._owner_lock)
+            self._files.write_owner(self._owner_lock, os.getpid())
             self._server_lock = self._files.lock("server.lock")
             if self._server_lock < 0:
                 self._server_lock = _end_leftover(self._files)
@@ -132,6 +132,8 @@ class EmbeddedRedis:
             self._watcher.join(STOP_LIMIT_S)
         self._end_guard()
         self._files.remove_socket()
+        if self._owner_lock >= 0:
+            self._files.write_owner(self._owner_lock, None)
         for lock in (self._server_lock, self._owner_lock):
             if lock >= 0:
                 os.close(lock)

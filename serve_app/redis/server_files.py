@@ -93,10 +93,10 @@ class ServerFiles:
         }
         _write_private(self.config, CONFIG.format(**{name: _quoted(path) for name, path in paths.items()}))
 
-    def write_owner(self, lock: int) -> None:
-        """Note in the owner's lock file which process has it."""
+    def write_owner(self, lock: int, pid: int | None) -> None:
+        """Note in the owner's lock file which process has it; None: that none does."""
         os.ftruncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        os.pwrite(lock, str(pid or "").encode(), 0)
 
     def running_pid(self) -> int | None:
         """The process that uses our configuration file; None while that is uncertain."""
@@ -119,16 +119,12 @@ class ServerFiles:
 
 def owner_pid(data_dir: Path) -> int | None:
     """The process that serves from this directory, such as `weft serve`; None without one."""
-    path = data_dir.resolve() / "valkey" / "owner.lock"
-    try:
-        with path.open("r+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return int(file.read())
+    try:  # not by the lock: a start at this moment would find it taken
+        pid = int((data_dir.resolve() / "valkey" / "owner.lock").read_text())
+        os.kill(pid, 0)
     except (OSError, ValueError):
-        pass
-    return None
+        return None
+    return pid
 
 
 def configured_url(data_dir: Path) -> str | None:

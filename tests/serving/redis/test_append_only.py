@@ -98,6 +98,15 @@ def gap(data: Path) -> None:
     shutil.copy(log(data, CHANGES), log(data, "appendonly.aof.3.incr.aof"))
 
 
+def old_manifest(data: Path) -> None:
+    shutil.copy(log(data, CHANGES), log(data, "appendonly.aof.2.incr.aof"))
+
+
+def only_manifest(data: Path) -> None:
+    log(data, BASE).unlink()
+    log(data, CHANGES).unlink()
+
+
 def remove_all(data: Path) -> None:
     shutil.rmtree(log(data, ""))
 
@@ -110,6 +119,11 @@ SAFE = {
     "no manifest": (remove(MANIFEST), KEYS + 2, "written again from the 2 files beside it"),
     "an empty manifest": (overwrite(MANIFEST, b""), KEYS + 2, "missing or broken"),
     "a manifest of zeros": (overwrite(MANIFEST, b"\0" * 88), KEYS + 2, "missing or broken"),
+    "a manifest without the base": (
+        overwrite(MANIFEST, f"file {CHANGES} seq 1 type i\n".encode()),
+        KEYS + 2,
+        "written again from the 2 files beside it",
+    ),
     "nothing at all": (remove_all, 0, "it starts empty"),
 }
 
@@ -150,6 +164,8 @@ REFUSED = {
     "a base of something else": (overwrite(BASE, b"no RDB file"), "is broken"),
     "a base that was cut": (broken_base, f"{BASE} is broken; restore data/valkey"),
     "two bases without a manifest": (two_bases, "do not show which of them belong together"),
+    "a manifest of an earlier day": (old_manifest, "does not name appendonly.aof.2.incr.aof, which holds"),
+    "a manifest alone": (only_manifest, f"{BASE} is missing; restore data/valkey"),
     "a gap without a manifest": (gap, "do not show which of them belong together"),
 }
 
