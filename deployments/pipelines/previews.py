@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 PreviewPixels = npt.NDArray[np.uint8]  # (H, W, 3), one pixel per latent
 FIT_PICTURES, FIT_LATENTS = 8, 16  # pictures of 16 x 16 latents: 2,048 samples for 17 weights
+FIT_VIDEOS = 4  # they take longer
 RIDGE = 1e-3  # of a channel's mean square
 # noise schedulers whose samples are clean + sigma * noise; those of the others have variance 1
 SIGMA_SPACE = frozenset(
@@ -40,8 +41,8 @@ FIT_FRAMES = {
     "AutoencoderKL": None,
     "AutoencoderTiny": None,
     "AutoencoderKLQwenImage": 1,
-    "AutoencoderKLWan": 9,
-    "AutoencoderKLHunyuanVideo": 9,
+    "AutoencoderKLWan": 5,
+    "AutoencoderKLHunyuanVideo": 5,
     "AutoencoderKLLTXVideo": 9,
 }
 
@@ -63,13 +64,12 @@ class Previewer:
             return None
         frames = FIT_FRAMES[kind]
         side = FIT_LATENTS * _pixels_per_latent(vae)
-        pictures = _synthetic_pictures(FIT_PICTURES, side)
-        given = pictures if frames is None else pictures.unsqueeze(2).repeat(1, 1, frames, 1, 1)
-        encoded = vae.encode(given.to(vae.device, vae.dtype))
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        latents = _as_denoised(latents.float().cpu(), vae)
-        if frames is not None:
-            latents = latents[:, :, -1]
+        pictures = _synthetic_pictures(FIT_PICTURES if frames is None else FIT_VIDEOS, side)
+        if frames is None:
+            latents = _encoded(vae, pictures)
+        else:  # one by one: all at once would take as much memory as a long video
+            videos = (picture.view(1, 3, 1, side, side).repeat(1, 1, frames, 1, 1) for picture in pictures)
+            latents = torch.cat([_encoded(vae, video)[:, :, -1] for video in videos])
         scale = side // FIT_LATENTS
         samples = latents.permute(0, 2, 3, 1).flatten(0, 2)
         colours = functional.avg_pool2d(pictures, scale).permute(0, 2, 3, 1).flatten(0, 2)
@@ -87,6 +87,13 @@ def _pixels_per_latent(vae: Any) -> int:
     """On each side of a picture."""
     known = getattr(vae, "spatial_compression_ratio", None)
     return int(known) if known else int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+def _encoded(vae: Any, pictures: Tensor) -> Tensor:
+    """Latents of pictures (n, 3, H, W) or videos (n, 3, frames, H, W) on the host, as a pipeline has them."""
+    encoded = vae.encode(pictures.to(vae.device, vae.dtype))
+    latents: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return _as_denoised(latents.float().cpu(), vae)
 
 
 def _as_denoised(latents: Tensor, vae: Any) -> Tensor:

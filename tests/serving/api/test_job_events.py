@@ -101,6 +101,28 @@ async def test_only_what_came_after_the_last_event_id_is_replayed(
     assert events_of(by_query.text) == all_events[3:]
 
 
+async def test_a_client_that_reconnects_misses_no_preview_and_gets_none_twice(
+    client: httpx.AsyncClient, address: str, fake_model: FakeModel
+):
+    fake_model.gate.clear()
+    body = {"steps": 4, "previews": 3}
+    async with httpx.AsyncClient(base_url=f"http://{address}") as live:
+        job_id = await submitted(live, **body)
+        async with live.stream("GET", f"/api/generate/{job_id}/events") as answer:
+            lines = answer.aiter_lines()
+            await anext(line async for line in lines if line == "event: preview")
+            last_id = await anext(line async for line in lines if line.startswith("id: "))
+    fake_model.gate.set()
+
+    header = {"last-event-id": last_id.removeprefix("id: ")}
+    rest = events_of((await client.get(f"/api/generate/{job_id}/events", headers=header)).text)
+    async with connect(f"ws://{address}/ws/{job_id}?after={header['last-event-id']}") as socket:
+        messages = await messages_of(socket)
+
+    assert [event["data"]["step"] for event in rest if event["event"] == "preview"] == [2, 3]
+    assert [message["step"] for message in messages if message["type"] == "preview"] == [2, 3]
+
+
 async def test_the_end_is_sent_again_to_a_later_follower(client: httpx.AsyncClient, fake_model: FakeModel):
     job_id = await submitted(client)
     last = events_of((await client.get(f"/api/generate/{job_id}/events")).text)[-1]
