@@ -117,20 +117,20 @@ def post(address: str, name: str, form: str, rounds: int) -> None:
 
 
 async def latencies(client: httpx.AsyncClient, work: Awaitable[object]) -> list[float]:
-    """Milliseconds of /health at a steady rate, each from the moment it was due, until the work is done."""
+    """Milliseconds of /health, asked for every EVERY_S whether the last was answered or not, until then."""
     doing = asyncio.ensure_future(work)
-    due, calls = time.perf_counter(), []
+    calls = []
     while not doing.done():
-        calls.append(asyncio.create_task(one(client, due)))
-        due += EVERY_S
-        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        calls.append(asyncio.create_task(one(client)))
+        await asyncio.sleep(EVERY_S)
     await doing
     return await asyncio.gather(*calls)
 
 
-async def one(client: httpx.AsyncClient, due: float) -> float:
+async def one(client: httpx.AsyncClient) -> float:
+    began = time.perf_counter()
     (await client.get("/health")).raise_for_status()
-    return 1000 * (time.perf_counter() - due)
+    return 1000 * (time.perf_counter() - began)
 
 
 async def until_served(client: httpx.AsyncClient) -> None:
@@ -183,7 +183,8 @@ def chunk(kind: bytes, data: bytes) -> bytes:
 def keep_latencies(name: str, taken: list[float], notes: str, dry: bool) -> None:
     taken.sort()
     p50, p99 = statistics.median(taken), taken[min(len(taken) - 1, int(0.99 * len(taken)))]
-    keep(f"{name}_p99_ms", p99, notes, f"p50 {p50:.1f}, worst {taken[-1]:.1f}", len(taken), dry)
+    busy = f"{notes}; {os.getloadavg()[0]:.0f} processes busy on the machine"
+    keep(f"{name}_p99_ms", p99, busy, f"p50 {p50:.1f}, worst {taken[-1]:.1f}", len(taken), dry)
 
 
 def keep(name: str, value: float, notes: str, spread: str, count: int, dry: bool) -> None:

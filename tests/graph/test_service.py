@@ -169,7 +169,7 @@ def test_bad_input_is_refused_before_any_job_exists(client: httpx.Client) -> Non
     for fields in (
         {"prompt": "x", "model": "unknown"},
         {"prompt": "x", "width": 77},
-        {"prompt": "x", "seed": -1},
+        {"prompt": "x", "seed": -2},
         {"prompt": "x" * 100_000},
         {"prompt": "x", "image": "bm90IGEgcGljdHVyZQ=="},
     ):
