@@ -25,7 +25,7 @@ from serve_app.setting_values import without_secrets
 STARTUP_LIMIT_S = 3600.0  # a large model may be downloading
 OBJECT_STORE_BYTES = 256 * 2**20  # images travel through it one at a time
 STARTS = 2
-CAUSE = re.compile(r"(\w+\.)*\w*(Error|Exception|Request|NotFound|Unavailable|OutOfMemory)\b.*: ")
+CAUSE = re.compile(r"(\w+\.)*\w*(Error|Exception|Request|NotFound|Unavailable|Failed|OutOfMemory)\b.*: ")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ const TITLES = {
   rate_limited: "error.rate_limited",
   overloaded: "error.overloaded",
   model_unavailable: "error.model_unavailable",
+  model_failed: "error.model_unavailable",
   out_of_memory: "error.out_of_memory",
   network: "error.network",
 };
@@ -62,6 +63,7 @@ export function remedy(problem, size, sizes, hasField) {
         : { kind: "none" };
     case "forbidden":
     case "quota_exceeded":
+    case "model_failed":
       return { kind: "none" };
     default:
       return { kind: "again" };

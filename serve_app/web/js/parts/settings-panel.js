@@ -28,6 +28,7 @@ const STATES = {
   loading: { key: "model.state.loading", tone: "busy" },
   idle: { key: "model.state.idle", tone: "idle" },
   absent: { key: "model.state.absent", tone: "bad" },
+  failed: { key: "model.state.error", tone: "bad" },
   error: { key: "model.state.error", tone: "bad" },
 };
 
