@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,33 @@ def test_frame_rate_length_pixels_and_colours_are_as_requested(form: Any, codec:
     assert (shown.pixel_format, shown.colours) == ("yuv420p", (1, 1, 1, 1))
     assert decoder in shown.codec
     assert {0, 32, 64} <= set(shown.key_frames), "a viewer may jump to the start of any segment"
+
+
+@pytest.mark.parametrize(
+    ("fps", "rate"),
+    [
+        (24, Fraction(24)),
+        (24.0, Fraction(24)),
+        (29.97, Fraction(30000, 1001)),
+        (30000 / 1001, Fraction(30000, 1001)),
+        (23.976, Fraction(24000, 1001)),
+        (59.94, Fraction(60000, 1001)),
+        (12.5, Fraction(25, 2)),
+    ],
+)
+def test_the_rate_of_a_container_is_the_one_that_a_decimal_stands_for(fps: float, rate: Fraction) -> None:
+    assert VideoSpec(64, 48, 1, fps).rate == rate
+
+
+@pytest.mark.parametrize("form", ["mp4", "webm"])
+def test_a_fractional_frame_rate_is_that_of_the_file(form: Any) -> None:
+    frames, spec = clip(65), VideoSpec(64, 48, 65, 29.97, form)
+
+    shown = decode_video(movie.join(spec, segments_of(spec, frames)).video)
+
+    assert len(shown.frames) == 65
+    assert shown.times_s == pytest.approx([k * 1001 / 30000 for k in range(65)], abs=1e-3)
+    assert shown.duration_s == pytest.approx(65 * 1001 / 30000, abs=0.01)
 
 
 def test_an_mp4_plays_before_it_is_loaded() -> None:
