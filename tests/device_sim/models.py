@@ -49,6 +49,7 @@ def install(device: SimulatedDevice) -> None:
         kind.from_pretrained = load_controlnet
     pipeline_class: Any = diffusers.DiffusionPipeline
     pipeline_class.from_pretrained = load_pipeline
+    pipeline_class.download = lambda *_args, **_options: None
     without_weights: Any = transformers.PreTrainedModel
     without_weights.init_weights = lambda self: None
 
