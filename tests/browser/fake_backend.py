@@ -138,6 +138,7 @@ def an_adapter(name: str, family: str, *trigger_words: str) -> LoraOut:
         description="",
         licence="",
         source="upload",
+        notes=[],
         public=False,
         mine=True,
         preview_url=None,
