@@ -58,11 +58,6 @@ def field_names(schema: type[BaseModel]) -> dict[str, tuple[str, ...]]:
     return {field: tuple(_names(field, info.validation_alias)) for field, info in schema.model_fields.items()}
 
 
-def field_of(schema: type[BaseModel], name: str) -> str:
-    """The field that has this name in a body; the name itself where there is none."""
-    return next((field for field, names in field_names(schema).items() if name in names), name)
-
-
 def _names(field: str, alias: object) -> Iterator[str]:
     if isinstance(alias, AliasChoices):
         yield from (choice for choice in alias.choices if isinstance(choice, str))
