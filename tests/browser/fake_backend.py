@@ -227,11 +227,13 @@ class FakeBackend:
         with self.changed:
             assert self.changed.wait_for(lambda: self.jobs[job.id].job.state.ended, timeout=patience(2))
 
-    def add_finished(self, prompt: str, seed: int, state: JobState = JobState.completed) -> None:
-        """A job of the past."""
+    def add_finished(
+        self, prompt: str, seed: int, state: JobState = JobState.completed, **fields: Any
+    ) -> None:
+        """A job of the past. fields: more of its request."""
         speed, self.step_s = self.step_s, 0.0
         job = self.submit(
-            {"model": self.cards[0].id, "prompt": prompt, "seed": seed, "width": 256, "height": 256}
+            {"model": self.cards[0].id, "prompt": prompt, "seed": seed, "width": 256, "height": 256} | fields
         )
         with self.changed:
             assert self.changed.wait_for(lambda: self.jobs[job.id].job.state.ended, timeout=patience())

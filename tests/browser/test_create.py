@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import re
@@ -210,6 +211,43 @@ def test_use_again_fills_the_form_from_a_picture_of_the_past(
 
     assert page.get_by_label("Prompt").input_value() == "a valley at dusk"
     assert page.get_by_label("Seed", exact=True).input_value() == "42"
+
+
+def small_picture() -> str:
+    """A PNG as a JSON body has it."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (256, 256), "red").save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_use_again_says_that_a_picture_is_missing_instead_of_making_another(
+    backend: FakeBackend, open_page: OpenPage
+) -> None:
+    """The record of a job has no input pictures: its settings alone are another request."""
+    picture = small_picture()
+    backend.add_finished("a red barn", seed=42, image=picture, mask_image=picture)
+    backend.add_finished("a plain one", seed=43)
+    page = open_page(backend)
+
+    page.get_by_role("button", name="a red barn").click()
+    page.get_by_role("button", name="Use again").click()
+
+    page.locator(".toast", has_text="but not the picture that it began from").wait_for()
+    assert page.get_by_label("Prompt").input_value() == "a red barn"
+
+
+def test_a_failed_inpainting_is_not_sent_again_without_its_picture(
+    backend: FakeBackend, open_page: OpenPage
+) -> None:
+    picture = small_picture()
+    backend.add_finished("a red barn", seed=42, state=JobState.failed, image=picture, mask_image=picture)
+    page = open_page(backend)
+    sent = len(backend.received)
+
+    page.get_by_role("button", name="Try again").click()
+
+    page.locator(".toast", has_text="but not the picture that it began from").wait_for()
+    assert len(backend.received) == sent
 
 
 def test_out_of_memory_offers_a_smaller_size(

@@ -297,6 +297,19 @@ export function formOf(request, seed, controls) {
 }
 
 /**
+ * Whether the form would make something else of a job's settings: it began from pictures that neither the job's
+ * record nor the form holds.
+ *
+ * @param {import("./types.js").JobRequest} request
+ * @param {FormValues} form  as `formOf` gives it
+ */
+export function lacksPictures(request, form) {
+  if (request.controls > form.controls.length) return true;
+  if (request.task === "i2v") return form.video === null || form.video.image === null;
+  return request.task === "i2i" || request.task === "inpaint";
+}
+
+/**
  * The next smaller size to try after running out of memory; null when there is none.
  *
  * @param {number} width

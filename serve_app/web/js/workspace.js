@@ -3,7 +3,7 @@
 import { ApiError } from "./api.js";
 import { createJobStore } from "./job-store.js";
 import { h } from "./dom.js";
-import { formOf } from "./form-rules.js";
+import { formOf, lacksPictures } from "./form-rules.js";
 import { t } from "./i18n.js";
 import { hasEnded } from "./job-state.js";
 import { listen } from "./keys.js";
@@ -83,8 +83,9 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
     },
     again(job, seed) {
       if (movedOn(job, seed)) return;
-      panel.write(again(job, seed));
-      toast.show(t(job.kind === "video" ? "video.filled" : "done.filled"));
+      const form = again(job, seed);
+      panel.write(form);
+      if (!noteMissing(job, form)) toast.show(t(job.kind === "video" ? "video.filled" : "done.filled"));
     },
     retry(job) {
       if (startProblem !== null) {
@@ -92,13 +93,18 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
         return;
       }
       if (job !== null && movedOn(job, job.request.seed)) return;
-      if (job !== null) panel.write(again(job, job.request.seed));
+      if (job !== null) {
+        const form = again(job, job.request.seed);
+        panel.write(form);
+        if (noteMissing(job, form)) return;
+      }
       panel.submit();
     },
     smaller(job, { width, height }) {
       const form = job === null ? panel.read() : again(job, job.request.seed);
       if (job !== null && movedOn(job, job.request.seed, { width, height })) return;
       panel.write({ ...form, width, height });
+      if (job !== null && noteMissing(job, form)) return;
       panel.submit();
     },
     key: () => void dialogs.changeKey(),
@@ -135,6 +141,18 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
   }
 
   /**
+   * Says that the form lacks the pictures which a job began from; false: it lacks none.
+   *
+   * @param {Job} job
+   * @param {import("./types.js").FormValues} form
+   */
+  function noteMissing(job, form) {
+    const missing = lacksPictures(job.request, form);
+    if (missing) toast.show(t(job.kind === "video" ? "video.missing" : "done.missing"));
+    return missing;
+  }
+
+  /**
    * The strip holds jobs of the other page too: true when the job's own page was opened, its form filled.
    *
    * @param {Job} job
@@ -143,8 +161,10 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
    */
   function movedOn(job, seed, size = {}) {
     if (job.kind === kind) return false;
-    keepDraft({ ...again(job, seed), ...size }, job.kind);
+    const form = { ...again(job, seed), ...size };
+    keepDraft(form, job.kind);
     location.hash = HOMES[job.kind];
+    noteMissing(job, form);
     return true;
   }
 
