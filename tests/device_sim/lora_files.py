@@ -20,5 +20,5 @@ def lora_file(shapes: Mapping[str, tuple[int, ...]], rank: int, seed: int) -> by
         if layer.startswith(DENOISERS) and "block" in layer and len(shape) == 2:
             rows, columns = shape
             tensors[f"{layer}.lora_A.weight"] = torch.full((rank, columns), 1e-3 * seed, dtype=torch.bfloat16)
-            tensors[f"{layer}.lora_B.weight"] = torch.zeros((rows, rank), dtype=torch.bfloat16)
+            tensors[f"{layer}.lora_B.weight"] = torch.full((rows, rank), 1e-3, dtype=torch.bfloat16)
     return save(tensors)

@@ -1,4 +1,4 @@
-"""Where the host waits for the simulated device: never in every step, and seldom once per request."""
+"""Where the host waits for the simulated device: never in every step, and seldom once per picture."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from tests.device_sim.simulation import needs_compiler, simulate
 pytestmark = needs_compiler
 
 SCHEDULERS = ("pndm", "dpmpp_2m_sde")
-REQUESTS = 3
+REQUESTS, PICTURES = 3, 2  # of each request
 
 
 @pytest.fixture(scope="module")
 def run() -> list[Part]:
     waves = [word for scheduler in SCHEDULERS for word in ("--wave", f"scheduler={scheduler}")]
-    options = ("--requests", str(REQUESTS), "--rows", "8", "--previews", "2", "--images", "2")
+    options = ("--requests", str(REQUESTS), "--rows", "8", "--previews", "2", "--images", str(PICTURES))
     return simulate("sd15", *options, *waves)
 
 
@@ -33,10 +33,10 @@ def test_no_step_waits_for_the_device(sd15: Part) -> None:
     assert faults([sd15]) == []
 
 
-def test_a_request_waits_once_in_our_code_and_otherwise_where_it_begins(sd15: Part) -> None:
+def test_a_picture_waits_once_in_our_code_and_otherwise_where_it_begins(sd15: Part) -> None:
     ours: list[dict[str, Any]] = [
         sync for sync in sd15["syncs"] if sync["thread"] == "engine" and sync["source"] == sync["ours"]
     ]
 
-    assert [sync["count"] for sync in ours] == [REQUESTS]  # whether the last latents are finite
+    assert [sync["count"] for sync in ours] == [REQUESTS * PICTURES]  # whether the last latents are finite
     assert "_check_finite" in ours[0]["source"]
