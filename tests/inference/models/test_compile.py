@@ -18,7 +18,7 @@ from torch import nn
 from deployments.models.compile import repeated_blocks
 from deployments.models.weight_cache import COMPILED
 from deployments.protocol.card import ModelCard, Serving
-from deployments.protocol.errors import ModelUnavailable
+from deployments.protocol.errors import ModelFailed
 from tests.inference import tiny
 
 ROOT = Path(__file__).parents[3]
@@ -118,7 +118,7 @@ def test_a_denoiser_that_does_not_name_its_blocks_is_refused() -> None:
     class Pipeline:
         transformer = Plain()
 
-    with pytest.raises(ModelUnavailable, match=r"Plain cannot be compiled.*take compile out of the card"):
+    with pytest.raises(ModelFailed, match=r"Plain cannot be compiled.*take compile out of the card"):
         repeated_blocks(Pipeline())
 
 

@@ -144,10 +144,11 @@ async def test_models_of_a_group_take_turns_on_a_device_that_holds_one(weights: 
     assert held["weights"] == weights
 
 
-def test_a_model_that_does_not_fit_does_not_start(weights: int) -> None:
-    card = SD15.model_copy(
-        update={"serving": SD15.serving.model_copy(update={"memory_gib": (weights - 1) / GIB})}
-    )
+async def test_a_model_that_does_not_fit_fails_its_requests_with_both_sizes(weights: int) -> None:
+    """Its replica runs: one that ended would be started again and again, and give no reason."""
+    async with replica(weights - 1) as model:
+        refused = await last_event(model)
 
-    with pytest.raises(OutOfMemory, match="the model tiny-sd15 needs"):
-        ModelReplica([card])
+    assert isinstance(refused, Failed)
+    assert refused.kind == OutOfMemory.kind
+    assert "the model tiny-sd15 needs" in refused.message
