@@ -25,6 +25,7 @@ from serve_app.job_ids import new_job_id
 from serve_app.jobs import events, inputs
 from serve_app.jobs.job import Job, JobState
 from serve_app.jobs.service import JobService
+from serve_app.jobs.store.owner_index import JobFilter
 from serve_app.jobs.store.start_estimate import Capacity
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.webhook_events import owner_secret
@@ -164,11 +165,11 @@ async def test_a_list_is_filtered_and_read_page_by_page(service: JobService) -> 
 
     first = await service.list(OWNER, limit=2)
     second = await service.list(OWNER, limit=2, cursor=first.next_cursor)
-    waiting = await service.list(OWNER, state=JobState.queued)
+    waiting = await service.list(OWNER, where=JobFilter(state=JobState.queued))
 
     assert [job.id for job in (*first.jobs, *second.jobs)] == [job.id for job in reversed(jobs)]
     assert [job.id for job in waiting.jobs] == [jobs[2].id, jobs[0].id]
-    assert (await service.list(OWNER, model="another model")).jobs == ()
+    assert (await service.list(OWNER, where=JobFilter(model="another model"))).jobs == ()
 
 
 async def test_a_waiting_job_is_shown_with_its_position_and_when_it_starts(
