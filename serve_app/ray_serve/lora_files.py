@@ -19,6 +19,7 @@ from deployments.protocol.log_context import join_serve_log
 from serve_app.loras.builtin import BuiltInLoras
 from serve_app.ray_serve.model_client import ModelClient
 from serve_app.ray_serve.served_models import ServedModels
+from serve_app.redis.cancellation import raise_if_cancelled
 from serve_app.services import Services
 from serve_app.settings import Settings
 from serve_app.storage.results import adapter_path
@@ -65,6 +66,7 @@ class LoraFilesReplica:
                     logger.info("unused LoRA files removed", extra={"files": removed})
             except (WeftError, OSError) as error:  # Valkey or the storage is unavailable: try again later
                 logger.warning("unused LoRA files were not removed", extra={"error": str(error)})
+            raise_if_cancelled()
             await asyncio.sleep(COLLECT_EVERY_S)
 
 

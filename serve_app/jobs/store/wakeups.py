@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
+from serve_app.redis.cancellation import raise_if_cancelled
+
 RECONNECT_S = 0.2
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ class Wakeups:
                 await self._read_until_lost()
             except (RedisError, OSError) as error:
                 logger.info("wake-up subscription lost", extra={"error": type(error).__name__})
+            raise_if_cancelled()
             self._subscribed.clear()
             await asyncio.sleep(RECONNECT_S)
 

@@ -24,6 +24,7 @@ from serve_app.jobs.worker.job_metrics import attempt_fields, count_attempt_end,
 from serve_app.jobs.worker.lease_keeper import AbortReason
 from serve_app.observability.metrics import LocalMeter, Meter
 from serve_app.observability.tracing import continue_trace
+from serve_app.redis.cancellation import raise_if_cancelled
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
 
@@ -88,6 +89,7 @@ class Dispatcher:
                         self._postpone_reaping()
                     except Exception:
                         logger.exception("a round of the dispatcher failed; it continues")
+                    raise_if_cancelled()
                     if not self._draining:
                         await wait_for_wakeup(self._wakeup, min(POLL_S, self._settings.heartbeat_s))
         finally:

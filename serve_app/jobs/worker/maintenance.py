@@ -10,6 +10,7 @@ from deployments.protocol.errors import WeftError
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.retention import Retention
 from serve_app.jobs.worker.webhooks import HttpPoster, WebhookDeliverer
+from serve_app.redis.cancellation import raise_if_cancelled
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
 
@@ -39,6 +40,7 @@ class Maintenance:
                 logger.info("maintenance waits: %s", error.message)
             except Exception:
                 logger.exception("a maintenance task failed; it is tried again later")
+            raise_if_cancelled()
             await asyncio.sleep(max(0.0, began + ROUND_S - time.monotonic()))
 
     async def run_once(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from serve_app.jobs.worker.retention import Retention
 from serve_app.redis.transactions import StoreUnreachable
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
+from tests.patience import patience
 from tests.serving.fakes import MODEL, OWNER, eventually, keys_without_ttl, picture, resolved
 from tests.serving.jobs.test_dispatch import ended, submitted
 from tests.serving.jobs.test_webhooks import URL, Receiver
@@ -179,6 +181,31 @@ async def test_rounds_of_maintenance_sweep_once_a_minute(
 
     assert (early, (await store.get(job.id)).files_expired) == (False, True)
     assert await redis.exists(keys.maintenance_lock("orphans"))
+
+
+async def test_a_cancellation_that_the_client_swallows_ends_maintenance(
+    store: JobStore, results: ResultStore, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does while it connects; the loop went on for ever."""
+    connecting = asyncio.Event()
+
+    async def connect(_name: str, _for_s: float) -> bool:
+        connecting.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(patience())
+        return False
+
+    monkeypatch.setattr(store, "try_acquire", connect)
+    task = asyncio.create_task(Maintenance(store, results, Receiver(), settings).run())
+    await connecting.wait()
+    task.cancel()
+    connecting.clear()
+    await connecting.wait()  # the round goes on to its next call
+    task.cancel()
+
+    done, _ = await asyncio.wait({task}, timeout=patience())
+    assert done
+    assert task.cancelled()
 
 
 @pytest.mark.parametrize("error", [StoreUnreachable("gone"), RuntimeError("a bug")])
