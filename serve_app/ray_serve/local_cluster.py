@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -64,9 +67,10 @@ def _start(options: Mapping[str, Any]) -> None:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             ray.shutdown()
             end_descendants(keep=others)
+    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())  # as Ray chooses it
     raise RuntimeError(
         f"Ray did not start, tried {STARTS} times ({reason}); stop what keeps this machine busy or fills its "
-        "memory or /tmp, and start again; Ray's logs are in /tmp/ray/session_latest/logs"
+        f"memory or {folder}, and start again; Ray's logs are in {folder / 'ray/session_latest/logs'}"
     )
 
 

@@ -225,11 +225,13 @@ def test_a_node_that_is_slow_to_start_gets_a_second_try(monkeypatch: pytest.Monk
 def test_a_node_that_does_not_start_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     ray_init = RayThatIsSlow(failures=2)
     monkeypatch.setattr(local_cluster.ray, "init", ray_init)
+    monkeypatch.setenv("RAY_TMPDIR", "/elsewhere")
 
     with pytest.raises(RuntimeError) as failed, local_cluster.local_ray():
         pass
 
     assert "did not start, tried 2 times (The current node timed out during startup.)" in str(failed.value)
+    assert "logs are in /elsewhere/ray/session_latest/logs" in str(failed.value)
     assert "\n" not in str(failed.value)
     assert ended([process.pid for process in ray_init.left])
     assert [process.wait() is not None for process in ray_init.left] == [True, True]
