@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,7 +19,12 @@ from ray.serve.schema import ApplicationStatusOverview, ServeDeploySchema
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.invalid_values import wrong_values
 from serve_app.processes import descendants, end_descendants
-from serve_app.ray_serve.private_api import LOOPBACK_NODE, deploy_applications, local_node
+from serve_app.ray_serve.private_api import (
+    LOOPBACK_NODE,
+    deploy_applications,
+    local_node,
+    log_folder,
+)
 from serve_app.setting_values import without_secrets
 
 STARTUP_LIMIT_S = 3600.0  # a large model may be downloading
@@ -67,10 +69,9 @@ def _start(options: Mapping[str, Any]) -> None:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             ray.shutdown()
             end_descendants(keep=others)
-    folder = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())  # as Ray chooses it
     raise RuntimeError(
         f"Ray did not start, tried {STARTS} times ({reason}); stop what keeps this machine busy or fills its "
-        f"memory or {folder}, and start again; Ray's logs are in {folder / 'ray/session_latest/logs'}"
+        f"memory or the disk of Ray's logs, and start again; these logs are in {log_folder()}"
     )
 
 

@@ -7,6 +7,7 @@ version of Ray, this module has to change.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,12 @@ ESSENTIAL = ("gcs_server", "raylet")  # processes without which a node serves no
 
 
 TOKEN = Path("~/.ray/auth_token")
+TEMP_FOLDER_VARIABLE = "RAY_TMPDIR"
+
+
+def log_folder() -> Path:
+    """Where Ray puts the logs of the session that it started last on this machine."""
+    return Path(os.environ.get(TEMP_FOLDER_VARIABLE) or tempfile.gettempdir()) / "ray/session_latest/logs"
 
 
 @contextmanager
