@@ -6,10 +6,12 @@ import logging
 import threading
 from collections.abc import Hashable
 
+import psutil
 import torch
 
 from deployments.models.activations import Lane
 from deployments.models.device_memory import CONTEXT_BYTES, DeviceMemory, own_share, usable_bytes
+from deployments.planning.machine import Machine
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +23,18 @@ def best_device() -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def machine_of(device: torch.device, limit_bytes: int | None) -> Machine:
+    """What a plan depends on. limit_bytes: what this process may allocate on the device; None: no limit."""
+    host = psutil.virtual_memory().total
+    if device.type != "cuda":
+        name = "Apple GPU" if device.type == "mps" else "CPU"
+        return Machine(name, "mps" if device.type == "mps" else "cpu", limit_bytes, host_bytes=host)
+    name = torch.cuda.get_device_name(device)
+    if torch.version.hip is not None:
+        return Machine(name, "rocm", limit_bytes, host_bytes=host)
+    return Machine(name, "cuda", limit_bytes, torch.cuda.get_device_capability(device), host)
 
 
 def limit_to_share(device: torch.device, gpu_share: float) -> None:

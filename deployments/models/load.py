@@ -18,6 +18,7 @@ from deployments.engine.out_of_memory import load_or_free
 from deployments.models.load_errors import explain
 from deployments.models.thread_dtype import thread_default_dtype
 from deployments.models.weight_cache import local_folder, local_path
+from deployments.planning.plan import Plan, everything_on_device
 from deployments.protocol.card import Family, Licence, Weights
 from deployments.protocol.errors import ModelFailed
 
@@ -60,29 +61,37 @@ def load_pipeline(
     weights: Weights,
     device: torch.device,
     *,
+    plan: Plan | None = None,
     admit: Admit = lambda _modules: None,
     licence: Licence | None = None,
 ) -> Any:
     """The pipeline named in the model_index.json of the weights, on `device`. Reads safetensors only.
 
+    plan: dtype, place and form of its parts; None: all on the device, in the dtype of the weights.
     admit: called with the modules before they are moved to the device; what it raises ends the loading.
     licence: of the model, for messages. May be called while other threads are at work.
     Raises ModelFailed when a file is missing or damaged or a licence is not accepted, ModelUnavailable when a
     download may succeed later, OutOfMemory when they do not fit.
     """
     folder = folder_of(weights)
+    plan = plan or everything_on_device(weights.dtype)
     return load_or_free(
         f"the model {weights.path or weights.repo}",
-        partial(_load_pipeline, weights, folder, device, admit, licence),
+        partial(_load_pipeline, weights, plan, folder, device, admit, licence),
         weight_bytes(folder, weights),
         cure="try again when less is running; operators: a larger device, or fewer models on it",
     )
 
 
 def _load_pipeline(
-    weights: Weights, folder: Path | None, device: torch.device, admit: Admit, licence: Licence | None
+    weights: Weights,
+    plan: Plan,
+    folder: Path | None,
+    device: torch.device,
+    admit: Admit,
+    licence: Licence | None,
 ) -> Any:
-    options: dict[str, Any] = {"dtype": getattr(torch, weights.dtype), "use_safetensors": True}
+    options: dict[str, Any] = {"dtype": getattr(torch, plan.dtype), "use_safetensors": True}
     pipeline = _from_pretrained(DiffusionPipeline, weights, folder, options, licence)
     vae = getattr(pipeline, "vae", None)
     if vae is not None and "force_upcast" in vae.config:

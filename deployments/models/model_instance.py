@@ -27,6 +27,8 @@ from deployments.models.preprocessors import lazy_preprocessors
 from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.pipelines.previews import Previewer
 from deployments.pipelines.prompt_cache import PromptCache
+from deployments.planning.machine import Machine
+from deployments.planning.plan import plan_of
 from deployments.protocol.card import ModelCard, Weights
 from deployments.protocol.request import Task
 
@@ -41,14 +43,16 @@ class ModelInstance:
     def __init__(
         self,
         card: ModelCard,
+        machine: Machine,
         refiner: ModelCard | None,
         device: torch.device,
         *,
         admission: MemoryAdmission,
         lora_files: LoraFileReader | None = None,
     ) -> None:
-        """Load the model. refiner: the card that card.refiner names; loaded when a request needs it.
+        """Load the model as planned for this machine.
 
+        refiner: the card that card.refiner names; loaded when a request needs it.
         admission: asked before anything is moved to the device.
         lora_files: reads the files of LoRAs that a request only names; without it, requests bring the files.
         Raises ModelFailed or ModelUnavailable when the weights cannot be loaded, OutOfMemory when they do not
@@ -57,10 +61,12 @@ class ModelInstance:
         started = time.monotonic()
         serving = card.serving
         self.card = card
+        self.plan = plan_of(card, machine)
+        self._machine = machine
         self._memory = ModelMemory(admission, card)
         self._device = device
         pipeline = load_pipeline(
-            card.weights, device, admit=self._memory.admit_pipeline, licence=card.licence
+            card.weights, device, plan=self.plan, admit=self._memory.admit_pipeline, licence=card.licence
         )
         blocks = repeated_blocks(pipeline) if serving.compile else []
         self.pipelines = DiffusersModel(
@@ -132,9 +138,10 @@ class ModelInstance:
     def _load_refiner(self, refiner: ModelCard) -> Any:
         """The refiner's pipeline."""
         weights = refiner.weights
+        plan = plan_of(refiner, self._machine)
 
         def load(admit: Admit) -> Any:
-            return load_pipeline(weights, self._device, admit=admit, licence=refiner.licence)
+            return load_pipeline(weights, self._device, plan=plan, admit=admit, licence=refiner.licence)
 
         return self._memory.load(weights, "the refiner", load)
 

@@ -12,7 +12,7 @@ from deployments.engine.device_errors import DeviceBroken, is_device_broken
 from deployments.engine.out_of_memory import is_out_of_memory, shortage
 from deployments.loras.file_reader import LoraFileReader
 from deployments.models.device_memory import GIB, DeviceMemory
-from deployments.models.hardware import best_device, limit_to_share, memory_bytes
+from deployments.models.hardware import best_device, limit_to_share, machine_of, memory_bytes
 from deployments.models.load import folder_of
 from deployments.models.load_errors import explain
 from deployments.models.load_failures import LoadFailures, operator_state
@@ -20,6 +20,7 @@ from deployments.models.memory_admission import MemoryAdmission
 from deployments.models.model_cache import ModelCache
 from deployments.models.model_instance import ModelInstance
 from deployments.models.weight_cache import fetch
+from deployments.planning.machine import Machine
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelFailed, ModelUnavailable, OutOfMemory, Overloaded, WeftError
 
@@ -57,6 +58,11 @@ class ModelLoader:
         self._cards = {card.id: card for card in cards}
         self._refiners = refiners
         self._lora_files = lora_files
+
+    @property
+    def machine(self) -> Machine:
+        """The device, with what this process may allocate on it now."""
+        return machine_of(self.device, self._limit_bytes())
 
     def open_cache(self, limit: int) -> ModelCache[ModelInstance]:
         """A cache of at most `limit` models; the model of the first card is loaded at once.
@@ -136,6 +142,7 @@ class ModelLoader:
         try:
             model = ModelInstance(
                 self._cards[name],
+                self.machine,
                 self._refiners.get(name),
                 self.device,
                 admission=self.admission,

@@ -24,6 +24,12 @@ from deployments.protocol.yaml_file import read_mapping
 
 logger = logging.getLogger(__name__)
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+# of weights. int8, fp8: torchao, 8 bits per weight, computed in the part's dtype. fp8_dynamic: torchao,
+# products of 8 bits with a scale per row. nf4: bitsandbytes, 4 bits. fp8_cast: diffusers' layerwise casting
+Quantisation = Literal["int8", "fp8", "fp8_dynamic", "nf4", "fp8_cast"]
+Offload = Literal["none", "text_encoders", "balanced", "sequential"]
+
 Family = Literal["flux", "sdxl", "sd", "hunyuan_video", "wan", "ltx"]
 MODEL_ID = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
@@ -116,7 +122,7 @@ class Weights(Strict):
     repo: str | None = None
     revision: str = "main"
     variant: str | None = None  # e.g. "fp16": infix of the file names
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
 
     @model_validator(mode="after")
     def _check_one_source(self) -> Self:
@@ -182,6 +188,13 @@ class Serving(Strict):
     warm_up: bool = True  # run one request before the replica is ready
     warm_up_sizes: list[tuple[int, int]] = []  # width and height of these; empty: the default size
     compile: bool = False  # torch.compile of the denoiser's repeated blocks, cached on the node
+    # how it runs on the device: docs/machines.md. auto: as the plan for the device at hand says
+    quantisation: Literal["auto", "none"] | Quantisation | dict[str, Literal["none"] | Quantisation] = "auto"
+    offload: Literal["auto"] | Offload = "auto"
+    attention: str | None = None  # a backend of diffusers, such as "flash"; None: torch's own choice
+    vae_tiling: Literal["auto"] | bool = "auto"
+    vae_slicing: Literal["auto"] | bool = "auto"
+    channels_last: Literal["auto"] | bool = "auto"  # memory format of UNets and VAEs
     prefetch: bool = True  # fetch remote weights to every GPU node before a replica starts there
     min_replicas: int = Field(0, ge=0)
     max_replicas: int = Field(1, ge=1)
