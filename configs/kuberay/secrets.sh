@@ -21,9 +21,10 @@ auth_token=$(random)
 redis_username=ray
 redis_password=$ray
 END
+# Ray's head deletes the key DUMMY when it connects, to find out whether the store is a cluster
 cat > secrets/users.acl <<END
 user default off
 user app on >$app resetchannels ~weft:* &weft:* -@all +@connection +@transaction +@read +@write +@pubsub +time +ping -@scripting -@dangerous -@admin -keys -sort -restore -migrate -flushall -flushdb +info
-user ray on >$ray resetchannels ~RAY* -@all +@connection +@read +@write +@transaction +@scripting +info -flushall -flushdb
+user ray on >$ray resetchannels ~RAY* ~DUMMY -@all +@connection +@read +@write +@transaction +@scripting +info -flushall -flushdb
 END
 echo "secrets/ is written; WEFT_API_KEY in secrets/weft.env is the key that callers send"
