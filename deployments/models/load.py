@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ControlNetModel, DiffusionPipeline, FluxControlNetModel
+from diffusers import ControlNetModel, FluxControlNetModel
 from torch import nn
 
 from deployments.engine.out_of_memory import load_or_free
 from deployments.models.load_errors import explain
+from deployments.models.model_memory import Admit, weights_bytes
+from deployments.models.parts import PartFiles, assemble, find_part, find_parts
 from deployments.models.thread_dtype import thread_default_dtype
-from deployments.models.weight_cache import local_folder, local_path
+from deployments.models.weight_cache import hub_folder, local_folder, local_path
 from deployments.planning.plan import Plan, everything_on_device
 from deployments.protocol.card import Family, Licence, Weights
 from deployments.protocol.errors import ModelFailed
 
 logger = logging.getLogger(__name__)
-
-Admit = Callable[[Sequence[nn.Module]], None]
 
 CONTROLNETS: dict[str, Any] = {"sd": ControlNetModel, "sdxl": ControlNetModel, "flux": FluxControlNetModel}
 
@@ -62,23 +61,28 @@ def load_pipeline(
     device: torch.device,
     *,
     plan: Plan | None = None,
-    admit: Admit = lambda _modules: None,
+    admit: Admit = lambda _bytes: None,
     licence: Licence | None = None,
 ) -> Any:
     """The pipeline named in the model_index.json of the weights, on `device`. Reads safetensors only.
 
     plan: dtype, place and form of its parts; None: all on the device, in the dtype of the weights.
-    admit: called with the modules before they are moved to the device; what it raises ends the loading.
+    admit: called with the bytes on the device before any weight is read, and again with those that were
+    placed; what it raises ends the loading.
     licence: of the model, for messages. May be called while other threads are at work.
     Raises ModelFailed when a file is missing or damaged or a licence is not accepted, ModelUnavailable when a
     download may succeed later, OutOfMemory when they do not fit.
     """
     folder = folder_of(weights)
     plan = plan or everything_on_device(weights.dtype)
+    with _explained(weights, licence):
+        folder = folder or hub_folder(weights, pipeline=True)
+        parts = find_parts(folder, plan, weights.variant)
+        size_bytes = sum(part.device_bytes for part in parts.values())
     return load_or_free(
         f"the model {weights.path or weights.repo}",
-        partial(_load_pipeline, weights, plan, folder, device, admit, licence),
-        weight_bytes(folder, weights),
+        partial(_load_pipeline, weights, plan, folder, parts, device, admit, licence),
+        size_bytes,
         cure="try again when less is running; operators: a larger device, or fewer models on it",
     )
 
@@ -86,24 +90,30 @@ def load_pipeline(
 def _load_pipeline(
     weights: Weights,
     plan: Plan,
-    folder: Path | None,
+    folder: Path,
+    parts: Mapping[str, PartFiles],
     device: torch.device,
     admit: Admit,
     licence: Licence | None,
 ) -> Any:
-    options: dict[str, Any] = {"dtype": getattr(torch, plan.dtype), "use_safetensors": True}
-    pipeline = _from_pretrained(DiffusionPipeline, weights, folder, options, licence)
+    admit(sum(part.device_bytes for part in parts.values()))
+    with _explained(weights, licence):
+        modules = {name: part.load(device) for name, part in parts.items()}
+        pipeline = assemble(folder, modules, plan, device)
     vae = getattr(pipeline, "vae", None)
     if vae is not None and "force_upcast" in vae.config:
         # img2img pipelines would cast the shared VAE to float32 and back while other requests use it. The
         # option exists for the range of float16; bfloat16 has the range of float32
         vae.register_to_config(force_upcast=False)
-    admit([part for part in pipeline.components.values() if isinstance(part, nn.Module)])
-    return pipeline if device.type == "cpu" else pipeline.to(device)
+    loaded = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    elsewhere = {name for name in loaded if plan.part(name).placement != "device"}
+    placed = weights_bytes([module for name, module in loaded.items() if name not in elsewhere])
+    admit(placed + sum(parts[name].device_bytes for name in elsewhere & parts.keys()))
+    return pipeline
 
 
 def load_controlnet(
-    weights: Weights, family: Family, device: torch.device, admit: Admit = lambda _modules: None
+    weights: Weights, family: Family, device: torch.device, admit: Admit = lambda _bytes: None
 ) -> nn.Module:
     """A ControlNet for models of `family`, on `device`. May be called while other threads are at work.
 
@@ -112,18 +122,10 @@ def load_controlnet(
     """
     if family not in CONTROLNETS:
         raise ModelFailed(f"ControlNets for {family} are not supported; take controls out of the card")
-    options: dict[str, Any] = {"torch_dtype": getattr(torch, weights.dtype), "use_safetensors": True}
-    folder = folder_of(weights, "config.json")
-
-    def load() -> nn.Module:
-        net: nn.Module = _from_pretrained(CONTROLNETS[family], weights, folder, options)
-        admit([net])
-        return net.to(device).eval()
-
-    net = load_or_free(
+    net: nn.Module = load_or_free(
         f"the ControlNet {weights.path or weights.repo}",
-        load,
-        weight_bytes(folder, weights),
+        lambda: load_module(CONTROLNETS[family], weights, device, admit),
+        module_bytes(weights),
         cure="leave this control picture out, or try again when less is running",
         param="control_type",
     )
@@ -131,33 +133,49 @@ def load_controlnet(
     return net
 
 
-def weight_bytes(folder: Path | None, weights: Weights) -> int | None:
-    """Bytes of the weights in a local folder, in the dtype that they are loaded in; None if not known."""
-    if folder is None:
-        return None
-    dtype: torch.dtype = getattr(torch, weights.dtype)
+def load_module(kind: Any, weights: Weights, device: torch.device, admit: Admit) -> Any:
+    """The module of this class, in the dtype of its weights, on `device`.
+
+    admit: as for load_pipeline. Raises what load_pipeline raises for files.
+    """
+    folder = folder_of(weights, "config.json")
+    with _explained(weights):
+        part = find_part(kind, folder or hub_folder(weights, pipeline=False), weights)
+        size_bytes = part.size_bytes
+    admit(size_bytes)
+    with _explained(weights):
+        module = part.load(device)
+    admit(weights_bytes([module]))
+    return module.eval()
+
+
+def load_processor(kind: Any, weights: Weights, **options: Any) -> Any:
+    """The object of this class that prepares inputs for the module of these weights.
+
+    Raises what load_pipeline raises for files.
+    """
+    folder = folder_of(weights, "config.json")
+    with _explained(weights):
+        return kind.from_pretrained(folder or hub_folder(weights, pipeline=False), **options)
+
+
+def module_bytes(weights: Weights) -> int | None:
+    """Bytes of a module of which a local folder has the weights, in the dtype that they are loaded in; None
+    if they are not known, also where the files are damaged."""
     try:
-        return dtype.itemsize * sum(map(_elements_in, folder.rglob("*.safetensors"))) or None
-    except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError):
-        return None  # of a damaged file, which is reported when it is loaded
+        folder = folder_of(weights, "config.json")
+        return None if folder is None else find_part(nn.Module, folder, weights).size_bytes
+    except Exception:  # reported when it is loaded
+        return None
 
 
-def _elements_in(file: Path) -> int:
-    """Of all tensors: 8 bytes with the size of the header (little endian), then the header as JSON."""
-    with file.open("rb") as opened:
-        header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-
-
-def _from_pretrained(
-    kind: Any, weights: Weights, folder: Path | None, options: dict[str, Any], licence: Licence | None = None
-) -> Any:
-    """An object of class `kind`, loaded from the folder or from the hub."""
-    if weights.repo is not None:
-        options = options | {"revision": weights.revision, "variant": weights.variant}
+@contextmanager
+def _explained(weights: Weights, licence: Licence | None = None) -> Iterator[None]:
+    """In the block libraries read weights: in a default dtype of this thread alone, and with errors that name
+    the cause and the cure."""
     try:
         with thread_default_dtype():
-            return kind.from_pretrained(folder or weights.repo, **options)
+            yield
     except Exception as error:
         explained = explain(error, weights, licence)
         if explained is error:

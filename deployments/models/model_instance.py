@@ -20,9 +20,9 @@ from deployments.loras.cache import LoraCache, LoraCacheLimits
 from deployments.loras.file_cache import LoraFileCache
 from deployments.loras.file_reader import LoraFileReader
 from deployments.models.compile import compile_blocks, repeated_blocks
-from deployments.models.load import Admit, load_controlnet, load_pipeline
+from deployments.models.load import load_controlnet, load_pipeline
 from deployments.models.memory_admission import MemoryAdmission
-from deployments.models.model_memory import LoraMemory, ModelMemory
+from deployments.models.model_memory import Admit, LoraMemory, ModelMemory
 from deployments.models.preprocessors import lazy_preprocessors
 from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.pipelines.previews import Previewer

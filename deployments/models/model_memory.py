@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
 
 from deployments.loras.device_slots import DeviceSlot
 from deployments.models.device_memory import GIB
-from deployments.models.load import Admit
 from deployments.models.memory_admission import MemoryAdmission
 from deployments.models.model_cache import PIPELINE
 from deployments.protocol.card import ModelCard, Weights
 
 Loaded = TypeVar("Loaded")
+Admit = Callable[[int], None]  # called with the bytes of weights on the device, before they are there
 
 
 def weights_bytes(modules: Iterable[nn.Module]) -> int:
@@ -30,7 +30,6 @@ class ModelMemory:
 
     admission: MemoryAdmission
     card: ModelCard
-    _sizes: dict[str, int] = field(default_factory=dict)  # of weights that were loaded or refused
     _loaded_last: str = ""
 
     @property
@@ -38,12 +37,12 @@ class ModelMemory:
         """Of all weights of the model on the device."""
         return self.admission.memory.weights_of(self.card.id)
 
-    def admit_pipeline(self, modules: Sequence[nn.Module]) -> None:
+    def admit_pipeline(self, size_bytes: int) -> None:
         """Claim the model's own weights and the space for one picture; called before they are on the device.
 
         Raises OutOfMemory where they do not fit.
         """
-        memory, size_bytes = self.admission.memory, weights_bytes(modules)
+        memory = self.admission.memory
         space = int(self.card.vram_gib * GIB) - size_bytes
         if memory.limit_bytes is not None:  # with less space than the card states a smaller picture may fit
             space = min(space, memory.limit_bytes - size_bytes)
@@ -51,29 +50,21 @@ class ModelMemory:
         self._claim(PIPELINE, size_bytes, f"the model {self.card.id}")
 
     def load(self, weights: Weights, what: str, load: Callable[[Admit], Loaded]) -> Loaded:
-        """What `load` returns; its argument admits modules before they are moved to the device.
+        """What `load` returns; its argument admits bytes before they are on the device.
 
-        Weights that were refused before are asked for again before they are read.
         Raises what `load` raises, OutOfMemory and Overloaded.
         """
-        name = self._loaded_last = weights.path or str(weights.repo)
+        self._loaded_last = weights.path or str(weights.repo)
         try:
-            if name in self._sizes:
-                self._claim(name, self._sizes[name], f"{what} {name}")
             return load(self.admit(weights, what))
         except BaseException:
             self.keep([])
             raise
 
     def admit(self, weights: Weights, what: str) -> Admit:
-        """A function that claims memory for the modules of these weights."""
+        """A function that claims memory for these weights."""
         name = weights.path or str(weights.repo)
-
-        def claim(modules: Sequence[nn.Module]) -> None:
-            self._sizes[name] = weights_bytes(modules)
-            self._claim(name, self._sizes[name], f"{what} {name}")
-
-        return claim
+        return lambda size_bytes: self._claim(name, size_bytes, f"{what} {name}")
 
     def keep(self, modules: Sequence[nn.Module]) -> None:
         """Of what `load` loaded last, only these modules stay on the device."""

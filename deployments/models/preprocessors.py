@@ -20,9 +20,8 @@ from transformers import (
 )
 
 from deployments.engine.out_of_memory import load_or_free
-from deployments.models.load import Admit, folder_of, weight_bytes
-from deployments.models.load_errors import explain
-from deployments.models.thread_dtype import thread_default_dtype
+from deployments.models.load import load_module, load_processor, module_bytes
+from deployments.models.model_memory import Admit
 from deployments.protocol.card import ControlNet, Weights
 from deployments.protocol.request import ControlType
 
@@ -41,13 +40,13 @@ Floats = npt.NDArray[np.floating[Any]]
 def lazy_preprocessors(
     controls: Mapping[ControlType, ControlNet],
     device: torch.device,
-    admit: Callable[[Weights], Admit] = lambda _weights: lambda _modules: None,
+    admit: Callable[[Weights], Admit] = lambda _weights: lambda _bytes: None,
 ) -> dict[ControlType, Callable[[Image.Image], Any]]:
     """Preprocessors for the types of control picture whose models the card names: depth, pose.
 
     Each may be called from any thread; one call runs at a time. The first call loads the model and raises
     ModelUnavailable if that fails.
-    admit: by weights, what is called with the model before it is moved to the device.
+    admit: by weights, what is called with the model's bytes before it is on the device.
     """
     preprocessors: dict[ControlType, Callable[[Image.Image], Any]] = {}
     depth, pose = controls.get("depth"), controls.get("pose")
@@ -92,7 +91,7 @@ class _LazyPreprocessor:
 
 def _bytes_of(weights: Sequence[Weights]) -> int | None:
     """Of these models on the device; None if it is not known."""
-    return sum(weight_bytes(folder_of(one, "config.json"), one) or 0 for one in weights) or None
+    return sum(module_bytes(one) or 0 for one in weights) or None
 
 
 def load_depth_estimator(
@@ -194,25 +193,10 @@ def peaks(heatmaps: Floats) -> Floats:
 
 def _load(kind: Any, weights: Weights, device: torch.device, admit: Callable[[Weights], Admit]) -> Any:
     """The model on the device."""
-    model = _from_pretrained(kind, weights, {"dtype": getattr(torch, weights.dtype), "use_safetensors": True})
+    model = load_module(kind, weights, device, admit(weights))
     logger.info("preprocessor loaded", extra={"weights": weights.path or weights.repo})
-    admit(weights)([model])
-    return model.to(device).eval()
+    return model
 
 
 def _processor(weights: Weights) -> Any:
-    return _from_pretrained(AutoImageProcessor, weights, {"backend": "pil"})
-
-
-def _from_pretrained(kind: Any, weights: Weights, options: dict[str, Any]) -> Any:
-    source = folder_of(weights, "config.json") or weights.repo
-    if weights.repo is not None:
-        options = options | {"revision": weights.revision}
-    try:
-        with thread_default_dtype():
-            return kind.from_pretrained(source, **options)
-    except Exception as error:
-        explained = explain(error, weights)
-        if explained is error:
-            raise
-        raise explained from error
+    return load_processor(AutoImageProcessor, weights, backend="pil")

@@ -17,26 +17,14 @@ from typing import Any
 import fsspec
 
 from deployments.protocol.card import Weights
-from deployments.protocol.installation import Installation, S3Access
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]  # relative paths of weights start at the repository
 ASK_TIMEOUT_S = 5.0  # for the size of a download
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # in a hub repository of a single module
-MODEL_CACHE = "WEFT_MODEL_CACHE"
-HUB_TOKEN = "HF_TOKEN"  # read by huggingface_hub at every call
+MODEL_CACHE = "WEFT_MODEL_CACHE"  # Settings.model_cache; Ray's processes inherit it
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # torch's own setting
-
-
-def use_installation(installation: Installation) -> None:
-    """Have this process fetch weights as the installation says; what that leaves open is as the node says."""
-    if installation.hub_token is not None:
-        os.environ[HUB_TOKEN] = installation.hub_token.get_secret_value()
-    if installation.model_cache is not None:
-        os.environ[MODEL_CACHE] = str(installation.model_cache.expanduser())
-    if installation.s3 != S3Access():
-        fsspec.config.conf["s3"] = installation.s3.options
 
 
 def fetch(weights: Weights, *, pipeline: bool) -> None:
@@ -48,7 +36,7 @@ def fetch(weights: Weights, *, pipeline: bool) -> None:
     started = time.monotonic()
     name = weights.path or weights.repo
     if weights.repo is not None:
-        _from_hub(weights, pipeline=pipeline)
+        hub_folder(weights, pipeline=pipeline)
     elif "://" in (weights.path or ""):
         local_folder(str(weights.path))
     seconds = round(time.monotonic() - started, 3)
@@ -88,17 +76,20 @@ def local_folder(url: str) -> Path:
     return folder
 
 
-def _from_hub(weights: Weights, *, pipeline: bool) -> None:
-    """Download into the hub's own cache (HF_HOME), which has locks of its own."""
+def hub_folder(weights: Weights, *, pipeline: bool) -> Path:
+    """The folder of a hub repository in the hub's own cache (HF_HOME), downloaded as far as it is not there.
+
+    pipeline: whether it is a whole pipeline, not a single module. Raises what the hub raises.
+    """
     options: dict[str, Any] = {"revision": weights.revision}
     if pipeline:
         from diffusers import DiffusionPipeline
 
-        DiffusionPipeline.download(weights.repo, variant=weights.variant, use_safetensors=True, **options)
-        return
+        options |= {"variant": weights.variant, "use_safetensors": True}
+        return Path(DiffusionPipeline.download(weights.repo, **options))
     from huggingface_hub import snapshot_download
 
-    snapshot_download(str(weights.repo), allow_patterns=FILES, **options)
+    return Path(snapshot_download(str(weights.repo), allow_patterns=FILES, **options))
 
 
 def hub_token() -> str | None:

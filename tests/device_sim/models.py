@@ -7,6 +7,7 @@ ship, which give the same numbers of tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 import transformers
 from torch import nn
 
+from deployments.models import load, model_loader
+from deployments.models.model_memory import weights_bytes
 from deployments.protocol.card import ModelCard, Weights, load_card
 from tests.device_sim.device import SimulatedDevice
 from tests.device_sim.forwards import measure
@@ -26,30 +29,45 @@ Build = Callable[[Any, Any], Any]  # a module from its class and its configurati
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
 
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """In place of the files of a module: it is on the device already."""
+
+    module: nn.Module
+
+    @property
+    def size_bytes(self) -> int:
+        return weights_bytes([self.module])
+
+    device_bytes = size_bytes
+
+    def load(self, _device: torch.device) -> nn.Module:
+        return self.module
+
+
 def install(device: SimulatedDevice) -> None:
-    """Have from_pretrained of diffusers build modules on the device instead of reading weights."""
+    """Have the loading code find modules built on the device instead of files with weights."""
     build = _builder(device)
+    pipelines: dict[Path, Any] = {}
 
-    def load_pipeline(repo: Any, **_: Any) -> Any:
-        pipeline = PIPELINES[str(repo)](build)
-        measure(
-            [part for part in pipeline.components.values() if isinstance(part, nn.Module)],
-            device.measurements,
-        )
-        return pipeline
+    def find_parts(folder: Path, *_: Any) -> dict[str, _Built]:
+        pipeline = pipelines[folder] = PIPELINES[str(folder)](build)
+        modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        measure(list(modules.values()), device.measurements)
+        return {name: _Built(module) for name, module in modules.items()}
 
-    def load_controlnet(repo: Any, **_: Any) -> Any:
-        kind, config = CONTROLNETS[str(repo)]
+    def find_part(_kind: Any, folder: Path, _weights: Weights) -> _Built:
+        kind, config = CONTROLNETS[str(folder)]
         net = build(kind, config)
         measure([net], device.measurements)
-        return net
+        return _Built(net)
 
-    loaders: list[Any] = [diffusers.ControlNetModel, diffusers.FluxControlNetModel]
-    for kind in loaders:
-        kind.from_pretrained = load_controlnet
-    pipeline_class: Any = diffusers.DiffusionPipeline
-    pipeline_class.from_pretrained = load_pipeline
-    pipeline_class.download = lambda *_args, **_options: None
+    loading: Any = load
+    loading.hub_folder = lambda weights, **_: Path(weights.repo)
+    loading.find_parts, loading.find_part = find_parts, find_part
+    loading.assemble = lambda folder, *_: pipelines.pop(folder)
+    loader: Any = model_loader
+    loader.fetch = lambda *_args, **_options: None
     without_weights: Any = transformers.PreTrainedModel
     without_weights.init_weights = lambda self: None
 

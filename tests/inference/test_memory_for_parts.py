@@ -19,10 +19,12 @@ from PIL import Image
 from deployments.engine.out_of_memory import load_or_free
 from deployments.loras import cache as lora_cache
 from deployments.loras import source as lora_source
-from deployments.models.load import weight_bytes
+from deployments.models.load import module_bytes
+from deployments.models.parts import find_parts
 from deployments.models.preprocessors import lazy_preprocessors
 from deployments.models.weight_cache import ROOT
-from deployments.protocol.card import ControlNet, ModelCard, Weights, load_card
+from deployments.planning.plan import everything_on_device
+from deployments.protocol.card import ControlNet, Dtype, ModelCard, Weights, load_card
 from deployments.protocol.errors import OutOfMemory
 from deployments.protocol.events import Done, Event, Failed
 from deployments.protocol.request import Control, GenerationRequest, Lora
@@ -79,6 +81,14 @@ def a_lora(replica: ModelReplica, seed: int) -> Lora:
     return Lora(id=hashlib.sha256(file).hexdigest(), file=file)
 
 
+def size_of(folder: Path) -> int:
+    """Bytes of a pipeline or a module in float32."""
+    if not (folder / "model_index.json").is_file():
+        return module_bytes(Weights(path=str(folder), dtype="float32")) or 0
+    parts = find_parts(folder, everything_on_device("float32"), None)
+    return sum(part.size_bytes for part in parts.values())
+
+
 REQUESTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a model of a group": (DiffusionPipeline, {"model": "tiny-sd15"}, "the model models/tiny-sd15"),
     "a ControlNet": (
@@ -106,7 +116,7 @@ async def test_a_part_that_does_not_fit_is_named_with_its_bytes_and_may_fit_late
     assert (failed.kind, failed.retryable) == ("out_of_memory", False)
     # the tiny refiner is loaded, but diffusers gives it no latents of 16 channels
     assert isinstance(later, Done) or (isinstance(later, Failed) and "16 channels" in later.message)
-    size = weight_bytes(ROOT / names.split()[-1], Weights(path="", dtype="float32"))
+    size = size_of(ROOT / names.split()[-1])
     assert f"{names} does not fit into the memory ({size / 2**20:.3g} MiB needed)" in failed.message
     assert "try again when less is running" in failed.message
     assert parts_left == [None], "what was loaded is freed"
@@ -217,8 +227,12 @@ def test_the_size_of_weights_counts_their_elements_in_the_dtype_they_get(tmp_pat
     net = ControlNetModel.from_pretrained(folder)
     elements = sum(parameter.numel() for parameter in net.parameters())
 
-    assert weight_bytes(folder, Weights(path="", dtype="float32")) == 4 * elements
-    assert weight_bytes(folder, Weights(path="", dtype="bfloat16")) == 2 * elements
-    assert weight_bytes(tmp_path, Weights(path="")) is None
-    (tmp_path / "broken.safetensors").write_bytes(b"\x09\0\0\0\0\0\0\0[1]")
-    assert weight_bytes(tmp_path, Weights(path="")) is None
+    def size(folder: Path, dtype: Dtype) -> int | None:
+        return module_bytes(Weights(path=str(folder), dtype=dtype))
+
+    assert size(folder, "float32") == 4 * elements
+    assert size(folder, "bfloat16") == 2 * elements
+    assert size(tmp_path, "bfloat16") is None
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"\x09\0\0\0\0\0\0\0[1]")
+    assert size(tmp_path, "bfloat16") is None

@@ -1,0 +1,137 @@
+"""The parts of a pipeline one at a time: each is read, quantised and placed before the next one is read.
+
+So the memory of the host holds one part at most, and of a part that goes straight to a GPU one file.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, get_class_obj_and_candidates
+from torch import nn
+
+from deployments.models.weight_files import WeightFiles, find_weights
+from deployments.planning.plan import PartPlan, Plan
+from deployments.protocol.card import Weights
+
+LIBRARIES = ("diffusers", "transformers")  # whose modules are read here
+
+
+@dataclass(frozen=True, slots=True)
+class PartFiles:
+    """A module that is not read yet."""
+
+    kind: Any  # its class
+    folder: Path
+    files: WeightFiles
+    plan: PartPlan
+
+    @property
+    def size_bytes(self) -> int:
+        """Of its tensors, in the dtype that they are loaded in."""
+        return self.files.bytes_as(getattr(torch, self.plan.dtype), self._in_float32)
+
+    @property
+    def device_bytes(self) -> int:
+        """The most of it that is on the device at a time."""
+        if self.plan.placement == "cpu":
+            return 0
+        as_read = self.plan.placement == "device" and self.plan.quantisation is None
+        return self.size_bytes if as_read else self.plan.device_bytes or self.size_bytes
+
+    @property
+    def _in_float32(self) -> Collection[str]:
+        """Layers that the library keeps in float32 in a module of fewer bits."""
+        if self.plan.dtype == "float32":
+            return ()
+        always = (
+            "_keep_in_fp32_modules" if issubclass(self.kind, ModelMixin) else "_keep_in_fp32_modules_strict"
+        )
+        kept = list(getattr(self.kind, always, None) or ())
+        if self.plan.dtype == "float16":
+            kept += getattr(self.kind, "_keep_in_fp32_modules", None) or ()
+        return kept
+
+    def load(self, device: torch.device) -> nn.Module:
+        """The module, where its plan puts it.
+
+        Raises what diffusers and transformers raise for damaged files.
+        """
+        module = self._read(device)
+        return module.to(device) if self.plan.placement == "device" else module
+
+    def _read(self, device: torch.device) -> nn.Module:
+        """The module in its final dtype: on a GPU, if it stays there as it is read, else on the CPU, where
+        its weights are those of the mapped file as long as their dtype is."""
+        straight = device.type == "cuda" and self.plan.placement == "device" and not self.plan.quantisation
+        dtype = "torch_dtype" if issubclass(self.kind, ModelMixin) else "dtype"
+        module: nn.Module = self.kind.from_pretrained(
+            self.folder,
+            variant=self.files.variant,
+            use_safetensors=True,
+            device_map={"": device} if straight else None,
+            **{dtype: getattr(torch, self.plan.dtype)},
+        )
+        return module
+
+
+def find_part(kind: Any, folder: Path, weights: Weights) -> PartFiles:
+    """The module of this class alone in a folder, in the dtype of its weights.
+
+    Raises FileNotFoundError for missing files.
+    """
+    return PartFiles(kind, folder, find_weights(folder, weights.variant), PartPlan("", weights.dtype))
+
+
+def find_parts(folder: Path, plan: Plan, variant: str | None) -> dict[str, PartFiles]:
+    """By name, the modules of diffusers and transformers that the pipeline in this folder consists of.
+
+    Empty for a pipeline that diffusers does not have. Others of its modules are left to DiffusionPipeline.
+    variant: of the files, where a part has them.
+    Raises FileNotFoundError for missing files, also where no part has the variant, AttributeError and
+    ValueError for a class that the library does not have.
+    """
+    index = json.loads((folder / "model_index.json").read_bytes())
+    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    if pipeline is None:
+        return {}
+    wanted = inspect.signature(pipeline.__init__).parameters
+    parts = {}
+    for name, entry in index.items():
+        if name not in wanted or not isinstance(entry, list) or entry[0] not in LIBRARIES:
+            continue
+        kind = _class_of(folder, name, *entry)
+        if issubclass(kind, nn.Module):
+            place = folder / name if (folder / name).is_dir() else folder
+            parts[name] = PartFiles(kind, place, find_weights(place, variant), plan.part(name))
+    if variant is not None and all(part.files.variant is None for part in parts.values()):
+        raise FileNotFoundError(f"no weights in {folder} are of the variant {variant!r}")
+    return parts
+
+
+def _class_of(folder: Path, name: str, library: str, class_name: str) -> Any:
+    """The class of a component, by its entry in model_index.json."""
+    kind, _ = get_class_obj_and_candidates(
+        library, class_name, ALL_IMPORTABLE_CLASSES, diffusers.pipelines, False, name, str(folder)
+    )
+    return kind
+
+
+def assemble(folder: Path, modules: Mapping[str, nn.Module], plan: Plan, device: torch.device) -> Any:
+    """The pipeline in this folder with these modules; what else it consists of is read as DiffusionPipeline
+    does, and placed on `device`."""
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        folder, dtype=getattr(torch, plan.dtype), use_safetensors=True, **modules
+    )
+    for name, module in pipeline.components.items():
+        if isinstance(module, nn.Module) and name not in modules:
+            module.to(device)
+    return pipeline

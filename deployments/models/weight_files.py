@@ -1,0 +1,78 @@
+"""The safetensors files of one module: which are read, and what their tensors take, before they are read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+# the names under which diffusers and transformers save the weights of a module
+STEMS = ("diffusion_pytorch_model", "model")
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # in the header of a file: cast to the dtype of the part
+BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """The files from which one module is read."""
+
+    paths: tuple[Path, ...]
+    variant: str | None  # the infix of their names, such as "fp16"
+
+    def bytes_as(self, dtype: torch.dtype, in_float32: Collection[str] = ()) -> int:
+        """Bytes of all tensors once those of floating point are cast to `dtype`; reads the headers only.
+
+        in_float32: names of layers that are cast to float32 instead.
+        Raises SafetensorError for a file that is damaged or cut.
+        """
+        return sum(_bytes_in(path, dtype, frozenset(in_float32)) for path in self.paths)
+
+
+def find_weights(folder: Path, variant: str | None = None) -> WeightFiles:
+    """The files that diffusers or transformers read for a module in this folder: of the variant if there are
+    such, otherwise those without one.
+
+    Raises FileNotFoundError naming the folder, or the shard that its index names and that is missing.
+    """
+    for infix in dict.fromkeys((variant, None)):
+        for stem in STEMS:
+            paths = _saved_as(folder, stem, infix)
+            if paths:
+                return WeightFiles(paths, infix)
+    raise FileNotFoundError(
+        f"there are no weights in {folder}: {STEMS[0]}.safetensors, {STEMS[1]}.safetensors"
+    )
+
+
+def _saved_as(folder: Path, stem: str, variant: str | None) -> tuple[Path, ...]:
+    """The one file of this name, or the shards that its index names; empty where there is neither."""
+    infix = "" if variant is None else f".{variant}"
+    whole, index = folder / f"{stem}{infix}.safetensors", folder / f"{stem}.safetensors.index{infix}.json"
+    if whole.is_file():
+        return (whole,)
+    if not index.is_file():
+        return ()
+    shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    for shard in shards:
+        if not (folder / shard).is_file():
+            raise FileNotFoundError(f"{index} names {shard}, which is missing")
+    return tuple(folder / shard for shard in shards)
+
+
+def _bytes_in(path: Path, dtype: torch.dtype, in_float32: frozenset[str]) -> int:
+    bits = 0
+    with safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118  it is no dict
+            tensor = file.get_slice(name)
+            kind = str(tensor.get_dtype())
+            if kind in FLOATS:
+                width = 32 if in_float32.intersection(name.split(".")) else 8 * dtype.itemsize
+            else:
+                width = BITS.get(kind, 8)
+            bits += width * math.prod(tensor.get_shape())
+    return bits // 8
