@@ -24,11 +24,12 @@ from deployments.executors.video_encoding import Encoder
 from deployments.executors.warm_up import warm_up
 from deployments.loras.file_reader import LoraFileReader
 from deployments.models.device_memory import use_expandable_segments
-from deployments.models.weight_cache import keep_compiled_code
+from deployments.models.weight_cache import keep_compiled_code, use_installation
 from deployments.observability.metrics import Reporter, Sample
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable, NotFound, WeftError
 from deployments.protocol.events import Done, Event, Failed, Handover
+from deployments.protocol.installation import AS_THE_NODE_SAYS, Installation
 from deployments.protocol.log_context import LogContext, bind, join_serve_log
 from deployments.protocol.request import GenerationRequest, ResolvedRequest
 from deployments.validation.resolve import resolve
@@ -61,6 +62,7 @@ class ModelReplica:
         lora_files: LoraFileReader | None = None,
         lora_folder: str | None = None,
         lora_pool: object = None,  # noqa: ARG002  naming it binds the deployment
+        installation: Installation = AS_THE_NODE_SAYS,
         others_serve: Callable[[], bool] = lambda: False,
         end_process: Callable[[], object] = _end_process,
     ) -> None:
@@ -72,6 +74,7 @@ class ModelReplica:
         lora_files: reads LoRA files by digest; without it, requests must bring their files.
         lora_folder: keeps fetched LoRA files; replicas on one machine may share it.
         lora_pool: a deployment bound to the same Serve application by being named here; never called.
+        installation: the settings of the service that replicas need.
         others_serve: whether other replicas of this deployment take requests.
         end_process: called when the engine or its device has failed for good.
 
@@ -83,11 +86,12 @@ class ModelReplica:
         began = time.monotonic()
         os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # a model folder may hold code; never run it
         join_serve_log("deployments")
+        use_installation(installation)
         first = cards[0]
         if first.serving.compile:
             keep_compiled_code()  # read by torch when it is imported
         if first.serving.num_gpus:
-            use_expandable_segments()  # read by torch when it is imported
+            use_expandable_segments(installation.hip_alloc_conf)  # read by torch when it is imported
         # here and not above: building the graph must not import torch
         from deployments.runtime import Runtime
 

@@ -13,10 +13,11 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deployments.models.weight_cache import fetch
+from deployments.models.weight_cache import fetch, use_installation
 from deployments.observability.metrics import Reporter, Sample
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Internal, ModelUnavailable
+from deployments.protocol.installation import AS_THE_NODE_SAYS, Installation
 from deployments.protocol.log_context import join_serve_log
 
 POLL_S = 5.0  # interval at which the nodes are listed
@@ -32,11 +33,15 @@ class WeightsPrefetcher:
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it, so that the task below runs in its loop
-        self, cards: Sequence[ModelCard], poll_s: float = POLL_S
+        self,
+        cards: Sequence[ModelCard],
+        installation: Installation = AS_THE_NODE_SAYS,
+        poll_s: float = POLL_S,
     ) -> None:
-        """cards: models whose weights are downloaded, in this order."""
+        """cards: models whose weights are downloaded, in this order. installation: how they are reached."""
         join_serve_log("deployments")
         self._cards = list(cards)
+        self._installation = installation
         self._poll_s = poll_s
         self._states: dict[str, str] = {}  # by node id, see status
         self._retry_at: dict[str, float] = {}
@@ -83,7 +88,7 @@ class WeightsPrefetcher:
         on_node = NodeAffinitySchedulingStrategy(node, soft=False)
         task = _fetch_all.options(num_cpus=0, scheduling_strategy=on_node, max_retries=0)
         try:
-            await task.remote(self._cards)
+            await task.remote(self._cards, self._installation)
         except ray.exceptions.RayError as error:
             reason = str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
             self._states[node] = reason
@@ -102,10 +107,11 @@ def target_nodes(nodes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 @ray.remote
-def _fetch_all(cards: Sequence[ModelCard]) -> None:
+def _fetch_all(cards: Sequence[ModelCard], installation: Installation) -> None:
     """Runs on the node. Raises ModelUnavailable with all errors, after everything was tried."""
     from deployments.models.load_errors import explain  # imports torch
 
+    use_installation(installation)
     failed: list[str] = []
     for card in cards:
         for weights in card.all_weights:

@@ -14,6 +14,7 @@ from ray.serve import Application
 from deployments.encoder import VideoEncoder
 from deployments.protocol.card import ModelCard, Serving, load_cards
 from deployments.protocol.errors import BadRequest, NotFound
+from deployments.protocol.installation import AS_THE_NODE_SAYS, Installation
 from deployments.replica import ModelReplica
 from deployments.weights_prefetcher import WeightsPrefetcher
 from serve_app.ray_serve.args import (
@@ -43,9 +44,10 @@ def build(args: AppArgs) -> Application:
     settings = Settings.load(**args.settings)
     known = load_cards(settings.cards_dir)
     cards = select_cards(args.models, known, settings.cards_dir)
-    models = _models(cards, known, args.encoder, _lora_source(settings))
+    models = _models(cards, known, args.encoder, _lora_source(settings), settings.installation)
     bound = list({id(model): model for model in models.values()}.values())
-    return _gateway(settings, args, cards, [*bound, *_fetchers(cards, known)])
+    fetchers = _fetchers(cards, known, settings.installation)
+    return _gateway(settings, args, cards, [*bound, *fetchers])
 
 
 def build_gateway(args: GatewayArgs) -> Application:
@@ -66,7 +68,8 @@ def build_model(args: ModelArgs) -> Application:
             f"{', '.join(names)} do not share their replicas: give each an application of its own, "
             "or their cards one serving.group"
         )
-    models = _models(cards, known, args.encoder, _lora_source(settings, args.gateway))
+    source = _lora_source(settings, args.gateway)
+    models = _models(cards, known, args.encoder, source, settings.installation)
     return next(iter(models.values()))
 
 
@@ -77,7 +80,8 @@ def build_weights(args: WeightsArgs) -> Application:
     """
     settings = Settings.load(**args.settings)
     known = load_cards(settings.cards_dir)
-    fetchers = _fetchers(select_cards(args.models, known, settings.cards_dir), known)
+    cards = select_cards(args.models, known, settings.cards_dir)
+    fetchers = _fetchers(cards, known, settings.installation)
     if not fetchers:
         raise BadRequest(
             "the weights of these models are all folders on the nodes: there is nothing to fetch"
@@ -127,6 +131,7 @@ def _models(
     known: Mapping[str, ModelCard],
     encoder_args: EncoderArgs | None = None,
     lora_files: Mapping[str, Any] | None = None,
+    installation: Installation = AS_THE_NODE_SAYS,
 ) -> dict[str, Application]:
     """By card id, the deployment that serves it; cards of one group have the same.
 
@@ -136,7 +141,7 @@ def _models(
     encoder = _encoder(encoder_args or EncoderArgs())
     routes = routes_of(cards, "")
     files = lora_files or {}
-    common = {"others_serve": others_run}
+    common = {"others_serve": others_run, "installation": installation}
     models: dict[str, Application] = {}
     for name, members in deployment_groups(cards).items():
         refiners, serving = _refiners(members, known), members[0].serving
@@ -165,7 +170,11 @@ def _lora_pool_serving(serving: Serving) -> Serving:
     return serving if minimum is None else serving.model_copy(update={"min_replicas": minimum})
 
 
-def _fetchers(cards: Mapping[str, ModelCard], known: Mapping[str, ModelCard]) -> list[Application]:
+def _fetchers(
+    cards: Mapping[str, ModelCard],
+    known: Mapping[str, ModelCard],
+    installation: Installation = AS_THE_NODE_SAYS,
+) -> list[Application]:
     """The deployment that downloads remote weights to the nodes; none when all weights are local."""
     wanted = [card for card in cards.values() if card.serving.prefetch]
     wanted += _refiners(wanted, known).values()
@@ -176,7 +185,7 @@ def _fetchers(cards: Mapping[str, ModelCard], known: Mapping[str, ModelCard]) ->
         ray_actor_options={"num_cpus": 0, "runtime_env": NO_GPU},
         graceful_shutdown_wait_loop_s=0.1,
     )(WeightsPrefetcher)
-    return [fetcher.bind(wanted)]
+    return [fetcher.bind(wanted, installation)]
 
 
 def _refiners(cards: list[ModelCard], known: Mapping[str, ModelCard]) -> dict[str, ModelCard]:

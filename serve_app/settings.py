@@ -17,6 +17,7 @@ from pydantic_settings import (
 )
 
 from deployments.protocol.errors import BadRequest
+from deployments.protocol.installation import Installation, S3Access
 from deployments.protocol.yaml_file import read_mapping
 from serve_app.setting_values import Hosts, Networks, Seconds, invalid_settings, unknown_variables
 
@@ -42,7 +43,9 @@ class Settings(BaseSettings):
     )
 
     host: str | None = None  # address of `weft serve`; None: http_options of serve_config.yaml
-    port: int | None = Field(None, ge=1, le=65535)
+    port: int | None = Field(
+        None, ge=1, le=65535, validation_alias=AliasChoices("port", "WEFT_PORT", "BACKEND_PORT")
+    )
     public_url: str = ""  # prefix of links in answers; empty: the Host header of the request
     trusted_proxies: Networks = ()  # whose X-Forwarded-For, -Proto, -Host and Forwarded count: 10.0.0.0/8
     api_key: SecretStr | None = None  # required of every call; must be set when host is not loopback
@@ -62,9 +65,12 @@ class Settings(BaseSettings):
     results_url: str = ""  # an fsspec URL; empty: the bucket below, or {data_dir}/results
     s3_bucket_name: str = Field(
         "", validation_alias=AliasChoices("s3_bucket_name", "WEFT_S3_BUCKET_NAME", "S3_BUCKET_NAME")
-    )  # bucket of results, under results/
+    )  # bucket of results, under results/; the rest is for weights at s3:// addresses, too
     s3_region: str = Field(
-        "", validation_alias=AliasChoices("s3_region", "WEFT_S3_REGION", "S3_REGION", "AWS_REGION")
+        "",
+        validation_alias=AliasChoices(
+            "s3_region", "WEFT_S3_REGION", "S3_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"
+        ),
     )  # Cloudflare R2: auto
     s3_endpoint_url: str = Field(
         "",
@@ -111,8 +117,16 @@ class Settings(BaseSettings):
     hub_loras: bool = False  # accept LoRAs of huggingface.co by id
     hf_token: SecretStr | None = Field(
         None,
-        validation_alias=AliasChoices("hf_token", "WEFT_HF_TOKEN", "HF_TOKEN", "HUGGINGFACE_HUB_TOKEN"),
-    )  # sent to huggingface.co only
+        validation_alias=AliasChoices(
+            *("hf_token", "WEFT_HF_TOKEN", "HF_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+        ),
+    )  # for weights and LoRAs; sent to the hub only
+    pytorch_hip_alloc_conf: str = Field(
+        "",
+        validation_alias=AliasChoices(
+            "pytorch_hip_alloc_conf", "WEFT_PYTORCH_HIP_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
+        ),
+    )  # of torch's allocator on AMD GPUs
     max_adapter_bytes: int = Field(512 * 2**20, ge=1024, le=512 * 2**20)
     max_adapters_per_owner: int = Field(1000, ge=1)
 
@@ -182,20 +196,23 @@ class Settings(BaseSettings):
         """Further arguments of fsspec for `results_root`."""
         if not self.results_root.startswith("s3://"):
             return {}
-        key, secret = self.aws_access_key_id, self.aws_secret_access_key
-        return {
-            "key": None if key is None else key.get_secret_value(),
-            "secret": None if secret is None else secret.get_secret_value(),
-            "endpoint_url": self.s3_endpoint_url or None,
-            "client_kwargs": {"region_name": self.s3_region} if self.s3_region else {},
-            # S3-compatible storages do not accept checksums in trailers, which newer clients send
-            "config_kwargs": {
-                "request_checksum_calculation": "when_required",
-                "response_checksum_validation": "when_required",
-                "signature_version": "s3v4",
-                "retries": {"total_max_attempts": 2},  # a worker retries the whole job by itself
-            },
-        }
+        return self._s3.options
+
+    @property
+    def installation(self) -> Installation:
+        """What replicas and downloads of weights need of these settings, on every node."""
+        return Installation(
+            hub_token=self.hf_token,
+            s3=self._s3,
+            model_cache=self.model_cache,
+            hip_alloc_conf=self.pytorch_hip_alloc_conf,
+        )
+
+    @property
+    def _s3(self) -> S3Access:
+        return S3Access(
+            self.aws_access_key_id, self.aws_secret_access_key, self.s3_endpoint_url, self.s3_region
+        )
 
     @property
     def adapter_cache(self) -> Path:

@@ -16,6 +16,8 @@ GIB = 2**30
 CONTEXT_BYTES = GIB // 2  # of a process on a GPU, outside of torch's allocator: the context and its kernels
 RESERVE_FRACTION = 0.05  # of that memory: what torch's allocator cannot use, because it lies in pieces
 
+# torch reads the first of these that is set
+ALLOC_CONF = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 REFRESH_EVERY = 64  # calls of rows_that_fit between two looks at what caches hold
 
 Part = Literal["weights", "loras", "stacks", "prompts", "requests"]
@@ -37,12 +39,15 @@ def own_share(gpu_share: float) -> float:
     return gpu_share if 0 < gpu_share < 1 else 1.0
 
 
-def use_expandable_segments() -> None:
+def use_expandable_segments(hip_alloc_conf: str = "") -> None:
     """Have torch's allocator grow its segments, so that freed memory of one size serves another.
 
     Call this before torch is imported. A value that the operator has set stays.
+    hip_alloc_conf: the one that was set for AMD GPUs.
     """
-    if not any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+    if hip_alloc_conf:
+        os.environ["PYTORCH_HIP_ALLOC_CONF"] = hip_alloc_conf
+    if not any(name in os.environ for name in ALLOC_CONF):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 

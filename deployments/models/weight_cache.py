@@ -17,14 +17,26 @@ from typing import Any
 import fsspec
 
 from deployments.protocol.card import Weights
+from deployments.protocol.installation import Installation, S3Access
 
 logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]  # relative paths of weights start at the repository
 ASK_TIMEOUT_S = 5.0  # for the size of a download
 FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # in a hub repository of a single module
-MODEL_CACHE = "WEFT_MODEL_CACHE"  # Settings.model_cache; Ray's processes inherit it
+MODEL_CACHE = "WEFT_MODEL_CACHE"
+HUB_TOKEN = "HF_TOKEN"  # read by huggingface_hub at every call
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # torch's own setting
+
+
+def use_installation(installation: Installation) -> None:
+    """Have this process fetch weights as the installation says; what that leaves open is as the node says."""
+    if installation.hub_token is not None:
+        os.environ[HUB_TOKEN] = installation.hub_token.get_secret_value()
+    if installation.model_cache is not None:
+        os.environ[MODEL_CACHE] = str(installation.model_cache.expanduser())
+    if installation.s3 != S3Access():
+        fsspec.config.conf["s3"] = installation.s3.options
 
 
 def fetch(weights: Weights, *, pipeline: bool) -> None:

@@ -33,9 +33,10 @@ def check_start(
 
     Raises BadRequest or NotFound with one sentence on the first cause that would stop it, and its cure.
     """
-    _check_results(settings)
+    cards = served_cards(config, file).values()
+    _check_storage(settings, cards)
     _check_ray_token()
-    check_weights(served_cards(config, file).values())
+    check_weights(cards)
     check_folder(settings.data_dir, "WEFT_DATA_DIR", DATA_FOLDERS)
     if settings.model_cache is not None:
         check_folder(settings.model_cache.expanduser(), "WEFT_MODEL_CACHE")
@@ -108,32 +109,37 @@ def check_weights(cards: Iterable[ModelCard]) -> None:
                 )
 
 
-def _check_results(settings: Settings) -> None:
-    """Raises BadRequest when the place for results cannot be used as it is set."""
-    key, secret = settings.aws_access_key_id, settings.aws_secret_access_key
-    bucket = settings.results_root.startswith("s3://")
-    if not bucket:
-        for name, value in (
-            ("S3_ENDPOINT_URL", settings.s3_endpoint_url),
-            ("S3_REGION", settings.s3_region),
-        ):
-            if value and any(os.environ.get(prefix + name) for prefix in ("", "WEFT_")):
-                raise BadRequest(
-                    f"{name} is set without a bucket, so results would be kept at {settings.results_root}; "
-                    f"set S3_BUCKET_NAME too, or take {name} out"
-                )
-        _check_results_url(settings.results_url)
+def _check_storage(settings: Settings, cards: Iterable[ModelCard]) -> None:
+    """Raises BadRequest when the place for results, or a bucket with weights, cannot be used as it is set."""
+    if settings.results_root.startswith("s3://"):
+        _check_bucket(settings, f"results go to {settings.results_root}")
         return
+    _check_results_url(settings.results_url)
+    for weights in (weights for card in cards for weights in card.all_weights):
+        if (weights.path or "").startswith("s3://"):
+            _check_bucket(settings, f"weights come from {weights.path}")
+            return
+    for name in ("S3_ENDPOINT_URL", "S3_ENDPOINT", "S3_REGION"):
+        if any(os.environ.get(prefix + name) for prefix in ("", "WEFT_")):
+            raise BadRequest(
+                f"{name} is set without a bucket, so results would be kept at {settings.results_root}; "
+                f"set S3_BUCKET_NAME too, or take {name} out"
+            )
+
+
+def _check_bucket(settings: Settings, use: str) -> None:
+    """Raises BadRequest when s3:// addresses cannot be opened. use: what for, to begin a sentence."""
+    key, secret = settings.aws_access_key_id, settings.aws_secret_access_key
     if (key is None) != (secret is None):
         missing = "AWS_ACCESS_KEY_ID" if key is None else "AWS_SECRET_ACCESS_KEY"
         raise BadRequest(
-            f"results go to {settings.results_root}, and {missing} is not set; set both parts of the key, or "
-            "neither to use the machine's own role"
+            f"{use}, and {missing} is not set; set both parts of the key, or neither to use the role of the "
+            "machine"
         )
     if settings.s3_endpoint_url and urlsplit(settings.s3_endpoint_url).scheme not in ("http", "https"):
         raise BadRequest("S3_ENDPOINT_URL must begin with https://, such as https://account.example.com")
     if importlib.util.find_spec("s3fs") is None:
-        raise BadRequest("results go to a bucket, and s3fs is not installed; run pip install 'weft[s3]'")
+        raise BadRequest(f"{use}, and s3fs is not installed; run pip install 'weft[s3]'")
 
 
 def _check_results_url(url: str) -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import pickle
 import stat
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
+from deployments.protocol.card import load_cards
 from deployments.protocol.errors import BadRequest
+from deployments.protocol.installation import Installation, S3Access
+from serve_app.app import _fetchers, _models
 from serve_app.cli.serve import greeting, required_key
 from serve_app.settings import ROOT, Settings
+
+CARDS = ROOT / "configs/models"
 
 
 def test_relative_folders_lie_under_the_repository(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -117,6 +124,61 @@ def test_a_bucket_is_named_by_its_usual_variables_and_its_secrets_are_not_shown(
     assert settings.results_options["secret"] == "sesame"
     assert settings.results_options["client_kwargs"] == {"region_name": "auto"}
     assert "sesame" not in repr(settings)
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HUGGING_FACE_HUB_TOKEN"])
+def test_the_hubs_token_goes_to_replicas_on_other_nodes_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in ("HF_TOKEN", "HUGGINGFACE_HUB_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "hf_sesame")
+
+    settings = Settings.load()
+    travelled = pickle.loads(pickle.dumps(settings.installation))
+
+    assert travelled.hub_token.get_secret_value() == "hf_sesame"
+    assert "sesame" not in f"{settings!r} {travelled!r}"
+    assert installation_of("flux.1-dev", settings) == travelled
+    (fetcher,) = _fetchers(load_cards(CARDS), load_cards(CARDS), settings.installation)
+    assert fetcher._bound_deployment.init_args[1] == travelled
+
+
+def installation_of(model: str, settings: Settings) -> Installation:
+    """What the replicas of a model are given."""
+    known = load_cards(CARDS)
+    bound = _models({model: known[model]}, known, installation=settings.installation)[model]
+    given: Installation = bound._bound_deployment.init_kwargs["installation"]
+    return given
+
+
+def test_storage_cache_and_allocator_go_to_replicas_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in {
+        "S3_ENDPOINT": "https://s3.example.org",
+        "S3_REGION": "eu-1",
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "sesame",
+        "WEFT_MODEL_CACHE": str(tmp_path),
+        "PYTORCH_HIP_ALLOC_CONF": "max_split_size_mb:64",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+    given = installation_of("flux.1-dev", Settings.load())
+
+    assert given.s3 == S3Access(SecretStr("id"), SecretStr("sesame"), "https://s3.example.org", "eu-1")
+    assert given.model_cache == tmp_path
+    assert given.hip_alloc_conf == "max_split_size_mb:64"
+    assert "sesame" not in repr(given)
+
+
+def test_the_port_has_the_name_of_other_services_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BACKEND_PORT", "8123")
+
+    assert Settings.load().port == 8123
+    monkeypatch.setenv("WEFT_PORT", "8124")
+    assert Settings.load().port == 8124
 
 
 def test_a_database_url_is_not_used_and_that_is_said(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from deployments.models import hardware
 from deployments.models.device_memory import (
+    ALLOC_CONF,
     CONTEXT_BYTES,
     GIB,
     DeviceMemory,
@@ -77,9 +78,9 @@ def test_a_cpu_has_no_limit() -> None:
     assert hardware.memory_bytes(torch.device("cpu"), 1.0) is None
 
 
-@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+@pytest.mark.parametrize("name", ALLOC_CONF)
 def test_the_operators_setting_of_the_allocator_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for one in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+    for one in ALLOC_CONF:
         monkeypatch.delenv(one, raising=False)
     monkeypatch.setenv(name, "max_split_size_mb:64")
 

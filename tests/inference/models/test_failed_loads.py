@@ -19,6 +19,7 @@ import fsspec
 import huggingface_hub
 import pytest
 from huggingface_hub import constants, hf_api
+from pydantic import SecretStr
 
 from deployments.models import model_loader, weight_cache
 from deployments.models.load_errors import explain
@@ -27,6 +28,7 @@ from deployments.models.model_loader import ModelLoader
 from deployments.protocol.card import Licence, ModelCard, Weights
 from deployments.protocol.errors import ModelFailed, ModelUnavailable, OutOfMemory, WeftError
 from deployments.protocol.events import Done, Failed
+from deployments.protocol.installation import Installation
 from deployments.replica import ModelReplica
 from tests.inference.test_replica import CARD, events_of
 
@@ -41,11 +43,13 @@ class Hub:
 
     def __init__(self) -> None:
         self.status, self.code, self.calls = 404, "", 0
+        self.authorizations: set[str | None] = set()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 hub.calls += 1
+                hub.authorizations.add(self.headers["Authorization"])
                 self.send_response(hub.status)
                 if hub.code:
                     self.send_header("X-Error-Code", hub.code)
@@ -79,7 +83,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # restored afterwards, whatever a test sets
+        monkeypatch.delenv(name)
     yield hub
     hub.close()
 
@@ -140,6 +145,21 @@ def test_what_the_hub_answers_is_named_with_its_cure(
     for word in words:
         assert word in error.message
     assert error.retryable is (kind is ModelUnavailable)
+
+
+def test_weights_are_asked_for_with_the_installations_token_which_no_message_has(
+    hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    installation = Installation(hub_token=SecretStr("hf_sesame"))
+    card = card_of(repo=REPO)
+
+    replica = ModelReplica([card], installation=installation)
+    (failure,) = replica._runtime.load_failures.values()
+
+    assert hub.authorizations == {"Bearer hf_sesame"}
+    assert "now there is no HF_TOKEN" not in failure.message
+    assert "hf_sesame" not in f"{failure} {installation} {caplog.text}"
 
 
 def test_a_hub_that_does_not_answer_is_tried_again_and_said_so(

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
+import boto3
 import fsspec
 import pytest
 import torch
+from pydantic import SecretStr
 
 from deployments.models import weight_cache
 from deployments.models.load import load_pipeline
 from deployments.protocol.card import Weights, load_card
+from deployments.protocol.installation import Installation, S3Access
+from deployments.replica import ModelReplica
 from deployments.weights_prefetcher import target_nodes
+from tests.serving.storage.s3 import BUCKET, KEYS, s3_server
 
 ROOT = Path(__file__).parents[3]
 
@@ -33,6 +39,39 @@ def test_a_model_at_a_url_is_downloaded_and_loaded(cache: Path) -> None:
     assert (folder / "model_index.json").read_bytes() == (
         ROOT / "models/tiny-flux-schnell/model_index.json"
     ).read_bytes()
+
+
+def test_a_model_in_a_bucket_is_downloaded_with_the_keys_of_the_installation(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(fsspec.config.conf, "s3", {})  # restored afterwards
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    card = load_card(ROOT / "configs/models/tiny-flux-schnell.yaml")
+    weights = card.weights.model_copy(update={"path": f"s3://{BUCKET}/models/flux"})
+    in_bucket = card.model_copy(
+        update={"weights": weights, "serving": card.serving.model_copy(update={"warm_up": False})}
+    )
+
+    with s3_server() as url:
+        access = S3Access(SecretStr("testing"), SecretStr("testing-secret"), url, "us-east-1")
+        upload(ROOT / "models/tiny-flux-schnell", url, "models/flux")
+        denied = ModelReplica(
+            [in_bucket], installation=Installation(s3=replace(access, key=None, secret=None))
+        )
+        replica = ModelReplica([in_bucket], installation=Installation(s3=access))
+
+    (failure,) = denied._runtime.load_failures.values()
+    assert "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in failure.message
+    assert replica._runtime.load_failures == {}
+    assert list(replica._runtime.models.loaded) == ["tiny-flux-schnell"]
+
+
+def upload(folder: Path, url: str, prefix: str) -> None:
+    client = boto3.client("s3", endpoint_url=url, region_name="us-east-1", **KEYS)
+    for file in filter(Path.is_file, folder.rglob("*")):
+        client.upload_file(str(file), BUCKET, f"{prefix}/{file.relative_to(folder)}")
+    client.close()
 
 
 def test_concurrent_downloads_of_one_model_run_once(cache: Path) -> None:

@@ -58,6 +58,7 @@ CAUSES = {
     "a typing error in a setting": setting("WEFT_MAX_PENDIN", "3", "did you mean WEFT_MAX_PENDING?"),
     "a setting that is none": setting("WEFT_COLOUR", "red", "unknown environment variable WEFT_COLOUR"),
     "a port as text": setting("WEFT_PORT", "http", "WEFT_PORT ('http') must be a whole number"),
+    "a port as text, other name": setting("BACKEND_PORT", "http", "BACKEND_PORT ('http') must be a whole"),
     "a port that is none": setting("WEFT_PORT", "70000", "WEFT_PORT ('70000') must be at most 65535"),
     "a boolean": setting("WEFT_UI", "maybe", "WEFT_UI ('maybe') must be true or false"),
     "a number": setting("WEFT_MAX_PENDING", "many", "WEFT_MAX_PENDING ('many') must be a whole number"),
@@ -82,6 +83,13 @@ CAUSES = {
     ),
     "an endpoint without a bucket": setting("S3_ENDPOINT_URL", "https://x.example", "set S3_BUCKET_NAME too"),
     "a region without a bucket": setting("S3_REGION", "auto", "set S3_BUCKET_NAME too"),
+    "an endpoint without a bucket, other name": setting("S3_ENDPOINT", "https://x.example", "S3_ENDPOINT is"),
+    "half of a key for weights": Cause(
+        "weights come from s3://weights/model, and AWS_ACCESS_KEY_ID is not set",
+        environment={"AWS_SECRET_ACCESS_KEY": SECRET},
+        config=with_args(models=[CARD["id"]]),
+        card=CARD | {"weights": {"path": "s3://weights/model"}},
+    ),
     "an endpoint without a scheme": Cause(
         "must begin with https://", environment={"S3_BUCKET_NAME": "b", "S3_ENDPOINT_URL": "x.example"}
     ),
