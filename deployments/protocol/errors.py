@@ -11,6 +11,7 @@ WeftError
 |-- RateLimited        too many calls in too short a time
 |-- Overloaded         the service is full; try again later
 |-- ModelUnavailable   the model is not loaded, its replica died, or its store is down
+|   `-- NodeLost       the machine of its replica is gone: no fault of the request
 |-- ModelFailed        the model cannot be loaded until its operator changes something
 |-- OutOfMemory        a single request does not fit the device
 |-- Cancelled          the job was cancelled
@@ -80,6 +81,10 @@ class Overloaded(WeftError):
 class ModelUnavailable(WeftError):
     kind = "model_unavailable"
     retryable = True
+
+
+class NodeLost(ModelUnavailable):
+    """The node of a replica has ended or cannot be reached. Such an attempt does not count."""
 
 
 class ModelFailed(WeftError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, cast
@@ -14,7 +15,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deployments.protocol import log_context
-from deployments.protocol.errors import Internal, ModelFailed, ModelUnavailable
+from deployments.protocol.errors import Internal, ModelFailed, ModelUnavailable, NodeLost
 from deployments.protocol.events import Event, Failed
 from deployments.protocol.request import ResolvedRequest
 from serve_app.loras.model_layers import stored_layer_shapes
@@ -29,6 +30,9 @@ WATCH_EVERY_S = 2.0  # a request that waits for its first event
 GIVEN_UP_S = 4.0  # until a request fails whose deployment Serve has given up, so that two reports say so
 FAILING_S = 120.0  # until it fails where Serve goes on trying
 NO_NODE_S = 600.0  # until it fails where no node has the resources: an autoscaler may bring one
+
+# Ray's sentence about an actor whose node has ended
+NODE_DIED = re.compile(r"\bits node has died|\bnode (was|is) (terminated|dead|preempted)", re.IGNORECASE)
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +51,8 @@ class ModelClient:
         """The events of one request. Closing the iterator cancels the request on its replica.
 
         It waits for a slot without a limit, since the job was accepted.
-        Raises ModelUnavailable (retryable) when the replica dies, drains or does not exist.
+        Raises ModelUnavailable (retryable) when the replica dies, drains or does not exist; NodeLost when
+        that is because of its node.
         """
         route = self._served.routes.get(model)
         if route is None:
@@ -63,7 +68,7 @@ class ModelClient:
                     raise self._replica_lost(model)  # its deployment was changed and serves other models now
                 yield event
         except (ray.exceptions.RayActorError, RayServeException) as error:
-            raise self._replica_lost(model) from error
+            raise self._replica_lost(model, node_lost=is_node_lost(error)) from error
         except ray.exceptions.RayTaskError as error:
             raise Internal(f"the replica of {model} failed: {error.cause!r}") from error
         finally:
@@ -158,9 +163,11 @@ class ModelClient:
                 about = {"deployment": deployment, "error": repr(error)}
                 logger.warning("a LoRA was not unloaded from every replica", extra=about)
 
-    def _replica_lost(self, model: str) -> ModelUnavailable:
+    def _replica_lost(self, model: str, *, node_lost: bool = False) -> ModelUnavailable:
         if self._served.cards_are_dynamic:
             self._served.poll(force=True)  # the model may be gone: find out before it is tried again
+        if node_lost:
+            return NodeLost(f"the node with the replica of {model} was lost; try again")
         return ModelUnavailable(f"the replica of {model} was lost; try again")
 
     def _handle_for(self, route: ModelRoute, request: ResolvedRequest) -> DeploymentHandle[Any]:
@@ -180,6 +187,18 @@ class ModelClient:
                 method_name="generate", stream=True
             )
         return handle
+
+
+def is_node_lost(error: Exception) -> bool:
+    """Whether a call failed because the node of the replica ended or cannot be reached.
+
+    When only the replica's process ends, its node says so at once, which makes another ActorDiedError.
+    """
+    if isinstance(error, ray.exceptions.ActorUnavailableError):
+        return True
+    return isinstance(error, ray.exceptions.ActorDiedError) and (
+        error.preempted or NODE_DIED.search(str(error)) is not None
+    )
 
 
 def _unload(application: str, deployment: str, digest: str) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import httpx
 import pytest
 
+from serve_app.settings import Settings
 from tests.graph.calls import Undisturbed, picture, submit
 from tests.graph.clusters import RayCluster
 from tests.graph.running import PATIENCE_S, until
@@ -17,6 +19,7 @@ pytestmark = pytest.mark.ray
 
 Record = Callable[[str, object], None]
 MODEL = "slow-flux"
+MAX_ATTEMPTS = Settings().max_attempts
 REQUEST = {"model": MODEL, "prompt": "a red circle", "num_inference_steps": 300, "seed": 5}
 
 
@@ -70,6 +73,31 @@ def test_a_job_survives_kill_9_of_its_node(
     (after,) = ray_cluster.replicas(MODEL)
     assert after["node_id"] != before["node_id"]
     assert picture(client, job).tobytes() == undisturbed.image.tobytes()
+
+
+def test_a_job_outlives_more_nodes_than_it_has_attempts(
+    ray_cluster: RayCluster, client: httpx.Client, undisturbed: Undisturbed
+) -> None:
+    job_id = running_job(client, seed=7)
+    for lost in range(MAX_ATTEMPTS + 1):
+        (replica,) = until(lambda: ray_cluster.replicas(MODEL), "a replica runs", every_s=0.5)
+        ray_cluster.add_worker(f"spare-{lost}")
+        ray_cluster.kill_worker_of(replica["node_id"])
+        until(partial(others, ray_cluster, replica), "a replica on another node", every_s=0.5)
+        until(lambda: steps_of(client, job_id) > 5, "the job runs again", every_s=0.2)
+
+    completed(client, job_id)
+
+
+def others(cluster: RayCluster, lost: dict[str, object]) -> bool:
+    found = cluster.replicas(MODEL)
+    return bool(found) and all(replica["node_id"] != lost["node_id"] for replica in found)
+
+
+def steps_of(client: httpx.Client, job_id: str) -> int:
+    job = patient_get(client, f"/api/generate/{job_id}")
+    assert job.get("status") not in ("failed", "cancelled"), job
+    return int(str(job.get("step", 0))) if job.get("status") == "processing" else 0
 
 
 def test_a_job_survives_kill_9_of_the_gcs_and_the_head_with_it(

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from deployments.protocol import events
 from deployments.protocol.adjustment import Adjustment
-from deployments.protocol.errors import Internal, ModelUnavailable, NotFound, WeftError
+from deployments.protocol.errors import Internal, ModelUnavailable, NodeLost, NotFound, WeftError
 from deployments.protocol.request import ResolvedRequest
 from deployments.validation.preview_steps import preview_steps
 from serve_app.jobs.job import Job, JobError, ResumePoint, StoredArtifact
@@ -73,7 +73,8 @@ class Failure:
     """Why there is no output."""
 
     event: events.Failed
-    not_request_fault: bool = False  # a stopped replica or lost files: not counted, retried without a pause
+    not_request_fault: bool = False  # a stopped replica, a lost node or lost files: not counted
+    needs_pause: bool = True  # before the next attempt: replicas need time to recover
     infrastructure_error: bool = False  # identical requests would not fail the same way
 
     @property
@@ -131,7 +132,7 @@ class Attempt:
                 lease.result()  # a bug there must not leave the work running without a lease
             await _stop(work)
             result = _result_of(work)
-            if isinstance(result, Failure) and result.event.retryable and not result.not_request_fault:
+            if isinstance(result, Failure) and result.event.retryable and result.needs_pause:
                 await self._wait_for_recovery()
             self._keeper.close()
             await asyncio.wait({lease}, timeout=OUTAGE_MAX_S)
@@ -156,6 +157,8 @@ class Attempt:
                 return await self._consume(stream)
             finally:
                 await stream.aclose()
+        except NodeLost as error:
+            return Failure(events.Failed.of(error), not_request_fault=True)
         except WeftError as error:
             return self._failure(events.Failed.of(error))
         except OSError:
@@ -168,7 +171,10 @@ class Attempt:
             return self._failure(events.Failed.of(bug))
 
     def _failure(self, event: events.Failed, *, infrastructure: bool = False) -> Failure:
-        return Failure(event, not_request_fault=self._replica_stopped, infrastructure_error=infrastructure)
+        stopped = self._replica_stopped
+        return Failure(
+            event, not_request_fault=stopped, needs_pause=not stopped, infrastructure_error=infrastructure
+        )
 
     async def _copy_cached_files(self, source_id: str) -> Output | Failure:
         """Copies of the files of an identical job; when they are lost, the next attempt runs the model."""
@@ -185,9 +191,8 @@ class Attempt:
                 extra={**self._log_fields, "error": str(error)},
             )
             message = "the files of an earlier job are gone"
-            return Failure(
-                events.Failed("model_unavailable", message, retryable=True), not_request_fault=True
-            )
+            lost = events.Failed("model_unavailable", message, retryable=True)
+            return Failure(lost, not_request_fault=True, needs_pause=False)
 
     async def _show_finished(self, artifacts: Sequence[StoredArtifact]) -> None:
         """The previews that the request asks for, where nothing is computed: they show the result."""

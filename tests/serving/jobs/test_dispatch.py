@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from deployments.protocol import events
-from deployments.protocol.errors import BadRequest, ModelUnavailable
+from deployments.protocol.errors import BadRequest, ModelUnavailable, NodeLost
 from deployments.protocol.request import ResolvedEdit
 from serve_app.job_ids import new_job_id
 from serve_app.jobs import events as job_events
@@ -124,6 +124,16 @@ async def test_a_lost_replica_costs_an_attempt_and_the_job_runs_again(
     job = await ended(store, await submitted(store))
 
     assert (job.state, job.attempt, job.failures) == (JobState.completed, 3, 2)
+
+
+async def test_a_lost_node_costs_no_attempt(
+    store: JobStore, dispatcher: Dispatcher, models: FakeModels, quick_retries: None
+) -> None:
+    models.troubles = [NodeLost("lost")] * 5
+
+    job = await ended(store, await submitted(store))
+
+    assert (job.state, job.attempt, job.failures) == (JobState.completed, 6, 0)
 
 
 async def test_a_replica_lost_every_time_fails_the_job_with_the_reason(
