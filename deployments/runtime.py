@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from deployments.models.model_loader import ModelLoader
 from deployments.observability import collectors
 from deployments.observability.metrics import Sample
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import ModelUnavailable, OutOfMemory, WeftError
+from deployments.protocol.errors import ModelUnavailable, NotFinite, OutOfMemory, WeftError
 from deployments.protocol.events import Event
 from deployments.protocol.request import Lora, ResolvedRequest
 
@@ -119,6 +120,9 @@ class Runtime:
                     run.warn("lora_without_effect", "loras", _without_effect(lora))
                 async with aclosing(execute(run)) as events:
                     yield events
+        except NotFinite:  # of a VAE, after the request's last step
+            await self.worker.run_on_thread(partial(self.worker.stats.record_failure, "not_finite"))
+            raise
         except Exception as error:
             failure = self._device_error(error)
             if failure is None:

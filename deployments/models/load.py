@@ -18,6 +18,7 @@ from deployments.models.load_errors import explain
 from deployments.models.model_memory import Admit, weights_bytes
 from deployments.models.parts import PartFiles, assemble, find_part, find_parts
 from deployments.models.thread_dtype import thread_default_dtype
+from deployments.models.vae import prepare_vae
 from deployments.models.weight_cache import hub_folder, local_folder, local_path
 from deployments.planning.plan import Plan, everything_on_device
 from deployments.protocol.card import Family, Licence, Weights
@@ -101,10 +102,8 @@ def _load_pipeline(
         modules = {name: part.load(device) for name, part in parts.items()}
         pipeline = assemble(folder, modules, plan, device)
     vae = getattr(pipeline, "vae", None)
-    if vae is not None and "force_upcast" in vae.config:
-        # img2img pipelines would cast the shared VAE to float32 and back while other requests use it. The
-        # option exists for the range of float16; bfloat16 has the range of float32
-        vae.register_to_config(force_upcast=False)
+    if isinstance(vae, nn.Module):
+        prepare_vae(vae, getattr(torch, plan.dtype))
     loaded = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     elsewhere = {name for name in loaded if plan.part(name).placement != "device"}
     placed = weights_bytes([module for name, module in loaded.items() if name not in elsewhere])

@@ -79,7 +79,10 @@ class ModelInstance:
         self.previewer = Previewer.fitted_to(pipeline)
         self.prompts = PromptCache(serving.prompt_cache_mib * MIB)
         self.preprocessors = lazy_preprocessors(
-            card.controls, device, partial(self._memory.admit, what="the preprocessor")
+            card.controls,
+            device,
+            partial(self._memory.admit, what="the preprocessor"),
+            in_float16=self.plan.dtype == "float16",
         )
         components = {name: c for name, c in pipeline.components.items() if name in PARTS}
         self.batched_lora = BatchedLora(
@@ -130,7 +133,9 @@ class ModelInstance:
         self._memory.close()
 
     def _load_controlnet(self, weights: Weights) -> nn.Module:
+        """In the dtype of the model, whose latents it reads."""
         family, device = self.card.family, self._device
+        weights = weights.model_copy(update={"dtype": self.plan.dtype})
         return self._memory.load(
             weights, "the ControlNet", lambda admit: load_controlnet(weights, family, device, admit)
         )

@@ -41,24 +41,32 @@ def lazy_preprocessors(
     controls: Mapping[ControlType, ControlNet],
     device: torch.device,
     admit: Callable[[Weights], Admit] = lambda _weights: lambda _bytes: None,
+    *,
+    in_float16: bool = False,
 ) -> dict[ControlType, Callable[[Image.Image], Any]]:
     """Preprocessors for the types of control picture whose models the card names: depth, pose.
 
     Each may be called from any thread; one call runs at a time. The first call loads the model and raises
     ModelUnavailable if that fails.
     admit: by weights, what is called with the model's bytes before it is on the device.
+    in_float16: on a device without bfloat16, weights of that dtype are loaded in float16.
     """
+
+    def on_device(weights: Weights) -> Weights:
+        lacking = in_float16 and weights.dtype == "bfloat16"
+        return weights.model_copy(update={"dtype": "float16"}) if lacking else weights
+
     preprocessors: dict[ControlType, Callable[[Image.Image], Any]] = {}
     depth, pose = controls.get("depth"), controls.get("pose")
     if depth is not None and depth.preprocessor is not None:
+        estimator = on_device(depth.preprocessor)
         preprocessors["depth"] = _LazyPreprocessor(
-            partial(load_depth_estimator, depth.preprocessor, device, admit), depth.preprocessor
+            partial(load_depth_estimator, estimator, device, admit), estimator
         )
     if pose is not None and pose.preprocessor is not None and pose.detector is not None:
+        estimator, detector = on_device(pose.preprocessor), on_device(pose.detector)
         preprocessors["pose"] = _LazyPreprocessor(
-            partial(load_pose_estimator, pose.preprocessor, pose.detector, device, admit),
-            pose.preprocessor,
-            pose.detector,
+            partial(load_pose_estimator, estimator, detector, device, admit), estimator, detector
         )
     return preprocessors
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deployments.media.video_spec import Frames
+from deployments.pipelines.finite import check_finite_pixels
 from deployments.protocol.errors import ModelFailed
 from deployments.protocol.request import Task
 
@@ -20,7 +21,7 @@ CHUNK_FRAMES = 8  # frames per call of a video that its pipeline decoded as a wh
 
 class LatentDecoder(Protocol):
     """The frames of a denoised video. `next_frames` is called on one thread at a time, always on the same
-    stream, which is not the engine's."""
+    stream, which is not the engine's. It raises NotFinite where the VAE's pixels are no numbers."""
 
     total: int  # frames
 
@@ -212,7 +213,11 @@ class _OverlappingDecoder(_StreamingDecoder):
 
 
 def _pixels(video: Tensor) -> Frames:
-    """(F, 3, H, W) in 0..1 as uint8 (F, H, W, 3), rounded as diffusers rounds."""
+    """(F, 3, H, W) in 0..1 as uint8 (F, H, W, 3), rounded as diffusers rounds.
+
+    Raises NotFinite for pixels that are no numbers.
+    """
+    check_finite_pixels(video)
     return np.asarray((video.float() * 255).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy())
 
 

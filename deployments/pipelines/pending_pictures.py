@@ -8,6 +8,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
+from deployments.pipelines.finite import check_finite_pixels
 from deployments.pipelines.transfers import HostCopy
 
 
@@ -28,5 +29,10 @@ class PendingPictures:
         self._pixels = HostCopy(pixels)
 
     def pictures(self) -> list[Image.Image]:
-        """The pictures that the pipeline would give as "pil", bit for bit. Blocks; call it in a thread."""
-        return list(VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(self._pixels.wait())))
+        """The pictures that the pipeline would give as "pil", bit for bit. Blocks; call it in a thread.
+
+        Raises NotFinite for pixels that are no numbers.
+        """
+        pixels = self._pixels.wait()
+        check_finite_pixels(pixels)
+        return list(VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(pixels)))

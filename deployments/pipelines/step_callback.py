@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from deployments.pipelines.finite import not_finite
 from deployments.pipelines.resume import Progress
-from deployments.protocol.errors import NotFinite
 
 
 def step_callback(
@@ -35,7 +35,4 @@ def step_callback(
 
 def _check_finite(latents: torch.Tensor) -> None:
     if not bool(torch.isfinite(latents).all()):
-        raise NotFinite(
-            "the model returned numbers that are not finite (NaN), so the picture would be black; "
-            "another seed, less guidance or a card with dtype float32 may help"
-        )
+        raise not_finite("the model", latents.dtype)

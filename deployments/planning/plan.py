@@ -46,8 +46,10 @@ class Plan:
 def plan_of(card: ModelCard, machine: Machine) -> Plan:
     """The plan of the card's model on this machine."""
     serving = card.serving
+    dtype = _dtype(card.weights.dtype, machine)
     return Plan(
-        _dtype(card.weights.dtype, machine),
+        dtype,
+        (PartPlan("vae", "float32"),) if dtype == "float16" else (),  # most VAEs overflow in float16
         attention=serving.attention,
         vae_tiling=serving.vae_tiling is True,
         vae_slicing=serving.vae_slicing is True,

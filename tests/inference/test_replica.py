@@ -294,6 +294,23 @@ async def test_latents_that_are_not_finite_are_reported(
     assert "not finite" in events[-1].message
 
 
+async def test_pixels_that_are_not_finite_are_reported_and_counted(model: ModelReplica) -> None:
+    failures = model._runtime.worker.stats.failures
+    before = failures.get("not_finite", 0)
+    async with model._runtime.models.using(CARD.id) as loaded:
+        weight = loaded.pipelines._pipeline.vae.decoder.conv_out.bias
+    kept = weight.detach().clone()
+    weight.data.fill_(float("nan"))
+    try:
+        events = await events_of(model)
+    finally:
+        weight.data.copy_(kept)
+
+    assert isinstance(events[-1], Failed)
+    assert "the VAE returned numbers that are not finite" in events[-1].message
+    assert failures["not_finite"] == before + 1
+
+
 async def test_a_replica_with_several_cards_loads_on_demand_and_unloads_the_oldest() -> None:
     serving = CARD.serving.model_copy(update={"models_loaded": 1, "warm_up": False})
     cards = [CARD.model_copy(update={"id": name, "serving": serving}) for name in ("first", "second")]

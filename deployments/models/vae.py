@@ -1,0 +1,52 @@
+"""A model's VAE, shared by requests in turns: it keeps its dtype, whatever dtype the pipeline computes in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+
+def prepare_vae(vae: Any, dtype: torch.dtype) -> None:
+    """Have pipelines whose latents are of `dtype` use this VAE as it is.
+
+    In float16 most VAEs overflow, so theirs is in float32: inputs are cast to its dtype, latents to `dtype`.
+    """
+    if "force_upcast" in vae.config:
+        # pipelines would cast the shared VAE to float32 and back while other requests use it. The option
+        # exists for the range of float16; bfloat16 has the range of float32
+        vae.register_to_config(force_upcast=False)
+    if vae.dtype is dtype:
+        return
+    vars(vae)["to"] = lambda *_args, **_kwargs: vae  # some pipelines cast it on Apple's GPUs
+    for part in vae.children():
+        if any(parameter.is_floating_point() for parameter in part.parameters()):
+            part.register_forward_pre_hook(_casting_inputs(vae.dtype), with_kwargs=True)
+    _last_of_encoding(vae).register_forward_hook(lambda _module, _inputs, output: _cast(output, dtype))
+
+
+def _last_of_encoding(vae: Any) -> nn.Module:
+    """The part of the VAE that gives the latents of a picture."""
+    last = getattr(vae, "quant_conv", None)
+    encoder: nn.Module = vae.encoder
+    return last if isinstance(last, nn.Module) else encoder
+
+
+def _casting_inputs(dtype: torch.dtype) -> Any:
+    """A hook for the inputs of a module. Lists stay the same objects: Wan's VAE writes to one."""
+
+    def cast_inputs(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cast = {name: _cast(value, dtype) if _is_float(value) else value for name, value in kwargs.items()}
+        return tuple(_cast(value, dtype) if _is_float(value) else value for value in args), cast
+
+    return cast_inputs
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _cast(output: Any, dtype: torch.dtype) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if _is_float(tensor) else tensor, output)
