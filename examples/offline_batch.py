@@ -29,6 +29,7 @@ from ray import serve
 
 from deployments.protocol.events import Artifact, Failed
 from deployments.protocol.request import GenerationRequest
+from examples.ray_job import check_folder
 
 MAX_IN_FLIGHT = 16  # requests per actor; the replica runs them in shared forwards
 MAX_ATTEMPTS = 3  # of a request whose replica dies
@@ -132,6 +133,10 @@ def main() -> int:
     parser.add_argument("--app", default="weft", help="the Serve application (default: %(default)s)")
     parser.add_argument("--actors", type=int, default=2, help=f"each sends {MAX_IN_FLIGHT} requests at once")
     options = parser.parse_args()
+    try:
+        check_folder(options.folder)
+    except ValueError as error:
+        parser.error(str(error))
     ray.init()
     rows = read_requests(options.prompts, options.model)
     remaining = without_image(rows, options.folder)

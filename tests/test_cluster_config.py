@@ -56,24 +56,9 @@ def test_the_head_has_no_gpu_and_workers_scale_from_nothing(written: dict[str, A
     workers = [kind for name, kind in types.items() if name != written["head_node_type"]]
 
     assert types["head"]["resources"]["GPU"] == 0
-    assert len(workers) == 3
-    assert [kind["min_workers"] for kind in workers] == [0, 0, 0]
-    assert all(kind["resources"]["GPU"] >= 1 for kind in workers)
-    assert all(any(name.startswith("accelerator_type:") for name in kind["resources"]) for kind in workers)
-
-
-def test_every_kind_of_gpu_that_the_fleet_asks_for_is_a_node_of_the_cluster() -> None:
-    fleet = yaml.safe_load((ROOT / "configs/serve/fleet.yaml").read_text(encoding="utf-8"))
-    models = [model for one in fleet["applications"] for model in one["args"].get("models", [])]
-    wanted = {
-        model["serving"]["accelerator_type"] for model in models if "accelerator_type" in model["serving"]
-    }
-    types = CLUSTERS["cluster.yaml"]["available_node_types"].values()
-
-    offered = {name.partition(":")[2] for kind in types for name in kind["resources"] if ":" in name}
-
-    assert wanted
-    assert wanted <= offered
+    assert len(workers) >= 4
+    assert {kind["min_workers"] for kind in workers} == {0}
+    assert [name for name, kind in types.items() if not kind["resources"]["GPU"]] == ["head", "cpu"]
 
 
 @pytest.mark.parametrize("commands", START)
@@ -82,10 +67,7 @@ def test_every_node_starts_ray_with_a_token_the_environment_file_and_the_weights
 ) -> None:
     start = written[commands][-1]
 
-    assert "export RAY_AUTH_MODE=token" in start
-    assert ". ~/weft/.env" in start
-    assert "${REDIS_URL:?" in start
-    assert "HF_HOME=/mnt/models/huggingface" in start
+    assert start.startswith("~/weft/configs/clusters/environment.sh ray start")
     assert any(
         "mount -t nfs" in line and "/mnt/models" in line for line in written["initialization_commands"]
     )

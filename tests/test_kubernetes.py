@@ -197,6 +197,8 @@ def test_the_serve_config_is_the_fleets_but_for_where_it_runs() -> None:
     def without_places(config: dict[str, Any]) -> list[dict[str, Any]]:
         applications = copy.deepcopy(config["applications"])
         for application in applications:
+            for model in application["args"].get("models", []):
+                model["serving"].pop("accelerator_type", None)  # clouds offer different ones
             for deployment in (overrides := application.pop("deployments", [])):
                 deployment.pop("ray_actor_options", None)
                 deployment.pop("max_replicas_per_node", None)

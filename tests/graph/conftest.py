@@ -65,8 +65,9 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         service_settings.apply({"REDIS_URL": valkey.start()})
         from serve_app.ray_serve import local_cluster
 
-        gpus = {f"accelerator_type:{name}": 1 for name in ("A10G", "A100", "H100")}  # as Ray counts them
-        with local_cluster.local_ray(num_cpus=8, num_gpus=8, resources=gpus):
+        places = {f"accelerator_type:{name}": 1 for name in ("A10G", "L40S", "H100")}  # as Ray counts them
+        places |= {"front": 100, "encoder": 100}
+        with local_cluster.local_ray(num_cpus=8, num_gpus=8, resources=places):
             lines: list[str] = []
             assert local_cluster.deploy(config, lines.append), "\n".join(lines)
             yield Service(f"http://127.0.0.1:{port}", valkey, config)

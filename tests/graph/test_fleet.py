@@ -69,6 +69,8 @@ class Fleet:
         gateway["args"]["settings"] = self.settings
         for model in models:
             model["args"] |= {"settings": self.settings, "gateway": GATEWAY}
+        for deployment in (one for each in shipped["applications"] for one in each.get("deployments", [])):
+            deployment["ray_actor_options"]["num_cpus"] = 0.1  # not a node for each
         self.shipped: list[dict[str, Any]] = [gateway, *models]
         self.client = httpx.Client(base_url=f"{service.url}/fleet", timeout=PATIENCE_S)
 
