@@ -32,6 +32,7 @@ from deployments.protocol.events import Done, Event, Failed, Handover
 from deployments.protocol.installation import AS_THE_NODE_SAYS, Installation
 from deployments.protocol.log_context import LogContext, bind, join_serve_log
 from deployments.protocol.request import GenerationRequest, ResolvedRequest
+from deployments.spot_notices import DrainNode, start_watching
 from deployments.validation.resolve import resolve
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ class ModelReplica:
         lora_pool: object = None,  # noqa: ARG002  naming it binds the deployment
         installation: Installation = AS_THE_NODE_SAYS,
         others_serve: Callable[[], bool] = lambda: False,
+        drain_node: DrainNode | None = None,
         end_process: Callable[[], object] = _end_process,
     ) -> None:
         """cards: the first is loaded now, the others when asked for; its `serving` section applies to all.
@@ -76,6 +78,7 @@ class ModelReplica:
         lora_pool: a deployment bound to the same Serve application by being named here; never called.
         installation: the settings of the service that replicas need.
         others_serve: whether other replicas of this deployment take requests.
+        drain_node: has others replace what runs on this node; called when the cloud takes it back.
         end_process: called when the engine or its device has failed for good.
 
         Raises the reason when the first model cannot be loaded and others serve it, so that Serve sends them
@@ -92,6 +95,8 @@ class ModelReplica:
             keep_compiled_code()  # read by torch when it is imported
         if first.serving.num_gpus:
             use_expandable_segments(installation.hip_alloc_conf)  # read by torch when it is imported
+        if installation.metadata_url and drain_node is not None:
+            start_watching(installation.metadata_url, drain_node)
         # here and not above: building the graph must not import torch
         from deployments.runtime import Runtime
 

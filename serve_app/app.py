@@ -33,6 +33,7 @@ from serve_app.ray_serve.lora_files import LORA_FILES, LoraFileClient, LoraFiles
 from serve_app.ray_serve.routing import deployment_groups, makes_videos, routes_of
 from serve_app.ray_serve.served_models import others_run
 from serve_app.ray_serve.shutdown_hook import on_stop
+from serve_app.ray_serve.spot_nodes import drain_this_node
 from serve_app.settings import Settings
 
 # hides the GPUs of the node from a replica that runs on the CPU only
@@ -141,7 +142,11 @@ def _models(
     encoder = _encoder(encoder_args or EncoderArgs())
     routes = routes_of(cards, "")
     files = lora_files or {}
-    common = {"others_serve": others_run, "installation": installation}
+    common = {
+        "others_serve": others_run,
+        "installation": installation,
+        "drain_node": drain_this_node,
+    }
     models: dict[str, Application] = {}
     for name, members in deployment_groups(cards).items():
         refiners, serving = _refiners(members, known), members[0].serving

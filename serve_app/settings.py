@@ -54,6 +54,7 @@ class Settings(BaseSettings):
     )  # signs tokens and sessions; None: no tokens
     ui: bool = True  # serve the page at /
     model_cache: Path | None = None  # downloaded weights; None: ~/.cache/weft/models
+    metadata_url: str = ""  # http://169.254.169.254 on a cloud with spot nodes: docs/reliability.md
     trace_dir: Path | None = None  # folder for spans, if the Serve config enables tracing
 
     data_dir: Path = Path("data")  # jobs and results; survives restarts
@@ -206,6 +207,7 @@ class Settings(BaseSettings):
             s3=self._s3,
             model_cache=self.model_cache,
             hip_alloc_conf=self.pytorch_hip_alloc_conf,
+            metadata_url=self.metadata_url.rstrip("/"),
         )
 
     @property

@@ -35,6 +35,10 @@ rename AWS_ENDPOINT_URL WEFT_S3_ENDPOINT_URL
 rename AWS_REGION WEFT_S3_REGION
 rename AWS_DEFAULT_REGION WEFT_S3_REGION
 
+# where replicas read that the cloud takes their node back
+: "${WEFT_METADATA_URL:=http://169.254.169.254}"
+export WEFT_METADATA_URL
+
 # weights and compiled code, on the mount that outlives a node
 : "${HF_HOME:=/mnt/models/huggingface}" "${WEFT_MODEL_CACHE:=/mnt/models/weft}"
 export HF_HOME WEFT_MODEL_CACHE RAY_AUTH_MODE=token PATH="$weft/.venv/bin:$PATH"

@@ -13,9 +13,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray._private import ray_constants, worker
 from ray._private.worker import global_worker
+from ray._raylet import GcsClient  # type: ignore[attr-defined]
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason  # type: ignore[attr-defined]
 from ray.experimental.internal_kv import _internal_kv_put, internal_kv_get_gcs_client
 
 # how Serve's controller calls an autoscaling policy, for simulations and tests
@@ -102,6 +105,20 @@ def query_serve_details() -> ServeInstanceDetails | None:
 def unchecked_handle(deployment: str, application: str) -> DeploymentHandle[Any]:
     """A handle to a deployment that need not exist yet. Without Serve's check it does not block."""
     return serve.get_deployment_handle(deployment, application, _check_exists=False)
+
+
+def drain_node_of_this_process(reason: str, deadline: float) -> None:
+    """Have Ray start nothing more on the node of this process, and Serve replace its replicas elsewhere.
+
+    deadline: Unix seconds at which the node ends. Raises RuntimeError when Ray refuses.
+    """
+    context = ray.get_runtime_context()
+    preempted = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, refusal = GcsClient(address=context.gcs_address).drain_node(
+        context.get_node_id(), preempted, reason, int(deadline * 1000)
+    )
+    if not accepted:
+        raise RuntimeError(f"Ray does not drain this node: {refusal}")
 
 
 def run_before_shutdown(callback: Callable[[], Awaitable[None]]) -> bool:
