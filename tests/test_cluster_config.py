@@ -61,16 +61,13 @@ def test_the_head_has_no_gpu_and_workers_scale_from_nothing(written: dict[str, A
     assert [name for name, kind in types.items() if not kind["resources"]["GPU"]] == ["head", "cpu"]
 
 
-@pytest.mark.parametrize("commands", START)
-def test_every_node_starts_ray_with_a_token_the_environment_file_and_the_weights(
-    written: dict[str, Any], commands: str
-) -> None:
-    start = written[commands][-1]
+@pytest.mark.parametrize("kind", ["head", "worker"])
+def test_every_node_has_the_weights_before_units_start_ray(written: dict[str, Any], kind: str) -> None:
+    before = written["initialization_commands"]
 
-    assert start.startswith("~/weft/configs/clusters/environment.sh ray start")
-    assert any(
-        "mount -t nfs" in line and "/mnt/models" in line for line in written["initialization_commands"]
-    )
+    assert written[f"{kind}_start_ray_commands"] == [f"~/weft/configs/clusters/units.sh {kind}"]
+    assert any("/mnt/models nfs4" in line and "_netdev" in line for line in before)
+    assert before[-2].endswith("sudo mount /mnt/models")
 
 
 def test_no_command_ends_in_a_comment(written: dict[str, Any]) -> None:
@@ -79,13 +76,6 @@ def test_no_command_ends_in_a_comment(written: dict[str, Any]) -> None:
     commands = [line for kind in kinds for line in written[kind]]
 
     assert [line for line in commands if " #" in line] == []
-
-
-def test_the_dashboard_listens_on_loopback_only(written: dict[str, Any]) -> None:
-    start = written["head_start_ray_commands"][-1]
-
-    assert "--dashboard-host=127.0.0.1" in start
-    assert "0.0.0.0" not in start
 
 
 def test_every_file_that_nodes_get_is_in_the_repository_except_the_secrets(written: dict[str, Any]) -> None:

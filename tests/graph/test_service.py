@@ -235,4 +235,4 @@ def test_the_example_ray_job_makes_a_folder_of_pictures(service: Service, tmp_pa
     prompts = ["a red circle", "two blue stars", "a green heart"]
     files = generate_images(prompts, str(tmp_path), "tiny-flux-schnell")
 
-    assert [Image.open(file).size for file in files] == [(128, 128)] * 3
+    assert [Image.open(io.BytesIO(Path(file).read_bytes())).size for file in files] == [(128, 128)] * 3
