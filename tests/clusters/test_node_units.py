@@ -39,7 +39,7 @@ OF_RAY_UP = {  # what `ray up` exports before the start commands
 
 
 class Node:
-    """A node after `ray up` has copied its files, with programs that write down what they are told."""
+    """A node after `ray up` has copied its files, with programs that write down how they were called."""
 
     def __init__(self, home: Path, environment: str) -> None:
         self.home, self.installed = home, home / "installed"
@@ -208,3 +208,11 @@ def test_https_starts_caddy_with_the_address_of_the_installation(tmp_path: Path)
     assert (
         "Environment=WEFT_PUBLIC_URL=https://weft.example.org" in (node.installed / "weft.conf").read_text()
     )
+
+
+def test_an_image_is_never_made_of_a_node_with_secrets(node: Node) -> None:
+    done = node.run("bake.sh", "s3", "boto3")
+
+    assert done.returncode == 2
+    assert ".env is here: this is a node" in done.stderr
+    assert list(node.installed.iterdir()) == []
