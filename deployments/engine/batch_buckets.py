@@ -91,6 +91,11 @@ class BucketProver:
         following = self._next_trial()
         return None if following is None else following[0].trials.rows_to_run(following[1])
 
+    def seam_to_run(self) -> Seam | None:
+        """Of the next trial's forward; None if there is nothing to try."""
+        following = self._next_trial()
+        return None if following is None else following[0].seam
+
     def states(self) -> list[ProofState]:
         """What is known; may be called from any thread."""
         return [

@@ -37,6 +37,8 @@ class Seam:
     mergeable: bool = True  # False: stateful or unknown; its calls never share a forward
     optional: frozenset[str] = frozenset()  # parameters whose default is None: None equals a missing argument
     auxiliary: bool = False  # not part of a denoising step: runs on the auxiliary lane if there is one
+    # frees what its module's forwards keep on the device for the next one; None: they keep nothing
+    release: Callable[[], None] | None = None
     batch_keys: weakref.WeakValueDictionary[Hashable, BatchKey] = field(
         default_factory=weakref.WeakValueDictionary
     )

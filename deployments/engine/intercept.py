@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -24,10 +24,25 @@ STATELESS_VAES = frozenset({"AutoencoderKL", "AutoencoderTiny"})
 RAGGED_OUTPUT_MODULES = frozenset({"ZImageTransformer2DModel"})
 
 
-def intercept(modules: Iterable[nn.Module], seams: list[Seam] | None = None) -> Callable[[], None]:
+class WeightsInUse(Protocol):
+    """Weights of a module that are on the device for the calls of the module only."""
+
+    def bring(self) -> None:
+        """Have them there; returns at once if they are."""
+
+    def release(self) -> None:
+        """Free their memory."""
+
+
+def intercept(
+    modules: Iterable[nn.Module],
+    seams: list[Seam] | None = None,
+    weights_of: Callable[[nn.Module], WeightsInUse | None] = lambda _module: None,
+) -> Callable[[], None]:
     """Let the calls of `modules` park inside a fiber; outside of fibers they pass through.
 
-    seams: a list to which those of the modules are added.
+    seams: a list to which those of the modules are added. weights_of: of a module, those
+    that are not always on the device.
     The function is replaced on the instance, so isinstance checks, config, dtype and hooks of the
     module stay as they were. Returns a function that restores all modules.
     """
@@ -35,7 +50,9 @@ def intercept(modules: Iterable[nn.Module], seams: list[Seam] | None = None) -> 
     for module in modules:
         for part, attribute, mergeable, auxiliary in _seams_of(module):
             if attribute not in vars(part):
-                seam = _intercept_seam(part, attribute, mergeable=mergeable, auxiliary=auxiliary)
+                seam = _intercept_seam(
+                    part, attribute, weights_of(module), mergeable=mergeable, auxiliary=auxiliary
+                )
                 if seams is not None:
                     seams.append(seam)
                 replaced.append((part, attribute))
@@ -66,7 +83,9 @@ def _seams_of(module: nn.Module) -> list[tuple[nn.Module, str, bool, bool]]:
     return [(module, "forward", True, False)]
 
 
-def _intercept_seam(module: nn.Module, attribute: str, *, mergeable: bool, auxiliary: bool) -> Seam:
+def _intercept_seam(
+    module: nn.Module, attribute: str, weights: WeightsInUse | None, *, mergeable: bool, auxiliary: bool
+) -> Seam:
     function = getattr(module, attribute)
     parameters = inspect.signature(function).parameters.values()
     positions = tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
@@ -75,18 +94,36 @@ def _intercept_seam(module: nn.Module, attribute: str, *, mergeable: bool, auxil
     optional = frozenset(p.name for p in parameters if p.default is None)
     if type(module).__name__ in RAGGED_OUTPUT_MODULES:
         function = _marks_ragged_output(function)
-    seam = Seam(f"{type(module).__name__}.{attribute}", function, positions, mergeable, optional, auxiliary)
+    if weights is not None:
+        function = _with_weights(function, weights)
+    name, release = f"{type(module).__name__}.{attribute}", None if weights is None else weights.release
+    seam = Seam(name, function, positions, mergeable, optional, auxiliary, release)
 
     def park(*args: Any, **kwargs: Any) -> Any:
         fiber = current_fiber()
         if fiber is None:
-            return function(*args, **kwargs)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                if release is not None:
+                    release()
         call = make_call(seam, fiber.keys, args, kwargs)
         call.lora_set, call.exact = fiber.lora_set, fiber.exact
         return fiber.park(call)
 
     _set(module, attribute, park)
     return seam
+
+
+def _with_weights(function: Callable[..., Any], weights: WeightsInUse) -> Callable[..., Any]:
+    """The function, which has the weights brought to the device; Seam.release frees them."""
+
+    @functools.wraps(function)
+    def with_weights(*args: Any, **kwargs: Any) -> Any:
+        weights.bring()
+        return function(*args, **kwargs)
+
+    return with_weights
 
 
 def _marks_ragged_output(function: Callable[..., Any]) -> Callable[..., Any]:

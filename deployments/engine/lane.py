@@ -72,6 +72,7 @@ class Lane:
         self.forwards = 0  # so far
         self.rows = 0  # of these forwards together, without padding
         self._trial_rows = 0  # of the prover's forwards while calls waited
+        self._holding: Seam | None = None  # keeps something on the device for its next forward
 
     @property
     def waiting(self) -> bool:
@@ -140,7 +141,12 @@ class Lane:
         succeed alone.
         """
         forward = self._runner.collect(block=block) if self._in_flight else None
-        return [] if forward is None else self._settle(forward)
+        if forward is None:
+            return []
+        moved = self._settle(forward)
+        if self._holding is not None and not self._waits_for(self._holding):
+            self._release()
+        return moved
 
     def run_now(self, fiber: Fiber) -> list[Fiber]:
         """One forward for the parked call of a fiber of no lane; returns the fiber when it has moved on."""
@@ -149,9 +155,12 @@ class Lane:
 
     def run_trial(self, *, before_traffic: bool = False) -> bool:
         """Run one forward of the prover's trials; False if there is nothing to try."""
-        if self._prover is None or self._prover.rows_to_run() is None:
+        if self._prover is None or (seam := self._prover.seam_to_run()) is None:
             return False
+        self._hold(seam)
         self._prover.run_trial(before_traffic=before_traffic)
+        if self._prover.seam_to_run() is not seam:
+            self._release()
         return True
 
     @property
@@ -166,6 +175,21 @@ class Lane:
     def close(self) -> None:
         """End the runner's thread after the forward in flight."""
         self._runner.close()
+
+    def _hold(self, seam: Seam) -> None:
+        """A forward of this seam is next; nothing of another one stays on the device beside it."""
+        if self._holding is not seam:
+            self._release()
+        if seam.release is not None:
+            self._holding = seam
+
+    def _waits_for(self, seam: Seam) -> bool:
+        return any(fiber.call is not None and fiber.call.seam is seam for fiber in self._fibers)
+
+    def _release(self) -> None:
+        held, self._holding = self._holding, None
+        if held is not None and held.release is not None:
+            held.release()
 
     def _pick(self) -> list[Fiber]:
         return self._take(self._scheduler.pick(self._calls, self._now(), observe=self._observes_backlog))
@@ -203,6 +227,7 @@ class Lane:
         if first.key is None or first.seam.name in self._unsplittable:
             prover = None
         self._in_flight = fibers
+        self._hold(first.seam)
         self._runner.submit(Forward(fibers, calls, prover))
 
     def _settle(self, forward: Forward) -> list[Fiber]:

@@ -33,8 +33,15 @@ class LoraLayer:
 
 def can_be_joined(layers: Sequence[LoraLayer], x: Tensor) -> bool:
     """Whether joint_outputs computes these layers as they would be computed one by one."""
-    plain = all(type(one.module) is nn.Linear and one.module.weight.dtype is x.dtype for one in layers)
-    return plain and x.is_contiguous() and not torch.is_grad_enabled()
+    if not x.is_contiguous() or torch.is_grad_enabled():
+        return False
+    # some weights are on the device only while their own layer or block computes
+    dtype, device = x.dtype, x.device
+    return all(type(one.module) is nn.Linear and _is(one.module.weight, dtype, device) for one in layers)
+
+
+def _is(weight: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    return weight.dtype is dtype and weight.device == device
 
 
 def joint_outputs(layers: Sequence[LoraLayer], x: Tensor) -> list[Tensor]:

@@ -8,11 +8,23 @@ from typing import Any
 
 from torch import nn
 
+from deployments.planning.plan import Plan
 from deployments.protocol.errors import ModelFailed
 
 logger = logging.getLogger(__name__)
 
 DENOISERS = ("transformer", "transformer_2", "unet")
+
+
+def check_stays_on_device(plan: Plan) -> None:
+    """Raises ModelFailed for a plan that moves a denoiser's weights, for which its code would be compiled
+    again at each forward."""
+    for part in plan.parts:
+        if part.name in DENOISERS and part.placement != "device":
+            raise ModelFailed(
+                f"the {part.name} cannot be compiled while its weights are {part.placement}; take compile "
+                "out of the card, or write offload: none"
+            )
 
 
 def repeated_blocks(pipeline: Any) -> list[nn.Module]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from deployments.engine.out_of_memory import load_or_free
 from deployments.models.load_errors import explain
-from deployments.models.model_memory import Admit, weights_bytes
+from deployments.models.model_memory import Admit, held_bytes, weights_bytes
 from deployments.models.parts import PartFiles, assemble, find_part, find_parts
 from deployments.models.thread_dtype import thread_default_dtype
 from deployments.models.vae import prepare_vae
@@ -79,7 +79,7 @@ def load_pipeline(
     with _explained(weights, licence):
         folder = folder or hub_folder(weights, pipeline=True)
         parts = find_parts(folder, plan, weights.variant)
-        size_bytes = sum(part.device_bytes for part in parts.values())
+        size_bytes = _most_bytes(parts)
     return load_or_free(
         f"the model {weights.path or weights.repo}",
         partial(_load_pipeline, weights, plan, folder, parts, device, admit, licence),
@@ -97,18 +97,22 @@ def _load_pipeline(
     admit: Admit,
     licence: Licence | None,
 ) -> Any:
-    admit(sum(part.device_bytes for part in parts.values()))
+    admit(_most_bytes(parts))
     with _explained(weights, licence):
         modules = {name: part.load(device) for name, part in parts.items()}
         pipeline = assemble(folder, modules, plan, device)
     vae = getattr(pipeline, "vae", None)
     if isinstance(vae, nn.Module):
         prepare_vae(vae, getattr(torch, plan.dtype))
-    loaded = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    elsewhere = {name for name in loaded if plan.part(name).placement != "device"}
-    placed = weights_bytes([module for name, module in loaded.items() if name not in elsewhere])
-    admit(placed + sum(parts[name].device_bytes for name in elsewhere & parts.keys()))
+    admit(held_bytes([part for part in pipeline.components.values() if isinstance(part, nn.Module)]))
     return pipeline
+
+
+def _most_bytes(parts: Mapping[str, PartFiles]) -> int:
+    """On the device at a time, as far as is known before they are read: one part at a time is copied there
+    for a use."""
+    held = sum(part.held_bytes for part in parts.values())
+    return held + max((part.device_bytes - part.held_bytes for part in parts.values()), default=0)
 
 
 def load_controlnet(

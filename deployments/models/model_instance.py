@@ -19,10 +19,11 @@ from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.cache import LoraCache, LoraCacheLimits
 from deployments.loras.file_cache import LoraFileCache
 from deployments.loras.file_reader import LoraFileReader
-from deployments.models.compile import compile_blocks, repeated_blocks
+from deployments.models.compile import check_stays_on_device, compile_blocks, repeated_blocks
 from deployments.models.load import load_controlnet, load_pipeline
 from deployments.models.memory_admission import MemoryAdmission
 from deployments.models.model_memory import Admit, LoraMemory, ModelMemory
+from deployments.models.offload import OnDemand, offloaded_part
 from deployments.models.preprocessors import lazy_preprocessors
 from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.pipelines.previews import Previewer
@@ -63,11 +64,14 @@ class ModelInstance:
         self.card = card
         self.plan = plan_of(card, machine)
         self._machine = machine
+        if serving.compile:
+            check_stays_on_device(self.plan)
         self._memory = ModelMemory(admission, card)
         self._device = device
         pipeline = load_pipeline(
             card.weights, device, plan=self.plan, admit=self._memory.admit_pipeline, licence=card.licence
         )
+        self._memory.expect_uses(_modules(pipeline))
         blocks = repeated_blocks(pipeline) if serving.compile else []
         self.pipelines = DiffusersModel(
             pipeline,
@@ -126,6 +130,9 @@ class ModelInstance:
         for undo in self._undo:
             undo()
         self._undo.clear()
+        for module in self.pipelines.modules:
+            if (part := offloaded_part(module)) is not None:
+                part.close()
         self.prompts.clear()
         self.pipelines.modules.clear()
         if torch.cuda.is_available():
@@ -165,9 +172,19 @@ class ModelInstance:
         """Let the calls of these modules park in the engine, whose stream does not wait for this thread's."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
-        self._undo.append(intercept(modules, self._seams))
+        self._undo.append(intercept(modules, self._seams, _weights_of))
         if self.card.serving.exact != "off":
             self._undo.append(pad_small_linears(modules))
+
+
+def _modules(pipeline: Any) -> list[nn.Module]:
+    return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def _weights_of(module: nn.Module) -> OnDemand | None:
+    """The weights of a module that are on the device for its calls only."""
+    part = offloaded_part(module)
+    return part if isinstance(part, OnDemand) else None
 
 
 def _pipeline_tasks(card: ModelCard) -> list[Task]:

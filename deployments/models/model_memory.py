@@ -12,6 +12,7 @@ from deployments.loras.device_slots import DeviceSlot
 from deployments.models.device_memory import GIB
 from deployments.models.memory_admission import MemoryAdmission
 from deployments.models.model_cache import PIPELINE
+from deployments.models.offload import offloaded_part
 from deployments.protocol.card import ModelCard, Weights
 
 Loaded = TypeVar("Loaded")
@@ -22,6 +23,13 @@ def weights_bytes(modules: Iterable[nn.Module]) -> int:
     """Size of all parameters and buffers; those that modules share count once."""
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+
+def held_bytes(modules: Sequence[nn.Module]) -> int:
+    """Of their weights, what is on the device all the time."""
+    offloaded = [part for module in modules if (part := offloaded_part(module)) is not None]
+    whole = weights_bytes([module for module in modules if offloaded_part(module) is None])
+    return whole + sum(part.held_bytes for part in offloaded)
 
 
 @dataclass(slots=True)
@@ -49,6 +57,20 @@ class ModelMemory:
         memory.expect_working(self.card.id, max(0, space))
         self._claim(PIPELINE, size_bytes, f"the model {self.card.id}")
 
+    def expect_uses(self, modules: Sequence[nn.Module]) -> None:
+        """Keep space for one picture, and for what is copied to the device while these modules are used.
+
+        The card states the bytes of all weights with those of a picture; not all of them are on the device.
+        """
+        offloaded = [part for module in modules if (part := offloaded_part(module)) is not None]
+        if not offloaded:
+            return
+        memory, held = self.admission.memory, held_bytes(modules)
+        space = int(self.card.vram_gib * GIB) - held - sum(part.host_bytes for part in offloaded)
+        if memory.limit_bytes is not None:
+            space = min(space, memory.limit_bytes - held)
+        memory.expect_working(self.card.id, max(0, space, *(part.used_bytes for part in offloaded)))
+
     def load(self, weights: Weights, what: str, load: Callable[[Admit], Loaded]) -> Loaded:
         """What `load` returns; its argument admits bytes before they are on the device.
 
@@ -68,7 +90,7 @@ class ModelMemory:
 
     def keep(self, modules: Sequence[nn.Module]) -> None:
         """Of what `load` loaded last, only these modules stay on the device."""
-        self.admission.memory.record("weights", (self.card.id, self._loaded_last), weights_bytes(modules))
+        self.admission.memory.record("weights", (self.card.id, self._loaded_last), held_bytes(modules))
         self.admission.notify_from_thread()
 
     def close(self) -> None:

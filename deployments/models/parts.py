@@ -18,6 +18,7 @@ from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, get_class_obj_and_candidates
 from torch import nn
 
+from deployments.models.offload import offload
 from deployments.models.weight_files import WeightFiles, find_weights
 from deployments.planning.plan import PartPlan, Plan
 from deployments.protocol.card import Weights
@@ -38,6 +39,11 @@ class PartFiles:
     def size_bytes(self) -> int:
         """Of its tensors, in the dtype that they are loaded in."""
         return self.files.bytes_as(getattr(torch, self.plan.dtype), self._in_float32)
+
+    @property
+    def held_bytes(self) -> int:
+        """What is on the device all the time."""
+        return 0 if self.plan.placement == "on_demand" else self.device_bytes
 
     @property
     def device_bytes(self) -> int:
@@ -66,7 +72,10 @@ class PartFiles:
         Raises what diffusers and transformers raise for damaged files.
         """
         module = self._read(device)
-        return module.to(device) if self.plan.placement == "device" else module
+        if self.plan.placement == "device":
+            return module.to(device)
+        offload(module, self.plan, device)
+        return module
 
     def _read(self, device: torch.device) -> nn.Module:
         """The module in its final dtype: on a GPU, if it stays there as it is read, else on the CPU, where

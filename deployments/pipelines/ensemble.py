@@ -67,7 +67,7 @@ def _equal(one: nn.Module, other: nn.Module) -> bool:
         return False
     a, b = one.state_dict(), other.state_dict()
     return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
+        a[name].dtype == b[name].dtype and torch.equal(a[name].to(b[name].device), b[name]) for name in a
     )
 
 
