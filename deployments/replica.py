@@ -84,7 +84,7 @@ class ModelReplica:
         Raises the reason when the first model cannot be loaded and others serve it, so that Serve sends them
         the requests, and keeps the earlier version of an update. A replica without others stays: requests for
         the model fail with the reason, it is tried again, and the other models are served.
-        Raises ModelUnavailable where Ray gave it several GPUs.
+        Raises ModelUnavailable where Ray gave it several GPUs, or the installation's device is not there.
         """
         began = time.monotonic()
         os.environ["DIFFUSERS_DISABLE_REMOTE_CODE"] = "1"  # a model folder may hold code; never run it
@@ -112,6 +112,7 @@ class ModelReplica:
             lora_files=lora_files,
             lora_folder=None if lora_folder is None else Path(lora_folder),
             encoder=RemoteEncoder(encoder) if isinstance(encoder, DeploymentHandle) else encoder,
+            device_name=_device_name(installation.device, first.serving.num_gpus),
         )
         if self._runtime.load_failures and others_serve():
             self._runtime.check_loaded(first.id)
@@ -287,3 +288,8 @@ def _assigned_gpus(num_gpus: float) -> float:
             "no model is split over several; write num_gpus: 1, and max_replicas for more GPUs"
         )
     return gpus
+
+
+def _device_name(wanted: str | None, num_gpus: float) -> str | None:
+    """The device that the installation wants; None where it is a GPU and the card asks for none."""
+    return None if wanted is not None and wanted.startswith("cuda") and not num_gpus else wanted

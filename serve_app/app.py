@@ -5,6 +5,7 @@ and one for each model, so that models can be added and removed one at a time.
 """
 
 # no `from __future__ import annotations`: Serve reads the type of a builder's argument to validate it
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,11 +13,12 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.encoder import VideoEncoder
-from deployments.protocol.card import ModelCard, Serving, load_cards
+from deployments.protocol.card import ModelCard, Serving
 from deployments.protocol.errors import BadRequest, NotFound
 from deployments.protocol.installation import AS_THE_NODE_SAYS, Installation
 from deployments.replica import ModelReplica
 from deployments.weights_prefetcher import WeightsPrefetcher
+from serve_app.card_settings import card_notices, known_cards
 from serve_app.ray_serve.args import (
     AppArgs,
     EncoderArgs,
@@ -34,7 +36,10 @@ from serve_app.ray_serve.routing import deployment_groups, makes_videos, routes_
 from serve_app.ray_serve.served_models import others_run
 from serve_app.ray_serve.shutdown_hook import on_stop
 from serve_app.ray_serve.spot_nodes import drain_this_node
+from serve_app.setting_values import ignored_variables
 from serve_app.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 # hides the GPUs of the node from a replica that runs on the CPU only
 NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
@@ -43,8 +48,9 @@ NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
 def build(args: AppArgs) -> Application:
     """Everything in one application, with one deployment per card or group, under its name."""
     settings = Settings.load(**args.settings)
-    known = load_cards(settings.cards_dir)
-    cards = select_cards(args.models, known, settings.cards_dir)
+    known = known_cards(settings)
+    cards = select_cards(args.models, known, settings, one_application=True)
+    _log_notices(cards, settings)
     models = _models(cards, known, args.encoder, _lora_source(settings), settings.installation)
     bound = list({id(model): model for model in models.values()}.values())
     fetchers = _fetchers(cards, known, settings.installation)
@@ -62,13 +68,14 @@ def build_model(args: ModelArgs) -> Application:
     Raises BadRequest for more than one group: a change of one would restart the others.
     """
     settings = Settings.load(**args.settings)
-    known = load_cards(settings.cards_dir)
-    cards = select_cards(args.models, known, settings.cards_dir)
+    known = known_cards(settings)
+    cards = select_cards(args.models, known, settings, one_application=False)
     if len(names := list(deployment_groups(cards))) > 1:
         raise BadRequest(
             f"{', '.join(names)} do not share their replicas: give each an application of its own, "
             "or their cards one serving.group"
         )
+    _log_notices(cards, settings)
     source = _lora_source(settings, args.gateway)
     models = _models(cards, known, args.encoder, source, settings.installation)
     return next(iter(models.values()))
@@ -80,14 +87,20 @@ def build_weights(args: WeightsArgs) -> Application:
     Raises BadRequest when all weights are local folders.
     """
     settings = Settings.load(**args.settings)
-    known = load_cards(settings.cards_dir)
-    cards = select_cards(args.models, known, settings.cards_dir)
+    known = known_cards(settings)
+    cards = select_cards(args.models, known, settings, one_application=False)
     fetchers = _fetchers(cards, known, settings.installation)
     if not fetchers:
         raise BadRequest(
             "the weights of these models are all folders on the nodes: there is nothing to fetch"
         )
     return fetchers[0]
+
+
+def _log_notices(cards: Mapping[str, ModelCard], settings: Settings) -> None:
+    """Log what `weft serve` says at its start."""
+    for notice in (*ignored_variables(Settings.model_fields), *card_notices(cards, settings)):
+        logger.warning("%s", notice)
 
 
 def _gateway(

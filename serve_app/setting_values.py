@@ -7,16 +7,20 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from ipaddress import ip_network
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, get_args
 from urllib.parse import unquote, urlsplit
 
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import NoDecode
 
+from deployments.protocol.card import Dtype, Quantisation
 from deployments.protocol.invalid_values import shown, suggestion, what_is_right
 
 HOST = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?")
+DEVICE = re.compile(r"cuda(:\d+)?|mps|cpu")
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}  # other names
 HOSTS_FORM = "names of hosts, without scheme, port and path: example.org, *.example.org, or *"
 NETWORKS_FORM = "IP addresses and networks: 10.0.0.7, 10.0.0.0/8, 2001:db8::/32"
 MASK = "***"
@@ -80,6 +84,41 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """A duration."""
 
 
+def _checked_folder(value: object) -> object:
+    if isinstance(value, str) and "://" in value:
+        raise ValueError("must be a folder; a model at an address is named by weights.path of its card")
+    return value
+
+
+Folder = Annotated[Path, BeforeValidator(_checked_folder)]
+"""A folder of this machine."""
+
+
+def _checked_device(value: object) -> object:
+    if isinstance(value, str) and DEVICE.fullmatch(name := value.strip().lower()):
+        return name
+    raise ValueError("must be cuda, cuda:1 (a GPU by its number), mps or cpu")
+
+
+DeviceName = Annotated[str, BeforeValidator(_checked_device)]
+"""A device as torch names it; an AMD GPU is cuda, too."""
+
+
+def _checked_precision(value: object) -> object:
+    name = value.strip().lower().removeprefix("torch.") if isinstance(value, str) else ""
+    name = PRECISIONS.get(name, name)
+    if name not in (*get_args(Dtype), *get_args(Quantisation)):
+        raise ValueError(
+            f"must be {', '.join(get_args(Dtype))}, or the form of the weights: "
+            f"{', '.join(get_args(Quantisation))}"
+        )
+    return name
+
+
+Precision = Annotated[Dtype | Quantisation, BeforeValidator(_checked_precision)]
+"""A dtype, or the form of quantised weights; by torch's name, or another that is in use."""
+
+
 def unknown_variables(fields: Mapping[str, FieldInfo]) -> str | None:
     """A sentence on the variables WEFT_... of the environment that are no settings; None without one."""
     known = {f"WEFT_{name.upper()}" for name in fields}
@@ -89,6 +128,21 @@ def unknown_variables(fields: Mapping[str, FieldInfo]) -> str | None:
     named = ", ".join(unknown)
     hint = "".join(suggestion(name.upper(), known) for name in unknown[:1])
     return f"unknown environment variable {named}{hint or '; serve_app/settings.py lists the settings'}"
+
+
+def ignored_variables(fields: Mapping[str, FieldInfo]) -> Iterator[str]:
+    """Sentences on variables of the environment that look like settings and are none: other programs have
+    variables MODEL_..., so they are no error."""
+    known = {alias for field in fields.values() for alias in _aliases(field) if alias.startswith("MODEL_")}
+    for name in sorted(os.environ):
+        if name.upper().startswith("MODEL_") and name.upper() not in known:
+            hint = suggestion(name.upper(), known) or f"; those are {', '.join(sorted(known))}"
+            yield f"warning: {name} is no setting and has no effect{hint}"
+    if os.environ.get("DATABASE_URL"):
+        yield (
+            "warning: DATABASE_URL is set and not used: jobs and their history are kept in Valkey "
+            "(REDIS_URL); docs/decisions/0008-history-in-valkey.md says why"
+        )
 
 
 def invalid_settings(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import (
@@ -16,15 +14,34 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from deployments.protocol.card import Dtype, Quantisation
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.installation import Installation, S3Access
 from deployments.protocol.yaml_file import read_mapping
-from serve_app.setting_values import Hosts, Networks, Seconds, invalid_settings, unknown_variables
-
-logger = logging.getLogger(__name__)
+from serve_app.setting_values import (
+    DeviceName,
+    Folder,
+    Hosts,
+    Networks,
+    Precision,
+    Seconds,
+    invalid_settings,
+    unknown_variables,
+)
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, with cards and models
 FILE = ROOT / "configs" / "service.yaml"
+FOLDERS = ("data_dir", "cards_dir", "model_checkpoint_dir", "model_refiner_checkpoint_dir")
+
+
+def _names_of(variable: str) -> AliasChoices:
+    """The names of a setting that others use, too: its own, WEFT_<NAME>, and theirs."""
+    return AliasChoices(variable.lower(), f"WEFT_{variable}", variable)
+
+
+def _named(variable: str, **limits: int) -> Any:
+    """A setting that is not set unless `variable` is."""
+    return Field(None, validation_alias=_names_of(variable), **limits)  # type: ignore[call-overload]
 
 
 class Settings(BaseSettings):
@@ -56,6 +73,14 @@ class Settings(BaseSettings):
     model_cache: Path | None = None  # downloaded weights; None: ~/.cache/weft/models
     metadata_url: str = ""  # http://169.254.169.254 on a cloud with spot nodes: docs/reliability.md
     trace_dir: Path | None = None  # folder for spans, if the Serve config enables tracing
+
+    # how models run: docs/machines.md
+    model_checkpoint_dir: Folder | None = _named("MODEL_CHECKPOINT_DIR")  # folder of base models, or one
+    model_refiner_checkpoint_dir: Folder | None = _named("MODEL_REFINER_CHECKPOINT_DIR")
+    model_device: DeviceName | None = _named("MODEL_DEVICE")  # cuda, cuda:1, mps, cpu; None: the best one
+    model_precision: Precision | None = _named("MODEL_PRECISION")  # a dtype, or the form of the weights
+    model_max_batch_size: int | None = _named("MODEL_MAX_BATCH_SIZE", ge=1, le=64)  # rows of one forward
+    enable_xformers: bool = Field(False, validation_alias=_names_of("ENABLE_XFORMERS"))
 
     data_dir: Path = Path("data")  # jobs and results; survives restarts
     cards_dir: Path = Path("configs/models")  # one YAML file per model
@@ -147,11 +172,6 @@ class Settings(BaseSettings):
 
         Raises BadRequest naming the variable or key that is unknown or not valid.
         """
-        if os.environ.get("DATABASE_URL"):
-            logger.warning(
-                "DATABASE_URL is set and not used: jobs and their history are kept in Valkey (REDIS_URL); "
-                "see docs/decisions/0008-history-in-valkey.md"
-            )
         if unknown := unknown_variables(cls.model_fields):
             raise BadRequest(unknown)
         if FILE.exists():
@@ -163,9 +183,9 @@ class Settings(BaseSettings):
             raise BadRequest(invalid_settings(error, cls.model_fields, values)) from None
         except SettingsError as error:
             raise BadRequest(f"the settings cannot be read: {error}") from None
-        paths = {"data_dir": settings.data_dir, "cards_dir": settings.cards_dir}
+        paths: dict[str, Path | None] = {name: getattr(settings, name) for name in FOLDERS}
         return settings.model_copy(
-            update={name: (ROOT / path.expanduser()).resolve() for name, path in paths.items()}
+            update={name: (ROOT / path.expanduser()).resolve() for name, path in paths.items() if path}
         )
 
     @classmethod
@@ -182,6 +202,16 @@ class Settings(BaseSettings):
             env_settings,
             YamlConfigSettingsSource(settings_cls),
         )
+
+    @property
+    def precision_dtype(self) -> Dtype | None:
+        """The dtype of weights that MODEL_PRECISION asks for; None: that of each card."""
+        return next((dtype for dtype in get_args(Dtype) if dtype == self.model_precision), None)
+
+    @property
+    def precision_quantisation(self) -> Quantisation | None:
+        """The form of weights that MODEL_PRECISION asks for; None: that of each card."""
+        return next((form for form in get_args(Quantisation) if form == self.model_precision), None)
 
     @property
     def results_root(self) -> str:
@@ -206,6 +236,7 @@ class Settings(BaseSettings):
             hub_token=self.hf_token,
             s3=self._s3,
             model_cache=self.model_cache,
+            device=self.model_device,
             hip_alloc_conf=self.pytorch_hip_alloc_conf,
             metadata_url=self.metadata_url.rstrip("/"),
         )

@@ -12,7 +12,8 @@ from deployments.engine.device_errors import DeviceBroken, is_device_broken
 from deployments.engine.out_of_memory import is_out_of_memory, shortage
 from deployments.loras.file_reader import LoraFileReader
 from deployments.models.device_memory import GIB, DeviceMemory
-from deployments.models.hardware import best_device, limit_to_share, machine_of, memory_bytes
+from deployments.models.devices import device_called
+from deployments.models.hardware import limit_to_share, machine_of, memory_bytes
 from deployments.models.load import folder_of
 from deployments.models.load_errors import explain
 from deployments.models.load_failures import LoadFailures, operator_state
@@ -33,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class ModelLoader:
-    """Loads models onto the best device of this process."""
+    """Loads models onto the device of this process."""
 
     def __init__(
         self,
@@ -42,12 +43,14 @@ class ModelLoader:
         lora_files: LoraFileReader,
         *,
         gpu_share: float,
+        device: str | None = None,
     ) -> None:
         """refiners: by card id, the card that card.refiner names. lora_files: for all models.
 
         gpu_share: the part of a GPU that belongs to this process, as `num_gpus`.
+        device: as torch names it; None: the best that there is. Raises ModelUnavailable when it is not there.
         """
-        self.device = best_device()
+        self.device = device_called(device)
         self._gpu_share = gpu_share
         self._memory_gib = cards[0].serving.memory_gib
         limit_to_share(self.device, gpu_share)

@@ -40,6 +40,7 @@ class S3Access:
 class Installation:
     """Settings that replicas need. They travel as an argument: nodes may have other environments."""
 
+    device: str | None = None  # as torch names it; None: the best that there is
     hub_token: SecretStr | None = None  # None: that of the node
     s3: S3Access = S3Access()
     model_cache: Path | None = None  # folder of a node for downloaded weights; None: as the node says

@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 
 import typer
 
-from deployments.protocol.card import ModelCard, load_cards
+from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest, WeftError
 from serve_app.admission.loopback import is_loopback
+from serve_app.card_settings import known_cards
 from serve_app.cli.findings import Finding, Level, listens, status_of
 from serve_app.cli.ray_ports import ray_findings, ray_listeners
 from serve_app.redis.append_only import inspect
@@ -62,7 +63,7 @@ def examine(settings: Settings, host: str, port: int) -> Iterator[Finding]:
     yield from disk_findings(settings)
     yield from secret_file_findings(settings.data_dir)
     try:
-        yield from card_findings(list(load_cards(settings.cards_dir).values()))
+        yield from card_findings(list(known_cards(settings).values()))
     except WeftError as error:
         yield Finding(Level.fail, f"the model cards cannot be read: {error.message}")
 

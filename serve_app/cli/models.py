@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from deployments.protocol.card import load_cards
+from serve_app.card_settings import known_cards
 from serve_app.settings import Settings
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -13,6 +13,6 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 @app.command()
 def models() -> None:
     """List the model cards: id, tasks, exactness, licence, and the folder or repository of the weights."""
-    for card in load_cards(Settings.load().cards_dir).values():
+    for card in known_cards(Settings.load()).values():
         where = card.weights.path or card.weights.repo
         print(f"{card.id:24} {'/'.join(card.tasks):16} {card.serving.exact:8} {card.licence.name:32} {where}")

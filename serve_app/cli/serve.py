@@ -23,6 +23,7 @@ from serve_app.processes import adopt_orphans, end_descendants
 from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.settings import ROOT, Settings
 
+AMD_DRIVER = Path("/dev/kfd")
 SIGNALLED = 128  # plus the signal's number: the status of a process that a second signal has ended
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -126,8 +127,18 @@ def _prepare_environment(settings: Settings, host: str) -> AccessKey | None:
     key = required_key(settings, host)
     if key is not None and settings.jwt_secret is None:
         os.environ["WEFT_JWT_SECRET"], _ = _kept_secret(settings.data_dir / "jwt_secret")
+    if settings.model_device is not None and settings.model_device.startswith("cuda:"):
+        _offer_one_gpu(int(settings.model_device.partition(":")[2]))
     os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # uvicorn would trust X-Forwarded-For from loopback
     return key
+
+
+def _offer_one_gpu(number: int) -> None:
+    """Have Ray see only this GPU of those that this process sees: it is Ray that gives replicas theirs."""
+    name = "HIP_VISIBLE_DEVICES" if AMD_DRIVER.exists() else "CUDA_VISIBLE_DEVICES"
+    visible = os.environ.get(name)
+    os.environ[name] = visible.split(",")[number].strip() if visible else str(number)
+    os.environ["WEFT_MODEL_DEVICE"] = "cuda"
 
 
 def required_key(settings: Settings, host: str) -> AccessKey | None:

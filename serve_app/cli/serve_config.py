@@ -11,10 +11,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from deployments.protocol.card import ModelCard, load_cards
+from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest, NotFound
 from deployments.protocol.invalid_values import shown, suggestion, wrong_values
 from deployments.protocol.yaml_file import read_mapping
+from serve_app.card_settings import known_cards
 from serve_app.ray_serve.args import (
     AppArgs,
     BuilderArgs,
@@ -81,8 +82,8 @@ def served_cards(config: Mapping[str, Any], file: Path) -> dict[str, ModelCard]:
         args = _builder_args(BUILDERS[builder], application.get("args") or {}, where)
         settings = Settings.load(**args.settings)
         if isinstance(args, AppArgs | ModelArgs | WeightsArgs):
-            known = load_cards(settings.cards_dir)
-            selected = select_cards(args.models, known, settings.cards_dir)
+            known, is_all = known_cards(settings), isinstance(args, AppArgs)
+            selected = select_cards(args.models, known, settings, one_application=is_all)
             cards |= selected | dict(_refiners(selected, known))
     return cards
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,9 +17,11 @@ from urllib.parse import urlsplit
 
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest
+from serve_app.card_settings import card_notices
 from serve_app.cli.ports import check_address
 from serve_app.cli.serve_config import served_cards
 from serve_app.redis.reachable import check_redis
+from serve_app.setting_values import ignored_variables
 from serve_app.settings import ROOT, Settings
 
 PROBE_BYTES = 64 * 2**10  # a folder that cannot take these is full
@@ -33,8 +38,11 @@ def check_start(
 
     Raises BadRequest or NotFound with one sentence on the first cause that would stop it, and its cure.
     """
-    cards = served_cards(config, file).values()
+    served = served_cards(config, file)
+    cards = served.values()
     _check_storage(settings, cards)
+    _check_model_folders(settings)
+    _check_device(settings.model_device)
     _check_ray_token()
     check_weights(cards)
     check_folder(settings.data_dir, "WEFT_DATA_DIR", DATA_FOLDERS)
@@ -51,6 +59,8 @@ def check_start(
     check_ports(config)
     if settings.redis_url is not None:
         check_redis(settings.redis_url.get_secret_value(), settings.redis_prefix)
+    for notice in (*ignored_variables(Settings.model_fields), *card_notices(served, settings)):
+        report(notice)
 
 
 def check_ports(config: Mapping[str, Any]) -> None:
@@ -107,6 +117,37 @@ def check_weights(cards: Iterable[ModelCard]) -> None:
                     f"the LoRA {adapter.id} of {card.id} is missing: there is no file {adapter.path}; "
                     "correct adapters in its card"
                 )
+
+
+def _check_model_folders(settings: Settings) -> None:
+    """Raises BadRequest unless the folders with base models are there."""
+    folders = {
+        "MODEL_CHECKPOINT_DIR": settings.model_checkpoint_dir,
+        "MODEL_REFINER_CHECKPOINT_DIR": settings.model_refiner_checkpoint_dir,
+    }
+    for name, folder in folders.items():
+        if folder is None or folder.is_dir():
+            continue
+        cause = (
+            "is a file, and models are read from folders in diffusers' layout: save it as one by "
+            "from_single_file and save_pretrained of its pipeline"
+            if folder.is_file()
+            else "is not there; correct it, or take it out"
+        )
+        raise BadRequest(f"{name} names {folder}, which {cause}")
+
+
+def _check_device(wanted: str | None) -> None:
+    """Raises BadRequest for a device that this machine does not have. Torch is asked in another process."""
+    if wanted in (None, "cpu"):
+        return
+    command = [sys.executable, "-m", "deployments.models.devices"]
+    asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if asked.returncode:
+        return  # the replica says why
+    there: list[str] = json.loads(asked.stdout)
+    if not any(name == wanted or name.startswith((f"{wanted} ", f"{wanted}:")) for name in there):
+        raise BadRequest(f"MODEL_DEVICE is {wanted}, and this machine has {', '.join(there)}")
 
 
 def _check_storage(settings: Settings, cards: Iterable[ModelCard]) -> None:

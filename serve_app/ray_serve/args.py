@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from deployments.protocol.card import ModelCard, Serving, Weights, with_current_keys
 from deployments.protocol.errors import BadRequest, NotFound
 from deployments.protocol.invalid_values import SECRET, suggestion, wrong_values
+from serve_app.card_settings import as_set, refiners_of, with_base_model
 from serve_app.ray_serve.default_card import default_card
 from serve_app.settings import Settings
 
@@ -147,10 +148,13 @@ class ModelArgs(BuilderArgs):
 def select_cards(
     models: Sequence[str | ServingOverride | UncardedModel | ModelCard],
     known: Mapping[str, ModelCard],
-    cards_dir: Path,
+    settings: Settings,
+    *,
+    one_application: bool,
 ) -> dict[str, ModelCard]:
-    """The cards of `models`, by id, in the same order.
+    """The cards of `models`, by id, in the same order, as the settings have them run.
 
+    known: the cards of the installation. one_application: whether these are all the models that are served.
     Raises NotFound listing the known cards, BadRequest for a card that is not valid.
     """
     selected: dict[str, ModelCard] = {}
@@ -160,11 +164,12 @@ def select_cards(
         elif isinstance(model, ModelCard):
             card = model
         elif isinstance(model, ServingOverride):
-            card = _with_serving(_known(model.id, known, cards_dir), model.serving)
+            card = _with_serving(_known(model.id, known, settings.cards_dir), model.serving)
         else:
-            card = _known(model, known, cards_dir)
+            card = _known(model, known, settings.cards_dir)
         selected[card.id] = card
-    return selected
+    cards = as_set(selected, settings, refiners_of(known))
+    return with_base_model(cards, known, settings, one_application=one_application)
 
 
 def _known(card_id: str, known: Mapping[str, ModelCard], cards_dir: Path) -> ModelCard:

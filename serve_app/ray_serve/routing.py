@@ -9,8 +9,9 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from deployments.protocol.card import ModelCard, load_cards
+from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest, WeftError
+from serve_app.card_settings import known_cards
 from serve_app.ray_serve.args import ModelArgs, select_cards
 from serve_app.settings import Settings
 
@@ -192,8 +193,8 @@ class FleetRoutes:
         args = ModelArgs.model_validate(application.args)
         routes: dict[str, ModelRoute] = {}
         if args.gateway == self._gateway:
-            cards_dir = Settings.load(**args.settings).cards_dir
-            cards = select_cards(args.models, load_cards(cards_dir), cards_dir)
+            settings = Settings.load(**args.settings)
+            cards = select_cards(args.models, known_cards(settings), settings, one_application=False)
             routes = routes_of(cards, name)
         self._wanted[name] = application.deployed_at, routes
         return routes

@@ -47,7 +47,10 @@ class ModelDigests:
                 return None
             used["refiner"] = refiner.weights
         digests = await asyncio.to_thread(self._all, used)
-        return None if None in digests.values() else {use: digest or "" for use, digest in digests.items()}
+        if None in digests.values():
+            return None
+        form = {"model": f"{digests['model']}/{card.serving.quantisation}"}
+        return {use: digest or "" for use, digest in digests.items()} | form
 
     def _all(self, used: dict[str, Weights]) -> dict[str, str | None]:
         return {use: self._one(weights) for use, weights in used.items()}

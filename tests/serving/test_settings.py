@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import re
 import stat
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
+from pydantic import AliasChoices, SecretStr
 
 from deployments.protocol.card import load_cards
 from deployments.protocol.errors import BadRequest
@@ -181,12 +183,24 @@ def test_the_port_has_the_name_of_other_services_too(monkeypatch: pytest.MonkeyP
     assert Settings.load().port == 8124
 
 
-def test_a_database_url_is_not_used_and_that_is_said(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_the_example_has_every_setting_once_with_its_default(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("DATABASE_URL", "postgresql://user:sesame@host/db")
+    written = re.findall(r"^# ([A-Z][A-Z0-9_]*=.*?) *(?:#.*)?$", (ROOT / ".env.example").read_text(), re.M)
+    shown = dict(line.split("=", 1) for line in written)
+    names = {
+        alias: name
+        for name, field in Settings.model_fields.items()
+        for alias in (f"WEFT_{name.upper()}", *(field.validation_alias or AliasChoices("")).choices)
+    }
+    for name in (*names, *os.environ):
+        if name in names or name.startswith("WEFT_"):
+            monkeypatch.delenv(str(name), raising=False)
+    monkeypatch.setattr("serve_app.settings.FILE", tmp_path / "none.yaml")
+    defaults = Settings.load()
 
-    Settings.load()
+    for name, value in shown.items():
+        monkeypatch.setenv(name, value)
 
-    assert "DATABASE_URL is set and not used" in caplog.text
-    assert "sesame" not in caplog.text
+    assert sorted(names[name] for name in shown) == sorted(Settings.model_fields)
+    assert Settings.load() == defaults

@@ -72,6 +72,15 @@ CAUSES = {
     "a short JWT secret": setting("WEFT_JWT_SECRET", SECRET, "must have at least 32 characters"),
     "a short JWT secret, other name": setting("JWT_SECRET", SECRET, "JWT_SECRET must have at least 32"),
     "no folder of cards": setting("WEFT_CARDS_DIR", "/nowhere", "there is no folder /nowhere"),
+    # how models run
+    "a device that is none": setting("MODEL_DEVICE", "gpu", "MODEL_DEVICE ('gpu') must be cuda, cuda:1"),
+    "a precision that is none": setting("MODEL_PRECISION", "fp17", "('fp17') must be float32, bfloat16"),
+    "a batch of none": setting("MODEL_MAX_BATCH_SIZE", "0", "MODEL_MAX_BATCH_SIZE ('0') must be at least 1"),
+    "no folder of models": setting("MODEL_CHECKPOINT_DIR", "/nowhere", "names /nowhere, which is not there"),
+    "a model in one file": setting("MODEL_CHECKPOINT_DIR", __file__, "is a file, and models are read from"),
+    "models at an address": setting("MODEL_CHECKPOINT_DIR", "s3://b/m", "must be a folder; a model at"),
+    "no folder of a refiner": setting("MODEL_REFINER_CHECKPOINT_DIR", "/nowhere", "which is not there"),
+    "xformers or not": setting("ENABLE_XFORMERS", "maybe", "ENABLE_XFORMERS ('maybe') must be true or"),
     # the data folder
     "a file in place of a folder": setting("WEFT_DATA_DIR", __file__, "it or one above it is a file"),
     "a folder in a file": setting("WEFT_DATA_DIR", f"{__file__}/data", "it or one above it is a file"),
