@@ -2,6 +2,8 @@
 # docker build -t weft:cpu .                          the tiny models on any machine
 # docker build -t weft:cuda --build-arg DEVICE=cuda . for NVIDIA GPUs; torch brings CUDA's libraries, the
 #                                                     node its driver (NVIDIA container toolkit)
+#   --build-arg TORCH_INDEX=...                       another source of torch's wheels; all other packages are
+#                                                     from pip's own index or the one that pip is set to
 # docker run -p 127.0.0.1:8000:8000 -e WEFT_API_KEY=... -v weft-data:/outputs --shm-size 2g weft:cpu
 ARG DEVICE=cpu
 ARG PYTHON=3.12.12
@@ -15,10 +17,12 @@ ENV PYTHONDONTWRITEBYTECODE=1 \
     PATH=/opt/venv/bin:$PATH
 
 FROM base AS wheels-cpu
-ENV TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV TORCH_INDEX=$TORCH_INDEX
 
 FROM base AS wheels-cuda
-ENV TORCH_INDEX=https://pypi.org/simple
+ARG TORCH_INDEX
+ENV TORCH_INDEX=$TORCH_INDEX
 
 # everything but our own code: built again only when a dependency changes
 # hadolint ignore=DL3006
@@ -30,10 +34,21 @@ COPY deployments/__init__.py deployments/__init__.py
 COPY serve_app/__init__.py serve_app/__init__.py
 # torch first, its build for this device; all versions are those of constraints.txt
 # hadolint ignore=DL3013,DL3042
-RUN pip install --constraint constraints.txt --no-deps --index-url "$TORCH_INDEX" torch \
+RUN pip install --constraint constraints.txt --no-deps ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch \
     && pip install --constraint constraints.txt --editable '.[s3]'
 
-FROM base AS weft
+FROM base AS device-cpu
+
+# for `compile: true`: Triton builds its launchers with gcc and the headers that Python's image has, torch's
+# compiler builds code for the host with g++
+FROM base AS device-cuda
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends gcc g++ libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
+# hadolint ignore=DL3006
+FROM device-${DEVICE} AS weft
 RUN groupadd --gid 10001 weft \
     && useradd --uid 10001 --gid 10001 --create-home --shell /usr/sbin/nologin weft \
     && mkdir /outputs /models \
@@ -51,6 +66,7 @@ COPY tools/bytecode.py tools/bytecode.py
 RUN python -m tools.bytecode
 ENV WEFT_DATA_DIR=/outputs \
     HF_HOME=/models/huggingface \
+    WEFT_MODEL_CACHE=/models/weft \
     RAY_USAGE_STATS_ENABLED=0
 USER 10001:10001
 VOLUME ["/outputs", "/models"]

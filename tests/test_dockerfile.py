@@ -32,13 +32,13 @@ def last_stage(instructions: list[tuple[str, str]]) -> list[tuple[str, str]]:
 def test_the_image_is_built_in_stages_from_a_pinned_python(instructions: list[tuple[str, str]]) -> None:
     stages = [value.split() for name, value in instructions if name == "FROM"]
     names = {stage[2] for stage in stages}
-    arguments = dict(value.split("=", 1) for name, value in instructions if name == "ARG")
+    arguments = dict(value.split("=", 1) for name, value in instructions if name == "ARG" and "=" in value)
 
     foreign = [stage[0] for stage in stages if stage[0] not in names and "${DEVICE}" not in stage[0]]
 
     assert foreign == ["python:${PYTHON}-slim-trixie"]
     assert arguments["PYTHON"].count(".") == 2
-    assert {f"wheels-{device}" for device in ("cpu", "cuda")} <= names
+    assert {f"{kind}-{device}" for kind in ("wheels", "device") for device in ("cpu", "cuda")} <= names
     assert arguments["DEVICE"] == "cpu"
 
 
@@ -91,6 +91,46 @@ def test_every_package_has_the_version_of_the_constraints(instructions: list[tup
 
     assert len(installs) == 2
     assert all("--constraint constraints.txt" in install for install in installs)
+
+
+def stage_called(instructions: list[tuple[str, str]], wanted: str) -> list[tuple[str, str]]:
+    """What follows `FROM ... AS wanted`, to the next stage."""
+    begin = next(i for i, (name, value) in enumerate(instructions) if value.endswith(f"AS {wanted}"))
+    rest = instructions[begin + 1 :]
+    end = next((i for i, (name, _) in enumerate(rest) if name == "FROM"), len(rest))
+    return rest[:end]
+
+
+def test_on_gpus_it_has_what_triton_and_torchs_compiler_call(instructions: list[tuple[str, str]]) -> None:
+    (run,) = [value for name, value in stage_called(instructions, "device-cuda") if name == "RUN"]
+    update, install, clean = run.split("&&")
+
+    assert update.split() == ["apt-get", "update"]
+    assert install.split()[:4] == ["apt-get", "install", "--yes", "--no-install-recommends"]
+    assert set(install.split()[4:]) == {"gcc", "g++", "libc6-dev"}
+    assert clean.split() == ["rm", "-rf", "/var/lib/apt/lists/*"], "in the same layer, which would keep them"
+    assert stage_called(instructions, "device-cpu") == []
+    assert last_stage(instructions)[0] == ("FROM", "device-${DEVICE} AS weft")
+
+
+@pytest.mark.parametrize(
+    ("index", "given"), [("", []), ("https://a.example/b", ["--index-url", "https://a.example/b"])]
+)
+def test_packages_come_from_pips_own_index_and_torch_from_a_given_one(
+    index: str, given: list[str], instructions: list[tuple[str, str]]
+) -> None:
+    (run,) = [value for name, value in instructions if name == "RUN" and "pip install" in value]
+    script = f'pip() {{ printf "%s\\n" "$*"; }}; {run}'
+
+    called = subprocess.run(
+        ["sh", "-euc", script], env={"TORCH_INDEX": index}, capture_output=True, text=True, check=True
+    )
+    torch, others = called.stdout.splitlines()
+
+    assert torch.split() == ["install", "--constraint", "constraints.txt", "--no-deps", *given, "torch"]
+    assert "index" not in others
+    assert "pypi.org" not in (ROOT / "Dockerfile").read_text()
+    assert ("ARG", "TORCH_INDEX") in stage_called(instructions, "wheels-cuda")
 
 
 def test_the_last_stage_brings_neither_compilers_nor_pip_runs(instructions: list[tuple[str, str]]) -> None:
