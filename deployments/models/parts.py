@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, g
 from torch import nn
 
 from deployments.models.offload import offload
+from deployments.models.unmapped import unmapped
 from deployments.models.weight_files import WeightFiles, find_weights
 from deployments.planning.plan import PartPlan, Plan
 from deployments.protocol.card import Weights
@@ -81,14 +83,17 @@ class PartFiles:
         """The module in its final dtype: on a GPU, if it stays there as it is read, else on the CPU, where
         its weights are those of the mapped file as long as their dtype is."""
         straight = device.type == "cuda" and self.plan.placement == "device" and not self.plan.quantisation
-        dtype = "torch_dtype" if issubclass(self.kind, ModelMixin) else "dtype"
-        module: nn.Module = self.kind.from_pretrained(
-            self.folder,
-            variant=self.files.variant,
-            use_safetensors=True,
-            device_map={"": device} if straight else None,
-            **{dtype: getattr(torch, self.plan.dtype)},
-        )
+        dtype: torch.dtype = getattr(torch, self.plan.dtype)
+        name = "torch_dtype" if issubclass(self.kind, ModelMixin) else "dtype"
+        copied = straight or not self.files.are_in(dtype)
+        with unmapped() if copied and len(self.files.paths) > 1 else nullcontext():
+            module: nn.Module = self.kind.from_pretrained(
+                self.folder,
+                variant=self.files.variant,
+                use_safetensors=True,
+                device_map={"": device} if straight else None,
+                **{name: dtype},
+            )
         return module
 
 

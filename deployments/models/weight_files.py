@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 # the names under which diffusers and transformers save the weights of a module
 STEMS = ("diffusion_pytorch_model", "model")
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"})  # in the header of a file: cast to the dtype of the part
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # in the header of a file
+FLOATS = frozenset({"F64", *NAMES.values()})  # are cast to the dtype of the part
 BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16}
 
 
@@ -31,6 +32,12 @@ class WeightFiles:
         Raises SafetensorError for a file that is damaged or cut.
         """
         return sum(_bytes_in(path, dtype, frozenset(in_float32)) for path in self.paths)
+
+    def are_in(self, dtype: torch.dtype) -> bool:
+        """Whether all tensors of floating point have this dtype already."""
+        return all(
+            kind == NAMES[dtype] for path in self.paths for _, kind, _ in _tensors(path) if kind in FLOATS
+        )
 
 
 def find_weights(folder: Path, variant: str | None = None) -> WeightFiles:
@@ -66,13 +73,17 @@ def _saved_as(folder: Path, stem: str, variant: str | None) -> tuple[Path, ...]:
 
 def _bytes_in(path: Path, dtype: torch.dtype, in_float32: frozenset[str]) -> int:
     bits = 0
+    for name, kind, size in _tensors(path):
+        if kind in FLOATS:
+            bits += size * (32 if in_float32.intersection(name.split(".")) else 8 * dtype.itemsize)
+        else:
+            bits += size * BITS.get(kind, 8)
+    return bits // 8
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, str, int]]:
+    """Name, dtype and number of elements of each tensor, from the header of the file."""
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118  it is no dict
             tensor = file.get_slice(name)
-            kind = str(tensor.get_dtype())
-            if kind in FLOATS:
-                width = 32 if in_float32.intersection(name.split(".")) else 8 * dtype.itemsize
-            else:
-                width = BITS.get(kind, 8)
-            bits += width * math.prod(tensor.get_shape())
-    return bits // 8
+            yield name, str(tensor.get_dtype()), math.prod(tensor.get_shape())

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from safetensors import safe_open
 from torch import nn
 from transformers import T5EncoderModel
 
+from deployments.models import unmapped
 from deployments.models.load import load_pipeline
 from deployments.models.model_memory import weights_bytes
 from deployments.models.parts import find_parts
@@ -94,6 +96,28 @@ def test_weights_in_shards_are_those_of_one_file(copied: Path) -> None:
     for name, part in whole.items():
         state = in_shards[name].state_dict()
         assert all(torch.equal(state[path], tensor) for path, tensor in part.state_dict().items())
+
+
+def test_shards_of_a_text_encoder_are_not_all_mapped_while_they_are_copied(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read in their own dtype they are, and are the weights."""
+    split(copied / "text_encoder_2", T5EncoderModel)
+    shards = {path.name for path in (copied / "text_encoder_2").glob("*.safetensors")}
+    backends: dict[str, str] = {}
+
+    def record(path: Any, *arguments: Any, **options: Any) -> Any:
+        backends[Path(path).name] = options["backend"]
+        return safe_open(path, *arguments, **options)
+
+    monkeypatch.setattr(unmapped, "safe_open", record)
+    load_pipeline(Weights(path=str(copied), dtype="float32"), CPU)
+    cast = dict(backends)
+    backends.clear()
+    load_pipeline(Weights(path=str(copied), dtype="bfloat16"), CPU)
+
+    assert {cast[shard] for shard in shards} == {"pread"}
+    assert {backends[shard] for shard in shards} == {"mmap"}
 
 
 def test_a_shard_that_is_missing_is_named_before_anything_is_read(copied: Path) -> None:
