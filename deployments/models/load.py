@@ -14,11 +14,13 @@ from diffusers import ControlNetModel, FluxControlNetModel
 from torch import nn
 
 from deployments.engine.out_of_memory import load_or_free
+from deployments.models.attention import check_attention, set_attention
+from deployments.models.compile import DENOISERS
 from deployments.models.load_errors import explain
 from deployments.models.model_memory import Admit, held_bytes, weights_bytes
 from deployments.models.parts import PartFiles, assemble, find_part, find_parts
 from deployments.models.thread_dtype import thread_default_dtype
-from deployments.models.vae import prepare_vae
+from deployments.models.vae import prepare_vae, set_pieces
 from deployments.models.weight_cache import hub_folder, local_folder, local_path
 from deployments.planning.plan import Plan, everything_on_device
 from deployments.protocol.card import Family, Licence, Weights
@@ -76,6 +78,8 @@ def load_pipeline(
     """
     folder = folder_of(weights)
     plan = plan or everything_on_device(weights.dtype)
+    if plan.attention is not None:
+        check_attention(plan.attention, device, getattr(torch, plan.dtype))
     with _explained(weights, licence):
         folder = folder or hub_folder(weights, pipeline=True)
         parts = find_parts(folder, plan, weights.variant)
@@ -104,6 +108,10 @@ def _load_pipeline(
     vae = getattr(pipeline, "vae", None)
     if isinstance(vae, nn.Module):
         prepare_vae(vae, getattr(torch, plan.dtype))
+        set_pieces(vae, tiling=plan.vae_tiling, slicing=plan.vae_slicing)
+    if plan.attention is not None:
+        denoisers = [pipeline.components.get(name) for name in DENOISERS]
+        set_attention(plan.attention, [one for one in denoisers if one is not None])
     admit(held_bytes([part for part in pipeline.components.values() if isinstance(part, nn.Module)]))
     return pipeline
 

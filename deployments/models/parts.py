@@ -26,6 +26,7 @@ from deployments.planning.plan import PartPlan, Plan
 from deployments.protocol.card import Weights
 
 LIBRARIES = ("diffusers", "transformers")  # whose modules are read here
+CONVOLUTIONAL = ("unet", "vae")  # parts that gain from channels_last
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class PartFiles:
     folder: Path
     files: WeightFiles
     plan: PartPlan
+    channels_last: bool = False  # memory format of its convolutions
 
     @property
     def size_bytes(self) -> int:
@@ -74,6 +76,8 @@ class PartFiles:
         Raises what diffusers and transformers raise for damaged files.
         """
         module = self._read(device)
+        if self.channels_last:
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.plan.placement == "device":
             return module.to(device)
         offload(module, self.plan, device)
@@ -125,7 +129,8 @@ def find_parts(folder: Path, plan: Plan, variant: str | None) -> dict[str, PartF
         kind = _class_of(folder, name, *entry)
         if issubclass(kind, nn.Module):
             place = folder / name if (folder / name).is_dir() else folder
-            parts[name] = PartFiles(kind, place, find_weights(place, variant), plan.part(name))
+            files, last = find_weights(place, variant), plan.channels_last and name in CONVOLUTIONAL
+            parts[name] = PartFiles(kind, place, files, plan.part(name), last)
     if variant is not None and all(part.files.variant is None for part in parts.values()):
         raise FileNotFoundError(f"no weights in {folder} are of the variant {variant!r}")
     return parts

@@ -1,4 +1,4 @@
-"""A model's VAE, shared by requests in turns: it keeps its dtype, whatever dtype the pipeline computes in."""
+"""A model's VAE, shared by requests in turns: its own dtype beside a pipeline's, and its tiles."""
 
 from __future__ import annotations
 
@@ -7,6 +7,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+
+from deployments.protocol.errors import ModelFailed
+
+TILE_PIXELS = 512  # side of a tile at most: many VAEs would only take pictures beyond 1024 pixels apart
+
+
+def set_pieces(vae: Any, *, tiling: bool, slicing: bool) -> None:
+    """Have the VAE decode and encode in tiles, and one picture of a batch at a time, which takes less memory.
+
+    Raises ModelFailed for a VAE that cannot.
+    """
+    for wanted, switch, key in (
+        (tiling, "enable_tiling", "vae_tiling"),
+        (slicing, "enable_slicing", "vae_slicing"),
+    ):
+        if not wanted:
+            continue
+        if not hasattr(vae, switch) or not hasattr(vae, switch.replace("enable", "use")):
+            raise ModelFailed(f"{type(vae).__name__} cannot do {key}; take it out of the card")
+        getattr(vae, switch)()
+    if tiling and hasattr(vae, "tile_latent_min_size"):
+        _set_tile(vae)
+
+
+def _set_tile(vae: Any) -> None:
+    """Of VAEs with square tiles, of which diffusers overlaps a quarter: a multiple of 4 latents on each side,
+    or the picture would have another size."""
+    pixels_per_latent = 2 ** (len(vae.config.block_out_channels) - 1)
+    latents = min(vae.tile_latent_min_size, TILE_PIXELS // pixels_per_latent)
+    vae.tile_latent_min_size = max(4, latents // 4 * 4)
+    vae.tile_sample_min_size = vae.tile_latent_min_size * pixels_per_latent
 
 
 def prepare_vae(vae: Any, dtype: torch.dtype) -> None:

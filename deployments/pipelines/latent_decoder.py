@@ -71,7 +71,7 @@ def latent_decoder(pipeline: Any, output: Tensor) -> LatentDecoder:
 def _streaming_decoder(pipeline: Any) -> Callable[[Any, Tensor], LatentDecoder] | None:
     """The decoder in parts that is bit-equal to the VAE's own decoding; None if there is none."""
     vae = pipeline.vae
-    if vae.use_tiling or vae.use_slicing:
+    if vae.use_tiling:  # tiles are decoded through all frames
         return None
     match type(vae).__name__:
         case "AutoencoderKLWan":

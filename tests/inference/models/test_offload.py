@@ -21,15 +21,18 @@ from deployments.engine.intercept import intercept
 from deployments.engine.step_scheduler import StepScheduler
 from deployments.models import offload as offloading
 from deployments.models.compile import check_stays_on_device
+from deployments.models.device_memory import DeviceMemory
 from deployments.models.load import load_pipeline
-from deployments.models.model_instance import _weights_of
+from deployments.models.memory_admission import MemoryAdmission
+from deployments.models.model_instance import ModelInstance, _weights_of
 from deployments.models.model_memory import held_bytes, weights_bytes
 from deployments.models.offload import OnDemand, blocks_of, offload, offloaded_part
 from deployments.models.packed_weights import PackedWeights
 from deployments.pipelines.diffusers_model import DiffusersModel
+from deployments.planning.machine import Machine
 from deployments.planning.plan import PartPlan, Placement, Plan
 from deployments.protocol.card import load_card
-from deployments.protocol.errors import ModelFailed
+from deployments.protocol.errors import ModelFailed, OutOfMemory
 from deployments.protocol.request import ResolvedEdit, ResolvedRequest, Task
 from tests.inference.engine.exactness import Bench
 
@@ -302,3 +305,41 @@ def test_streamed_weights_are_not_compiled() -> None:
 def test_a_placement_that_a_part_cannot_have_is_refused() -> None:
     with pytest.raises(ValueError, match="vae cannot be placed as 'cpu'"):
         offload(Blocks(), PartPlan("vae", "float32", "cpu"), CPU)
+
+
+def test_the_account_has_what_is_held_and_space_for_what_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = load_card(CARDS / "tiny-flux-dev.yaml")
+    plan = planned("streamed", "on_demand")
+    monkeypatch.setattr("deployments.models.model_instance.plan_of", lambda *_arguments: plan)
+    memory = DeviceMemory(lambda: 2**30)
+    model = ModelInstance(card, Machine("CPU", "cpu"), None, CPU, admission=MemoryAdmission(memory))
+    parts = model.pipelines._pipeline.components
+    used = {name: offloaded_part(parts[name]).used_bytes for name in ENCODERS}  # type: ignore[union-attr]
+
+    assert model.size_bytes == held_bytes([part for part in parts.values() if isinstance(part, nn.Module)])
+    assert model.size_bytes < weights_bytes([part for part in parts.values() if isinstance(part, nn.Module)])
+    assert memory.working_bytes == max(used.values())
+
+    model.unload()
+    assert memory.held["weights"] == memory.working_bytes == 0
+    moving = blocks_of(parts["transformer"])[1:]
+    assert moving
+    assert all(is_blank(weight) for block in moving for weight in block.parameters())
+
+
+def test_too_little_memory_for_an_encoder_is_refused_before_weights_are_read() -> None:
+    weights = load_card(CARDS / "tiny-flux-dev.yaml").weights
+    asked: list[int] = []
+
+    def refuse(size_bytes: int) -> None:
+        asked.append(size_bytes)
+        raise OutOfMemory("no")
+
+    for plan in (planned("device", "device"), planned("device", "on_demand")):
+        with pytest.raises(OutOfMemory):
+            load_pipeline(weights.model_copy(update={"dtype": "float32"}), CPU, plan=plan, admit=refuse)
+
+    pipeline = load_pipeline(weights, CPU, plan=planned("device", "device"))
+    sizes = [weights_bytes([getattr(pipeline, name)]) for name in ENCODERS]
+    saved = asked[0] - asked[1]
+    assert saved == pytest.approx(min(sizes), rel=0.01), "one encoder at a time is on the device"
