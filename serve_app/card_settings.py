@@ -172,7 +172,11 @@ def _names(card: ModelCard) -> Iterator[str]:
 
 
 def _at(card: ModelCard, folder: Path) -> ModelCard:
-    weights = Weights(path=str(folder), variant=card.weights.variant, dtype=card.weights.dtype)
+    """The card with its weights in this folder, which may lack the files of the variant that the hub has."""
+    variant = card.weights.variant
+    if not any(folder.glob(f"*/*.{variant}[.-]*")):
+        variant = None
+    weights = Weights(path=str(folder), variant=variant, dtype=card.weights.dtype)
     return card.model_copy(update={"weights": weights})
 
 

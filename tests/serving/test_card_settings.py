@@ -165,6 +165,28 @@ def test_a_folder_of_models_is_looked_at_first_under_each_of_their_names(
     ]
 
 
+@pytest.mark.parametrize(
+    ("file", "variant"),
+    [
+        ("unet/diffusion_pytorch_model.fp16.safetensors", "fp16"),
+        ("text_encoder/model.fp16-00001-of-00002.safetensors", "fp16"),
+        ("unet/diffusion_pytorch_model.safetensors", None),
+    ],
+)
+def test_files_of_the_cards_variant_are_read_where_the_folder_has_them(
+    file: str, variant: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    weights = pipeline_in(tmp_path / "base/sdxl-base-1.0") / file
+    weights.parent.mkdir()
+    weights.touch()
+    monkeypatch.setenv("MODEL_CHECKPOINT_DIR", str(tmp_path / "base"))
+
+    card = select(Settings.load(), "sdxl-base-1.0")["sdxl-base-1.0"]
+
+    assert load_card(SHIPPED / "sdxl-base-1.0.yaml").weights.variant == "fp16"
+    assert card.weights.variant == variant
+
+
 def test_a_folder_that_is_a_model_is_the_one_of_its_name_or_the_first_of_its_family(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
