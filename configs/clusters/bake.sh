@@ -4,12 +4,12 @@
 # On a fresh instance of the image that the cluster file names, with the repository in ~/weft and no .env:
 #   ~/weft/configs/clusters/bake.sh s3 boto3                        # AWS
 #   ~/weft/configs/clusters/bake.sh s3 google-api-python-client     # Google
-# Then make the image (docs/operations.md). Never of a node of a cluster: it has secrets and units that would start.
+# Then make the image (docs/operations.md). Never of a node of a cluster: it has secrets, and units that start.
 set -eu
 weft=$(cd "$(dirname "$0")/../.." && pwd)
 for secret in "$weft/.env" "$weft/ray.env" "$HOME/.ray/auth_token" "$HOME/ray_bootstrap_key.pem"; do
   if [ -e "$secret" ]; then
-    echo "$secret is here: this is a node, not a fresh instance; each node of its image would have its secrets" >&2
+    echo "$secret is here: this is a node, not a fresh instance; its image would carry its secrets" >&2
     exit 2
   fi
 done

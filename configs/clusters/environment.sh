@@ -27,7 +27,7 @@ set +a
 : "${REDIS_URL:=${WEFT_REDIS_URL:-}}"
 [ -n "$REDIS_URL" ] || refuse "REDIS_URL is missing: jobs of a cluster are in a store of their own"
 export REDIS_URL
-[ -z "${AWS_SESSION_TOKEN:-}" ] || refuse "AWS_SESSION_TOKEN: keys that end within hours; use a role, or lasting keys"
+[ -z "${AWS_SESSION_TOKEN:-}" ] || refuse "AWS_SESSION_TOKEN: keys that end within hours; use a role or lasting keys"
 [ -z "${AWS_PROFILE:-}" ] || refuse "AWS_PROFILE: a node has no profiles; use its role, or keys"
 rename AWS_ACCESS_KEY_ID WEFT_AWS_ACCESS_KEY_ID
 rename AWS_SECRET_ACCESS_KEY WEFT_AWS_SECRET_ACCESS_KEY

@@ -16,8 +16,11 @@ case $kind in
 esac
 
 "$weft/configs/clusters/environment.sh" true # a mistake in .env is reported here, not in a journal
-# the instance, its type and resources, as `ray up` exports them: a later start needs them too
-(umask 077 && export -p | sed -n '/^export RAY_/p' > "$weft/ray.env")
+# the instance, its type and resources, as `ray up` exports them: a later start needs them too, and so does one
+# after this was run by hand
+if [ -n "${RAY_CLOUD_INSTANCE_ID:-}" ] || [ ! -e "$weft/ray.env" ]; then
+  (umask 077 && export -p | sed -n '/^export RAY_/p' > "$weft/ray.env")
+fi
 for file in weft-ray@.service weft-deploy.service; do
   sed -e "s|@weft@|$weft|g" -e "s|@user@|$(id -un)|g" \
     "$weft/configs/clusters/$file" | sudo tee "/etc/systemd/system/$file" > /dev/null

@@ -1,4 +1,4 @@
-"""The Terraform module for AWS: its form, the file for `ray up` that it writes, and what its parts allow."""
+"""The Terraform modules: their form, the files for `ray up` that they write, and what their parts allow."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from serve_app.settings import Settings
+
 ROOT = Path(__file__).parents[2]
-MODULE = ROOT / "configs/terraform/aws"
+MODULES = ROOT / "configs/terraform"
+MODULE = MODULES / "aws"
 TERRAFORM = shutil.which("terraform")
 SHIPPED = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
 PLACES = {
@@ -28,6 +32,17 @@ PLACES = {
     "head_profile": "weft-head",
     "worker_profile": "weft-worker",
     "weights": "fs-1.efs.eu-west-1.amazonaws.com",
+    "max_workers": 3,
+}
+
+PLACES_ON_GOOGLE = {
+    "project": "pictures-1",
+    "region": "europe-west4",
+    "zone": "europe-west4-b",
+    "subnetwork": "https://google/subnetworks/weft-nodes",
+    "node_tag": "weft-node",
+    "head_tag": "weft-head",
+    "weights": "10.1.2.3",
     "max_workers": 3,
 }
 
@@ -44,24 +59,55 @@ def terraform(folder: Path, *arguments: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The file for `ray up`, as Terraform writes it."""
-    root = tmp_path_factory.mktemp("terraform")
-    folder = root / "configs/terraform/aws/cluster_file"
-    shutil.copytree(MODULE / "cluster_file", folder)
-    shutil.copy(ROOT / "cluster.yaml", root)
-    (folder / "terraform.tfvars.json").write_text(json.dumps(PLACES))
+def made_of(cloud: str, shipped: Path, places: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """The file for `ray up`, as Terraform writes it in a copy of the repository at `root`."""
+    folder = root / f"configs/terraform/{cloud}/cluster_file"
+    shutil.copytree(MODULES / cloud / "cluster_file", folder)
+    (root / shipped).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / shipped, root / shipped)
+    (folder / "terraform.tfvars.json").write_text(json.dumps(places))
     terraform(folder, "init", "-input=false", "-no-color")
     terraform(folder, "apply", "-input=false", "-auto-approve", "-no-color")
     written: dict[str, Any] = yaml.safe_load(terraform(folder, "output", "-raw", "yaml"))
     return written
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """That of AWS."""
+    return made_of("aws", Path("cluster.yaml"), PLACES, tmp_path_factory.mktemp("aws"))
+
+
+@pytest.fixture(scope="module")
+def made_for_google(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return made_of("gcp", Path("configs/clusters/gcp.yaml"), PLACES_ON_GOOGLE, tmp_path_factory.mktemp("gcp"))
+
+
 @with_terraform
-def test_the_module_is_written_as_terraform_writes_it(tmp_path: Path) -> None:
+def test_the_modules_are_written_as_terraform_writes_them(tmp_path: Path) -> None:
     """It reads every file: a mistake in the syntax is an error here too."""
-    terraform(tmp_path, "fmt", "-check", "-recursive", str(MODULE))
+    terraform(tmp_path, "fmt", "-check", "-recursive", str(MODULES))
+
+
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_what_a_module_names_it_declares(cloud: str) -> None:
+    """`terraform validate` would say so, too, but needs the providers, which only their registry has."""
+    text = "\n".join(file.read_text() for file in sorted((MODULES / cloud).glob("*.tf")))
+    declared = {f"{kind}.{name}" for kind, name in re.findall(r'^resource "(\w+)" "(\w+)"', text, re.M)}
+    declared |= {f"data.{kind}.{name}" for kind, name in re.findall(r'^data "(\w+)" "(\w+)"', text, re.M)}
+    declared |= {f"var.{name}" for name in re.findall(r'^variable "(\w+)"', text, re.M)}
+    declared |= {
+        f"local.{name}"
+        for block in re.findall(r"^locals \{\n(.*?)^\}", text, re.M | re.S)
+        for name in re.findall(r"^  (\w+) +=", block, re.M)
+    }
+
+    named = set(re.findall(r"(?<![\w./])(?:data\.)?(?:aws|google|random)_\w+\.\w+", text))
+    named |= set(re.findall(r"(?<![\w./])(?:var|local)\.\w+", text))
+
+    assert len(named) >= 20
+    assert named <= declared
+    assert {name for name in declared if name.startswith(("var.", "local."))} <= named, "unused"
 
 
 @with_terraform
@@ -109,6 +155,24 @@ def test_all_else_is_the_file_that_ships(made: dict[str, Any]) -> None:
     assert any(PLACES["weights"] in line for line in made["initialization_commands"])
 
 
+@with_terraform
+def test_ray_takes_the_file_for_google_with_its_network_disks_and_weights(
+    made_for_google: dict[str, Any],
+) -> None:
+    nodes = {name: kind["node_config"] for name, kind in made_for_google["available_node_types"].items()}
+
+    validate_config(prepare_config(made_for_google))
+
+    assert not re.search(r"us-central1|my-project|10\.0\.0\.2", yaml.safe_dump(made_for_google))
+    assert {name for name, node in nodes.items() if "weft-head" in node["tags"]["items"]} == {"head"}
+    for node in nodes.values():
+        assert node["networkInterfaces"][0]["subnetwork"] == PLACES_ON_GOOGLE["subnetwork"]
+        assert node["disks"][0]["initializeParams"]["sourceImage"].startswith(
+            "projects/deeplearning-platform"
+        )
+    assert any("10.1.2.3:/models" in line for line in made_for_google["initialization_commands"])
+
+
 def test_users_of_the_stores_are_those_that_ship_for_kubernetes() -> None:
     script = (ROOT / "configs/kuberay/secrets.sh").read_text()
     stores = (MODULE / "stores.tf").read_text()
@@ -136,12 +200,11 @@ def test_only_nodes_reach_the_stores() -> None:
     assert "cidr_blocks" not in stores
 
 
-def test_the_environment_that_it_writes_has_only_variables_that_nodes_know(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("cloud", ["aws", "gcp"])
+def test_the_environment_that_a_module_writes_is_one_that_weft_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cloud: str
 ) -> None:
-    from serve_app.settings import Settings
-
-    text = (MODULE / "main.tf").read_text().partition("value       = <<-EOT")[2].partition("EOT")[0]
+    text = (MODULES / cloud / "main.tf").read_text().partition("value       = <<-EOT")[2].partition("EOT")[0]
     lines = [line.strip().split("=", 1) for line in text.strip().splitlines()]
     for name, value in lines:
         monkeypatch.setenv(name, re.sub(r"\$\{.*?\}", "x" * 32, value))
