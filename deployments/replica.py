@@ -113,6 +113,7 @@ class ModelReplica:
             lora_folder=None if lora_folder is None else Path(lora_folder),
             encoder=RemoteEncoder(encoder) if isinstance(encoder, DeploymentHandle) else encoder,
             device_name=_device_name(installation.device, first.serving.num_gpus),
+            reserves_gpu=not installation.logical_gpus and _resources().get("GPU", 0) > 0,
         )
         if self._runtime.load_failures and others_serve():
             self._runtime.check_loaded(first.id)
@@ -276,18 +277,21 @@ def _assigned_gpus(num_gpus: float) -> float:
 
     A Serve config may override the card's number. Raises ModelUnavailable for several.
     """
-    assigned: Mapping[str, float] = {}
-    if ray.is_initialized():
-        context = ray.get_runtime_context()
-        if context.get_actor_id() is not None:  # not a process that only calls Ray, to which it gives nothing
-            assigned = context.get_assigned_resources()  # type: ignore[no-untyped-call]
-    gpus = assigned.get("GPU", num_gpus)
+    gpus = _resources().get("GPU", num_gpus)
     if gpus > 1:
         raise ModelUnavailable(
             f"the deployment's ray_actor_options ask for {gpus:g} GPUs, all but one of which would be idle: "
             "no model is split over several; write num_gpus: 1, and max_replicas for more GPUs"
         )
     return gpus
+
+
+def _resources() -> Mapping[str, float]:
+    """What Ray has given to this process; nothing where it only calls Ray, or runs without it."""
+    if not ray.is_initialized() or (context := ray.get_runtime_context()).get_actor_id() is None:
+        return {}
+    assigned: Mapping[str, float] = context.get_assigned_resources()  # type: ignore[no-untyped-call]
+    return assigned
 
 
 def _device_name(wanted: str | None, num_gpus: float) -> str | None:

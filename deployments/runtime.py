@@ -57,11 +57,13 @@ class Runtime:
         lora_folder: Path | None,
         encoder: Encoder | None,
         device_name: str | None = None,
+        reserves_gpu: bool = False,
     ) -> None:
         """Load the first card's model and start the engine's thread. See ModelReplica for the parameters.
 
         gpu_share: the part of a GPU that belongs to this process, as `num_gpus`.
-        device_name: torch's; None: the best that there is. Raises ModelUnavailable when it is not there.
+        device_name: torch's; None: the best that there is. reserves_gpu: Ray has given this process a GPU.
+        Raises ModelUnavailable when the device is not there.
         A model that cannot be loaded is in `load_failures`, and tried again for a later request.
         """
         serving = cards[0].serving
@@ -70,7 +72,14 @@ class Runtime:
         if serving.exact != "off":
             set_determinism_flags()
         self._lora_files = LoraFileCache(lora_folder, serving.adapter_disk_mib * MIB, lora_files)
-        self._loader = ModelLoader(cards, refiners, self._lora_files, gpu_share=gpu_share, device=device_name)
+        self._loader = ModelLoader(
+            cards,
+            refiners,
+            self._lora_files,
+            gpu_share=gpu_share,
+            device=device_name,
+            reserves_gpu=reserves_gpu,
+        )
         self.models = self._loader.open_cache(serving.models_loaded)
         memory, device = self._loader.memory, self._loader.device
         scheduler = StepScheduler(serving.max_rows or MAX_ROWS, memory.rows_that_fit)

@@ -71,6 +71,7 @@ class Settings(BaseSettings):
     )  # signs tokens and sessions; None: no tokens
     ui: bool = True  # serve the page at /
     model_cache: Path | None = None  # downloaded weights; None: ~/.cache/weft/models
+    logical_gpus: bool = False  # Ray's --num-gpus names GPUs that are not there: models run on the CPU
     metadata_url: str = ""  # http://169.254.169.254 on a cloud with spot nodes: docs/reliability.md
     trace_dir: Path | None = None  # folder for spans, if the Serve config enables tracing
 
@@ -238,6 +239,7 @@ class Settings(BaseSettings):
             model_cache=self.model_cache,
             device=self.model_device,
             hip_alloc_conf=self.pytorch_hip_alloc_conf,
+            logical_gpus=self.logical_gpus,
             metadata_url=self.metadata_url.rstrip("/"),
         )
 

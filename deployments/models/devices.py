@@ -10,13 +10,20 @@ from deployments.models.hardware import best_device
 from deployments.protocol.errors import ModelUnavailable
 
 
-def device_called(name: str | None) -> torch.device:
+def device_called(name: str | None, *, reserves_gpu: bool = False) -> torch.device:
     """The device of this name, of which a GPU becomes the current one; None: the best that there is.
 
+    reserves_gpu: Ray has given this process a GPU, so that the CPU would be a mistake.
     Raises ModelUnavailable naming what is there.
     """
     if name is None:
-        return best_device()
+        best = best_device()
+        if reserves_gpu and best.type == "cpu":
+            raise ModelUnavailable(
+                f"Ray gave this replica a GPU, and torch finds none that works here ({_why_no_gpu()}); "
+                "install a driver that fits this torch, or set MODEL_DEVICE=cpu to compute on the CPU"
+            )
+        return best
     kind, _, number = name.partition(":")
     there = [*_devices()]
     if not any(
@@ -28,6 +35,15 @@ def device_called(name: str | None) -> torch.device:
     if number:
         torch.cuda.set_device(int(number))
     return torch.device(kind)
+
+
+def _why_no_gpu() -> str:
+    """What torch says when it is asked for one."""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().partition("\n")[0]
+    return "no device is visible"
 
 
 def _devices() -> list[str]:

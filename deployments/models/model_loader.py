@@ -44,13 +44,15 @@ class ModelLoader:
         *,
         gpu_share: float,
         device: str | None = None,
+        reserves_gpu: bool = False,
     ) -> None:
         """refiners: by card id, the card that card.refiner names. lora_files: for all models.
 
         gpu_share: the part of a GPU that belongs to this process, as `num_gpus`.
-        device: as torch names it; None: the best that there is. Raises ModelUnavailable when it is not there.
+        device: as torch names it; None: the best that there is. reserves_gpu: as for device_called.
+        Raises ModelUnavailable when it is not there.
         """
-        self.device = device_called(device)
+        self.device = device_called(device, reserves_gpu=reserves_gpu)
         self._gpu_share = gpu_share
         self._memory_gib = cards[0].serving.memory_gib
         limit_to_share(self.device, gpu_share)

@@ -45,6 +45,7 @@ class Installation:
     s3: S3Access = S3Access()
     model_cache: Path | None = None  # folder of a node for downloaded weights; None: as the node says
     hip_alloc_conf: str = ""  # of torch's allocator on AMD GPUs
+    logical_gpus: bool = False  # GPUs that Ray counts need not be there
     metadata_url: str = ""  # of the cloud's service for its nodes; empty: it is not asked
 
 

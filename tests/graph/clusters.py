@@ -51,6 +51,7 @@ class RayCluster:
             "WEFT_HEARTBEAT_S": "0.5",
             "WEFT_READS_PER_MINUTE": "100000",  # tests ask often
             "WEFT_CACHE": "false",  # a repeated request must run again
+            "WEFT_LOGICAL_GPUS": "true",
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
             "PYTHONPATH": str(ROOT),
             **RAY,

@@ -43,6 +43,7 @@ def service(cards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         "WEFT_HEARTBEAT_S": "0.5",
         "WEFT_READS_PER_MINUTE": "100000",  # tests ask often
         "WEFT_CACHE": "false",  # a repeated request must run again
+        "WEFT_LOGICAL_GPUS": "true",
         "WEFT_TRACE_DIR": str(data / "traces"),
         "WEFT_MODEL_CACHE": str(data / "models"),
         "RAY_metrics_report_interval_ms": "1000",  # ten seconds are long for a test

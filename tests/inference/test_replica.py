@@ -26,6 +26,7 @@ from deployments.protocol.events import (
     Started,
     Step,
 )
+from deployments.protocol.installation import Installation
 from deployments.protocol.request import Edit, GenerationRequest, Lora, OutputOptions
 from deployments.replica import ModelReplica
 from deployments.runtime import SWITCH_INTERVAL_S
@@ -424,3 +425,19 @@ def test_a_replica_that_ray_gave_several_gpus_does_not_start(monkeypatch: pytest
 
     with pytest.raises(ModelUnavailable, match=r"ask for 2 GPUs.*num_gpus: 1"):
         ModelReplica([CARD])
+
+
+def test_a_replica_whose_gpu_cannot_be_used_does_not_compute_on_the_cpu_instead(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.get_runtime_context", lambda: RayContext(1.0))
+    serving = CARD.serving.model_copy(update={"warm_up": False})
+    card = CARD.model_copy(update={"serving": serving})
+
+    with pytest.raises(ModelUnavailable, match=r"Ray gave this replica a GPU.*driver.*MODEL_DEVICE=cpu"):
+        ModelReplica([card])
+    on_purpose = ModelReplica([card], installation=Installation(logical_gpus=True))
+
+    on_purpose.check_health()
+    on_purpose.__del__()
