@@ -8,12 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from deployments.planning.plan import Plan
+from deployments.planning.plan import DENOISERS, Plan
 from deployments.protocol.errors import ModelFailed
 
 logger = logging.getLogger(__name__)
-
-DENOISERS = ("transformer", "transformer_2", "unet")
 
 
 def check_stays_on_device(plan: Plan) -> None:

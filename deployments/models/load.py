@@ -15,14 +15,13 @@ from torch import nn
 
 from deployments.engine.out_of_memory import load_or_free
 from deployments.models.attention import check_attention, set_attention
-from deployments.models.compile import DENOISERS
 from deployments.models.load_errors import explain
 from deployments.models.model_memory import Admit, held_bytes, weights_bytes
 from deployments.models.parts import PartFiles, assemble, find_part, find_parts
 from deployments.models.thread_dtype import thread_default_dtype
 from deployments.models.vae import prepare_vae, set_pieces
 from deployments.models.weight_cache import hub_folder, local_folder, local_path
-from deployments.planning.plan import Plan, everything_on_device
+from deployments.planning.plan import DENOISERS, Plan, everything_on_device
 from deployments.protocol.card import Family, Licence, Weights
 from deployments.protocol.errors import ModelFailed
 

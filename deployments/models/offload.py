@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deployments.models.packed_weights import PackedWeights, weights_of
+from deployments.models.packed_weights import PackedWeights, stored_bytes, weights_of
 from deployments.planning.plan import PartPlan
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)  # whose weights only their own call uses
@@ -133,8 +133,8 @@ class _Streamed:
         self._places = [
             _Place(torch.empty(largest, dtype=torch.uint8, device=device)) for _ in range(2 if largest else 0)
         ]
-        held = [t for t in (*module.parameters(), *module.buffers()) if id(t) not in packed]
-        self.held_bytes = sum({id(t): t.nbytes for t in held}.values()) + len(self._places) * largest
+        held = [weight for weight, _ in weights_of(module) if id(weight) not in packed]
+        self.held_bytes = sum(map(stored_bytes, held)) + len(self._places) * largest
         self.used_bytes = 0
         self.host_bytes = sum(packed.size_bytes for packed in self._packed.values())
         self._following: dict[nn.Module, nn.Module] = {}
@@ -211,5 +211,4 @@ def _move_others(module: nn.Module, kept: set[int], device: torch.device) -> Non
 
 
 def _bytes_of(module: nn.Module) -> int:
-    tensors = [*module.parameters(), *module.buffers()]
-    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+    return sum(stored_bytes(weight) for weight, _ in weights_of(module))

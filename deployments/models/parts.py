@@ -46,14 +46,17 @@ class PartFiles:
 
     @property
     def held_bytes(self) -> int:
-        """What is on the device all the time."""
+        """What is on the device all the time, as far as is known: of weights that move it is by the plan."""
         return 0 if self.plan.placement == "on_demand" else self.device_bytes
 
     @property
     def device_bytes(self) -> int:
-        """The most of it that is on the device at a time."""
+        """The most of it that is on the device at a time; of weights that move, by the plan, 0 if it does not
+        know."""
         if self.plan.placement == "cpu":
             return 0
+        if self.plan.placement in ("streamed", "sequential"):
+            return self.plan.device_bytes
         as_read = self.plan.placement == "device" and self.plan.quantisation is None
         return self.size_bytes if as_read else self.plan.device_bytes or self.size_bytes
 

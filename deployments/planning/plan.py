@@ -13,6 +13,9 @@ from deployments.protocol.card import Dtype, ModelCard, Quantisation
 # others compute. sequential: each layer is copied when it computes
 Placement = Literal["device", "on_demand", "cpu", "streamed", "sequential"]
 
+DENOISERS = ("transformer", "transformer_2", "unet")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
 
 @dataclass(frozen=True, slots=True)
 class PartPlan:
@@ -47,14 +50,26 @@ def plan_of(card: ModelCard, machine: Machine) -> Plan:
     """The plan of the card's model on this machine."""
     serving = card.serving
     dtype = _dtype(card.weights.dtype, machine)
+    vae = (PartPlan("vae", "float32"),) if dtype == "float16" else ()  # most VAEs overflow in float16
+    moving = [PartPlan(name, dtype, place) for name, place in _places(serving.offload, machine).items()]
     return Plan(
         dtype,
-        (PartPlan("vae", "float32"),) if dtype == "float16" else (),  # most VAEs overflow in float16
+        (*vae, *moving),
         attention=serving.attention,
         vae_tiling=serving.vae_tiling is True,
         vae_slicing=serving.vae_slicing is True,
         channels_last=serving.channels_last is True,
     )
+
+
+def _places(offload: str, machine: Machine) -> dict[str, Placement]:
+    """The places that a card asks for, of parts that are not always on the device. A CPU has one memory."""
+    if machine.kind == "cpu" or offload in ("auto", "none"):
+        return {}
+    denoiser: Placement = "streamed" if offload == "balanced" else "sequential"
+    encoder: Placement = "sequential" if offload == "sequential" else "on_demand"
+    places = dict.fromkeys(TEXT_ENCODERS, encoder)
+    return places if offload == "text_encoders" else places | dict.fromkeys(DENOISERS, denoiser)
 
 
 def _dtype(wanted: Dtype, machine: Machine) -> Dtype:

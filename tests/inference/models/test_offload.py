@@ -30,7 +30,7 @@ from deployments.models.offload import OnDemand, blocks_of, offload, offloaded_p
 from deployments.models.packed_weights import PackedWeights
 from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.planning.machine import Machine
-from deployments.planning.plan import PartPlan, Placement, Plan
+from deployments.planning.plan import PartPlan, Placement, Plan, plan_of
 from deployments.protocol.card import load_card
 from deployments.protocol.errors import ModelFailed, OutOfMemory
 from deployments.protocol.request import ResolvedEdit, ResolvedRequest, Task
@@ -294,6 +294,28 @@ def test_a_closed_part_keeps_nothing_on_the_device() -> None:
 
     assert all(is_blank(block.weight) for block in module.blocks)
     assert not part._places  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("offload", "encoder", "denoiser"),
+    [
+        ("none", "device", "device"),
+        ("text_encoders", "on_demand", "device"),
+        ("sequential", "sequential", "sequential"),
+    ],
+)
+def test_a_card_says_where_weights_live(offload: str, encoder: str, denoiser: str) -> None:
+    card = load_card(CARDS / "flux.1-dev.yaml")
+    card = card.model_copy(update={"serving": card.serving.model_copy(update={"offload": offload})})
+    l40s = Machine("NVIDIA L40S", "cuda", 45 * 2**30, (8, 9), 256 * 2**30)
+
+    plan = plan_of(card, l40s)
+
+    assert plan.part("text_encoder_2").placement == encoder
+    assert plan.part("transformer").placement == denoiser
+    assert plan.part("vae").placement == "device"
+    on_cpu = plan_of(card, Machine("CPU", "cpu"))
+    assert {on_cpu.part(name).placement for name in ("text_encoder_2", "transformer")} == {"device"}
 
 
 def test_streamed_weights_are_not_compiled() -> None:
