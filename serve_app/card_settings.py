@@ -16,6 +16,7 @@ from serve_app.settings import Settings
 
 INDEX = "model_index.json"  # in the folder of a diffusers pipeline
 XFORMERS = "_native_efficient"  # diffusers' name for torch's memory-efficient attention
+UNETS = ("sd", "sdxl")  # families whose attention has no choice in diffusers: torch chooses
 # how the names of a family's pipeline classes begin, and how those of others that begin alike
 PIPELINES: dict[str, tuple[str, tuple[str, ...]]] = {
     "flux": ("Flux", ()),
@@ -100,10 +101,10 @@ def card_notices(cards: Mapping[str, ModelCard], settings: Settings) -> Iterator
             )
     if settings.enable_xformers:
         there = [card.id for card in cards.values() if card.serving.attention == XFORMERS]
-        where = ", ".join(there) or "no model here, because none runs on a GPU"
+        where = f"used for {', '.join(there)}" if there else "used for no model here"
         yield (
             "ENABLE_XFORMERS: xformers itself is not used; torch's memory-efficient attention, for which it "
-            f"stands, is used for {where}"
+            f"stands, is {where}. Cards that name another keep it, UNets and CPUs have what torch chooses"
         )
 
 
@@ -114,7 +115,7 @@ def _as_set(card: ModelCard, settings: Settings, *, is_refiner: bool) -> ModelCa
     elif base is not None and not (base / INDEX).is_file():
         card = _found(card, base)
     card = _with_precision(card, settings)
-    changes = _serving_changes(card.serving, settings)
+    changes = _serving_changes(card, settings)
     if not changes:
         return card
     try:
@@ -138,9 +139,9 @@ def _with_precision(card: ModelCard, settings: Settings) -> ModelCard:
     return card.model_copy(update={"weights": weights, "controls": nets})
 
 
-def _serving_changes(serving: Serving, settings: Settings) -> dict[str, Any]:
+def _serving_changes(card: ModelCard, settings: Settings) -> dict[str, Any]:
     """What the settings change of a card's `serving`."""
-    changes: dict[str, Any] = {}
+    serving, changes = card.serving, dict[str, Any]()
     if settings.model_max_batch_size is not None:
         changes["max_rows"] = settings.model_max_batch_size
     if settings.precision_quantisation is not None:
@@ -148,7 +149,8 @@ def _serving_changes(serving: Serving, settings: Settings) -> dict[str, Any]:
     if settings.model_device in ("cpu", "mps"):  # Ray counts neither as a GPU
         changes |= {"num_gpus": 0, "accelerator_type": None}
     elif settings.enable_xformers and serving.attention in (None, XFORMERS):
-        changes["attention"] = XFORMERS if serving.num_gpus else None
+        has_choice = serving.num_gpus and card.family not in UNETS
+        changes["attention"] = XFORMERS if has_choice else None
     return changes
 
 

@@ -289,7 +289,7 @@ def test_a_start_says_what_settings_do_and_which_do_nothing(
     assert "DATABASE_URL is set and not used: jobs and their history are kept in Valkey" in lines
     assert "sesame" not in lines
     assert "xformers itself is not used" in lines
-    assert "no model here, because none runs on a GPU" in lines
+    assert "is used for no model here" in lines
     assert f"MODEL_CHECKPOINT_DIR has no effect: {tmp_path} holds none of tiny-flux-schnell" in lines
 
 
@@ -298,17 +298,20 @@ def test_xformers_stands_for_an_attention_of_torch_that_a_card_may_override(
 ) -> None:
     monkeypatch.setenv("ENABLE_XFORMERS", "1")
     settings = Settings.load()
-    flash = ServingOverride(id="sdxl-base-1.0", serving={"attention": "flash"})
+    flash = ServingOverride(id="hunyuan-video", serving={"attention": "flash"})
     on_cpu = ServingOverride(id="flux.1-dev", serving={"num_gpus": 0})
 
-    cards = select(settings, "flux.1-schnell", flash, on_cpu)
+    cards = select(settings, "flux.1-schnell", flash, on_cpu, "sdxl-base-1.0")
 
     assert {name: card.serving.attention for name, card in cards.items()} == {
         "flux.1-schnell": "_native_efficient",
-        "sdxl-base-1.0": "flash",
+        "hunyuan-video": "flash",
         "flux.1-dev": None,
+        "sdxl-base-1.0": None,
     }
-    assert "is used for flux.1-schnell" in "".join(card_notices(cards, settings))
+    assert "is used for flux.1-schnell. Cards that name another keep it" in "".join(
+        card_notices(cards, settings)
+    )
 
 
 def test_a_gpu_asked_for_where_a_card_wants_none_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
