@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 MIN_LINEAR_ROWS = 16  # linear layers with fewer rows are padded to this many
 BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # fewer to prove and to compile than all batch sizes
+PADDED = "pads_rows"  # attribute of a Linear whose forward computes at least MIN_LINEAR_ROWS rows
 GROUPS_KEPT = 512
 MAX_REFUSED = 3  # batch sizes; where none of so many is proven, no larger one is tried
 FIRST_TRIALS = 8  # rows up to which batch sizes are tried before more of a key have waited at once
@@ -289,25 +290,31 @@ class BucketProver:
 
 
 def pad_small_linears(modules: Iterable[nn.Module]) -> Callable[[], None]:
-    """Let every plain Linear in `modules` compute at least 16 rows. Returns a function that restores them.
+    """Let every Linear in `modules` compute at least 16 rows. Returns a function that restores them.
 
     On a CPU in float32 this alone makes a FLUX transformer bit-equal for all batch sizes.
     """
-    padded_layers: list[nn.Module] = []
+    before: list[tuple[nn.Module, Callable[[Tensor], Tensor] | None]] = []
     for module in modules:
         for part in module.modules():
-            if type(part) is nn.Linear and "forward" not in vars(part):
-                _pad(part)
-                padded_layers.append(part)
+            if isinstance(part, nn.Linear) and PADDED not in vars(part):
+                # a hook that computes with stored weights has a forward of its own there
+                before.append((part, vars(part).get("forward")))
+                vars(part)["forward"] = _padded(part)
+                vars(part)[PADDED] = True
 
     def restore() -> None:
-        for part in padded_layers:
-            vars(part).pop("forward", None)
+        for part, own in before:
+            del vars(part)[PADDED]
+            if own is None:
+                vars(part).pop("forward", None)
+            else:
+                vars(part)["forward"] = own
 
     return restore
 
 
-def _pad(linear: nn.Linear) -> None:
+def _padded(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
     plain, width = linear.forward, linear.in_features
 
     def forward(x: Tensor) -> Tensor:
@@ -318,7 +325,7 @@ def _pad(linear: nn.Linear) -> None:
         full[:rows] = x.reshape(rows, width)
         return plain(full)[:rows].reshape(*x.shape[:-1], -1)
 
-    vars(linear)["forward"] = forward
+    return forward
 
 
 def _run_together(calls: Sequence[ModuleCall], rows: int, batch_size: int) -> list[Any]:

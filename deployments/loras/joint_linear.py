@@ -35,13 +35,13 @@ def can_be_joined(layers: Sequence[LoraLayer], x: Tensor) -> bool:
     """Whether joint_outputs computes these layers as they would be computed one by one."""
     if not x.is_contiguous() or torch.is_grad_enabled():
         return False
-    # some weights are on the device only while their own layer or block computes
-    dtype, device = x.dtype, x.device
-    return all(type(one.module) is nn.Linear and _is(one.module.weight, dtype, device) for one in layers)
+    return all(type(one.module) is nn.Linear and _is_plain(one.module.weight, x) for one in layers)
 
 
-def _is(weight: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
-    return weight.dtype is dtype and weight.device == device
+def _is_plain(weight: Tensor, x: Tensor) -> bool:
+    """Whether it is none of torchao's, which have products of their own, and where x is: some weights are on
+    the device only while their own layer or block computes."""
+    return type(weight) is nn.Parameter and weight.dtype is x.dtype and weight.device == x.device
 
 
 def joint_outputs(layers: Sequence[LoraLayer], x: Tensor) -> list[Tensor]:

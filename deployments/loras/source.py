@@ -115,12 +115,20 @@ def _fit(
     b = tensors[pair.up].reshape(-1, rank)[slice(*target.rows)]
     if target.swapped:
         b = torch.cat(b.chunk(2)[::-1])
-    weight = layer.weight
-    assert isinstance(weight, Tensor), "a Linear or a Conv2d has one"
-    plain = weight.is_floating_point() and weight.element_size() > 1
-    dtype = weight.dtype if plain else torch.bfloat16  # quantised weights compute in it
+    dtype = _compute_dtype(layer)
     return LowRankFactors(
         a.reshape(rank, *target.weight[1:]).to(dtype).contiguous(),
         b.to(dtype).t().contiguous().t(),
         scales.of(*target.layer, rank, None if pair.alpha is None else float(tensors[pair.alpha])),
     )
+
+
+def _compute_dtype(layer: nn.Module) -> torch.dtype:
+    """The dtype of the layer's products: layers whose weights are stored in another one name it."""
+    named = vars(layer).get("compute_dtype")
+    if isinstance(named, torch.dtype):
+        return named
+    weight = layer.weight
+    assert isinstance(weight, Tensor), "a Linear or a Conv2d has one"
+    plain = weight.is_floating_point() and weight.element_size() > 1
+    return weight.dtype if plain else torch.bfloat16

@@ -18,6 +18,7 @@ from deployments.models.attention import check_attention, set_attention
 from deployments.models.load_errors import explain
 from deployments.models.model_memory import Admit, held_bytes, weights_bytes
 from deployments.models.parts import PartFiles, assemble, find_part, find_parts
+from deployments.models.quantise import check_quantisation
 from deployments.models.thread_dtype import thread_default_dtype
 from deployments.models.vae import prepare_vae, set_pieces
 from deployments.models.weight_cache import hub_folder, local_folder, local_path
@@ -82,6 +83,7 @@ def load_pipeline(
     with _explained(weights, licence):
         folder = folder or hub_folder(weights, pipeline=True)
         parts = find_parts(folder, plan, weights.variant)
+        check_quantisation(plan, parts, device)
         size_bytes = _most_bytes(parts)
     return load_or_free(
         f"the model {weights.path or weights.repo}",

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from deployments.engine.plain_tensors import stored_bytes
 from deployments.loras.device_slots import DeviceSlot
 from deployments.models.device_memory import GIB
 from deployments.models.memory_admission import MemoryAdmission
@@ -22,7 +23,7 @@ Admit = Callable[[int], None]  # called with the bytes of weights on the device,
 def weights_bytes(modules: Iterable[nn.Module]) -> int:
     """Size of all parameters and buffers; those that modules share count once."""
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+    return sum({id(tensor): stored_bytes(tensor) for tensor in tensors}.values())
 
 
 def held_bytes(modules: Sequence[nn.Module]) -> int:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from deployments.models.packed_weights import PackedWeights, stored_bytes, weights_of
+from deployments.engine.plain_tensors import stored_bytes
+from deployments.models.packed_weights import PackedWeights, weights_of
 from deployments.planning.plan import PartPlan
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)  # whose weights only their own call uses

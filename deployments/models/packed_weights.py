@@ -88,11 +88,6 @@ class PackedWeights:
         return _Layout(start, tensor.nbytes, tensor.dtype, tuple(tensor.shape), _strides_without_gaps(tensor))
 
 
-def stored_bytes(weight: Tensor) -> int:
-    """Memory that a weight takes, whose own size may be that of the values that it stands for."""
-    return sum(tensor.nbytes for tensor in _taken_apart(weight)[0])
-
-
 def weights_of(module: nn.Module) -> list[tuple[Tensor, list[Place]]]:
     """Each parameter and buffer with all its places."""
     found: dict[int, tuple[Tensor, list[Place]]] = {}

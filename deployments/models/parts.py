@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Collection, Mapping
-from contextlib import nullcontext
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import diffusers
@@ -20,6 +21,7 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, g
 from torch import nn
 
 from deployments.models.offload import offload
+from deployments.models.quantise import WEIGHT_BITS, quantise
 from deployments.models.unmapped import unmapped
 from deployments.models.weight_files import WeightFiles, find_weights
 from deployments.planning.plan import PartPlan, Plan
@@ -41,8 +43,10 @@ class PartFiles:
 
     @property
     def size_bytes(self) -> int:
-        """Of its tensors, in the dtype that they are loaded in."""
-        return self.files.bytes_as(getattr(torch, self.plan.dtype), self._in_float32)
+        """Of its tensors, in the dtype that they are loaded in; about right where they are quantised."""
+        kind = self.plan.quantisation
+        bits = None if kind is None else WEIGHT_BITS[kind]
+        return self.files.bytes_as(getattr(torch, self.plan.dtype), self._in_float32, bits)
 
     @property
     def held_bytes(self) -> int:
@@ -82,7 +86,9 @@ class PartFiles:
         if self.channels_last:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.plan.placement == "device":
+            quantise(module, self.plan, device)
             return module.to(device)
+        quantise(module, self.plan)
         offload(module, self.plan, device)
         return module
 
@@ -150,10 +156,41 @@ def _class_of(folder: Path, name: str, library: str, class_name: str) -> Any:
 def assemble(folder: Path, modules: Mapping[str, nn.Module], plan: Plan, device: torch.device) -> Any:
     """The pipeline in this folder with these modules; what else it consists of is read as DiffusionPipeline
     does, and placed on `device`."""
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(
-        folder, dtype=getattr(torch, plan.dtype), use_safetensors=True, **modules
-    )
+    with _folder_without(folder, _optional(folder, modules)) as rest:
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            rest, dtype=getattr(torch, plan.dtype), use_safetensors=True, **modules
+        )
+    pipeline.register_to_config(_name_or_path=str(folder))
     for name, module in pipeline.components.items():
         if isinstance(module, nn.Module) and name not in modules:
             module.to(device)
     return pipeline
+
+
+def _optional(folder: Path, modules: Iterable[str]) -> list[str]:
+    """The modules without which the pipeline can be made, such as the two transformers of Wan's."""
+    names = list(modules)
+    if not names:
+        return []
+    index = json.loads((folder / "model_index.json").read_bytes())
+    wanted = inspect.signature(getattr(diffusers, index["_class_name"]).__init__).parameters
+    return [name for name in names if wanted[name].default is not inspect.Parameter.empty]
+
+
+@contextmanager
+def _folder_without(folder: Path, names: Sequence[str]) -> Iterator[Path]:
+    """The folder of a pipeline as if it did not have these modules.
+
+    DiffusionPipeline reads optional modules also where it is given them, and uses those that it read.
+    """
+    if not names:
+        yield folder
+        return
+    index = json.loads((folder / "model_index.json").read_bytes())
+    with TemporaryDirectory() as made:
+        rest = Path(made)
+        for entry in folder.iterdir():
+            if entry.name != "model_index.json":
+                (rest / entry.name).symlink_to(entry.resolve())
+        (rest / "model_index.json").write_text(json.dumps(index | {name: [None, None] for name in names}))
+        yield rest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from safetensors import safe_open
 STEMS = ("diffusion_pytorch_model", "model")
 NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # in the header of a file
 FLOATS = frozenset({"F64", *NAMES.values()})  # are cast to the dtype of the part
+# layers of transformers' text encoders whose weights have the shape of a Linear's
+EMBEDDINGS = ("shared", "embed_tokens", "token_embedding", "position_embedding", "relative_attention_bias")
 BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16}
 
 
@@ -25,13 +27,16 @@ class WeightFiles:
     paths: tuple[Path, ...]
     variant: str | None  # the infix of their names, such as "fp16"
 
-    def bytes_as(self, dtype: torch.dtype, in_float32: Collection[str] = ()) -> int:
+    def bytes_as(
+        self, dtype: torch.dtype, in_float32: Collection[str] = (), linear_bits: float | None = None
+    ) -> int:
         """Bytes of all tensors once those of floating point are cast to `dtype`; reads the headers only.
 
-        in_float32: names of layers that are cast to float32 instead.
+        in_float32: names of layers that are cast to float32 instead. linear_bits: of each weight of Linear
+        layers, where those are quantised; by their names and shapes, and so about right.
         Raises SafetensorError for a file that is damaged or cut.
         """
-        return sum(_bytes_in(path, dtype, frozenset(in_float32)) for path in self.paths)
+        return sum(_bytes_in(path, dtype, frozenset(in_float32), linear_bits) for path in self.paths)
 
     def are_in(self, dtype: torch.dtype) -> bool:
         """Whether all tensors of floating point have this dtype already."""
@@ -71,19 +76,26 @@ def _saved_as(folder: Path, stem: str, variant: str | None) -> tuple[Path, ...]:
     return tuple(folder / shard for shard in shards)
 
 
-def _bytes_in(path: Path, dtype: torch.dtype, in_float32: frozenset[str]) -> int:
-    bits = 0
-    for name, kind, size in _tensors(path):
+def _bytes_in(path: Path, dtype: torch.dtype, in_float32: frozenset[str], linear_bits: float | None) -> int:
+    bits = 0.0
+    for name, kind, shape in _tensors(path):
+        width: float = BITS.get(kind, 8)
         if kind in FLOATS:
-            bits += size * (32 if in_float32.intersection(name.split(".")) else 8 * dtype.itemsize)
-        else:
-            bits += size * BITS.get(kind, 8)
-    return bits // 8
+            width = 32 if in_float32.intersection(name.split(".")) else 8 * dtype.itemsize
+            if linear_bits is not None and _is_of_linear(name, shape):
+                width = min(width, linear_bits)
+        bits += width * math.prod(shape)
+    return int(bits) // 8
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, str, int]]:
-    """Name, dtype and number of elements of each tensor, from the header of the file."""
+def _is_of_linear(name: str, shape: Sequence[int]) -> bool:
+    path, _, kind = name.rpartition(".")
+    return kind == "weight" and len(shape) == 2 and path.rpartition(".")[2] not in EMBEDDINGS
+
+
+def _tensors(path: Path) -> Iterator[tuple[str, str, Sequence[int]]]:
+    """Name, dtype and shape of each tensor, from the header of the file."""
     with safe_open(path, "pt") as file:
         for name in file.keys():  # noqa: SIM118  it is no dict
             tensor = file.get_slice(name)
-            yield name, str(tensor.get_dtype()), math.prod(tensor.get_shape())
+            yield name, str(tensor.get_dtype()), tensor.get_shape()

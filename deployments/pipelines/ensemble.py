@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deployments.engine.plain_tensors import have_same_values
 from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.resume import Progress
 from deployments.pipelines.step_callback import step_callback
@@ -66,9 +67,7 @@ def _equal(one: nn.Module, other: nn.Module) -> bool:
     if type(one) is not type(other):
         return False
     a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(
-        a[name].dtype == b[name].dtype and torch.equal(a[name].to(b[name].device), b[name]) for name in a
-    )
+    return a.keys() == b.keys() and all(have_same_values(a[name], b[name]) for name in a)
 
 
 def _steps_before(scheduler: Any, request: ResolvedRequest, start: float) -> int:

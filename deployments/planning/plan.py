@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,11 +51,14 @@ def plan_of(card: ModelCard, machine: Machine) -> Plan:
     """The plan of the card's model on this machine."""
     serving = card.serving
     dtype = _dtype(card.weights.dtype, machine)
-    vae = (PartPlan("vae", "float32"),) if dtype == "float16" else ()  # most VAEs overflow in float16
-    moving = [PartPlan(name, dtype, place) for name, place in _places(serving.offload, machine).items()]
+    forms, places = _quantised(serving.quantisation), _places(serving.offload, machine)
+    vae = {"vae"} if dtype == "float16" else set()  # most VAEs overflow in it
     return Plan(
         dtype,
-        (*vae, *moving),
+        tuple(
+            PartPlan(name, "float32" if name in vae else dtype, places.get(name, "device"), forms.get(name))
+            for name in sorted(vae | forms.keys() | places.keys())
+        ),
         attention=serving.attention,
         vae_tiling=serving.vae_tiling is True,
         vae_slicing=serving.vae_slicing is True,
@@ -70,6 +74,17 @@ def _places(offload: str, machine: Machine) -> dict[str, Placement]:
     encoder: Placement = "sequential" if offload == "sequential" else "on_demand"
     places = dict.fromkeys(TEXT_ENCODERS, encoder)
     return places if offload == "text_encoders" else places | dict.fromkeys(DENOISERS, denoiser)
+
+
+def _quantised(
+    wanted: Literal["auto", "none"] | Quantisation | Mapping[str, Literal["none"] | Quantisation],
+) -> dict[str, Quantisation | None]:
+    """By part, the form that a card asks for: one that it names alone is the denoisers'."""
+    if wanted == "auto" or wanted == "none":
+        return {}
+    if isinstance(wanted, str):
+        return dict.fromkeys(DENOISERS, wanted)
+    return {name: None if kind == "none" else kind for name, kind in wanted.items()}
 
 
 def _dtype(wanted: Dtype, machine: Machine) -> Dtype:

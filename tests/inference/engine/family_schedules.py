@@ -75,8 +75,13 @@ class FamilySchedules(Schedules[FamilyRequest]):
         self.previews_shown += 1
 
 
-def family_schedules(name: str, exact: Exactness) -> FamilySchedules:
-    """REQUESTS requests to the family, with and without guidance, LoRAs and previews, in one or two sizes."""
+def family_schedules(
+    name: str, exact: Exactness, quantise: Callable[[nn.Module], None] = lambda _denoiser: None
+) -> FamilySchedules:
+    """REQUESTS requests to the family, with and without guidance, LoRAs and previews, in one or two sizes.
+
+    quantise: called with the denoiser before it is used.
+    """
     torch.manual_seed(0)
     family, rng = FAMILIES[name], random.Random(name)
     pipeline = family.build()
@@ -85,6 +90,7 @@ def family_schedules(name: str, exact: Exactness) -> FamilySchedules:
             part.eval()
     denoiser = "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
     files = {rank: file_of(random_lora(pipeline, [denoiser], rank=rank, seed=rank)) for rank in (4, 16)}
+    quantise(getattr(pipeline, denoiser))
     loras = LoraEngine(pipeline, deterministic=exact != "off")
     requests = []
     for seed in range(REQUESTS):

@@ -1,0 +1,55 @@
+"""The promise of test_exactness.py for denoisers whose weights are quantised, with LoRAs beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import get_args
+
+import pytest
+import torch
+from torch import nn
+
+from deployments.engine.bit_trials import BitTrials
+from deployments.models.quantise import quantise
+from deployments.planning.plan import PartPlan
+from deployments.protocol.card import Quantisation
+from deployments.protocol.request import Exactness
+from tests.inference.engine.family_schedules import family_schedules
+from tests.inference.engine.test_exactness import compare
+
+# the products of fp8_dynamic need a GPU
+KINDS = [kind for kind in get_args(Quantisation) if kind != "fp8_dynamic"]
+CASES = [
+    *(("FLUX.1-dev", kind, exact) for kind in KINDS for exact in ("strict", "prefer")),
+    *(("Wan", kind, "prefer") for kind in KINDS),
+    ("SDXL", "int8", "strict"),
+    ("SDXL", "fp8_cast", "prefer"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Otherwise the machine's load decides whether lone rows run as two: see test_exactness.py."""
+    monkeypatch.setattr(BitTrials, "seconds", lambda _trials, _batch_size: 1.0)
+    with torch.inference_mode():
+        yield
+
+
+@pytest.mark.filterwarnings("default")  # of the libraries, about unusually small sizes
+@pytest.mark.parametrize(("family", "kind", "exact"), CASES)
+def test_with_quantised_weights_not_a_bit_differs(family: str, kind: Quantisation, exact: Exactness) -> None:
+    def in_its_form(denoiser: nn.Module) -> None:
+        before = [parameter.clone() for parameter in denoiser.parameters()]
+        quantise(denoiser, PartPlan("denoiser", "float32", quantisation=kind))
+        assert any(
+            type(a) is not type(b) or a.dtype != b.dtype
+            for a, b in zip(before, denoiser.parameters(), strict=True)
+        )
+
+    bench = family_schedules(family, exact, in_its_form)
+
+    compared = compare(bench, 2, None)
+
+    assert compared > 2
+    # a convolution may have other bits in every batch: then a strict schedule shares nothing of the denoiser
+    assert bench.rows > (1.0 if family == "SDXL" and exact == "strict" else 1.1) * bench.forwards
