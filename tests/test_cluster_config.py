@@ -66,7 +66,7 @@ def test_every_node_has_the_weights_before_units_start_ray(written: dict[str, An
     before = written["initialization_commands"]
 
     assert written[f"{kind}_start_ray_commands"] == [f"~/weft/configs/clusters/units.sh {kind}"]
-    assert any("/mnt/models nfs4" in line and "_netdev" in line for line in before)
+    assert any("/mnt/models nfs4" in line and "x-systemd.automount" in line for line in before)
     assert before[-2].endswith("sudo mount /mnt/models")
 
 
