@@ -17,10 +17,13 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from ray.autoscaler._private.constants import AUTOSCALER_METRIC_PORT
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.dashboard.consts import DASHBOARD_METRIC_PORT
 from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
 
+from deployments.protocol.card import Serving
 from serve_app.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +50,8 @@ CLUSTER = SERVICE["spec"]["rayClusterConfig"]
 GROUPS = {"head": CLUSTER["headGroupSpec"]} | {one["groupName"]: one for one in CLUSTER["workerGroupSpecs"]}
 PODS = {name: group["template"] for name, group in GROUPS.items()}
 SERVE = yaml.safe_load(SERVICE["spec"]["serveConfigV2"])
+STORES = ("valkey", "valkey-ray")
+OTHER_SCHEMAS = json.loads((ROOT / "tests/kuberay/resources.json").read_text())
 
 
 @pytest.fixture(scope="session")
@@ -75,20 +80,40 @@ def strict(schema: Any) -> Any:
 
 
 def ray_service_schema() -> dict[str, Any]:
-    schema: dict[str, Any] = json.loads((ROOT / "tests/kuberay/rayservice.json").read_text())
+    return with_metadata(json.loads((ROOT / "tests/kuberay/rayservice.json").read_text()))
+
+
+def with_metadata(schema: dict[str, Any]) -> dict[str, Any]:
+    schema = copy.deepcopy(schema)
+    annotations = {"type": "object", "additionalProperties": {"type": "string"}}
     schema["properties"]["metadata"]["properties"] = {"name": {"type": "string"}}
-    return dict(strict(schema))
+    made = dict(strict(schema))
+    made["properties"]["metadata"]["properties"]["annotations"] = annotations
+    return made
 
 
 def test_every_manifest_fits_kubernetes_own_schema_and_has_no_unknown_field() -> None:
-    plain = [one for one in manifests() if one["kind"] != "RayService"]
+    plain = [one for one in manifests() if one["kind"] not in {"RayService", *OTHER_SCHEMAS}]
 
     for manifest in plain:
         kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
 
     assert {one["kind"] for one in plain} >= {
-        *("Namespace", "PersistentVolumeClaim", "StatefulSet", "Service", "Ingress", "NetworkPolicy")
+        *("Namespace", "PersistentVolumeClaim", "StatefulSet", "Service", "NetworkPolicy"),
+        *("ServiceAccount", "PodDisruptionBudget"),
     }
+
+
+@pytest.mark.parametrize("kind", ["Gateway", "HTTPRoute", "PodMonitor"])
+def test_what_operators_read_fits_their_schemas_and_has_no_unknown_field(kind: str) -> None:
+    schema = jsonschema.Draft7Validator(with_metadata(OTHER_SCHEMAS[kind]))
+    manifest = named(kind, "weft")
+
+    schema.validate(manifest)
+
+    manifest["spec"]["misspelt"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="misspelt"):
+        schema.validate(manifest)
 
 
 def test_the_ray_service_fits_kuberays_schema_and_has_no_unknown_field() -> None:
@@ -122,10 +147,11 @@ def test_rays_autoscaler_reads_the_groups_and_gpu_nodes_start_from_nothing() -> 
     types = config["available_node_types"]
     assert CLUSTER["enableInTreeAutoscaling"] is True
     assert {name: types[name]["min_workers"] for name in types if name.startswith("gpu-")} == {
-        "gpu-a10g": 0,
-        "gpu-a100": 0,
-        "gpu-h100": 0,
+        "gpu-24gb": 0,
+        "gpu-48gb": 0,
+        "gpu-80gb": 0,
     }
+    assert types["encoder"]["min_workers"] == 0
     assert types["front"]["min_workers"] >= 2
     assert "GPU" not in types["headgroup"]["resources"]
     assert types["headgroup"]["resources"]["CPU"] == 0
@@ -177,12 +203,88 @@ def test_every_deployment_fits_a_node_of_some_group(demands: dict[str, dict[str,
     assert len([need for need in demands.values() if need["GPU"]]) >= 5
 
 
-def test_what_needs_no_gpu_runs_on_the_front_nodes_alone(demands: dict[str, dict[str, float]]) -> None:
-    """Elsewhere it would keep a GPU node from ending, or end with it."""
-    on_cpus = {name for name, need in demands.items() if not need["GPU"]}
+def test_each_deployment_has_nodes_of_one_group(demands: dict[str, dict[str, float]]) -> None:
+    """On another's it would keep a GPU node from ending, or end with it."""
+    resource = {"metadata": {"name": "weft", "namespace": "weft"}, "spec": CLUSTER}
+    types = _derive_autoscaling_config_from_ray_cr(resource)["available_node_types"]
 
-    assert on_cpus == {"Ingress", "Dispatcher", "Adapters", "VideoEncoder"}
-    assert all("front" in demands[name] for name in on_cpus)
+    homes = {
+        name: [
+            group
+            for group, kind in types.items()
+            if all(kind["resources"].get(resource, 0) >= amount for resource, amount in need.items())
+        ]
+        for name, need in demands.items()
+    }
+
+    on_cpus = {name: homes[name] for name, need in demands.items() if not need["GPU"]}
+    assert on_cpus == {
+        "Ingress": ["front"],
+        "Dispatcher": ["front"],
+        "Adapters": ["front"],
+        "VideoEncoder": ["encoder"],
+    }
+    assert {name: len(groups) for name, groups in homes.items() if len(groups) != 1} == {}
+
+
+def test_an_old_cluster_lives_as_long_as_the_longest_job() -> None:
+    longest = 0.0
+    for application in SERVE["applications"]:
+        for model in application["args"].get("models", []):
+            card = yaml.safe_load((ROOT / f"configs/models/{model['id']}.yaml").read_text(encoding="utf-8"))
+            serving = card.get("serving", {}) | model.get("serving", {})
+            longest = max(longest, serving.get("job_timeout_s", Serving().job_timeout_s))
+
+    assert longest >= 3600
+    assert SERVICE["spec"]["rayClusterDeletionDelaySeconds"] > longest
+
+
+def test_callers_reach_the_proxies_of_front_nodes_only() -> None:
+    (port,) = SERVICE["spec"]["serveService"]["spec"]["ports"]
+    named_so = {
+        name
+        for name, pod in PODS.items()
+        if port["targetPort"] in {one["name"] for one in pod["spec"]["containers"][0]["ports"]}
+    }
+
+    # pods without a port of the name that a Service targets are not among its addresses
+    assert named_so - {"front"} == {"head"}
+    assert SERVICE["spec"]["excludeHeadPodFromServeSvc"] is True
+
+
+def test_front_pods_are_spread_and_leave_one_after_another() -> None:
+    budget = named("PodDisruptionBudget", "front")["spec"]
+    front = PODS["front"]
+    by_host = front["spec"]["topologySpreadConstraints"][0]
+
+    # KubeRay adds ray.io/group; of its pods Kubernetes reads no other form of a budget than this
+    assert (
+        budget["selector"]["matchLabels"].items()
+        <= (front["metadata"]["labels"] | {"ray.io/group": "front"}).items()
+    )
+    assert budget["minAvailable"] == GROUPS["front"]["minReplicas"] - 1
+    assert (by_host["topologyKey"], by_host["whenUnsatisfiable"]) == (
+        "kubernetes.io/hostname",
+        "DoNotSchedule",
+    )
+    busy = {name for name, pod in PODS.items() if "annotations" in pod["metadata"]}
+    assert busy == PODS.keys() - {"front"}
+
+
+def test_links_have_the_name_that_the_gateway_answers_to() -> None:
+    (variables,) = [one["literals"] for one in KUSTOMIZATION["configMapGenerator"] if one["name"] == "weft"]
+    settings = dict(line.split("=", 1) for line in variables)
+    (listener,) = named("Gateway", "weft")["spec"]["listeners"]
+
+    assert settings["WEFT_PUBLIC_URL"] == f"https://{listener['hostname']}"
+    assert listener["protocol"] == "HTTPS"
+    for pod in PODS.values():
+        (container,) = pod["spec"]["containers"]
+        assert {"configMapRef": {"name": "weft"}} in container["envFrom"]
+        mounts = [one["mountPath"] for one in container["volumeMounts"]]
+        kept = {one["name"]: one["value"] for one in container["env"]}
+        assert all(kept[name].startswith("/models/") for name in ("HF_HOME", "WEFT_MODEL_CACHE"))
+        assert "/models" in mounts
 
 
 def test_the_serve_config_fits_serves_schema() -> None:
@@ -216,31 +318,43 @@ def test_ray_is_the_version_of_the_constraints_and_asks_for_a_token() -> None:
 
 def test_ports_that_others_name_are_ports_of_the_pods() -> None:
     serve_port = SERVE["http_options"]["port"]
-    backend = named("Ingress", "weft")["spec"]["rules"][0]["http"]["paths"][0]["backend"]["service"]
+    (backend,) = named("HTTPRoute", "weft")["spec"]["rules"][0]["backendRefs"]
+    (service_port,) = SERVICE["spec"]["serveService"]["spec"]["ports"]
     ports = {
         name: {port["name"]: port["containerPort"] for port in pod["spec"]["containers"][0]["ports"]}
         for name, pod in PODS.items()
     }
-    ray_policy = named("NetworkPolicy", "ray")["spec"]["ingress"]
-    opened = {port["port"] for rule in ray_policy for port in rule.get("ports", [])}
+    policies = [named("NetworkPolicy", name)["spec"]["ingress"] for name in ("ray", "front")]
+    opened = {port["port"] for rules in policies for rule in rules for port in rule.get("ports", [])}
+    scraped = {one["port"] for one in named("PodMonitor", "weft")["spec"]["podMetricsEndpoints"]}
 
-    assert backend == {"name": f"{SERVICE['metadata']['name']}-serve-svc", "port": {"number": serve_port}}
-    assert {found["serve"] for found in ports.values()} == {serve_port}
-    assert opened == {serve_port, ports["head"]["dashboard"], ports["head"]["metrics"], 52365}
-    valkey = named("StatefulSet", "valkey")["spec"]["template"]["spec"]["containers"][0]
-    assert named("Service", "valkey")["spec"]["ports"][0]["targetPort"] == valkey["ports"][0]["name"]
-    assert f"port {valkey['ports'][0]['containerPort']}" in (FOLDER / "valkey.conf").read_text()
+    assert backend == {"name": f"{SERVICE['metadata']['name']}-serve-svc", "port": service_port["port"]}
+    assert backend["name"] == SERVICE["spec"]["serveService"]["metadata"]["name"]
+    assert {found["serve"] for found in ports.values() if "serve" in found} == {serve_port}
+    assert opened == {serve_port, ports["head"]["dashboard"], 52365} | {
+        ports["head"][name] for name in scraped
+    }
+    assert all("metrics" in found for found in ports.values())
+    assert (ports["head"]["as-metrics"], ports["head"]["dash-metrics"]) == (
+        AUTOSCALER_METRIC_PORT,
+        DASHBOARD_METRIC_PORT,
+    )
+    for store in STORES:
+        (container,) = named("StatefulSet", store)["spec"]["template"]["spec"]["containers"]
+        assert named("Service", store)["spec"]["ports"][0]["targetPort"] == container["ports"][0]["name"]
+        assert f"port {container['ports'][0]['containerPort']}" in (FOLDER / "valkey.conf").read_text()
 
 
 def test_policies_and_services_select_pods_that_exist() -> None:
-    valkey = named("StatefulSet", "valkey")["spec"]["template"]["metadata"]["labels"]
-    ours = [valkey, *(pod["metadata"]["labels"] for pod in PODS.values())]
+    ours = [named("StatefulSet", store)["spec"]["template"]["metadata"]["labels"] for store in STORES]
+    ours += [pod["metadata"]["labels"] | {"ray.io/group": name} for name, pod in PODS.items()]
     selectors = [one["spec"]["podSelector"].get("matchLabels", {}) for one in manifests() if policy(one)]
     for one in filter(policy, manifests()):
         for rule in [*one["spec"].get("ingress", []), *one["spec"].get("egress", [])]:
             peers = [*rule.get("from", []), *rule.get("to", [])]
             selectors += [peer["podSelector"]["matchLabels"] for peer in peers if "podSelector" in peer]
-    selectors.append(named("Service", "valkey")["spec"]["selector"])
+    selectors += [named("Service", store)["spec"]["selector"] for store in STORES]
+    selectors.append(named("PodMonitor", "weft")["spec"]["selector"]["matchLabels"])
 
     empty = [want for want in selectors if not any(want.items() <= labels.items() for labels in ours)]
 
@@ -256,33 +370,40 @@ def test_volumes_secrets_and_config_maps_that_pods_name_exist(secrets: dict[str,
     generated = {one["name"] for one in KUSTOMIZATION["secretGenerator"]}
     maps = {one["name"] for one in KUSTOMIZATION["configMapGenerator"]}
     claims = {one["metadata"]["name"] for one in manifests() if one["kind"] == "PersistentVolumeClaim"}
-    valkey = named("StatefulSet", "valkey")["spec"]["template"]
-    own = {one["metadata"]["name"] for one in named("StatefulSet", "valkey")["spec"]["volumeClaimTemplates"]}
+    accounts = {one["metadata"]["name"] for one in manifests() if one["kind"] == "ServiceAccount"}
+    stores = [named("StatefulSet", store)["spec"] for store in STORES]
 
-    for pod in [valkey, *PODS.values()]:
+    for pod in [*(store["template"] for store in stores), *PODS.values()]:
         volumes = {one["name"]: one for one in pod["spec"].get("volumes", [])}
         (container,) = pod["spec"]["containers"]
         mounted = {mount["name"] for mount in container["volumeMounts"]}
-        assert mounted <= volumes.keys() | (own if pod is valkey else set())
+        own = {"data"} if pod not in PODS.values() else set()
+        assert mounted <= volumes.keys() | own
         for volume in volumes.values():
             assert volume.get("persistentVolumeClaim", {}).get("claimName", "models") in claims
             assert volume.get("secret", {}).get("secretName", "weft") in generated
             assert volume.get("configMap", {}).get("name", "valkey") in maps
         for source in container.get("envFrom", []):
-            assert source["secretRef"]["name"] in generated
+            assert source.get("secretRef", {}).get("name", "weft") in generated
+            assert source.get("configMapRef", {}).get("name", "weft") in maps
+        assert pod["spec"].get("serviceAccountName", "weft") in accounts
+    assert [one["metadata"]["name"] for store in stores for one in store["volumeClaimTemplates"]] == [
+        *("data", "data")
+    ]
     fault_tolerance = CLUSTER["gcsFaultToleranceOptions"]
     named_keys = [
         fault_tolerance[key]["valueFrom"]["secretKeyRef"] for key in ("redisUsername", "redisPassword")
     ]
     assert {one["name"] for one in named_keys} == {CLUSTER["authOptions"]["secretName"]} == {"ray"}
     assert {one["key"] for one in named_keys} | {"auth_token"} == secrets["ray.env"].keys()
-    assert fault_tolerance["redisAddress"] == "valkey:6379"
+    assert fault_tolerance["redisAddress"] == "valkey-ray:6379"
     assert set(secrets) == {path.split("/")[1] for path in generated_files()}
 
 
 def generated_files() -> list[str]:
     generators = KUSTOMIZATION["secretGenerator"]
-    return [path for one in generators for path in [*one.get("envs", []), *one.get("files", [])]]
+    paths = [path for one in generators for path in [*one.get("envs", []), *one.get("files", [])]]
+    return [path.rpartition("=")[2] for path in paths]
 
 
 def test_the_secrets_are_settings_and_open_the_valkey(
@@ -290,7 +411,7 @@ def test_the_secrets_are_settings_and_open_the_valkey(
 ) -> None:
     for name, value in secrets["weft.env"].items():
         monkeypatch.setenv(name, value)
-    users = secrets["users.acl"][""]
+    users, users_of_ray = secrets["valkey.acl"][""], secrets["valkey-ray.acl"][""]
 
     settings = Settings.load()
 
@@ -298,8 +419,10 @@ def test_the_secrets_are_settings_and_open_the_valkey(
     password = re.fullmatch(r"redis://app:(\w{64})@valkey:6379/0", settings.redis_url.get_secret_value())
     assert password is not None
     assert f"user app on >{password[1]} " in users
-    assert f"user ray on >{secrets['ray.env']['redis_password']} " in users
-    assert "user default off" in users
+    assert f"user ray on >{secrets['ray.env']['redis_password']} " in users_of_ray
+    assert "user ray" not in users
+    assert "user app" not in users_of_ray
+    assert all("user default off" in text for text in (users, users_of_ray))
     assert len({*secrets["weft.env"].values(), *secrets["ray.env"].values()}) == 6
 
 

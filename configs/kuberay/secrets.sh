@@ -21,10 +21,13 @@ auth_token=$(random)
 redis_username=ray
 redis_password=$ray
 END
-# Ray's head deletes the key DUMMY when it connects, to find out whether the store is a cluster
-cat > secrets/users.acl <<END
+cat > secrets/valkey.acl <<END
 user default off
 user app on >$app resetchannels ~weft:* &weft:* -@all +@connection +@transaction +@read +@write +@pubsub +time +ping -@scripting -@dangerous -@admin -keys -sort -restore -migrate -flushall -flushdb +info
+END
+# Ray's head deletes the key DUMMY when it connects, to find out whether the store is a cluster
+cat > secrets/valkey-ray.acl <<END
+user default off
 user ray on >$ray resetchannels ~RAY* ~DUMMY -@all +@connection +@read +@write +@transaction +@scripting +info -flushall -flushdb
 END
 echo "secrets/ is written; WEFT_API_KEY in secrets/weft.env is the key that callers send"

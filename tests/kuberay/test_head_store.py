@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import redis
+import yaml
 from ray._private.services import GCS_SERVER_EXECUTABLE, serialize_config
 
 from serve_app.redis.embedded import find_server
@@ -47,18 +48,47 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[bytes], 
     pytest.fail(f"exit status {process.poll()}: {log.read_text(errors='replace')[-3000:]}")
 
 
-@pytest.fixture
-def store_port(tmp_path: Path) -> Iterator[int]:
-    """The port of a Valkey with the shipped configuration; its passwords are in tmp_path/secrets."""
-    shutil.copy(FOLDER / "secrets.sh", tmp_path)
-    subprocess.run(["sh", "secrets.sh"], cwd=tmp_path, check=True, capture_output=True)
-    port, config, log = free_port(), tmp_path / "valkey.conf", tmp_path / "valkey.log"
+@contextmanager
+def store(folder: Path, name: str) -> Iterator[int]:
+    """The port of the Valkey of that StatefulSet, with its shipped options and the secrets in the folder."""
+    manifests = list(yaml.safe_load_all((FOLDER / "valkey.yaml").read_text(encoding="utf-8")))
+    (spec,) = [
+        one["spec"]["template"]["spec"]
+        for one in manifests
+        if (one["kind"], one["metadata"]["name"]) == ("StatefulSet", name)
+    ]
+    (program, _, *options) = spec["containers"][0]["args"]
+    assert program == "valkey-server"
+    data = folder / name
+    data.mkdir()
+    shutil.copy(folder / f"secrets/{name}.acl", data / "users.acl")
+    port, config, log = free_port(), data / "valkey.conf", data / "valkey.log"
     shipped = (FOLDER / "valkey.conf").read_text()
-    here = shipped.replace("port 6379", f"port {port}\nbind 127.0.0.1").replace("/data", str(tmp_path))
-    config.write_text(here.replace("/etc/valkey-users", str(tmp_path / "secrets")))
-    with running([find_server(), str(config)], log) as server:
+    here = shipped.replace("port 6379", f"port {port}\nbind 127.0.0.1").replace("/data", str(data))
+    config.write_text(here.replace("/etc/valkey-users", str(data)))
+    with running([find_server(), str(config), *options], log) as server:
         wait_for_port(port, server, log)
         yield port
+
+
+@pytest.fixture
+def store_of_ray(secrets: Path) -> Iterator[int]:
+    with store(secrets, "valkey-ray") as port:
+        yield port
+
+
+@pytest.fixture
+def store_of_jobs(secrets: Path) -> Iterator[int]:
+    with store(secrets, "valkey") as port:
+        yield port
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> Path:
+    """A folder with the secrets of an installation, which is tmp_path too."""
+    shutil.copy(FOLDER / "secrets.sh", tmp_path)
+    subprocess.run(["sh", "secrets.sh"], cwd=tmp_path, check=True, capture_output=True)
+    return tmp_path
 
 
 def password_of_ray(folder: Path) -> str:
@@ -90,13 +120,13 @@ def head(folder: Path, store_port: int, port: int) -> list[str]:
     return [GCS_SERVER_EXECUTABLE, *(f"--{name}={value}" for name, value in options.items())]
 
 
-def test_a_head_starts_and_keeps_its_state_in_the_shipped_valkey(tmp_path: Path, store_port: int) -> None:
+def test_a_head_starts_and_keeps_its_state_in_the_shipped_valkey(tmp_path: Path, store_of_ray: int) -> None:
     password = password_of_ray(tmp_path)
-    ray = redis.Redis(port=store_port, username="ray", password=password)
+    ray = redis.Redis(port=store_of_ray, username="ray", password=password)
     before = None
     for attempt in range(2):  # the second one reads what the first has written
         port, log = free_port(), tmp_path / f"head{attempt}.log"
-        with running(head(tmp_path, store_port, port), log) as process:
+        with running(head(tmp_path, store_of_ray, port), log) as process:
             wait_for_port(port, process, log)
             wait_until(lambda: any(True for _ in ray.scan_iter("RAY*")), process, log)
             assert b"NOPERM" not in log.read_bytes()
@@ -105,9 +135,15 @@ def test_a_head_starts_and_keeps_its_state_in_the_shipped_valkey(tmp_path: Path,
         before = kept
 
 
-def test_the_users_of_the_store_cannot_touch_the_keys_of_each_other(tmp_path: Path, store_port: int) -> None:
-    ray = redis.Redis(port=store_port, username="ray", password=password_of_ray(tmp_path))
-    app = redis.Redis(port=store_port, username="app", password=password_of_app(tmp_path))
+def test_each_store_admits_its_own_user_and_keys_only(
+    tmp_path: Path, store_of_ray: int, store_of_jobs: int
+) -> None:
+    password_ray, password_app = password_of_ray(tmp_path), password_of_app(tmp_path)
+    ray = redis.Redis(port=store_of_ray, username="ray", password=password_ray)
+    app = redis.Redis(port=store_of_jobs, username="app", password=password_app)
+
+    ray.set("RAYweft@INTERNAL_CONFIG", "1")
+    app.set("weft:job", "1")
 
     for client, key in ((ray, "weft:job"), (app, "RAYweft@INTERNAL_CONFIG"), (app, "DUMMY")):
         with pytest.raises(redis.exceptions.NoPermissionError):
@@ -115,3 +151,6 @@ def test_the_users_of_the_store_cannot_touch_the_keys_of_each_other(tmp_path: Pa
     for client in (ray, app):
         with pytest.raises(redis.exceptions.NoPermissionError):
             client.flushall()
+    stranger = redis.Redis(port=store_of_jobs, username="ray", password=password_ray)
+    with pytest.raises(redis.exceptions.AuthenticationError):
+        stranger.ping()
