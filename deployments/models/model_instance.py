@@ -25,11 +25,12 @@ from deployments.models.memory_admission import MemoryAdmission
 from deployments.models.model_memory import Admit, LoraMemory, ModelMemory
 from deployments.models.offload import OnDemand, offloaded_part
 from deployments.models.preprocessors import lazy_preprocessors
+from deployments.models.quantise import saved_bytes
 from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.pipelines.previews import Previewer
 from deployments.pipelines.prompt_cache import PromptCache
 from deployments.planning.machine import Machine
-from deployments.planning.plan import plan_of
+from deployments.planning.plan import Plan, plan_of
 from deployments.protocol.card import ModelCard, Weights
 from deployments.protocol.request import Task
 
@@ -71,7 +72,7 @@ class ModelInstance:
         pipeline = load_pipeline(
             card.weights, device, plan=self.plan, admit=self._memory.admit_pipeline, licence=card.licence
         )
-        self._memory.expect_uses(_modules(pipeline))
+        self._memory.expect_uses(_modules(pipeline), _saved_bytes(pipeline, self.plan))
         blocks = repeated_blocks(pipeline) if serving.compile else []
         self.pipelines = DiffusersModel(
             pipeline,
@@ -185,6 +186,12 @@ def _weights_of(module: nn.Module) -> OnDemand | None:
     """The weights of a module that are on the device for its calls only."""
     part = offloaded_part(module)
     return part if isinstance(part, OnDemand) else None
+
+
+def _saved_bytes(pipeline: Any, plan: Plan) -> int:
+    """By how much its quantised parts are smaller than they would be in the model's dtype."""
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return sum(saved_bytes(part, plan.part(name)) for name, part in parts.items())
 
 
 def _pipeline_tasks(card: ModelCard) -> list[Task]:

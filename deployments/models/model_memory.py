@@ -58,16 +58,18 @@ class ModelMemory:
         memory.expect_working(self.card.id, max(0, space))
         self._claim(PIPELINE, size_bytes, f"the model {self.card.id}")
 
-    def expect_uses(self, modules: Sequence[nn.Module]) -> None:
+    def expect_uses(self, modules: Sequence[nn.Module], saved_bytes: int) -> None:
         """Keep space for one picture, and for what is copied to the device while these modules are used.
 
-        The card states the bytes of all weights with those of a picture; not all of them are on the device.
+        The card states the bytes of all weights in its dtype with those of a picture; not all of them are on
+        the device, and quantised ones are smaller, by `saved_bytes` in all.
         """
         offloaded = [part for module in modules if (part := offloaded_part(module)) is not None]
-        if not offloaded:
+        if not offloaded and not saved_bytes:
             return
         memory, held = self.admission.memory, held_bytes(modules)
-        space = int(self.card.vram_gib * GIB) - held - sum(part.host_bytes for part in offloaded)
+        elsewhere = sum(part.host_bytes for part in offloaded)
+        space = int(self.card.vram_gib * GIB) - held - elsewhere - saved_bytes
         if memory.limit_bytes is not None:
             space = min(space, memory.limit_bytes - held)
         memory.expect_working(self.card.id, max(0, space, *(part.used_bytes for part in offloaded)))

@@ -74,6 +74,15 @@ def quantisable_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.L
             yield module.get_submodule(parent), name, layer
 
 
+def saved_bytes(module: nn.Module, plan: PartPlan) -> int:
+    """By how much the plan's form makes the module smaller than its dtype would; small layers count, too."""
+    if plan.quantisation is None:
+        return 0
+    each = getattr(torch, plan.dtype).itemsize - WEIGHT_BITS[plan.quantisation] / 8
+    layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
+    return int(each * sum(layer.in_features * layer.out_features for layer in layers))
+
+
 def check_quantisation(plan: Plan, parts: Iterable[str], device: torch.device) -> None:
     """Raise ModelFailed for a form that the device does not compute, and for a part that is not there.
 

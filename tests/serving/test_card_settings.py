@@ -74,6 +74,19 @@ def test_a_replica_runs_its_model_as_the_settings_say(
     assert replica._runtime._loader.device == torch.device("cpu")
 
 
+def test_a_replica_keeps_weights_in_the_form_that_the_precision_names(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = {}
+    for precision in ("float32", "int8"):
+        monkeypatch.setenv("MODEL_PRECISION", precision)
+        (card,) = select(Settings.load(), "tiny-flux-dev").values()
+        quick = card.model_copy(update={"serving": card.serving.model_copy(update={"warm_up": False})})
+        (sizes[precision],) = ModelReplica([quick])._runtime.models.loaded.values()
+
+    assert sizes["int8"] < 0.8 * sizes["float32"]
+
+
 @pytest.mark.parametrize(
     ("given", "dtype", "quantisation"),
     [

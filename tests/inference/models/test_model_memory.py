@@ -152,3 +152,21 @@ async def test_a_model_that_does_not_fit_fails_its_requests_with_both_sizes(weig
     assert isinstance(refused, Failed)
     assert refused.kind == OutOfMemory.kind
     assert "the model tiny-sd15 needs" in refused.message
+
+
+async def test_what_quantised_weights_spare_is_not_kept_for_one_picture() -> None:
+    """A card states its weights in its dtype with one picture: the difference would count as the picture."""
+    picture = 32 * 2**20
+    async with replica(None, SCHNELL) as model:
+        whole = (await memory(model))["weights"]
+    card = SCHNELL.model_copy(update={"vram_gib": (whole + picture) / GIB})
+    forms = {"transformer": "int8", "text_encoder_2": "int8"}
+
+    async with replica(None, card) as model:
+        plain = await memory(model)
+    async with replica(None, card, quantisation=forms) as model:
+        quantised = await memory(model)
+
+    assert quantised["weights"] < whole / 2
+    assert plain["working"] == pytest.approx(picture, rel=0.01)
+    assert quantised["working"] == pytest.approx(picture, rel=0.02)
