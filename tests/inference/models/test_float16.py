@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from deployments.models.device_memory import DeviceMemory
 from deployments.models.load import load_pipeline
 from deployments.models.memory_admission import MemoryAdmission
 from deployments.models.model_instance import ModelInstance
-from deployments.pipelines.diffusers_model import DiffusersModel
+from deployments.models.vae import prepare_vae
+from deployments.pipelines.diffusers_model import DiffusersModel, _built
 from deployments.pipelines.finite import check_finite_pixels
 from deployments.pipelines.previews import Previewer
 from deployments.planning.machine import Machine
@@ -23,6 +25,7 @@ from deployments.protocol.card import ModelCard, load_card
 from deployments.protocol.errors import NotFinite
 from deployments.protocol.request import ResolvedEdit, ResolvedRequest, Task
 from tests.inference.engine.exactness import Bench
+from tests.inference.families import FAMILIES, PICTURE
 
 CARDS = Path(__file__).parents[3] / "configs/models"
 T4 = Machine("Tesla T4", "cuda", capability=(7, 5))
@@ -143,3 +146,26 @@ def test_pixels_that_are_no_numbers_are_an_error_that_names_the_cure() -> None:
         check_finite_pixels(torch.tensor([float("nan")], dtype=torch.float16))
     with pytest.raises(NotFinite, match="another seed"):
         check_finite_pixels(torch.tensor([float("inf")]))
+
+
+@pytest.mark.filterwarnings("default")  # of the libraries, about unusually small sizes
+@pytest.mark.parametrize("name", FAMILIES)
+def test_any_family_decodes_with_its_vae_in_float32(name: str) -> None:
+    family = FAMILIES[name]
+    pipeline = family.build()
+    for part_name, part in pipeline.components.items():
+        if isinstance(part, nn.Module):
+            part.eval().to(torch.float32 if part_name == "vae" else torch.float16)
+    prepare_vae(pipeline.vae, torch.float16)
+    pipeline.set_progress_bar_config(disable=True)
+    calls = [(pipeline, family.requests()[0])]
+    if family.image_class is not None:
+        from_picture = _built(getattr(diffusers, family.image_class), pipeline, {})
+        picture = PICTURE.resize((family.size["width"], family.size["height"]))
+        calls.append((from_picture, {**calls[0][1], "image": picture, "num_inference_steps": 4}))
+
+    for own, arguments in calls:
+        generator = torch.Generator().manual_seed(0)
+        decoded = getattr(own(**arguments, generator=generator, output_type="pt"), family.output)
+        assert torch.isfinite(torch.as_tensor(decoded)).all()
+        assert pipeline.vae.dtype is torch.float32

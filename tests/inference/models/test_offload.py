@@ -7,6 +7,7 @@ tests, so that a weight that is used while it is not on the device changes every
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from deployments.models.packed_weights import PackedWeights
 from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.planning.machine import Machine
 from deployments.planning.plan import PartPlan, Placement, Plan, plan_of
-from deployments.protocol.card import load_card
+from deployments.protocol.card import Quantisation, load_card
 from deployments.protocol.errors import ModelFailed, OutOfMemory
 from deployments.protocol.request import ResolvedEdit, ResolvedRequest, Task
 from tests.inference.engine.exactness import Bench
@@ -131,6 +132,33 @@ def test_a_batch_has_the_bits_of_requests_alone_on_the_device(
         assert fiber.failure is None, fiber.failure
         assert fiber.result.same_bits(plain.expected(request))
     assert offloaded.rows == plain.rows
+
+
+@pytest.mark.parametrize(
+    ("denoiser", "encoder", "quantisation"),
+    [
+        ("streamed", "on_demand", "int8"),
+        ("sequential", "sequential", "fp8"),
+        ("streamed", "streamed", "fp8_cast"),
+        ("device", "on_demand", "nf4"),
+    ],
+)
+def test_quantised_weights_may_live_on_the_host(
+    denoiser: Placement, encoder: Placement, quantisation: Quantisation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # NaN cannot be written to weights of all forms
+    monkeypatch.setattr(offloading, "SMALL_BYTES", 0)
+    places = planned(denoiser, encoder)
+    forms = tuple(replace(part, quantisation=quantisation) for part in places.parts if part.name != "unet")
+    on_device = tuple(replace(part, placement="device") for part in forms)
+    plain = bench("tiny-flux-dev", replace(places, parts=on_device))
+    moving = bench("tiny-flux-dev", replace(places, parts=forms))
+
+    fibers = moving.together(moving.requests)
+
+    for request, fiber in zip(moving.requests, fibers, strict=True):
+        assert fiber.failure is None, fiber.failure
+        assert fiber.result.same_bits(plain.expected(request))
 
 
 @pytest.mark.parametrize("placement", ["streamed", "sequential"])
