@@ -28,7 +28,10 @@ set +a
 [ -n "$REDIS_URL" ] || refuse "REDIS_URL is missing: jobs of a cluster are in a store of their own"
 export REDIS_URL
 [ -z "${AWS_SESSION_TOKEN:-}" ] || refuse "AWS_SESSION_TOKEN: keys that end within hours; use a role or lasting keys"
-[ -z "${AWS_PROFILE:-}" ] || refuse "AWS_PROFILE: a node has no profiles; use its role, or keys"
+for name in AWS_PROFILE AWS_DEFAULT_PROFILE AWS_SHARED_CREDENTIALS_FILE AWS_CONFIG_FILE AWS_ROLE_ARN; do
+  eval "value=\${$name:-}"
+  [ -z "$value" ] || refuse "$name: Ray would use it in place of the node's role; use the role, or keys"
+done
 rename AWS_ACCESS_KEY_ID WEFT_AWS_ACCESS_KEY_ID
 rename AWS_SECRET_ACCESS_KEY WEFT_AWS_SECRET_ACCESS_KEY
 rename AWS_ENDPOINT_URL WEFT_S3_ENDPOINT_URL

@@ -146,7 +146,8 @@ def test_folders_of_the_operator_stay(tmp_path: Path) -> None:
         ([], "REDIS_URL is missing"),
         (["REDIS_URL="], "REDIS_URL is missing"),
         ([STORE, KEYS, "AWS_SESSION_TOKEN=t"], "AWS_SESSION_TOKEN: keys that end within hours"),
-        ([STORE, "AWS_PROFILE=mine"], "AWS_PROFILE: a node has no profiles"),
+        ([STORE, "AWS_PROFILE=mine"], "AWS_PROFILE: Ray would use it in place of the node's role"),
+        ([STORE, "AWS_CONFIG_FILE=/home/me/.aws/config"], "AWS_CONFIG_FILE: Ray would use it"),
     ],
 )
 def test_what_cannot_work_stops_the_start_in_one_line(tmp_path: Path, lines: list[str], said: str) -> None:
