@@ -40,9 +40,20 @@ def repeated_blocks(pipeline: Any) -> list[nn.Module]:
                 f"{type(denoiser).__name__} cannot be compiled: diffusers does not name its repeated blocks; "
                 "take compile out of the card"
             )
-        blocks += [module for module in denoiser.modules() if type(module).__name__ in kinds]
+        own = [module for module in denoiser.modules() if type(module).__name__ in kinds]
+        if any(_is_quantised(layer) for block in own for layer in block.modules()):
+            raise ModelFailed(
+                f"{name} has quantised weights and cannot be compiled; "
+                "take compile out of the card, or write quantisation: none"
+            )
+        blocks += own
         logger.info("blocks are compiled at their first run", extra={"component": name})
     return blocks
+
+
+def _is_quantised(layer: nn.Module) -> bool:
+    weight = layer._parameters.get("weight")  # noqa: SLF001  modules without one raise for the attribute
+    return weight is not None and (type(weight) is not nn.Parameter or weight.itemsize == 1)
 
 
 def compile_blocks(blocks: Iterable[nn.Module]) -> None:

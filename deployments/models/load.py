@@ -83,7 +83,7 @@ def load_pipeline(
     with _explained(weights, licence):
         folder = folder or hub_folder(weights, pipeline=True)
         parts = find_parts(folder, plan, weights.variant)
-        check_quantisation(plan, parts, device)
+        check_quantisation(plan, {name: part.folder for name, part in parts.items()}, device)
         size_bytes = _most_bytes(parts)
     return load_or_free(
         f"the model {weights.path or weights.repo}",

@@ -26,6 +26,7 @@ from deployments.models.model_memory import Admit, LoraMemory, ModelMemory
 from deployments.models.offload import OnDemand, offloaded_part
 from deployments.models.preprocessors import lazy_preprocessors
 from deployments.models.quantise import saved_bytes
+from deployments.models.row_independence import check_rows
 from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.pipelines.previews import Previewer
 from deployments.pipelines.prompt_cache import PromptCache
@@ -73,6 +74,7 @@ class ModelInstance:
             card.weights, device, plan=self.plan, admit=self._memory.admit_pipeline, licence=card.licence
         )
         self._memory.expect_uses(_modules(pipeline), _saved_bytes(pipeline, self.plan))
+        check_rows(_modules(pipeline), serving.exact)
         blocks = repeated_blocks(pipeline) if serving.compile else []
         self.pipelines = DiffusersModel(
             pipeline,
@@ -167,6 +169,7 @@ class ModelInstance:
     def _take_new(self, modules: list[nn.Module]) -> None:
         """Use modules of a ControlNet or of the refiner, which may share others with this model."""
         self._memory.keep(modules)
+        check_rows(modules, self.card.serving.exact)
         self._intercept(modules)
 
     def _intercept(self, modules: list[nn.Module]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,10 +85,11 @@ def saved_bytes(module: nn.Module, plan: PartPlan) -> int:
     return int(each * sum(layer.in_features * layer.out_features for layer in layers))
 
 
-def check_quantisation(plan: Plan, parts: Iterable[str], device: torch.device) -> None:
-    """Raise ModelFailed for a form that the device does not compute, and for a part that is not there.
+def check_quantisation(plan: Plan, parts: Mapping[str, Path], device: torch.device) -> None:
+    """Raise ModelFailed for a form that the device does not compute, for a part that is not there, and for
+    one whose files are quantised.
 
-    parts: names of the pipeline's modules.
+    parts: the pipeline's modules by name, with their folders.
     """
     names = set(parts)
     wanted = {part.name: part.quantisation for part in plan.parts if part.quantisation is not None}
@@ -99,6 +102,16 @@ def check_quantisation(plan: Plan, parts: Iterable[str], device: torch.device) -
             )
         if name in names:
             _check_device(kind, device)
+            _check_files(name, parts[name])
+
+
+def _check_files(name: str, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_bytes())
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "a library")
+        raise ModelFailed(
+            f"the files of {name} are quantised by {method}; leave {name} out of serving.quantisation"
+        )
 
 
 def _check_device(kind: Quantisation, device: torch.device) -> None:

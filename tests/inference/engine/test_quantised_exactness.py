@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerRow, PerTensor, quantize_
 
 from deployments.engine.bit_trials import BitTrials
 from deployments.models.quantise import quantise
@@ -53,3 +54,22 @@ def test_with_quantised_weights_not_a_bit_differs(family: str, kind: Quantisatio
     assert compared > 2
     # a convolution may have other bits in every batch: then a strict schedule shares nothing of the denoiser
     assert bench.rows > (1.0 if family == "SDXL" and exact == "strict" else 1.1) * bench.forwards
+
+
+# --- the tests above must catch this ----------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(("granularity", "proven"), [(PerRow(), True), (PerTensor(), False)])
+def test_scales_of_a_whole_batch_would_be_caught(granularity: Any, proven: bool) -> None:
+    """Inputs in 8 bits: with a scale for each row, rows share forwards; with one for all, none is proven."""
+    config = Int8DynamicActivationInt8WeightConfig(granularity=granularity, set_inductor_config=False)
+    bench = family_schedules("FLUX.1-dev", "strict", lambda denoiser: quantize_(denoiser, config))
+
+    compared = compare(bench, 2, None)
+
+    states = [state for engine in bench.engines.values() for state in engine.proofs()]
+    denoiser = [state for state in states if state.module == "FluxTransformer2DModel.forward"]
+    assert compared > 2
+    assert any(state.proven for state in denoiser) is proven
+    assert any(state.refused for state in denoiser) is not proven

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, TorchAoConfig
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig
 
 from deployments.loras.source import read_lora
+from deployments.models.compile import repeated_blocks
 from deployments.models.load import load_pipeline
 from deployments.models.model_memory import weights_bytes
 from deployments.models.quantise import quantisable_layers, quantise
 from deployments.pipelines.ensemble import share_equal_parts
 from deployments.planning.machine import Machine
-from deployments.planning.plan import PartPlan, plan_of
-from deployments.protocol.card import Quantisation, load_card
+from deployments.planning.plan import PartPlan, Plan, plan_of
+from deployments.protocol.card import Quantisation, Weights, load_card
 from deployments.protocol.errors import ModelFailed
 from tests.inference import tiny
 from tests.inference.lora_files import file_of, random_lora
@@ -217,3 +221,26 @@ def test_a_refiner_shares_equal_parts_of_one_form(kind: Quantisation) -> None:
 def kinds_in(module: nn.Module) -> set[str]:
     """Classes of the weights of Linear layers."""
     return {type(layer.weight).__name__ for layer in module.modules() if isinstance(layer, nn.Linear)}
+
+
+def test_quantised_files_are_loaded_as_they_are_and_not_quantised_again(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(ROOT / "models/tiny-flux-dev", tmp_path / "model"))
+    form = TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+    stored = FluxTransformer2DModel.from_pretrained(folder / "transformer", quantization_config=form)
+    stored.save_pretrained(folder / "transformer")
+    weights = Weights(path=str(folder), dtype="float32")
+    plan = Plan("float32", (PartPlan("transformer", "float32", quantisation="int8"),))
+
+    with pytest.raises(ModelFailed, match="files of transformer are quantised by torchao; leave"):
+        load_pipeline(weights, CPU, plan=plan)
+    loaded = load_pipeline(weights, CPU)
+
+    assert kinds_in(loaded.transformer) == {"Int8Tensor"}
+    assert list(quantisable_layers(loaded.transformer)) == []
+
+
+def test_quantised_blocks_are_not_compiled() -> None:
+    pipeline = load("tiny-flux-dev", "int8")
+
+    with pytest.raises(ModelFailed, match="quantised weights and cannot be compiled; take compile out"):
+        repeated_blocks(pipeline)
