@@ -57,6 +57,13 @@ def offload(module: nn.Module, plan: PartPlan, device: torch.device) -> None:
             _offloaded[module] = _Streamed(module, layers_of(module), device)
         case _:
             raise ValueError(f"{plan.name} cannot be placed as {plan.placement!r}")
+    # pipelines bring inputs to the device that this names, as accelerate's hooks do, else to that of a weight
+    vars(module)["_hf_hook"] = _ExecutionDevice(device)
+
+
+@dataclass(frozen=True, slots=True)
+class _ExecutionDevice:
+    execution_device: torch.device
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:

@@ -61,3 +61,14 @@ def test_weights_on_demand_are_on_the_device_for_a_use(programs: dict[str, Any])
 
     assert (run["before"], run["after"]) == (0, 0)
     assert run["during"] == run["used"] == pytest.approx(run["weights"], rel=0.001)
+
+
+def test_a_replica_serves_from_the_host_without_races() -> None:
+    run = run_module("tests.device_sim.offloaded_model", quiet_s=60.0)
+
+    assert run["ends"] == ["Done"] * 4
+    assert run["mixing"] == {}, "inputs are where the weights are brought to"
+    assert run["hazards"] == []
+    assert run["waits"] == [], "nothing waits for a copy"
+    assert run["loaded"] == pytest.approx(run["weights"], rel=0.01)
+    assert run["after"] < run["loaded"] + run["working"], "the encoder is not there any more"
