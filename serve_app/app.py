@@ -50,7 +50,7 @@ def build(args: AppArgs) -> Application:
     settings = Settings.load(**args.settings)
     known = known_cards(settings)
     cards = select_cards(args.models, known, settings, one_application=True)
-    _log_notices(cards, settings)
+    _log_notices(cards, known, settings)
     models = _models(cards, known, args.encoder, _lora_source(settings), settings.installation)
     bound = list({id(model): model for model in models.values()}.values())
     fetchers = _fetchers(cards, known, settings.installation)
@@ -75,7 +75,7 @@ def build_model(args: ModelArgs) -> Application:
             f"{', '.join(names)} do not share their replicas: give each an application of its own, "
             "or their cards one serving.group"
         )
-    _log_notices(cards, settings)
+    _log_notices(cards, known, settings)
     source = _lora_source(settings, args.gateway)
     models = _models(cards, known, args.encoder, source, settings.installation)
     return next(iter(models.values()))
@@ -97,9 +97,10 @@ def build_weights(args: WeightsArgs) -> Application:
     return fetchers[0]
 
 
-def _log_notices(cards: Mapping[str, ModelCard], settings: Settings) -> None:
+def _log_notices(cards: Mapping[str, ModelCard], known: Mapping[str, ModelCard], settings: Settings) -> None:
     """Log what `weft serve` says at its start."""
-    for notice in (*ignored_variables(Settings.model_fields), *card_notices(cards, settings)):
+    refiners = {card.id: card for card in _refiners(list(cards.values()), known).values()}
+    for notice in (*ignored_variables(Settings.model_fields), *card_notices({**cards, **refiners}, settings)):
         logger.warning("%s", notice)
 
 

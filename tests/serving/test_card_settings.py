@@ -14,12 +14,12 @@ import torch
 from deployments.protocol.card import ModelCard, load_card
 from deployments.protocol.errors import BadRequest, ModelUnavailable
 from deployments.replica import ModelReplica
-from serve_app.app import _models, build_model
+from serve_app.app import _models, build, build_model
 from serve_app.card_settings import card_notices, known_cards
 from serve_app.cli.main import main
 from serve_app.cli.serve_config import read_config, served_cards
 from serve_app.cli.start_checks import check_start
-from serve_app.ray_serve.args import ModelArgs, ServingOverride, UncardedModel, select_cards
+from serve_app.ray_serve.args import AppArgs, ModelArgs, ServingOverride, UncardedModel, select_cards
 from serve_app.settings import ROOT, Settings
 
 SHIPPED = ROOT / "configs/models"
@@ -304,6 +304,21 @@ def test_a_start_says_what_settings_do_and_which_do_nothing(
     assert "xformers itself is not used" in lines
     assert "is used for no model here" in lines
     assert f"MODEL_CHECKPOINT_DIR has no effect: {tmp_path} holds none of tiny-flux-schnell" in lines
+
+
+def test_a_cluster_logs_it_with_the_folder_of_the_refiner(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refiner = pipeline_in(tmp_path / "refiner", "StableDiffusionXLImg2ImgPipeline")
+    monkeypatch.setenv("MODEL_REFINER_CHECKPOINT_DIR", str(refiner))
+    monkeypatch.setenv("DATABASE_URL", "postgresql://user:sesame@host/db")
+
+    build(AppArgs(models=["sdxl-base-1.0"]))
+
+    assert "DATABASE_URL is set and not used" in caplog.text
+    assert f"the weights of sdxl-refiner-1.0 are those in {refiner}" in caplog.text
+    assert "has no effect" not in caplog.text
+    assert "sesame" not in caplog.text
 
 
 def test_xformers_stands_for_an_attention_of_torch_that_a_card_may_override(
