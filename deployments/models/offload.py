@@ -92,7 +92,7 @@ class OnDemand:
         self.used_bytes = self.host_bytes = self._packed.size_bytes
         # of modules in it, which some pipelines call by themselves
         parts = [part for part in module.modules() if part is not module]
-        self._hooks = _before_each(parts, lambda _part: self.bring())
+        self._hooks = _before_each(parts, self._bring_for)
 
     def bring(self) -> None:
         """Have the weights on the device, on the current stream. After a failure they are on the host."""
@@ -101,6 +101,9 @@ class OnDemand:
             self._packed.copy_to(block)
             self._packed.use(self._packed.weights_in(block))
             self._block = block
+
+    def _bring_for(self, _part: nn.Module) -> None:
+        self.bring()
 
     def release(self) -> None:
         """The memory is used again by what its stream does next."""
@@ -202,8 +205,15 @@ class _Streamed:
 
 
 def _before_each(parts: Iterable[nn.Module], act: Callable[[nn.Module], None]) -> list[RemovableHandle]:
-    """Have `act` called before each call of these modules."""
-    return [part.register_forward_pre_hook(lambda module, _inputs: act(module)) for part in parts]
+    """Have the method `act` called before each call of these modules, which do not keep its object alive: a
+    part that is dropped while it is loaded frees its memory at once."""
+    method = weakref.WeakMethod(act)
+
+    def before(module: nn.Module, _inputs: Any) -> None:
+        if (found := method()) is not None:
+            found(module)
+
+    return [part.register_forward_pre_hook(before) for part in parts]
 
 
 def _move_others(module: nn.Module, kept: set[int], device: torch.device) -> None:

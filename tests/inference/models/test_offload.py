@@ -6,6 +6,8 @@ tests, so that a weight that is used while it is not on the device changes every
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -350,6 +352,24 @@ def test_streamed_weights_are_not_compiled() -> None:
     with pytest.raises(ModelFailed, match="transformer cannot be compiled while its weights are streamed"):
         check_stays_on_device(planned("streamed", "device"))
     check_stays_on_device(planned("device", "on_demand"))
+
+
+@pytest.mark.parametrize("placement", ["on_demand", "streamed", "sequential"])
+def test_a_part_that_is_dropped_frees_its_memory_at_once(placement: Placement) -> None:
+    """As where a model is refused after its first parts are loaded."""
+    module = Blocks()
+    offload(module, PartPlan("blocks", "float32", placement), CPU)
+    module(torch.zeros(1, 32))
+    found = offloaded_part(module)
+    assert found is not None
+    part = weakref.ref(found)
+
+    gc.disable()
+    try:
+        del module, found
+        assert part() is None
+    finally:
+        gc.enable()
 
 
 def test_a_placement_that_a_part_cannot_have_is_refused() -> None:
