@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -104,20 +105,21 @@ def test_shards_of_a_text_encoder_are_not_all_mapped_while_they_are_copied(
     """Read in their own dtype they are, and are the weights."""
     split(copied / "text_encoder_2", T5EncoderModel)
     shards = {path.name for path in (copied / "text_encoder_2").glob("*.safetensors")}
-    backends: dict[str, str] = {}
+    opened: Counter[str] = Counter()
 
     def record(path: Any, *arguments: Any, **options: Any) -> Any:
-        backends[Path(path).name] = options["backend"]
+        opened[Path(path).name] += 1
         return safe_open(path, *arguments, **options)
 
     monkeypatch.setattr(unmapped, "safe_open", record)
-    load_pipeline(Weights(path=str(copied), dtype="float32"), CPU)
-    cast = dict(backends)
-    backends.clear()
+    cast = load_pipeline(Weights(path=str(copied), dtype="float32"), CPU)
+    to_cast = dict(opened)
+    opened.clear()
     load_pipeline(Weights(path=str(copied), dtype="bfloat16"), CPU)
 
-    assert {cast[shard] for shard in shards} == {"pread"}
-    assert {backends[shard] for shard in shards} == {"mmap"}
+    tensors = len(cast.text_encoder_2.state_dict())
+    assert sum(to_cast[shard] for shard in shards) >= tensors, "one mapping for each"
+    assert [opened[shard] for shard in shards] == [1] * len(shards)
 
 
 def test_a_shard_that_is_missing_is_named_before_anything_is_read(copied: Path) -> None:
