@@ -243,6 +243,7 @@ class ModelReplica:
         generate = partial(self.generate, unlimited_wait=True)
         with ThreadPoolExecutor(1, thread_name_prefix="warm-up") as thread:
             thread.submit(asyncio.run, warm_up(card, generate, self._runtime.worker)).result()
+            thread.submit(asyncio.run, self._runtime.use_profile(card)).result()
 
     def _card_of(self, request: GenerationRequest) -> ModelCard:
         for card in self._cards.values():

@@ -5,19 +5,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from deployments.engine.cost_model import RowLimit
 from deployments.engine.device_errors import is_device_broken
 from deployments.engine.engine import Engine
 from deployments.engine.out_of_memory import is_out_of_memory, shortage
 from deployments.engine.step_scheduler import StepScheduler
 from deployments.engine.worker import Worker
 from deployments.executors.decode_thread import DecodeThread
+from deployments.executors.denoise import job_shape
 from deployments.executors.dispatch import execute
 from deployments.executors.run import Run
 from deployments.executors.video_encoding import Encoder
@@ -30,6 +32,7 @@ from deployments.models.load_failures import LoadFailure
 from deployments.models.model_loader import ModelLoader
 from deployments.observability import collectors
 from deployments.observability.metrics import Sample
+from deployments.planning.profile import read_profile
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable, NotFinite, OutOfMemory, WeftError
 from deployments.protocol.events import Event
@@ -58,12 +61,14 @@ class Runtime:
         encoder: Encoder | None,
         device_name: str | None = None,
         reserves_gpu: bool = False,
+        schedule: Callable[[int, RowLimit], StepScheduler] = StepScheduler,
     ) -> None:
         """Load the first card's model and start the engine's thread. See ModelReplica for the parameters.
 
         gpu_share: the part of a GPU that belongs to this process, as `num_gpus`.
         device_name: torch's; None: the best that there is. reserves_gpu: Ray has given this process a GPU.
         Raises ModelUnavailable when the device is not there.
+        schedule: the scheduler of the engine, of at most so many rows.
         A model that cannot be loaded is in `load_failures`, and tried again for a later request.
         """
         serving = cards[0].serving
@@ -82,7 +87,7 @@ class Runtime:
         )
         self.models = self._loader.open_cache(serving.models_loaded)
         memory, device = self._loader.memory, self._loader.device
-        scheduler = StepScheduler(serving.max_rows or MAX_ROWS, memory.rows_that_fit)
+        scheduler = self._scheduler = schedule(serving.max_rows or MAX_ROWS, memory.rows_that_fit)
         engine = Engine(
             scheduler,
             exact=serving.exact,
@@ -139,6 +144,21 @@ class Runtime:
             if failure is None:
                 raise
             raise failure from error
+
+    async def use_profile(self, card: ModelCard) -> None:
+        """Have the scheduler know what `weft bench` measured for this model on this device, if it did. One
+        request of the default size must have run."""
+        model = next((model for model in self.models.models if model.card.id == card.id), None)
+        profile = None if model is None else read_profile(card.weights, model.profile_key)
+        if profile is None:
+            return
+        shape = job_shape(card.id, profile.width, profile.height)
+        used = await self.worker.run_on_thread(partial(self._scheduler.seed, shape, profile.step_s))
+        if used:
+            rows = profile.best_rows
+            logger.info("seconds by batch size are known", extra={"model": card.id, "best_rows": rows})
+        else:
+            logger.warning("the profile is not used: steps take other times", extra={"model": card.id})
 
     def _device_error(self, error: Exception) -> WeftError | None:
         """What a failure of the device outside of the engine is for the caller; None for any other error.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 
 KNEE_FRACTION = 0.97  # of the best rows per second: the smallest batch size with as many is the knee
@@ -80,6 +80,30 @@ class CostModel:
                 curve.seconds, curve.seen_once = {}, set()
         curve.seconds_per_row = min((s / n for n, s in curve.seconds.items()), default=curve.seconds_per_row)
         _set_target(curve)
+
+    def seed(self, key: Hashable, seconds: Mapping[int, float]) -> bool:
+        """Know what forwards of this key take by batch size, as measured before; what was learned stays, but
+        for sizes seen once, which include a warm-up.
+
+        False, and nothing is known more, where nothing was learned yet, or where what was differs by more
+        than twice: then it was measured on another machine.
+        """
+        curve = self._curves.get(key)
+        both = [] if curve is None else sorted(curve.seconds.keys() & seconds.keys())
+        if curve is None or not both:
+            return False
+        learned = {n: s for n, s in curve.seconds.items() if n not in curve.seen_once}
+        ratio = curve.seconds[both[0]] / seconds[both[0]]
+        if both[0] not in learned:
+            ratio = min(ratio, 1.0)
+        if not 1 / 2 <= ratio <= 2:
+            return False
+        most = self._most(key, curve)
+        curve.seconds = {n: s * ratio for n, s in seconds.items() if n <= most} | learned
+        curve.seen_once.clear()
+        curve.seconds_per_row = min(s / n for n, s in curve.seconds.items())
+        _set_target(curve)
+        return True
 
     def best_batch_size(self, key: Hashable) -> int:
         """Rows that a forward of this key should have: the knee of its curve; 1 before the first forward."""

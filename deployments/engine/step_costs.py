@@ -42,6 +42,11 @@ class StepCosts:
         """Whether a step of this shape has been learned."""
         return shape in self._shapes
 
+    def key_of(self, shape: Hashable) -> Hashable | None:
+        """The key of the costliest call of a step of this shape; None while it is not known."""
+        known = self._shapes.get(shape)
+        return None if known is None else known.key
+
     def record(self, jobs: Sequence[ScheduledJob], key: Hashable | None, row_s: float, rows: float) -> None:
         """One forward with calls of these jobs. row_s: device seconds per image; rows: rows per image."""
         for job in jobs:

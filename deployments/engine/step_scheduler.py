@@ -7,7 +7,7 @@ and FairShare.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deployments.engine.batch_filling import Batch
@@ -106,6 +106,12 @@ class StepScheduler:
             images = sum([job.batch_size for job in jobs])
             self._fair_share.charge(jobs, seconds, images, now)
             self._step_costs.record(jobs, key, work_s / images, batch_size / images)
+
+    def seed(self, shape: Hashable, seconds: Mapping[int, float]) -> bool:
+        """Know the seconds of a denoiser's forwards by batch size, as measured before, for jobs of a shape of
+        which one has run. False where they are not used: see CostModel.seed."""
+        key = self._step_costs.key_of(shape)
+        return key is not None and self._cost_model.seed(key, seconds)
 
     def record_out_of_memory(self, key: Hashable | None, batch_size: int) -> None:
         """A forward of `batch_size` rows of `key` does not fit the device: halve the cap."""

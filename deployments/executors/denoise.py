@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Collection, Hashable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -93,6 +93,11 @@ def reported_unproven(request: ResolvedRequest, unproven: Collection[str]) -> tu
     return tuple(sorted(unproven)) if request.exact == "prefer" else ()
 
 
+def job_shape(model_id: str, width: int, height: int, num_frames: int | None = None) -> Hashable:
+    """Jobs of one shape have steps that cost the same."""
+    return model_id, width, height, num_frames
+
+
 def _scheduled_job(run: Run, calls: PipelineCalls) -> ScheduledJob:
     """The request as the step scheduler sees it."""
     request, model_id = run.request, run.model.card.id
@@ -105,5 +110,5 @@ def _scheduled_job(run: Run, calls: PipelineCalls) -> ScheduledJob:
         steps_done=calls.steps_done,
         batch_size=request.num_images,
         labels=(model_id, size_class(request.width, request.height, num_frames)),
-        shape=(model_id, request.width, request.height, num_frames),
+        shape=job_shape(model_id, request.width, request.height, num_frames),
     )

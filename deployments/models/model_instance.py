@@ -32,6 +32,7 @@ from deployments.pipelines.previews import Previewer
 from deployments.pipelines.prompt_cache import PromptCache
 from deployments.planning.machine import Machine
 from deployments.planning.plan import Plan, plan_of
+from deployments.planning.profile import profile_key
 from deployments.protocol.card import ModelCard, Weights
 from deployments.protocol.request import Task
 
@@ -65,6 +66,7 @@ class ModelInstance:
         serving = card.serving
         self.card = card
         self.plan = plan_of(card, machine)
+        self.profile_key = profile_key(card, self.plan, machine)
         self._machine = machine
         if serving.compile:
             check_stays_on_device(self.plan)

@@ -30,6 +30,11 @@ COMMANDS = {  # name -> (module that holds its Typer app, name of that app, help
         "Start the whole service on this machine and serve until Ctrl+C.",
     ),
     "models": ("serve_app.cli.models", "app", "List the model cards."),
+    "bench": (
+        "serve_app.cli.bench",
+        "app",
+        "Measure a model on this machine by batch size, and keep the profile.",
+    ),
     "users": ("serve_app.cli.users", "users", "Add, list, disable and enable users."),
     "keys": ("serve_app.cli.users", "keys", "Create, list and revoke API keys."),
     "repair": (

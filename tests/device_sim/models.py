@@ -39,7 +39,7 @@ class _Built:
     def size_bytes(self) -> int:
         return weights_bytes([self.module])
 
-    device_bytes = size_bytes
+    device_bytes = held_bytes = size_bytes
 
     def load(self, _device: torch.device) -> nn.Module:
         return self.module
