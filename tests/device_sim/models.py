@@ -34,6 +34,7 @@ class _Built:
     """In place of the files of a module: it is on the device already."""
 
     module: nn.Module
+    folder: Path = Path()  # nothing is read from it
 
     @property
     def size_bytes(self) -> int:
