@@ -13,8 +13,6 @@ from typing import Literal, get_args
 from deployments.models.activations import Activations, Lane
 
 GIB = 2**30
-CONTEXT_BYTES = GIB // 2  # of a process on a GPU, outside of torch's allocator: the context and its kernels
-RESERVE_FRACTION = 0.05  # of that memory: what torch's allocator cannot use, because it lies in pieces
 
 # torch reads the first of these that is set
 ALLOC_CONF = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
@@ -22,21 +20,6 @@ REFRESH_EVERY = 64  # calls of rows_that_fit between two looks at what caches ho
 
 Part = Literal["weights", "loras", "stacks", "prompts", "requests"]
 Thing = tuple[str, Hashable]  # of which model, and what: its pipeline, a ControlNet, a LoRA's slot
-
-
-def usable_bytes(total: int, free: int, gpu_share: float) -> int:
-    """Bytes of a GPU that this process may allocate.
-
-    total: of the GPU. free: what no other process has, as the driver says, and what this one has reserved.
-    gpu_share: the part of the GPU that is this process's own, as `num_gpus`; 0: not known, all of it.
-    """
-    own = int(total * own_share(gpu_share)) - CONTEXT_BYTES
-    return max(0, int(min(own, free) * (1 - RESERVE_FRACTION)))
-
-
-def own_share(gpu_share: float) -> float:
-    """The part of a GPU's memory that belongs to a process with `num_gpus: gpu_share`."""
-    return gpu_share if 0 < gpu_share < 1 else 1.0
 
 
 def use_expandable_segments(hip_alloc_conf: str = "") -> None:

@@ -10,7 +10,8 @@ import psutil
 import torch
 
 from deployments.models.activations import Lane
-from deployments.models.device_memory import CONTEXT_BYTES, DeviceMemory, own_share, usable_bytes
+from deployments.models.device_memory import DeviceMemory
+from deployments.planning.device_limit import CONTEXT_BYTES, own_share, usable_bytes
 from deployments.planning.machine import Machine
 
 logger = logging.getLogger(__name__)
@@ -28,12 +29,16 @@ def best_device() -> torch.device:
 def machine_of(device: torch.device, limit_bytes: int | None) -> Machine:
     """What a plan depends on. limit_bytes: what this process may allocate on the device; None: no limit."""
     host = psutil.virtual_memory().total
+    if device.type == "mps":
+        metal = torch.mps.recommended_max_memory()
+        limit = metal if limit_bytes is None else min(metal, limit_bytes)
+        return Machine("Apple GPU", "mps", limit, host_bytes=host)
     if device.type != "cuda":
-        name = "Apple GPU" if device.type == "mps" else "CPU"
-        return Machine(name, "mps" if device.type == "mps" else "cpu", limit_bytes, host_bytes=host)
+        return Machine("CPU", "cpu", limit_bytes, host_bytes=host)
     name = torch.cuda.get_device_name(device)
     if torch.version.hip is not None:
-        return Machine(name, "rocm", limit_bytes, host_bytes=host)
+        architecture = torch.cuda.get_device_properties(device).gcnArchName
+        return Machine(name, "rocm", limit_bytes, host_bytes=host, architecture=architecture)
     return Machine(name, "cuda", limit_bytes, torch.cuda.get_device_capability(device), host)
 
 

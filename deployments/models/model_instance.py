@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -53,24 +53,28 @@ class ModelInstance:
         *,
         admission: MemoryAdmission,
         lora_files: LoraFileReader | None = None,
+        beside: Sequence[ModelCard] = (),
     ) -> None:
         """Load the model as planned for this machine.
 
         refiner: the card that card.refiner names; loaded when a request needs it.
         admission: asked before anything is moved to the device.
         lora_files: reads the files of LoRAs that a request only names; without it, requests bring the files.
+        beside: cards that may be loaded beside it.
         Raises ModelFailed or ModelUnavailable when the weights cannot be loaded, OutOfMemory when they do not
         fit.
         """
         started = time.monotonic()
         serving = card.serving
         self.card = card
-        self.plan = plan_of(card, machine)
+        self.plan = plan_of(card, machine, beside)
+        if self.plan.refusal is not None:
+            raise self.plan.refusal.error()
         self.profile_key = profile_key(card, self.plan, machine)
         self._machine = machine
         if serving.compile:
             check_stays_on_device(self.plan)
-        self._memory = ModelMemory(admission, card)
+        self._memory = ModelMemory(admission, card, self.plan.working_bytes)
         self._device = device
         pipeline = load_pipeline(
             card.weights, device, plan=self.plan, admit=self._memory.admit_pipeline, licence=card.licence
@@ -156,6 +160,8 @@ class ModelInstance:
         """The refiner's pipeline."""
         weights = refiner.weights
         plan = plan_of(refiner, self._machine)
+        if plan.refusal is not None:
+            raise plan.refusal.error()
 
         def load(admit: Admit) -> Any:
             return load_pipeline(weights, self._device, plan=plan, admit=admit, licence=refiner.licence)

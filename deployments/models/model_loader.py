@@ -22,6 +22,7 @@ from deployments.models.model_cache import ModelCache
 from deployments.models.model_instance import ModelInstance
 from deployments.models.weight_cache import fetch
 from deployments.planning.machine import Machine
+from deployments.planning.plan import Plan, plan_of
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelFailed, ModelUnavailable, OutOfMemory, Overloaded, WeftError
 
@@ -93,9 +94,11 @@ class ModelLoader:
     def _prepare(self, name: str) -> None:
         """Fetch the weights to this node, before others have to make way for them on the device.
 
-        Raises at once what the last try raised, until it is time for another one: see LoadFailures.
+        Raises at once what the last try raised, until it is time for another one: see LoadFailures. What the
+        plan refuses is not fetched.
         """
         self.failures.check(name)
+        self._recorded(name, lambda: self._check_plan(name))
         self._recorded(name, lambda: self._with_retry(name, lambda: self._fetch(self._cards[name])))
 
     def _load(self, name: str) -> ModelInstance:
@@ -152,6 +155,7 @@ class ModelLoader:
                 self.device,
                 admission=self.admission,
                 lora_files=self._lora_files,
+                beside=self._beside(name),
             )
         except BaseException:
             self.memory.release_weights(name)
@@ -169,9 +173,27 @@ class ModelLoader:
         limits.append(None if self._memory_gib is None else int(self._memory_gib * GIB))
         return min((limit for limit in limits if limit is not None), default=None)
 
+    def _plan(self, name: str) -> Plan:
+        return plan_of(self._cards[name], self.machine, self._beside(name))
+
+    def _check_plan(self, name: str) -> None:
+        """Raises OutOfMemory or ModelFailed for a model that cannot run on this device."""
+        refusal = self._plan(name).refusal
+        if refusal is not None:
+            raise refusal.error()
+
+    def _beside(self, name: str) -> list[ModelCard]:
+        """The cards that may be loaded beside a model: its refiner's, and those of the replica."""
+        refiner = self._refiners.get(name)
+        others = [card for other, card in self._cards.items() if other != name]
+        return others if refiner is None else [refiner, *others]
+
     def _expected_bytes(self, name: str) -> int:
-        """Of a model before its weights are read, with one picture: what its card states. A statement beyond
-        the device is not believed."""
+        """Of a model before its weights are read, with one picture: as planned, or what its card states. A
+        statement beyond the device is not believed."""
+        plan = self._plan(name)
+        if plan.planned is not None and plan.working_bytes is not None:
+            return plan.planned.weights + plan.working_bytes
         stated, limit = int(self._cards[name].vram_gib * GIB), self.memory.limit_bytes
         return stated if limit is None else min(stated, limit)
 

@@ -39,6 +39,7 @@ class ModelMemory:
 
     admission: MemoryAdmission
     card: ModelCard
+    working_bytes: int | None = None  # for one picture, as planned; None: what the card states
     _loaded_last: str = ""
 
     @property
@@ -52,7 +53,7 @@ class ModelMemory:
         Raises OutOfMemory where they do not fit.
         """
         memory = self.admission.memory
-        space = int(self.card.vram_gib * GIB) - size_bytes
+        space = self._space(size_bytes)
         if memory.limit_bytes is not None:  # with less space than the card states a smaller picture may fit
             space = min(space, memory.limit_bytes - size_bytes)
         memory.expect_working(self.card.id, max(0, space))
@@ -69,7 +70,7 @@ class ModelMemory:
             return
         memory, held = self.admission.memory, held_bytes(modules)
         elsewhere = sum(part.host_bytes for part in offloaded)
-        space = int(self.card.vram_gib * GIB) - held - elsewhere - saved_bytes
+        space = self._space(held + elsewhere + saved_bytes)
         if memory.limit_bytes is not None:
             space = min(space, memory.limit_bytes - held)
         memory.expect_working(self.card.id, max(0, space, *(part.used_bytes for part in offloaded)))
@@ -100,6 +101,12 @@ class ModelMemory:
         """Release all weights. LoRAs are released with their slots."""
         self.admission.memory.release_weights(self.card.id)
         self.admission.memory.expect_working(self.card.id, 0)
+
+    def _space(self, weights_bytes: int) -> int:
+        """For one picture: as planned, or what the card states beyond all weights."""
+        if self.working_bytes is not None:
+            return self.working_bytes
+        return int(self.card.vram_gib * GIB) - weights_bytes
 
     def _claim(self, name: str, size_bytes: int, what: str) -> None:
         self.admission.admit_from_thread("weights", (self.card.id, name), size_bytes, what)

@@ -1,34 +1,23 @@
-"""The plan of a model on a device: which dtype, form and place each of its parts has."""
+"""The plan of a model on a device: which dtype, form and place each of its parts has, and the bytes of it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from deployments.planning.account import PlannedBytes
+from deployments.planning.fitting import Fitted, Fitting, dtype_of_part
 from deployments.planning.machine import Machine
+from deployments.planning.notes import notes_of
+from deployments.planning.others import others_beside
+from deployments.planning.part_plan import DENOISERS, TEXT_ENCODERS, PartPlan, Placement
+from deployments.planning.refusal import Refusal, contradiction, too_large
 from deployments.protocol.card import Dtype, ModelCard, Quantisation
 
-# device: always on it. on_demand: in memory of the host, copied to the device for each use and dropped there
-# after it. cpu: computes on the CPU. streamed: blocks beyond `resident_blocks` are copied to the device while
-# others compute. sequential: each layer is copied when it computes
-Placement = Literal["device", "on_demand", "cpu", "streamed", "sequential"]
+__all__ = ["DENOISERS", "TEXT_ENCODERS", "PartPlan", "Placement", "Plan", "everything_on_device", "plan_of"]
 
-DENOISERS = ("transformer", "transformer_2", "unet")
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-
-
-@dataclass(frozen=True, slots=True)
-class PartPlan:
-    """One component of a pipeline."""
-
-    name: str  # as in the pipeline, such as "text_encoder_2"
-    dtype: Dtype  # it computes in
-    placement: Placement = "device"
-    quantisation: Quantisation | None = None
-    resident_blocks: int = 0  # of a streamed part: how many of its blocks stay on the device
-    weight_bytes: int = 0  # all of it, in its final form; 0: not known
-    device_bytes: int = 0  # the most of it that is on the device at a time
+LEFT_TO_THE_PLAN = {"quantisation": "auto", "offload": "auto", "vae_tiling": "auto"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,22 +30,73 @@ class Plan:
     vae_tiling: bool = False
     vae_slicing: bool = False
     channels_last: bool = False  # memory format of UNets and VAEs
+    rows: int | None = None  # of one forward at the default size, at most; None: not reckoned
+    lora_slots: int | None = None  # LoRAs of rank 32 on the device at a time; None: not reckoned
+    planned: PlannedBytes | None = None  # on the device; None: not reckoned
+    working_bytes: int | None = None  # for one picture, with what is copied for it; None: not reckoned
+    host_bytes: int = 0  # of weights that are kept in memory of the host
+    notes: tuple[str, ...] = ()  # a sentence for each thing that changes pictures or speed
+    refusal: Refusal | None = None  # why the model cannot run here; None: it can
 
     def part(self, name: str) -> PartPlan:
         """The plan of this component; one that is not named is on the device in the model's dtype."""
         return next((part for part in self.parts if part.name == name), PartPlan(name, self.dtype))
 
 
-def plan_of(card: ModelCard, machine: Machine) -> Plan:
-    """The plan of the card's model on this machine."""
+def plan_of(card: ModelCard, machine: Machine, others: Iterable[ModelCard] = ()) -> Plan:
+    """The plan of the card's model on this machine.
+
+    others: cards that may be loaded beside it, the refiner's and those of its group.
+    Where the device has no limit or the card no `memory`, everything is on the device unless the card says
+    otherwise, and no bytes are reckoned.
+    """
+    as_written = _as_written(card, machine)
+    refusal = contradiction(card, machine)
+    if refusal is not None:
+        return replace(as_written, refusal=refusal)
+    if card.memory is None or machine.limit_bytes is None:
+        return as_written
+    beside = others_beside(card, as_written.dtype, others)
+    fitting = Fitting(card, card.memory, machine, as_written.dtype, sum(other.bytes for other in beside))
+    fitted = fitting.best()
+    if fitted is None:
+        on_host = replace(fitting, machine=replace(machine, host_bytes=None)).best()
+        refusal = too_large(card, machine, fitting.least(), _unasked(fitting), on_host)
+        return replace(as_written, refusal=refusal)
+    return replace(
+        as_written,
+        parts=fitted.parts,
+        vae_tiling=fitted.rung.tiled,
+        rows=fitted.rows,
+        lora_slots=fitted.lora_slots,
+        planned=fitted.bytes,
+        working_bytes=fitted.least.working,
+        host_bytes=fitted.host_bytes,
+        notes=notes_of(card, machine, as_written.dtype, fitted, beside),
+    )
+
+
+def _unasked(fitting: Fitting) -> Fitted | None:
+    """What fits if the card leaves to the plan what it sets itself; None: nothing, or it sets nothing."""
+    serving = fitting.card.serving
+    if all(getattr(serving, key) == value for key, value in LEFT_TO_THE_PLAN.items()):
+        return None
+    card = fitting.card.model_copy(update={"serving": serving.model_copy(update=LEFT_TO_THE_PLAN)})
+    return replace(fitting, card=card).best()
+
+
+def _as_written(card: ModelCard, machine: Machine) -> Plan:
+    """What the card itself says, without any reckoning."""
     serving = card.serving
-    dtype = _dtype(card.weights.dtype, machine)
+    dtype: Dtype = card.weights.dtype
+    if dtype == "bfloat16" and not machine.computes_bfloat16:
+        dtype = "float16"
     forms, places = _quantised(serving.quantisation), _places(serving.offload, machine)
-    vae = {"vae"} if dtype == "float16" else set()  # most VAEs overflow in it
+    vae = {"vae"} if dtype == "float16" else set()
     return Plan(
         dtype,
         tuple(
-            PartPlan(name, "float32" if name in vae else dtype, places.get(name, "device"), forms.get(name))
+            PartPlan(name, dtype_of_part(name, dtype), places.get(name, "device"), forms.get(name))
             for name in sorted(vae | forms.keys() | places.keys())
         ),
         attention=serving.attention,
@@ -85,12 +125,6 @@ def _quantised(
     if isinstance(wanted, str):
         return dict.fromkeys(DENOISERS, wanted)
     return {name: None if kind == "none" else kind for name, kind in wanted.items()}
-
-
-def _dtype(wanted: Dtype, machine: Machine) -> Dtype:
-    """GPUs before NVIDIA's Ampere compute in float16, not in bfloat16."""
-    old = machine.capability is not None and machine.capability < (8, 0)
-    return "float16" if old and wanted == "bfloat16" else wanted
 
 
 def everything_on_device(dtype: Dtype) -> Plan:

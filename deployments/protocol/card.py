@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.invalid_values import wrong_values
+from deployments.protocol.memory_needs import MemoryNeeds
 from deployments.protocol.request import (
     MAX_FPS,
     MAX_FRAMES,
@@ -281,6 +282,7 @@ class ModelCard(Strict):
     refiner: str | None = None  # id of the card that refines this model's pictures
     refiner_start: float = Field(0.8, gt=0, lt=1)  # part of the steps at which the refiner takes over
     vram_gib: float = 0.0  # for the weights and one picture of the default size; 0: runs on a CPU
+    memory: MemoryNeeds | None = None  # by part, for the plan of a device; None: not known
     licence: Licence
     serving: Serving = Serving()
 

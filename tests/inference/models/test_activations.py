@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.models.activations import MAX_ROWS, SAMPLES, Activations
-from deployments.models.device_memory import GIB, DeviceMemory, usable_bytes
+from deployments.models.device_memory import GIB, DeviceMemory
 from deployments.models.hardware import PeakMeter
+from deployments.planning.device_limit import usable_bytes
 
 MIB = 2**20
 

@@ -14,14 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deployments.models import hardware
-from deployments.models.device_memory import (
-    ALLOC_CONF,
-    CONTEXT_BYTES,
-    GIB,
-    DeviceMemory,
-    usable_bytes,
-    use_expandable_segments,
-)
+from deployments.models.device_memory import ALLOC_CONF, GIB, DeviceMemory, use_expandable_segments
+from deployments.planning.device_limit import CONTEXT_BYTES, usable_bytes
 
 ROOT = Path(__file__).parents[3]
 # GiB that are there in all, that no other process has, and the replica's num_gpus

@@ -1,0 +1,69 @@
+"""A sentence for each thing in a plan that changes pictures or speed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from deployments.planning.fitting import Fitted
+from deployments.planning.machine import Machine
+from deployments.planning.others import Other
+from deployments.planning.part_plan import DENOISERS, PartPlan
+from deployments.planning.refusal import gib
+from deployments.protocol.card import Dtype, ModelCard
+
+BITS = {"int8": 8, "fp8": 8, "fp8_dynamic": 8, "fp8_cast": 8, "nf4": 4}
+
+
+def _dtype_notes(card: ModelCard, dtype: Dtype, machine: Machine) -> Iterator[str]:
+    """What the device computes in instead of what the card says."""
+    if dtype != card.weights.dtype:
+        yield f"{machine.name} does not compute in {card.weights.dtype}: {dtype}, and float32 in the VAE"
+
+
+def _part_notes(parts: Iterable[PartPlan]) -> Iterator[str]:
+    """What the form and the place of the weights change."""
+    for part in parts:
+        if part.quantisation is not None:
+            bits = BITS[part.quantisation]
+            form = f"weights of {bits} bits ({part.quantisation})"
+            yield f"{part.name} has {form}: pictures differ from those of {part.dtype}"
+        if part.placement == "on_demand":
+            yield f"{part.name} is copied to the device for each new prompt ({gib(part.weight_bytes)})"
+        elif part.placement in ("streamed", "sequential"):
+            yield _moving_note(part)
+
+
+def _moving_note(part: PartPlan) -> str:
+    each = "step" if part.name in DENOISERS else "new prompt"
+    if part.placement == "sequential":
+        return f"{part.name} is copied layer by layer in each {each} ({gib(part.weight_bytes)}): very slow"
+    moving = part.weight_bytes - part.device_bytes
+    kept = f"{part.resident_blocks} blocks of {part.name} stay on the device"
+    return f"{kept}, the others are copied in each {each} (about {gib(moving)}): slower"
+
+
+def notes_of(
+    card: ModelCard, machine: Machine, dtype: Dtype, fitted: Fitted, beside: Sequence[Other]
+) -> tuple[str, ...]:
+    """All that the plan changes, and what does not fit beside the model."""
+    return (
+        *_dtype_notes(card, dtype, machine),
+        *_part_notes(fitted.parts),
+        *_tiling_notes(fitted),
+        *_other_notes(fitted, machine, beside),
+    )
+
+
+def _tiling_notes(fitted: Fitted) -> Iterator[str]:
+    if fitted.rung.tiled:
+        yield "the VAE decodes in tiles: pictures differ slightly from those decoded whole"
+
+
+def _other_notes(fitted: Fitted, machine: Machine, beside: Sequence[Other]) -> Iterator[str]:
+    """What may be loaded beside the model, where not all of it fits at a time."""
+    if fitted.rung.with_others or machine.limit_bytes is None:
+        return
+    free = machine.limit_bytes - fitted.least.peak
+    for other in beside:
+        how = "fits beside it alone" if other.bytes <= free else "does not fit beside it"
+        yield f"{other.what} ({gib(other.bytes)}) {how}"

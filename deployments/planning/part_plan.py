@@ -1,0 +1,101 @@
+"""How one component of a pipeline runs: its dtype, its place, the form of its weights, and their bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from deployments.protocol.card import Dtype, Quantisation
+from deployments.protocol.memory_needs import PartNeeds
+
+# device: always on it. on_demand: in memory of the host, copied to the device for each use and dropped there
+# after it. cpu: computes on the CPU. streamed: blocks beyond `resident_blocks` are copied to the device while
+# others compute. sequential: each layer is copied when it computes
+Placement = Literal["device", "on_demand", "cpu", "streamed", "sequential"]
+
+DENOISERS = ("transformer", "transformer_2", "unet")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+MILLION = 10**6
+DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+# of a weight of a Linear layer. The scales of int8 and fp8, one per row, are under 0.1 %; nf4 has one in
+# float32 for 64 weights
+QUANTISED_BYTES: dict[Quantisation, float] = {
+    "int8": 1.0,
+    "fp8": 1.0,
+    "fp8_dynamic": 1.0,
+    "fp8_cast": 1.0,
+    "nf4": 0.5 + 4 / 64,
+}
+STREAMED_AT_ONCE = 2  # blocks or layers on the device beside the resident ones: one computes, one is copied
+
+
+@dataclass(frozen=True, slots=True)
+class PartPlan:
+    """One component of a pipeline."""
+
+    name: str  # as in the pipeline, such as "text_encoder_2"
+    dtype: Dtype  # it computes in
+    placement: Placement = "device"
+    quantisation: Quantisation | None = None
+    resident_blocks: int = 0  # of a streamed part: so many of its first blocks stay on the device
+    weight_bytes: int = 0  # all of it, in its final form; 0: not known
+    device_bytes: int = 0  # the most of it that is on the device at a time
+
+    @property
+    def held_bytes(self) -> int:
+        """What is on the device all the time."""
+        return self.device_bytes if self.placement in ("device", "streamed", "sequential") else 0
+
+    @property
+    def host_bytes(self) -> int:
+        """What is in memory of the host all the time."""
+        return 0 if self.placement == "device" else self.weight_bytes
+
+
+def planned_part(
+    name: str,
+    needs: PartNeeds,
+    dtype: Dtype,
+    placement: Placement = "device",
+    quantisation: Quantisation | None = None,
+    resident_blocks: int = 0,
+) -> PartPlan:
+    """The plan of a part with its bytes."""
+    per_million = bytes_per_weight(needs, dtype, quantisation) * MILLION
+    weight_bytes = int(needs.parameters * per_million)
+    if placement == "cpu":
+        device_bytes = 0
+    elif placement == "streamed":
+        device_bytes = int(_streamed(needs, resident_blocks) * per_million)
+    elif placement == "sequential":
+        device_bytes = int(STREAMED_AT_ONCE * needs.largest_layer * per_million)
+    else:
+        device_bytes = weight_bytes
+    return PartPlan(
+        name, dtype, placement, quantisation, resident_blocks, weight_bytes, min(device_bytes, weight_bytes)
+    )
+
+
+def bytes_per_weight(needs: PartNeeds, dtype: Dtype, quantisation: Quantisation | None) -> float:
+    """Of a part, on average over its weights."""
+    plain = float(DTYPE_BYTES[dtype])
+    if quantisation is not None:
+        linear = needs.linear if quantisation != "fp8_cast" else 1.0  # layerwise casting takes all layers
+        return linear * min(QUANTISED_BYTES[quantisation], plain) + (1 - linear) * plain
+    kept = needs.float32 if dtype == "float16" else 0.0
+    return plain + kept * (DTYPE_BYTES["float32"] - plain)
+
+
+def block_sizes(needs: PartNeeds) -> list[float]:
+    """Parameters of each block in millions, in the order in which they compute."""
+    return [kind.parameters for kind in needs.blocks for _ in range(kind.count)]
+
+
+def _streamed(needs: PartNeeds, resident_blocks: int) -> float:
+    """Parameters on the device at a time, in millions: what is in no block, the resident blocks and those
+    that are copied."""
+    blocks = block_sizes(needs)
+    moving = blocks[resident_blocks:]
+    outside = needs.parameters - sum(blocks)
+    return outside + sum(blocks[:resident_blocks]) + STREAMED_AT_ONCE * max(moving, default=0.0)
