@@ -35,6 +35,7 @@ COMMANDS = {  # name -> (module that holds its Typer app, name of that app, help
         "app",
         "Measure a model on this machine by batch size, and keep the profile.",
     ),
+    "plan": ("serve_app.cli.plan", "app", "Print how a model runs on a GPU, and the memory that it needs."),
     "users": ("serve_app.cli.users", "users", "Add, list, disable and enable users."),
     "keys": ("serve_app.cli.users", "keys", "Create, list and revoke API keys."),
     "repair": (
