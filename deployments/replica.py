@@ -26,6 +26,7 @@ from deployments.loras.file_reader import LoraFileReader
 from deployments.models.device_memory import use_expandable_segments
 from deployments.models.weight_cache import keep_compiled_code, use_installation
 from deployments.observability.metrics import Reporter, Sample
+from deployments.planning.report import report
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable, NotFound, WeftError
 from deployments.protocol.events import Done, Event, Failed, Handover
@@ -203,6 +204,10 @@ class ModelReplica:
     async def proofs(self) -> list[dict[str, object]]:
         """What is known of batch sizes, by module and shape; of many shapes, the last MAX_PROOFS."""
         return [asdict(state) for state in self._runtime.worker.proofs()[-MAX_PROOFS:]]
+
+    async def plans(self) -> dict[str, dict[str, object]]:
+        """By loaded model, how it runs on this replica's device: see planning/report.py."""
+        return {model.card.id: report(model.plan) for model in self._runtime.models.models}
 
     async def load_failures(self) -> dict[str, dict[str, object]]:
         """By model, why it is not loaded though that was tried: the fields of LoadFailure."""

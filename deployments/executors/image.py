@@ -15,7 +15,6 @@ from deployments.executors.denoise import denoise, reported_unproven
 from deployments.executors.run import Run
 from deployments.media import still
 from deployments.protocol.events import Artifact, Done, Event
-from deployments.protocol.request import ResolvedRequest
 
 
 async def generate_images(run: Run) -> AsyncGenerator[Event]:
@@ -27,7 +26,7 @@ async def generate_images(run: Run) -> AsyncGenerator[Event]:
                 continue
             started = time.monotonic()
             for index, image in enumerate(item.value):
-                for artifact in await asyncio.to_thread(_artifacts, run.request, index, image, item):
+                for artifact in await asyncio.to_thread(_artifacts, run, index, image, item):
                     yield artifact
             generation_s = item.run_s + time.monotonic() - started
             yield Done(
@@ -38,10 +37,11 @@ async def generate_images(run: Run) -> AsyncGenerator[Event]:
             )
 
 
-def _artifacts(request: ResolvedRequest, index: int, image: Image, finished: Finished) -> list[Artifact]:
+def _artifacts(run: Run, index: int, image: Image, finished: Finished) -> list[Artifact]:
     """The picture's file and its thumbnail."""
+    request, quantised = run.request, run.model.quantised
     seed = request.seed + index
-    metadata = still.metadata(request, seed, __version__, finished.run_s, finished.unproven)
+    metadata = still.metadata(request, seed, __version__, finished.run_s, finished.unproven, quantised)
     parameters = still.a1111_parameters(request, seed, __version__)
     file = still.encode(image, request.output, parameters, metadata)
     small, width, height = still.thumbnail(image)

@@ -116,12 +116,18 @@ def _quoted(value: object) -> str:
 
 
 def metadata(
-    request: ResolvedRequest, seed: int, version: str, generation_s: float, unproven: Collection[str] = ()
+    request: ResolvedRequest,
+    seed: int,
+    version: str,
+    generation_s: float,
+    unproven: Collection[str] = (),
+    quantised: Mapping[str, str] | None = None,
 ) -> dict[str, object]:
     """The settings needed to generate the same picture again, as JSON, and whether its bits are those of
     the request alone (`exact`).
 
     unproven: modules whose forwards were shared in batch sizes that are not proven to be exact.
+    quantised: by part, the form of weights that were not in the model's own dtype.
     """
     edit = request.edit
     bulky: dict[str, Any] = {
@@ -135,4 +141,6 @@ def metadata(
     exactness: dict[str, object] = {"exact": not unproven}
     if unproven:
         exactness["merged_unproven"] = sorted(unproven)
+    if quantised:
+        exactness["quantised"] = dict(quantised)
     return facts | exactness | {"seed": seed, "generation_s": round(generation_s, 3), "version": version}

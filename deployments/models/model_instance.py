@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -81,6 +82,9 @@ class ModelInstance:
         )
         self._memory.expect_uses(_modules(pipeline), _saved_bytes(pipeline, self.plan))
         check_rows(_modules(pipeline), serving.exact)
+        there = tuple(part for part in self.plan.parts if part.name in pipeline.components)
+        self.plan = replace(self.plan, parts=there)
+        self.quantised = {part.name: part.quantisation for part in there if part.quantisation is not None}
         blocks = repeated_blocks(pipeline) if serving.compile else []
         self.pipelines = DiffusersModel(
             pipeline,

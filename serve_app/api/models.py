@@ -52,10 +52,17 @@ async def delete_model(model: str, caller: CurrentCaller) -> LoraDeleted:
 
 async def _models_out(caller: CallerContext, cards: list[ModelCard]) -> list[ModelOut]:
     state = caller.state
-    states, failures, proofs = await asyncio.gather(
-        state.model_states(), state.model_failures(), state.model_proofs(card.id for card in cards)
+    ids = [card.id for card in cards]
+    states, failures, proofs, plans = await asyncio.gather(
+        state.model_states(), state.model_failures(), state.model_proofs(ids), state.model_plans(ids)
     )
     return [
-        ModelOut.of(card, states.get(card.id, "absent"), proofs.get(card.id), failures.get(card.id))
+        ModelOut.of(
+            card,
+            states.get(card.id, "absent"),
+            proofs.get(card.id),
+            failures.get(card.id),
+            (plans.get(card.id) or {}).get(card.id),
+        )
         for card in cards
     ]

@@ -20,6 +20,7 @@ from serve_app.settings import Settings
 READY, FAILED, ERROR = "ready", "failed", "error"  # states of models
 UPLOADS, UPLOADS_PER_OWNER, UPLOAD_WAIT_S = 32, 4, 60.0  # files that are received at once, on disk
 LARGE_BODIES, LARGE_PER_OWNER = 16, 4  # bodies with pictures, in memory at once until they are stored
+ModelPlans = Callable[[Iterable[str]], Awaitable[Mapping[str, Mapping[str, Mapping[str, object]] | None]]]
 ModelProofs = Callable[[Iterable[str]], Awaitable[Mapping[str, Sequence[Mapping[str, object]] | None]]]
 
 
@@ -57,6 +58,8 @@ class ApiState:
     )
     # by id: what a replica has proven of batch sizes; None: no replica has reported
     model_proofs: ModelProofs = no_proofs
+    # by id: the plans of the models that a replica of it has loaded; None: no replica has reported
+    model_plans: ModelPlans = no_proofs
     input_check: InputCheck = field(default_factory=InputCheck)
     uploads: FairSlots = field(
         default_factory=lambda: FairSlots(UPLOADS, UPLOADS_PER_OWNER, UPLOAD_WAIT_S, "uploads")

@@ -14,7 +14,7 @@ import typer
 
 from deployments import __version__
 from serve_app.admission.loopback import is_loopback
-from serve_app.cli.failed_models import failed_models
+from serve_app.cli.model_report import model_report
 from serve_app.cli.serve_config import read_config
 from serve_app.cli.start_checks import check_start
 from serve_app.cli.stop_signals import StopSignals
@@ -111,7 +111,7 @@ def _serve(
         if not signals.received.is_set() and deploy(config, _report, signals.received):
             health.watch_service()
             prefix = (config["applications"][0].get("route_prefix") or "").rstrip("/")
-            for sentence in failed_models(http["host"], http["port"], prefix, Settings.load()):
+            for sentence in model_report(http["host"], http["port"], prefix, Settings.load()):
                 _report(f"  {sentence}")
             _report(greeting(http["host"], http["port"], key, config))
             signals.received.wait()

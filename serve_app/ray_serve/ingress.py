@@ -53,6 +53,7 @@ class Ingress:
                 model_states=states.states,
                 model_failures=states.failures,
                 model_proofs=ReplicaReports(client.proofs).of,
+                model_plans=ReplicaReports(client.plans).of,
                 lora_service=loras,
                 refresh_cards=served.refresh if served.cards_are_dynamic else None,
                 accounts=services.store.redis,

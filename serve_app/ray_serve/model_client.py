@@ -127,6 +127,11 @@ class ModelClient:
         reports: Sequence[ProofReport] | None = await self._ask_replica(model, "proofs")
         return reports
 
+    async def plans(self, model: str) -> Mapping[str, Mapping[str, object]] | None:
+        """By loaded model of a replica, how it runs there; None when none answers within the time limit."""
+        plans: Mapping[str, Mapping[str, object]] | None = await self._ask_replica(model, "plans")
+        return plans
+
     async def load_failures(self, model: str) -> Mapping[str, Mapping[str, Any]] | None:
         """By model of the same replicas, why one of these could not load it: the fields of LoadFailure.
 

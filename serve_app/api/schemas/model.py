@@ -31,6 +31,21 @@ class ProofOut(BaseModel):
     pending: list[int] = Field(description="Not tried yet.")
 
 
+class PlanOut(BaseModel):
+    """How a model runs on the device of one of its replicas."""
+
+    summary: str = Field(examples=["int8 transformer, text_encoder_2 on demand: 20.4 GiB, 1 rows, 1 LoRAs"])
+    dtype: str = Field(examples=["bfloat16"])
+    quantised: dict[str, str] = Field(description="Form of the weights by part, of those in 8 or 4 bits.")
+    placed: dict[str, str] = Field(description="Place by part, of those that are not always on the device.")
+    vae_tiling: bool
+    rows: int | None = Field(description="Of one forward at the default size, at most.")
+    lora_slots: int | None = Field(description="LoRAs of rank 32 on the device at a time.")
+    peak_bytes: int | None = Field(description="Of the device; null: the card states no sizes.")
+    host_bytes: int
+    notes: list[str] = Field(description="What the plan changes in pictures or speed.")
+
+
 class ModelFailureOut(BaseModel):
     """Why a model cannot serve, and when it is tried again."""
 
@@ -72,6 +87,9 @@ class ModelOut(BaseModel):
     proofs: list[ProofOut] | None = Field(
         description="What one of its replicas has proven; null: no replica has reported."
     )
+    plan: PlanOut | None = Field(
+        None, description="As one of its replicas reports it; null: none has it loaded."
+    )
     state: str = Field(
         description="ready; loading; idle: the first request starts it; failed: it could not be loaded; "
         "error: no replica of it starts; absent: not deployed.",
@@ -88,6 +106,7 @@ class ModelOut(BaseModel):
         state: str,
         proofs: Sequence[Mapping[str, object]] | None = None,
         failure: ModelFailure | None = None,
+        plan: Mapping[str, object] | None = None,
     ) -> Self:
         return cls(
             id=card.id,
@@ -123,6 +142,7 @@ class ModelOut(BaseModel):
             licence=card.licence,
             exact=card.serving.exact,
             proofs=None if proofs is None else [ProofOut.model_validate(proof) for proof in proofs],
+            plan=None if plan is None else PlanOut.model_validate(plan),
             state=state,
             failure=None if failure is None else ModelFailureOut.model_validate(asdict(failure)),
         )

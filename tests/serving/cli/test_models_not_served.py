@@ -1,4 +1,4 @@
-"""A start reports the models that it cannot serve, with the reasons."""
+"""A start reports how each loaded model runs, and the models that it cannot serve, with the reasons."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from pydantic import SecretStr
 
-from serve_app.cli.failed_models import failed_models
+from serve_app.cli.model_report import model_report
 from serve_app.settings import Settings
 
 MODELS = {
     "models": [
-        {"id": "whole", "failure": None},
-        {"id": "broken", "failure": {"message": "no licence; set HF_TOKEN"}},
+        {"id": "idle", "failure": None, "plan": None},
+        {"id": "whole", "failure": None, "plan": {"summary": "int8 transformer: 20.4 GiB"}},
+        {"id": "broken", "failure": {"message": "no licence; set HF_TOKEN"}, "plan": None},
     ]
 }
 
@@ -48,11 +49,15 @@ def service() -> Iterator[Service]:
 
 
 @pytest.mark.parametrize(
-    ("key", "reported"), [("right", ["broken is not served: no licence; set HF_TOKEN"]), ("wrong", [])]
+    ("key", "reported"),
+    [
+        ("right", ["whole: int8 transformer: 20.4 GiB", "broken is not served: no licence; set HF_TOKEN"]),
+        ("wrong", []),
+    ],
 )
 def test_a_model_that_is_not_served_is_reported_with_the_reason(
     service: Service, key: str, reported: list[str]
 ) -> None:
     settings = Settings().model_copy(update={"api_key": SecretStr(key)})
 
-    assert list(failed_models("0.0.0.0", service.server_port, "/below", settings)) == reported
+    assert list(model_report("0.0.0.0", service.server_port, "/below", settings)) == reported

@@ -1,4 +1,4 @@
-"""The models of a service that has just started and cannot serve, with the reasons, for its operator."""
+"""The models of a service that has just started: how each runs, or why it cannot, for its operator."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from serve_app.settings import Settings
 ASK_TIMEOUT_S = 10.0
 
 
-def failed_models(host: str, port: int, prefix: str, settings: Settings) -> Iterator[str]:
-    """A sentence for each model that could not be loaded. None where the service does not answer.
+def model_report(host: str, port: int, prefix: str, settings: Settings) -> Iterator[str]:
+    """A sentence for each model that is loaded or could not be. None where the service does not answer.
 
     host, port, prefix: where it listens; prefix: path of its application, without a slash at its end.
     """
@@ -30,3 +30,5 @@ def failed_models(host: str, port: int, prefix: str, settings: Settings) -> Iter
     for model in models:
         if (failure := model["failure"]) is not None:
             yield f"{model['id']} is not served: {without_secrets(failure['message'])}"
+        elif (plan := model["plan"]) is not None:
+            yield f"{model['id']}: {plan['summary']}"
