@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from PIL import Image
@@ -91,7 +92,7 @@ async def _serve(scenario: Scenario, device: SimulatedDevice, on_part: OnPart) -
 
     card = _card_of(scenario)
     if scenario.together:
-        vars(runtime)["StepScheduler"] = TogetherScheduler
+        vars(runtime)["Runtime"] = partial(runtime.Runtime, schedule=TogetherScheduler)
     replica = ModelReplica([card], encoder=VideoEncoder() if card.videos else None)
     logging.getLogger("deployments").setLevel(logging.ERROR)
     on_part(device, None, (), await _account_of(replica))
