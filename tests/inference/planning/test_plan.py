@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from deployments.models.offload import blocks_of
 from deployments.planning.device_limit import GIB
 from deployments.planning.gpus import GPUS
 from deployments.planning.machine import Machine
+from deployments.planning.part_plan import block_sizes
 from deployments.planning.plan import Plan, plan_of
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelFailed, OutOfMemory
@@ -54,6 +56,9 @@ def test_memory_of_a_card_is_that_of_the_published_configurations(name: str) -> 
         assert parts[part].parameters == pytest.approx(counted / 1e6, rel=0.001)
         if part not in ("vae", "controlnet"):
             assert parts[part].linear == pytest.approx(linear / counted, abs=0.002)
+        if part == "transformer":  # in the order in which they are streamed
+            blocks = [sum(t.numel() for t in block.parameters()) / 1e6 for block in blocks_of(module)]
+            assert block_sizes(parts[part]) == pytest.approx(blocks, rel=0.03)
 
 
 @pytest.mark.parametrize("gpu", GPU_NAMES)
