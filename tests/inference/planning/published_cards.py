@@ -80,7 +80,7 @@ MEMORY: Mapping[str, dict[str, Any]] = {
             },
             "vae": {"parameters": 126.9},
         },
-        "row_gib": 0.45,  # that of FLUX.1, whose width it has
+        "row_gib": 0.38,
         "encode_gib": 0.28,
         "decode_gib": 3.4,
         "tiled_decode_gib": 0.3,
