@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from cachetools import FIFOCache
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from deployments.engine.batch_buckets import MIN_LINEAR_ROWS
 from deployments.lora_format.layer_names import LayerKey
@@ -41,7 +42,8 @@ def can_be_joined(layers: Sequence[LoraLayer], x: Tensor) -> bool:
 def _is_plain(weight: Tensor, x: Tensor) -> bool:
     """Whether it is none of torchao's, which have products of their own, and where x is: some weights are on
     the device only while their own layer or block computes."""
-    return type(weight) is nn.Parameter and weight.dtype is x.dtype and weight.device == x.device
+    plain = not is_traceable_wrapper_subclass(weight)
+    return plain and weight.dtype is x.dtype and weight.device == x.device
 
 
 def joint_outputs(layers: Sequence[LoraLayer], x: Tensor) -> list[Tensor]:
