@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from deployments.models.activations import MAX_ROWS
 from deployments.models.determinism import set_determinism_flags
 from deployments.models.hardware import PeakMeter
 from deployments.models.load_failures import LoadFailure
+from deployments.models.model_instance import ModelInstance
 from deployments.models.model_loader import ModelLoader
 from deployments.observability import collectors
 from deployments.observability.metrics import Sample
@@ -97,6 +98,8 @@ class Runtime:
         )
         self.worker = Worker(engine, scheduler, slots=serving.slots, watchdog_s=serving.watchdog_s)
         self.encoder = encoder
+        self.models.before_unload = self._forget
+        self._engine = engine
         self.decode_thread = DecodeThread(serving.watchdog_s, self.worker.run_on_thread, device)
 
     @asynccontextmanager
@@ -172,6 +175,14 @@ class Runtime:
             return None
         logger.warning("a request ran out of memory outside of the engine", exc_info=error)
         return OutOfMemory(f"memory ran out{shortage(error)}; ask for fewer pictures or a smaller size")
+
+    async def _forget(self, model: ModelInstance) -> None:
+        """Have nothing refer to the modules of a model that is going to be unloaded, or count for it."""
+        seams = model.seams
+        keys: set[Hashable] = {seam.name for seam in seams}
+        keys.update(key for seam in seams for key in list(seam.batch_keys.values()))
+        await self.worker.run_on_thread(partial(self._engine.forget, seams))
+        self._loader.memory.forget_forwards(keys)
 
     def samples(self) -> Iterator[Sample]:
         """Current values of the metrics of the engine, the models, the decoder and the memory."""

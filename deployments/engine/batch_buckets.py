@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -125,6 +125,16 @@ class BucketProver:
         else:
             self._groups.move_to_end(name)
         return group.proven_sizes if (call.exact or self._policy) == "strict" else group.relaxed_sizes
+
+    def forget(self, seams: Collection[Seam]) -> None:
+        """Keep nothing of these seams any more: their modules are going to be freed."""
+        for name, group in list(self._groups.items()):
+            if group.seam in seams:
+                del self._groups[name]
+                self._wanted_rows.pop(group.key, None)
+        self._listed = tuple(self._groups.values())
+        self._unfinished = [group for group in self._unfinished if group.seam not in seams]
+        self._doubled.difference_update(seams)
 
     def want(self, key: Hashable, rows: int) -> None:
         """So many rows of this key have waited at once: try batch sizes up to theirs."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 
 import torch
 
+from deployments.engine.call import Seam
 from deployments.engine.device_streams import engine_stream
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber, FiberCancelled
@@ -146,6 +147,11 @@ class Engine:
         before_traffic: no request has been computed yet.
         """
         return self._steps.run_trial(before_traffic=before_traffic)
+
+    def forget(self, seams: Collection[Seam]) -> None:
+        """Keep nothing of these seams, whose modules are going to be freed. None of their calls waits."""
+        for lane in self._lanes:
+            lane.forget(seams)
 
     def proofs(self) -> list[ProofState]:
         """What is known of batch sizes, by module and shape; may be called from any thread."""

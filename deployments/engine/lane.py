@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from deployments.engine.batch_buckets import BucketProver
 from deployments.engine.call import ModuleCall, Seam
@@ -152,6 +152,13 @@ class Lane:
         """One forward for the parked call of a fiber of no lane; returns the fiber when it has moved on."""
         self._launch([fiber])
         return self.finish(block=True)
+
+    def forget(self, seams: Collection[Seam]) -> None:
+        """Keep nothing of these seams, whose modules are going to be freed. None of their calls waits."""
+        if self._holding in seams:
+            self._release()
+        if self._prover is not None:
+            self._prover.forget(seams)
 
     def run_trial(self, *, before_traffic: bool = False) -> bool:
         """Run one forward of the prover's trials; False if there is nothing to try."""

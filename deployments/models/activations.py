@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,6 +79,11 @@ class Activations:
         measured = peaks.bytes if alone else peaks.shared
         measured[rows] = min(peak_bytes, measured.get(rows, peak_bytes))
         peaks.samples[rows] = peaks.samples.get(rows, 0) + alone
+
+    def forget(self, keys: Collection[Hashable]) -> None:
+        """Nothing of these keys counts any more: their model is unloaded."""
+        for key in keys:
+            self._peaks.pop(key, None)
 
     def rows_that_fit(self, key: Hashable, free_bytes: int) -> int | None:
         """Rows that a forward of this key may have: at least 1, at most MAX_ROWS and twice the largest batch

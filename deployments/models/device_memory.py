@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 from typing import Literal, get_args
 
 from deployments.models.activations import Activations, Lane
@@ -119,6 +119,12 @@ class DeviceMemory:
             if alone:
                 self._requests = 0
                 self._requests = max(0, before - sum(self.held.values()))
+
+    def forget_forwards(self, keys: Collection[Hashable]) -> None:
+        """What forwards of these keys took counts no more: their model is unloaded."""
+        with self._lock:
+            self._rows.clear()
+            self._activations.forget(keys)
 
     def rows_that_fit(self, key: Hashable) -> int | None:
         """Rows that a forward of this key may have beside all that is held and the other lane; None where

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -60,6 +60,9 @@ class ModelCache(Generic[T]):
         self._preparing: dict[str, asyncio.Lock] = {}
         self._loading = asyncio.Lock()
         self._released = asyncio.Event()
+        self._leaving: dict[str, asyncio.Task[None]] = {}  # models that are being unloaded
+        # awaited with a model that is going to be unloaded, which no request uses any more
+        self.before_unload: Callable[[T], Awaitable[None]] = _nothing_to_do
 
     @property
     def loaded(self) -> dict[str, int]:
@@ -104,6 +107,8 @@ class ModelCache(Generic[T]):
         async with self._loading:
             if name in self._entries:
                 return
+            if (leaving := self._leaving.get(name)) is not None:  # it would release what is claimed now
+                await asyncio.shield(leaving)
             await self._make_space(name)
             model = await asyncio.to_thread(self._load, name)
             self._entries[name] = _CachedModel(model)
@@ -122,11 +127,27 @@ class ModelCache(Generic[T]):
         """Unload the least recently used idle model, for the model of this name."""
         others = {other: entry for other, entry in self._entries.items() if other != name}
         idle = next((other for other, entry in others.items() if not entry.users), None)
-        if idle is None:
+        if idle is not None:
+            # a task of its own: it ends also when the request that needs the memory is cancelled
+            unloading = asyncio.create_task(self._unload_entry(idle, self._entries.pop(idle).model))
+            self._leaving[idle] = unloading
+        elif self._leaving:
+            unloading = next(iter(self._leaving.values()))
+        else:
             return "in_use" if others else "nothing"
-        entry = self._entries.pop(idle)
-        size_bytes = self._size_of(entry.model)
-        await asyncio.to_thread(self._unload, entry.model)
-        logger.info("model unloaded", extra={"model": idle, "bytes": size_bytes})
-        self._admission.notify()
+        await asyncio.shield(unloading)
         return "freed"
+
+    async def _unload_entry(self, name: str, model: T) -> None:
+        size_bytes = self._size_of(model)
+        try:
+            await self.before_unload(model)
+            await asyncio.to_thread(self._unload, model)
+        finally:
+            del self._leaving[name]
+        logger.info("model unloaded", extra={"model": name, "bytes": size_bytes})
+        self._admission.notify()
+
+
+async def _nothing_to_do(_model: object) -> None:
+    """Of a cache whose models nothing else refers to."""

@@ -138,6 +138,11 @@ class ModelInstance:
         """Size of all weights on the device; weights that modules share count once."""
         return self._memory.size_bytes
 
+    @property
+    def seams(self) -> list[Seam]:
+        """Of its modules."""
+        return list(self._seams)
+
     def unload(self) -> None:
         """Free the memory. The model must not be used any more."""
         for undo in self._undo:

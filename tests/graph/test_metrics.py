@@ -158,7 +158,7 @@ def test_weights_are_fetched_to_the_nodes_before_a_replica_starts(service: Servi
     nowhere = card.model_copy(update={"weights": Weights(path=f"file://{tmp_path}/nothing")})
     fetcher = serve.deployment(ray_actor_options={"num_cpus": 0})(WeightsPrefetcher)
     try:
-        handle = serve.run(fetcher.bind([far], 0.1), name="fetcher", route_prefix=None)
+        handle = serve.run(fetcher.bind([far], poll_s=0.1), name="fetcher", route_prefix=None)
         (state,) = until(
             lambda: (
                 set(states.values()) - {"fetching"}
@@ -171,7 +171,7 @@ def test_weights_are_fetched_to_the_nodes_before_a_replica_starts(service: Servi
         fetched = [path.parent for path in Path(os.environ["WEFT_MODEL_CACHE"]).glob("*/model_index.json")]
         assert len(fetched) == 1
 
-        handle = serve.run(fetcher.bind([nowhere], 0.1), name="fetcher", route_prefix=None)
+        handle = serve.run(fetcher.bind([nowhere], poll_s=0.1), name="fetcher", route_prefix=None)
         reasons = until(
             lambda: [reason for reason in handle.status.remote().result().values() if "nothing" in reason],
             "the failure is logged",

@@ -10,7 +10,7 @@ import pytest
 
 from deployments.models.device_memory import DeviceMemory
 from deployments.models.memory_admission import MemoryAdmission
-from deployments.models.model_cache import ModelCache
+from deployments.models.model_cache import PIPELINE, ModelCache
 from deployments.protocol.errors import OutOfMemory
 from tests.patience import patience
 
@@ -149,3 +149,70 @@ async def test_a_model_whose_request_is_cancelled_is_loaded_all_the_same() -> No
     assert await use(model_cache, "middle") == "middle"
     assert library.log == ["+middle"]
     assert library.memory.held["weights"] == 4
+
+
+class SlowToUnload(Library):
+    """Its models leave when `may_unload` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unloading, self.may_unload = threading.Event(), threading.Event()
+
+    def load(self, name: str) -> str:
+        model = super().load(name)
+        self.memory.record("weights", (name, PIPELINE), SIZES[name])
+        return model
+
+    def unload(self, model: str) -> None:
+        self.unloading.set()
+        assert self.may_unload.wait(patience())
+        super().unload(model)
+
+
+async def test_a_model_that_is_leaving_is_loaded_again_after_it_has_left() -> None:
+    library = SlowToUnload()
+    model_cache = library.model_cache(limit=2)
+    for name in ("small", "middle"):
+        await use(model_cache, name)
+    larger = asyncio.create_task(use(model_cache, "large"))
+    await asyncio.to_thread(library.unloading.wait, patience())
+    again = asyncio.create_task(use(model_cache, "small"))
+    await asyncio.sleep(0.05)
+    library.may_unload.set()
+
+    await asyncio.wait_for(asyncio.gather(larger, again), patience())
+
+    assert library.log.index("-small") < len(library.log) - 1 - library.log[::-1].index("+small")
+    assert library.memory.weights_of("small") == SIZES["small"]
+
+
+async def test_what_needs_memory_waits_for_a_model_that_is_leaving() -> None:
+    library = SlowToUnload()
+    model_cache = library.model_cache(limit=4, max_bytes=10, size_of=lambda name: SIZES.get(name, 0))
+    admission = model_cache._admission
+    admission.enter_loop()
+    await use(model_cache, "large")
+    first = asyncio.create_task(admission.admit("weights", ("a", "net"), 6, "a net"))
+    await asyncio.to_thread(library.unloading.wait, patience())
+    second = asyncio.create_task(admission.admit("weights", ("b", "net"), 3, "another"))
+    await asyncio.sleep(0.05)
+    assert not second.done()
+    library.may_unload.set()
+
+    await asyncio.wait_for(asyncio.gather(first, second), patience())
+
+
+async def test_an_unloading_ends_though_the_request_that_caused_it_is_cancelled() -> None:
+    library = SlowToUnload()
+    model_cache = library.model_cache(limit=4, max_bytes=10, size_of=lambda name: SIZES.get(name, 0))
+    model_cache._admission.enter_loop()
+    await use(model_cache, "large")
+    asking = asyncio.create_task(model_cache._admission.admit("weights", ("a", "net"), 6, "a net"))
+    await asyncio.to_thread(library.unloading.wait, patience())
+    asking.cancel()
+    library.may_unload.set()
+    await asyncio.gather(asking, return_exceptions=True)
+
+    await asyncio.wait_for(use(model_cache, "large"), patience())
+
+    assert library.log == ["+large", "-large", "+large"]
