@@ -55,15 +55,16 @@ def limit_to_share(device: torch.device, gpu_share: float) -> None:
     logger.info("limited to a part of the GPU", extra={"share": share, "bytes": int(share * total)})
 
 
-def memory_bytes(device: torch.device, gpu_share: float) -> int | None:
+def memory_bytes(device: torch.device, gpu_share: float, *, alone: bool = False) -> int | None:
     """Bytes of a GPU that this process may allocate now, next to the other processes on it. None elsewhere.
 
-    gpu_share: `num_gpus` of the replica.
+    gpu_share: `num_gpus` of the replica. alone: as if there were no other processes.
     """
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    return usable_bytes(total, free + torch.cuda.memory_reserved(device), gpu_share)
+    there = total if alone else free + torch.cuda.memory_reserved(device)
+    return usable_bytes(total, there, gpu_share)
 
 
 class PeakMeter:

@@ -54,3 +54,12 @@ _ALL = (
     Gpu("cpu", "CPU", None, "cpu"),
 )
 GPUS: Mapping[str, Gpu] = {gpu.name: gpu for gpu in _ALL}  # by name
+# names in GPUS by those of ray.util.accelerators, which a card's accelerator_type is one of
+ACCELERATORS: Mapping[str, str] = {
+    **{name: name.lower() for name in ("T4", "A10G", "L4", "L40S", "H100", "H200", "B200")},
+    "A100": "a100-40",  # of either size: the smaller one
+    "A100-40G": "a100-40",
+    "A100-80G": "a100-80",
+    "AMD-Instinct-MI300X-OAM": "mi300x",
+    "AMD-Instinct-MI300X-HF": "mi300x",
+}

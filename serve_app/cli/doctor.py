@@ -17,7 +17,9 @@ from deployments.protocol.errors import BadRequest, WeftError
 from serve_app.admission.loopback import is_loopback
 from serve_app.card_settings import known_cards
 from serve_app.cli.findings import Finding, Level, listens, status_of
+from serve_app.cli.plan_findings import plan_findings
 from serve_app.cli.ray_ports import ray_findings, ray_listeners
+from serve_app.cli.serve_config import read_config, served_cards
 from serve_app.redis.append_only import inspect
 from serve_app.redis.embedded import find_server, running_server
 from serve_app.redis.info import RedisInfo, query_info
@@ -41,10 +43,18 @@ def doctor(
     port: Annotated[
         int | None, typer.Option(help="Port that the service listens on.  Default: WEFT_PORT, 8000.")
     ] = None,
+    config: Annotated[
+        Path,
+        typer.Option(
+            help="Serve config file that the service runs with.  Default: serve_config.yaml.",
+            show_default=False,
+        ),
+    ] = (ROOT / "serve_config.yaml"),
 ) -> None:
     """Check a running installation; exit status 1 when it is unsafe."""
     settings = Settings.load()
-    findings = [*examine(settings, host or settings.host or "127.0.0.1", port or settings.port or 8000)]
+    address = host or settings.host or "127.0.0.1", port or settings.port or 8000
+    findings = [*examine(settings, *address), *model_findings(settings, config)]
     for finding in findings:
         print(f"{finding.level.value:4}  {finding.text}")
     failed = sum(finding.level is Level.fail for finding in findings)
@@ -66,6 +76,14 @@ def examine(settings: Settings, host: str, port: int) -> Iterator[Finding]:
         yield from card_findings(list(known_cards(settings).values()))
     except WeftError as error:
         yield Finding(Level.fail, f"the model cards cannot be read: {error.message}")
+
+
+def model_findings(settings: Settings, config: Path) -> Iterator[Finding]:
+    """How the models of this Serve config fit the devices that they run on."""
+    try:
+        yield from plan_findings(served_cards(read_config(config, None, None), config), settings.model_device)
+    except WeftError as error:
+        yield Finding(Level.fail, f"the served models are not known: {error.message}")
 
 
 def key_findings(settings: Settings, host: str) -> Iterator[Finding]:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,12 +11,10 @@ from deployments.planning.gpus import GPUS
 from deployments.planning.machine import Machine
 from deployments.planning.plan import Plan, plan_of
 from deployments.planning.summary import summary
-from deployments.protocol.card import ModelCard, load_cards
-from deployments.protocol.errors import BadRequest, ModelUnavailable
 from serve_app.admission.validation import find_card
-from serve_app.settings import ROOT, Settings
-
-THIS_MACHINE_TIMEOUT_S = 120.0
+from serve_app.card_settings import known_cards
+from serve_app.cli.planned_machines import known_machine, machine_at_hand
+from serve_app.settings import Settings
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
@@ -35,38 +28,19 @@ def plan(
     every: Annotated[bool, typer.Option("--all", help="One line for each known GPU.")] = False,
 ) -> None:
     """Print how a model runs on a device; exit status 1 when it does not fit."""
-    cards = load_cards(Settings.load().cards_dir)
+    cards = known_cards(Settings.load())
     card = find_card(model, cards)
     beside = [cards[card.refiner]] if card.refiner in cards else []
     if every:
         for known in GPUS.values():
-            print(f"{known.name:10} {summary(plan_of(card, _known(card, known.name), beside))}")
+            print(f"{known.name:10} {summary(plan_of(card, known_machine(card, known.name), beside))}")
         return
-    machine = _known(card, gpu) if gpu is not None else machine_at_hand(card)
+    machine = known_machine(card, gpu) if gpu is not None else machine_at_hand(card)
     made = plan_of(card, machine, beside)
     for line in table(made, machine):
         print(line)
     if made.refusal is not None:
         raise typer.Exit(1)
-
-
-def machine_at_hand(card: ModelCard) -> Machine:
-    """The device that a replica of this card would have here, asked in a child process: torch is large.
-
-    Raises ModelUnavailable when that fails.
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", "deployments.models.this_machine", str(card.serving.num_gpus)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=THIS_MACHINE_TIMEOUT_S,
-        check=False,
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ModelUnavailable(f"the device cannot be asked ({last}); name one with --gpu")
-    return _limited(_machine(json.loads(done.stdout.splitlines()[-1])), card)
 
 
 def table(made: Plan, machine: Machine) -> list[str]:
@@ -95,24 +69,3 @@ def table(made: Plan, machine: Machine) -> list[str]:
         f"peak {made.planned.peak / GIB:.2f} GiB = {sums}; {made.host_bytes / GIB:.2f} GiB on the host"
     )
     return [*lines, *(f"- {note}" for note in made.notes)]
-
-
-def _known(card: ModelCard, name: str) -> Machine:
-    """A machine with this GPU. Raises BadRequest for a name that is not known."""
-    if name not in GPUS:
-        raise BadRequest(f"there is no GPU {name!r} in the table; there is {', '.join(GPUS)}")
-    return _limited(GPUS[name].machine(card.serving.num_gpus), card)
-
-
-def _limited(machine: Machine, card: ModelCard) -> Machine:
-    """With no more memory than the card allows."""
-    if card.serving.memory_gib is None:
-        return machine
-    most = int(card.serving.memory_gib * GIB)
-    limit = most if machine.limit_bytes is None else min(most, machine.limit_bytes)
-    return replace(machine, limit_bytes=limit)
-
-
-def _machine(facts: Mapping[str, Any]) -> Machine:
-    capability = facts["capability"]
-    return Machine(**{**facts, "capability": None if capability is None else tuple(capability)})

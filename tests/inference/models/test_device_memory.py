@@ -209,3 +209,14 @@ def test_the_account_never_admits_beyond_the_limit_and_everything_is_released(
     memory.expect_working("a", 0)
 
     assert sum(memory.held.values()) == memory.working_bytes == 0
+
+
+def test_what_a_gpu_has_for_this_process_counts_others_unless_it_is_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (2 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _device: 0)
+    gpu = torch.device("cuda")
+
+    assert hardware.memory_bytes(gpu, 1.0) == usable_bytes(24 * GIB, 2 * GIB, 1.0)
+    assert hardware.memory_bytes(gpu, 1.0, alone=True) == usable_bytes(24 * GIB, 24 * GIB, 1.0)

@@ -42,3 +42,13 @@ def test_without_a_gpu_it_is_the_device_at_hand(capsys: pytest.CaptureFixture[st
     assert main(["plan", "tiny-sd15"]) == 0
 
     assert "all on the device, in float32" in capsys.readouterr().out
+
+
+def test_settings_that_change_how_models_run_change_the_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MODEL_PRECISION", "nf4")
+
+    assert main(["plan", "flux.1-dev", "--gpu", "h100"]) == 0
+
+    assert "- transformer has weights of 4 bits (nf4)" in capsys.readouterr().out

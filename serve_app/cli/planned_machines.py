@@ -1,0 +1,70 @@
+"""The machines that the command line makes plans for: a known GPU, or the device at hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from deployments.planning.device_limit import GIB
+from deployments.planning.gpus import GPUS
+from deployments.planning.machine import Machine
+from deployments.protocol.card import ModelCard
+from deployments.protocol.errors import BadRequest, ModelUnavailable
+from serve_app.settings import ROOT
+
+THIS_MACHINE_TIMEOUT_S = 120.0
+
+
+def known_machine(card: ModelCard, name: str) -> Machine:
+    """What a replica of this card has of this GPU. Raises BadRequest for a name that is not known."""
+    if name not in GPUS:
+        raise BadRequest(f"there is no GPU {name!r} in the table; there is {', '.join(GPUS)}")
+    return _limited(GPUS[name].machine(card.serving.num_gpus), card)
+
+
+def machine_at_hand(card: ModelCard, *, alone: bool = False) -> Machine:
+    """The device that a replica of this card would have here, asked in a child process: torch is large.
+
+    alone: as if no other process, such as a running service, had any of its memory.
+    Raises ModelUnavailable when that fails.
+    """
+    asked = [str(card.serving.num_gpus), *(["alone"] if alone else [])]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "deployments.models.this_machine", *asked],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=THIS_MACHINE_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise _not_asked(f"no answer within {THIS_MACHINE_TIMEOUT_S:.0f} s") from None
+    if done.returncode:
+        raise _not_asked((done.stderr.strip().splitlines() or ["no reason given"])[-1])
+    return _limited(_machine(json.loads(done.stdout.splitlines()[-1])), card)
+
+
+def _not_asked(cause: str) -> ModelUnavailable:
+    return ModelUnavailable(
+        f"the device cannot be asked ({cause}); correct its driver or the installation of torch, or use "
+        "weft plan with --gpu, which needs no device"
+    )
+
+
+def _limited(machine: Machine, card: ModelCard) -> Machine:
+    """With no more memory than the card allows."""
+    if card.serving.memory_gib is None:
+        return machine
+    most = int(card.serving.memory_gib * GIB)
+    limit = most if machine.limit_bytes is None else min(most, machine.limit_bytes)
+    return replace(machine, limit_bytes=limit)
+
+
+def _machine(facts: Mapping[str, Any]) -> Machine:
+    capability = facts["capability"]
+    return Machine(**{**facts, "capability": None if capability is None else tuple(capability)})
