@@ -17,6 +17,7 @@ import json, os, sys
 import torch
 from deployments.protocol.card import load_card
 from deployments.replica import ModelReplica
+import deployments.runtime  # libraries look for a GPU when they are imported; cuBLAS makes no handle for that
 
 started = []
 is_available = torch.cuda.is_available
