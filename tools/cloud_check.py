@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -102,7 +103,7 @@ def run_command(command: str | None) -> None:
     """Run it and show its exit status, which may be that of a connection lost with the head."""
     if command:
         print(f"$ {command}", flush=True)
-        print(f"exit status {subprocess.run(command, shell=True, check=False).returncode}", flush=True)
+        print(f"exit status {subprocess.run(shlex.split(command), check=False).returncode}", flush=True)
 
 
 def main() -> int:

@@ -65,7 +65,7 @@ def fleet_of(cloud: str, folder: Path) -> dict[str, Any]:
     (command,) = CLUSTERS[cloud]["head_setup_commands"]
     here = command.replace("~/weft/fleet.yaml", str(folder / "fleet.yaml")).replace("~/weft", str(ROOT))
     here = re.sub(r"> fleet\.yaml$", f"> {folder}/fleet.yaml", here)
-    subprocess.run(here, shell=True, check=True)
+    subprocess.run(["sh", "-c", here], check=True)
     made: dict[str, Any] = yaml.safe_load((folder / "fleet.yaml").read_text(encoding="utf-8"))
     return made
 

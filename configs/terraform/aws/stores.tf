@@ -70,8 +70,8 @@ locals {
   addresses = { for name, store in aws_elasticache_replication_group.store : name => store.primary_endpoint_address }
 }
 
-resource "aws_elasticache_user" "nobody" {
-  user_id       = "${var.name}-nobody"
+resource "aws_elasticache_user" "disabled" {
+  user_id       = "${var.name}-disabled"
   user_name     = "default" # each group must have it
   engine        = "valkey"
   access_string = "off -@all"
@@ -96,7 +96,7 @@ resource "aws_elasticache_user_group" "store" {
   for_each      = local.stores
   user_group_id = "${var.name}-${each.key}"
   engine        = "valkey"
-  user_ids      = [aws_elasticache_user.nobody.user_id, aws_elasticache_user.store[each.key].user_id]
+  user_ids      = [aws_elasticache_user.disabled.user_id, aws_elasticache_user.store[each.key].user_id]
 }
 
 resource "aws_elasticache_subnet_group" "stores" {
