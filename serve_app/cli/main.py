@@ -38,6 +38,11 @@ COMMANDS = {  # name -> (module that holds its Typer app, name of that app, help
     "plan": ("serve_app.cli.plan", "app", "Print how a model runs on a GPU, and the memory that it needs."),
     "users": ("serve_app.cli.users", "users", "Add, list, disable and enable users."),
     "keys": ("serve_app.cli.users", "keys", "Create, list and revoke API keys."),
+    "clusters": (
+        "serve_app.cli.clusters",
+        "app",
+        "Show the clusters that share the job store, and choose which of them claims its jobs.",
+    ),
     "repair": (
         "serve_app.cli.repair",
         "app",

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -15,8 +14,7 @@ from serve_app.admission.api_keys import ApiKey
 from serve_app.admission.authenticator import AccountStore
 from serve_app.admission.principals import USER_SCOPES, Role, Scope
 from serve_app.admission.users import User
-from serve_app.redis.embedded import EmbeddedRedis, running_server
-from serve_app.redis.reachable import check_redis
+from serve_app.cli.store_url import store_url
 from serve_app.redis.transactions import connect
 from serve_app.settings import Settings
 
@@ -140,23 +138,9 @@ def _run(command: Callable[[AccountStore], Awaitable[str]]) -> Settings:
         async with connect(url) as redis:
             return await command(AccountStore.of(redis, settings))
 
-    with _store_url(settings) as url:
+    with store_url(settings) as url:
         print(asyncio.run(run(url)), flush=True)
     return settings
-
-
-@contextlib.contextmanager
-def _store_url(settings: Settings) -> Iterator[str]:
-    """URL of the configured store, else of a running `weft serve`'s, else of one started for this block."""
-    if settings.redis_url is not None:
-        url = settings.redis_url.get_secret_value()
-        check_redis(url, settings.redis_prefix)
-        yield url
-    elif (running := running_server(settings.data_dir)) is not None:
-        yield running
-    else:
-        with EmbeddedRedis(settings.data_dir, settings.redis_prefix) as url:
-            yield url
 
 
 def _user_line(user: User) -> str:

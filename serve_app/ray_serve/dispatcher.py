@@ -6,13 +6,17 @@ import asyncio
 import contextvars
 from collections.abc import Mapping
 
+from deployments import __version__
 from deployments.observability.ray_metrics import RayMeter
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Internal
 from deployments.protocol.log_context import join_serve_log
+from serve_app.jobs.store.store import JobStore
+from serve_app.jobs.worker.cluster_role import ClusterRole
 from serve_app.jobs.worker.dispatch import Dispatcher
 from serve_app.jobs.worker.maintenance import Maintenance
 from serve_app.ray_serve.capacity import CapacityTracker, JobTimeLimits
+from serve_app.ray_serve.cluster_identity import cluster_identity
 from serve_app.ray_serve.model_client import ModelClient
 from serve_app.ray_serve.served_models import ServedModels
 from serve_app.services import Services
@@ -45,6 +49,7 @@ class DispatcherReplica:
             time_limits_s=JobTimeLimits(served.cards),
             meter=RayMeter(),
             report_demand=capacity.report_demand,
+            role=await _role(services.store, served),
         )
         # a task with the context of a Serve request would be cancelled with that request
         self._dispatching = asyncio.create_task(self._dispatcher.run(), context=contextvars.Context())
@@ -68,3 +73,15 @@ class DispatcherReplica:
             self._maintenance.cancel()
         if self._dispatcher is not None:
             await self._dispatcher.drain()
+
+
+async def _role(store: JobStore, served: ServedModels) -> ClusterRole:
+    """The part of this application, on this Ray cluster, in the work of all that share the store."""
+    identity, place = await asyncio.to_thread(cluster_identity)
+
+    def is_ready() -> bool:
+        served.poll()
+        return served.all_run
+
+    cluster = f"{served.application}@{identity}"
+    return ClusterRole(store, cluster, release=__version__, place=place, is_ready=is_ready)

@@ -37,6 +37,7 @@ ESSENTIAL = ("gcs_server", "raylet")  # processes without which a node serves no
 
 TOKEN = Path("~/.ray/auth_token")
 TEMP_FOLDER_VARIABLE = "RAY_TMPDIR"
+CLUSTER_NAME_VARIABLE = "RAY_CLUSTER_NAME"  # set by KubeRay in every container of a cluster
 
 
 def log_folder() -> Path:
@@ -145,9 +146,12 @@ def _in_sequence(
     return both
 
 
-def put_value(key: bytes, value: bytes, namespace: bytes) -> None:
-    """Store a value in the key-value store of Ray's head node. Blocks for one call."""
-    _internal_kv_put(key, value, namespace=namespace)
+def put_value(key: bytes, value: bytes, namespace: bytes, *, overwrite: bool = True) -> None:
+    """Store a value in the key-value store of Ray's head node. Blocks for one call.
+
+    overwrite: False keeps a value that is there.
+    """
+    _internal_kv_put(key, value, overwrite=overwrite, namespace=namespace)
 
 
 def get_value(key: bytes, namespace: bytes, timeout_s: float) -> bytes | None:

@@ -19,7 +19,8 @@ MODEL_BUILDER = "serve_app.app:build_model"
 LAST_LINES = 3
 NOT_SCHEDULED = "to be scheduled"  # in what Serve says of a deployment whose replicas no node can take
 LORA_PREFIX = "lora-"  # starts the name of the deployment that serves a model's requests with LoRAs
-SETTLED_STATES = ("RUNNING", "UNHEALTHY")  # of an application that was deployed as its args say
+RUNNING_STATE = "RUNNING"  # of an application, as Serve names it
+SETTLED_STATES = (RUNNING_STATE, "UNHEALTHY")  # of an application that was deployed as its args say
 
 logger = logging.getLogger(__name__)
 

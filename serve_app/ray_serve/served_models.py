@@ -18,6 +18,8 @@ from ray.serve.schema import ApplicationDetails, DeploymentDetails
 from deployments.protocol.card import ModelCard
 from serve_app.ray_serve.private_api import query_serve_details
 from serve_app.ray_serve.routing import (
+    MODEL_BUILDER,
+    RUNNING_STATE,
     FleetRoutes,
     ModelRoute,
     ReplicaPool,
@@ -43,6 +45,7 @@ class ServedModels:
         """application, deployment: those of the replica in this process, for `peer_count`."""
         self._table = routes
         self._own = application, deployment
+        self.all_run = False  # whether our application and those of all models run as they were deployed
         self.peer_count: int | None = None  # target number of replicas of our deployment; None: not known yet
         self._pools: dict[str, ReplicaPool] = {}  # by model; cards of one group share a pool
         self._refreshed_at = -math.inf
@@ -59,6 +62,11 @@ class ServedModels:
         else:
             routes = SingleApplicationRoutes(cards, own.app_name)
         return cls(routes, own.app_name, own.deployment)
+
+    @property
+    def application(self) -> str:
+        """That of the replica in this process."""
+        return self._own[0]
 
     @property
     def cards(self) -> ServedCards:
@@ -126,6 +134,8 @@ class ServedModels:
         """Update routes and pools from the running applications, by name."""
         self._table.update(applications)
         self.peer_count = _find_pool(applications, *self._own).limit
+        ours = [applications.get(self.application), *filter(_has_models, applications.values())]
+        self.all_run = bool(self.routes) and all(one and one.status == RUNNING_STATE for one in ours)
         for model, route in self.routes.items():
             self._pools[model] = _find_pool(applications, route.application, route.deployment)
         self._refreshed_at = time.monotonic()
@@ -135,6 +145,10 @@ def others_run() -> bool:
     """Whether other replicas of the deployment of this process run. Blocks for one call to the controller."""
     own = serve.get_replica_context()
     return _find_pool(_running_applications(), own.app_name, own.deployment).running > 0
+
+
+def _has_models(application: RunningApplication) -> bool:
+    return application.import_path == MODEL_BUILDER
 
 
 def _find_pool(

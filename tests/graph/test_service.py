@@ -5,16 +5,20 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+import ray
 from PIL import Image
 
 from tests.graph.calls import ended, picture, submit
-from tests.graph.running import PATIENCE_S, Service, until
+from tests.graph.running import PATIENCE_S, ROOT, Service, until
 
 pytestmark = pytest.mark.ray
 
@@ -49,6 +53,19 @@ def test_the_picture_says_how_it_was_made(client: httpx.Client) -> None:
     assert file.text["parameters"].startswith("a green heart\nSteps: 4, Sampler: auto")  # type: ignore[attr-defined]
     facts = json.loads(file.text["weft"])  # type: ignore[attr-defined]
     assert (facts["seed"], facts["model"]) == (42, "tiny-flux-schnell")
+
+
+def test_the_store_knows_its_cluster_and_that_it_is_ready(service: Service) -> None:
+    def lines() -> list[list[str]]:
+        command = [sys.executable, "-m", "serve_app.cli", "clusters", "list"]
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return [line.split() for line in listed.splitlines() if line.startswith("weft@")]
+
+    (line,) = until(lambda: [line for line in lines() if line[1] == "ready"], "the cluster is ready")
+
+    identity, address = line[0].removeprefix("weft@"), line[-1]
+    assert re.fullmatch(r"[0-9a-f]{8}", identity)
+    assert address == ray.get_runtime_context().gcs_address
 
 
 def test_a_model_shows_which_batch_sizes_its_replica_has_proven(client: httpx.Client) -> None:

@@ -84,6 +84,15 @@ class Keys:
         """HASH: per dispatcher its slots of a model, how many are free, and when it reported them."""
         return f"{self.prefix}capacity:{model}"
 
+    def cluster(self, cluster: str) -> str:
+        """HASH: what is known of a Ray cluster that uses this store, see clusters.py."""
+        return f"{self.prefix}cluster:{cluster}"
+
+    @property
+    def clusters(self) -> str:
+        """ZSET of these clusters by when one of their dispatchers last reported."""
+        return f"{self.prefix}clusters"
+
     @property
     def expiring(self) -> str:
         """ZSET of ended jobs whose files still exist, by when they are removed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 CAPACITY_TTL_S = 15  # a dispatcher that has not reported for this long has no capacity
@@ -54,6 +54,16 @@ class Throughput:
         return (position - self.capacity.free) * mean_s / self.capacity.slots
 
 
+def dispatcher_name(cluster: str, own: str) -> str:
+    """The name under which a dispatcher reports. cluster: empty where none is known."""
+    return f"{cluster}:{own}" if cluster else own
+
+
+def cluster_of(dispatcher: str) -> str:
+    """The cluster of a dispatcher of this name; empty where none is known."""
+    return dispatcher.rpartition(":")[0]
+
+
 def encode_report(capacity: Capacity, now_s: int) -> str:
     """One dispatcher's report as it is stored. now_s: seconds of the server's clock."""
     return f"{capacity.slots} {capacity.free} {now_s}"
@@ -63,7 +73,18 @@ def total_capacity(reports: Iterable[str], now_s: int) -> Capacity:
     """The sum of the stored reports that are at most CAPACITY_TTL_S old."""
     total = NO_CAPACITY
     for report in reports:
-        slots, free, reported_at_s = (int(word) for word in report.split())
+        capacity, reported_at_s = _decode(report)
         if now_s - reported_at_s <= CAPACITY_TTL_S:
-            total += Capacity(slots, free)
+            total += capacity
     return total
+
+
+def reporting_clusters(reports: Mapping[str, str], now_s: int) -> set[str]:
+    """The clusters with a stored report that is at most CAPACITY_TTL_S old. reports: by dispatcher."""
+    fresh = {name for name, report in reports.items() if now_s - _decode(report)[1] <= CAPACITY_TTL_S}
+    return {cluster_of(name) for name in fresh} - {""}
+
+
+def _decode(report: str) -> tuple[Capacity, int]:
+    slots, free, reported_at_s = (int(word) for word in report.split())
+    return Capacity(slots, free), reported_at_s

@@ -17,6 +17,7 @@ from deployments.protocol.errors import BadRequest, Conflict
 from serve_app.jobs import events as job_events
 from serve_app.jobs.job import Job, JobState, NewJob
 from serve_app.jobs.store.acceptance import Acceptance
+from serve_app.jobs.store.clusters import ClusterRecords
 from serve_app.jobs.store.file_expiry import FileExpiry
 from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.leases import Leases
@@ -37,6 +38,7 @@ class JobStore:
     """What callers may do with jobs, and the parts for workers. Raises StoreUnreachable.
 
     leases: claiming, renewing and ending attempts.  throughput: capacity and estimates.
+    clusters: the Ray clusters that share the store.
     cache: cache keys of results.  outbox: webhooks to deliver.  file_expiry: files to remove.
     """
 
@@ -45,6 +47,7 @@ class JobStore:
         self._keys = keys = Keys(settings.redis_prefix)
         self._transitions = transitions = Transitions(keys, settings)
         self.throughput = ThroughputStats(redis, keys)
+        self.clusters = ClusterRecords(redis, keys)
         self.leases = Leases(redis, keys, transitions, self.throughput)
         self.cache = ResultCache(redis, keys, settings)
         self.outbox = Outbox(redis, keys)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import cast
 
 from redis.asyncio import Redis
@@ -14,7 +14,9 @@ from serve_app.jobs.store.start_estimate import (
     Capacity,
     Demand,
     Throughput,
+    cluster_of,
     encode_report,
+    reporting_clusters,
     total_capacity,
 )
 from serve_app.redis.transactions import clock_s, redis_errors
@@ -47,6 +49,19 @@ class ThroughputStats:
                     pipe.expire(self._keys.capacity(model), CAPACITY_TTL_S)
                 await pipe.execute()
 
+    async def withdraw(self, dispatcher: str, models: Iterable[str]) -> None:
+        """Remove one dispatcher's capacity of these models, for it has ended."""
+        with redis_errors():
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for model in models:
+                    pipe.hdel(self._keys.capacity(model), dispatcher)
+                await pipe.execute()
+
+    async def clusters_of(self, queues: Sequence[str]) -> dict[str, set[str]]:
+        """By queue, the clusters whose dispatchers serve it now."""
+        found, now_s = await self._reports(queues)
+        return {queue: reporting_clusters(reports, now_s) for queue, reports in found.items()}
+
     async def read(self, redis: Redis | Pipeline, model: str) -> Throughput:
         """What is known of a model now. redis: a client, or a pipe that watches."""
         recent = cast(list[str], await redis.lrange(self._keys.durations(model), 0, -1))
@@ -68,16 +83,31 @@ class ThroughputStats:
                     pipe.zcard(self._keys.pending_of(model))
                 return dict(zip(models, await pipe.execute(), strict=True))
 
-    async def demand(self, models: Sequence[str]) -> dict[str, Demand]:
-        """Waiting and running jobs of each model over all dispatchers; autoscaling reads it."""
+    async def demand(self, models: Sequence[str], cluster: str | None = None) -> dict[str, Demand]:
+        """Waiting jobs of each model, and those that its dispatchers run; autoscaling reads it.
+
+        cluster: counts the jobs that run there; None: those of all clusters.
+        """
         waiting = await self.queued(models)
+        found, now_s = await self._reports(models)
+        running = {
+            model: total_capacity(
+                (
+                    report
+                    for name, report in reports.items()
+                    if cluster is None or cluster_of(name) == cluster
+                ),
+                now_s,
+            ).running
+            for model, reports in found.items()
+        }
+        return {model: Demand(waiting[model], running[model]) for model in models}
+
+    async def _reports(self, queues: Sequence[str]) -> tuple[dict[str, dict[str, str]], int]:
+        """By queue and dispatcher the stored reports, and the server's time in seconds."""
         with redis_errors():
             async with self._redis.pipeline(transaction=False) as pipe:
-                for model in models:
-                    pipe.hvals(self._keys.capacity(model))
-                reports = await pipe.execute()
-            now_s = await clock_s(self._redis)
-        return {
-            model: Demand(waiting[model], total_capacity(found, now_s).running)
-            for model, found in zip(models, reports, strict=True)
-        }
+                for queue in queues:
+                    pipe.hgetall(self._keys.capacity(queue))
+                found = await pipe.execute()
+            return dict(zip(queues, found, strict=True)), await clock_s(self._redis)

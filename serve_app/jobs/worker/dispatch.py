@@ -8,6 +8,7 @@ import secrets
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 
 from deployments.protocol import log_context
@@ -16,10 +17,11 @@ from deployments.protocol.log_context import LogContext
 from serve_app.jobs.job import COPY_QUEUE
 from serve_app.jobs.store.indexes import NEW_WORK
 from serve_app.jobs.store.leases import Claim
-from serve_app.jobs.store.start_estimate import Capacity, Demand
+from serve_app.jobs.store.start_estimate import Capacity, Demand, dispatcher_name
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.store.wakeups import wait_for_wakeup
 from serve_app.jobs.worker.attempt import Attempt, ModelBackend
+from serve_app.jobs.worker.cluster_role import ClusterRole
 from serve_app.jobs.worker.job_metrics import attempt_fields, count_attempt_end, log_attempt_end
 from serve_app.jobs.worker.lease_keeper import AbortReason
 from serve_app.observability.metrics import LocalMeter, Meter
@@ -32,6 +34,7 @@ COPIERS = 8  # jobs at once that only copy files
 POLL_S = 1.0  # wake-ups may be lost, and models gain slots without any
 TIME_LIMIT_S = 600.0  # of a job whose model has none
 DRAIN_LIMIT_S = 15.0
+WITHDRAW_LIMIT_S = 2.0  # for the last write to a store that may not answer
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +55,12 @@ class Dispatcher:
         time_limits_s: Mapping[str, float] = MappingProxyType({}),
         meter: Meter | None = None,
         report_demand: Callable[[Mapping[str, Demand]], Awaitable[None]] | None = None,
+        role: ClusterRole | None = None,
     ) -> None:
-        """report_demand: receives every second the jobs that wait and run, per model, of all dispatchers."""
+        """report_demand: receives every second the jobs per model that wait for this cluster and run there.
+
+        role: which jobs are for this cluster; None: all, there is no other.
+        """
         self._store = store
         self._results = results
         self._models = models
@@ -61,13 +68,16 @@ class Dispatcher:
         self._time_limits_s = time_limits_s
         self._meter = meter or LocalMeter()
         self._report_demand = report_demand
+        self._role = role
         self._wakeups = store.work_wakeups()
         self._running: dict[asyncio.Task[None], Attempt] = {}
         self._draining = False
         self._wakeup = asyncio.Event()  # there is new work, a job has ended, or the dispatcher drains
         self._reap_at = 0.0
         self._report_at = 0.0
-        self._name = secrets.token_hex(4)  # among the dispatchers that share the store
+        self._reported: set[str] = set()  # queues whose capacity is in the store
+        # among the dispatchers that share the store
+        self._name = dispatcher_name(role.cluster if role else "", secrets.token_hex(4))
 
     @property
     def active(self) -> int:
@@ -82,6 +92,8 @@ class Dispatcher:
                 while not self._draining:
                     try:
                         await self._reap()
+                        if self._role is not None:
+                            await self._role.update([*self._models.free_slots(), COPY_QUEUE])
                         await self._claim_jobs()
                         await self._report_capacity()
                     except WeftError as error:
@@ -94,6 +106,7 @@ class Dispatcher:
                         await wait_for_wakeup(self._wakeup, min(POLL_S, self._settings.heartbeat_s))
         finally:
             await self.drain()
+            await self._withdraw()
             await self._wakeups.aclose()
 
     async def drain(self) -> None:
@@ -107,12 +120,26 @@ class Dispatcher:
             for task in late:  # their leases will expire
                 task.cancel()
 
+    async def _withdraw(self) -> None:
+        """Remove our capacity from the store, so that another cluster need not wait until it expires."""
+        with suppress(WeftError, TimeoutError):
+            async with asyncio.timeout(WITHDRAW_LIMIT_S):
+                await self._store.throughput.withdraw(self._name, self._reported)
+
     async def _claim_jobs(self) -> None:
-        while not self._draining and (free := self._free_slots() | self._free_copiers()):
+        while not self._draining and (free := self._claimable()):
             claim = await self._store.leases.claim(free)
             if claim is None:
                 return
             self._start(claim)
+
+    def _claimable(self) -> dict[str, int]:
+        """Free slots by queue, of the queues whose jobs are for this cluster."""
+        free = self._free_slots() | self._free_copiers()
+        return {queue: slots for queue, slots in free.items() if self._may_claim(queue)}
+
+    def _may_claim(self, queue: str) -> bool:
+        return self._role is None or self._role.may_claim(queue)
 
     def _free_slots(self) -> dict[str, int]:
         """Free slots per model, less the claimed jobs that the models have not counted yet."""
@@ -139,14 +166,21 @@ class Dispatcher:
             for attempt in self._running.values()
             if attempt.claim.job.cached_from is None
         )
-        free, models = self._free_slots(), list(self._models.free_slots())
+        free, models = self._claimable(), list(self._models.free_slots())
         throughput = self._store.throughput
         capacities = {
-            model: Capacity(running[model] + free.get(model, 0), free.get(model, 0)) for model in models
+            queue: Capacity(running[queue] + free.get(queue, 0), free.get(queue, 0))
+            for queue in (*models, *([COPY_QUEUE] if self._role else []))
         }
+        self._reported |= capacities.keys()
         await throughput.report(self._name, capacities)
         if self._report_demand is not None:
-            await self._report_demand(await throughput.demand(models))
+            demand = await throughput.demand(models, self._role.cluster if self._role else None)
+            own = {
+                model: found if self._may_claim(model) else Demand(0, found.running)
+                for model, found in demand.items()
+            }
+            await self._report_demand(own)
         for model, waiting in (await throughput.queued(models)).items():
             self._meter.put("weft_jobs_queued", waiting, model=model)
             self._meter.put("weft_jobs_running", running[model], model=model)

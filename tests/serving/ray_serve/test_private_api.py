@@ -117,7 +117,7 @@ def test_the_key_value_store_is_called_as_before() -> None:
     put = inspect.signature(internal_kv._internal_kv_put).parameters
 
     assert list(put)[:2] == ["key", "value"], CHANGED + "_internal_kv_put"
-    assert "namespace" in put, CHANGED + "_internal_kv_put"
+    assert {"namespace", "overwrite"} <= set(put), CHANGED + "_internal_kv_put"
     assert parameters(internal_kv.internal_kv_get_gcs_client) == set(), CHANGED + "internal_kv_get_gcs_client"
     get = parameters(ray._raylet.InnerGcsClient.internal_kv_get)
     assert get == {"self", "key", "namespace", "timeout"}, CHANGED + "GcsClient.internal_kv_get"
