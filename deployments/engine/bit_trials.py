@@ -21,7 +21,9 @@ PROOF_VALUES = 2**17  # of 16 bits; one of more bits counts as WIDE_VALUES
 WIDE_VALUES = 8
 MAX_TRIALS = 256  # of one batch size
 TIMED_RUNS = 3
-BATCH_ROLES = frozenset({ArgumentRole.BATCH, ArgumentRole.BATCH_DIM1, ArgumentRole.RAGGED})
+BATCH_ROLES = frozenset(
+    {ArgumentRole.BATCH, ArgumentRole.BATCH_DIM1, ArgumentRole.BROADCAST, ArgumentRole.RAGGED}
+)
 
 
 class BitTrials:

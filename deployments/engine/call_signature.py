@@ -13,6 +13,7 @@ from torch import Tensor
 from deployments.engine.argument_roles import LOOP_INVARIANT, SCALAR_TYPES, ArgumentRole
 from deployments.engine.batch_key import BatchKey, DigestCache, key_component
 
+KEYED_BY_VALUE = frozenset({ArgumentRole.SHARED, ArgumentRole.ROW_VALUES})  # the key contains the values
 EMPTY_DICT = ("dict",)  # the key component of {}
 
 
@@ -109,8 +110,8 @@ def signature_of(
             stable.append((name, False))
         elif not isinstance(value, Tensor):
             nested.append((name, role, components[name]))
-        elif role is ArgumentRole.SHARED or name in LOOP_INVARIANT:
-            stable.append((name, role is ArgumentRole.SHARED))
+        elif role in KEYED_BY_VALUE or name in LOOP_INVARIANT:
+            stable.append((name, role in KEYED_BY_VALUE))
         else:
             changing.append((name, value.shape, value.dtype))
     getter = _getter([name for name, _ in stable])

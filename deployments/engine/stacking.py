@@ -57,8 +57,12 @@ def stack(calls: Sequence[ModuleCall]) -> dict[str, Any]:
         role = seam.role(name)
         if role is ArgumentRole.TIMESTEP:
             stacked[name] = _cat_timesteps([arguments[name] for arguments in given], calls)
-        elif role is ArgumentRole.BATCH:
+        elif role in (ArgumentRole.BATCH, ArgumentRole.ROW_VALUES):
             stacked[name] = _cat(seam, key, name, [arguments[name] for arguments in given])
+        elif role is ArgumentRole.BROADCAST:
+            stacked[name] = _cat(
+                seam, key, name, [_broadcast(call.arguments[name], call.batch_size) for call in calls]
+            )
         elif role is ArgumentRole.BATCH_DIM1:
             stacked[name] = torch.cat([arguments[name] for arguments in given], dim=1)
         elif role is ArgumentRole.RAGGED:
@@ -80,8 +84,11 @@ def select_rows(seam: Seam, arguments: Mapping[str, Any], indices: Sequence[int]
             selected[name] = value
         elif role is ArgumentRole.TIMESTEP:
             selected[name] = _rows(_timestep_rows(value, batch_size), wanted)
-        elif role is ArgumentRole.BATCH:
+        elif role in (ArgumentRole.BATCH, ArgumentRole.ROW_VALUES):
             selected[name] = map_tensors(lambda tensor: _rows(tensor, wanted), value)
+        elif role is ArgumentRole.BROADCAST:
+            every = _broadcast(value, batch_size)
+            selected[name] = map_tensors(lambda tensor: _rows(tensor, wanted), every)
         elif role is ArgumentRole.BATCH_DIM1:
             selected[name] = _rows(value, wanted, dim=1)
         elif role is ArgumentRole.RAGGED:
@@ -190,6 +197,11 @@ def _timestep_rows(timestep: Tensor, batch_size: int) -> Tensor:
     if timestep.ndim > 1 or (timestep.ndim == 1 and timestep.shape[0] == batch_size):
         return timestep
     return timestep.reshape(-1).expand(batch_size)
+
+
+def _broadcast(value: Any, batch_size: int) -> Any:
+    """The value with `batch_size` rows in each of its tensors."""
+    return map_tensors(lambda t: t if t.shape[0] == batch_size else t.expand(batch_size, *t.shape[1:]), value)
 
 
 def _cat(seam: Seam, key: Hashable, name: str, values: Sequence[Any]) -> Any:

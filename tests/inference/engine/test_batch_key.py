@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from deployments.engine.batch_key import DigestCache
 from deployments.engine.call import ModuleCall, Seam, make_call
 from deployments.engine.call_signature import KeyCache
+from tests.inference.engine.module_cases import glm_caches
 from tests.inference.engine.test_call import call, rows, seam
 
 # by argument: how to make its values for a batch size; every role, and values that differ in one respect each
@@ -61,6 +62,21 @@ VALUES: dict[str, tuple[Callable[[int], Any], ...]] = {
         lambda b: [[(1, 6, 4)]] * b,
         lambda _b: [[(1, 4, 6)], [(1, 6, 4)]],
     ),
+    "siglip_feats": (
+        lambda b: [[rows(2, 2), None]] * b,
+        lambda b: [[rows(2, 2), rows(2, 2)]] * b,
+        lambda b: [[rows(2, 3), None]] * b,
+        lambda b: [None] * b,
+    ),
+    "image_noise_mask": (lambda b: [[0, 1]] * b, lambda b: [[1, 1]] * b, lambda _b: [[0, 1]]),
+    "id_cond": (lambda b: rows(b, 2), lambda _b: rows(1, 2), lambda b: rows(b + 1, 2), lambda b: rows(b, 3)),
+    "img_mask": (
+        lambda b: torch.tensor([[True, False]] * b),
+        lambda b: torch.tensor([[False, True]] * b),
+        lambda b: torch.tensor([[True, False], [False, True]] * b)[:b],
+        lambda _b: torch.tensor([[True, False]]),
+    ),
+    "kv_caches": (lambda _b: glm_caches(None), lambda _b: glm_caches("skip"), lambda _b: glm_caches("read")),
     "timestep": (
         lambda _b: torch.tensor(1.0),
         lambda _b: torch.tensor(2),

@@ -54,6 +54,30 @@ def test_lists_with_one_tensor_per_row_are_joined_and_split() -> None:
         split(RaggedList(merged["x"]), [2, 3])
 
 
+def test_what_all_rows_of_a_call_have_in_common_is_repeated_for_each() -> None:
+    where = seam("ConsisIDTransformer3DModel")
+    calls = [call(where, hidden_states=rows(count, 4), id_cond=rows(1, 2, value=count)) for count in (1, 2)]
+
+    merged = stack(calls)
+    selected = select_rows(where, calls[1].arguments, [0, 1, 1])
+
+    assert calls[0].key is calls[1].key is not None
+    assert merged["id_cond"].tolist() == [[1.0] * 2, [2.0] * 2, [2.0] * 2]
+    assert selected["id_cond"].tolist() == [[2.0] * 2] * 3
+
+
+def test_rows_that_steer_the_forward_are_stacked_and_shared_by_equal_sets_only() -> None:
+    where = seam("QwenImage21Transformer2DModel")
+    masks = [torch.tensor([[True, False]]), torch.tensor([[True, False]] * 2), torch.tensor([[False, True]])]
+
+    one, two, other = (call(where, hidden_states=rows(len(mask), 4), img_mask=mask) for mask in masks)
+
+    assert one.key is two.key is not None
+    assert other.key not in (None, one.key)
+    assert stack([one, two])["img_mask"].tolist() == [[True, False]] * 3
+    assert select_rows(where, two.arguments, [1, 0, 0])["img_mask"].tolist() == [[True, False]] * 3
+
+
 def test_times_of_every_token_are_kept() -> None:
     where = seam()
     calls = [call(where, hidden_states=rows(1, 4), timestep=rows(1, 3, value=i)) for i in (1.0, 2.0)]
