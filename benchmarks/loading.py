@@ -1,10 +1,13 @@
 """Memory of the host and seconds while the parts of FLUX.1-dev are loaded, from random files of their sizes.
 
-Each part is written in shards as large as those of its repository and loaded in a process of its own, once as
-the service does and once by a plain from_pretrained, in turns. Files of another dtype than the part's make
-every tensor a copy, as on a GPU: the extra memory is the peak of the resident set beyond the baseline and
-beyond the loaded part, which on a GPU would not be on the host. The transformer is halved: 22 GiB and its
-copy are too much for a machine of 24 GiB.
+Each part is written in shards as large as those of its repository and loaded in a process of its own, as the
+service does and in other ways, in turns: by a plain from_pretrained, which maps the files; by one that reads
+them (`read`); and by one that takes shards in parallel or, of transformers, which does so anyway, one tensor
+after the other (`serial`). Files of another dtype than the part's make every tensor a copy, as on a GPU. The
+extra memory is the peak of the resident set beyond the baseline and beyond the loaded part, which on a GPU
+would not be on the host; the anonymous memory is the same without the pages of mapped files, which the system
+takes back when it needs them. The transformer has a third of its blocks, in shards of a third: 22 GiB and
+their copy are too much for a machine of 24 GiB.
 """
 
 from __future__ import annotations
@@ -27,9 +30,16 @@ import torch
 
 GIB = 2**30
 SHARD_BYTES = {
-    "transformer": 9_980_000_000,
+    "transformer": 9_980_000_000 // 3,
     "text_encoder_2": 4_990_000_000,
 }  # of black-forest-labs/FLUX.1-dev
+WAYS = {  # of loading, with what the environment says
+    "parts": {},
+    "plain": {},
+    "read": {},
+    "parallel": {"HF_ENABLE_PARALLEL_LOADING": "1"},
+    "serial": {"HF_DEACTIVATE_ASYNC_LOAD": "1"},
+}
 PARTS = ("vae", "text_encoder", "text_encoder_2", "transformer")
 CASES = {  # dtype of the file, dtype of the part
     "same": (torch.bfloat16, "bfloat16"),
@@ -45,8 +55,8 @@ def empty(part: str) -> Any:
 
     with torch.device("meta"):
         if part == "transformer":
-            half = {"num_layers": 10, "num_single_layers": 19, "guidance_embeds": True}
-            return diffusers.FluxTransformer2DModel(**half)
+            third = {"num_layers": 6, "num_single_layers": 13, "guidance_embeds": True}
+            return diffusers.FluxTransformer2DModel(**third)
         if part == "text_encoder_2":
             sizes = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
             return transformers.T5EncoderModel(
@@ -136,15 +146,17 @@ def load_once(part: str, folder: Path, way: str, dtype: str) -> None:
 
     kind = type(empty(part))
     name = "dtype" if part.startswith("text") else "torch_dtype"
+    options: dict[str, Any] = {name: getattr(torch, dtype), "use_safetensors": True}
+    if way == "read":
+        options["disable_mmap"] = True
     before = psutil.Process().memory_info()
     started = time.perf_counter()
     with Peak() as peak:
         if way == "parts":
-            module = PartFiles(kind, folder, find_weights(folder), PartPlan(part, dtype)).load(  # type: ignore[arg-type]
-                torch.device("cpu")
-            )
+            plan: Any = PartPlan(part, dtype)  # type: ignore[arg-type]
+            module = PartFiles(kind, folder, find_weights(folder), plan).load(torch.device("cpu"))
         else:
-            module = kind.from_pretrained(folder, use_safetensors=True, **{name: getattr(torch, dtype)})
+            module = kind.from_pretrained(folder, **options)
         seconds = time.perf_counter() - started
     print(
         json.dumps(
@@ -158,11 +170,11 @@ def load_once(part: str, folder: Path, way: str, dtype: str) -> None:
     )
 
 
-def child(*words: str) -> dict[str, Any]:
+def child(*words: str, **environment: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, __file__, *words],
         capture_output=True,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])} | environment,
         text=True,
         check=False,
         cwd=Path(__file__).parents[1],
@@ -173,43 +185,58 @@ def child(*words: str) -> dict[str, Any]:
     return found
 
 
-def measure(part: str, case: str, rounds: int, scratch: Path) -> None:
-    import ledger
+def ways_of(part: str, shards: int) -> list[str]:
+    """The ways that differ for this part."""
+    if part.startswith("text"):
+        return ["parts", "plain", "read", "serial"]
+    return ["parts", "plain", "read", *(["parallel"] if shards > 1 else [])]
 
+
+def measure(part: str, case: str, rounds: int, scratch: Path) -> None:
     folder = Path(tempfile.mkdtemp(dir=scratch))
-    runs: dict[str, list[dict[str, Any]]] = {"parts": [], "plain": []}
     try:
         child("--write", part, "--case", case, "--folder", str(folder))
         files = sorted(path.stat().st_size for path in folder.glob("*.safetensors"))
-        for number in range(2 * rounds):
-            way = ("parts", "plain")[number % 2]
-            runs[way].append(child("--load", part, "--case", case, "--folder", str(folder), "--way", way))
-            print(way, runs[way][-1], flush=True)
+        runs: dict[str, list[dict[str, Any]]] = {way: [] for way in ways_of(part, len(files))}
+        for _ in range(rounds):
+            for way, found in runs.items():
+                words = ("--load", part, "--case", case, "--folder", str(folder), "--way", way)
+                found.append(child(*words, **WAYS[way]))
+                print(way, found[-1], flush=True)
     finally:
         shutil.rmtree(folder)
+    report(part, case, files, runs)
+
+
+def report(part: str, case: str, files: list[int], runs: dict[str, list[dict[str, Any]]]) -> None:
+    """Rows on memory and seconds. files: their sizes in bytes, the largest last."""
+    import ledger
+
     size = runs["parts"][0]["size"]
-    extra = {way: max(run["peak"] for run in found) - size for way, found in runs.items()}
-    seconds = {way: [run["seconds"] for run in found] for way, found in runs.items()}
-    about = (
-        f"{part}, {CASES[case][0]} to {CASES[case][1]}, {size / GIB:.2f} GiB, files: {len(files)}".replace(
-            "torch.", ""
+    about = f"{part}, {CASES[case][0]} to {CASES[case][1]}, {size / GIB:.2f} GiB, files: {len(files)}"
+    about = f"{about.replace('torch.', '')}, largest {files[-1] / GIB:.2f}"
+    for name, kind in (("extra", "peak"), ("anonymous", "anonymous")):
+        extra = {way: max(0, *(run[kind] - size for run in found)) / GIB for way, found in runs.items()}
+        others = ", ".join(f"{way} {gib:.2f}" for way, gib in extra.items() if way != "parts")
+        rounds = len(runs["parts"])
+        ledger.record(
+            f"load_host_{name}_gib.{part}.{case}", extra["parts"], "GiB", n=rounds, notes=f"{about}; {others}"
         )
-    )
-    ledger.record(
-        f"load_host_extra_gib.{part}.{case}",
-        max(0, extra["parts"]) / GIB,
-        "GiB",
-        n=rounds,
-        notes=f"{about}, largest {files[-1] / GIB:.2f}; plain from_pretrained {extra['plain'] / GIB:.2f}",
-    )
-    ratios = [ours / plain for ours, plain in zip(*seconds.values(), strict=True)]
+    seconds = {way: [run["seconds"] for run in found] for way, found in runs.items()}
+    own = seconds["parts"]
+    ratios = {
+        way: statistics.median(ours / theirs for ours, theirs in zip(own, found, strict=True))
+        for way, found in seconds.items()
+        if way != "parts"
+    }
+    over = ", ".join(f"{way} {ratio:.2f}" for way, ratio in ratios.items())
     ledger.record(
         f"load_s_per_gib.{part}.{case}",
-        statistics.median(seconds["parts"]) / (size / GIB),
+        statistics.median(own) / (size / GIB),
         "s/GiB",
-        spread=f"{min(seconds['parts']):.2f}-{max(seconds['parts']):.2f} s",
-        n=rounds,
-        notes=f"{about}; over plain from_pretrained in turns: {statistics.median(ratios):.2f}",
+        spread=f"{min(own):.2f}-{max(own):.2f} s",
+        n=len(own),
+        notes=f"{about}; over other ways, in turns: {over}; load {os.getloadavg()[1]:.1f}",
     )
 
 
@@ -219,7 +246,7 @@ def main() -> None:
     parser.add_argument("--load", choices=PARTS)
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--case", choices=CASES, default="cast")
-    parser.add_argument("--way", default="parts")
+    parser.add_argument("--way", choices=WAYS, default="parts")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--scratch", type=Path)
