@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from deployments.planning.plan import DENOISERS, Plan
+from deployments.models.parts import PartFiles
+from deployments.planning.plan import DENOISERS
 from deployments.protocol.errors import ModelFailed
 
 logger = logging.getLogger(__name__)
 
 
-def check_stays_on_device(plan: Plan) -> None:
-    """Raises ModelFailed for a plan that moves a denoiser's weights, for which its code would be compiled
-    again at each forward."""
-    for part in plan.parts:
-        if part.name in DENOISERS and part.placement != "device":
-            raise ModelFailed(
-                f"the {part.name} cannot be compiled while its weights are {part.placement}; take compile "
-                "out of the card, or write offload: none"
-            )
+def check_compiles(parts: Mapping[str, PartFiles]) -> None:
+    """Raises ModelFailed, before any weight is read, for a pipeline whose denoiser cannot be compiled.
+
+    parts: its modules by name.
+    """
+    for name in DENOISERS:
+        if (part := parts.get(name)) is None:
+            continue
+        _check_names_blocks(part.kind, part.kind)
+        if part.stored_form is not None:
+            raise ModelFailed(_quantised(name))
 
 
 def repeated_blocks(pipeline: Any) -> list[nn.Module]:
@@ -34,21 +37,31 @@ def repeated_blocks(pipeline: Any) -> list[nn.Module]:
     denoisers: dict[str, Any] = {name: c for name, c in components.items() if isinstance(c, nn.Module)}
     blocks: list[nn.Module] = []
     for name, denoiser in denoisers.items():
-        kinds = getattr(denoiser, "_repeated_blocks", None)
-        if not kinds:
-            raise ModelFailed(
-                f"{type(denoiser).__name__} cannot be compiled: diffusers does not name its repeated blocks; "
-                "take compile out of the card"
-            )
+        kinds = _check_names_blocks(denoiser, type(denoiser))
         own = [module for module in denoiser.modules() if type(module).__name__ in kinds]
         if any(_is_quantised(layer) for block in own for layer in block.modules()):
-            raise ModelFailed(
-                f"{name} has quantised weights and cannot be compiled; "
-                "take compile out of the card, or write quantisation: none"
-            )
+            raise ModelFailed(_quantised(name))
         blocks += own
         logger.info("blocks are compiled at their first run", extra={"component": name})
     return blocks
+
+
+def _check_names_blocks(denoiser: Any, kind: type) -> list[str]:
+    """The classes of the blocks that a denoiser, or its class, repeats."""
+    names: list[str] | None = getattr(denoiser, "_repeated_blocks", None)
+    if not names:
+        raise ModelFailed(
+            f"{kind.__name__} cannot be compiled: diffusers does not name its repeated blocks; "
+            "take compile out of the card"
+        )
+    return names
+
+
+def _quantised(name: str) -> str:
+    return (
+        f"{name} has quantised weights and cannot be compiled; "
+        "take compile out of the card, or write quantisation: none"
+    )
 
 
 def _is_quantised(layer: nn.Module) -> bool:

@@ -15,12 +15,13 @@ from torch import nn
 
 from deployments.engine.out_of_memory import load_or_free
 from deployments.models.attention import check_attention, set_attention
+from deployments.models.compile import check_compiles
 from deployments.models.load_errors import explain
 from deployments.models.model_memory import Admit, held_bytes, weights_bytes
 from deployments.models.parts import PartFiles, assemble, find_part, find_parts
 from deployments.models.quantise import check_quantisation
 from deployments.models.thread_dtype import thread_default_dtype
-from deployments.models.vae import prepare_vae, set_pieces
+from deployments.models.vae import check_pieces, prepare_vae, set_pieces
 from deployments.models.weight_cache import hub_folder, local_folder, local_path
 from deployments.planning.plan import DENOISERS, Plan, everything_on_device
 from deployments.protocol.card import Family, Licence, Weights
@@ -64,12 +65,14 @@ def load_pipeline(
     device: torch.device,
     *,
     plan: Plan | None = None,
+    compiled: bool = False,
     admit: Admit = lambda _bytes: None,
     licence: Licence | None = None,
 ) -> Any:
     """The pipeline named in the model_index.json of the weights, on `device`. Reads safetensors only.
 
     plan: dtype, place and form of its parts; None: all on the device, in the dtype of the weights.
+    compiled: its denoiser is going to be compiled.
     admit: called with the bytes on the device before any weight is read, and again with those that were
     placed; what it raises ends the loading.
     licence: of the model, for messages. May be called while other threads are at work.
@@ -83,7 +86,10 @@ def load_pipeline(
     with _explained(weights, licence):
         folder = folder or hub_folder(weights, pipeline=True)
         parts = find_parts(folder, plan, weights.variant)
-        check_quantisation(plan, {name: part.folder for name, part in parts.items()}, device)
+        check_quantisation(plan, {name: part.stored_form for name, part in parts.items()}, device)
+        if compiled:
+            check_compiles(parts)
+        _check_vae(parts, plan)
         size_bytes = _most_bytes(parts)
     return load_or_free(
         f"the model {weights.path or weights.repo}",
@@ -115,6 +121,14 @@ def _load_pipeline(
         set_attention(plan.attention, [one for one in denoisers if one is not None])
     admit(held_bytes([part for part in pipeline.components.values() if isinstance(part, nn.Module)]))
     return pipeline
+
+
+def _check_vae(parts: Mapping[str, PartFiles], plan: Plan) -> None:
+    """Raises ModelFailed for a VAE that cannot decode in pieces as planned."""
+    if (part := parts.get("vae")) is not None and (plan.vae_tiling or plan.vae_slicing):
+        with torch.device("meta"):
+            empty = part.kind.from_config(part.kind.load_config(part.folder))
+        check_pieces(empty, tiling=plan.vae_tiling, slicing=plan.vae_slicing)
 
 
 def _most_bytes(parts: Mapping[str, PartFiles]) -> int:

@@ -20,7 +20,7 @@ from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.cache import LoraCache, LoraCacheLimits
 from deployments.loras.file_cache import LoraFileCache
 from deployments.loras.file_reader import LoraFileReader
-from deployments.models.compile import check_stays_on_device, compile_blocks, repeated_blocks
+from deployments.models.compile import compile_blocks, repeated_blocks
 from deployments.models.load import load_controlnet, load_pipeline
 from deployments.models.memory_admission import MemoryAdmission
 from deployments.models.model_memory import Admit, LoraMemory, ModelMemory
@@ -73,12 +73,15 @@ class ModelInstance:
             raise self.plan.refusal.error()
         self.profile_key = profile_key(card, self.plan, machine)
         self._machine = machine
-        if serving.compile:
-            check_stays_on_device(self.plan)
         self._memory = ModelMemory(admission, card, self.plan.working_bytes)
         self._device = device
         pipeline = load_pipeline(
-            card.weights, device, plan=self.plan, admit=self._memory.admit_pipeline, licence=card.licence
+            card.weights,
+            device,
+            plan=self.plan,
+            compiled=serving.compile,
+            admit=self._memory.admit_pipeline,
+            licence=card.licence,
         )
         self._memory.expect_uses(_modules(pipeline), _saved_bytes(pipeline, self.plan))
         check_rows(_modules(pipeline), serving.exact)

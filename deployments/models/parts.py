@@ -42,6 +42,13 @@ class PartFiles:
     channels_last: bool = False  # memory format of its convolutions
 
     @property
+    def stored_form(self) -> str | None:
+        """The library that has quantised the files; None where they are plain."""
+        config = json.loads((self.folder / "config.json").read_bytes())
+        stored = config.get("quantization_config")
+        return None if stored is None else str(stored.get("quant_method", "a library"))
+
+    @property
     def size_bytes(self) -> int:
         """Of its tensors, in the dtype that they are loaded in; about right where they are quantised."""
         kind = self.plan.quantisation

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,11 +83,11 @@ def saved_bytes(module: nn.Module, plan: PartPlan) -> int:
     return int(each * sum(layer.in_features * layer.out_features for layer in layers))
 
 
-def check_quantisation(plan: Plan, parts: Mapping[str, Path], device: torch.device) -> None:
+def check_quantisation(plan: Plan, parts: Mapping[str, str | None], device: torch.device) -> None:
     """Raise ModelFailed for a form that the device does not compute, for a part that is not there, and for
     one whose files are quantised.
 
-    parts: the pipeline's modules by name, with their folders.
+    parts: the pipeline's modules by name, with the library that has quantised their files, if one has.
     """
     names = set(parts)
     wanted = {part.name: part.quantisation for part in plan.parts if part.quantisation is not None}
@@ -102,16 +100,10 @@ def check_quantisation(plan: Plan, parts: Mapping[str, Path], device: torch.devi
             )
         if name in names:
             _check_device(kind, device)
-            _check_files(name, parts[name])
-
-
-def _check_files(name: str, folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_bytes())
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "a library")
-        raise ModelFailed(
-            f"the files of {name} are quantised by {method}; leave {name} out of serving.quantisation"
-        )
+            library = parts[name]
+            if library is not None:
+                cure = f"leave {name} out of serving.quantisation"
+                raise ModelFailed(f"the files of {name} are quantised by {library}; {cure}")
 
 
 def _check_device(kind: Quantisation, device: torch.device) -> None:

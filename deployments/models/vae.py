@@ -13,20 +13,23 @@ from deployments.protocol.errors import ModelFailed
 TILE_PIXELS = 512  # side of a tile at most: many VAEs would only take pictures beyond 1024 pixels apart
 
 
+def check_pieces(vae: Any, *, tiling: bool, slicing: bool) -> None:
+    """Raises ModelFailed for a VAE that cannot do what `set_pieces` wants. vae: also without weights."""
+    for wanted, piece in ((tiling, "tiling"), (slicing, "slicing")):
+        if wanted and not (hasattr(vae, f"enable_{piece}") and hasattr(vae, f"use_{piece}")):
+            raise ModelFailed(f"{type(vae).__name__} cannot do vae_{piece}; take it out of the card")
+
+
 def set_pieces(vae: Any, *, tiling: bool, slicing: bool) -> None:
     """Have the VAE decode and encode in tiles, and one picture of a batch at a time, which takes less memory.
 
     Raises ModelFailed for a VAE that cannot.
     """
-    for wanted, switch, key in (
-        (tiling, "enable_tiling", "vae_tiling"),
-        (slicing, "enable_slicing", "vae_slicing"),
-    ):
-        if not wanted:
-            continue
-        if not hasattr(vae, switch) or not hasattr(vae, switch.replace("enable", "use")):
-            raise ModelFailed(f"{type(vae).__name__} cannot do {key}; take it out of the card")
-        getattr(vae, switch)()
+    check_pieces(vae, tiling=tiling, slicing=slicing)
+    if tiling:
+        vae.enable_tiling()
+    if slicing:
+        vae.enable_slicing()
     if tiling and hasattr(vae, "tile_latent_min_size"):
         _set_tile(vae)
 

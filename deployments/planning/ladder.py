@@ -92,6 +92,8 @@ def _forms(serving: Serving, machine: Machine) -> Forms:
     ]
     if machine.kind != "mps":  # for which bitsandbytes has no kernels
         forms += [("nf4", eight), ("nf4", "nf4")]
+    if serving.compile:  # which takes plain weights only
+        return [(None, None), (None, eight)]
     return forms
 
 

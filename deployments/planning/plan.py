@@ -12,12 +12,16 @@ from deployments.planning.machine import Machine
 from deployments.planning.notes import notes_of
 from deployments.planning.others import others_beside
 from deployments.planning.part_plan import DENOISERS, TEXT_ENCODERS, PartPlan, Placement
-from deployments.planning.refusal import Refusal, contradiction, too_large
+from deployments.planning.refusal import (
+    LEFT_TO_THE_PLAN,
+    Refusal,
+    contradiction,
+    too_large,
+    uncompilable,
+)
 from deployments.protocol.card import Dtype, ModelCard, Quantisation
 
 __all__ = ["DENOISERS", "TEXT_ENCODERS", "PartPlan", "Placement", "Plan", "everything_on_device", "plan_of"]
-
-LEFT_TO_THE_PLAN = {"quantisation": "auto", "offload": "auto", "vae_tiling": "auto"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,7 @@ def plan_of(card: ModelCard, machine: Machine, others: Iterable[ModelCard] = ())
     otherwise, and no bytes are reckoned.
     """
     as_written = _as_written(card, machine)
-    refusal = contradiction(card, machine)
+    refusal = contradiction(card, machine) or uncompilable(card, machine, as_written.parts)
     if refusal is not None:
         return replace(as_written, refusal=refusal)
     if card.memory is None or machine.limit_bytes is None:
@@ -79,10 +83,10 @@ def plan_of(card: ModelCard, machine: Machine, others: Iterable[ModelCard] = ())
 def _unasked(fitting: Fitting) -> Fitted | None:
     """What fits if the card leaves to the plan what it sets itself; None: nothing, or it sets nothing."""
     serving = fitting.card.serving
-    if all(getattr(serving, key) == value for key, value in LEFT_TO_THE_PLAN.items()):
+    free = serving.model_copy(update=LEFT_TO_THE_PLAN | {"compile": False})
+    if serving == free:
         return None
-    card = fitting.card.model_copy(update={"serving": serving.model_copy(update=LEFT_TO_THE_PLAN)})
-    return replace(fitting, card=card).best()
+    return replace(fitting, card=fitting.card.model_copy(update={"serving": free})).best()
 
 
 def _as_written(card: ModelCard, machine: Machine) -> Plan:

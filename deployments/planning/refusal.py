@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,8 +10,11 @@ from deployments.planning.device_limit import GIB
 from deployments.planning.fitting import Fitted
 from deployments.planning.gpus import GPUS
 from deployments.planning.machine import Machine
+from deployments.planning.part_plan import DENOISERS, PartPlan
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelFailed, OutOfMemory, WeftError
+
+LEFT_TO_THE_PLAN = {"quantisation": "auto", "offload": "auto", "vae_tiling": "auto"}  # of `serving`
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +35,26 @@ def contradiction(card: ModelCard, machine: Machine) -> Refusal | None:
     forms: set[str] = {*wanted.values()} if isinstance(wanted, dict) else {wanted}
     if machine.kind == "mps" and forms & {"fp8", "fp8_dynamic", "fp8_cast", "nf4"}:
         return _card(card, machine, f"quantisation {_shown(forms)} does not run on it", "write int8 or auto")
-    if machine.is_gpu and "fp8_dynamic" in forms and not machine.has_fp8:
+    if machine.kind != "mps" and "fp8_dynamic" in forms and not machine.has_fp8:
         return _card(card, machine, "it does not multiply 8-bit floats", "write fp8, int8 or auto")
+    return None
+
+
+def uncompilable(card: ModelCard, machine: Machine, parts: Iterable[PartPlan]) -> Refusal | None:
+    """Why a denoiser of this plan cannot be compiled as the card asks; None: it can, or need not be.
+
+    Code for weights that move would be compiled again in each forward, and libraries that quantise have
+    layers of their own.
+    """
+    for part in parts if card.serving.compile else ():
+        if part.name not in DENOISERS:
+            continue
+        if part.quantisation is not None:
+            cause = f"compile: true, and {part.quantisation} weights of the {part.name}"
+            return _card(card, machine, cause, "take compile out, or leave the denoiser as it is")
+        if part.placement != "device":
+            cause = f"compile: true, and weights of the {part.name} that are {part.placement}"
+            return _card(card, machine, cause, "take compile out, or write offload: none")
     return None
 
 
@@ -54,6 +76,11 @@ def too_large(
     )
     there = "" if machine.limit_bytes is None else f", and {gib(machine.limit_bytes)} are there"
     return Refusal("out_of_memory", f"{needed}{there}; {_cure(card, least, unasked, on_host)}")
+
+
+def _asks_for_more(card: ModelCard) -> bool:
+    """Whether the card itself sets what could be left to the plan."""
+    return any(getattr(card.serving, key) != value for key, value in LEFT_TO_THE_PLAN.items())
 
 
 def gib(size_bytes: float) -> str:
@@ -81,9 +108,10 @@ def _cure(card: ModelCard, least: Fitted, unasked: Fitted | None, on_host: Fitte
     """What would make it fit."""
     cures = []
     if unasked is not None:
-        cures.append(
-            f"set quantisation, offload and vae_tiling of its card to auto (then {_way(unasked)} fit)"
-        )
+        changes = ["take compile out of its card"] if card.serving.compile else []
+        if _asks_for_more(card):
+            changes.append("set quantisation, offload and vae_tiling of its card to auto")
+        cures.append(f"{' and '.join(changes)} (then {_way(unasked)} fit)")
     if on_host is not None:
         cures.append(
             f"use more memory for the host, where {gib(on_host.host_bytes)} of weights would be kept"

@@ -23,7 +23,6 @@ from deployments.engine.fiber import Fiber
 from deployments.engine.intercept import intercept
 from deployments.engine.step_scheduler import StepScheduler
 from deployments.models import offload as offloading
-from deployments.models.compile import check_stays_on_device
 from deployments.models.device_memory import DeviceMemory
 from deployments.models.load import load_pipeline
 from deployments.models.memory_admission import MemoryAdmission
@@ -35,7 +34,7 @@ from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.planning.machine import Machine
 from deployments.planning.plan import PartPlan, Placement, Plan, plan_of
 from deployments.protocol.card import Quantisation, load_card
-from deployments.protocol.errors import ModelFailed, OutOfMemory
+from deployments.protocol.errors import OutOfMemory
 from deployments.protocol.request import ResolvedEdit, ResolvedRequest, Task
 from tests.inference.engine.exactness import Bench
 
@@ -346,12 +345,6 @@ def test_a_card_says_where_weights_live(offload: str, encoder: str, denoiser: st
     assert plan.part("vae").placement == "device"
     on_cpu = plan_of(card, Machine("CPU", "cpu"))
     assert {on_cpu.part(name).placement for name in ("text_encoder_2", "transformer")} == {"device"}
-
-
-def test_streamed_weights_are_not_compiled() -> None:
-    with pytest.raises(ModelFailed, match="transformer cannot be compiled while its weights are streamed"):
-        check_stays_on_device(planned("streamed", "device"))
-    check_stays_on_device(planned("device", "on_demand"))
 
 
 @pytest.mark.parametrize("placement", ["on_demand", "streamed", "sequential"])
