@@ -12,6 +12,7 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerRow, PerTensor, quantize_
 
 from deployments.models import model_instance
+from deployments.models import quantise as quantising
 from deployments.models.device_memory import DeviceMemory
 from deployments.models.load import load_pipeline
 from deployments.models.memory_admission import MemoryAdmission
@@ -20,7 +21,7 @@ from deployments.models.quantise import quantise
 from deployments.models.row_independence import check_rows, is_row_independent
 from deployments.planning.machine import Machine
 from deployments.planning.plan import PartPlan
-from deployments.protocol.card import Quantisation, load_card
+from deployments.protocol.card import ModelCard, Quantisation, load_card
 from deployments.protocol.errors import ModelFailed
 
 CARD = load_card(Path(__file__).parents[3] / "configs/models/tiny-flux-schnell.yaml")
@@ -57,6 +58,24 @@ def test_a_scale_of_a_whole_tensor_is_refused_where_exactness_is_strict() -> Non
         check_rows([with_scales(net(), PerTensor())], "strict")
 
 
+def test_one_such_layer_among_others_is_found() -> None:
+    both = nn.Sequential(with_scales(net(), PerRow()), with_scales(net(), PerTensor()))
+
+    with pytest.raises(ModelFailed, match=r"Sequential\.1\.0 scales its inputs"):
+        check_rows([both], "strict")
+
+
+def test_fp8_dynamic_has_a_scale_for_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products need a GPU; what torchao is asked for does not."""
+    asked: list[Any] = []
+    monkeypatch.setattr(quantising, "quantize_", lambda _layer, config: asked.append(config))
+
+    quantise(net(), PartPlan("part", "bfloat16", quantisation="fp8_dynamic"))
+
+    scales = {type(one) for config in asked for one in config.granularity}
+    assert scales == {PerRow}
+
+
 def test_otherwise_it_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         check_rows([with_scales(net(), PerTensor())], "prefer")
@@ -74,10 +93,19 @@ def test_a_model_with_such_layers_is_refused_as_it_is_loaded(monkeypatch: pytest
     card = CARD.model_copy(update={"serving": CARD.serving.model_copy(update={"exact": "strict"})})
 
     with pytest.raises(ModelFailed, match="which exact: strict rules out"):
-        ModelInstance(
-            card,
-            Machine("CPU", "cpu"),
-            None,
-            torch.device("cpu"),
-            admission=MemoryAdmission(DeviceMemory(lambda: None)),
-        )
+        loaded(card)
+
+
+def loaded(card: ModelCard) -> ModelInstance:
+    admission = MemoryAdmission(DeviceMemory(lambda: None))
+    return ModelInstance(card, Machine("CPU", "cpu"), None, torch.device("cpu"), admission=admission)
+
+
+def test_a_module_that_a_request_has_loaded_is_looked_at_too() -> None:
+    card = CARD.model_copy(update={"serving": CARD.serving.model_copy(update={"exact": "strict"})})
+    model = loaded(card)
+    try:
+        with pytest.raises(ModelFailed, match="which exact: strict rules out"):
+            model.pipelines.on_new_modules([with_scales(net(), PerTensor())])
+    finally:
+        model.unload()
