@@ -23,8 +23,8 @@ from ray.dashboard.consts import DASHBOARD_METRIC_PORT
 from ray.serve._private.build_app import build_app
 from ray.serve.schema import ServeDeploySchema
 
-from deployments.protocol.card import Serving
 from serve_app.settings import Settings
+from tests.kuberay.manifests import longest_job_s, strict
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "configs/kuberay"
@@ -65,18 +65,6 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
         name: dict(line.split("=", 1) for line in text.splitlines()) if name.endswith(".env") else {"": text}
         for name, text in files.items()
     }
-
-
-def strict(schema: Any) -> Any:
-    """The same schema, refusing fields that it does not name: a typing error must not pass in silence."""
-    if isinstance(schema, list):
-        return [strict(part) for part in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {key: strict(value) for key, value in schema.items()}
-    if isinstance(made.get("properties"), dict) and "type" in made:
-        made.setdefault("additionalProperties", False)
-    return made
 
 
 def ray_service_schema() -> dict[str, Any]:
@@ -228,12 +216,7 @@ def test_each_deployment_has_nodes_of_one_group(demands: dict[str, dict[str, flo
 
 
 def test_an_old_cluster_lives_as_long_as_the_longest_job() -> None:
-    longest = 0.0
-    for application in SERVE["applications"]:
-        for model in application["args"].get("models", []):
-            card = yaml.safe_load((ROOT / f"configs/models/{model['id']}.yaml").read_text(encoding="utf-8"))
-            serving = card.get("serving", {}) | model.get("serving", {})
-            longest = max(longest, serving.get("job_timeout_s", Serving().job_timeout_s))
+    longest = longest_job_s(SERVE)
 
     assert longest >= 3600
     assert SERVICE["spec"]["rayClusterDeletionDelaySeconds"] > longest

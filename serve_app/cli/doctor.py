@@ -16,7 +16,8 @@ from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest, WeftError
 from serve_app.admission.loopback import is_loopback
 from serve_app.card_settings import known_cards
-from serve_app.cli.findings import Finding, Level, listens, status_of
+from serve_app.cli.findings import Finding, Level, about, as_text, listens, status_of
+from serve_app.cli.findings import as_json as findings_as_json
 from serve_app.cli.plan_findings import plan_findings
 from serve_app.cli.ray_ports import ray_findings, ray_listeners
 from serve_app.cli.serve_config import read_config, served_cards
@@ -50,32 +51,44 @@ def doctor(
             show_default=False,
         ),
     ] = (ROOT / "serve_config.yaml"),
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="Check a Ray cluster and each of its nodes, from one of them.")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Address of the cluster.  Default: RAY_ADDRESS, that of this machine.")
+    ] = None,
+    node_types: Annotated[
+        Path | None,
+        typer.Option(help="File for ray up, or manifest of KubeRay, with the nodes that may be started."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a running installation; exit status 1 when it is unsafe."""
     settings = Settings.load()
-    address = host or settings.host or "127.0.0.1", port or settings.port or 8000
-    findings = [*examine(settings, *address), *model_findings(settings, config)]
-    for finding in findings:
-        print(f"{finding.level.value:4}  {finding.text}")
-    failed = sum(finding.level is Level.fail for finding in findings)
-    warned = sum(finding.level is Level.warn for finding in findings)
-    print(f"{len(findings)} checks: {failed} failed, {warned} with a warning")
-    if failed:
+    if cluster:
+        from serve_app.cli.cluster_doctor import examine_cluster  # Ray takes a second
+
+        findings = [*examine_cluster(address, node_types), *about("job store", _store(settings))]
+    else:
+        place = host or settings.host or "127.0.0.1", port or settings.port or 8000
+        findings = [*examine(settings, *place), *about("models", model_findings(settings, config))]
+    print(findings_as_json(findings) if as_json else as_text(findings))
+    if any(finding.level is Level.fail for finding in findings):
         raise typer.Exit(1)
 
 
 def examine(settings: Settings, host: str, port: int) -> Iterator[Finding]:
     """All findings, the most dangerous subjects first. host, port: where the service should be listening."""
-    yield from key_findings(settings, host)
-    yield from service_findings(host, port, has_key=not settings.auth_disabled)
-    yield from ray_findings(ray_listeners(owner_pid(settings.data_dir)))
-    yield from _store(settings)
-    yield from disk_findings(settings)
-    yield from secret_file_findings(settings.data_dir)
+    yield from about("keys", key_findings(settings, host))
+    yield from about("service", service_findings(host, port, has_key=not settings.auth_disabled))
+    yield from about("ports", ray_findings(ray_listeners(owner_pid(settings.data_dir))))
+    yield from about("job store", _store(settings))
+    yield from about("disk", disk_findings(settings))
+    yield from about("secrets", secret_file_findings(settings.data_dir))
     try:
-        yield from card_findings(list(known_cards(settings).values()))
+        yield from about("cards", card_findings(list(known_cards(settings).values())))
     except WeftError as error:
-        yield Finding(Level.fail, f"the model cards cannot be read: {error.message}")
+        yield Finding(Level.fail, f"the model cards cannot be read: {error.message}", "cards")
 
 
 def model_findings(settings: Settings, config: Path) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ ESSENTIAL = ("gcs_server", "raylet")  # processes without which a node serves no
 
 TOKEN = Path("~/.ray/auth_token")
 TEMP_FOLDER_VARIABLE = "RAY_TMPDIR"
+HEAD_STORE_VARIABLE = "RAY_REDIS_ADDRESS"  # of a head that keeps its state
+HEAD_STORE_USER = ("RAY_REDIS_USERNAME", "REDIS_USERNAME")  # those of configs/clusters, and of KubeRay
+HEAD_STORE_PASSWORD = ("RAY_REDIS_PASSWORD", "REDIS_PASSWORD")
 CLUSTER_NAME_VARIABLE = "RAY_CLUSTER_NAME"  # set by KubeRay in every container of a cluster
 
 
@@ -144,6 +147,15 @@ def _in_sequence(
         await second()
 
     return both
+
+
+def node_types_of_ray_cluster(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """By name, the node types that Ray's autoscaler reads in the spec of KubeRay's RayCluster."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+
+    resource = {"metadata": {"name": "weft", "namespace": "weft"}, "spec": spec}
+    types: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(resource)["available_node_types"]
+    return types
 
 
 def put_value(key: bytes, value: bytes, namespace: bytes, *, overwrite: bool = True) -> None:

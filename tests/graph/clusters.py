@@ -103,11 +103,16 @@ class RayCluster:
             }
         self._ray_start("head", command, self._ports["agent"], extra, lambda: bool(self.nodes()))
 
-    def add_worker(self, name: str) -> None:
+    def add_worker(self, name: str, **environment: str) -> None:
+        """Start one. environment: of its processes, beside that of all nodes."""
         before = len(self.nodes())
         resources = [f"--num-cpus={LOGICAL['CPU']}", f"--num-gpus={LOGICAL['GPU']}"]
         address = f"--address=127.0.0.1:{self._ports['gcs']}"
-        self._ray_start(name, [address, *resources], free_port(), {}, lambda: len(self.nodes()) > before)
+
+        def started() -> bool:
+            return len(self.nodes()) > before
+
+        self._ray_start(name, [address, *resources], free_port(), environment, started)
 
     def deploy(self, config: Mapping[str, Any]) -> None:
         """What `serve deploy` does. Returns when the cluster has taken the config; it is not yet running."""
@@ -184,6 +189,12 @@ class RayCluster:
         _end_all(family)
         # a new container would not have it; `ray start` would see the workers and think that a head runs
         (Path(self._temp) / "ray_current_cluster").unlink(missing_ok=True)
+
+    def weft(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`weft` on the head, with the environment of its processes."""
+        command = [sys.executable, "-m", "serve_app.cli", *arguments]
+        environment = self._environment | {"RAY_ADDRESS": f"127.0.0.1:{self._ports['gcs']}"}
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
     def log(self, name: str) -> Path:
         return self._folder / f"{name}.log"

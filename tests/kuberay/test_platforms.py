@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import kubernetes_validate
 import pytest
-import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 
+from tests.kuberay.builds import built, built_with, folder_of_manifests, kustomize, of_kind
 from tests.kuberay.policies import End, admits
 
-CONFIGS = Path(__file__).parents[2] / "configs"
 PLATFORMS = ("eks", "gke", "aks")
 KUBERNETES = "1.33"
 # labels that the autoscaler of the cloud's nodes knows of a node that does not exist yet
@@ -28,38 +26,12 @@ pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs k
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both folders of manifests with the secrets of an installation."""
-    made = tmp_path_factory.mktemp("platforms")
-    for name in ("kuberay", "kubernetes"):
-        shutil.copytree(CONFIGS / name, made / name, ignore=shutil.ignore_patterns("secrets"))
-    subprocess.run(["sh", str(made / "kuberay/secrets.sh")], check=True, capture_output=True)
-    return made / "kubernetes"
-
-
-def kustomize(folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["kubectl", "kustomize", str(folder)], check=False, capture_output=True, text=True)
-
-
-def built(folder: Path) -> list[dict[str, Any]]:
-    run = kustomize(folder)
-    assert run.returncode == 0, run.stderr
-    return list(yaml.safe_load_all(run.stdout))
-
-
-def of_kind(manifests: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [one for one in manifests if one["kind"] == kind]
+    return folder_of_manifests(tmp_path_factory.mktemp("platforms"))
 
 
 @pytest.fixture(scope="module")
 def platforms(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {name: built(folder / name) for name in PLATFORMS}
-
-
-def with_stores_of_the_cloud(folder: Path, platform: str) -> list[dict[str, Any]]:
-    own = folder / f"own-{platform}"
-    own.mkdir()
-    (own / "kustomization.yaml").write_text(f"resources: [../{platform}]\ncomponents: [../managed-redis]\n")
-    return built(own)
 
 
 @pytest.mark.parametrize("platform", PLATFORMS)
@@ -129,7 +101,7 @@ def test_pods_on_eks_reach_the_agent_that_gives_them_their_role(
 def test_stores_of_the_cloud_replace_the_valkeys(
     folder: Path, platforms: dict[str, list[dict[str, Any]]], platform: str
 ) -> None:
-    made = with_stores_of_the_cloud(folder, platform)
+    made = built_with(folder, platform, "managed-redis")
     store, stranger = End(address="10.3.4.5"), End(address="93.184.215.14")
 
     (service,) = of_kind(made, "RayService")
