@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import secrets
 import threading
@@ -29,7 +30,7 @@ from deployments.observability.metrics import Reporter, Sample
 from deployments.planning.report import report
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable, NotFound, WeftError
-from deployments.protocol.events import Done, Event, Failed, Handover
+from deployments.protocol.events import CheckpointPolicy, Done, Event, Failed, Handover
 from deployments.protocol.installation import AS_THE_NODE_SAYS, Installation
 from deployments.protocol.log_context import LogContext, bind, join_serve_log
 from deployments.protocol.request import GenerationRequest, ResolvedRequest
@@ -39,6 +40,7 @@ from deployments.validation.resolve import resolve
 logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 50.0  # of the 60 s that app.py gives a replica to end
+HANDOVER_S = 5.0  # before the end of a node, in which states and last events reach their callers
 LOST_PAUSE_S = 1.0  # before a lost replica hands a request back: its dispatcher may send it here again
 LOST_GRACE_S = 3.0  # in which a lost replica sends its last events and counters
 MAX_PROOFS = 64  # in the answer about a model
@@ -96,8 +98,9 @@ class ModelReplica:
             keep_compiled_code()  # read by torch when it is imported
         if first.serving.num_gpus:
             use_expandable_segments(installation.hip_alloc_conf)  # read by torch when it is imported
+        self._node_ends_at = math.inf  # Unix seconds
         if installation.metadata_url and drain_node is not None:
-            start_watching(installation.metadata_url, drain_node)
+            start_watching(installation.metadata_url, partial(self._leave_node, drain_node))
         # here and not above: building the graph must not import torch
         from deployments.runtime import Runtime
 
@@ -141,10 +144,12 @@ class ModelReplica:
         *,
         unlimited_wait: bool = False,
         log_context: LogContext | None = None,
+        checkpoints: CheckpointPolicy | None = None,
     ) -> AsyncGenerator[Event]:
         """Queued, Started, Step and Preview ..., Artifact ..., then Done or Failed, also for bad input.
 
-        user: whose request it is; users share the replica fairly. resume: the state of a Handover.
+        user: whose request it is; users share the replica fairly. resume: the state of a Handover or a
+        Checkpoint. checkpoints: have Checkpoints among the events, of pipelines that can be continued.
         unlimited_wait: wait for a slot without limit; otherwise a request that would wait longer than
         card.serving.max_wait_s is refused.
         log_context: ids for the log lines of this request.
@@ -163,7 +168,7 @@ class ModelReplica:
             card = self._card_of(request)
             resolved, adjustments = resolve(request, card, fresh_seed=secrets.randbits(32))
             max_wait_s = None if unlimited_wait else self._serving.max_wait_s
-            async with self._runtime.stream(card, resolved, user, resume, max_wait_s) as events:
+            async with self._runtime.stream(card, resolved, user, resume, max_wait_s, checkpoints) as events:
                 async for event in events:
                     if isinstance(event, Done):  # a request that was resolved before has no adjustments here
                         event = replace(event, warnings=(*adjustments, *event.warnings))
@@ -234,8 +239,14 @@ class ModelReplica:
             raise
 
     def drain(self, grace_s: float) -> None:
-        """Take no more requests; give back at once those that would not end within `grace_s`."""
-        self._runtime.worker.drain(grace_s)
+        """Take no more requests; give back at once those that would not end within `grace_s`, or before the
+        cloud takes the node back."""
+        left_s = self._node_ends_at - time.time() - HANDOVER_S
+        self._runtime.worker.drain(max(0.0, min(grace_s, left_s)))
+
+    def _leave_node(self, drain_node: DrainNode, reason: str, deadline: float) -> None:
+        self._node_ends_at = deadline
+        drain_node(reason, deadline)
 
     def __del__(self) -> None:
         if hasattr(self, "_reporter"):  # the constructor may have failed before

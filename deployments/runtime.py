@@ -36,7 +36,7 @@ from deployments.observability.metrics import Sample
 from deployments.planning.profile import read_profile
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable, NotFinite, OutOfMemory, WeftError
-from deployments.protocol.events import Event
+from deployments.protocol.events import CheckpointPolicy, Event
 from deployments.protocol.request import Lora, ResolvedRequest
 
 MIB = 2**20
@@ -110,6 +110,7 @@ class Runtime:
         user: str,
         resume: bytes | None,
         max_wait_s: float | None,
+        checkpoints: CheckpointPolicy | None = None,
     ) -> AsyncGenerator[AsyncGenerator[Event]]:
         """The events of the request, whose model and LoRAs are loaded and kept as long as the block runs.
 
@@ -133,6 +134,7 @@ class Runtime:
                     user=user,
                     resume=resume,
                     max_wait_s=max_wait_s,
+                    checkpoints=checkpoints,
                     lora_set=lora_set,
                 )
                 for lora in model.loras.without_effect(request.loras):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextvars import copy_context
 from typing import Any
 
@@ -40,6 +40,8 @@ class Fiber(greenlet):
         self.done = False
         self.result: Any = None
         self.failure: BaseException | None = None
+        self.skipped: Mapping[str, Any] | None = None  # see skip_calls
+        self.first_outputs: dict[str, Callable[[str, Any], object]] = {}  # see record_first_outputs
         self._woken: list[Fiber] = []  # they go on when this one has parked or ended
 
     def run(self) -> None:
@@ -89,7 +91,10 @@ class Fiber(greenlet):
         """Switch to the engine; returns the call's output. Runs inside the fiber."""
         self.call = call
         assert self.parent is not None
-        return self.parent.switch()
+        output = self.parent.switch()
+        if self.first_outputs and (record := self.first_outputs.pop(call.seam.name, None)) is not None:
+            record(call.seam.name, output)
+        return output
 
     def wait(self) -> None:
         """Switch to the engine until another fiber lets this one go on. Runs inside the fiber."""
@@ -129,6 +134,25 @@ def use_exactness(policy: Exactness | None) -> None:
     fiber = current_fiber()
     if fiber is not None:
         fiber.exact = policy
+
+
+def skip_calls(outputs: Mapping[str, Any] | None) -> None:
+    """Have further calls of these seams of the current fiber return these outputs at once; None: no call any
+    more. No effect outside of fibers.
+
+    outputs: by name of the seam.
+    """
+    fiber = current_fiber()
+    if fiber is not None:
+        fiber.skipped = outputs
+
+
+def record_first_outputs(seams: Iterable[str], record: Callable[[str, Any], object]) -> None:
+    """Have `record` called with name and output of the current fiber's next call of each of these seams; no
+    effect outside of fibers."""
+    fiber = current_fiber()
+    if fiber is not None:
+        fiber.first_outputs = dict.fromkeys(seams, record)
 
 
 def note_step(step: int, steps: int) -> None:

@@ -15,16 +15,22 @@ from deployments.engine.engine_stats import size_class
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.work import Checkpointed, Finished
 from deployments.executors.inputs import decode_inputs
-from deployments.executors.pipeline_calls import PipelineCalls
+from deployments.executors.pipeline_calls import PipelineCalls, StateReady
 from deployments.executors.previews import PreviewReady, encode_preview
 from deployments.executors.run import Run
 from deployments.media.inpainting import PasteBack
 from deployments.pipelines.pending_pictures import PendingPictures
 from deployments.pipelines.truncation import TokenizedText, cut_texts
-from deployments.protocol.events import Event, Handover
+from deployments.protocol.events import Checkpoint, Event, Handover
 from deployments.protocol.request import ResolvedRequest
 
 PRIORITIES = {"low": -1, "normal": 0, "high": 1}
+RESTARTED = (
+    "restarted",
+    "",
+    "the steps of an earlier replica were computed again: its state of this request does not fit here, where "
+    "the model or the versions of its libraries are others",
+)
 
 
 async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
@@ -42,17 +48,24 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
     await asyncio.to_thread(model.pipelines.prepare, request)  # loads what a first request needs
     calls = PipelineCalls(run, inputs)
     job = _scheduled_job(run, calls)
-    items = run.worker.submit(calls.work, job, max_wait_s=run.max_wait_s, snapshot=calls.save)
+    items = run.worker.submit(calls.work, job, max_wait_s=run.max_wait_s, snapshot=calls.capture)
     async with aclosing(items):
         async for item in items:
             match item:
                 case Finished():
                     _warn_of_cut_texts(run, calls.tokenized)
+                    if calls.restarted:
+                        run.warn(*RESTARTED, of_result=False)
                     yield await _complete(item, calls.unproven, inputs.paste_back)
                 case PreviewReady():
                     yield await asyncio.to_thread(encode_preview, item, request, inputs.paste_back)
+                case StateReady(step=step, state=state):
+                    yield Checkpoint(step, await asyncio.to_thread(state.to_bytes))
+                case Checkpointed(state=None):
+                    yield Handover(0, b"")
                 case Checkpointed(state=state):
-                    yield Handover(0, b"") if state is None else Handover(calls.steps_done, state)
+                    step = calls.steps_done
+                    yield Handover(step, await asyncio.to_thread(state.to_bytes))
                 case _:
                     yield item
 

@@ -105,7 +105,8 @@ async def _frame_events(run: Run, source: ResolvedRequest, index: int) -> AsyncG
     """The events of one frame as a picture; FrameReady or Failed is the last."""
     output = source.output.model_copy(update={"previews": 0})
     picture = source.model_copy(update={"video": None, "output": output})
-    frame_run = replace(run, request=picture, resume=None, frame=VideoFrame(_video_of(source), index))
+    frame = VideoFrame(_video_of(source), index)
+    frame_run = replace(run, request=picture, resume=None, checkpoints=None, frame=frame)
     async with aclosing(denoise(frame_run)) as items:
         async for item in items:
             yield FrameReady(item.value[0], item.unproven) if isinstance(item, Finished) else item

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from deployments.engine.branches import SharedResults, run_branches
-from deployments.engine.fiber import current_unproven, note_step, use_exactness, use_lora_set
+from deployments.engine.fiber import current_unproven, note_step, skip_calls, use_exactness, use_lora_set
 from deployments.engine.work import Emit
 from deployments.executors.inputs import Inputs
 from deployments.executors.previews import attach_previews
 from deployments.executors.run import Run
 from deployments.pipelines.framewise import set_frame
 from deployments.pipelines.prompt_cache import share_prompts
-from deployments.pipelines.resume import Progress, restore, save
+from deployments.pipelines.replay import StateMismatch
+from deployments.pipelines.resume import Progress, State, capture, origin_of, restore, size_bytes
 from deployments.pipelines.truncation import TokenizedText, watch_tokenizers
 from deployments.protocol.events import Step
 from deployments.validation.resolve import denoising_steps
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class StateReady:
+    """The state of a request that runs, to be stored; its copies to the host may not have been made yet."""
+
+    step: int
+    state: State
 
 
 class PipelineCalls:
@@ -30,9 +44,12 @@ class PipelineCalls:
     def __init__(self, run: Run, inputs: Inputs) -> None:
         self.steps = denoising_steps(run.request, run.model.card)  # of each picture
         self.tokenized: list[TokenizedText] = []  # by all calls
-        restored = restore(run.resume, run.request) if run.resume else None
+        self._origin = origin_of(run.model.card.weights)
+        restored = restore(run.resume, run.request, self._origin) if run.resume else None
         self._progress = restored or [Progress() for _ in range(run.request.num_images)]
+        self.restarted = bool(run.resume) and restored is None  # though it had a state
         self._reported = self.steps_done
+        self._saved_at = time.monotonic()
         self._run = run
         self._inputs = inputs
         self._prompts = SharedResults()
@@ -40,7 +57,7 @@ class PipelineCalls:
     @property
     def steps_done(self) -> int:
         """Finished steps, as the mean of all pictures."""
-        return sum(picture.step for picture in self._progress) // len(self._progress)
+        return sum(picture.done for picture in self._progress) // len(self._progress)
 
     @property
     def unproven(self) -> frozenset[str]:
@@ -55,14 +72,25 @@ class PipelineCalls:
         results = [calls[0]()] if len(calls) == 1 else run_branches(calls)
         return [picture for result in results for picture in result]
 
-    def save(self) -> bytes | None:
+    def capture(self) -> State | None:
         """The state for a Handover; None if there is none. Called on the engine's thread."""
-        return save(self._progress)
+        return capture(self._progress, self._origin)
 
     def _call(self, index: int, emit: Emit) -> list[Any]:
+        try:
+            return self._try_call(index, emit)
+        except StateMismatch as error:
+            logger.warning("a request's state does not fit; it starts anew", extra={"reason": str(error)})
+            skip_calls(None)
+            self._progress[index].forget()
+            self._reported = self.steps_done
+            self.restarted = True
+            return self._try_call(index, emit)
+
+    def _try_call(self, index: int, emit: Emit) -> list[Any]:
         request, progress = self._run.request, self._progress[index]
         seed = request.seed + index
-        note_step(progress.step, self.steps)
+        note_step(progress.done, self.steps)
 
         def on_step(step: int, all_steps: int) -> None:
             progress.unproven |= current_unproven()
@@ -70,6 +98,7 @@ class PipelineCalls:
             if self.steps_done > self._reported:
                 self._reported = self.steps_done
                 emit(Step(self._reported, all_steps))
+            self._emit_state(emit)
 
         return self._run.model.pipelines.call(
             request.model_copy(update={"seed": seed, "num_images": 1}),
@@ -81,6 +110,17 @@ class PipelineCalls:
             progress=progress,
             attach=partial(self._attach, progress, emit if index == 0 else None),
         )
+
+    def _emit_state(self, emit: Emit) -> None:
+        """Emit a StateReady if the last one is older than the caller wants."""
+        policy, now = self._run.checkpoints, time.monotonic()
+        if policy is None or now - self._saved_at < policy.interval_s:
+            return
+        self._saved_at = now
+        if (size := size_bytes(self._progress)) > policy.max_bytes:
+            logger.warning("a request's state is too large to be kept", extra={"size_bytes": size})
+        elif (state := self.capture()) is not None:
+            emit(StateReady(self.steps_done, state))
 
     def _attach(self, progress: Progress, emit: Emit | None, pipeline: Any) -> None:
         """emit: takes previews; None for pictures that have none."""

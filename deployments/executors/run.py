@@ -11,6 +11,7 @@ from deployments.loras.lora_set import LoraSet
 from deployments.models.model_instance import ModelInstance
 from deployments.pipelines.framewise import VideoFrame
 from deployments.protocol.adjustment import Adjustment
+from deployments.protocol.events import CheckpointPolicy
 from deployments.protocol.request import ResolvedRequest
 
 
@@ -24,14 +25,18 @@ class Run:
     decode_thread: DecodeThread
     encoder: Encoder | None = None  # needed for videos
     user: str = ""  # users share the worker fairly
-    resume: bytes | None = None  # the state of a Handover from another replica
+    resume: bytes | None = None  # the state of a Handover or a Checkpoint from another replica
+    checkpoints: CheckpointPolicy | None = None  # None: the state of the running request is not kept
     max_wait_s: float | None = None  # for a slot; None waits without limit
     lora_set: LoraSet | None = None  # None without LoRAs that change anything
     frame: VideoFrame | None = None  # set when the picture is one frame of a frame-wise video
     warnings: list[Adjustment] = field(default_factory=list)  # see warn; a video shares it with its frames
 
-    def warn(self, code: str, param: str, message: str) -> None:
-        """Have the end of the request report this, once for all of its pictures."""
-        warning = Adjustment(code, param, message, of_result=True)
+    def warn(self, code: str, param: str, message: str, *, of_result: bool = True) -> None:
+        """Have the end of the request report this, once for all of its pictures.
+
+        of_result: see Adjustment.
+        """
+        warning = Adjustment(code, param, message, of_result=of_result)
         if warning not in self.warnings:
             self.warnings.append(warning)

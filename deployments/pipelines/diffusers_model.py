@@ -22,7 +22,8 @@ from deployments.pipelines.controlnet import controlnets
 from deployments.pipelines.noise_schedulers import noise_scheduler
 from deployments.pipelines.pending_pictures import PendingPictures
 from deployments.pipelines.position_ids import PositionIds
-from deployments.pipelines.resume import Progress, can_resume, remaining
+from deployments.pipelines.replay import StateMismatch
+from deployments.pipelines.resume import Progress
 from deployments.pipelines.step_callback import step_callback
 from deployments.protocol.card import ControlNet, Weights
 from deployments.protocol.errors import BadRequest
@@ -100,7 +101,8 @@ class DiffusersModel:
         image, mask, maps: RGB, L and RGB, of the request's size; one map per control picture.
         on_step: called after every step.
         output_type: "latent" returns tensors without decoding; "pending" does not wait for the device.
-        progress: updated after every step; if it holds latents, the call continues from them.
+        progress: updated after every step; if it has a saved state, the call continues from that, and raises
+        StateMismatch when it cannot.
         attach: called with the request's pipeline object before that is called.
         With strength 0 the picture is returned unchanged, for which diffusers would raise ("number of steps
         is < 1"). Raises NotFinite when the latents are not finite at the end, BadRequest when the safety
@@ -126,10 +128,10 @@ class DiffusersModel:
             attach(refiner)
             result = ensemble.run(pipeline, refiner, request, arguments, on_step, progress)
         else:
-            progress.resumable = can_resume(pipeline, request)
-            if progress.latents is not None:
-                arguments |= remaining(progress, request, pipeline.device)
-            result = pipeline(**arguments, callback_on_step_end=step_callback(on_step, progress))
+            callback = step_callback(pipeline, arguments.get("generator", []), on_step, progress)
+            result = pipeline(**arguments, callback_on_step_end=callback)
+        if progress.saved is not None:
+            raise StateMismatch("the request has fewer steps")
         if makes_video:
             return [latent_decoder.latent_decoder(pipeline, result.frames)]
         if any(result.get("nsfw_content_detected") or ()):

@@ -43,15 +43,17 @@ def run(
             "use more steps, or another number for refiner",
             param="refiner",
         )
+    generators = arguments["generator"]
     latents = base(
         **arguments | {"output_type": "latent"},
         denoising_end=start,
-        callback_on_step_end=step_callback(on_step, progress, after=second),
+        callback_on_step_end=step_callback(base, generators, on_step, progress, after=second),
     ).images
     refining = call_arguments(type(refiner), request, latents, None)
     # the same generators continue: new ones would repeat the noise of the first latents
-    refining |= {"generator": arguments["generator"], "output_type": arguments["output_type"]}
-    return refiner(**refining, denoising_start=start, callback_on_step_end=step_callback(on_step, progress))
+    refining |= {"generator": generators, "output_type": arguments["output_type"]}
+    callback = step_callback(refiner, generators, on_step, progress, before=first)
+    return refiner(**refining, denoising_start=start, callback_on_step_end=callback)
 
 
 def share_equal_parts(refiner: Any, base: Any) -> None:

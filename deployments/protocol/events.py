@@ -96,6 +96,25 @@ class Handover:
 
 
 @dataclass(frozen=True, slots=True)
+class CheckpointPolicy:
+    """How often a caller wants the state of a request that runs, and how large it may be."""
+
+    interval_s: float
+    max_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The state of a request that goes on running, for callers that ask for it.
+
+    If its replica is lost, pass `state` to `generate(..., resume=state)` with the same request on another.
+    """
+
+    step: int  # steps done
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The request ended without its artifacts."""
 
@@ -115,4 +134,4 @@ class Failed:
         return kind(self.message, param=self.param, retry_after_s=self.retry_after_s)
 
 
-Event = Queued | Started | Step | Stage | Preview | Artifact | Handover | Done | Failed
+Event = Queued | Started | Step | Stage | Preview | Artifact | Checkpoint | Handover | Done | Failed

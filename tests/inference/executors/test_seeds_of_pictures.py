@@ -115,12 +115,17 @@ class Played:
     text_rows: int  # that text encoders computed
     rows: int  # that others did
     state: bytes | None = None  # for another replica
+    restarted: bool = False  # though it had a state
 
 
 def play(
-    model: Loaded, request: ResolvedRequest, resume: bytes | None = None, stop_at: int | None = None
+    model: Loaded,
+    request: ResolvedRequest,
+    resume: bytes | None = None,
+    stop_at: int | None = None,
+    states: dict[int, bytes] | None = None,
 ) -> Played:
-    """stop_at: finished steps at which the request is stopped with its state."""
+    """stop_at: finished steps at which the request is stopped with its state. states: gets that of each."""
     unused: Any = None
     model.pipelines.prepare(request)
     restore = intercept(model.pipelines.modules)
@@ -146,8 +151,11 @@ def play(
                 encodes = "Text" in names[moved[0]] or "T5" in names[moved[0]]
                 text_rows += (engine.rows - before) * encodes
                 rows += (engine.rows - before) * (not encodes)
+                if states is not None and (captured := calls.capture()) is not None:
+                    states[calls.steps_done] = captured.to_bytes()
             if stop_at is not None:
-                state = calls.save()
+                captured = calls.capture()
+                state = None if captured is None else captured.to_bytes()
                 engine.cancel(fiber)
                 return Played([], items, text_rows, rows, state)
             if fiber.failure is not None:
@@ -155,12 +163,21 @@ def play(
         pictures = [
             np.asarray(picture)
             for item in fiber.result
-            for picture in (item.pictures() if hasattr(item, "pictures") else [item])
+            for picture in (item.pictures() if hasattr(item, "pictures") else frames_of(item))
         ]
     finally:
         unpad()
         restore()
-    return Played(pictures, items, text_rows, rows)
+    return Played(pictures, items, text_rows, rows, restarted=calls.restarted)
+
+
+def frames_of(item: Any) -> Iterator[Any]:
+    """Of a video; a picture is returned as it is."""
+    if not hasattr(item, "next_frames"):
+        yield item
+        return
+    while (frames := item.next_frames()) is not None:
+        yield frames
 
 
 def request_of(name: str, task: str, **changes: Any) -> ResolvedRequest:
