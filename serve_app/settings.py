@@ -16,6 +16,7 @@ from pydantic_settings import (
 
 from deployments.protocol.card import Dtype, Quantisation
 from deployments.protocol.errors import BadRequest
+from deployments.protocol.events import CheckpointPolicy
 from deployments.protocol.installation import Installation, S3Access
 from deployments.protocol.yaml_file import read_mapping
 from serve_app.setting_values import (
@@ -120,6 +121,8 @@ class Settings(BaseSettings):
     lease_s: Seconds = 30.0  # without a heartbeat for this long a job goes to another worker
     heartbeat_s: Seconds = 5.0
     max_attempts: int = Field(3, ge=1)  # attempts of a job before it fails
+    checkpoint_interval_s: Seconds = 60.0  # of a running job; what is computed again when its node is lost
+    checkpoint_max_bytes: int = Field(256 * 2**20, ge=0)  # of one; 0: only stopped replicas hand jobs over
     max_pending: int = Field(256, ge=1)  # waiting jobs of all owners
     max_active_per_owner: int = Field(64, ge=1)  # queued and processing
     record_ttl_s: int = Field(7 * 86_400, ge=60)  # lifetime of the record of an ended job
@@ -242,6 +245,13 @@ class Settings(BaseSettings):
             logical_gpus=self.logical_gpus,
             metadata_url=self.metadata_url.rstrip("/"),
         )
+
+    @property
+    def checkpoints(self) -> CheckpointPolicy | None:
+        """Which states dispatchers ask the replicas for."""
+        if not self.checkpoint_max_bytes:
+            return None
+        return CheckpointPolicy(self.checkpoint_interval_s, self.checkpoint_max_bytes)
 
     @property
     def _s3(self) -> S3Access:

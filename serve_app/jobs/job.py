@@ -11,6 +11,7 @@ from deployments.protocol.request import ResolvedRequest
 from serve_app.admission.quota import Charge
 
 COPY_QUEUE = "=copies"  # the queue of jobs whose files exist already; no model id looks like that
+RESTARTED = "restarted"  # code of the warning
 MAX_RUNNING_PERCENT = 99  # 100 is shown once the files are stored
 
 
@@ -19,6 +20,11 @@ def percent_done(step: int, steps: int) -> int:
     if steps <= 0:
         return 0
     return max(0, min(MAX_RUNNING_PERCENT, 100 * step // steps))
+
+
+def restarted(step: int, steps: int, reason: str) -> Adjustment:
+    """The warning of a job that computes its first steps again. reason: why, as a part of a sentence."""
+    return Adjustment(RESTARTED, "", f"{step} of {steps} steps are computed again: {reason}")
 
 
 class JobState(StrEnum):
@@ -52,12 +58,13 @@ class StoredArtifact:
 
 @dataclass(frozen=True, slots=True)
 class ResumePoint:
-    """Where a stopped replica left off, and the file with its state that the next attempt starts from."""
+    """What the next attempt starts from: a file with the state of a stopped replica, or of one in between."""
 
     path: str  # relative to the results root
     sha256: str
     step: int  # denoising steps done
     steps: int
+    attempt: int = 0  # that reached it
 
 
 @dataclass(frozen=True, slots=True)

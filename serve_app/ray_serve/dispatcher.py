@@ -40,7 +40,7 @@ class DispatcherReplica:
         join_serve_log("serve_app")
         served = ServedModels.of_replica(cards)
         services = Services.open(settings)
-        capacity = CapacityTracker(served, ModelClient(served), dispatchers)
+        capacity = CapacityTracker(served, ModelClient(served, settings.checkpoints), dispatchers)
         self._dispatcher = Dispatcher(
             services.store,
             services.results,

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from deployments.protocol import log_context
 from deployments.protocol.errors import Internal, ModelFailed, ModelUnavailable, NodeLost
-from deployments.protocol.events import Event, Failed
+from deployments.protocol.events import CheckpointPolicy, Event, Failed
 from deployments.protocol.request import ResolvedRequest
 from serve_app.loras.model_layers import stored_layer_shapes
 from serve_app.ray_serve.private_api import unchecked_handle
@@ -40,8 +40,10 @@ logger = logging.getLogger(__name__)
 class ModelClient:
     """Calls to the served models. One per replica, used from one event loop."""
 
-    def __init__(self, served: ServedModels) -> None:
+    def __init__(self, served: ServedModels, checkpoints: CheckpointPolicy | None = None) -> None:
+        """checkpoints: have the state of running requests among their events."""
         self._served = served
+        self._checkpoints = checkpoints
         # the first .options() opens a metrics pusher and a long poll; handles made of its result share them
         self._handles: dict[tuple[str, str], DeploymentHandle[Any]] = {}  # by application and deployment
 
@@ -59,7 +61,12 @@ class ModelClient:
             names = ", ".join(self._served.cards) or "none"
             raise ModelUnavailable(f"{model} is not served now; there is {names}")
         call = self._handle_for(route, request).remote(
-            request, user, resume, unlimited_wait=True, log_context=log_context.current()
+            request,
+            user,
+            resume,
+            unlimited_wait=True,
+            log_context=log_context.current(),
+            checkpoints=self._checkpoints,
         )
         stream = cast(DeploymentResponseGenerator[Event], call)
         try:

@@ -64,9 +64,9 @@ def adapter_path(digest: str) -> str:
     return f"adapters/{digest}.safetensors"
 
 
-def handover_path(job_id: str, attempt: int) -> str:
-    """Path of the state from which another attempt can resume."""
-    return f"inputs/{job_id}/handover-{attempt}"
+def handover_path(job_id: str, attempt: int, number: int = 0) -> str:
+    """Path of the state from which another attempt can resume. number: of the states of this attempt."""
+    return f"inputs/{job_id}/handover-{attempt}-{number}"
 
 
 class ResultStore:

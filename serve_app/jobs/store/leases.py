@@ -118,10 +118,17 @@ class Leases:
         return await transact_unless_conflict(self._redis, [keys.job(job_id)], decide)
 
     async def heartbeat(
-        self, claim: Claim, *, step: int = 0, steps: int = 0, pending_events: Sequence[events.Event] = ()
+        self,
+        claim: Claim,
+        *,
+        step: int = 0,
+        steps: int = 0,
+        pending_events: Sequence[events.Event] = (),
+        resume_point: ResumePoint | None = None,
     ) -> bool:
         """Renew the lease, store progress, publish events; True when cancellation was requested.
 
+        resume_point: where the next attempt starts if this one is lost; None leaves it as it is.
         Raises StaleClaim.
         """
         job_id = claim.job.id
@@ -131,7 +138,15 @@ class Leases:
             _check_fence(job, claim)
             now_us = await clock_us(pipe)
             begin(pipe)
-            self._transitions.renew(pipe, job, now_us, step=step, steps=steps, pending_events=pending_events)
+            self._transitions.renew(
+                pipe,
+                job,
+                now_us,
+                step=step,
+                steps=steps,
+                pending_events=pending_events,
+                resume_point=resume_point,
+            )
             return job.cancel_requested
 
         return await transact(self._redis, [self._keys.job(job_id)], decide)
@@ -199,7 +214,7 @@ class Leases:
         """The job, waiting again with its old score; or failed for `error` at max_attempts.
 
         counted: this attempt counts towards max_attempts (a draining worker's does not).
-        resume_point: where the next attempt starts; kept until an attempt is counted.
+        resume_point: where the next attempt starts; None leaves that to Transitions.release.
         fails_followers: see `fail`.
         """
 

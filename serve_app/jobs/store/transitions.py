@@ -13,12 +13,13 @@ from redis.asyncio.client import Pipeline
 
 from serve_app.admission.quota import Charge
 from serve_app.jobs import events
-from serve_app.jobs.job import Job, JobError, JobState, NewJob, ResumePoint
+from serve_app.jobs.job import RESTARTED, Job, JobError, JobState, NewJob, ResumePoint, restarted
 from serve_app.jobs.store.endings import NO_GROUP, CoalescedGroup, Endings
 from serve_app.jobs.store.fair_queue import QueueTag, flow_of
 from serve_app.jobs.store.indexes import Indexes, as_pairs
 from serve_app.jobs.store.key_names import Keys, key_digest
 from serve_app.jobs.store.record import (
+    ADJUSTMENTS,
     IDEMPOTENCY_RECORD,
     RESUME_POINT,
     IdempotencyRecord,
@@ -132,11 +133,14 @@ class Transitions:
         step: int,
         steps: int,
         pending_events: Sequence[events.Event],
+        resume_point: ResumePoint | None = None,
     ) -> None:
         """processing, for another lease; progress never goes back within an attempt."""
         if step > job.step or steps > job.steps:
             further = {"step": str(max(step, job.step)), "steps": str(max(steps, job.steps))}
             pipe.hset(self._keys.job(job.id), mapping=as_pairs(further))
+        if resume_point is not None:
+            pipe.hset(self._keys.job(job.id), "resume_point", RESUME_POINT.dump_json(resume_point).decode())
         self._indexes.lease(pipe, job.id, now_us)
         if pending_events:
             self._indexes.publish(pipe, job.id, *pending_events)
@@ -163,13 +167,21 @@ class Transitions:
 
         A job that was to copy files waits for its model from now on: the files may have caused the failure.
 
-        resume_point: where the next attempt starts. After a counted failure it starts from the beginning,
-        whatever resume point there was before: that may have been the cause.
+        resume_point: where the next attempt starts; None: where this one got to, or began. After a counted
+        failure that counts only if this attempt has reached it: where it began may have been the cause.
         """
         if job.cancel_requested:
             return self.endings.end(pipe, job, JobState.cancelled, now_us, group)
-        kept = resume_point or (None if counted else job.resume_point)
+        kept = resume_point or job.resume_point
+        if resume_point is None and counted and kept is not None and kept.attempt != job.attempt:
+            kept = None
         step, steps = (0, 0) if kept is None else (kept.step, kept.steps)
+        warnings = job.warnings
+        if job.step and kept is None:
+            warnings = (
+                *(warning for warning in warnings if warning.code != RESTARTED),
+                restarted(job.step, job.steps, "what ran them was lost, and no state of them was kept"),
+            )
         job = replace(
             job,
             failures=job.failures + counted,
@@ -177,6 +189,7 @@ class Transitions:
             step=step,
             steps=steps,
             cached_from=None,
+            warnings=warnings,
         )
         pipe.hset(self._keys.job(job.id), "failures", str(job.failures))
         if job.failures >= self._settings.max_attempts:
@@ -189,7 +202,12 @@ class Transitions:
     def _requeue(self, pipe: Pipeline, job: Job) -> Job:
         """Into its queue with its old score; without a lease, and with its resume point if it has one."""
         key = self._keys.job(job.id)
-        fields = {"state": JobState.queued.value, "step": str(job.step), "steps": str(job.steps)}
+        fields = {
+            "state": JobState.queued.value,
+            "step": str(job.step),
+            "steps": str(job.steps),
+            "warnings": ADJUSTMENTS.dump_json(job.warnings).decode(),
+        }
         if job.resume_point is None:
             pipe.hdel(key, "resume_point")
         else:

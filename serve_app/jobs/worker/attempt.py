@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from deployments.protocol import events
@@ -13,7 +13,7 @@ from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.errors import Internal, ModelUnavailable, NodeLost, NotFound, WeftError
 from deployments.protocol.request import ResolvedRequest
 from deployments.validation.preview_steps import preview_steps
-from serve_app.jobs.job import Job, JobError, ResumePoint, StoredArtifact
+from serve_app.jobs.job import Job, JobError, ResumePoint, StoredArtifact, restarted
 from serve_app.jobs.store.leases import Claim, StaleClaim
 from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.worker.job_files import JobFiles
@@ -107,6 +107,7 @@ class Attempt:
         self._aborted: asyncio.Future[AbortReason] = asyncio.get_running_loop().create_future()
         self._replica_stopped = False
         self._resume_point: ResumePoint | None = None  # for the next attempt
+        self._storing: asyncio.Task[None] | None = None  # of a running request's state
 
     def abort(self, reason: AbortReason) -> None:
         """End the attempt early; the first reason counts."""
@@ -154,9 +155,11 @@ class Attempt:
             stream = self._models.generate(request.model, request, user=job.owner, resume=resume)
             try:
                 self.taken_by_model = True
-                return await self._consume(stream)
+                output = await self._consume(stream)
             finally:
                 await stream.aclose()
+                await self._end_storing()
+            return output if resume is not None else self._with_restart_warning(output)
         except NodeLost as error:
             return Failure(events.Failed.of(error), not_request_fault=True)
         except WeftError as error:
@@ -217,9 +220,8 @@ class Attempt:
                     self._keeper.record_step(step, steps)
                 case events.Stage() | events.Preview():
                     self._keeper.publish(event)
-                case events.Handover(step=step, state=state):
-                    self._replica_stopped = True
-                    self._resume_point = await self._files.store_resume_point(step, self._keeper.steps, state)
+                case events.Checkpoint() | events.Handover():
+                    await self._keep_state(event)
                 case events.Artifact():
                     artifacts.append(await self._files.store_artifact(event))
                 case events.Done():
@@ -227,6 +229,41 @@ class Attempt:
                 case events.Failed():
                     return self._failure(event)
         raise ModelUnavailable("the model stopped without an answer")
+
+    async def _keep_state(self, event: events.Checkpoint | events.Handover) -> None:
+        """Store the state for the next attempt, beside the events that follow."""
+        self._replica_stopped = isinstance(event, events.Handover)
+        if event.state:  # else the latest before it counts
+            await self._end_storing()
+            self._storing = asyncio.create_task(self._store_state(event.step, event.state))
+
+    async def _store_state(self, step: int, state: bytes) -> None:
+        """Store the state, have the job's record name it, and remove earlier ones."""
+        resume_point = await self._files.store_resume_point(step, self._keeper.steps, state)
+        if resume_point is None:
+            return
+        self._resume_point = resume_point
+        self._keeper.record_resume_point(resume_point)
+        await self._files.remove_states([resume_point, self._keeper.resume_point])
+
+    async def _end_storing(self) -> None:
+        """Wait until the state that is being stored is there."""
+        if self._storing is None:
+            return
+        try:
+            await self._storing
+        finally:
+            self._storing.cancel()
+            await asyncio.wait({self._storing})
+            self._storing = None
+
+    def _with_restart_warning(self, output: Output | Failure) -> Output | Failure:
+        """The same, with a warning if the steps before a resume point had to be computed again."""
+        point = self.claim.job.resume_point
+        if point is None or isinstance(output, Failure):
+            return output
+        warning = restarted(point.step, point.steps, "the file with their state was lost")
+        return replace(output, warnings=(*output.warnings, warning))
 
     def _limit_time(self) -> None:
         self._timer.cancel()

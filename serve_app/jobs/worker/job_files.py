@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from deployments.protocol import events
@@ -24,6 +24,7 @@ class JobFiles:
         self._job = claim.job
         self._attempt = claim.attempt
         self._results = results
+        self._states: list[str] = []  # paths of the resume states that this attempt has stored
         self._log_fields = {"job_id": claim.job.id, "attempt": claim.attempt}
 
     async def read_request(self) -> ResolvedRequest:
@@ -47,7 +48,8 @@ class JobFiles:
 
     async def store_resume_point(self, step: int, steps: int, state: bytes) -> ResumePoint | None:
         """What the next attempt starts from; None when it could not be stored."""
-        path = handover_path(self._job.id, self._attempt)
+        path = handover_path(self._job.id, self._attempt, len(self._states))
+        self._states.append(path)
         try:
             file = await self._results.put(path, state)
         except OSError:
@@ -55,7 +57,17 @@ class JobFiles:
                 "resume state was not stored; the job will start from the beginning", extra=self._log_fields
             )
             return None
-        return ResumePoint(file.path, file.sha256, step, steps)
+        return ResumePoint(file.path, file.sha256, step, steps, self._attempt)
+
+    async def remove_states(self, keep: Iterable[ResumePoint | None]) -> None:
+        """Remove the resume states of this attempt, and the one it began from, but those to `keep`."""
+        claimed, kept = self._job.resume_point, {point.path for point in keep if point is not None}
+        paths = [*self._states, *([] if claimed is None else [claimed.path])]
+        try:
+            for path in set(paths) - kept:
+                await self._results.remove(path)
+        except OSError:
+            logger.exception("a resume state was not removed", extra=self._log_fields)
 
     async def store_artifact(self, artifact: events.Artifact) -> StoredArtifact:
         """The artifact, stored under this attempt. Raises OSError."""
@@ -98,9 +110,10 @@ class JobFiles:
                 await self._results.sweep(job.id, keep=[artifact.path for artifact in kept])
                 return
             await self._results.discard(self._job.id, self._attempt)
-            resume_path = handover_path(self._job.id, self._attempt)
-            if job is None or job.resume_point is None or job.resume_point.path != resume_path:
-                await self._results.remove(resume_path)
+            if job is None:  # the other worker may have begun from the same state
+                await self.remove_states([self._job.resume_point])
+            else:
+                await self.remove_states([job.resume_point])
         except OSError:
             logger.exception("files of a job were not removed", extra=self._log_fields)
 

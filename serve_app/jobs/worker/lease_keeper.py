@@ -9,6 +9,7 @@ from enum import Enum
 
 from deployments.protocol.errors import WeftError
 from serve_app.jobs.events import Event, Step
+from serve_app.jobs.job import ResumePoint
 from serve_app.jobs.store.leases import Claim, Leases, StaleClaim
 from serve_app.jobs.store.wakeups import wait_for_wakeup
 
@@ -39,6 +40,8 @@ class LeaseKeeper:
     ) -> None:
         """wakeup: set when cancellation was requested.  abort: called when the attempt must end early."""
         self.step, self.steps = claim.job.step, claim.job.steps  # 0 unless it continues from a resume point
+        self.resume_point = claim.job.resume_point  # that of the job's record
+        self._next_resume_point: ResumePoint | None = None
         self._claim = claim
         self._leases = leases
         self._heartbeat_s = heartbeat_s
@@ -55,6 +58,11 @@ class LeaseKeeper:
     def publish(self, event: Event) -> None:
         """Send the event with the next heartbeat. Never waits: the store may be slow or unreachable."""
         self._pending_events.append(event)
+        self._wakeup.set()
+
+    def record_resume_point(self, resume_point: ResumePoint) -> None:
+        """Have the job's record name it with the next heartbeat, so that it outlives this worker."""
+        self._next_resume_point = resume_point
         self._wakeup.set()
 
     def close(self) -> None:
@@ -87,10 +95,19 @@ class LeaseKeeper:
         """Whether cancellation was requested. Events that could not be published are pending again."""
         sent = list(self._pending_events)
         self._pending_events.clear()
+        resume_point = self._next_resume_point
         try:
-            return await self._leases.heartbeat(
-                self._claim, step=self.step, steps=self.steps, pending_events=sent
+            cancel_requested = await self._leases.heartbeat(
+                self._claim,
+                step=self.step,
+                steps=self.steps,
+                pending_events=sent,
+                resume_point=resume_point,
             )
+            self.resume_point = resume_point or self.resume_point
+            if self._next_resume_point is resume_point:
+                self._next_resume_point = None
+            return cancel_requested
         except WeftError:
             space = PENDING_EVENTS_KEPT - len(self._pending_events)
             self._pending_events.extendleft(reversed(sent[:space]))

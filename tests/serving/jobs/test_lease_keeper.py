@@ -10,7 +10,7 @@ import pytest
 
 from deployments.protocol.errors import Overloaded
 from serve_app.jobs import events
-from serve_app.jobs.job import Job, JobState
+from serve_app.jobs.job import Job, JobState, ResumePoint
 from serve_app.jobs.store.leases import Claim, StaleClaim
 from serve_app.jobs.worker import lease_keeper
 from serve_app.jobs.worker.lease_keeper import (
@@ -37,9 +37,16 @@ class FakeLeases:
         self.beats: list[tuple[int, int, list[events.Event]]] = []  # the successful ones
         self.calls = 0
         self.before_answer: Callable[[], None] = lambda: None
+        self.resume_points: list[ResumePoint | None] = []
 
     async def heartbeat(
-        self, claim: Claim, *, step: int, steps: int, pending_events: Sequence[events.Event]
+        self,
+        claim: Claim,
+        *,
+        step: int,
+        steps: int,
+        pending_events: Sequence[events.Event],
+        resume_point: ResumePoint | None,
     ) -> bool:
         assert claim is CLAIM
         self.calls += 1
@@ -48,6 +55,7 @@ class FakeLeases:
         if isinstance(answer, Exception):
             raise answer
         self.beats.append((step, steps, list(pending_events)))
+        self.resume_points.append(resume_point)
         return answer
 
     @property
@@ -96,6 +104,19 @@ async def test_a_step_that_goes_back_is_published_as_the_furthest() -> None:
     await kept.close()
 
     assert kept.leases.published == [events.Step(3, 4), events.Step(3, 4)]
+
+
+async def test_a_resume_point_is_recorded_once_and_after_an_outage_too() -> None:
+    kept = Kept(FakeLeases(AWAY), heartbeat_s=0.01)
+    point = ResumePoint("inputs/x", "0" * 64, 2, 4, 1)
+
+    kept.keeper.record_resume_point(point)
+    assert kept.keeper.resume_point is None, "not before the store has it"
+    await eventually(lambda: len(kept.leases.beats) >= 2)
+    await kept.close()
+
+    assert kept.keeper.resume_point == point
+    assert kept.leases.resume_points[:2] == [point, None]
 
 
 async def test_the_lease_is_renewed_in_time_when_nothing_happens() -> None:

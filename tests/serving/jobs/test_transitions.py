@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import pytest
 
+from deployments.protocol.adjustment import Adjustment
 from serve_app.admission.quota import Charge
 from serve_app.jobs import events
 from serve_app.jobs.job import (
@@ -39,6 +40,7 @@ LEASE_US = 30_000_000
 TAG = QueueTag(5.5, 6.0)
 LOST = JobError("model_unavailable", "lost")
 RESUME = ResumePoint("outputs/x/1_resume", "0" * 64, 2, 4)
+REACHED = replace(RESUME, attempt=1)  # by the attempt that runs
 
 
 @pytest.fixture
@@ -297,6 +299,7 @@ def test_a_released_job_waits_at_its_old_score(pipe: MemoryPipe, transitions: Tr
         (False, None, RESUME, RESUME),
         (True, None, RESUME, None),
         (True, RESUME, None, RESUME),
+        (True, None, REACHED, REACHED),
         (False, None, None, None),
     ],
 )
@@ -318,6 +321,34 @@ def test_which_resume_point_the_next_attempt_gets(
     step, steps = (0, 0) if expected is None else (2, 4)
     assert (stored(pipe).step, stored(pipe).steps) == (step, steps)
     assert published(pipe)[-1] == events.JobQueued(1, step, steps)
+
+
+@pytest.mark.parametrize(
+    ("step", "kept", "warned"), [(0, None, []), (3, REACHED, []), (3, None, ["old", "restarted"])]
+)
+def test_a_released_job_says_which_steps_are_computed_again(
+    pipe: MemoryPipe, transitions: Transitions, step: int, kept: ResumePoint | None, warned: list[str]
+) -> None:
+    before = (Adjustment("old", "", ""), Adjustment("restarted", "", "")) if warned else ()
+    job = replace(running(pipe, transitions), step=step, steps=4, resume_point=kept, warnings=before)
+
+    left = release(pipe, transitions, job)
+
+    assert [warning.code for warning in left.warnings] == warned
+    assert stored(pipe).warnings == left.warnings
+    if warned:
+        assert left.warnings[-1].message.startswith("3 of 4 steps are computed again: ")
+
+
+def test_a_heartbeat_records_the_resume_point_and_the_next_leaves_it(
+    pipe: MemoryPipe, transitions: Transitions
+) -> None:
+    job = running(pipe, transitions)
+
+    transitions.renew(cast(Any, pipe), job, NOW_US, step=2, steps=4, pending_events=(), resume_point=REACHED)
+    renew(pipe, transitions, job, 3, 4)
+
+    assert stored(pipe).resume_point == REACHED
 
 
 def test_the_last_counted_failure_ends_the_job(pipe: MemoryPipe, transitions: Transitions) -> None:
