@@ -86,7 +86,7 @@ def load_pipeline(
     with _explained(weights, licence):
         folder = folder or hub_folder(weights, pipeline=True)
         parts = find_parts(folder, plan, weights.variant)
-        check_quantisation(plan, {name: part.stored_form for name, part in parts.items()}, device)
+        check_quantisation(plan, parts, device)
         if compiled:
             check_compiles(parts)
         _check_vae(parts, plan)

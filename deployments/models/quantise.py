@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
@@ -83,11 +83,19 @@ def saved_bytes(module: nn.Module, plan: PartPlan) -> int:
     return int(each * sum(layer.in_features * layer.out_features for layer in layers))
 
 
-def check_quantisation(plan: Plan, parts: Mapping[str, str | None], device: torch.device) -> None:
+class StoredFiles(Protocol):
+    """The files of a module."""
+
+    @property
+    def stored_form(self) -> str | None:
+        """The library that has quantised them; None where they are plain."""
+
+
+def check_quantisation(plan: Plan, parts: Mapping[str, StoredFiles], device: torch.device) -> None:
     """Raise ModelFailed for a form that the device does not compute, for a part that is not there, and for
     one whose files are quantised.
 
-    parts: the pipeline's modules by name, with the library that has quantised their files, if one has.
+    parts: the pipeline's modules by name.
     """
     names = set(parts)
     wanted = {part.name: part.quantisation for part in plan.parts if part.quantisation is not None}
@@ -100,7 +108,7 @@ def check_quantisation(plan: Plan, parts: Mapping[str, str | None], device: torc
             )
         if name in names:
             _check_device(kind, device)
-            library = parts[name]
+            library = parts[name].stored_form
             if library is not None:
                 cure = f"leave {name} out of serving.quantisation"
                 raise ModelFailed(f"the files of {name} are quantised by {library}; {cure}")

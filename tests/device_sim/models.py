@@ -35,6 +35,7 @@ class _Built:
 
     module: nn.Module
     folder: Path = Path()  # nothing is read from it
+    stored_form: str | None = None
 
     @property
     def size_bytes(self) -> int:
