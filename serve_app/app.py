@@ -41,6 +41,8 @@ from serve_app.settings import Settings
 
 logger = logging.getLogger(__name__)
 
+ANSWER_S = 10.0  # for the answer to a call that has waited as long as it may
+
 # hides the GPUs of the node from a replica that runs on the CPU only
 NO_GPU = {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
 
@@ -128,6 +130,7 @@ def _gateway(
         name="Ingress",
         num_replicas=args.ingresses,
         max_ongoing_requests=1000,  # Serve's default is 5; most of our requests wait for events
+        graceful_shutdown_timeout_s=settings.sync_wait_s + ANSWER_S,  # calls that wait for a job are answered
         graceful_shutdown_wait_loop_s=0.1,
         ray_actor_options={"num_cpus": 0, "runtime_env": NO_GPU},
     )(Ingress).bind(settings, cards, [lora_files, dispatcher, *models])

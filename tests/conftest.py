@@ -20,7 +20,10 @@ from tests.patience import slowness
 RAY_TESTS = "tests/graph/"
 FLEET_TESTS = tuple(
     RAY_TESTS + name
-    for name in ("test_autoscaling", "test_examples", "test_fleet", "test_node_", "test_one_gpu")
+    for name in (
+        *("test_autoscaling", "test_cluster_doctor", "test_examples", "test_fleet", "test_node_"),
+        *("test_one_gpu", "test_rolling_upgrade"),
+    )
 )  # many nodes or models
 
 
