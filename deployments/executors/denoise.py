@@ -42,7 +42,9 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
     cannot be loaded.
     """
     request, model = run.request, run.model
-    inputs = await asyncio.to_thread(decode_inputs, request, model.preprocessors, run.frame)
+    inputs = await asyncio.to_thread(
+        decode_inputs, request, model.preprocessors, run.frame, model.card.references
+    )
     for warning in inputs.warnings:
         run.warn(*warning)
     await asyncio.to_thread(model.pipelines.prepare, request)  # loads what a first request needs

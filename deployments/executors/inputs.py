@@ -9,11 +9,12 @@ from PIL.Image import Image
 
 from deployments.media import decode
 from deployments.media.control import Preprocessor, control_map
-from deployments.media.fitting import fitted, with_aspect
+from deployments.media.fitting import fitted, with_area, with_aspect
 from deployments.media.inpainting import Inpainting, PasteBack, prepare
 from deployments.pipelines.framewise import VideoFrame, camera_view
+from deployments.protocol.card import References
 from deployments.protocol.request import ControlType, ResolvedEdit, ResolvedRequest
-from deployments.validation.inputs import control_field
+from deployments.validation.inputs import control_field, reference_field
 
 Notice = tuple[str, str, str]  # code, field and message of a warning
 
@@ -27,14 +28,19 @@ class Inputs:
     control_maps: list[Image]  # RGB, one per control picture
     paste_back: PasteBack | None = None  # for finished pictures; None: they stay as they are
     warnings: tuple[Notice, ...] = ()
+    references: tuple[Image, ...] = ()  # RGB, of any size
 
 
 def decode_inputs(
-    request: ResolvedRequest, preprocessors: Mapping[ControlType, Preprocessor], frame: VideoFrame | None
+    request: ResolvedRequest,
+    preprocessors: Mapping[ControlType, Preprocessor],
+    frame: VideoFrame | None,
+    limits: References | None = None,
 ) -> Inputs:
     """Decode the request's pictures and make its control maps. Blocks; call it in a thread.
 
     preprocessors: make depth and pose maps of plain pictures.
+    limits: of the card for reference pictures.
     frame: of a frame-wise video; where its camera moves, the image is what the camera sees in this frame.
     Raises BadRequest or TooLarge naming the field of a picture that cannot be used.
     """
@@ -42,7 +48,8 @@ def decode_inputs(
     notices: list[Notice] = []
     if edit is None:
         maps = _control_maps(request, preprocessors, None, notices)
-        return Inputs(None, None, maps, warnings=tuple(notices))
+        references = _references(request, None if limits is None else limits.pixels, notices)
+        return Inputs(None, None, maps, warnings=tuple(notices), references=references)
     if edit.is_masked:
         inpainting = prepare(edit, size, request.fit)
         notices += _mask_notices(edit, inpainting)
@@ -57,6 +64,18 @@ def decode_inputs(
         image = fitted(given, size, request.fit)
     maps = _control_maps(request, preprocessors, None, notices)
     return Inputs(image, None, maps, warnings=tuple(notices))
+
+
+def _references(request: ResolvedRequest, pixels: int | None, notices: list[Notice]) -> tuple[Image, ...]:
+    """The reference pictures, upright and opaque. pixels: of each about so many; None: as they are."""
+    pictures = []
+    for index, data in enumerate(request.references):
+        field = reference_field(request, index)
+        given = decode.own_size(data, field)
+        if decode.is_on_white(given):
+            notices.append(_on_white(field))
+        pictures.append(given if pixels is None else with_area(given, pixels))
+    return tuple(pictures)
 
 
 def _control_maps(

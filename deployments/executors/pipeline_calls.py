@@ -106,6 +106,7 @@ class PipelineCalls:
             self._inputs.image,
             self._inputs.mask,
             self._inputs.control_maps,
+            references=self._inputs.references,
             output_type="pending",
             progress=progress,
             attach=partial(self._attach, progress, emit if index == 0 else None),

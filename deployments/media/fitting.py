@@ -37,6 +37,13 @@ def with_aspect(picture: Image.Image, size: Size, fit: FitMode, *, black_border:
     return padded(picture, padded_size(picture.size, size), black_border=black_border)
 
 
+def with_area(picture: Image.Image, pixels: int) -> Image.Image:
+    """The picture scaled to about so many pixels, with its aspect ratio."""
+    scale = (pixels / (picture.width * picture.height)) ** 0.5
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture if size == picture.size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
 def padded(picture: Image.Image, size: Size, *, black_border: bool = False) -> Image.Image:
     """The picture in the middle of a larger one."""
     left, top = _offset(picture.size, size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -74,6 +75,8 @@ def a1111_parameters(request: ResolvedRequest, seed: int, version: str) -> str:
     elif request.edit is not None:
         settings["Denoising strength"] = request.edit.strength
         settings |= _mask_settings(request.edit)
+    for index, picture in enumerate(request.references):
+        settings[f"Reference {index}"] = hashlib.sha256(picture).hexdigest()[:12]
     for index, control in enumerate(request.controls):
         settings[f"ControlNet {index}"] = (
             f"Module: {control.type}, Weight: {control.weight:g}, "
@@ -132,12 +135,15 @@ def metadata(
     edit = request.edit
     bulky: dict[str, Any] = {
         "edit": None if edit is None else set(ResolvedEdit.model_fields) - edit.settings.keys(),
+        "references": True,
         "controls": {"__all__": {"image"}},
         "loras": {"__all__": {"file"}},
         "num_images": True,
         "exact": True,
     }
     facts = request.model_dump(mode="json", exclude=bulky)
+    if request.references:  # by content: SHA-256 of each file
+        facts["references"] = [hashlib.sha256(picture).hexdigest() for picture in request.references]
     exactness: dict[str, object] = {"exact": not unproven}
     if unproven:
         exactness["merged_unproven"] = sorted(unproven)

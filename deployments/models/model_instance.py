@@ -95,6 +95,7 @@ class ModelInstance:
             controls=card.controls,
             load_controlnet=self._load_controlnet,
             load_refiner=None if refiner is None else partial(self._load_refiner, refiner),
+            references=card.references,
         )
         self.previewer = Previewer.fitted_to(pipeline)
         self.prompts = PromptCache(serving.prompt_cache_mib * MIB)

@@ -42,6 +42,7 @@ def call_arguments(
         "num_images_per_prompt": request.num_images,
         "generator": [_generator(request.seed + i) for i in range(request.num_images)],
         "max_sequence_length": request.max_sequence_length,
+        "max_area": request.width * request.height,  # Kontext's own would change width and height
         "image": image,
         "mask_image": mask,
         "strength": request.edit.strength if request.edit else None,

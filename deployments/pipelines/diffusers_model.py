@@ -22,10 +22,11 @@ from deployments.pipelines.controlnet import controlnets
 from deployments.pipelines.noise_schedulers import noise_scheduler
 from deployments.pipelines.pending_pictures import PendingPictures
 from deployments.pipelines.position_ids import PositionIds
+from deployments.pipelines.reference_pictures import edit_class, reference_arguments
 from deployments.pipelines.replay import StateMismatch
 from deployments.pipelines.resume import Progress
 from deployments.pipelines.step_callback import step_callback
-from deployments.protocol.card import ControlNet, Weights
+from deployments.protocol.card import ControlNet, References, Weights
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import ControlType, ResolvedRequest, Task
 
@@ -53,10 +54,13 @@ class DiffusersModel:
         controls: Mapping[ControlType, ControlNet] | None = None,
         load_controlnet: Callable[[Weights], nn.Module] | None = None,
         load_refiner: Callable[[], Any] | None = None,
+        references: References | None = None,
     ) -> None:
-        """controls: of the card, for load_controlnet. load_refiner returns an image-to-image pipeline."""
+        """controls: of the card, for load_controlnet. load_refiner returns an image-to-image pipeline.
+        references: of the card, for the task edit."""
         self._pipeline = pipeline
-        self._templates = {task: _template(pipeline, task) for task in tasks}
+        self._references = references or References()
+        self._templates = {task: _template(pipeline, task, self._references.max) for task in tasks}
         self._controls = dict(controls or {})
         self._load_controlnet = load_controlnet
         self._load_refiner = load_refiner
@@ -90,6 +94,7 @@ class DiffusersModel:
         mask: Image.Image | None = None,
         maps: Sequence[Image.Image] = (),
         *,
+        references: Sequence[Image.Image] = (),
         output_type: str = "pil",
         progress: Progress | None = None,
         attach: Callable[[Any], None] = lambda _pipeline: None,
@@ -99,6 +104,7 @@ class DiffusersModel:
         one PendingPictures where the pipeline allows it.
 
         image, mask, maps: RGB, L and RGB, of the request's size; one map per control picture.
+        references: RGB, of any size.
         on_step: called after every step.
         output_type: "latent" returns tensors without decoding; "pending" does not wait for the device.
         progress: updated after every step; if it has a saved state, the call continues from that, and raises
@@ -114,6 +120,9 @@ class DiffusersModel:
         attach(pipeline)
         self._position_ids.attach(pipeline)
         arguments = call_arguments(type(pipeline), request, image, mask, maps)
+        if references:
+            scaled = self._references.pixels is not None
+            arguments |= reference_arguments(type(pipeline), references, scaled=scaled)
         makes_video = request.task in (Task.t2v, Task.i2v)
         last = pipeline if request.refiner is None else self._refiner  # makes the pictures
         pending = output_type == "pending" and pending_pictures.can_wait(last)
@@ -208,10 +217,12 @@ def _own_copy(template: Any, scheduler: str) -> Any:
     return pipeline
 
 
-def _template(pipeline: Any, task: Task) -> Any:
+def _template(pipeline: Any, task: Task, most_references: int = 1) -> Any:
     """The pipeline of diffusers for `task`, over the same components."""
     pipeline_class: Any
-    if task in (Task.t2v, Task.i2v):
+    if task is Task.edit:
+        pipeline_class = edit_class(type(pipeline), most_references)
+    elif task in (Task.t2v, Task.i2v):
         pipeline_class = latent_decoder.video_class(type(pipeline), task)
     else:
         pipeline_class = _get_task_class(_MAPPINGS[task], type(pipeline).__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable, Hashable, Mapping
 from functools import cache
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from cachetools import LRUCache
+from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -57,7 +59,7 @@ class PromptCache:
 
         def cached_encode(*args: Any, **kwargs: Any) -> Any:
             key = _key(encoder, args, kwargs)
-            if key is None:  # a picture or finished embeddings among the arguments
+            if key is None:  # finished embeddings among the arguments
                 return encode(*args, **kwargs)
             return self._result((key, variant), lambda: encode(*args, **kwargs), unproven, tokenized)
 
@@ -121,7 +123,8 @@ def _signature(function: Any) -> inspect.Signature:
 
 
 def _key(encoder: Encoder, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable | None:
-    """The encoder and all arguments; None if one of them is more than text and numbers."""
+    """The encoder and all arguments, pictures by content; None if one of them is more than text, numbers and
+    pictures."""
     bound = _signature(encoder[0]).bind_partial(None, *args, **kwargs).arguments
     components: list[Hashable] = [encoder]
     for name, value in bound.items():
@@ -136,7 +139,10 @@ _UNHASHABLE: Any = object()
 
 
 def _hashable(value: Any) -> Any:
-    """The value with lists as tuples; _UNHASHABLE for other types than text, numbers, device and dtype."""
+    """The value with lists as tuples and pictures as digests; _UNHASHABLE for other types than text, numbers,
+    device and dtype."""
+    if isinstance(value, Image.Image):  # encoders of editing models read the reference pictures, too
+        return value.mode, value.size, hashlib.blake2b(value.tobytes(), digest_size=16).digest()
     if isinstance(value, list | tuple):
         items = tuple(_hashable(item) for item in value)
         return _UNHASHABLE if _UNHASHABLE in items else items

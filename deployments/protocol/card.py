@@ -16,6 +16,7 @@ from deployments.protocol.request import (
     MAX_FPS,
     MAX_FRAMES,
     MAX_LORAS,
+    MAX_REFERENCES,
     ControlType,
     Exactness,
     Strict,
@@ -82,6 +83,16 @@ class Sizes(Strict):
         if self.width * self.height > self.max_pixels:
             raise ValueError("the default size is over max_pixels")
         return self
+
+
+class References(Strict):
+    """Which reference pictures an edit may bring along, and how the model sees them."""
+
+    max: int = Field(1, ge=1, le=MAX_REFERENCES)  # of one request
+    max_pixels: int = Field(16_777_216, ge=1)  # of each, as it is sent
+    max_aspect: float = Field(4.0, ge=1)  # longer side over shorter side
+    # each is scaled to about so many, with its aspect ratio; None: the pipeline scales them as it was trained
+    pixels: int | None = Field(None, ge=1)
 
 
 class Videos(Strict):
@@ -267,6 +278,7 @@ class ModelCard(Strict):
     steps: Steps
     guidance: Guidance
     sizes: Sizes
+    references: References | None = None  # what task edit allows
     videos: Videos | None = None  # what tasks t2v and i2v allow
     corrects: bool = False  # out-of-range steps and guidance are corrected with a warning (schnell)
     negative_prompt: bool = True
@@ -303,6 +315,12 @@ class ModelCard(Strict):
     def _check_compiled_task(self) -> Self:
         if self.serving.compile and Task.t2i not in self.tasks:
             raise ValueError("compile needs the task t2i, which warms it up; take compile out of serving")
+        return self
+
+    @model_validator(mode="after")
+    def _check_references(self) -> Self:
+        if (Task.edit in self.tasks) != (self.references is not None):
+            raise ValueError("task edit needs the limits in references, and they need the task edit")
         return self
 
     @model_validator(mode="after")

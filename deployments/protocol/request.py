@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_SEED = 2**63 - 1
 SEEDS = 2**32  # random seeds are below it: as other tools draw them, and exact in JavaScript's numbers
+MAX_REFERENCES = 10  # pictures that one edit refers to; each adds as many tokens as it has patches
 MAX_CONTROLS = 4  # of one request; each costs a forward of its ControlNet at every step
 MAX_CONTROL_WEIGHT = 2.0
 MAX_PREVIEWS = 8
@@ -52,6 +53,7 @@ class Task(StrEnum):
     t2i = "t2i"
     i2i = "i2i"
     inpaint = "inpaint"
+    edit = "edit"  # follows an instruction about reference pictures: no mask, no strength
     refine = "refine"  # img2img that renews the finest details, with a refiner's weights
     t2v = "t2v"
     i2v = "i2v"  # image to video: begins with the given picture
@@ -232,6 +234,13 @@ class GenerationRequest(Strict):
     scheduler: str = Field("auto", min_length=1, max_length=64, description="Noise scheduler.")
     max_sequence_length: int | None = Field(None, ge=1, le=4096, description="Text tokens.")
     edit: Edit | None = None
+    references: tuple[bytes, ...] = Field(
+        (),
+        max_length=MAX_REFERENCES,
+        strict=False,
+        repr=False,
+        description="PNG, JPEG or WebP files that the prompt refers to, for models that edit by instruction.",
+    )
     controls: tuple[Control, ...] = Field((), max_length=MAX_CONTROLS, strict=False)
     fit: FitMode = Field(
         "crop",
@@ -268,6 +277,8 @@ class GenerationRequest(Strict):
             return Task.refine
         if self.video is not None:
             return Task.t2v if self.edit is None else Task.i2v
+        if self.references:
+            return Task.edit
         if self.edit is None:
             return Task.t2i
         return Task.inpaint if self.edit.is_masked else Task.i2i

@@ -9,7 +9,7 @@ from deployments.protocol.errors import TooLarge
 from deployments.protocol.request import Edit, FitMode, GenerationRequest, ResolvedEdit, ResolvedRequest
 from deployments.sandbox.decoder_child import MAX_PIXELS
 from deployments.validation.image_header import ImageSize, read_image_size
-from deployments.validation.inputs import control_field
+from deployments.validation.inputs import control_field, reference_field
 
 ASPECT_TOLERANCE = 0.01  # sides are multiples of 8 or 16 pixels; so little is distorted instead of cut
 
@@ -21,6 +21,7 @@ class GivenSizes(NamedTuple):
     image: ImageSize | None
     mask: ImageSize | None
     controls: tuple[ImageSize | None, ...]
+    references: tuple[ImageSize | None, ...] = ()
 
 
 def read_sizes(request: GenerationRequest) -> GivenSizes:
@@ -31,9 +32,12 @@ def read_sizes(request: GenerationRequest) -> GivenSizes:
     controls = tuple(
         _size(control.image, control_field(request, index)) for index, control in enumerate(request.controls)
     )
+    references = tuple(
+        _size(picture, reference_field(request, index)) for index, picture in enumerate(request.references)
+    )
     edit = request.edit
     if edit is None:
-        return GivenSizes(None, None, None, controls)
+        return GivenSizes(None, None, None, controls, references)
     image, mask = _size(edit.image, "image"), _size(edit.mask_image, "mask_image")
     return GivenSizes(None if image is None else _grown(image, edit), image, mask, controls)
 

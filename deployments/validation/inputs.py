@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import BadRequest
+from deployments.protocol.errors import BadRequest, TooLarge
 from deployments.protocol.request import MAX_CONTROLS, Control, Edit, GenerationRequest, ResolvedEdit
 
 MASK_OPTIONS = ("paste_back", "feather", "only_masked", "only_masked_padding")
@@ -14,6 +14,7 @@ def check_inputs(request: GenerationRequest, card: ModelCard) -> None:
     """Raises BadRequest for the first input that this model cannot take. Pictures are not looked at."""
     _check_refine(request)
     _check_edit(request.edit)
+    _check_references(request, card)
     _check_prompts(request, card)
     _check_controls(request, card)
     if request.loras:
@@ -33,6 +34,11 @@ def check_lora_count(count: int, card: ModelCard, param: str = "loras") -> None:
 def control_field(request: GenerationRequest, index: int) -> str:
     """The name of a control picture in messages, as the API dialects name it."""
     return "control_image" if len(request.controls) == 1 else f"controls.{index}.image"
+
+
+def reference_field(request: GenerationRequest, index: int) -> str:
+    """The name of a reference picture in messages, as the API dialects name it."""
+    return "reference_images" if len(request.references) == 1 else f"reference_images.{index}"
 
 
 def mask_field(edit: Edit) -> str:
@@ -56,6 +62,53 @@ def _check_edit(edit: Edit | None) -> None:
     for name in idle:
         if name in edit.model_fields_set:
             raise BadRequest(f"{name} needs a mask; send mask_image or grow too", param=name)
+
+
+def _check_references(request: GenerationRequest, card: ModelCard) -> None:
+    """Raises BadRequest for more pictures than the model takes, and for what an edit by reference has not."""
+    count, limits = len(request.references), card.references
+    if not count:
+        return
+    others = {
+        "image": request.edit is not None,
+        "controls": bool(request.controls),
+        "video": request.video is not None,
+    }
+    for name, given in others.items():
+        if given:
+            raise BadRequest(
+                f"reference_images and {name} exclude each other: an edit by reference pictures follows its "
+                f"prompt alone; leave {name} out",
+                param=name,
+            )
+    if limits is not None and count > limits.max:
+        raise BadRequest(
+            f"there are {count} reference pictures; {card.id} takes at most {limits.max}",
+            param="reference_images",
+        )
+
+
+def check_reference_size(
+    request: GenerationRequest, index: int, size: tuple[int, int], card: ModelCard
+) -> None:
+    """Raises TooLarge for a reference picture of more pixels than the card allows, BadRequest for one that is
+    too long."""
+    limits, field = card.references, reference_field(request, index)
+    if limits is None:
+        return
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise TooLarge(
+            f"{field} is {width}x{height}, {width * height / 1e6:.2f} megapixels; {card.id} takes at most "
+            f"{limits.max_pixels / 1e6:.2f} for each: send a smaller one",
+            param=field,
+        )
+    if max(size) > limits.max_aspect * min(size):
+        raise BadRequest(
+            f"{field} is {width}x{height}; {card.id} takes pictures of at most {limits.max_aspect:g} to 1: "
+            "crop it",
+            param=field,
+        )
 
 
 def _check_refine(request: GenerationRequest) -> None:

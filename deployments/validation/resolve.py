@@ -20,8 +20,8 @@ from deployments.protocol.request import (
 )
 from deployments.validation.fitting import fit_adjustments, read_sizes, result_size
 from deployments.validation.image_header import ImageSize
-from deployments.validation.inputs import check_inputs
-from deployments.validation.size import resolve_size
+from deployments.validation.inputs import check_inputs, check_reference_size
+from deployments.validation.size import resolve_size, size_adjustments
 from deployments.validation.video import resolve_video
 
 
@@ -40,12 +40,16 @@ def resolve(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> 
     if request.task not in card.tasks:
         raise BadRequest(
             f"{card.id} cannot do {request.task.value}; it can do {', '.join(card.tasks)}",
-            param="refine" if request.refine else "edit" if request.edit else "model",
+            param=_task_field(request),
         )
     check_inputs(request, card)
     adjustments: list[Adjustment] = []
     given = read_sizes(request)
+    for index, size in enumerate(given.references):
+        if size is not None:
+            check_reference_size(request, index, size, card)
     width, height = resolve_size(request, given, card.sizes)
+    adjustments += size_adjustments(request, given, (width, height))
     result = result_size(request, given.canvas)
     adjustments += fit_adjustments(request, given, result or ImageSize(width, height))
     steps, seed = _steps(request, card, adjustments), _seed(request, fresh_seed)
@@ -62,6 +66,7 @@ def resolve(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> 
         scheduler=_scheduler(request, card, adjustments),
         max_sequence_length=_sequence_length(request, card, adjustments),
         edit=_edit(request, card, result),
+        references=request.references,
         controls=request.controls,
         fit=request.fit,
         loras=request.loras,
@@ -75,6 +80,15 @@ def resolve(request: GenerationRequest, card: ModelCard, *, fresh_seed: int) -> 
     )
     _check_strength(resolved, card)
     return Resolved(resolved, tuple(adjustments))
+
+
+def _task_field(request: GenerationRequest) -> str:
+    """The field that asks for the request's task."""
+    if request.refine:
+        return "refine"
+    if request.references:
+        return "reference_images"
+    return "edit" if request.edit else "model"
 
 
 def denoising_steps(request: ResolvedRequest, card: ModelCard) -> int:

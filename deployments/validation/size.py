@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import Sizes
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import GenerationRequest
@@ -15,10 +16,11 @@ def resolve_size(request: GenerationRequest, given: GivenSizes, sizes: Sizes) ->
     """Width and height in pixels that the model works at.
 
     Where the request names none: the allowed size nearest to the given picture, or to the first control
-    picture, else the card's default. The masked area alone is scaled to the card's default. Raises BadRequest
-    for a size outside the card's limits.
+    picture; for an edit the aspect ratio of the first reference picture with about as many pixels as the
+    card's default, as the pipelines of editing models have it; else the card's default. The masked area alone
+    is scaled to the card's default. Raises BadRequest for a size outside the card's limits.
     """
-    source = _source_size(request, given)
+    source = _source_size(request, given, sizes)
     if request.width is None and request.height is None:
         return (sizes.width, sizes.height) if source is None else _nearest_size(source, sizes)
     ratio = sizes.width / sizes.height if source is None else source.width / source.height
@@ -31,10 +33,33 @@ def resolve_size(request: GenerationRequest, given: GivenSizes, sizes: Sizes) ->
     return width, height
 
 
-def _source_size(request: GenerationRequest, given: GivenSizes) -> ImageSize | None:
+def size_adjustments(
+    request: GenerationRequest, given: GivenSizes, size: tuple[int, int]
+) -> list[Adjustment]:
+    """A warning where the result of an edit cannot have the size of its first reference picture."""
+    asks = request.width is not None or request.height is not None
+    first = given.references[0] if given.references else None
+    if asks or first is None or tuple(first) == size:
+        return []
+    return [
+        Adjustment(
+            "size_fitted",
+            "width",
+            f"the first reference picture is {first.width}x{first.height}; the result is "
+            f"{size[0]}x{size[1]}, about as large as the model was trained for; width and height choose "
+            "another size",
+        )
+    ]
+
+
+def _source_size(request: GenerationRequest, given: GivenSizes, sizes: Sizes) -> ImageSize | None:
     """The size of the picture that the working size follows."""
     if request.edit is not None:
         return None if request.edit.is_masked and request.edit.only_masked else given.canvas
+    if given.references and given.references[0] is not None:
+        first = given.references[0]
+        scale = math.sqrt(sizes.width * sizes.height / (first.width * first.height))
+        return ImageSize(max(1, round(first.width * scale)), max(1, round(first.height * scale)))
     return given.controls[0] if given.controls else None
 
 

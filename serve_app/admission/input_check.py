@@ -10,7 +10,7 @@ from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import GenerationRequest
 from deployments.sandbox.decoder import PROCESSES, DecodeMode, decoder_pool
 from deployments.validation.image_header import ImageHeader, read_image_header
-from deployments.validation.inputs import control_field
+from deployments.validation.inputs import control_field, reference_field
 from serve_app.admission.fair_slots import FairSlots
 
 THUMBNAIL_SIDE = 256  # pixels
@@ -34,6 +34,7 @@ class InputCheck:
         files: list[tuple[str, bytes | None]] = [
             (control_field(request, index), control.image) for index, control in enumerate(request.controls)
         ]
+        files += [(reference_field(request, index), data) for index, data in enumerate(request.references)]
         if request.edit is not None:
             files += [("image", request.edit.image), ("mask_image", request.edit.mask_image)]
         given = [(field, data) for field, data in files if data is not None]

@@ -41,8 +41,8 @@ OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
         "image_url",
         "img",
         "input_reference",
-        "reference_image",
     ),
+    "reference_images": ("reference_image", "input_images", "ref_images", "images", "image[]"),
     "mask_image": ("inpaint_mask", "mask_url", "edit_mask"),
     "strength": ("denoise", "denoising", "noise_strength", "img2img_strength", "image_guidance"),
     "scheduler": ("sampling_method", "sampler_index", "noise_scheduler", "solver"),
@@ -104,6 +104,8 @@ OF_THE_OTHER_BODY: Mapping[str, tuple[str, ...]] = {
         "control_type",
         "refine",
         "refiner",
+        "reference_images",
+        "references",
         "priority",
     ),
 }

@@ -5,7 +5,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import MAX_LORAS
+from deployments.protocol.request import MAX_LORAS, MAX_REFERENCES
 from serve_app.api.json_shape import check_json_shape
 from serve_app.api.schemas.body import check_names, field_names, without_nulls
 from serve_app.api.schemas.lora_fields import AS_TEXT
@@ -43,7 +43,8 @@ async def read_json(http_request: Request, schema: type[Body]) -> Body:
 async def read_json_or_form(http_request: Request, schema: type[Body], files: tuple[str, ...]) -> Body:
     """The body as `schema`, from JSON or from a form whose `files` fields may be uploads.
 
-    A schema with the field `lora_files` takes up to MAX_LORAS further uploads, under any names.
+    A schema with the field `lora_files` takes up to MAX_LORAS further uploads, under any names. A file field
+    that is a list takes up to MAX_REFERENCES uploads, each a part of its own with that name.
     """
     async with opened_body(http_request, schema, files) as body:
         return body
@@ -66,8 +67,12 @@ async def opened_body(
         return
     max_lora_files = MAX_LORAS if "lora_files" in schema.model_fields else 0
     fields = {name: field for field in files for name in field_names(schema)[field]}
-    async with http_request.form(max_files=len(fields) + max_lora_files, max_fields=MAX_FORM_FIELDS) as form:
-        texts, uploads = await _read_form(form, fields, any_files=bool(max_lora_files), on_disk=on_disk)
+    lists = frozenset(field for field in files if _is_list(schema, field))
+    max_files = len(fields) + max_lora_files + MAX_REFERENCES * len(lists)
+    async with http_request.form(max_files=max_files, max_fields=MAX_FORM_FIELDS) as form:
+        texts, uploads = await _read_form(
+            form, fields, any_files=bool(max_lora_files), on_disk=on_disk, lists=lists
+        )
         check_names([*texts, *uploads], schema)
         try:
             body = schema.model_validate_strings(texts)
@@ -122,22 +127,36 @@ def _inline(node: Any, definitions: dict[str, Any]) -> Any:
     return {key: _inline(value, definitions) for key, value in node.items()}
 
 
+def _is_list(schema: type[BaseModel], field: str) -> bool:
+    annotation = schema.model_fields[field].annotation
+    return any(get_origin(kind) is list for kind in (annotation, *get_args(annotation)))
+
+
 async def _read_form(
-    form: FormData, files: Mapping[str, str], *, any_files: bool, on_disk: tuple[str, ...]
-) -> tuple[dict[str, str], dict[str, bytes | SpooledFile]]:
+    form: FormData,
+    files: Mapping[str, str],
+    *,
+    any_files: bool,
+    on_disk: tuple[str, ...],
+    lists: frozenset[str],
+) -> tuple[dict[str, str], dict[str, bytes | SpooledFile | list[bytes]]]:
     """Text fields by name, and uploads by field. Empty ones are left out: a form sends every field.
 
     files: by name of a file field, the field of the schema. any_files: whether uploads may have names that
-    are not in `files`.
+    are not in `files`. lists: fields that may be there several times.
     """
     texts: dict[str, str] = {}
-    uploads: dict[str, bytes | SpooledFile] = {}
+    uploads: dict[str, bytes | SpooledFile | list[bytes]] = {}
     for name, value in form.multi_items():
         if name.startswith("loras["):
             raise BadRequest(
                 f"{name[:100]} does not say which weight belongs to which LoRA; {AS_TEXT}", param="loras"
             )
         field = files.get(name, name)
+        if field in lists and isinstance(value, UploadFile):
+            if value.filename or value.size:
+                _append(uploads, field, await value.read())
+            continue
         if name in texts or field in uploads:
             raise BadRequest(f"{name[:100]} is there twice; send it once", param=name[:100])
         if isinstance(value, UploadFile):
@@ -149,6 +168,15 @@ async def _read_form(
         elif value:
             texts[name] = _check_text(name, value)
     return texts, uploads
+
+
+def _append(uploads: dict[str, bytes | SpooledFile | list[bytes]], field: str, data: bytes) -> None:
+    """Add a file to a list. Raises BadRequest when it is full."""
+    known = uploads.setdefault(field, [])
+    assert isinstance(known, list), "a list field has no other uploads"
+    if len(known) == MAX_REFERENCES:
+        raise BadRequest(f"{field} has more than {MAX_REFERENCES} files; send fewer", param=field)
+    known.append(data)
 
 
 def _check_text(name: str, value: str) -> str:

@@ -66,6 +66,7 @@ _BY_SCOPE: Mapping[Scope, tuple[str, ...]] = {
         "POST /refine",
         "POST /generate-video",
         "POST /v1/images/generations",
+        "POST /v1/images/edits",
         "POST /v1/videos",
         "DELETE /v1/videos/{task_id}",
         "POST /v1/videos/{task_id}/remix",

@@ -2,13 +2,13 @@
 
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 
 from pydantic import ValidationError
 
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import GenerationRequest
+from deployments.protocol.request import ControlType, GenerationRequest, Task
 from serve_app.admission.validation import default_model, find_card
 from serve_app.api.caller import CallerContext
 from serve_app.api.schemas.submit_body import SubmitBody
@@ -23,7 +23,11 @@ IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 async def submit(caller: CallerContext, body: SubmitBody) -> Job:
     """The stored job. Raises what JobService.submit raises, and BadRequest for what the body cannot mean."""
     began = time.perf_counter()
-    model = await _default_model(caller, body) if body.model is None else body.model
+    model = body.model
+    if model is None:
+        model = await choose_model(
+            caller, (body.task,), controls=body.control_types, refiner=body.uses_refiner
+        )
     request = _to_request(body, model)
     await caller.state.input_check.verify(request, caller.owner)
     async with _with_loras(caller, body, request) as complete:
@@ -33,21 +37,33 @@ async def submit(caller: CallerContext, body: SubmitBody) -> Job:
             idempotency_key=_idempotency_key(caller, body),
             webhook=body.webhook,
             images_per_day=caller.principal.images_per_day,
+            notices=body.notices,
         )
     await caller.body_slot.aclose()  # a synchronous dialect waits on without the body
     _count(caller, job, time.perf_counter() - began)
     return job
 
 
-async def _default_model(caller: CallerContext, body: SubmitBody) -> str:
+async def choose_model(
+    caller: CallerContext,
+    tasks: Sequence[Task],
+    *,
+    controls: Collection[ControlType] = (),
+    refiner: bool = False,
+) -> str:
+    """Id of the model for a body that names none: of the first of these tasks that any model can do.
+
+    Raises as default_model does.
+    """
     state = caller.state
     states = await state.model_states()
+    able = [task for task in tasks if any(task in card.tasks for card in state.cards.values())]
     return default_model(
-        body.task,
+        able[0] if able else tasks[0],
         state.cards,
         [model for model, found in states.items() if found == READY],
-        controls=body.control_types,
-        refiner=body.uses_refiner,
+        controls=controls,
+        refiner=refiner,
         failed=[model for model, found in states.items() if found in (FAILED, ERROR)],
     )
 

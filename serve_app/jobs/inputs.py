@@ -13,6 +13,7 @@ def detach(request: ResolvedRequest) -> tuple[ResolvedRequest, dict[str, bytes]]
     Empty, not absent: the task (i2i or inpaint) can still be read off the request.
     """
     images = {f"control_{index}": control.image for index, control in enumerate(request.controls)}
+    images |= dict(zip(_reference_names(request), request.references, strict=True))
     if request.edit is not None:
         images["image"] = request.edit.image
         if request.edit.mask_image is not None:
@@ -26,7 +27,8 @@ def attach(request: ResolvedRequest, images: Mapping[str, bytes]) -> ResolvedReq
         "controls": tuple(
             control.model_copy(update={"image": images[f"control_{index}"]})
             for index, control in enumerate(request.controls)
-        )
+        ),
+        "references": tuple(images[name] for name in _reference_names(request)),
     }
     if request.edit is not None:
         edited = {name: images[name] for name in ("image", "mask_image") if name in images}
@@ -36,7 +38,11 @@ def attach(request: ResolvedRequest, images: Mapping[str, bytes]) -> ResolvedReq
 
 def names(request: ResolvedRequest) -> tuple[str, ...]:
     """Field names of the images that a detached request needs to run."""
-    controls = tuple(f"control_{index}" for index in range(len(request.controls)))
+    given = (*(f"control_{index}" for index in range(len(request.controls))), *_reference_names(request))
     if request.edit is None:
-        return controls
-    return (*controls, "image") if request.edit.mask_image is None else (*controls, "image", "mask_image")
+        return given
+    return (*given, "image") if request.edit.mask_image is None else (*given, "image", "mask_image")
+
+
+def _reference_names(request: ResolvedRequest) -> tuple[str, ...]:
+    return tuple(f"reference_{index}" for index in range(len(request.references)))

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Conflict, NotFound, Overloaded, Unauthorized
 from deployments.protocol.request import GenerationRequest
@@ -55,10 +56,12 @@ class JobService:
         idempotency_key: IdempotencyKey | None = None,
         webhook: str | None = None,
         images_per_day: int | None = None,
+        notices: tuple[Adjustment, ...] = (),
     ) -> Job:
         """The accepted job: durable, and certain to end. The same idempotency key again returns the same job.
 
         webhook: URL of an allowed host that receives the ending.  images_per_day: the owner's quota.
+        notices: what was changed before; the job's warnings begin with it.
         Raises what `validate` raises, Overloaded (also when the disk is nearly full), RateLimited, Conflict,
         QuotaExceeded.
         """
@@ -68,6 +71,7 @@ class JobService:
             idempotency_key=idempotency_key,
             webhook=webhook,
             images_per_day=images_per_day,
+            notices=notices,
         )
 
     async def empty_cache(self, owner: str) -> None:

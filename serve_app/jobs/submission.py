@@ -53,6 +53,7 @@ class Submission:
         idempotency_key: IdempotencyKey | None,
         webhook: str | None,
         images_per_day: int | None,
+        notices: tuple[Adjustment, ...] = (),
     ) -> Job:
         """See JobService.submit."""
         webhook_url = None if webhook is None else self._check_webhook(webhook)
@@ -72,8 +73,8 @@ class Submission:
             trace=current_traceparent(),
         )
         detached, images = inputs.detach(resolved.request)
-        new = NewJob(new_job_id(), owner, detached, resolved.adjustments, options)
-        _log_adjustments(new.id, resolved.adjustments)
+        new = NewJob(new_job_id(), owner, detached, (*notices, *resolved.adjustments), options)
+        _log_adjustments(new.id, new.warnings)
         job = await self._accept(new, images)
         if job.id == new.id:
             logger.info("job accepted", extra={"job_id": job.id, "model": job.request.model})

@@ -19,6 +19,7 @@ from deployments.protocol.request import (
     MAX_CONTROLS,
     MAX_FEATHER,
     MAX_GROW,
+    MAX_REFERENCES,
     Control,
     ControlType,
     Edit,
@@ -32,11 +33,16 @@ from deployments.protocol.request import (
     Task,
 )
 from serve_app.api.schemas.body import RequestBody
-from serve_app.api.schemas.files import ImageBytes
+from serve_app.api.schemas.files import ImageBytes, ImageList
 from serve_app.api.schemas.generation import NativeFields
 from serve_app.api.schemas.numbers import Int, in_form
 
-IMAGE_FILES = ("image", "mask_image", "control_image")  # the file fields of a form, under any of their names
+IMAGE_FILES = (
+    "image",
+    "mask_image",
+    "control_image",
+    "reference_images",
+)  # the file fields of a form, under any of their names
 
 EDIT_FIELDS = (  # that Edit has under the same names
     "mask_image",
@@ -184,6 +190,14 @@ class ImageBody(NativeFields):
     control_start: Fraction | None = Field(None, description="Fraction of the steps before control begins.")
     control_end: Fraction | None = Field(None, description="Fraction of the steps after which control ends.")
     control_is_map: bool | None = Field(None, description="As `is_map` of `controls`.")
+    reference_images: ImageList = Field(
+        [],
+        max_length=MAX_REFERENCES,
+        repr=False,
+        validation_alias=AliasChoices("reference_images", "references", "reference_images[]"),
+        description="Images that `prompt` refers to as an instruction (make it blue), for models with the "
+        "task edit; in a form one part for each. `references` is another name for it.",
+    )
     refine: bool = Field(False, description="Redraw the details of `image`; for refiner models.")
     refiner: BoolOrFraction | None = Field(
         None,
@@ -194,6 +208,8 @@ class ImageBody(NativeFields):
     def task(self) -> Task:
         if self.refine:
             return Task.refine
+        if self.reference_images:
+            return Task.edit
         if self.image is None:
             return Task.t2i
         is_masked = self.mask_image is not None or self.mask_channel == "alpha" or self._grow() is not None
@@ -215,6 +231,7 @@ class ImageBody(NativeFields):
             **self.shared_arguments(),
             num_images=self.num_images,
             edit=self._edit(),
+            references=tuple(self.reference_images),
             controls=self._controls(),
             fit=self.fit,
             refine=self.refine,

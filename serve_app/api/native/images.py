@@ -16,7 +16,8 @@ router = APIRouter(tags=["generate"])
 async def generate_image(http_request: Request, response: Response, caller: CurrentCaller) -> JobAccepted:
     """Accept a request for images and answer at once; the job is then followed by its id.
 
-    JSON, or a multipart form with the files `image`, `mask_image` and `control_image`. A call with the header
+    JSON, or a multipart form with the files `image`, `mask_image`, `control_image` and up to ten
+    `reference_images`. A call with the header
     `Idempotency-Key` that is repeated within a day is answered with the job of the first call.
     """
     job = await submit(caller, await read_json_or_form(http_request, ImageBody, IMAGE_FILES))

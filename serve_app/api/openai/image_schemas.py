@@ -100,7 +100,7 @@ class Usage(BaseModel):
 class PartialImage(BaseModel):
     """A preview of the unfinished image, in the format and the size that the finished one has."""
 
-    type: Literal["image_generation.partial_image"] = "image_generation.partial_image"
+    type: str = Field(description="image_generation.partial_image; of an edit image_edit.partial_image.")
     b64_json: str
     partial_image_index: int
     created_at: int
@@ -113,7 +113,7 @@ class PartialImage(BaseModel):
 class CompletedImage(BaseModel):
     """One finished image; `id`, `model`, `seed` and `warnings` are Weft's additions."""
 
-    type: Literal["image_generation.completed"] = "image_generation.completed"
+    type: str = Field(description="image_generation.completed; of an edit image_edit.completed.")
     b64_json: str
     created_at: int
     output_format: PictureFormat

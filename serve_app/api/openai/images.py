@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import suppress
+from typing import Literal
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -33,6 +34,7 @@ from serve_app.jobs.job import Job, JobState
 logger = logging.getLogger(__name__)
 
 router = APIRouter(tags=["openai"])
+EventName = Literal["image_generation", "image_edit"]
 
 
 @router.post(
@@ -49,8 +51,18 @@ async def generate_images(http_request: Request, caller: CurrentCaller) -> Image
     """
     body = await read_json(http_request, OpenAIImageBody)
     job = await submit(caller, body)
+    return await finished_images(caller, job, http_request, body, event="image_generation")
+
+
+async def finished_images(
+    caller: CallerContext, job: Job, http_request: Request, body: OpenAIImageBody, *, event: EventName
+) -> ImagesResponse | Response:
+    """The answer to an accepted call: the images of the job once it has ended, or a stream of them.
+
+    event: the beginning of the names of the stream's events. Raises the error that the job ended with.
+    """
     if body.stream:
-        return sse.response(_stream(caller, job))
+        return sse.response(_stream(caller, job, event))
     try:
         job = await _wait(caller, job, http_request)
     except TimeoutError:
@@ -135,7 +147,7 @@ async def _images(caller: CallerContext, job: Job, *, as_url: bool) -> list[Imag
     return images
 
 
-async def _stream(caller: CallerContext, job: Job) -> AsyncGenerator[bytes]:
+async def _stream(caller: CallerContext, job: Job, name: EventName) -> AsyncGenerator[bytes]:
     """The job's previews and its images. No other event: the SDK parses every event as an image."""
     ended = False
     shown = last_step = 0  # partial images, and the denoising step of the last
@@ -147,14 +159,14 @@ async def _stream(caller: CallerContext, job: Job) -> AsyncGenerator[bytes]:
             _, event = item
             # a job that was begun again may send some of its previews again
             if isinstance(event, Preview) and event.step > last_step and shown < job.request.output.previews:
-                yield _event(await _partial_image(job, event, shown))
+                yield _event(await _partial_image(job, event, shown, name))
                 shown, last_step = shown + 1, event.step
             ended = ended or isinstance(event, ENDINGS)
         job = (await caller.job_service.get(job.id, caller.owner)).job
         caller.state.metrics.add("weft_jobs_finished_observed_total", state=job.state.value)
         _require_completed(job)
         for image in await _images(caller, job, as_url=False):
-            yield _event(_completed_image(job, image))
+            yield _event(_completed_image(job, image, name))
     except WeftError as error:
         ended = True  # or the store is away, and the job continues
         logger.info("a stream ended with an error", extra={"job_id": job.id, "error": error.kind})
@@ -168,10 +180,11 @@ def _event(image: PartialImage | CompletedImage) -> bytes:
     return sse.event(image.type, image.model_dump_json())
 
 
-async def _partial_image(job: Job, preview: Preview, index: int) -> PartialImage:
+async def _partial_image(job: Job, preview: Preview, index: int, name: EventName) -> PartialImage:
     request = job.request
     data = await asyncio.to_thread(partial_image, preview.data, request.output, request.width, request.height)
     return PartialImage(
+        type=f"{name}.partial_image",
         b64_json=base64.b64encode(data).decode(),
         partial_image_index=index,
         created_at=int(job.created_at),
@@ -180,9 +193,10 @@ async def _partial_image(job: Job, preview: Preview, index: int) -> PartialImage
     )
 
 
-def _completed_image(job: Job, image: ImageData) -> CompletedImage:
+def _completed_image(job: Job, image: ImageData, name: EventName) -> CompletedImage:
     assert image.b64_json is not None, "a stream has no links"
     return CompletedImage(
+        type=f"{name}.completed",
         b64_json=image.b64_json,
         created_at=int(job.created_at),
         output_format=job.request.output.format,

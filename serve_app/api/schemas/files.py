@@ -64,6 +64,14 @@ ImageBytes = Annotated[
     BeforeValidator(_decode_image),
     WithJsonSchema({"type": "string", "description": "PNG, JPEG or WebP: base64 or a data URL."}),
 ]
+
+
+def _as_list(value: Any) -> Any:
+    """A list of a single picture."""
+    return [value] if isinstance(value, str | bytes) else value
+
+
+ImageList = Annotated[list[ImageBytes], BeforeValidator(_as_list)]  # a single picture counts as a list of one
 FileBytes = Annotated[
     bytes,
     BeforeValidator(_decode_file),

@@ -169,6 +169,7 @@ class JobRequestOut(BaseModel):
     strength: float | None
     mask: JobMaskOut | None = Field(description="null: the whole image is generated anew.")
     fit: FitMode
+    references: int = Field(description="How many reference images an edit has.")
     controls: list[JobControlOut]
     loras: list[JobLoraOut]
     video: JobVideoOut | None
@@ -199,6 +200,7 @@ class JobRequestOut(BaseModel):
             strength=None if request.edit is None else request.edit.strength,
             mask=JobMaskOut.of(request),
             fit=request.fit,
+            references=len(request.references),
             controls=[JobControlOut.of(control) for control in request.controls],
             loras=[JobLoraOut(sha256=lora.id, name=lora.name, weight=lora.weight) for lora in request.loras],
             video=None if request.video is None else JobVideoOut.of(request.video),

@@ -15,7 +15,10 @@ from serve_app.api.schemas.submit_body import SubmitDefaults
 from serve_app.loras.spec import LoraSpec
 
 SOURCES = ("id", "url", "base64", "upload", "hub")
-FORM_FILES = "files are image, mask_image, control_image, lora_file, and those that loras names as uploads"
+FORM_FILES = (
+    "files are image, mask_image, control_image, reference_images, lora_file, and those that loras names as "
+    "uploads"
+)
 AS_TEXT = 'send loras as JSON text, [{"id": "night", "weight": 0.8}], or as "night:0.8, mosaic:0.5"'
 Weight = Annotated[float, Field(ge=-MAX_LORA_WEIGHT, le=MAX_LORA_WEIGHT)]
 

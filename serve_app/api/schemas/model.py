@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import BaseModel, Field
 
-from deployments.protocol.card import Guidance, Licence, ModelCard, Sizes, Steps, Videos
+from deployments.protocol.card import Guidance, Licence, ModelCard, References, Sizes, Steps, Videos
 from deployments.protocol.request import Exactness
 from serve_app.api.schemas.lora import LoraOut
 from serve_app.api.state import ModelFailure
@@ -69,6 +69,9 @@ class ModelOut(BaseModel):
     guidance: Guidance
     sizes: Sizes
     videos: Videos | None = Field(description="Limits of the tasks t2v and i2v; null: it makes no videos.")
+    references: References | None = Field(
+        None, description="Limits of the task edit: reference images of one request, and pixels of each."
+    )
     corrects: bool = Field(description="Steps and guidance out of range are corrected with a warning.")
     negative_prompt: bool
     max_images: int
@@ -119,6 +122,7 @@ class ModelOut(BaseModel):
             guidance=card.guidance,
             sizes=card.sizes,
             videos=card.videos,
+            references=card.references,
             corrects=card.corrects,
             negative_prompt=card.negative_prompt,
             max_images=card.max_images,

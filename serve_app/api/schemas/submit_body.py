@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Protocol
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.request import ControlType, GenerationRequest, Task
 from serve_app.api.schemas.body import RequestBody
 from serve_app.jobs.store.cache_keys import body_digest
@@ -31,6 +32,10 @@ class SubmitBody(Protocol):
     def webhook(self) -> str | None:
         """URL to call when the job has ended."""
 
+    @property
+    def notices(self) -> tuple[Adjustment, ...]:
+        """What the dialect changed before the request is validated; reported as warnings."""
+
     def lora_specs(self) -> tuple[LoraSpec, ...]:
         """LoRAs that the body asks for. Raises BadRequest."""
 
@@ -57,6 +62,10 @@ class SubmitDefaults(RequestBody):
     @property
     def webhook(self) -> str | None:
         return None
+
+    @property
+    def notices(self) -> tuple[Adjustment, ...]:
+        return ()
 
     def lora_specs(self) -> tuple[LoraSpec, ...]:
         return ()
