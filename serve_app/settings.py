@@ -157,7 +157,7 @@ class Settings(BaseSettings):
             "pytorch_hip_alloc_conf", "WEFT_PYTORCH_HIP_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"
         ),
     )  # of torch's allocator on AMD GPUs
-    max_adapter_bytes: int = Field(512 * 2**20, ge=1024, le=512 * 2**20)
+    max_adapter_bytes: int = Field(2 * 2**30, ge=1024, le=2 * 2**30)
     max_adapters_per_owner: int = Field(1000, ge=1)
 
     @model_validator(mode="after")

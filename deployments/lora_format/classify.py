@@ -10,24 +10,20 @@ from json.decoder import scanstring  # type: ignore[attr-defined]  # typeshed do
 from typing import Literal
 
 LoraNetwork = Literal[
-    "lora", "dora", "lokr", "loha", "glora", "oft", "ia3", "vera", "hra", "fourier", "tucker", "full", "norm",
-    "bias", "embedding", "control", "other",
+    "lora", "glora", "oft", "ia3", "vera", "hra", "fourier", "full", "norm", "bias", "embedding", "control",
+    "other",
 ]  # fmt: skip
 KeyStyle = Literal["diffusers", "peft", "kohya", "xlabs", "bfl", "other"]
 LoraFamily = Literal["flux", "sdxl", "sd", "wan", "hunyuan_video", "ltx", "unknown"]
 
 # fragments of tensor names by network type ("$": end of the name); the first type with a match is the file's
 _NETWORKS: dict[LoraNetwork, tuple[str, ...]] = {
-    "dora": ("dora_scale", "lora_magnitude_vector"),
-    "lokr": (".lokr_", "lokr_w"),
-    "loha": (".hada_",),
     "glora": (".a1.weight$", ".b1.weight$"),
     "oft": (".oft_R", ".oft_blocks", ".oft_diag", ".boft_"),
     "ia3": (".ia3_l", ".on_input$"),
     "vera": (".vera_lambda_",),
     "hra": (".hra_u",),
     "fourier": (".fourierft_",),
-    "tucker": (".lora_mid.",),
     "norm": (".w_norm$", ".b_norm$"),
     "full": (".diff$", ".diff_m$"),
     "bias": (".diff_b$", ".lora_A.bias$", ".lora_B.bias$", ".lora_up.bias$"),
@@ -38,16 +34,12 @@ _NETWORKS: dict[LoraNetwork, tuple[str, ...]] = {
 }  # fmt: skip
 REMEDY = "train or extract it as a plain LoRA, without these tensors"
 UNSUPPORTED: dict[LoraNetwork, str] = {  # reasons for header.refusal
-    "dora": "it is a DoRA, which rescales whole layers",
-    "lokr": "it is a LoKr (Kronecker factors)",
-    "loha": "it is a LoHa (Hadamard factors)",
     "glora": "it is a GLoRA, which multiplies the weights themselves",
     "oft": "it is an OFT or BOFT, which rotates the weights themselves",
     "ia3": "it is an IA3, which rescales activations",
     "vera": "it is a VeRA, whose factors are not all in the file",
     "hra": "it is an HRA, which reflects the weights themselves",
     "fourier": "it is a FourierFT, whose change of a layer has no low rank",
-    "tucker": "its convolutions have a third factor (Tucker, lora_mid)",
     "norm": "it changes norms (w_norm, b_norm) too",
     "full": "it holds whole differences of layers (.diff)",
     "bias": "it changes biases too",

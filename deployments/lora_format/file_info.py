@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from deployments.lora_format.change_shape import change_shape
 from deployments.lora_format.classify import KeyStyle, LoraFamily, key_style, model_family, trigger_words
 from deployments.lora_format.header import (
     DTYPE_BYTES,
@@ -17,7 +18,8 @@ from deployments.lora_format.header import (
 )
 from deployments.lora_format.value_check import CheckedValues, check_values
 
-MAX_RANK = 128
+MAX_RANK = 256
+MAX_SUM_RANK = 1024  # of a LoHa, whose change has the product of its two ranks
 _MAX_METADATA_ENTRIES = 64
 _MAX_METADATA_CHARS = 2_000  # of one value
 _MAX_NAME_CHARS = 200
@@ -28,7 +30,7 @@ class LoraFileInfo:
     """What is known of an accepted file. Whether it fits a model is decided by placement.place, and on
     loading."""
 
-    rank: int  # the largest of all layers, 1..MAX_RANK
+    rank: int  # the largest of all layers, 1..MAX_RANK; of a LoKr with whole factors, any
     tensors: int
     dtype: str  # a key of DTYPE_BYTES; the most frequent
     size_bytes: int
@@ -43,9 +45,9 @@ class LoraFileInfo:
 def inspect_lora(file: FileBytes) -> LoraFileInfo:
     """What the LoRA file is. file: its bytes, or a memory map of it.
 
-    Raises BadRequest with the reason (TooLarge over 512 MiB): not safetensors, truncated, forged, not a LoRA,
-    of a type that is not served (DoRA, LoKr, LoHa and others), over a limit, or with values that are no
-    numbers or absurd. Reads every value once: about a second for 512 MiB.
+    Raises BadRequest with the reason (TooLarge over 2 GiB): not safetensors, truncated, forged, not a LoRA,
+    of a type that is not served (OFT, IA3 and others), over a limit, or with values that are no numbers or
+    absurd. Reads every value once: about a second for 512 MiB.
     """
     return inspect_file(file)[1]
 
@@ -81,16 +83,26 @@ def lora_info(header: LoraHeader, size_bytes: int) -> LoraFileInfo:
 
 
 def _rank(header: LoraHeader) -> int:
-    """The largest rank. Raises BadRequest where there is none, or it is over MAX_RANK."""
-    ranks = {pair.down: (header.tensors[pair.down].shape or (0,))[0] for pair in header.groups.pairs}
-    largest = max(ranks, key=lambda key: ranks[key], default=None)
-    if largest is None or not ranks[largest]:
-        problems = header.groups.problems
-        first = problems[0].reason if problems else "it has no layer with a rank"
-        raise refusal(first)
-    if ranks[largest] > MAX_RANK:
-        raise refusal(
-            f"its rank is {ranks[largest]} ({shortened(largest)}); at most {MAX_RANK} are served: resize it, "
-            "for example with kohya's resize_lora.py"
-        )
-    return ranks[largest]
+    """The largest rank. Raises BadRequest where there is none, or one is over a limit."""
+    largest = 0
+    reasons = [problem.reason for problem in header.groups.problems]
+    for module in header.groups.modules:
+        shape = change_shape(module, header.tensors)
+        if isinstance(shape, str):
+            reasons.append(shape)  # refused by check_values, unless it is zero
+            continue
+        largest = max(largest, shape.rank)
+        name = shortened(module.first)
+        if module.network == "lora" and shape.rank > MAX_RANK:
+            raise refusal(
+                f"its rank is {shape.rank} ({name}); at most {MAX_RANK} are served: resize it, for example "
+                "with kohya's resize_lora.py"
+            )
+        if module.network == "loha" and shape.sum_rank > MAX_SUM_RANK:
+            raise refusal(
+                f"its ranks multiply to {shape.sum_rank} ({name}); at most {MAX_SUM_RANK} are served: train "
+                "the LoHa with a smaller dimension, or extract it as a LoRA"
+            )
+    if not largest:
+        raise refusal(next(iter(reasons), "it has no layer with a rank"))
+    return largest

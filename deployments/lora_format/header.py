@@ -23,7 +23,7 @@ FileBytes = bytes | memoryview | mmap
 
 SIZE_BYTES = 8  # before the header
 MAX_HEADER_BYTES = 16 * 2**20  # as text it takes up to four times as much memory
-MAX_FILE_BYTES = 512 * 2**20
+MAX_FILE_BYTES = 2 * 2**30
 MAX_TENSORS = 8192
 MAX_ENTRY_CHARS = 1024  # of a tensor's dtype, shape and offsets
 MAX_BLOCK_DIGITS = 4

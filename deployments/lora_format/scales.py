@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from deployments.lora_format.classify import REMEDY, UNSUPPORTED
+from deployments.lora_format.classify import UNSUPPORTED
 from deployments.lora_format.header import ADAPTER_METADATA, refusal
 
 
@@ -16,7 +16,7 @@ class LoraScales:
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
         """metadata: of the file. Raises BadRequest where peft's settings in it are no JSON table, or describe
-        a DoRA or biases."""
+        biases."""
         self._settings = _peft_settings(metadata)
 
     @property
@@ -44,6 +44,13 @@ class LoraScales:
         )
         value = next(suffixes, default)
         return value / (math.sqrt(rank) if self._settings.get(f"{part}.use_rslora") else rank)
+
+    @property
+    def rescaled(self) -> str | None:
+        """The setting that says that the file is a DoRA; None where none does."""
+        return next(
+            (key for key, value in self._settings.items() if key.endswith(".use_dora") and value), None
+        )
 
     def _default(self, key: str) -> float | None:
         """The alpha of a part's layers, where this is the setting that has it."""
@@ -78,8 +85,6 @@ def _peft_settings(metadata: Mapping[str, str]) -> Mapping[str, Any]:
     if not isinstance(settings, dict):
         raise refusal(f"its metadata entry {ADAPTER_METADATA} is no table; correct or remove it")
     for key, value in settings.items():
-        if key.endswith(".use_dora") and value:
-            raise refusal(f"{UNSUPPORTED['dora']} ({key!r} in its metadata); {REMEDY}")
         if key.endswith(".lora_bias") and value:
             raise refusal(f"{UNSUPPORTED['bias']} ({key!r} in its metadata); train it without lora_bias")
     return settings

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from deployments.lora_format.change_shape import ChangeShape, change_shape
 from deployments.lora_format.header import LoraHeader, refusal
-from deployments.lora_format.placement import check_pair
 from deployments.lora_format.scales import LoraScales
-from deployments.lora_format.tensor_groups import FactorPair, Problem, TensorGroups
+from deployments.lora_format.tensor_groups import ModuleTensors, Problem, TensorGroups
 from deployments.lora_format.values import ReadBytes, TensorValues, tensor_values
 
 PEFT_PREFIX = "base_model.model."
@@ -25,9 +25,10 @@ class CheckedValues:
     tensors: Mapping[str, TensorValues]  # by name
     notes: tuple[str, ...] = ()  # sentences: what has no effect, or is missing
 
-    def is_zero(self, pair: FactorPair) -> bool:
-        """Whether these factors change nothing: one of them is zero, or their alpha."""
-        return any(self.tensors[key].is_zero for key in (pair.down, pair.up, pair.alpha) if key is not None)
+    def is_zero(self, module: ModuleTensors) -> bool:
+        """Whether these tensors change nothing: a factor is zero, or alpha, and no row is rescaled."""
+        keys = (*module.factors, module.alpha)
+        return module.magnitude is None and any(self.tensors[key].is_zero for key in keys if key is not None)
 
     def is_harmless(self, problem: Problem) -> bool:
         """Whether nothing is lost without the tensors of this problem."""
@@ -50,28 +51,36 @@ def check_values(header: LoraHeader, read: ReadBytes) -> CheckedValues:
     for problem in groups.problems:
         if not checked.is_harmless(problem):
             raise refusal(problem.reason)
-    largest_alpha = LoraScales(header.metadata).largest_alpha
-    for pair in groups.pairs:
-        reason = check_pair(pair, header.tensors) or _absurdity(pair, header, tensors, largest_alpha)
-        if reason is not None and not checked.is_zero(pair):
+    scales = LoraScales(header.metadata)
+    for module in groups.modules:
+        shape = change_shape(module, header.tensors)
+        reason = shape if isinstance(shape, str) else _absurdity(module, shape, tensors, scales.largest_alpha)
+        if reason is not None and not checked.is_zero(module):
             raise refusal(reason)
-    notes = (*_notes_on_zeros(groups, checked), *_notes_on_alphas(groups, largest_alpha))
+    if scales.rescaled is not None and not any(module.magnitude for module in groups.modules):
+        raise refusal(
+            f"its metadata says that it is a DoRA ({scales.rescaled!r}), and it has no magnitudes "
+            "(lora_magnitude_vector); save it with them, or correct the metadata"
+        )
+    notes = (*_notes_on_zeros(groups, checked), *_notes_on_alphas(groups, scales.largest_alpha))
     return replace(checked, notes=notes)
 
 
 def _absurdity(
-    pair: FactorPair, header: LoraHeader, values: Mapping[str, TensorValues], default_alpha: float | None
+    module: ModuleTensors,
+    shape: ChangeShape,
+    values: Mapping[str, TensorValues],
+    default_alpha: float | None,
 ) -> str | None:
     """What is absurd about the size of the change; None where nothing is."""
-    for key in (pair.down, pair.up):
+    for key in module.factors:
         if values[key].largest > MAX_VALUE:
             return f"{key!r} holds values up to {values[key].largest:.3g}; at most {MAX_VALUE:g}: {CURE}"
-    rank = header.tensors[pair.down].shape[0]
-    alpha = default_alpha if pair.alpha is None else values[pair.alpha].first
-    scale = 1.0 if alpha is None else abs(alpha) / rank
-    change = scale * math.sqrt(rank) * values[pair.down].rms * values[pair.up].rms
+    alpha = default_alpha if module.alpha is None else values[module.alpha].first
+    scale = 1.0 if alpha is None or shape.alpha_rank is None else abs(alpha) / shape.alpha_rank
+    change = scale * math.sqrt(shape.sum_rank) * math.prod(values[key].rms for key in module.factors)
     if change > MAX_CHANGE:
-        culprit = pair.up if pair.alpha is None or scale <= 1 else pair.alpha
+        culprit = module.factors[-1] if module.alpha is None or scale <= 1 else module.alpha
         return (
             f"{culprit!r} gives a change of {change:.3g} on average, with alpha / rank {scale:.3g}; "
             f"at most {MAX_CHANGE:g}: {CURE}"
@@ -81,8 +90,8 @@ def _absurdity(
 
 def _notes_on_alphas(groups: TensorGroups, largest_alpha: float | None) -> tuple[str, ...]:
     """That the alphas of a file that peft saved are elsewhere."""
-    has_alphas = largest_alpha is not None or any(pair.alpha is not None for pair in groups.pairs)
-    if has_alphas or not all(pair.module.startswith(PEFT_PREFIX) for pair in groups.pairs):
+    has_alphas = largest_alpha is not None or any(module.alpha is not None for module in groups.modules)
+    if has_alphas or not all(module.module.startswith(PEFT_PREFIX) for module in groups.modules):
         return ()
     return (
         "It holds no alphas, so alpha / rank counts as 1; peft keeps them in adapter_config.json beside the "
@@ -92,10 +101,10 @@ def _notes_on_alphas(groups: TensorGroups, largest_alpha: float | None) -> tuple
 
 def _notes_on_zeros(groups: TensorGroups, values: CheckedValues) -> tuple[str, ...]:
     """What the file holds without effect."""
-    idle = [pair.down for pair in groups.pairs if values.is_zero(pair)]
+    idle = [module.first for module in groups.modules if values.is_zero(module)]
     idle += [problem.key for problem in groups.problems]
     if not idle:
         return ()
-    if len(idle) == len(groups.pairs) + len(groups.problems):
+    if len(idle) == len(groups.modules) + len(groups.problems):
         return ("All layers are zero: it changes nothing.",)
     return (f"{len(idle)} of its layers are zero and change nothing; the first is {idle[0]!r}.",)

@@ -32,7 +32,7 @@ class BatchedLora:
 
     def __init__(self, parts: Mapping[str, nn.Module], *, deterministic: bool) -> None:
         """parts: the pipeline's modules by name. deterministic: a row's bits do not depend on other rows."""
-        self._parts = parts
+        self.parts = parts
         self._model = LoraModel(BatchInvariance() if deterministic else None)
         self._replaced: dict[nn.Module, Callable[[Tensor], Tensor] | None] = {}  # own forwards before
         self._graph_layers = GraphLayers()
@@ -57,7 +57,7 @@ class BatchedLora:
             if key in self._model.layers:
                 continue
             part, path = key
-            layer = self._parts[part].get_submodule(path)
+            layer = self.parts[part].get_submodule(path)
             self._model.shared.forget(part)
             if layer in self._graph_layers:
                 hooked = self._model.layers[key] = LoraLayer(key, layer, *self._graph_layers.plain(layer))
@@ -66,7 +66,7 @@ class BatchedLora:
             plain = layer.forward, "forward" in vars(layer)
             hooked = self._model.layers[key] = LoraLayer(key, layer, *plain)
             self._replace(layer, partial(self._forward, hooked))
-            parent = self._parts[part].get_submodule(path.rpartition(".")[0])
+            parent = self.parts[part].get_submodule(path.rpartition(".")[0])
             for child in parent.children():
                 if type(child) is nn.SiLU and not child.inplace and child not in self._replaced:
                     self._replace(child, partial(self._activation, child.forward))

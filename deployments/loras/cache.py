@@ -6,10 +6,10 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -19,11 +19,12 @@ from torch import Tensor
 
 from deployments.engine.device_streams import engine_stream
 from deployments.engine.out_of_memory import load_or_free
-from deployments.lora_format.layer_names import LayerNames
+from deployments.lora_format.layer_names import LayerKey, LayerNames
 from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.device_slots import DeviceSlot, DeviceSlots, SlotMemory
 from deployments.loras.file_reader import LoraFileReader, check_digest
 from deployments.loras.lora_set import LoraSet, combine
+from deployments.loras.rescale import Magnitude, ReadWeight, Rescale, rescales, stored_weight
 from deployments.loras.source import Adapter, layer_shapes, read_lora
 from deployments.loras.upload import upload
 from deployments.protocol.request import Lora
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 MIB = 2**20
 CURE = "use fewer or smaller LoRAs, or try again when less is running; operators: fewer adapters_on_device"
 COPIES = 2  # of a LoRA's factors on the device: as they are in the file, and stacked for a batch
+LAYERS_AT_ONCE = 16  # of a DoRA, measured between two forwards: running requests wait for them
 NICENESS = 10  # of the thread that reads and converts: the steps of running requests go first
 
 OnEngine = Callable[[Callable[[], Any]], Awaitable[Any]]  # runs a function between two forwards
@@ -125,14 +127,17 @@ class LoraCache:
         files: LoraFileReader,
         limits: LoraCacheLimits | None = None,
         memory: SlotMemory | None = None,
+        read_weight: ReadWeight = stored_weight,
     ) -> None:
         """pipeline: whose layers the LoRAs change. files: of LoRAs that a request names without sending
-        the file. memory: admits LoRAs to the device; None: by number only."""
+        the file. memory: admits LoRAs to the device; None: by number only. read_weight: of a layer, for
+        DoRAs."""
         limits = limits or LoraCacheLimits()
         self._pipeline = pipeline
         self._batched_lora = batched_lora
         self._device = device
         self._files = files
+        self._read_weight = read_weight
         self._names: LayerNames | None = None
         self._host = _HostCache(limits)
         self._slots = DeviceSlots(
@@ -187,10 +192,12 @@ class LoraCache:
             adapters = [await asyncio.shield(task) for task in loading]
             active = self._active.get(key)
             if active is None:
-                active = self._active[key] = _ActiveSet(asyncio.ensure_future(self._build_set(key, adapters)))
+                active = self._active[key] = _ActiveSet(
+                    asyncio.ensure_future(self._build_set(key, adapters, on_engine))
+                )
             active.users += 1
             lora_set = await asyncio.shield(active.building)
-            yield lora_set if lora_set.layers else None
+            yield None if lora_set.changes_nothing else lora_set
         finally:
             if active is not None:
                 self._release_set(key, active)
@@ -257,16 +264,37 @@ class LoraCache:
         )
         if not self._batched_lora.has_hooks(on_device.factors):
             await on_engine(lambda: self._batched_lora.hook(on_device.factors))
+        if on_device.magnitudes:
+            on_device = await self._with_rescales(on_device, on_engine)
         logger.info("LoRA loaded", extra={"lora": lora.id, "bytes": on_device.size_bytes})
         return on_device
 
-    async def _build_set(self, key: _SetKey, adapters: Sequence[Adapter]) -> LoraSet:
-        parts = [
-            (adapter.factors, weight)
+    async def _with_rescales(self, adapter: Adapter, on_engine: OnEngine) -> Adapter:
+        """A DoRA with the lengths of the model's rows, measured for a few layers between two forwards."""
+        layers = list(adapter.magnitudes)
+        rescaled: dict[LayerKey, Rescale] = {}
+        for first in range(0, len(layers), LAYERS_AT_ONCE):
+            some = {key: adapter.magnitudes[key] for key in layers[first : first + LAYERS_AT_ONCE]}
+            measure = partial(self._measure, some, adapter)
+            rescaled |= await on_engine(measure)
+        return replace(adapter, rescales=rescaled)
+
+    def _measure(self, some: Mapping[LayerKey, Magnitude], adapter: Adapter) -> dict[LayerKey, Rescale]:
+        with torch.inference_mode():
+            return rescales(some, adapter.factors, self._batched_lora.parts, self._read_weight)
+
+    async def _build_set(self, key: _SetKey, adapters: Sequence[Adapter], on_engine: OnEngine) -> LoraSet:
+        used = [
+            (adapter, weight)
             for adapter, (_, weight) in zip(adapters, key, strict=True)
             if weight  # 0: without effect
         ]
-        return combine(parts, label=key)
+        parts = [(adapter.factors, weight) for adapter, weight in used]
+        if not any(adapter.rescales for adapter, _ in used):
+            return combine(parts, label=key)
+        rescaled = [adapter.rescales for adapter, _ in used]
+        built: LoraSet = await on_engine(lambda: combine(parts, key, rescaled))  # computes with the engine's
+        return built
 
     def _release_set(self, key: _SetKey, active: _ActiveSet) -> None:
         active.users -= 1
@@ -290,7 +318,7 @@ class LoraCache:
         if self._stream is not None:
             self._stream.synchronize()
             for one in on_device.factors.values():
-                self._share_with_engine(one.a, one.b)
+                self._share_with_engine(*one.tensors)
         return on_device
 
     def _share_with_engine(self, *tensors: Tensor) -> None:

@@ -20,6 +20,7 @@ from deployments.loras.low_rank_products import (
     add_linear,
     add_linear_one_by_one,
 )
+from deployments.loras.row_changes import RowChanges
 from deployments.loras.shared_inputs import InputRecorder, SharedInputs
 
 
@@ -61,6 +62,9 @@ class LoraForward:
         self._model = model
         self._batch_size = len(lora_sets)
         self._units = units_of(lora_sets)
+        self._row_changes = RowChanges(
+            self._batch_size, [(unit.lora_set, unit.start, unit.rows) for unit in self._units]
+        )
         self._parts: dict[str, tuple[LoraSlots, InputRecorder | None]] = {}
         self._runs: dict[tuple[int, ...], list[SlotRun]] = {}
         self._ready: dict[LayerKey, tuple[Tensor, Tensor]] = {}  # input and output
@@ -89,7 +93,7 @@ class LoraForward:
             recorder.note(key, x)
         block = slots.block(key)
         if block is None:
-            return layer.plain(x)
+            return self._plain(layer, x)
         self._check_rows(x)
         if isinstance(layer.module, nn.Conv2d):
             return self._convolution(layer, layer.module, block, x)
@@ -118,8 +122,18 @@ class LoraForward:
                 "they cannot be assigned to requests"
             )
 
+    def _plain(self, layer: LoraLayer, x: Tensor) -> Tensor:
+        """The layer's output without products of low rank."""
+        output = layer.plain(x)
+        if not self._row_changes.touch(layer.key):
+            return output
+        self._check_rows(x)
+        output = output.contiguous()
+        self._row_changes.apply(layer, x, output)
+        return output
+
     def _alone(self, layer: LoraLayer, block: Block, x: Tensor) -> Tensor:
-        output = layer.plain(x).contiguous()
+        output = self._plain(layer, x).contiguous()
         kind, index = block.places[layer.key]
         member = block.plan.layers.index(layer.key)
         a, b = block.a[:, :, member : member + 1], block.b[kind][index : index + 1]
@@ -131,6 +145,9 @@ class LoraForward:
 
     def _joint(self, key: LayerKey, block: Block, layers: Sequence[LoraLayer], x: Tensor) -> Tensor:
         outputs = joint_outputs(layers, x)
+        for member, output in zip(layers, (o for out in outputs for o in out), strict=True):
+            if self._row_changes.touch(member.key):
+                self._row_changes.apply(member, x, output)
         rows = [out.view(len(out), self._batch_size, -1, out.shape[-1]) for out in outputs]
         by_row = self._by_row(x)
         for run in self._runs_of(block):
@@ -172,7 +189,7 @@ class LoraForward:
             add_linear_one_by_one(outs, x, products)
 
     def _convolution(self, layer: LoraLayer, conv: nn.Conv2d, block: Block, x: Tensor) -> Tensor:
-        output = layer.plain(x).contiguous()
+        output = self._plain(layer, x).contiguous()
         out = output.view(self._batch_size, -1, *output.shape[1:])
         x = x.reshape(self._batch_size, -1, *x.shape[1:])
         a, b = block.a[:, :, 0], block.b[0][0]

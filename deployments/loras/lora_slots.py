@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from deployments.lora_format.layer_names import LayerKey
+from deployments.loras.layer_change import LowRankFactors
 from deployments.loras.lora_set import LoraSet, LowRankSum
-from deployments.loras.source import LowRankFactors
 
 MAX_KEPT = 4  # batches: of transformer and text encoders, of two sizes
 MAX_PER_SIZE = 2  # of them with one number of slots in one part
@@ -73,6 +73,7 @@ class _Writes:
     sources: list[Tensor] = field(default_factory=list)
     scaled: list[Tensor] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
+    rescaled: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # of a DoRA: a target, its factors
 
     def add(self, block: Block, slot: int, key: LayerKey, total: LowRankSum) -> None:
         """slot: index in the block. The ranks of the parts stand side by side: they add up."""
@@ -86,6 +87,11 @@ class _Writes:
             if part.scale != 1:
                 self.scaled.append(b[rows])
                 self.scales.append(part.scale)
+            if part.row_scale is not None:
+                self.rescaled.append((b[rows], part.row_scale))
+            if part.column_scale is not None:
+                columns = part.column_scale.view(-1, *(1 for _ in part.a.shape[2:]))
+                self.rescaled.append((a[rows], columns))
             done = rows.stop
         if done < a.shape[0]:
             self.zeroed += [a[done:], b[done:]]
@@ -97,6 +103,8 @@ class _Writes:
             torch._foreach_copy_(self.targets, self.sources)
         if self.scaled:  # 16-bit values are multiplied in float32 and rounded once
             torch._foreach_mul_(self.scaled, self.scales)
+        for target, factors in self.rescaled:
+            target.mul_(factors)
 
 
 class LoraSlots:

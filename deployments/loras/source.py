@@ -1,4 +1,4 @@
-"""A LoRA file as low-rank factors for the layers of a loaded model, or the reason for its refusal.
+"""A LoRA file as factors for the layers of a loaded model, or the reason for its refusal.
 
 Names and shapes are matched by deployments/lora_format, for every trainer alike. diffusers' own converters
 are not used: they drop tensors and alphas without a word.
@@ -7,7 +7,7 @@ are not used: they drop tensors and alphas without a word.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,37 +16,30 @@ from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
 from deployments.engine.out_of_memory import is_out_of_memory
+from deployments.lora_format.change_shape import ChangeShape, change_shape, rescales_inputs
 from deployments.lora_format.file_info import LoraFileInfo, inspect_file
-from deployments.lora_format.header import refusal
+from deployments.lora_format.header import LoraHeader, refusal
 from deployments.lora_format.layer_names import PARTS, LayerKey, LayerNames, Target
-from deployments.lora_format.placement import PlacedFactors, place
+from deployments.lora_format.placement import PlacedChange, place
 from deployments.lora_format.scales import LoraScales
-
-
-@dataclass(frozen=True, slots=True)
-class LowRankFactors:
-    """What a LoRA adds to one layer: scale * b @ (a @ x).
-
-    a: (rank, in) for a Linear, (rank, in, kh, kw) for a Conv2d. b: (out, rank), its columns one after the
-    other in memory, so that factors of several ranks can be stacked. Both have the layer's dtype.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float  # alpha / rank
+from deployments.loras.layer_change import LayerFactors, kronecker, low_rank
+from deployments.loras.rescale import Magnitude, Rescale
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A LoRA converted for one model."""
+    """A LoRA, LoHa, LoKr or DoRA converted for one model."""
 
     info: LoraFileInfo
-    factors: Mapping[LayerKey, LowRankFactors]
+    factors: Mapping[LayerKey, LayerFactors]
+    magnitudes: Mapping[LayerKey, Magnitude] = field(default_factory=dict)  # of a DoRA
+    rescales: Mapping[LayerKey, Rescale] = field(default_factory=dict)  # of the magnitudes, on the device
 
     @property
     def size_bytes(self) -> int:
         """Of all factors, on the host or the device."""
-        tensors = [tensor for one in self.factors.values() for tensor in (one.a, one.b)]
+        tensors = [tensor for one in self.factors.values() for tensor in one.tensors]
+        tensors += [one.lengths for one in self.magnitudes.values() for _ in range(4)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -70,12 +63,17 @@ def read_lora(file: bytes, pipeline: Any, names: LayerNames | None = None) -> Ad
             raise
         raise refusal(f"it is not readable ({error})") from None
     scales = LoraScales(header.metadata)
+    changes = [placed for placed in placement.changes if not values.is_zero(placed.tensors)]
     factors = {
-        placed.target.layer: _fit(placed, _layer(pipeline, placed.target), tensors, scales)
-        for placed in placement.factors
-        if not values.is_zero(placed.pair)
+        placed.target.layer: _fit(placed, _layer(pipeline, placed.target), header, tensors, scales)
+        for placed in changes
     }
-    return Adapter(info, factors)
+    magnitudes = {
+        placed.target.layer: _magnitude(placed, header, tensors)
+        for placed in changes
+        if placed.tensors.magnitude is not None
+    }
+    return Adapter(info, factors, magnitudes)
 
 
 def layer_shapes(pipeline: Any) -> dict[str, tuple[int, ...]]:
@@ -106,21 +104,37 @@ def _layer(pipeline: Any, target: Target) -> nn.Module:
 
 
 def _fit(
-    placed: PlacedFactors, layer: nn.Module, tensors: Mapping[str, Tensor], scales: LoraScales
-) -> LowRankFactors:
+    placed: PlacedChange,
+    layer: nn.Module,
+    header: LoraHeader,
+    tensors: Mapping[str, Tensor],
+    scales: LoraScales,
+) -> LayerFactors:
     """The factors in the layer's dtype and shapes."""
-    pair, target = placed.pair, placed.target
-    a = tensors[pair.down]
-    rank = a.shape[0]
-    b = tensors[pair.up].reshape(-1, rank)[slice(*target.rows)]
-    if target.swapped:
-        b = torch.cat(b.chunk(2)[::-1])
-    dtype = _compute_dtype(layer)
-    return LowRankFactors(
-        a.reshape(rank, *target.weight[1:]).to(dtype).contiguous(),
-        b.to(dtype).t().contiguous().t(),
-        scales.of(*target.layer, rank, None if pair.alpha is None else float(tensors[pair.alpha])),
-    )
+    module, target = placed.tensors, placed.target
+    shape = change_shape(module, header.tensors)
+    assert isinstance(shape, ChangeShape), "placed tensors fit each other"
+    make = kronecker if module.network == "lokr" else low_rank
+    own = {role: tensors[key] for role, key in module.roles.items()}
+    factors = make(own, target.weight, target.rows, swapped=target.swapped, dtype=_compute_dtype(layer))
+    if shape.alpha_rank is None:
+        return factors
+    alpha = None if module.alpha is None else float(tensors[module.alpha])
+    return replace(factors, scale=scales.of(*target.layer, shape.alpha_rank, alpha))
+
+
+def _magnitude(placed: PlacedChange, header: LoraHeader, tensors: Mapping[str, Tensor]) -> Magnitude:
+    """The lengths of the rows or columns that are this layer's."""
+    module, target = placed.tensors, placed.target
+    assert module.magnitude is not None, "of a DoRA"
+    assert module.rescaling is not None, "of a DoRA"
+    lengths = tensors[module.magnitude].float().flatten()
+    of_inputs = rescales_inputs(module, header.tensors)
+    if not of_inputs:
+        lengths = lengths[slice(*target.rows)]
+        if target.swapped:
+            lengths = torch.cat(lengths.chunk(2)[::-1])
+    return Magnitude(lengths.contiguous(), of_inputs, module.rescaling)
 
 
 def _compute_dtype(layer: nn.Module) -> torch.dtype:

@@ -17,10 +17,10 @@ def upload(adapter: Adapter, device: torch.device) -> Adapter:
     A copy for each factor would be a thousand for FLUX, and one from pageable memory blocks the host. The
     copies are queued on the current stream: the caller waits for them, before the adapter is used.
     """
-    parts = [part for one in adapter.factors.values() for part in (one.a, one.b.t())]
+    parts = [part for one in adapter.factors.values() for part in one.tensors]
     copies = iter(_copies(parts, device))
     factors = {
-        layer: replace(one, a=next(copies), b=next(copies).t()) for layer, one in adapter.factors.items()
+        layer: one.with_tensors([next(copies) for _ in one.tensors]) for layer, one in adapter.factors.items()
     }
     return replace(adapter, factors=factors)
 

@@ -25,6 +25,7 @@ from deployments.models.load import load_controlnet, load_pipeline
 from deployments.models.memory_admission import MemoryAdmission
 from deployments.models.model_memory import Admit, LoraMemory, ModelMemory
 from deployments.models.offload import OnDemand, offloaded_part
+from deployments.models.plain_weights import plain_weight
 from deployments.models.preprocessors import lazy_preprocessors
 from deployments.models.quantise import saved_bytes
 from deployments.models.row_independence import check_rows
@@ -120,6 +121,7 @@ class ModelInstance:
             lora_files or LoraFileCache(None, 0),
             lora_limits,
             LoraMemory(admission, card.id),
+            plain_weight,
         )
         self._seams: list[Seam] = []
         self._undo: list[Callable[[], None]] = [

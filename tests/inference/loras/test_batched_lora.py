@@ -23,6 +23,7 @@ from deployments.lora_format.layer_names import PARTS
 from deployments.loras import low_rank_products
 from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.lora_set import LoraSet, combine
+from deployments.loras.rescale import rescales
 from deployments.loras.source import layer_shapes, read_lora
 from tests.inference import tiny
 from tests.inference.engine.together import Together
@@ -86,10 +87,13 @@ class LoraEngine:
         self.rows = 0
 
     def lora_set(self, loras: Loras) -> LoraSet | None:
-        adapters = [(read_lora(file, self.pipeline).factors, weight) for file, weight in loras]
-        for factors, _ in adapters:
-            self.batched_lora.hook(factors)
-        return combine(adapters) if adapters else None
+        adapters = [(read_lora(file, self.pipeline), weight) for file, weight in loras]
+        for adapter, _ in adapters:
+            self.batched_lora.hook(adapter.factors)
+        rescaled = [rescales(one.magnitudes, one.factors, self.batched_lora.parts) for one, _ in adapters]
+        return (
+            combine([(one.factors, weight) for one, weight in adapters], (), rescaled) if adapters else None
+        )
 
     def together(
         self, works: Sequence[tuple[Callable[[], Tensor], LoraSet | None]], rows: int = 8

@@ -437,3 +437,31 @@ async def test_requests_that_wait_for_each_others_loras_do_not_wait_in_vain(
     assert len(refused) <= 1
     assert all(isinstance(one, Overloaded) for one in refused)
     assert device.held <= 2
+
+
+async def test_a_dora_is_measured_between_forwards_and_serves_with_its_weight(
+    make_cache: Callable[..., LoraCache], pipeline: Any, stored: StoredFiles
+) -> None:
+    path = "transformer_blocks.0.attn.to_q"
+    plain = random_lora(pipeline, ["transformer"], only=lambda own, _: own == path)
+    key = f"transformer.{path}.lora_magnitude_vector"
+    file = file_of({**plain, key: torch.full((pipeline.transformer.get_submodule(path).out_features,), 2.0)})
+    digest = hashlib.sha256(file).hexdigest()
+    stored.files[digest] = file
+    measured: list[int] = []
+
+    async def count(function: Callable[[], Any]) -> Any:
+        measured.append(1)
+        return function()
+
+    lora_cache = make_cache()
+    async with lora_cache.using([Lora(id=digest, weight=0.5)], count) as lora_set:
+        assert lora_set is not None
+        (change,) = lora_set.row_changes.values()
+        (part,) = lora_set.layers["transformer", path].parts
+
+    weight = pipeline.transformer.get_submodule(path).weight.detach()
+    length = (weight + part.scale * part.b @ part.a).norm(dim=1)
+    torch.testing.assert_close(change.gain, 2.0 / length)
+    assert len(measured) >= 3, "forwards replaced, rows measured, the set computed"
+    assert lora_cache.usage.device_bytes > sum(tensor.nbytes for tensor in plain.values())

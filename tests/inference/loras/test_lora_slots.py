@@ -10,9 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deployments.loras import lora_slots
+from deployments.loras.layer_change import LowRankFactors
 from deployments.loras.lora_set import LoraSet, combine
 from deployments.loras.lora_slots import Block, KeptSlots, LoraSlots
-from deployments.loras.source import LowRankFactors
 
 LAYERS = [("transformer", name) for name in ("q", "k", "v", "out")]
 GROUPS = dict.fromkeys(LAYERS[:3], LAYERS[:3])

@@ -253,7 +253,11 @@ def test_what_does_not_fit_is_refused_by_its_first_bad_key(flux: Any, sd: Any, s
         (renamed(own, __0__="__7__"), flux, r"\.7\..*names no .* layer.*looks like a LoRA for flux"),
         (changed(own, "lora_A.weight", lambda t: t[:, :-1]), flux, r"lora_A.weight' is of shape .* needs"),
         (changed(own, "lora_B.weight", lambda t: t[:-1]), flux, r"lora_B.weight' is of shape .* needs"),
-        (changed(own, "lora_B.weight", lambda t: t[:, :-1]), flux, r"lora_B.weight' is of shape .* needs"),
+        (
+            changed(own, "lora_B.weight", lambda t: t[:, :-1]),
+            flux,
+            r"do not fit each other \(.*lora_B.weight'",
+        ),
         (changed(own, "lora_A.weight", lambda t: t[0, 0]), flux, r"lora_A.weight' is of shape \(\), which"),
         (changed(own, "lora_A.weight", lambda t: t * float("nan")), flux, r"not finite"),
         (changed(own, "lora_B.weight", lambda t: t * float("inf")), flux, r"not finite"),
@@ -299,8 +303,8 @@ def test_a_lora_of_absurd_size_is_refused_by_its_key(
         read_lora(file_of(changed(own, ending, change)), flux)
 
 
-def test_dora_in_the_metadata_is_refused(flux: Any) -> None:
+def test_a_dora_without_its_magnitudes_is_refused(flux: Any) -> None:
     note = json.dumps({"transformer.use_dora": True})
 
-    with pytest.raises(BadRequest, match="DoRA"):
+    with pytest.raises(BadRequest, match=r"says that it is a DoRA .* has no magnitudes"):
         read_lora(file_of(attention_only(flux, "transformer"), {"lora_adapter_metadata": note}), flux)

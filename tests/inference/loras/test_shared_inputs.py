@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from deployments.engine.lora_rows import run_with_lora_rows
 from deployments.lora_format.layer_names import LayerKey
 from deployments.loras.batched_lora import BatchedLora
+from deployments.loras.layer_change import LowRankFactors
 from deployments.loras.lora_set import LoraSet, combine
 from deployments.loras.shared_inputs import SharedInputs
-from deployments.loras.source import LowRankFactors
 
 Q, K, V = (("unet", name) for name in "qkv")
 
