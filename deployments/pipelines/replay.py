@@ -15,20 +15,21 @@ from deployments.pipelines.resume import Progress, RunningCall, SavedCall
 from deployments.pipelines.scheduler_state import Tables, decode, watch_tables
 
 # Pipelines that carry nothing from step to step but latents, noise scheduler and generators, and for which
-# tests/inference/pipelines/test_resumed_pipelines.py shows that they continue to the same bits
+# tests/inference/pipelines/test_resumed_*.py show that they continue to the same bits
 RESUMABLE = frozenset(
     """
-    AuraFlowPipeline ChromaImg2ImgPipeline ChromaInpaintPipeline ChromaPipeline
+    AuraFlowPipeline ChromaImg2ImgPipeline ChromaInpaintPipeline ChromaPipeline Flux2KleinPipeline
     FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline FluxControlNetPipeline FluxImg2ImgPipeline
-    FluxInpaintPipeline FluxPipeline HunyuanVideoImageToVideoPipeline HunyuanVideoPipeline
-    LTXImageToVideoPipeline LTXPipeline OvisImagePipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline
-    QwenImagePipeline StableDiffusion3Img2ImgPipeline StableDiffusion3Pipeline
-    StableDiffusionControlNetImg2ImgPipeline StableDiffusionControlNetInpaintPipeline
-    StableDiffusionControlNetPipeline StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline
-    StableDiffusionPipeline StableDiffusionXLControlNetImg2ImgPipeline
-    StableDiffusionXLControlNetInpaintPipeline StableDiffusionXLControlNetPipeline
-    StableDiffusionXLImg2ImgPipeline StableDiffusionXLInpaintPipeline StableDiffusionXLPipeline
-    WanImageToVideoPipeline WanPipeline ZImageImg2ImgPipeline ZImageInpaintPipeline ZImagePipeline
+    FluxInpaintPipeline FluxKontextPipeline FluxPipeline HunyuanVideoImageToVideoPipeline
+    HunyuanVideoPipeline LTXImageToVideoPipeline LTXPipeline OvisImagePipeline QwenImageEditPlusPipeline
+    QwenImageImg2ImgPipeline QwenImageInpaintPipeline QwenImagePipeline StableDiffusion3Img2ImgPipeline
+    StableDiffusion3Pipeline StableDiffusionControlNetImg2ImgPipeline
+    StableDiffusionControlNetInpaintPipeline StableDiffusionControlNetPipeline
+    StableDiffusionImg2ImgPipeline StableDiffusionInpaintPipeline StableDiffusionPipeline
+    StableDiffusionXLControlNetImg2ImgPipeline StableDiffusionXLControlNetInpaintPipeline
+    StableDiffusionXLControlNetPipeline StableDiffusionXLImg2ImgPipeline StableDiffusionXLInpaintPipeline
+    StableDiffusionXLPipeline WanImageToVideoPipeline WanPipeline ZImageImg2ImgPipeline
+    ZImageInpaintPipeline ZImagePipeline
     """.split()
 )
 # not FlowMatchLCMScheduler: pipelines give it no generator, so its noise is of no seed

@@ -136,6 +136,7 @@ def play(
             PICTURE.resize((request.width, request.height)) if edit else None,
             MASK.resize((request.width, request.height)) if edit and edit.mask_image is not None else None,
             [PICTURE.resize((request.width, request.height)) for _ in request.controls],
+            references=tuple(PICTURE for _ in request.references),
         )
         run = Run(request, model, unused, unused, resume=resume)  # type: ignore[arg-type]
         calls, items = PipelineCalls(run, inputs), list[Any]()
