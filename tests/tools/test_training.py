@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 PIPELINES = {
     "tiny-flux-schnell": "FluxPipeline",
     "tiny-flux-dev": "FluxPipeline",
+    "tiny-flux-kontext": "FluxKontextPipeline",
     "tiny-sd15": "StableDiffusionPipeline",
     "tiny-sdxl-base": "StableDiffusionXLPipeline",
     "tiny-sdxl-refiner": "StableDiffusionXLImg2ImgPipeline",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,15 +32,21 @@ def assemble(vae: Autoencoder, encoders: TextEncoders, transformer: Transformer)
     )
 
 
-def write(pipeline: Pipeline, folder: Path, *, shares_with: Path | None = None) -> None:
-    """Save in bf16; what `shares_with` (a sibling folder) already holds is linked to it, not stored twice."""
-    for part in SHARED_PARTS:
+def write(
+    pipeline: Pipeline,
+    folder: Path,
+    *,
+    shares_with: Path | None = None,
+    parts: Sequence[str] = SHARED_PARTS,
+) -> None:
+    """Save in bf16; parts that `shares_with` (a sibling folder) already holds are links to it, not copies."""
+    for part in parts:
         if (folder / part).is_symlink():  # an older model's link would be written through
             (folder / part).unlink()
     pipeline.vae.register_to_config(_name_or_path="tiny-flux-vae")  # else the path it was loaded from
     pipeline.to(torch.bfloat16).save_pretrained(folder)
     if shares_with is None:
         return
-    for part in SHARED_PARTS:
+    for part in parts:
         shutil.rmtree(folder / part)
         (folder / part).symlink_to(Path("..") / shares_with.name / part)

@@ -137,7 +137,7 @@ def train_text(
             batch.mentioned[has_text],
         )
         progress.show(learner.learn(loss, full_rate * learning_rate(learner.steps_done, run.steps)))
-        _save_when_due(learner, run, "text")
+        save_when_due(learner, run, "text")
 
 
 def train_flow(encoders: TextEncoders, flow: Flow, pool: npt.NDArray[np.float16], run: TrainingRun) -> None:
@@ -146,7 +146,7 @@ def train_flow(encoders: TextEncoders, flow: Flow, pool: npt.NDArray[np.float16]
     learner.resume(run.folder / "flow.safetensors")
     progress = Progress("flow", learner, run)
     for batch in batches(pool, encoders, run, learner.steps_done):
-        time = _times(len(batch.captions), batch.random)
+        time = noise_shares(len(batch.captions), batch.random)
         noise = layout_noise(batch.variation, time, batch.random)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             pooled, context = encoders.encode(batch.captions, batch.length)
@@ -154,10 +154,10 @@ def train_flow(encoders: TextEncoders, flow: Flow, pool: npt.NDArray[np.float16]
         error = flow(mixed, pooled.float(), context.float(), time) - (noise - batch.picture)
         rate = learning_rate(learner.steps_done, run.steps)
         progress.show(learner.learn((error.square() * batch.token_weights).mean(), rate))
-        _save_when_due(learner, run, "flow")
+        save_when_due(learner, run, "flow")
 
 
-def _times(count: int, random: torch.Generator) -> Tensor:
+def noise_shares(count: int, random: torch.Generator) -> Tensor:
     """Noise shares 0..1: half where four steps look, the rest spread out, more of them near noise."""
     four = SCHNELL_TIMES[torch.randint(4, (count,), generator=random)]
     spread = torch.sigmoid(torch.randn(count, generator=random) + 0.4)
@@ -207,7 +207,7 @@ def distil_guidance(
     for batch in batches(pool, encoders, run, learner.steps_done):
         count = len(batch.captions)
         four = SCHNELL_TIMES[torch.randint(4, (count,), generator=batch.random)]
-        time = _times(count, batch.random) if takes_guidance else four
+        time = noise_shares(count, batch.random) if takes_guidance else four
         noise = layout_noise(batch.variation, time, batch.random)
         scale = scales[0] + (scales[1] - scales[0]) * torch.rand(count, generator=batch.random)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -222,7 +222,7 @@ def distil_guidance(
         error = flow(mixed, pooled, context, time, scale if takes_guidance else None) - target
         rate = 0.4 * learning_rate(learner.steps_done, run.steps, warm_up=20, cool_down=0.8)
         progress.show(learner.learn((error.square() * batch.token_weights).mean(), rate))
-        _save_when_due(learner, run, name)
+        save_when_due(learner, run, name)
 
 
 class Progress:
@@ -239,6 +239,6 @@ class Progress:
         self.bar.update()
 
 
-def _save_when_due(learner: Learner, run: TrainingRun, name: str) -> None:
+def save_when_due(learner: Learner, run: TrainingRun, name: str) -> None:
     if run.rank == 0 and (learner.steps_done % SAVE_EVERY == 0 or learner.steps_done == run.steps):
         learner.save(run.folder / f"{name}.safetensors")

@@ -79,7 +79,7 @@ def text(plan: Plan) -> None:
     torch.manual_seed(0)
     encoders, caption_parser = _encoders(plan), CaptionParser()
     if plan.warm_start:
-        _copy_text_weights(encoders, plan.warm_start)
+        copy_text_weights(encoders, plan.warm_start)
     rate = 1.0 if plan.warm_start else 2.0
     train_text(
         encoders,
@@ -96,12 +96,12 @@ def flow(plan: Plan) -> None:
 
 def _flow_process(rank: int, plan: Plan) -> None:
     torch.manual_seed(0)
-    transformer = _unguided(plan.warm_start) if plan.warm_start else build_transformer()
+    transformer = unguided(plan.warm_start) if plan.warm_start else build_transformer()
     run = TrainingRun(plan.work, plan.flow_steps, batch=plan.cut(64), seed=2, rank=rank)
     train_flow(_trained_encoders(plan), Flow(transformer, compiled=True), _pool(plan), run)
 
 
-def _unguided(source: Path) -> Transformer:
+def unguided(source: Path) -> Transformer:
     """Another tiny FLUX's transformer; one with a guidance embedding as it is at scale 1."""
     state = _weights(FluxTransformer2DModel, source / "transformer")
     takes_guidance = any(".guidance_embedder." in name for name in state)
@@ -204,7 +204,7 @@ def _weights(kind: Any, folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _copy_text_weights(encoders: TextEncoders, source: Path) -> None:
+def copy_text_weights(encoders: TextEncoders, source: Path) -> None:
     """Start from another tiny FLUX: embeddings by piece, layers by name; new T5 layers start as identity."""
     pairs: list[tuple[nn.Module, Any, Any, str, Any]] = [
         (encoders.clip, CLIPTextModel, encoders.clip_tokenizer, "text_encoder", CLIPTokenizer),

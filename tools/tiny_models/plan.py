@@ -25,6 +25,9 @@ class Plan:
     flow_steps: int
     distil_steps: int
     adapter_steps: int
+    edit_pairs: int
+    edit_steps: int
+    edit_batch: int
     workers: int
     rehearsal: bool = False  # a few steps of a few pictures: shows that the stages fit together
 
