@@ -11,21 +11,14 @@ from pydantic import ValidationError
 
 from deployments.protocol.card import ModelCard, Serving, Weights, load_cards
 from deployments.protocol.errors import BadRequest
+from deployments.protocol.family import family_of, is_of_family
 from deployments.protocol.invalid_values import wrong_values
-from serve_app.settings import Settings
+from serve_app.settings import ROOT, Settings
 
 INDEX = "model_index.json"  # in the folder of a diffusers pipeline
+INDEXES = (INDEX, "modular_model_index.json")  # the second: of a Modular pipeline
 XFORMERS = "_native_efficient"  # diffusers' name for torch's memory-efficient attention
 UNETS = ("sd", "sdxl")  # families whose attention has no choice in diffusers: torch chooses
-# how the names of a family's pipeline classes begin, and how those of others that begin alike
-PIPELINES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "flux": ("Flux", ()),
-    "sdxl": ("StableDiffusionXL", ()),
-    "sd": ("StableDiffusion", ("StableDiffusionXL", "StableDiffusion3")),
-    "hunyuan_video": ("HunyuanVideo", ()),
-    "wan": ("Wan", ()),
-    "ltx": ("LTX", ()),
-}
 
 
 def known_cards(settings: Settings) -> dict[str, ModelCard]:
@@ -64,14 +57,14 @@ def with_base_model(
             f"MODEL_CHECKPOINT_DIR ({folder}) is itself a model, and several applications serve models; name "
             "a folder that holds one folder per model"
         )
-    kind = _pipeline_class(folder)
+    kind = _pipeline_class(folder / INDEX)
     named = next((card.id for card in known.values() if folder.name in _names(card)), None)
     if named is not None and named not in cards:
         raise BadRequest(
             f"MODEL_CHECKPOINT_DIR ({folder}) is the model {named}, which is not served; add it to models of "
             "the Serve config"
         )
-    fitting = [card.id for card in cards.values() if _is_of_family(card, kind)]
+    fitting = [card.id for card in cards.values() if card.family and is_of_family(card.family, kind)]
     chosen = named or next(iter(fitting), None)
     if chosen is None or chosen not in fitting:
         raise BadRequest(
@@ -114,7 +107,7 @@ def _as_set(card: ModelCard, settings: Settings, *, is_refiner: bool) -> ModelCa
         card = _at(card, refiner) if (refiner / INDEX).is_file() else _found(card, refiner)
     elif base is not None and not (base / INDEX).is_file():
         card = _found(card, base)
-    card = _with_precision(card, settings)
+    card = _with_family(_with_precision(card, settings))
     changes = _serving_changes(card, settings)
     if not changes:
         return card
@@ -137,6 +130,17 @@ def _with_precision(card: ModelCard, settings: Settings) -> ModelCard:
     }
     weights = card.weights.model_copy(update={"dtype": dtype})
     return card.model_copy(update={"weights": weights, "controls": nets})
+
+
+def _with_family(card: ModelCard) -> ModelCard:
+    """The card with the family of its pipeline's class, if it names none and its folder is here."""
+    path = card.weights.path
+    if card.family is not None or path is None:
+        return card
+    index = next(
+        (file for name in INDEXES if (file := ROOT / Path(path).expanduser() / name).is_file()), None
+    )
+    return card if index is None else card.model_copy(update={"family": family_of(_pipeline_class(index))})
 
 
 def _serving_changes(card: ModelCard, settings: Settings) -> dict[str, Any]:
@@ -182,17 +186,11 @@ def _at(card: ModelCard, folder: Path) -> ModelCard:
     return card.model_copy(update={"weights": weights})
 
 
-def _pipeline_class(folder: Path) -> str:
+def _pipeline_class(index: Path) -> str:
     try:
-        return str(json.loads((folder / INDEX).read_text(encoding="utf-8"))["_class_name"])
+        return str(json.loads(index.read_text(encoding="utf-8"))["_class_name"])
     except (OSError, ValueError, LookupError, TypeError):
-        raise BadRequest(f"{folder / INDEX} cannot be read; fetch the model again") from None
-
-
-def _is_of_family(card: ModelCard, pipeline_class: str) -> bool:
-    """Whether a pipeline of this class may be one of the card's family."""
-    begin, others = PIPELINES.get(card.family, ("", ()))
-    return pipeline_class.startswith(begin) and not pipeline_class.startswith(others)
+        raise BadRequest(f"{index} cannot be read; fetch the model again") from None
 
 
 def _folders(settings: Settings) -> Iterator[tuple[str, Path]]:

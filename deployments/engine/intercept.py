@@ -99,6 +99,7 @@ def _intercept_seam(
     name, release = f"{type(module).__name__}.{attribute}", None if weights is None else weights.release
     seam = Seam(name, function, positions, mergeable, optional, auxiliary, release)
 
+    @functools.wraps(function)  # pipelines look up which parameters it has
     def park(*args: Any, **kwargs: Any) -> Any:
         fiber = current_fiber()
         if fiber is None:

@@ -13,6 +13,7 @@ from deployments.media import still
 from deployments.media.inpainting import PasteBack
 from deployments.pipelines.previews import Previewer, watch
 from deployments.pipelines.resume import Progress
+from deployments.pipelines.step_callback import steps_of
 from deployments.pipelines.transfers import HostCopy
 from deployments.protocol.events import Preview
 from deployments.protocol.request import ResolvedRequest
@@ -45,7 +46,7 @@ def attach_previews(
 
     def is_wanted() -> bool:
         # known only now: noise schedulers of second order call the model more often than once per step
-        all_steps = progress.before + pipeline.num_timesteps + progress.after
+        all_steps = progress.before + steps_of(pipeline) + progress.after
         return progress.step + 1 in preview_steps(all_steps, wanted_previews)
 
     def emit_preview(latents: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import ControlNetModel, FluxControlNetModel
 from torch import nn
 
 from deployments.engine.out_of_memory import load_or_free
@@ -18,22 +19,21 @@ from deployments.models.attention import check_attention, set_attention
 from deployments.models.compile import check_compiles
 from deployments.models.load_errors import explain
 from deployments.models.model_memory import Admit, held_bytes, weights_bytes
+from deployments.models.modular import is_modular
 from deployments.models.parts import PartFiles, assemble, find_part, find_parts
 from deployments.models.quantise import check_quantisation
 from deployments.models.thread_dtype import thread_default_dtype
 from deployments.models.vae import check_pieces, prepare_vae, set_pieces
 from deployments.models.weight_cache import hub_folder, local_folder, local_path
 from deployments.planning.plan import DENOISERS, Plan, everything_on_device
-from deployments.protocol.card import Family, Licence, Weights
+from deployments.protocol.card import Licence, Weights
 from deployments.protocol.errors import ModelFailed
 
 logger = logging.getLogger(__name__)
 
-CONTROLNETS: dict[str, Any] = {"sd": ControlNetModel, "sdxl": ControlNetModel, "flux": FluxControlNetModel}
-
 
 def folder_of(weights: Weights, index: str = "model_index.json") -> Path | None:
-    """The local folder, which contains the file `index`; None for weights of the hub.
+    """The local folder, which has the file `index` or that of a Modular pipeline; None for a hub's weights.
 
     Raises ModelFailed naming the folder and the missing file, ModelUnavailable where a download may succeed
     later.
@@ -44,7 +44,7 @@ def folder_of(weights: Weights, index: str = "model_index.json") -> Path | None:
         folder = _fetched(weights)
     else:
         folder = local_path(weights)
-    if not (folder / index).is_file():
+    if not (folder / index).is_file() and not (index == "model_index.json" and is_modular(folder)):
         kind = "diffusers model" if index == "model_index.json" else "model"
         raise ModelFailed(
             f"no weights in {weights.path}: {index} is missing; "
@@ -69,7 +69,7 @@ def load_pipeline(
     admit: Admit = lambda _bytes: None,
     licence: Licence | None = None,
 ) -> Any:
-    """The pipeline named in the model_index.json of the weights, on `device`. Reads safetensors only.
+    """The pipeline that the index file of the weights names, on `device`. Reads safetensors only.
 
     plan: dtype, place and form of its parts; None: all on the device, in the dtype of the weights.
     compiled: its denoiser is going to be compiled.
@@ -138,25 +138,37 @@ def _most_bytes(parts: Mapping[str, PartFiles]) -> int:
     return held + max((part.device_bytes - part.held_bytes for part in parts.values()), default=0)
 
 
-def load_controlnet(
-    weights: Weights, family: Family, device: torch.device, admit: Admit = lambda _bytes: None
-) -> nn.Module:
-    """A ControlNet for models of `family`, on `device`. May be called while other threads are at work.
+def load_controlnet(weights: Weights, device: torch.device, admit: Admit = lambda _bytes: None) -> nn.Module:
+    """The ControlNet of the class that its config.json names, on `device`. May be called while other threads
+    are at work.
 
     admit: as for load_pipeline.
-    Raises what load_pipeline raises, and ModelFailed for a family whose ControlNets are not supported.
+    Raises what load_pipeline raises, and ModelFailed for what is no ControlNet of diffusers.
     """
-    if family not in CONTROLNETS:
-        raise ModelFailed(f"ControlNets for {family} are not supported; take controls out of the card")
+    kind = _controlnet_class(weights)
     net: nn.Module = load_or_free(
         f"the ControlNet {weights.path or weights.repo}",
-        lambda: load_module(CONTROLNETS[family], weights, device, admit),
+        lambda: load_module(kind, weights, device, admit),
         module_bytes(weights),
         cure="leave this control picture out, or try again when less is running",
         param="control_type",
     )
     logger.info("ControlNet loaded", extra={"weights": weights.path or weights.repo})
     return net
+
+
+def _controlnet_class(weights: Weights) -> Any:
+    folder = folder_of(weights, "config.json")
+    with _explained(weights):
+        folder = folder or hub_folder(weights, pipeline=False)
+        name = str(json.loads((folder / "config.json").read_bytes()).get("_class_name"))
+    kind = getattr(diffusers, name, None) if "ControlNet" in name else None
+    if kind is None:
+        raise ModelFailed(
+            f"{weights.path or weights.repo} is a {name}, which is no ControlNet of diffusers; "
+            "correct controls in the card"
+        )
+    return kind
 
 
 def load_module(kind: Any, weights: Weights, device: torch.device, admit: Admit) -> Any:

@@ -165,10 +165,10 @@ class ModelInstance:
 
     def _load_controlnet(self, weights: Weights) -> nn.Module:
         """In the dtype of the model, whose latents it reads."""
-        family, device = self.card.family, self._device
+        device = self._device
         weights = weights.model_copy(update={"dtype": self.plan.dtype})
         return self._memory.load(
-            weights, "the ControlNet", lambda admit: load_controlnet(weights, family, device, admit)
+            weights, "the ControlNet", lambda admit: load_controlnet(weights, device, admit)
         )
 
     def _load_refiner(self, refiner: ModelCard) -> Any:

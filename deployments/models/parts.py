@@ -20,6 +20,7 @@ from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, get_class_obj_and_candidates
 from torch import nn
 
+from deployments.models.modular import assemble_modular, is_modular, modular_parts
 from deployments.models.offload import offload
 from deployments.models.quantise import WEIGHT_BITS, quantise
 from deployments.models.unmapped import unmapped
@@ -133,23 +134,29 @@ def find_parts(folder: Path, plan: Plan, variant: str | None) -> dict[str, PartF
     Raises FileNotFoundError for missing files, also where no part has the variant, AttributeError and
     ValueError for a class that the library does not have.
     """
-    index = json.loads((folder / "model_index.json").read_bytes())
-    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
-    if pipeline is None:
-        return {}
-    wanted = inspect.signature(pipeline.__init__).parameters
     parts = {}
-    for name, entry in index.items():
-        if name not in wanted or not isinstance(entry, list) or entry[0] not in LIBRARIES:
-            continue
-        kind = _class_of(folder, name, *entry)
+    for name, (library, class_name, place) in _places(folder).items():
+        kind = _class_of(folder, name, library, class_name) if library in LIBRARIES else object
         if issubclass(kind, nn.Module):
-            place = folder / name if (folder / name).is_dir() else folder
             files, last = find_weights(place, variant), plan.channels_last and name in CONVOLUTIONAL
             parts[name] = PartFiles(kind, place, files, plan.part(name), last)
     if variant is not None and all(part.files.variant is None for part in parts.values()):
         raise FileNotFoundError(f"no weights in {folder} are of the variant {variant!r}")
     return parts
+
+
+def _places(folder: Path) -> dict[str, tuple[str, str, Path]]:
+    """By name of the component: library, class and the folder with its files."""
+    if is_modular(folder):
+        return modular_parts(folder)
+    index = json.loads((folder / "model_index.json").read_bytes())
+    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    wanted = () if pipeline is None else inspect.signature(pipeline.__init__).parameters
+    return {
+        name: (str(entry[0]), entry[1], folder / name if (folder / name).is_dir() else folder)
+        for name, entry in index.items()
+        if name in wanted and isinstance(entry, list)
+    }
 
 
 def _class_of(folder: Path, name: str, library: str, class_name: str) -> Any:
@@ -163,6 +170,8 @@ def _class_of(folder: Path, name: str, library: str, class_name: str) -> Any:
 def assemble(folder: Path, modules: Mapping[str, nn.Module], plan: Plan, device: torch.device) -> Any:
     """The pipeline in this folder with these modules; what else it consists of is read as DiffusionPipeline
     does, and placed on `device`."""
+    if is_modular(folder):
+        return assemble_modular(folder, modules, plan, device)
     with _folder_without(folder, _optional(folder, modules)) as rest:
         pipeline = diffusers.DiffusionPipeline.from_pretrained(
             rest, dtype=getattr(torch, plan.dtype), use_safetensors=True, **modules

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]  # relative paths of weights start at the repository
 ASK_TIMEOUT_S = 5.0  # for the size of a download
-FILES = ["*.json", "*.txt", "*.model", "*.safetensors"]  # in a hub repository of a single module
+FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]  # of a single module or a Modular pipeline
 MODEL_CACHE = "WEFT_MODEL_CACHE"
 HUB_TOKEN = "HF_TOKEN"  # read by huggingface_hub at every call
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # torch's own setting
@@ -97,8 +97,12 @@ def hub_folder(weights: Weights, *, pipeline: bool) -> Path:
     if pipeline:
         from diffusers import DiffusionPipeline
 
-        options |= {"variant": weights.variant, "use_safetensors": True}
-        return Path(DiffusionPipeline.download(weights.repo, **options))
+        try:
+            kind = {"variant": weights.variant, "use_safetensors": True}
+            return Path(DiffusionPipeline.download(weights.repo, **options, **kind))
+        except OSError as error:  # a Modular pipeline has another index
+            if "no file named model_index.json" not in str(error):
+                raise
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(str(weights.repo), allow_patterns=FILES, **options))

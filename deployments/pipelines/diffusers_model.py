@@ -7,12 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from diffusers.pipelines.auto_pipeline import (
-    AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-    AUTO_INPAINT_PIPELINES_MAPPING,
-    AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
-    _get_task_class,
-)
+from diffusers.pipelines.auto_pipeline import _get_task_class
 from PIL import Image
 from torch import nn
 
@@ -21,21 +16,15 @@ from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.controlnet import controlnets
 from deployments.pipelines.noise_schedulers import noise_scheduler
 from deployments.pipelines.pending_pictures import PendingPictures
+from deployments.pipelines.picture_classes import MAPPINGS, picture_class
 from deployments.pipelines.position_ids import PositionIds
 from deployments.pipelines.reference_pictures import edit_class, reference_arguments
 from deployments.pipelines.replay import StateMismatch
 from deployments.pipelines.resume import Progress
-from deployments.pipelines.step_callback import step_callback
+from deployments.pipelines.step_callback import call_with_steps, step_callback
 from deployments.protocol.card import ControlNet, References, Weights
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import ControlType, ResolvedRequest, Task
-
-_MAPPINGS = {
-    Task.t2i: AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
-    Task.i2i: AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-    Task.inpaint: AUTO_INPAINT_PIPELINES_MAPPING,
-    Task.refine: AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-}
 
 OnStep = Callable[[int, int], None]  # (finished steps, all steps)
 
@@ -138,7 +127,7 @@ class DiffusersModel:
             result = ensemble.run(pipeline, refiner, request, arguments, on_step, progress)
         else:
             callback = step_callback(pipeline, arguments.get("generator", []), on_step, progress)
-            result = pipeline(**arguments, callback_on_step_end=callback)
+            result = call_with_steps(pipeline, arguments, callback)
         if progress.saved is not None:
             raise StateMismatch("the request has fewer steps")
         if makes_video:
@@ -197,7 +186,7 @@ class DiffusersModel:
         """The pipeline for the task with ControlNets; every request's copy gets its own nets."""
         if task not in self._control_templates:
             name = type(self._pipeline).__name__.replace("Pipeline", "ControlNetPipeline")
-            pipeline_class = _get_task_class(_MAPPINGS[task], name)
+            pipeline_class = _get_task_class(MAPPINGS[task], name)
             net = next(iter(self._nets.values()))
             self._control_templates[task] = _built(pipeline_class, self._pipeline, {"controlnet": net})
         return self._control_templates[task]
@@ -225,7 +214,7 @@ def _template(pipeline: Any, task: Task, most_references: int = 1) -> Any:
     elif task in (Task.t2v, Task.i2v):
         pipeline_class = latent_decoder.video_class(type(pipeline), task)
     else:
-        pipeline_class = _get_task_class(_MAPPINGS[task], type(pipeline).__name__)
+        pipeline_class = picture_class(type(pipeline), task)
     template = pipeline if pipeline_class is type(pipeline) else _built(pipeline_class, pipeline, {})
     template.set_progress_bar_config(disable=True)
     return template

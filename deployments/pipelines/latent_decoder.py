@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deployments.media.video_spec import Frames
+from deployments.pipelines.arguments import parameters_of
 from deployments.pipelines.finite import check_finite_pixels
 from deployments.protocol.errors import ModelFailed
 from deployments.protocol.request import Task
@@ -41,6 +42,10 @@ def video_class(pipeline_class: type, task: Task) -> type:
     sibling = name.replace("ImageToVideo", "") if is_i2v else name.replace("Pipeline", "ImageToVideoPipeline")
     found = getattr(diffusers, sibling, None)
     if not isinstance(found, type):
+        if task is Task.i2v and "image" in parameters_of(
+            pipeline_class
+        ):  # one class for both, as Kandinsky 6
+            return pipeline_class
         raise ModelFailed(f"diffusers has no {sibling}; take {task.value} out of the card's tasks")
     return found
 
@@ -71,7 +76,7 @@ def latent_decoder(pipeline: Any, output: Tensor) -> LatentDecoder:
 def _streaming_decoder(pipeline: Any) -> Callable[[Any, Tensor], LatentDecoder] | None:
     """The decoder in parts that is bit-equal to the VAE's own decoding; None if there is none."""
     vae = pipeline.vae
-    if vae.use_tiling:  # tiles are decoded through all frames
+    if getattr(vae, "use_tiling", False):  # tiles are decoded through all frames
         return None
     match type(vae).__name__:
         case "AutoencoderKLWan":

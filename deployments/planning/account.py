@@ -16,7 +16,8 @@ from deployments.protocol.memory_needs import MemoryNeeds
 GIB = 2**30
 MIB = 2**20
 LORA_COPIES = 2  # as in the file, and stacked for a batch: docs/memory.md
-WITH_GUIDANCE = ("sd", "sdxl")  # families whose calls have two rows: with the prompt, and without it
+WITH_GUIDANCE = ("sd", "sdxl", "ltx")  # families whose calls have two rows: with the prompt, and without it
+WITHOUT_GUIDANCE = ("flux", "wan", "hunyuan_video")  # that make two calls, or one whatever the guidance
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,10 @@ class PlannedBytes:
 
 
 def rows_of_call(card: ModelCard) -> int:
-    """Rows of the smallest forward of the denoiser."""
-    return 2 if card.family in WITH_GUIDANCE else 1
+    """Rows of the smallest forward of the denoiser; of another family the most that it may have."""
+    if card.family in WITH_GUIDANCE:
+        return 2
+    return 1 if card.family in WITHOUT_GUIDANCE or card.guidance.max <= 1 else 2
 
 
 def row_bytes(needs: MemoryNeeds, dtype: Dtype) -> int:

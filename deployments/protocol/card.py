@@ -32,7 +32,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Quantisation = Literal["int8", "fp8", "fp8_dynamic", "nf4", "fp8_cast"]
 Offload = Literal["none", "text_encoders", "balanced", "sequential"]
 
-Family = Literal["flux", "sdxl", "sd", "hunyuan_video", "wan", "ltx"]
+FAMILY = r"^[a-z0-9][a-z0-9_]{0,63}$"
 MODEL_ID = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 
 
@@ -270,7 +270,7 @@ class ModelCard(Strict):
 
     id: str = Field(pattern=MODEL_ID)
     name: str
-    family: Family
+    family: str | None = Field(None, pattern=FAMILY)  # a word for people; None: that of its pipeline's class
     description: str = ""
     aliases: list[str] = []  # other names a request may use, such as the hub id
     weights: Weights

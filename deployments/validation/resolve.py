@@ -94,17 +94,17 @@ def _task_field(request: GenerationRequest) -> str:
 def denoising_steps(request: ResolvedRequest, card: ModelCard) -> int:
     """Steps that will really run: img2img skips the first (1 - strength) part of them.
 
-    Diffusers' FLUX pipelines round the skipped steps down, the others the remaining ones. Noise
-    schedulers of second order (heun) call the model more often; events.Step counts what they do.
+    Diffusers' pipelines of Stable Diffusion and SDXL round the remaining steps down, the others the skipped
+    ones. Noise schedulers of second order (heun) call the model more often; events.Step counts what they do.
     """
     steps = request.num_inference_steps
     if request.edit is None or _edit_is_first_frame(request):
         return steps
     if request.edit.strength == 0:
         return 0
-    if card.family == "flux":
-        return steps - int(steps - steps * request.edit.strength)
-    return min(steps, int(steps * request.edit.strength))
+    if card.family in ("sd", "sdxl"):
+        return min(steps, int(steps * request.edit.strength))
+    return steps - int(steps - steps * request.edit.strength)
 
 
 def _edit_is_first_frame(request: ResolvedRequest) -> bool:
@@ -161,7 +161,7 @@ def _steps(request: GenerationRequest, card: ModelCard, adjustments: list[Adjust
             param="num_inference_steps",
         )
     used = max(steps.min, min(steps.max, requested))
-    name = card.family.upper()
+    name = (card.family or card.name).upper()
     rule = f"exactly {used}" if steps.min == steps.max else f"{steps.min} to {steps.max}"
     adjustments.append(
         Adjustment(

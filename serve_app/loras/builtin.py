@@ -102,7 +102,7 @@ class BuiltInLoras:
             digest=digest,
             owner=PUBLIC,
             name=entry.id,
-            family=card.family,
+            family=card.family or "unknown",
             rank=info.rank,
             dtype=info.dtype,
             size_bytes=info.size_bytes,

@@ -14,7 +14,7 @@ from deployments.lora_format.layer_names import LayerNames, Shape
 from deployments.lora_format.placement import PlacedTensors, place
 from deployments.lora_format.tensor_groups import Problem
 from deployments.lora_format.values import CHUNK_BYTES, is_zero
-from deployments.protocol.card import Family, ModelCard, Weights
+from deployments.protocol.card import ModelCard, Weights
 from deployments.protocol.errors import BadRequest
 from serve_app.storage.results import ResultStore, adapter_path
 
@@ -59,7 +59,7 @@ class CompatibilityCheck:
             raise BadRequest(f"{name} does not fit {card.id}: {reason}", param=param)
         return True
 
-    async def _verdict(self, digest: str, names: LayerNames, family: Family) -> str | None:
+    async def _verdict(self, digest: str, names: LayerNames, family: str | None) -> str | None:
         """Why the file cannot be used; None where it can."""
         path = adapter_path(digest)
         head = await self._results.read_range(path, 0, HEAD_BYTES - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import TypeAdapter
 
@@ -31,7 +31,7 @@ class LoraRecord:
     digest: str  # SHA-256 of the file, 64 hex digits
     owner: str  # PUBLIC: every caller may use it
     name: str
-    family: LoraFamily
+    family: str  # a LoraFamily, or the family of the card that the LoRA comes with
     rank: int
     dtype: str
     size_bytes: int
@@ -64,9 +64,11 @@ class LoraLabel:
     preview: bytes | None = None  # a small WebP picture
 
 
-def fits_family(family: LoraFamily, card: ModelCard) -> bool:
+def fits_family(family: str, card: ModelCard) -> bool:
     """Whether a LoRA of this family may be used with the model, as far as names show; the shapes decide
-    later."""
+    later, and alone for a model of another family than LoRA files are known of."""
+    if card.family not in get_args(LoraFamily):
+        return True
     return family in ("unknown", card.family) or {family, card.family} in SAME_NAMES
 
 

@@ -98,7 +98,7 @@ def _tag(model: object) -> str:
         if isinstance(model, BaseModel)
         else ()
     )
-    return "card" if "family" in keys else "serving" if "serving" in keys else "weights"
+    return "card" if "licence" in keys else "serving" if "serving" in keys else "weights"
 
 
 Model = Annotated[

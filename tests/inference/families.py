@@ -32,6 +32,8 @@ class Family:
     image_class: str | None = None  # the family's image-to-image pipeline
     dtype: torch.dtype = torch.float64  # float32 where the pipeline insists on it
     output: str = "images"
+    tasks: tuple[str, ...] | None = None  # None: by its arguments
+    several: str | None = ""  # the parameter for several results; "": by the output; None: it has none
 
     @property
     def tolerance(self) -> float:
@@ -39,7 +41,8 @@ class Family:
 
     def requests(self) -> list[Arguments]:
         """Text-to-image calls of different steps, guidance, seeds, prompts, numbers and sizes."""
-        several = "num_videos_per_prompt" if self.output == "frames" else "num_images_per_prompt"
+        by_output = "num_videos_per_prompt" if self.output == "frames" else "num_images_per_prompt"
+        several = by_output if self.several == "" else self.several
         calls: list[dict[str, Any]] = []
         for number, steps in enumerate((2, 4, 3, 3, 2)):
             arguments = {
@@ -51,7 +54,8 @@ class Family:
             if self.guidance is not None:
                 arguments[self.guidance] = self.guidances[number % len(self.guidances)]
             calls.append(arguments)
-        calls[2][several] = 2
+        if several is not None:
+            calls[2][several] = 2
         if self.other_size is not None:
             calls += [{**calls[0], **self.other_size}, {**calls[1], **self.other_size}]
         return calls

@@ -62,7 +62,9 @@ def measure(family: Family) -> Outcome:
     return Outcome(
         pipelines=(type(pipeline).__name__, *([family.image_class] if family.image_class else [])),
         denoiser=type(denoiser).__name__,
-        tasks=("t2v",) + ("i2v",) * edits
+        tasks=family.tasks
+        if family.tasks is not None
+        else ("t2v",) + ("i2v",) * edits
         if video
         else ("t2i",) * ("image" not in family.common) + ("i2i",) * edits,
         shared=_shared(pipeline, seen),

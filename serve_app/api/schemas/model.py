@@ -61,7 +61,7 @@ class ModelOut(BaseModel):
 
     id: str
     name: str
-    family: str
+    family: str = Field(description="Of its pipeline's class; unknown: before its weights are here.")
     description: str
     aliases: list[str] = Field(description="Other names a request may use.")
     tasks: list[str]
@@ -114,7 +114,7 @@ class ModelOut(BaseModel):
         return cls(
             id=card.id,
             name=card.name,
-            family=card.family,
+            family=card.family or "unknown",
             description=card.description,
             aliases=card.aliases,
             tasks=card.tasks,

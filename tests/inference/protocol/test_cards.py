@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.models.load import CONTROLNETS
 from deployments.pipelines.noise_schedulers import SCHEDULERS
 from deployments.protocol.card import ModelCard, load_card, load_cards
 from deployments.protocol.errors import BadRequest
@@ -152,8 +151,7 @@ def test_a_refiner_that_a_card_names_has_a_card() -> None:
 
 
 @every_card
-def test_a_controlnet_names_its_licence_and_is_of_a_family_that_has_them(card: ModelCard) -> None:
-    assert not card.controls or card.family in CONTROLNETS
+def test_a_controlnet_names_its_licence(card: ModelCard) -> None:
     for entry in card.controls.values():
         assert entry.licence.name
         assert entry.licence.url.startswith("https://")
@@ -201,7 +199,7 @@ def test_an_unknown_key_is_an_error_with_file_and_key(tmp_path: Path, facts: dic
         ({"weights": {"path": "a", "repo": "b/c"}}, "exactly one of path and repo"),
         ({"tasks": ["t2i", "dance"]}, "unknown task 'dance'"),
         ({"id": "Not An Id"}, "id"),
-        ({"family": "cubism"}, "family"),
+        ({"family": "Not a word!"}, "family"),
         ({"controls": {"scribble": {}}}, "scribble"),
         ({"controls": {"canny": {"weights": {"repo": "a/b"}}}}, "controls.canny.licence"),
         (
