@@ -22,7 +22,7 @@ FLEET_TESTS = tuple(
     RAY_TESTS + name
     for name in (
         *("test_autoscaling", "test_cluster_doctor", "test_examples", "test_fleet", "test_node_"),
-        *("test_one_gpu", "test_rolling_upgrade"),
+        *("test_one_gpu", "test_read_only_root", "test_rolling_upgrade"),
     )
 )  # many nodes or models
 

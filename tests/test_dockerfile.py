@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import io
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 from dockerfile_parse import DockerfileParser
+
+from tools import link_environment
 
 ROOT = Path(__file__).parent.parent
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
@@ -80,6 +84,66 @@ def test_every_file_it_copies_is_there_and_passes_the_ignore_file(
     assert not any(fnmatch.fnmatch("data/valkey", rule) for rule in allowed)
 
 
+def test_layers_go_from_large_and_rarely_changed_to_small_and_often_changed(
+    instructions: list[tuple[str, str]],
+) -> None:
+    copies = [value for name, value in last_stage(instructions) if name == "COPY"]
+    packages, files = copies[:2], copies[2:]
+
+    assert packages == ["--from=torch /opt/torch /opt/torch", "--from=dependencies /opt/venv /opt/venv"]
+    assert not any(value.startswith("--from") for value in files)
+    order = [value.split()[0] for value in files]
+    assert order.index("models") < order.index("serve_app") < order.index("deployments")
+    # nothing of ours is in the layer of torch, which would be another with each of our versions
+    assert [value for name, value in stage_called(instructions, "torch") if name == "COPY"] == [
+        "constraints.txt ./"
+    ]
+
+
+def test_the_head_of_the_file_names_the_torch_that_it_installs(instructions: list[tuple[str, str]]) -> None:
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    (version,) = re.findall(r"^torch==(\d+\.\d+)\.", constraints, re.MULTILINE)
+    head = (ROOT / "Dockerfile").read_text(encoding="utf-8").partition("\nARG")[0]
+
+    assert f"torch {version} brings the libraries of CUDA" in head
+    assert re.search(r"a driver of \d{3} or newer", head)
+
+
+def test_all_that_it_writes_is_on_volumes_or_in_tmp(instructions: list[tuple[str, str]]) -> None:
+    last = last_stage(instructions)
+    (volumes,) = [json.loads(value) for name, value in last if name == "VOLUME"]
+    variables = dict(re.findall(r"(\w+)=(\S+)", next(value for name, value in last if name == "ENV")))
+
+    written = {name: variables[name] for name in ("HOME", "WEFT_DATA_DIR", "HF_HOME", "WEFT_MODEL_CACHE")}
+    assert [place for place in written.values() if not place.startswith((*volumes, "/tmp"))] == []
+
+
+def test_an_environment_finds_the_packages_of_the_one_it_is_linked_to(tmp_path: Path) -> None:
+    for name in ("venv", "torch"):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", name], cwd=tmp_path, check=True)
+    (packages,) = (tmp_path / "torch/lib").glob("python*/site-packages")
+    (packages / "torch.py").write_text("NAME = 'the linked one'")
+    (packages / "torch-2.0.dist-info").mkdir()
+    (packages / "torch-2.0.dist-info/METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torch\nVersion: 2.0\n"
+    )
+
+    link_environment.link(tmp_path / "venv", tmp_path / "torch")
+    code = "import torch; from importlib.metadata import version; print(torch.NAME, version('torch'))"
+    said = subprocess.run(
+        [tmp_path / "venv/bin/python", "-c", code],
+        env={},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+    assert said.stdout.strip() == "the linked one 2.0"
+    with pytest.raises(FileNotFoundError, match="no virtual environment"):
+        link_environment.link(tmp_path / "none", tmp_path / "torch")
+
+
 def test_every_package_has_the_version_of_the_constraints(instructions: list[tuple[str, str]]) -> None:
     installs = [
         part
@@ -89,7 +153,7 @@ def test_every_package_has_the_version_of_the_constraints(instructions: list[tup
         if "pip install" in part
     ]
 
-    assert len(installs) == 2
+    assert len(installs) == 3
     assert all("--constraint constraints.txt" in install for install in installs)
 
 
@@ -119,16 +183,17 @@ def test_on_gpus_it_has_what_triton_and_torchs_compiler_call(instructions: list[
 def test_packages_come_from_pips_own_index_and_torch_from_a_given_one(
     index: str, given: list[str], instructions: list[tuple[str, str]]
 ) -> None:
-    (run,) = [value for name, value in instructions if name == "RUN" and "pip install" in value]
-    script = f'pip() {{ printf "%s\\n" "$*"; }}; {run}'
+    runs = [value for name, value in instructions if name == "RUN" and "pip install" in value]
+    script = f'pip() {{ printf "%s\\n" "$*"; }}; {"; ".join(runs)}'
 
     called = subprocess.run(
         ["sh", "-euc", script], env={"TORCH_INDEX": index}, capture_output=True, text=True, check=True
     )
-    torch, others = called.stdout.splitlines()
+    torch, *others = called.stdout.splitlines()
 
     assert torch.split() == ["install", "--constraint", "constraints.txt", "--no-deps", *given, "torch"]
-    assert "index" not in others
+    assert len(others) == 2
+    assert not any("index" in other for other in others)
     assert "pypi.org" not in (ROOT / "Dockerfile").read_text()
     assert ("ARG", "TORCH_INDEX") in stage_called(instructions, "wheels-cuda")
 

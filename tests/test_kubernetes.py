@@ -430,6 +430,10 @@ def test_pods_run_as_an_unprivileged_user_and_have_probes(group: str) -> None:
     assert spec["securityContext"]["runAsNonRoot"] is True
     assert container["securityContext"]["allowPrivilegeEscalation"] is False
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    writable = {one["name"] for one in spec["volumes"] if one.keys() & {"emptyDir", "persistentVolumeClaim"}}
+    places = {one["mountPath"] for one in container["volumeMounts"] if one["name"] in writable}
+    assert places == {"/tmp", "/models", "/outputs"}
     assert {"livenessProbe", "readinessProbe"} <= container.keys()
     # Kubernetes would set WEFT_SERVE_SVC_PORT and the like, and settings refuse what they do not know
     assert spec["enableServiceLinks"] is False

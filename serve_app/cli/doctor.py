@@ -232,7 +232,7 @@ def disk_findings(settings: Settings) -> Iterator[Finding]:
 
 def secret_file_findings(data_dir: Path) -> Iterator[Finding]:
     """Whether only our user can read the files with secrets."""
-    ours = ("api_key", "jwt_secret", "valkey/secret", "valkey/users.acl", "valkey/valkey.conf")
+    ours = ("api_key", "jwt_secret", "ray_token", "valkey/secret", "valkey/users.acl", "valkey/valkey.conf")
     for path in (*(data_dir / name for name in ours), RAY_TOKEN.expanduser()):
         if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
             yield Finding(Level.fail, f"other users of this machine can read {path}; run chmod 600 on it")

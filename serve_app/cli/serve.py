@@ -129,8 +129,19 @@ def _prepare_environment(settings: Settings, host: str) -> AccessKey | None:
         os.environ["WEFT_JWT_SECRET"], _ = _kept_secret(settings.data_dir / "jwt_secret")
     if settings.model_device is not None and settings.model_device.startswith("cuda:"):
         _offer_one_gpu(int(settings.model_device.partition(":")[2]))
+    _keep_token_of_ray(settings.data_dir)
     os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # uvicorn would trust X-Forwarded-For from loopback
     return key
+
+
+def _keep_token_of_ray(data_dir: Path) -> None:
+    """Give Ray a token of our own where it could write none: a read-only root, a user without a home."""
+    from serve_app.ray_serve.private_api import finds_token  # Ray takes a second
+
+    if not finds_token():
+        file = data_dir / "ray_token"
+        _kept_secret(file)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(file)
 
 
 def _offer_one_gpu(number: int) -> None:

@@ -48,7 +48,7 @@ def check_start(
     check_folder(settings.data_dir, "WEFT_DATA_DIR", DATA_FOLDERS)
     if settings.model_cache is not None:
         check_folder(settings.model_cache.expanduser(), "WEFT_MODEL_CACHE")
-    for name in ("api_key", "jwt_secret"):
+    for name in ("api_key", "jwt_secret", "ray_token"):
         _check_kept_secret(settings.data_dir / name)
     free = shutil.disk_usage(settings.data_dir).free
     if free < settings.min_free_bytes:

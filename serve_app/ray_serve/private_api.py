@@ -36,6 +36,7 @@ ESSENTIAL = ("gcs_server", "raylet")  # processes without which a node serves no
 
 
 TOKEN = Path("~/.ray/auth_token")
+TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 TEMP_FOLDER_VARIABLE = "RAY_TMPDIR"
 HEAD_STORE_VARIABLE = "RAY_REDIS_ADDRESS"  # of a head that keeps its state
 HEAD_STORE_USER = ("RAY_REDIS_USERNAME", "REDIS_USERNAME")  # those of configs/clusters, and of KubeRay
@@ -68,6 +69,18 @@ def local_node() -> Iterator[None]:
             del os.environ[name]
             if value is not None:
                 os.environ[name] = value
+
+
+def finds_token() -> bool:
+    """Whether Ray has a token or can write one, which it does in the home directory."""
+    if any(os.environ.get(name) for name in TOKEN_VARIABLES):
+        return True
+    try:
+        path = TOKEN.expanduser()
+        path.parent.mkdir(exist_ok=True)
+    except (OSError, RuntimeError):  # read-only, or there is no home directory
+        return False
+    return path.exists() or os.access(path.parent, os.W_OK)
 
 
 def close_token(path: Path) -> None:

@@ -406,7 +406,7 @@ def test_a_full_disk_is_named(tmp_path: Path) -> None:
     assert f"the disk of {tmp_path} is full; free some space" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["api_key", "jwt_secret"])
+@pytest.mark.parametrize("name", ["api_key", "jwt_secret", "ray_token"])
 def test_a_generated_secret_that_was_cut_is_not_used(
     name: str, clean: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

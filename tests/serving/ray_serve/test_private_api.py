@@ -49,6 +49,31 @@ def test_a_handle_can_be_made_without_asking_the_controller() -> None:
     assert "_check_exists" in parameters(serve.get_deployment_handle), CHANGED + "_check_exists"
 
 
+def test_ray_finds_a_token_where_it_can_read_or_write_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in private_api.TOKEN_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert private_api.finds_token()
+    monkeypatch.setenv("HOME", "/dev/null/home")
+    assert not private_api.finds_token()
+
+    file = tmp_path / "token"
+    file.write_text("t" * 43)
+    loader = authentication_token_setup.AuthenticationTokenLoader.instance()
+    for name, value in zip(private_api.TOKEN_VARIABLES, ("t" * 43, str(file)), strict=True):
+        with monkeypatch.context() as only:
+            only.setenv(name, value)
+            loader.reset_cache()
+            assert private_api.finds_token()
+            assert loader.has_token(ignore_auth_mode=True), CHANGED + name
+    loader.reset_cache()
+    assert not loader.has_token(ignore_auth_mode=True)
+    monkeypatch.undo()
+    loader.reset_cache()
+
+
 def test_a_node_can_be_bound_to_loopback() -> None:
     source = inspect.getsource(ray.init)
 
