@@ -21,6 +21,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from PIL import Image
 
 from deployments.media.still import THUMBNAIL_SIDE
+from deployments.media.thread_scheduling import kept_scheduling
 from deployments.media.video_spec import (
     SEGMENT_FRAMES,
     SHEET_COLUMNS,
@@ -58,6 +59,8 @@ def encode_segment(spec: VideoSpec, index: int, chunks: Sequence[Frames], thread
     # colours are converted in a second thread, as the ffmpeg program does
     with av.open(buffer, "w", format=spec.format) as container, ThreadPoolExecutor(1) as converter:
         stream = _stream(container, spec, threads)
+        with kept_scheduling():
+            stream.codec_context.open()
         for picture in converter.map(partial(_picture, VideoReformatter()), frames, range(given)):
             container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
