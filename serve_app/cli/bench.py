@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,7 @@ from pydantic import SecretStr
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import NotFound, WeftError
 from serve_app.card_settings import known_cards
+from serve_app.cli.visible_gpus import as_replica
 from serve_app.settings import Settings
 
 LAST_LINES = 20  # of the messages of a process that broke
@@ -42,13 +45,14 @@ def bench(
     settings = Settings.load()
     card = _card_named(model, known_cards(settings))
     sizes = card.sizes
+    device, visible = as_replica(settings.model_device, card.serving.num_gpus)
     print(f"{card.id}, {sizes.width}x{sizes.height}", flush=True)
     job = {
         "card": card.model_dump(mode="json"),
-        "installation": asdict(settings.installation),
+        "installation": asdict(replace(settings.installation, device=device)),
         "limit_s": seconds,
     }
-    profile, file = _measure(json.dumps(job, default=_plain))
+    profile, file = _measure(json.dumps(job, default=_plain), visible)
     for line in _summary(profile):
         print(line)
     print(f"kept in {file}")
@@ -61,14 +65,16 @@ def _card_named(model: str, cards: dict[str, ModelCard]) -> ModelCard:
     return found
 
 
-def _measure(job: str) -> tuple[dict[str, Any], str]:
-    """The profile and its file; each batch size is printed as it is measured. In a process of its own, since
-    this one is to import no torch. Raises BenchFailed with what it says."""
-    command = [sys.executable, "-m", "deployments.bench"]
-    pipe = subprocess.PIPE
+def _measure(job: str, environment: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """The profile and its file; each batch size is printed as it is measured. In a process of its own, with
+    these variables: this one is to import no torch. Raises BenchFailed with what it says."""
+    command, pipe = [sys.executable, "-m", "deployments.bench"], subprocess.PIPE
+    variables = {**os.environ, **environment}
     with (
         tempfile.TemporaryFile("w+", errors="replace") as messages,  # libraries say much
-        subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=messages, text=True) as process,
+        subprocess.Popen(
+            command, cwd=ROOT, env=variables, stdin=pipe, stdout=pipe, stderr=messages, text=True
+        ) as process,
     ):
         assert process.stdin is not None
         assert process.stdout is not None

@@ -28,14 +28,15 @@ def plan(
     every: Annotated[bool, typer.Option("--all", help="One line for each known GPU.")] = False,
 ) -> None:
     """Print how a model runs on a device; exit status 1 when it does not fit."""
-    cards = known_cards(Settings.load())
+    settings = Settings.load()
+    cards = known_cards(settings)
     card = find_card(model, cards)
     beside = [cards[card.refiner]] if card.refiner in cards else []
     if every:
         for known in GPUS.values():
             print(f"{known.name:10} {summary(plan_of(card, known_machine(card, known.name), beside))}")
         return
-    machine = known_machine(card, gpu) if gpu is not None else machine_at_hand(card)
+    machine = known_machine(card, gpu) if gpu is not None else machine_at_hand(card, settings.model_device)
     made = plan_of(card, machine, beside)
     for line in table(made, machine):
         print(line)

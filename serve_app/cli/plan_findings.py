@@ -33,14 +33,14 @@ def plan_findings(cards: Mapping[str, ModelCard], model_device: str | None = Non
         else:
             key = (serving.num_gpus, serving.memory_gib)
             if key not in at_hand:
-                at_hand[key] = _asked(card)
+                at_hand[key] = _asked(card, model_device)
             yield _at_hand(card, at_hand[key], cards)
 
 
-def _asked(card: ModelCard) -> Machine | WeftError:
+def _asked(card: ModelCard, model_device: str | None) -> Machine | WeftError:
     """The device here as a replica finds it: the service that is checked may have all its memory now."""
     try:
-        return machine_at_hand(card, alone=True)
+        return machine_at_hand(card, model_device, alone=True)
     except WeftError as error:
         return error
 

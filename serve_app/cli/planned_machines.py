@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from deployments.planning.gpus import GPUS
 from deployments.planning.machine import Machine
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest, ModelUnavailable
+from serve_app.cli.visible_gpus import as_replica
 from serve_app.settings import ROOT
 
 THIS_MACHINE_TIMEOUT_S = 120.0
@@ -26,17 +28,22 @@ def known_machine(card: ModelCard, name: str) -> Machine:
     return _limited(GPUS[name].machine(card.serving.num_gpus), card)
 
 
-def machine_at_hand(card: ModelCard, *, alone: bool = False) -> Machine:
+def machine_at_hand(card: ModelCard, model_device: str | None, *, alone: bool = False) -> Machine:
     """The device that a replica of this card would have here, asked in a child process: torch is large.
 
-    alone: as if no other process, such as a running service, had any of its memory.
+    model_device: the setting MODEL_DEVICE. alone: as if no other process, such as a running service, had any
+    of its memory.
     Raises ModelUnavailable when that fails.
     """
-    asked = [str(card.serving.num_gpus), *(["alone"] if alone else [])]
+    device, visible = as_replica(model_device, card.serving.num_gpus)
+    asked = ["--num-gpus", str(card.serving.num_gpus)]
+    asked += ["--device", device] if device else []
+    asked += ["--alone"] if alone else []
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "deployments.models.this_machine", *asked],
+            [sys.executable, "-m", "deployments.models.devices", "machine", *asked],
             cwd=ROOT,
+            env={**os.environ, **visible},
             capture_output=True,
             text=True,
             timeout=THIS_MACHINE_TIMEOUT_S,

@@ -18,12 +18,12 @@ from serve_app.cli.model_report import model_report
 from serve_app.cli.serve_config import read_config
 from serve_app.cli.start_checks import check_start
 from serve_app.cli.stop_signals import StopSignals
+from serve_app.cli.visible_gpus import only_gpu
 from serve_app.cli.watchdog import ExitStatus, Watchdog
 from serve_app.processes import adopt_orphans, end_descendants
 from serve_app.redis.embedded import EmbeddedRedis
 from serve_app.settings import ROOT, Settings
 
-AMD_DRIVER = Path("/dev/kfd")
 SIGNALLED = 128  # plus the signal's number: the status of a process that a second signal has ended
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -128,7 +128,9 @@ def _prepare_environment(settings: Settings, host: str) -> AccessKey | None:
     if key is not None and settings.jwt_secret is None:
         os.environ["WEFT_JWT_SECRET"], _ = _kept_secret(settings.data_dir / "jwt_secret")
     if settings.model_device is not None and settings.model_device.startswith("cuda:"):
-        _offer_one_gpu(int(settings.model_device.partition(":")[2]))
+        # it is Ray that gives replicas theirs
+        os.environ.update(only_gpu(int(settings.model_device.partition(":")[2])))
+        os.environ["WEFT_MODEL_DEVICE"] = "cuda"
     _keep_token_of_ray(settings.data_dir)
     os.environ.setdefault("FORWARDED_ALLOW_IPS", "")  # uvicorn would trust X-Forwarded-For from loopback
     return key
@@ -142,14 +144,6 @@ def _keep_token_of_ray(data_dir: Path) -> None:
         file = data_dir / "ray_token"
         _kept_secret(file)
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(file)
-
-
-def _offer_one_gpu(number: int) -> None:
-    """Have Ray see only this GPU of those that this process sees: it is Ray that gives replicas theirs."""
-    name = "HIP_VISIBLE_DEVICES" if AMD_DRIVER.exists() else "CUDA_VISIBLE_DEVICES"
-    visible = os.environ.get(name)
-    os.environ[name] = visible.split(",")[number].strip() if visible else str(number)
-    os.environ["WEFT_MODEL_DEVICE"] = "cuda"
 
 
 def required_key(settings: Settings, host: str) -> AccessKey | None:

@@ -141,7 +141,7 @@ def _check_device(wanted: str | None) -> None:
     """Raises BadRequest for a device that this machine does not have. Torch is asked in another process."""
     if wanted in (None, "cpu"):
         return
-    command = [sys.executable, "-m", "deployments.models.devices"]
+    command = [sys.executable, "-m", "deployments.models.devices", "list"]
     asked = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if asked.returncode:
         return  # the replica says why

@@ -365,9 +365,9 @@ def test_the_files_that_ship_are_served_as_the_settings_say(
 
 
 def test_one_gpu_by_its_number_is_the_only_one_that_ray_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    from serve_app.cli import serve
+    from serve_app.cli import serve, visible_gpus
 
-    monkeypatch.setattr(serve, "AMD_DRIVER", Path("/nowhere"))
+    monkeypatch.setattr(visible_gpus, "AMD_DRIVER", Path("/nowhere"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
     monkeypatch.setenv("WEFT_MODEL_DEVICE", "cuda:1")  # restored afterwards, as all that a start sets
     monkeypatch.setenv("FORWARDED_ALLOW_IPS", "")

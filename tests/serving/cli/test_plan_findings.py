@@ -55,23 +55,23 @@ def test_the_names_that_ray_has_for_gpus_are_in_the_table() -> None:
 def test_the_device_at_hand_is_asked_once_and_without_what_others_use(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[tuple[str, bool]] = []
+    asked: list[tuple[str, str | None, bool]] = []
 
-    def small_gpu(card: ModelCard, *, alone: bool) -> Machine:
-        asked.append((card.id, alone))
+    def small_gpu(card: ModelCard, model_device: str | None, *, alone: bool) -> Machine:
+        asked.append((card.id, model_device, alone))
         return GPUS["rtx-3060"].machine()
 
     monkeypatch.setattr(plan_findings, "machine_at_hand", small_gpu)
-    flux, hunyuan = plan_findings.plan_findings(cards())
+    flux, hunyuan = plan_findings.plan_findings(cards(), "cuda:1")
 
-    assert asked == [("flux.1-dev", True)]
+    assert asked == [("flux.1-dev", "cuda:1", True)]
     assert flux.level is Level.warn
     assert "weights of transformer, text_encoder_2 are copied" in flux.text
     assert hunyuan.level is Level.fail
 
 
 def test_a_device_that_cannot_be_asked_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_card: ModelCard, *, alone: bool) -> Machine:
+    def broken(_card: ModelCard, _device: str | None, *, alone: bool) -> Machine:
         raise ModelUnavailable(f"no driver, alone: {alone}")
 
     monkeypatch.setattr(plan_findings, "machine_at_hand", broken)
