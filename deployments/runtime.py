@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from deployments.engine.call import Seam
 from deployments.engine.cost_model import RowLimit
 from deployments.engine.device_errors import is_device_broken
 from deployments.engine.engine import Engine
@@ -86,7 +87,7 @@ class Runtime:
             device=device_name,
             reserves_gpu=reserves_gpu,
         )
-        self.models = self._loader.open_cache(serving.models_loaded)
+        self.models = self._loader.open_cache()
         memory, device = self._loader.memory, self._loader.device
         scheduler = self._scheduler = schedule(serving.max_rows or MAX_ROWS, memory.rows_that_fit)
         engine = Engine(
@@ -98,7 +99,8 @@ class Runtime:
         )
         self.worker = Worker(engine, scheduler, slots=serving.slots, watchdog_s=serving.watchdog_s)
         self.encoder = encoder
-        self.models.before_unload = self._forget
+        self.models.before_unload = self._forget_model
+        self._loader.extras.before_unload = self._forget
         self._engine = engine
         self.decode_thread = DecodeThread(serving.watchdog_s, self.worker.run_on_thread, device)
 
@@ -121,8 +123,10 @@ class Runtime:
         """
         self._loader.admission.enter_loop()
         try:
+            refiner = None if request.refiner is None else self._loader.shared_refiner(card.id)
+            names = (card.id,) if refiner is None else (card.id, refiner)
             async with (
-                self.models.using(card.id) as model,
+                self.models.using_all(names) as (model, *others),
                 model.loras.using(request.loras, self.worker.run_on_thread) as lora_set,
             ):
                 run = Run(
@@ -135,6 +139,7 @@ class Runtime:
                     resume=resume,
                     max_wait_s=max_wait_s,
                     checkpoints=checkpoints,
+                    refiner=others[0] if others else None,
                     lora_set=lora_set,
                 )
                 for lora in model.loras.without_effect(request.loras):
@@ -178,9 +183,13 @@ class Runtime:
         logger.warning("a request ran out of memory outside of the engine", exc_info=error)
         return OutOfMemory(f"memory ran out{shortage(error)}; ask for fewer pictures or a smaller size")
 
-    async def _forget(self, model: ModelInstance) -> None:
-        """Have nothing refer to the modules of a model that is going to be unloaded, or count for it."""
-        seams = model.seams
+    async def _forget_model(self, model: ModelInstance) -> None:
+        """Have nothing refer to a model that is going to be unloaded, or count for it."""
+        await self._loader.extras.forget(model.card.id)
+        await self._forget(model.seams)
+
+    async def _forget(self, seams: Sequence[Seam]) -> None:
+        """Have nothing refer to modules that are going to be unloaded, or count for them."""
         keys: set[Hashable] = {seam.name for seam in seams}
         keys.update(key for seam in seams for key in list(seam.batch_keys.values()))
         await self.worker.run_on_thread(partial(self._engine.forget, seams))
@@ -192,6 +201,8 @@ class Runtime:
         yield from collectors.model_samples(self.models.models)
         yield from collectors.memory_samples(self._loader.device)
         yield from collectors.account_samples(self._loader.memory)
+        for model, evicted in list(self._loader.extras.evicted.items()):
+            yield Sample("weft_extras_evicted_total", evicted, {"model": model})
         for model, (times, seconds) in list(self._loader.loads.items()):
             yield Sample("weft_model_loads_total", times, {"model": model})
             yield Sample("weft_model_load_seconds_total", seconds, {"model": model})

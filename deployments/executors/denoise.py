@@ -42,16 +42,22 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
     cannot be loaded.
     """
     request, model = run.request, run.model
-    inputs = await asyncio.to_thread(
-        decode_inputs, request, model.preprocessors, run.frame, model.card.references
-    )
+    async with model.extras.using_preprocessors(request):
+        inputs = await asyncio.to_thread(
+            decode_inputs, request, model.extras.preprocessors, run.frame, model.card.references
+        )
     for warning in inputs.warnings:
         run.warn(*warning)
-    await asyncio.to_thread(model.pipelines.prepare, request)  # loads what a first request needs
+    if run.refiner is not None:
+        await asyncio.to_thread(model.pipelines.match_refiner, run.refiner.pipelines)
     calls = PipelineCalls(run, inputs)
     job = _scheduled_job(run, calls)
-    items = run.worker.submit(calls.work, job, max_wait_s=run.max_wait_s, snapshot=calls.capture)
-    async with aclosing(items):
+    async with (
+        model.extras.using_what_it_needs(request),  # loads what a first request needs
+        aclosing(
+            run.worker.submit(calls.work, job, max_wait_s=run.max_wait_s, snapshot=calls.capture)
+        ) as items,
+    ):
         async for item in items:
             match item:
                 case Finished():

@@ -110,6 +110,7 @@ class PipelineCalls:
             output_type="pending",
             progress=progress,
             attach=partial(self._attach, progress, emit if index == 0 else None),
+            refiner=None if self._run.refiner is None else self._run.refiner.pipelines,
         )
 
     def _emit_state(self, emit: Emit) -> None:

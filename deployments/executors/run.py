@@ -28,6 +28,7 @@ class Run:
     resume: bytes | None = None  # the state of a Handover or a Checkpoint from another replica
     checkpoints: CheckpointPolicy | None = None  # None: the state of the running request is not kept
     max_wait_s: float | None = None  # for a slot; None waits without limit
+    refiner: ModelInstance | None = None  # that the request uses, where it is a model of the group
     lora_set: LoraSet | None = None  # None without LoRAs that change anything
     frame: VideoFrame | None = None  # set when the picture is one frame of a frame-wise video
     warnings: list[Adjustment] = field(default_factory=list)  # see warn; a video shares it with its frames

@@ -11,7 +11,7 @@ row the bits that it gets alone; else rows are computed one by one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from functools import partial
 
 from torch import Tensor, nn
@@ -110,12 +110,17 @@ class BatchedLora:
         forward = self._current() if x.ndim == 2 else None
         return plain(x) if forward is None else forward.activation(plain, x)
 
+    def _is_own(self, lora_set: Hashable | None) -> bool:
+        """A request of another model may use this one as its refiner, with LoRAs of that model."""
+        return not isinstance(lora_set, LoraSet) or lora_set.owner in (None, self)
+
     def _current(self) -> LoraForward | None:
         """The forward that runs; None if no row has LoRAs."""
         rows = current_lora_rows()
         if rows is None:
             return None
         if rows.cache is None:
-            rows.cache = LoraForward(self._model, rows.lora_sets)
+            own = [lora_set if self._is_own(lora_set) else None for lora_set in rows.lora_sets]
+            rows.cache = LoraForward(self._model, own)
         forward: LoraForward = rows.cache
         return forward

@@ -290,10 +290,12 @@ class LoraCache:
             if weight  # 0: without effect
         ]
         parts = [(adapter.factors, weight) for adapter, weight in used]
+        owner = self._batched_lora
         if not any(adapter.rescales for adapter, _ in used):
-            return combine(parts, label=key)
+            return combine(parts, label=key, owner=owner)
         rescaled = [adapter.rescales for adapter, _ in used]
-        built: LoraSet = await on_engine(lambda: combine(parts, key, rescaled))  # computes with the engine's
+        # computes with the engine's
+        built: LoraSet = await on_engine(lambda: combine(parts, key, rescaled, owner))
         return built
 
     def _release_set(self, key: _SetKey, active: _ActiveSet) -> None:

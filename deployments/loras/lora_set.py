@@ -59,6 +59,8 @@ class LoraSet:
     layers: Mapping[LayerKey, LowRankSum]
     label: Hashable = ()  # ids and weights; sets with equal labels change a model in the same way
     row_changes: Mapping[LayerKey, RowChange] = field(default_factory=dict)
+    # of the model whose layers they change; None: any. A refiner has layers of the same names
+    owner: object = None
 
     @property
     def changes_nothing(self) -> bool:
@@ -72,7 +74,10 @@ class LoraSet:
 
 
 def combine(
-    adapters: Adapters, label: Hashable = (), rescales: Sequence[Mapping[LayerKey, Rescale]] = ()
+    adapters: Adapters,
+    label: Hashable = (),
+    rescales: Sequence[Mapping[LayerKey, Rescale]] = (),
+    owner: object = None,
 ) -> LoraSet:
     """Adapters on one device and their weights as one set; no factor is copied.
 
@@ -88,6 +93,7 @@ def combine(
         {layer: LowRankSum(tuple(one.low_rank)) for layer, one in sums.items() if one.low_rank},
         label,
         {layer: change for layer, one in sums.items() if (change := one.row_change) is not None},
+        owner,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Collection, Hashable
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from deployments.models.activations import Activations, Lane
@@ -20,6 +21,16 @@ REFRESH_EVERY = 64  # calls of rows_that_fit between two looks at what caches ho
 
 Part = Literal["weights", "loras", "stacks", "prompts", "requests"]
 Thing = tuple[str, Hashable]  # of which model, and what: its pipeline, a ControlNet, a LoRA's slot
+PIPELINE = "pipeline"  # the thing that is a model's own weights
+
+
+@dataclass(frozen=True, slots=True)
+class Needed:
+    """Bytes of the device that something needs."""
+
+    held: int  # once it is there
+    loading: int = 0  # beyond those while it is loaded, such as a layer in its old form that is quantised
+    picture: int | None = None  # to be kept free for one picture of its model; None: as it is
 
 
 def use_expandable_segments(hip_alloc_conf: str = "") -> None:
@@ -54,6 +65,7 @@ class DeviceMemory:
         self._claims: dict[Part, dict[Thing, int]] = {part: {} for part in get_args(Part)}
         self._watched: dict[object, tuple[Part, Callable[[], int]]] = {}
         self._expected: dict[str, int] = {}  # space for one picture, by model
+        self._loading: dict[Thing, int] = {}  # beyond what is claimed, of things that are being loaded
         self._activations = Activations()
         self._requests = 0  # of running requests and workspaces: what a forward found and no other part holds
         self._rows: dict[Hashable, int | None] = {}  # that fit, by key, while nothing has changed
@@ -80,10 +92,16 @@ class DeviceMemory:
     @property
     def working_bytes(self) -> int:
         """Space kept for the forwards of one request: as measured, at least what the cards of the loaded
-        models state."""
+        models state.
+
+        A model that is being loaded makes no pictures: what its loading takes is beside those of others only.
+        """
         with self._lock:
             measured = self._activations.of_one_call("steps") + self._activations.of_one_call("auxiliary")
-            return max(measured, *self._expected.values(), 0)
+            loading = {model for model, what in self._loading if what == PIPELINE}
+            running = [size for model, size in self._expected.items() if model not in loading]
+            beside_loading = max(measured, *running, 0) + sum(self._loading.values())
+            return max(beside_loading, *self._expected.values(), 0)
 
     @property
     def activation_bytes(self) -> int:
@@ -91,13 +109,19 @@ class DeviceMemory:
         with self._lock:
             return self._activations.largest("steps") + self._activations.largest("auxiliary")
 
-    def most_bytes(self, thing: Thing) -> int | None:
-        """What a thing could have beside its model's other weights and one picture, all else freed."""
+    def most_bytes(
+        self, thing: Thing, needed: Needed = Needed(0), beside: Collection[Thing] = ()
+    ) -> int | None:
+        """What a thing could hold beside its model's own weights, a picture and `beside`, all else freed."""
+        model, what = thing
         with self._lock:
             if self._limit is None:
                 return None
-            others = self.weights_of(thing[0]) - self._claims["weights"].get(thing, 0)
-            return max(0, self._limit - others - self._expected.get(thing[0], 0))
+            kept = {(model, PIPELINE), *beside} - {thing}
+            others = sum(claims.get(one, 0) for one in kept for claims in self._claims.values())
+            space = self._expected.get(model, 0) if needed.picture is None else needed.picture
+            space = max(space, needed.loading) if what == PIPELINE else space + needed.loading
+            return max(0, self._limit - others - space)
 
     # ---- forwards ----
 
@@ -147,19 +171,33 @@ class DeviceMemory:
 
     # ---- who holds what ----
 
-    def claim(self, part: Part, thing: Thing, size_bytes: int) -> bool:
-        """Let a thing hold so many bytes if they fit; otherwise nothing changes."""
+    def claim(
+        self, part: Part, thing: Thing, size_bytes: int, *, loading: int = 0, picture: int | None = None
+    ) -> bool:
+        """Let a thing hold so many bytes if they fit; otherwise nothing changes. Less than now always fits.
+
+        loading, picture: see Needed. What was claimed for loading before is released.
+        """
         with self._lock:
             self._limit = self._read_limit()
-            fits = self._limit is None or self._with(part, thing, size_bytes) <= self._limit
-            if fits:
-                self.record(part, thing, size_bytes)
-            return fits
+            before, claims, model = self._total(), dict(self._claims[part]), thing[0]
+            was_loading, was_expected = dict(self._loading), dict(self._expected)
+            self.record(part, thing, size_bytes)
+            if loading:
+                self._loading[thing] = loading
+            if picture is not None:
+                self.expect_working(model, picture)
+            total = self._total()
+            if self._limit is None or total <= max(self._limit, before):
+                return True
+            self._claims[part], self._loading, self._expected = claims, was_loading, was_expected
+            return False
 
     def record(self, part: Part, thing: Thing, size_bytes: int) -> None:
-        """A thing holds so many bytes, whether they fit or not. 0: it is forgotten."""
+        """A thing that is loaded holds so many bytes, whether they fit or not. 0: it is forgotten."""
         with self._lock:
             self._rows.clear()
+            self._loading.pop(thing, None)
             if size_bytes:
                 self._claims[part][thing] = size_bytes
             else:
@@ -169,12 +207,14 @@ class DeviceMemory:
         """A thing holds nothing any more."""
         self.record(part, thing, 0)
 
-    def release_weights(self, model: str) -> None:
-        """The model is unloaded."""
+    def release_model(self, model: str) -> None:
+        """The model is unloaded, or could not be loaded: its weights and its pictures need nothing more."""
         with self._lock:
             self._rows.clear()
             weights = self._claims["weights"]
             self._claims["weights"] = {thing: size for thing, size in weights.items() if thing[0] != model}
+            self._loading = {thing: size for thing, size in self._loading.items() if thing[0] != model}
+            self._expected.pop(model, None)
 
     def watch(self, part: Part, read: Callable[[], int]) -> Callable[[], None]:
         """Count what `read` returns under this part, until the returned function is called."""
@@ -195,7 +235,6 @@ class DeviceMemory:
             if size_bytes <= 0:
                 del self._expected[model]
 
-    def _with(self, part: Part, thing: Thing, size_bytes: int) -> int:
-        """All that is held, and the space for forwards, if `thing` held so many bytes."""
-        growth = size_bytes - self._claims[part].get(thing, 0)
-        return sum(self.held.values()) + self.working_bytes + growth
+    def _total(self) -> int:
+        """All that is held, and the space for forwards."""
+        return sum(self.held.values()) + self.working_bytes

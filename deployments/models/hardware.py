@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections.abc import Hashable
@@ -65,6 +66,16 @@ def memory_bytes(device: torch.device, gpu_share: float, *, alone: bool = False)
     free, total = torch.cuda.mem_get_info(device)
     there = total if alone else free + torch.cuda.memory_reserved(device)
     return usable_bytes(total, there, gpu_share)
+
+
+def free_unused_memory() -> None:
+    """Return to the device what modules had that nothing uses any more; some and their hooks refer to each
+    other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 class PeakMeter:

@@ -18,7 +18,7 @@ from deployments.engine.out_of_memory import load_or_free
 from deployments.models.attention import check_attention, set_attention
 from deployments.models.compile import check_compiles
 from deployments.models.load_errors import explain
-from deployments.models.model_memory import Admit, held_bytes, weights_bytes
+from deployments.models.model_memory import Admit, LoadBytes, held_bytes, weights_bytes
 from deployments.models.modular import is_modular
 from deployments.models.parts import PartFiles, assemble, find_part, find_parts
 from deployments.models.quantise import check_quantisation
@@ -66,7 +66,7 @@ def load_pipeline(
     *,
     plan: Plan | None = None,
     compiled: bool = False,
-    admit: Admit = lambda _bytes: None,
+    admit: Admit = lambda _size: None,
     licence: Licence | None = None,
 ) -> Any:
     """The pipeline that the index file of the weights names, on `device`. Reads safetensors only.
@@ -79,8 +79,34 @@ def load_pipeline(
     Raises ModelFailed when a file is missing or damaged or a licence is not accepted, ModelUnavailable when a
     download may succeed later, OutOfMemory when they do not fit.
     """
-    folder = folder_of(weights)
     plan = plan or everything_on_device(weights.dtype)
+    folder, parts, size = _files_of(weights, plan, device, licence, compiled=compiled)
+    return load_or_free(
+        f"the model {weights.path or weights.repo}",
+        partial(_load_pipeline, weights, plan, folder, parts, device, admit, licence, size),
+        size.held,
+        cure="try again when less is running; operators: a larger device, or fewer models on it",
+    )
+
+
+def pipeline_bytes(
+    weights: Weights,
+    device: torch.device,
+    *,
+    plan: Plan,
+    compiled: bool = False,
+    licence: Licence | None = None,
+) -> LoadBytes:
+    """What load_pipeline will ask `admit` for, by the headers of the files. Raises what it raises."""
+    _, _, size = _files_of(weights, plan, device, licence, compiled=compiled)
+    return size
+
+
+def _files_of(
+    weights: Weights, plan: Plan, device: torch.device, licence: Licence | None, *, compiled: bool
+) -> tuple[Path, dict[str, PartFiles], LoadBytes]:
+    """The folder of the pipeline, its parts and their bytes, before anything is read."""
+    folder = folder_of(weights)
     if plan.attention is not None:
         check_attention(plan.attention, device, getattr(torch, plan.dtype))
     with _explained(weights, licence):
@@ -90,13 +116,7 @@ def load_pipeline(
         if compiled:
             check_compiles(parts)
         _check_vae(parts, plan)
-        size_bytes = _most_bytes(parts)
-    return load_or_free(
-        f"the model {weights.path or weights.repo}",
-        partial(_load_pipeline, weights, plan, folder, parts, device, admit, licence),
-        size_bytes,
-        cure="try again when less is running; operators: a larger device, or fewer models on it",
-    )
+        return folder, parts, _most_bytes(parts)
 
 
 def _load_pipeline(
@@ -107,8 +127,9 @@ def _load_pipeline(
     device: torch.device,
     admit: Admit,
     licence: Licence | None,
+    size: LoadBytes,
 ) -> Any:
-    admit(_most_bytes(parts))
+    admit(size)
     with _explained(weights, licence):
         modules = {name: part.load(device) for name, part in parts.items()}
         pipeline = assemble(folder, modules, plan, device)
@@ -119,7 +140,8 @@ def _load_pipeline(
     if plan.attention is not None:
         denoisers = [pipeline.components.get(name) for name in DENOISERS]
         set_attention(plan.attention, [one for one in denoisers if one is not None])
-    admit(held_bytes([part for part in pipeline.components.values() if isinstance(part, nn.Module)]))
+    modules_there = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    admit(LoadBytes(held_bytes(modules_there)))
     return pipeline
 
 
@@ -131,14 +153,19 @@ def _check_vae(parts: Mapping[str, PartFiles], plan: Plan) -> None:
         check_pieces(empty, tiling=plan.vae_tiling, slicing=plan.vae_slicing)
 
 
-def _most_bytes(parts: Mapping[str, PartFiles]) -> int:
-    """On the device at a time, as far as is known before they are read: one part at a time is copied there
-    for a use."""
-    held = sum(part.held_bytes for part in parts.values())
-    return held + max((part.device_bytes - part.held_bytes for part in parts.values()), default=0)
+def _most_bytes(parts: Mapping[str, PartFiles]) -> LoadBytes:
+    """On the device at a time, as far as is known before they are read: one part at a time is loaded, and
+    copied there for a use."""
+    each = parts.values()
+    held = sum(part.held_bytes for part in each)
+    return LoadBytes(
+        held + max((part.device_bytes - part.held_bytes for part in each), default=0),
+        max((part.loading_bytes for part in each), default=0),
+        sum(part.whole_bytes for part in each),
+    )
 
 
-def load_controlnet(weights: Weights, device: torch.device, admit: Admit = lambda _bytes: None) -> nn.Module:
+def load_controlnet(weights: Weights, device: torch.device, admit: Admit = lambda _size: None) -> nn.Module:
     """The ControlNet of the class that its config.json names, on `device`. May be called while other threads
     are at work.
 
@@ -180,10 +207,10 @@ def load_module(kind: Any, weights: Weights, device: torch.device, admit: Admit)
     with _explained(weights):
         part = find_part(kind, folder or hub_folder(weights, pipeline=False), weights)
         size_bytes = part.size_bytes
-    admit(size_bytes)
+    admit(LoadBytes(size_bytes))
     with _explained(weights):
         module = part.load(device)
-    admit(weights_bytes([module]))
+    admit(LoadBytes(weights_bytes([module])))
     return module.eval()
 
 

@@ -1,14 +1,16 @@
-"""Who gets memory of the device, and who gives way: idle LoRAs first, then idle models."""
+"""Who gets memory of the device, and who gives way: idle LoRAs first, then idle ControlNets, refiners and
+preprocessors, then idle models."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Literal
+from typing import Literal, get_args
 
-from deployments.models.device_memory import DeviceMemory, Part, Thing, gib
+from deployments.models.device_memory import DeviceMemory, Needed, Part, Thing, gib
 from deployments.protocol.errors import OutOfMemory, Overloaded
 
 logger = logging.getLogger(__name__)
@@ -19,6 +21,7 @@ WAIT_S = 60.0  # for memory that running requests hold; then the request is refu
 # model or LoRA ends; it has none to give
 Outcome = Literal["freed", "in_use", "nothing"]
 Evictor = Callable[[str], Awaitable[Outcome]]
+Kind = Literal["loras", "extras", "models"]  # of holders, in the order in which they are asked
 
 
 class MemoryAdmission:
@@ -28,21 +31,24 @@ class MemoryAdmission:
         """wait_s: how long a request waits for memory that others hold."""
         self.memory = memory
         self._wait_s = wait_s
-        self._evictors: list[Evictor] = []  # asked in this order
+        self._evictors: dict[Kind, list[Evictor]] = {kind: [] for kind in get_args(Kind)}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._changed = asyncio.Event()
+        # of its own: the default ones may all be waiting for the memory that is freed here
+        self._unloading = ThreadPoolExecutor(1, thread_name_prefix="unload")
 
     def enter_loop(self) -> None:
         """Admissions of other threads run on the current event loop from now on."""
         self._loop = asyncio.get_running_loop()
 
-    def add_evictor(self, evictor: Evictor, *, first: bool = False) -> Callable[[], None]:
-        """Ask this holder when memory is needed, until the returned function is called.
+    def add_evictor(self, evictor: Evictor, kind: Kind) -> Callable[[], None]:
+        """Ask this holder when memory is needed, until the returned function is called."""
+        self._evictors[kind].append(evictor)
+        return lambda: self._evictors[kind].remove(evictor)
 
-        first: before those that were added earlier.
-        """
-        self._evictors.insert(0 if first else len(self._evictors), evictor)
-        return lambda: self._evictors.remove(evictor)
+    async def in_unload_thread(self, work: Callable[[], None]) -> None:
+        """Run what an evictor does to free memory, where it may block."""
+        await asyncio.get_running_loop().run_in_executor(self._unloading, work)
 
     def notify(self) -> None:
         """Have those that wait try again: a request has ended, or has begun to wait."""
@@ -56,19 +62,27 @@ class MemoryAdmission:
                 self._loop.call_soon_threadsafe(self.notify)
 
     async def admit(
-        self, part: Part, thing: Thing, size_bytes: int, what: str, *, unlimited_wait: bool = False
+        self,
+        part: Part,
+        thing: Thing,
+        needed: Needed,
+        what: str,
+        *,
+        beside: Collection[Thing] = (),
+        unlimited_wait: bool = False,
     ) -> None:
-        """Claim so many bytes for a thing; what is idle is evicted for it.
+        """Claim what a thing needs; what is idle is evicted for it.
 
-        what: names it in messages, such as "the LoRA 1f3c". Raises OutOfMemory where it can never fit beside
+        what: names it in messages, such as "the LoRA 1f3c". beside: what the same request holds and does not
+        release before. Raises OutOfMemory where it can never fit beside
         its model, Overloaded if running requests do not free enough in time.
         """
-        self._check_possible(thing, size_bytes, what)
+        self._check_possible(thing, needed, what, beside)
         try:
             async with asyncio.timeout(None if unlimited_wait else self._wait_s):
                 while True:
                     changed = self._changed  # a change from here on is not missed
-                    if self.memory.claim(part, thing, size_bytes):
+                    if self._claim(part, thing, needed):
                         return
                     outcome = await self._evict(thing[0])
                     if outcome == "nothing":
@@ -77,36 +91,46 @@ class MemoryAdmission:
                         await changed.wait()
         except TimeoutError:
             raise Overloaded(
-                f"{what} needs {gib(size_bytes)} of the device's memory, which running requests hold; "
+                f"{what} needs {_shown(needed)} of the device's memory, which running requests hold; "
                 "try again later",
                 retry_after_s=self._wait_s,
             ) from None
 
-    def admit_from_thread(self, part: Part, thing: Thing, size_bytes: int, what: str) -> None:
+    def admit_from_thread(
+        self, part: Part, thing: Thing, needed: Needed, what: str, beside: Collection[Thing] = ()
+    ) -> None:
         """As `admit`, for a thread other than the event loop's; it waits."""
         if self._loop is not None and self._loop.is_running():
-            admitting = self.admit(part, thing, size_bytes, what)
+            admitting = self.admit(part, thing, needed, what, beside=beside)
             asyncio.run_coroutine_threadsafe(admitting, self._loop).result()
             return
-        self._check_possible(thing, size_bytes, what)
-        if not self.memory.claim(part, thing, size_bytes):
-            raise OutOfMemory(f"{what} needs {gib(size_bytes)} of the device's memory, which are not free")
+        self._check_possible(thing, needed, what, beside)
+        if not self._claim(part, thing, needed):
+            raise OutOfMemory(f"{what} needs {_shown(needed)} of the device's memory, which are not free")
 
-    def _check_possible(self, thing: Thing, size_bytes: int, what: str) -> None:
+    def _claim(self, part: Part, thing: Thing, needed: Needed) -> bool:
+        return self.memory.claim(part, thing, needed.held, loading=needed.loading, picture=needed.picture)
+
+    def _check_possible(self, thing: Thing, needed: Needed, what: str, beside: Collection[Thing]) -> None:
         """Raises OutOfMemory with both sizes if this cannot fit even beside its model alone."""
-        most = self.memory.most_bytes(thing)
-        if most is not None and size_bytes > most:
+        most = self.memory.most_bytes(thing, needed, beside)
+        if most is not None and needed.held > most:
             raise OutOfMemory(
-                f"{what} needs {gib(size_bytes)} of the device's memory; at most {gib(most)} can be freed "
-                "beside the rest of its model and one picture"
+                f"{what} needs {_shown(needed)} of the device's memory; at most {gib(most)} can be freed "
+                "beside what else its request uses and one picture"
             )
 
     async def _evict(self, model: str) -> Outcome:
         """Have one holder free something, for this model."""
         in_use = False
-        for evictor in list(self._evictors):
+        for evictor in [one for evictors in self._evictors.values() for one in evictors]:
             outcome = await evictor(model)
             if outcome == "freed":
                 return outcome
             in_use = in_use or outcome == "in_use"
         return "in_use" if in_use else "nothing"
+
+
+def _shown(needed: Needed) -> str:
+    more = f" (and {gib(needed.loading)} while it is loaded)" if needed.loading else ""
+    return f"{gib(needed.held)}{more}"

@@ -6,27 +6,24 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from deployments.engine.batch_buckets import pad_small_linears
 from deployments.engine.call import Seam
-from deployments.engine.intercept import intercept
 from deployments.lora_format.layer_names import PARTS
 from deployments.loras.batched_lora import BatchedLora
 from deployments.loras.cache import LoraCache, LoraCacheLimits
 from deployments.loras.file_cache import LoraFileCache
 from deployments.loras.file_reader import LoraFileReader
 from deployments.models.compile import compile_blocks, repeated_blocks
-from deployments.models.load import load_controlnet, load_pipeline
+from deployments.models.extras import Extras
+from deployments.models.load import load_pipeline
 from deployments.models.memory_admission import MemoryAdmission
-from deployments.models.model_memory import Admit, LoraMemory, ModelMemory
-from deployments.models.offload import OnDemand, offloaded_part
+from deployments.models.model_extras import InterceptedModules, ModelExtras, close_offloaded
+from deployments.models.model_memory import LoraMemory, ModelMemory
 from deployments.models.plain_weights import plain_weight
-from deployments.models.preprocessors import lazy_preprocessors
 from deployments.models.quantise import saved_bytes
 from deployments.models.row_independence import check_rows
 from deployments.pipelines.diffusers_model import DiffusersModel
@@ -35,7 +32,7 @@ from deployments.pipelines.prompt_cache import PromptCache
 from deployments.planning.machine import Machine
 from deployments.planning.plan import Plan, plan_of
 from deployments.planning.profile import profile_key
-from deployments.protocol.card import ModelCard, Weights
+from deployments.protocol.card import ModelCard
 from deployments.protocol.request import Task
 
 logger = logging.getLogger(__name__)
@@ -54,15 +51,18 @@ class ModelInstance:
         device: torch.device,
         *,
         admission: MemoryAdmission,
+        extras: Extras | None = None,
         lora_files: LoraFileReader | None = None,
         beside: Sequence[ModelCard] = (),
+        is_given_refiner: bool = False,
     ) -> None:
         """Load the model as planned for this machine.
 
         refiner: the card that card.refiner names; loaded when a request needs it.
-        admission: asked before anything is moved to the device.
+        admission: asked before anything is moved to the device. extras: of the replica; None: of its own.
         lora_files: reads the files of LoRAs that a request only names; without it, requests bring the files.
         beside: cards that may be loaded beside it.
+        is_given_refiner: its refiner is another model of the replica, and not loaded here.
         Raises ModelFailed or ModelUnavailable when the weights cannot be loaded, OutOfMemory when they do not
         fit.
         """
@@ -73,9 +73,11 @@ class ModelInstance:
         if self.plan.refusal is not None:
             raise self.plan.refusal.error()
         self.profile_key = profile_key(card, self.plan, machine)
-        self._machine = machine
         self._memory = ModelMemory(admission, card, self.plan.working_bytes)
         self._device = device
+        self._undo: list[Callable[[], None]] = []
+        extras = extras or Extras(admission)
+        self.extras = ModelExtras(card, self.plan, machine, refiner, device, self._memory, extras)
         pipeline = load_pipeline(
             card.weights,
             device,
@@ -89,55 +91,56 @@ class ModelInstance:
         there = tuple(part for part in self.plan.parts if part.name in pipeline.components)
         self.plan = replace(self.plan, parts=there)
         self.quantised = {part.name: part.quantisation for part in there if part.quantisation is not None}
-        blocks = repeated_blocks(pipeline) if serving.compile else []
         self.pipelines = DiffusersModel(
             pipeline,
             _pipeline_tasks(card),
             controls=card.controls,
-            load_controlnet=self._load_controlnet,
-            load_refiner=None if refiner is None else partial(self._load_refiner, refiner),
+            load_controlnet=self.extras.load_controlnet,
+            load_refiner=None if refiner is None else self.extras.load_refiner,
+            is_given_refiner=is_given_refiner,
             references=card.references,
         )
+        self.extras.use(self.pipelines)
         self.previewer = Previewer.fitted_to(pipeline)
         self.prompts = PromptCache(serving.prompt_cache_mib * MIB)
-        self.preprocessors = lazy_preprocessors(
-            card.controls,
-            device,
-            partial(self._memory.admit, what="the preprocessor"),
-            in_float16=self.plan.dtype == "float16",
-        )
+        self._intercepted = InterceptedModules()
+        try:
+            self._open(pipeline, admission, lora_files)
+        except BaseException:  # the account would keep its caches, and they it
+            self.unload()
+            raise
+        extra = {"model": card.id, "seconds": time.monotonic() - started, "bytes": self.size_bytes}
+        logger.info("model loaded", extra=extra)
+
+    def _open(self, pipeline: Any, admission: MemoryAdmission, lora_files: LoraFileReader | None) -> None:
+        """Have the model's caches counted, and its modules called through the engine."""
+        serving, memory = self.card.serving, admission.memory
         components = {name: c for name, c in pipeline.components.items() if name in PARTS}
         self.batched_lora = BatchedLora(
             {name: c for name, c in components.items() if isinstance(c, nn.Module)},
             deterministic=serving.exact != "off",
         )
-        lora_limits = LoraCacheLimits(
-            serving.adapters_on_device, serving.adapters_in_memory, serving.adapter_memory_mib * MIB
-        )
+        self._undo.append(self.batched_lora.unhook)
         self.loras = LoraCache(
             pipeline,
             self.batched_lora,
-            device,
+            self._device,
             lora_files or LoraFileCache(None, 0),
-            lora_limits,
-            LoraMemory(admission, card.id),
+            LoraCacheLimits(
+                serving.adapters_on_device, serving.adapters_in_memory, serving.adapter_memory_mib * MIB
+            ),
+            LoraMemory(admission, self.card.id),
             plain_weight,
         )
-        self._seams: list[Seam] = []
-        self._undo: list[Callable[[], None]] = [
-            self.loras.close,
-            self.batched_lora.unhook,
-            admission.memory.watch("prompts", lambda: self.prompts.bytes),
-            admission.memory.watch("stacks", self._stacked_bytes),
-            admission.add_evictor(lambda _model: self.loras.make_way(), first=True),
-        ]
-        self._intercept(self.pipelines.modules)
+        self._undo.insert(0, self.loras.close)
+        self._undo.append(memory.watch("prompts", lambda: self.prompts.bytes))
+        self._undo.append(memory.watch("stacks", self._stacked_bytes))
+        self._undo.append(admission.add_evictor(lambda _model: self.loras.make_way(), "loras"))
+        self._intercepted.add(self.pipelines.modules, self._device, exact=serving.exact != "off")
+        blocks = repeated_blocks(pipeline) if serving.compile else []
         if serving.lora != "none":
             self.batched_lora.make_graph_layers(blocks)
         compile_blocks(blocks)
-        self.pipelines.on_new_modules = self._take_new
-        extra = {"model": card.id, "seconds": time.monotonic() - started, "bytes": self.size_bytes}
-        logger.info("model loaded", extra=extra)
 
     @property
     def size_bytes(self) -> int:
@@ -146,72 +149,29 @@ class ModelInstance:
 
     @property
     def seams(self) -> list[Seam]:
-        """Of its modules."""
-        return list(self._seams)
+        """Of its modules, and of those that are loaded beside them."""
+        return [*self._intercepted.seams, *self.extras.seams]
 
     def unload(self) -> None:
-        """Free the memory. The model must not be used any more."""
+        """Restore its modules and drop what it keeps. The model must not be used any more; its memory is free
+        when nothing refers to it."""
         for undo in self._undo:
             undo()
         self._undo.clear()
-        for module in self.pipelines.modules:
-            if (part := offloaded_part(module)) is not None:
-                part.close()
+        self._intercepted.restore()
+        self.extras.close()
+        close_offloaded(self.pipelines.modules)
         self.prompts.clear()
-        self.pipelines.modules.clear()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        self._memory.close()
-
-    def _load_controlnet(self, weights: Weights) -> nn.Module:
-        """In the dtype of the model, whose latents it reads."""
-        device = self._device
-        weights = weights.model_copy(update={"dtype": self.plan.dtype})
-        return self._memory.load(
-            weights, "the ControlNet", lambda admit: load_controlnet(weights, device, admit)
-        )
-
-    def _load_refiner(self, refiner: ModelCard) -> Any:
-        """The refiner's pipeline."""
-        weights = refiner.weights
-        plan = plan_of(refiner, self._machine)
-        if plan.refusal is not None:
-            raise plan.refusal.error()
-
-        def load(admit: Admit) -> Any:
-            return load_pipeline(weights, self._device, plan=plan, admit=admit, licence=refiner.licence)
-
-        return self._memory.load(weights, "the refiner", load)
 
     def _stacked_bytes(self) -> int:
         """Copies of LoRAs and of prompt embeddings for the last batches, beyond the one copy of each LoRA
         that was claimed with it."""
         beyond = self.batched_lora.stacked_bytes - self.loras.usage.device_bytes
-        return max(0, beyond) + sum(seam.stacked_bytes for seam in self._seams)
-
-    def _take_new(self, modules: list[nn.Module]) -> None:
-        """Use modules of a ControlNet or of the refiner, which may share others with this model."""
-        self._memory.keep(modules)
-        check_rows(modules, self.card.serving.exact)
-        self._intercept(modules)
-
-    def _intercept(self, modules: list[nn.Module]) -> None:
-        """Let the calls of these modules park in the engine, whose stream does not wait for this thread's."""
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        self._undo.append(intercept(modules, self._seams, _weights_of))
-        if self.card.serving.exact != "off":
-            self._undo.append(pad_small_linears(modules))
+        return max(0, beyond) + sum(seam.stacked_bytes for seam in self.seams)
 
 
 def _modules(pipeline: Any) -> list[nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-
-
-def _weights_of(module: nn.Module) -> OnDemand | None:
-    """The weights of a module that are on the device for its calls only."""
-    part = offloaded_part(module)
-    return part if isinstance(part, OnDemand) else None
 
 
 def _saved_bytes(pipeline: Any, plan: Plan) -> int:

@@ -11,15 +11,17 @@ from typing import TypeVar
 from deployments.engine.device_errors import DeviceBroken, is_device_broken
 from deployments.engine.out_of_memory import is_out_of_memory, shortage
 from deployments.loras.file_reader import LoraFileReader
-from deployments.models.device_memory import GIB, DeviceMemory
+from deployments.models.device_memory import GIB, DeviceMemory, Needed
 from deployments.models.devices import device_called
-from deployments.models.hardware import limit_to_share, machine_of, memory_bytes
-from deployments.models.load import folder_of
+from deployments.models.extras import Extras
+from deployments.models.hardware import free_unused_memory, limit_to_share, machine_of, memory_bytes
+from deployments.models.load import folder_of, pipeline_bytes
 from deployments.models.load_errors import explain
 from deployments.models.load_failures import LoadFailures, operator_state
 from deployments.models.memory_admission import MemoryAdmission
 from deployments.models.model_cache import ModelCache
 from deployments.models.model_instance import ModelInstance
+from deployments.models.model_memory import ModelMemory
 from deployments.models.weight_cache import fetch
 from deployments.planning.machine import Machine
 from deployments.planning.plan import Plan, plan_of
@@ -56,22 +58,33 @@ class ModelLoader:
         self.device = device_called(device, reserves_gpu=reserves_gpu)
         self._gpu_share = gpu_share
         self._memory_gib = cards[0].serving.memory_gib
+        self._models_loaded = cards[0].serving.models_loaded
         limit_to_share(self.device, gpu_share)
         self.memory = DeviceMemory(self._limit_bytes)
         self.admission = MemoryAdmission(self.memory)
+        self.extras = Extras(self.admission)
         self.loads: dict[str, tuple[int, float]] = {}  # by model: number of loads, and their seconds
         self.failures = LoadFailures(lambda name: operator_state(self._cards[name].weights))
         self._cards = {card.id: card for card in cards}
         self._refiners = refiners
         self._lora_files = lora_files
 
+    def shared_refiner(self, name: str) -> str | None:
+        """The model of the replica that refines this one's pictures: it is loaded once for both uses. None
+        where there is none with these weights, and where the replica may hold one model at a time."""
+        refiner = self._refiners.get(name)
+        model = None if refiner is None else self._cards.get(refiner.id)
+        if refiner is None or model is None or model.id == name or self._models_loaded < 2:
+            return None
+        return model.id if model.weights == refiner.weights else None
+
     @property
     def machine(self) -> Machine:
         """The device, with what this process may allocate on it now."""
         return machine_of(self.device, self._limit_bytes())
 
-    def open_cache(self, limit: int) -> ModelCache[ModelInstance]:
-        """A cache of at most `limit` models; the model of the first card is loaded at once.
+    def open_cache(self) -> ModelCache[ModelInstance]:
+        """A cache of at most `models_loaded` models; the model of the first card is loaded at once.
 
         When it cannot be loaded, the replica serves the others, and `failures` says why: a replica that ended
         here would be started again and again, and no one would learn the reason.
@@ -80,10 +93,11 @@ class ModelLoader:
             self._load,
             ModelInstance.unload,
             lambda model: model.size_bytes,
-            limit=limit,
+            limit=self._models_loaded,
             admission=self.admission,
-            expected_bytes=self._expected_bytes,
+            needed=self._needed,
             prepare=self._prepare,
+            free=lambda _name: free_unused_memory(),
         )
         first = next(iter(self._cards))
         with suppress(WeftError):  # it is recorded
@@ -146,20 +160,21 @@ class ModelLoader:
             raise explained from error
 
     def _load_once(self, name: str) -> ModelInstance:
-        started = time.monotonic()
+        started, shares_refiner = time.monotonic(), self.shared_refiner(name) is not None
         try:
             model = ModelInstance(
                 self._cards[name],
                 self.machine,
-                self._refiners.get(name),
+                None if shares_refiner else self._refiners.get(name),
                 self.device,
                 admission=self.admission,
+                extras=self.extras,
                 lora_files=self._lora_files,
                 beside=self._beside(name),
+                is_given_refiner=shares_refiner,
             )
         except BaseException:
-            self.memory.release_weights(name)
-            self.memory.expect_working(name, 0)
+            self.memory.release_model(name)
             raise
         times, seconds = self.loads.get(name, (0, 0.0))
         self.loads[name] = (times + 1, seconds + time.monotonic() - started)
@@ -186,16 +201,26 @@ class ModelLoader:
         """The cards that may be loaded beside a model: its refiner's, and those of the replica."""
         refiner = self._refiners.get(name)
         others = [card for other, card in self._cards.items() if other != name]
-        return others if refiner is None else [refiner, *others]
+        if refiner is None:
+            return others
+        return [refiner, *(card for card in others if card.id != refiner.id)]
 
-    def _expected_bytes(self, name: str) -> int:
-        """Of a model before its weights are read, with one picture: as planned, or what its card states. A
-        statement beyond the device is not believed."""
-        plan = self._plan(name)
-        if plan.planned is not None and plan.working_bytes is not None:
-            return plan.planned.weights + plan.working_bytes
-        stated, limit = int(self._cards[name].vram_gib * GIB), self.memory.limit_bytes
-        return stated if limit is None else min(stated, limit)
+    def _needed(self, name: str) -> Needed:
+        """Of a model whose weights are on this node and not read yet: as its plan has them, by its files."""
+        card = self._cards[name]
+
+        def read_headers() -> Needed:
+            plan = self._plan(name)
+            size = pipeline_bytes(
+                card.weights,
+                self.device,
+                plan=plan,
+                compiled=card.serving.compile,
+                licence=card.licence,
+            )
+            return ModelMemory(self.admission, card, plan.working_bytes).needed(size)
+
+        return self._recorded(name, read_headers)
 
     def _log_memory(self) -> None:
         parts = {f"{part}_bytes": size for part, size in self.memory.held.items()}

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from torch import nn
 
 from deployments.engine.plain_tensors import stored_bytes
 from deployments.loras.device_slots import DeviceSlot
-from deployments.models.device_memory import GIB
+from deployments.models.device_memory import GIB, PIPELINE, Needed, Thing
 from deployments.models.memory_admission import MemoryAdmission
-from deployments.models.model_cache import PIPELINE
 from deployments.models.offload import offloaded_part
 from deployments.protocol.card import ModelCard, Weights
 
-Loaded = TypeVar("Loaded")
-Admit = Callable[[int], None]  # called with the bytes of weights on the device, before they are there
+
+@dataclass(frozen=True, slots=True)
+class LoadBytes:
+    """Bytes of weights that are loaded."""
+
+    held: int  # on the device once they are there
+    loading: int = 0  # on it beyond those while they are loaded
+    whole: int | None = None  # of a pipeline, before it is read: of all its weights in their dtype
+
+
+Admit = Callable[[LoadBytes], None]  # called before weights are on the device, and when they are there
 
 
 def weights_bytes(modules: Iterable[nn.Module]) -> int:
@@ -40,24 +47,28 @@ class ModelMemory:
     admission: MemoryAdmission
     card: ModelCard
     working_bytes: int | None = None  # for one picture, as planned; None: what the card states
-    _loaded_last: str = ""
 
     @property
     def size_bytes(self) -> int:
         """Of all weights of the model on the device."""
         return self.admission.memory.weights_of(self.card.id)
 
-    def admit_pipeline(self, size_bytes: int) -> None:
+    def needed(self, size: LoadBytes) -> Needed:
+        """What the model needs with weights of this size."""
+        if size.whole is None:  # it is loaded, and has its space for a picture
+            return Needed(size.held, size.loading)
+        picture, limit = self._space(size.whole), self.admission.memory.limit_bytes
+        if limit is not None:  # with less space than the card states a smaller picture may fit
+            picture = min(picture, limit - size.held)
+        return Needed(size.held, size.loading, max(0, picture))
+
+    def admit_pipeline(self, size: LoadBytes) -> None:
         """Claim the model's own weights and the space for one picture; called before they are on the device.
 
         Raises OutOfMemory where they do not fit.
         """
-        memory = self.admission.memory
-        space = self._space(size_bytes)
-        if memory.limit_bytes is not None:  # with less space than the card states a smaller picture may fit
-            space = min(space, memory.limit_bytes - size_bytes)
-        memory.expect_working(self.card.id, max(0, space))
-        self._claim(PIPELINE, size_bytes, f"the model {self.card.id}")
+        thing, what = (self.card.id, PIPELINE), f"the model {self.card.id}"
+        self.admission.admit_from_thread("weights", thing, self.needed(size), what)
 
     def expect_uses(self, modules: Sequence[nn.Module], saved_bytes: int) -> None:
         """Keep space for one picture, and for what is copied to the device while these modules are used.
@@ -75,32 +86,9 @@ class ModelMemory:
             space = min(space, memory.limit_bytes - held)
         memory.expect_working(self.card.id, max(0, space, *(part.used_bytes for part in offloaded)))
 
-    def load(self, weights: Weights, what: str, load: Callable[[Admit], Loaded]) -> Loaded:
-        """What `load` returns; its argument admits bytes before they are on the device.
-
-        Raises what `load` raises, OutOfMemory and Overloaded.
-        """
-        self._loaded_last = weights.path or str(weights.repo)
-        try:
-            return load(self.admit(weights, what))
-        except BaseException:
-            self.keep([])
-            raise
-
-    def admit(self, weights: Weights, what: str) -> Admit:
-        """A function that claims memory for these weights."""
-        name = weights.path or str(weights.repo)
-        return lambda size_bytes: self._claim(name, size_bytes, f"{what} {name}")
-
-    def keep(self, modules: Sequence[nn.Module]) -> None:
-        """Of what `load` loaded last, only these modules stay on the device."""
-        self.admission.memory.record("weights", (self.card.id, self._loaded_last), held_bytes(modules))
-        self.admission.notify_from_thread()
-
-    def close(self) -> None:
-        """Release all weights. LoRAs are released with their slots."""
-        self.admission.memory.release_weights(self.card.id)
-        self.admission.memory.expect_working(self.card.id, 0)
+    def beside(self, what: str) -> MemoryBeside:
+        """For weights of this kind beside the pipeline's, such as "the ControlNet"."""
+        return MemoryBeside(self.admission, self.card.id, what)
 
     def _space(self, weights_bytes: int) -> int:
         """For one picture: as planned, or what the card states beyond all weights."""
@@ -108,8 +96,41 @@ class ModelMemory:
             return self.working_bytes
         return int(self.card.vram_gib * GIB) - weights_bytes
 
-    def _claim(self, name: str, size_bytes: int, what: str) -> None:
-        self.admission.admit_from_thread("weights", (self.card.id, name), size_bytes, what)
+
+@dataclass(frozen=True, slots=True)
+class MemoryBeside:
+    """Admits what is loaded beside a model's pipeline: ControlNets, the refiner, preprocessors. Any thread
+    but the event loop's."""
+
+    admission: MemoryAdmission
+    model: str
+    what: str  # it is, for messages and to keep the same weights in two roles apart
+
+    def admit(self, weights: Weights, beside: Collection[Thing] = ()) -> Admit:
+        """A function that claims memory for these weights. Raises OutOfMemory and Overloaded.
+
+        beside: what the same request holds already.
+        """
+        what = f"{self.what} {weights.path or weights.repo}"
+
+        def admit(size: LoadBytes) -> None:
+            needed = Needed(size.held, size.loading)
+            self.admission.admit_from_thread("weights", self.thing(weights), needed, what, beside)
+
+        return admit
+
+    def keep(self, weights: Weights, modules: Sequence[nn.Module]) -> None:
+        """Of these weights only those of these modules stay on the device."""
+        self.admission.memory.record("weights", self.thing(weights), held_bytes(modules))
+        self.admission.notify_from_thread()
+
+    def release(self, weights: Weights) -> None:
+        """These weights are not on the device any more, or could not be loaded."""
+        self.keep(weights, [])
+
+    def thing(self, weights: Weights) -> Thing:
+        """Under which the account has these weights, of this revision, variant and dtype."""
+        return self.model, (self.what, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +141,8 @@ class LoraMemory:
     model: str
 
     async def admit(self, slot: DeviceSlot, size_bytes: int, lora_id: str) -> None:
-        await self.admission.admit("loras", (self.model, slot), size_bytes, f"the LoRA {lora_id[:12]}")
+        what = f"the LoRA {lora_id[:12]}"
+        await self.admission.admit("loras", (self.model, slot), Needed(size_bytes), what)
 
     def release(self, slot: DeviceSlot) -> None:
         self.admission.memory.release("loras", (self.model, slot))

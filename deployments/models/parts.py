@@ -22,7 +22,7 @@ from torch import nn
 
 from deployments.models.modular import assemble_modular, is_modular, modular_parts
 from deployments.models.offload import offload
-from deployments.models.quantise import WEIGHT_BITS, quantise
+from deployments.models.quantise import WEIGHT_BITS, quantise, quantising_bytes
 from deployments.models.unmapped import unmapped
 from deployments.models.weight_files import WeightFiles, find_weights
 from deployments.planning.plan import PartPlan, Plan
@@ -55,6 +55,20 @@ class PartFiles:
         kind = self.plan.quantisation
         bits = None if kind is None else WEIGHT_BITS[kind]
         return self.files.bytes_as(getattr(torch, self.plan.dtype), self._in_float32, bits)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of its tensors, in its dtype, whatever their form will be."""
+        return self.files.bytes_as(getattr(torch, self.plan.dtype), self._in_float32)
+
+    @property
+    def loading_bytes(self) -> int:
+        """What is on the device beyond `device_bytes` while it is loaded: its largest layer as it is
+        quantised there."""
+        kind = self.plan.quantisation
+        if kind is None or self.plan.placement != "device":
+            return 0
+        return quantising_bytes(kind, getattr(torch, self.plan.dtype), self.files.largest_linear)
 
     @property
     def held_bytes(self) -> int:

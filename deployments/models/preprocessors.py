@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,10 @@ from transformers import (
 )
 
 from deployments.engine.out_of_memory import load_or_free
+from deployments.models.device_memory import Thing
+from deployments.models.hardware import free_unused_memory
 from deployments.models.load import load_module, load_processor, module_bytes
-from deployments.models.model_memory import Admit
+from deployments.models.model_memory import Admit, MemoryBeside
 from deployments.protocol.card import ControlNet, Weights
 from deployments.protocol.request import ControlType
 
@@ -35,20 +37,22 @@ MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])  # 
 CURE = "send a finished control map, or try again when less is running"
 
 Floats = npt.NDArray[np.floating[Any]]
+AdmitWeights = Callable[[Weights], Admit]
+Load = Callable[[AdmitWeights], Callable[[Image.Image], Any]]
 
 
 def lazy_preprocessors(
     controls: Mapping[ControlType, ControlNet],
     device: torch.device,
-    admit: Callable[[Weights], Admit] = lambda _weights: lambda _bytes: None,
+    memory: MemoryBeside | None = None,
     *,
     in_float16: bool = False,
-) -> dict[ControlType, Callable[[Image.Image], Any]]:
+) -> dict[ControlType, LazyPreprocessor]:
     """Preprocessors for the types of control picture whose models the card names: depth, pose.
 
     Each may be called from any thread; one call runs at a time. The first call loads the model and raises
     ModelUnavailable if that fails.
-    admit: by weights, what is called with the model's bytes before it is on the device.
+    memory: admits the models to the device; None: they are not counted.
     in_float16: on a device without bfloat16, weights of that dtype are loaded in float16.
     """
 
@@ -56,45 +60,84 @@ def lazy_preprocessors(
         lacking = in_float16 and weights.dtype == "bfloat16"
         return weights.model_copy(update={"dtype": "float16"}) if lacking else weights
 
-    preprocessors: dict[ControlType, Callable[[Image.Image], Any]] = {}
+    preprocessors: dict[ControlType, LazyPreprocessor] = {}
     depth, pose = controls.get("depth"), controls.get("pose")
     if depth is not None and depth.preprocessor is not None:
         estimator = on_device(depth.preprocessor)
-        preprocessors["depth"] = _LazyPreprocessor(
-            partial(load_depth_estimator, estimator, device, admit), estimator
-        )
+        load: Load = partial(load_depth_estimator, estimator, device)
+        preprocessors["depth"] = LazyPreprocessor(load, (estimator,), memory)
     if pose is not None and pose.preprocessor is not None and pose.detector is not None:
         estimator, detector = on_device(pose.preprocessor), on_device(pose.detector)
-        preprocessors["pose"] = _LazyPreprocessor(
-            partial(load_pose_estimator, estimator, detector, device, admit), estimator, detector
-        )
+        load = partial(load_pose_estimator, estimator, detector, device)
+        preprocessors["pose"] = LazyPreprocessor(load, (estimator, detector), memory)
     return preprocessors
 
 
-class _LazyPreprocessor:
+class LazyPreprocessor:
     """A preprocessor that is loaded by its first call; one call at a time."""
 
-    def __init__(self, load: Callable[[], Callable[[Image.Image], Any]], *weights: Weights) -> None:
+    def __init__(self, load: Load, weights: Sequence[Weights], memory: MemoryBeside | None) -> None:
         """weights: of the models that `load` loads."""
+        self.weights = weights
         self._load = load
-        self._weights = weights
+        self._memory = memory
         self._preprocess: Callable[[Image.Image], Any] | None = None
         self._lock = threading.Lock()
 
+    @property
+    def things(self) -> tuple[Thing, ...]:
+        """Under which the account of the memory has its models."""
+        return () if self._memory is None else tuple(map(self._memory.thing, self.weights))
+
+    def load(self, beside: Collection[Thing] = ()) -> None:
+        """Have its models on the device; after a failure none of them is, and nothing is claimed.
+
+        beside: what the same request holds already. Raises what the loading of a model raises.
+        """
+        with self._lock:
+            self._ensure_loaded(beside)
+
+    def unload(self) -> None:
+        """Free its models, after a call that runs."""
+        with self._lock:
+            self._preprocess = None
+            self._release()
+
     def __call__(self, picture: Image.Image) -> Any:
         with self._lock:
-            if self._preprocess is None:
-                self._preprocess = load_or_free(
-                    "the model that makes control maps",
-                    self._load,
-                    _bytes_of(self._weights),
-                    cure=CURE,
-                    param="control_image",
-                )
+            preprocess = self._ensure_loaded(())
             with torch.inference_mode():
                 return load_or_free(
-                    "a control map", partial(self._preprocess, picture), cure=CURE, param="control_image"
+                    "a control map", partial(preprocess, picture), cure=CURE, param="control_image"
                 )
+
+    def _ensure_loaded(self, beside: Collection[Thing]) -> Callable[[Image.Image], Any]:
+        if self._preprocess is not None:
+            return self._preprocess
+        memory = self._memory
+        admit: AdmitWeights = _uncounted if memory is None else partial(memory.admit, beside=beside)
+        try:
+            self._preprocess = load_or_free(
+                "the model that makes control maps",
+                partial(self._load, admit),
+                _bytes_of(self.weights),
+                cure=CURE,
+                param="control_image",
+            )
+        except BaseException:
+            self._release()
+            raise
+        return self._preprocess
+
+    def _release(self) -> None:
+        free_unused_memory()
+        if self._memory is not None:
+            for weights in self.weights:
+                self._memory.release(weights)
+
+
+def _uncounted(_weights: Weights) -> Admit:
+    return lambda _size: None
 
 
 def _bytes_of(weights: Sequence[Weights]) -> int | None:
@@ -103,7 +146,7 @@ def _bytes_of(weights: Sequence[Weights]) -> int | None:
 
 
 def load_depth_estimator(
-    weights: Weights, device: torch.device, admit: Callable[[Weights], Admit]
+    weights: Weights, device: torch.device, admit: AdmitWeights
 ) -> Callable[[Image.Image], Floats]:
     """A function from a picture to its depth (height, width), larger is nearer, by such as Depth Anything."""
     model, processor = _load(AutoModelForDepthEstimation, weights, device, admit), _processor(weights)
@@ -121,7 +164,7 @@ def load_depth_estimator(
 
 
 def load_pose_estimator(
-    weights: Weights, detector_weights: Weights, device: torch.device, admit: Callable[[Weights], Admit]
+    weights: Weights, detector_weights: Weights, device: torch.device, admit: AdmitWeights
 ) -> Callable[[Image.Image], list[Floats]]:
     """A function from a picture to its people: for each (17, 3), x and y in pixels and a score."""
     detector = _load(AutoModelForObjectDetection, detector_weights, device, admit)
@@ -199,7 +242,7 @@ def peaks(heatmaps: Floats) -> Floats:
     return points
 
 
-def _load(kind: Any, weights: Weights, device: torch.device, admit: Callable[[Weights], Admit]) -> Any:
+def _load(kind: Any, weights: Weights, device: torch.device, admit: AdmitWeights) -> Any:
     """The model on the device."""
     model = load_module(kind, weights, device, admit(weights))
     logger.info("preprocessor loaded", extra={"weights": weights.path or weights.repo})

@@ -32,6 +32,16 @@ WEIGHT_BITS: dict[Quantisation, float] = {
     "fp8_cast": 8,
     "nf4": 4 + 32 / 64,
 }
+# on the device for each weight of the layer that is quantised, its old form included: in a dtype of 16 bits,
+# and of 32. The most that torchao 0.18 and bitsandbytes 0.49 took on a CPU; a float32 copy, or several, are
+# most of it. fp8_cast is done before the weights are on the device
+QUANTISING_BYTES: dict[Quantisation, tuple[int, int]] = {
+    "int8": (12, 16),
+    "fp8": (17, 17),
+    "fp8_dynamic": (17, 17),
+    "fp8_cast": (0, 0),
+    "nf4": (8, 12),
+}
 LEAST_ACTIVATION = 1e-12  # rows whose largest value is less are scaled as if it were this
 FP8_PRODUCTS = (8, 9)  # capability of NVIDIA's GPUs that multiply float8: Ada, Hopper and later ones
 WITHOUT_APPLE = ("fp8", "fp8_dynamic", "fp8_cast", "nf4")  # forms that Apple's GPUs have no kernels for
@@ -56,6 +66,12 @@ def quantise(module: nn.Module, plan: PartPlan, device: torch.device | None = No
             setattr(parent, name, _in_nf4(layer))
         else:
             _quantise_by_torchao(layer, kind)
+
+
+def quantising_bytes(kind: Quantisation, dtype: torch.dtype, weights: int) -> int:
+    """What quantising a layer of so many weights takes beside its new form, at most."""
+    narrow, wide = QUANTISING_BYTES[kind]
+    return weights * (narrow if dtype.itemsize == 2 else wide)
 
 
 def quantisable_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

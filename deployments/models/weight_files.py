@@ -38,6 +38,17 @@ class WeightFiles:
         """
         return sum(_bytes_in(path, dtype, frozenset(in_float32), linear_bits) for path in self.paths)
 
+    @property
+    def largest_linear(self) -> int:
+        """Weights of its largest Linear layer, by names and shapes; reads the headers only."""
+        sizes = (
+            math.prod(shape)
+            for path in self.paths
+            for name, kind, shape in _tensors(path)
+            if kind in FLOATS and _is_of_linear(name, shape)
+        )
+        return max(sizes, default=0)
+
     def are_in(self, dtype: torch.dtype) -> bool:
         """Whether all tensors of floating point have this dtype already."""
         return all(

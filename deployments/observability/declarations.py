@@ -155,6 +155,11 @@ _MODEL_METRICS = (
     _gauge("weft_model_bytes", "Size of the weights of a loaded model on the device.", "model"),
     _counter("weft_model_loads_total", "Loads of a model by this replica.", "model"),
     _counter("weft_model_load_seconds_total", "Time spent loading a model by this replica.", "model"),
+    _counter(
+        "weft_extras_evicted_total",
+        "ControlNets, refiners and preprocessors of a model that were unloaded for others.",
+        "model",
+    ),
     _gauge(
         "weft_cold_start_seconds",
         "Duration of the phases of this replica's start: imports, load, warm_up.",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from diffusers.pipelines.auto_pipeline import _get_task_class
 from PIL import Image
@@ -27,6 +28,8 @@ from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import ControlType, ResolvedRequest, Task
 
 OnStep = Callable[[int, int], None]  # (finished steps, all steps)
+# what a request needs beside the pipeline: a ControlNet, by its weights, or the refiner
+Need = Weights | Literal["refiner"]
 
 
 class DiffusersModel:
@@ -44,22 +47,50 @@ class DiffusersModel:
         load_controlnet: Callable[[Weights], nn.Module] | None = None,
         load_refiner: Callable[[], Any] | None = None,
         references: References | None = None,
+        is_given_refiner: bool = False,
     ) -> None:
         """controls: of the card, for load_controlnet. load_refiner returns an image-to-image pipeline.
-        references: of the card, for the task edit."""
+        references: of the card, for the task edit.
+        is_given_refiner: the refiner is another model, which `call` is given.
+        """
         self._pipeline = pipeline
         self._references = references or References()
         self._templates = {task: _template(pipeline, task, self._references.max) for task in tasks}
         self._controls = dict(controls or {})
         self._load_controlnet = load_controlnet
         self._load_refiner = load_refiner
+        self._is_given_refiner = is_given_refiner
+        # by such a model, what it has as this one does
+        self._equal_parts: WeakKeyDictionary[DiffusersModel, dict[str, nn.Module]] = WeakKeyDictionary()
         self._loading = threading.Lock()
-        self._nets: dict[Weights, nn.Module] = {}
         self._control_templates: dict[Task, Any] = {}
-        self._refiner: Any = None
+        self._beside: dict[Need, Any] = {}  # ControlNets, and a template of the refiner
+        self._modules_beside: dict[Need, list[nn.Module]] = {}  # without those that they share
         self._position_ids = PositionIds()
-        self.modules: list[nn.Module] = _modules(pipeline)
-        self.on_new_modules: Callable[[list[nn.Module]], object] = lambda _modules: None
+        # called with the modules of a ControlNet or of the refiner before they are used
+        self.on_new_modules: Callable[[Need, list[nn.Module]], object] = lambda _need, _modules: None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All modules, those that are loaded beside the pipeline last."""
+        return [*_modules(self._pipeline), *(m for own in list(self._modules_beside.values()) for m in own)]
+
+    def needs(self, request: ResolvedRequest) -> list[Need]:
+        """What the request needs beside the pipeline. Raises BadRequest for what is not in the card."""
+        needs: list[Need] = []
+        for control in request.controls:
+            entry = self._controls.get(control.type)
+            if entry is None or self._load_controlnet is None:
+                raise BadRequest(
+                    f"this model takes no control picture of type {control.type}", param="control_type"
+                )
+            if entry.weights not in needs:
+                needs.append(entry.weights)
+        if request.refiner is not None and not self._is_given_refiner:
+            if self._load_refiner is None:
+                raise BadRequest(f"{request.model} has no refiner; leave refiner out", param="refiner")
+            needs.append("refiner")
+        return needs
 
     def prepare(self, request: ResolvedRequest) -> None:
         """Load the ControlNets and the refiner that the request needs; returns at once when they are loaded.
@@ -67,13 +98,35 @@ class DiffusersModel:
         Call it in a thread of its own: `call` does it too, but then all requests wait for it.
         Raises ModelUnavailable when they cannot be loaded, BadRequest for those that are not in the card.
         """
-        if self._is_ready(request):
-            return
+        for need in self.needs(request):
+            if need not in self._beside:
+                self.load(need)
+
+    def load(self, need: Need) -> None:
+        """Load a ControlNet or the refiner; after a failure it is not there. Raises what the functions for
+        loading raise."""
         with self._loading:
-            for control in request.controls:
-                self._load_net(control.type)
-            if request.refiner is not None and self._refiner is None:
-                self._load_refiner_of(request)
+            if need in self._beside:
+                return
+            if need == "refiner":
+                assert self._load_refiner is not None, "it was asked for by `needs`"
+                refiner = self._load_refiner()
+                ensemble.share_equal_parts(refiner, self._pipeline)
+                found = _template(refiner, Task.i2i)
+                known = set(map(id, self.modules))
+                modules = [module for module in _modules(refiner) if id(module) not in known]
+            else:
+                assert self._load_controlnet is not None, "it was asked for by `needs`"
+                found = self._load_controlnet(need)
+                modules = [found]
+            self.on_new_modules(need, modules)
+            self._modules_beside[need] = modules
+            self._beside[need] = found  # last, because `prepare` reads it without the lock
+
+    def drop(self, need: Need) -> list[nn.Module]:
+        """Keep nothing of a ControlNet or the refiner, which no request uses; returns its modules."""
+        self._beside.pop(need, None)
+        return self._modules_beside.pop(need, [])
 
     def call(
         self,
@@ -87,6 +140,7 @@ class DiffusersModel:
         output_type: str = "pil",
         progress: Progress | None = None,
         attach: Callable[[Any], None] = lambda _pipeline: None,
+        refiner: DiffusersModel | None = None,
     ) -> list[Any]:
         """Call the request's own, unmodified pipeline. Returns num_images pictures in the order of their
         seeds; for a video, one LatentDecoder, whose frames are not decoded yet; with output_type "pending",
@@ -99,6 +153,7 @@ class DiffusersModel:
         progress: updated after every step; if it has a saved state, the call continues from that, and raises
         StateMismatch when it cannot.
         attach: called with the request's pipeline object before that is called.
+        refiner: where it is another model; `match_refiner` was called with it.
         With strength 0 the picture is returned unchanged, for which diffusers would raise ("number of steps
         is < 1"). Raises NotFinite when the latents are not finite at the end, BadRequest when the safety
         checker of the model rejects the picture.
@@ -113,7 +168,7 @@ class DiffusersModel:
             scaled = self._references.pixels is not None
             arguments |= reference_arguments(type(pipeline), references, scaled=scaled)
         makes_video = request.task in (Task.t2v, Task.i2v)
-        last = pipeline if request.refiner is None else self._refiner  # makes the pictures
+        last = pipeline if request.refiner is None else self._refining(refiner)  # makes the pictures
         pending = output_type == "pending" and pending_pictures.can_wait(last)
         if output_type == "pending":
             output_type = "pt" if pending else "pil"
@@ -122,9 +177,9 @@ class DiffusersModel:
             arguments["num_frames"] = latent_decoder.requested_frames(pipeline, request.video.num_frames)
         progress = progress or Progress()
         if request.refiner is not None:
-            refiner = _own_copy(self._refiner, request.scheduler)
-            attach(refiner)
-            result = ensemble.run(pipeline, refiner, request, arguments, on_step, progress)
+            refining = _own_copy(last, request.scheduler)
+            attach(refining)
+            result = ensemble.run(pipeline, refining, request, arguments, on_step, progress)
         else:
             callback = step_callback(pipeline, arguments.get("generator", []), on_step, progress)
             result = call_with_steps(pipeline, arguments, callback)
@@ -147,48 +202,41 @@ class DiffusersModel:
             raise BadRequest(f"this model cannot do {request.task.value}", param="model")
         if not request.controls:
             return _own_copy(template, request.scheduler)
-        pipeline = _own_copy(self._control_template(request.task), request.scheduler)
-        nets = [self._nets[self._controls[control.type].weights] for control in request.controls]
+        pipeline = _own_copy(self._control_template(request), request.scheduler)
+        nets = [self._beside[self._controls[control.type].weights] for control in request.controls]
         modes = [self._controls[control.type].mode for control in request.controls]
         vars(pipeline)["controlnet"] = controlnets(nets, modes)
         return pipeline
 
-    def _is_ready(self, request: ResolvedRequest) -> bool:
-        if request.refiner is not None and self._refiner is None:
-            return False
-        known = (self._controls.get(control.type) for control in request.controls)
-        return all(entry is not None and entry.weights in self._nets for entry in known)
+    def match_refiner(self, refiner: DiffusersModel) -> None:
+        """Find out which of its parts are equal to this model's, so that both share forwards. It compares all
+        values of them, once for each loaded model."""
+        if refiner not in self._equal_parts:
+            self._equal_parts[refiner] = ensemble.equal_parts(refiner.base, self._pipeline)
 
-    def _load_net(self, kind: ControlType) -> None:
-        entry = self._controls.get(kind)
-        if entry is None or self._load_controlnet is None:
-            raise BadRequest(f"this model takes no control picture of type {kind}", param="control_type")
-        if entry.weights not in self._nets:
-            net = self._load_controlnet(entry.weights)
-            self._register([net])
-            self._nets[entry.weights] = net  # last, because _is_ready reads it without the lock
+    def _refining(self, given: DiffusersModel | None) -> Any:
+        """A template of the refiner. Nothing here keeps that of another model, which may be unloaded."""
+        if given is None:
+            return self._beside["refiner"]
+        template = copy.copy(_template(given.base, Task.i2i))
+        vars(template).update(self._equal_parts[given])
+        return template
 
-    def _load_refiner_of(self, request: ResolvedRequest) -> None:
-        if self._load_refiner is None:
-            raise BadRequest(f"{request.model} has no refiner; leave refiner out", param="refiner")
-        refiner = self._load_refiner()
-        ensemble.share_equal_parts(refiner, self._pipeline)
-        template = _template(refiner, Task.i2i)
-        known = {id(module) for module in self.modules}
-        self._register([module for module in _modules(refiner) if id(module) not in known])
-        self._refiner = template
+    @property
+    def base(self) -> Any:
+        """The pipeline that was loaded."""
+        return self._pipeline
 
-    def _register(self, modules: list[nn.Module]) -> None:
-        self.modules.extend(modules)
-        self.on_new_modules(modules)
-
-    def _control_template(self, task: Task) -> Any:
+    def _control_template(self, request: ResolvedRequest) -> Any:
         """The pipeline for the task with ControlNets; every request's copy gets its own nets."""
+        task = request.task
         if task not in self._control_templates:
             name = type(self._pipeline).__name__.replace("Pipeline", "ControlNetPipeline")
             pipeline_class = _get_task_class(MAPPINGS[task], name)
-            net = next(iter(self._nets.values()))
-            self._control_templates[task] = _built(pipeline_class, self._pipeline, {"controlnet": net})
+            net = self._beside[self._controls[request.controls[0].type].weights]
+            template = _built(pipeline_class, self._pipeline, {"controlnet": net})
+            vars(template)["controlnet"] = None  # it would keep a net that is unloaded
+            self._control_templates[task] = template
         return self._control_templates[task]
 
 

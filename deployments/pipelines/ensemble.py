@@ -59,10 +59,18 @@ def run(
 def share_equal_parts(refiner: Any, base: Any) -> None:
     """Let the refiner use the text encoder and the VAE of the base model where they are equal, which saves
     memory and lets both share forwards."""
+    for name, shared in equal_parts(refiner, base).items():
+        setattr(refiner, name, shared)
+
+
+def equal_parts(refiner: Any, base: Any) -> dict[str, nn.Module]:
+    """The text encoder and the VAE of the base model, by name, where those of the refiner are equal."""
+    found: dict[str, nn.Module] = {}
     for name in ("text_encoder_2", "vae"):
         own, shared = getattr(refiner, name, None), getattr(base, name, None)
         if own is not None and shared is not None and _equal(own, shared):
-            setattr(refiner, name, shared)
+            found[name] = shared
+    return found
 
 
 def _equal(one: nn.Module, other: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
     StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
@@ -107,6 +108,26 @@ def sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
             ),
             add_watermarker=False,
         )
+    )
+
+
+def sdxl_refiner() -> StableDiffusionXLImg2ImgPipeline:
+    """SDXL's refiner in small: one text encoder, a score of beauty in place of the target size."""
+    base = sdxl()
+    torch.manual_seed(9)
+    unet = UNet2DConditionModel.from_config(
+        base.unet.config, cross_attention_dim=32, projection_class_embeddings_input_dim=32 + 5 * 8
+    )
+    return StableDiffusionXLImg2ImgPipeline(
+        vae=base.vae,
+        text_encoder=None,
+        text_encoder_2=base.text_encoder_2,
+        tokenizer=None,
+        tokenizer_2=base.tokenizer_2,
+        unet=unet,
+        scheduler=base.scheduler,
+        requires_aesthetics_score=True,
+        add_watermarker=False,
     )
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from diffusers import ControlNetModel, FluxControlNetModel, UNet2DConditionModel
 from torch import nn
+from transformers import (
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    DPTImageProcessorPil,
+)
 
 from deployments.protocol.card import ControlNet, Licence, Weights
 from deployments.protocol.request import ControlType
@@ -44,3 +52,22 @@ def unet_controlnets(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
 
 def flux_controlnets() -> dict[str, nn.Module]:
     return {"canny": flux_controlnet(1), "depth": flux_controlnet(2)}
+
+
+def save_depth_estimator(folder: Path) -> None:
+    """A model with random weights and its processor, as the hub has them."""
+    backbone = Dinov2Config(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=56,
+        out_indices=[1, 2],
+        reshape_hidden_states=False,
+    )
+    sizes = {"reassemble_hidden_size": 16, "reassemble_factors": [2, 1], "neck_hidden_sizes": [8, 8]}
+    depth = DepthAnythingConfig(
+        backbone_config=backbone, **sizes, fusion_hidden_size=8, head_hidden_size=8, patch_size=14
+    )
+    DepthAnythingForDepthEstimation(depth).save_pretrained(folder)
+    size = {"height": 56, "width": 56}
+    DPTImageProcessorPil(size=size, keep_aspect_ratio=True, ensure_multiple_of=14).save_pretrained(folder)

@@ -381,7 +381,7 @@ async def test_idle_loras_are_evicted_when_bytes_are_short(
 ) -> None:
     device = Device(one, loras=2.5)
     lora_cache = make_cache(on_device=8, memory=device.memory)
-    device.admission.add_evictor(lambda _model: lora_cache.make_way())
+    device.admission.add_evictor(lambda _model: lora_cache.make_way(), "loras")
 
     for number in (0, 1, 0, 2):
         await use(lora_cache, loras(files, number))
@@ -410,7 +410,7 @@ async def test_a_lora_waits_for_one_in_use(
 ) -> None:
     device = Device(one, loras=1.5)
     lora_cache = make_cache(memory=device.memory)
-    device.admission.add_evictor(lambda _model: lora_cache.make_way())
+    device.admission.add_evictor(lambda _model: lora_cache.make_way(), "loras")
 
     async with lora_cache.using(loras(files, 0), on_engine):
         second = asyncio.create_task(use(lora_cache, loras(files, 1)))
@@ -426,7 +426,7 @@ async def test_requests_that_wait_for_each_others_loras_do_not_wait_in_vain(
 ) -> None:
     device = Device(one, loras=2.5)
     lora_cache = make_cache(memory=device.memory)
-    device.admission.add_evictor(lambda _model: lora_cache.make_way())
+    device.admission.add_evictor(lambda _model: lora_cache.make_way(), "loras")
     requests = [loras(files, 0, 1), loras(files, 2, 3)]
 
     ended = await asyncio.wait_for(

@@ -12,10 +12,6 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 from transformers import (
-    DepthAnythingConfig,
-    DepthAnythingForDepthEstimation,
-    Dinov2Config,
-    DPTImageProcessorPil,
     RTDetrConfig,
     RTDetrForObjectDetection,
     RTDetrImageProcessorPil,
@@ -33,6 +29,7 @@ from deployments.models.preprocessors import lazy_preprocessors, padded_box, pea
 from deployments.protocol.card import ControlNet, Licence, Weights
 from deployments.protocol.errors import BadRequest, ModelFailed
 from deployments.protocol.request import Control
+from tests.inference.tiny_controls import save_depth_estimator
 
 CPU = torch.device("cpu")
 LICENCE = Licence(name="MIT", url="https://example.org")
@@ -234,23 +231,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random models of the real classes, saved as the hub has them."""
     folder = tmp_path_factory.mktemp("preprocessors")
     torch.manual_seed(0)
-    backbone = Dinov2Config(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=56,
-        out_indices=[1, 2],
-        reshape_hidden_states=False,
-    )
-    sizes = {"reassemble_hidden_size": 16, "reassemble_factors": [2, 1], "neck_hidden_sizes": [8, 8]}
-    depth = DepthAnythingConfig(
-        backbone_config=backbone, **sizes, fusion_hidden_size=8, head_hidden_size=8, patch_size=14
-    )
-    DepthAnythingForDepthEstimation(depth).save_pretrained(folder / "depth")
-    size = {"height": 56, "width": 56}
-    DPTImageProcessorPil(size=size, keep_aspect_ratio=True, ensure_multiple_of=14).save_pretrained(
-        folder / "depth"
-    )
+    save_depth_estimator(folder / "depth")
     vit = VitPoseBackboneConfig(
         hidden_size=16,
         num_hidden_layers=2,

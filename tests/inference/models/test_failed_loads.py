@@ -113,7 +113,7 @@ class NoLoras:
 def failure_of(card: ModelCard) -> WeftError:
     """The error with which the real loading code leaves this card."""
     loader = ModelLoader([card], {}, NoLoras(), gpu_share=0)
-    loader.open_cache(1)
+    loader.open_cache()
     error = loader.failures.error_of(card.id)
     assert error is not None
     return error
@@ -192,7 +192,7 @@ def test_a_refusal_of_the_hub_is_final_and_asked_for_once(hub: Hub) -> None:
     asked = hub.calls
 
     loader = ModelLoader([card_of(repo=REPO)], {}, NoLoras(), gpu_share=0)
-    loader.open_cache(1)
+    loader.open_cache()
     with pytest.raises(ModelFailed, match="tried again by a request in"):
         loader.failures.check("broken")
 
@@ -458,7 +458,7 @@ def test_a_bug_of_a_library_while_loading_is_a_failure_with_its_name(
 def test_a_new_token_lets_a_model_be_tried_at_once(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.status, hub.code = 403, "GatedRepo"
     loader = ModelLoader([card_of(repo=REPO)], {}, NoLoras(), gpu_share=0)
-    loader.open_cache(1)
+    loader.open_cache()
     with pytest.raises(ModelFailed):
         loader.failures.check("broken")
 

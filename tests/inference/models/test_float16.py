@@ -135,7 +135,7 @@ def test_a_control_model_is_in_the_dtype_of_its_model() -> None:
         card, T4, None, torch.device("cpu"), admission=MemoryAdmission(DeviceMemory(lambda: None))
     )
 
-    net = instance._load_controlnet(card.controls["canny"].weights)
+    net = instance.extras.load_controlnet(card.controls["canny"].weights)
 
     assert {parameter.dtype for parameter in net.parameters()} == HALF
     instance.unload()

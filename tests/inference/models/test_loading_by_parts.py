@@ -17,7 +17,7 @@ from transformers import T5EncoderModel
 
 from deployments.models import unmapped
 from deployments.models.load import load_pipeline
-from deployments.models.model_memory import weights_bytes
+from deployments.models.model_memory import LoadBytes, weights_bytes
 from deployments.models.parts import find_parts
 from deployments.models.weight_files import find_weights
 from deployments.planning.plan import PartPlan, Plan, everything_on_device
@@ -48,10 +48,10 @@ def split(folder: Path, kind: Any, shard_bytes: int = 300_000) -> None:
 
 
 def test_what_is_refused_has_read_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    asked: list[LoadBytes] = []
 
-    def refuse(size_bytes: int) -> None:
-        asked.append(size_bytes)
+    def refuse(size: LoadBytes) -> None:
+        asked.append(size)
         raise OutOfMemory("no")
 
     def read(*_arguments: Any, **_options: Any) -> Any:
@@ -68,8 +68,8 @@ def test_what_is_refused_has_read_no_weights(monkeypatch: pytest.MonkeyPatch) ->
     pipeline = load_pipeline(Weights(path=str(FLUX)), CPU, admit=asked.append)
     held = weights_bytes(modules_of(pipeline).values())
     assert asked[0] == asked[1], "the same model asks for the same"
-    assert asked[2] == held
-    assert abs(asked[1] - held) < held / 100, "without buffers that are in no file"
+    assert asked[2] == LoadBytes(held)
+    assert abs(asked[1].held - held) < held / 100, "without buffers that are in no file"
 
 
 def test_each_part_has_the_dtype_of_its_plan() -> None:
@@ -126,7 +126,7 @@ def test_a_shard_that_is_missing_is_named_before_anything_is_read(copied: Path) 
     split(copied / "vae", AutoencoderKL)
     gone = sorted((copied / "vae").glob("*.safetensors"))[1]
     gone.unlink()
-    asked: list[int] = []
+    asked: list[LoadBytes] = []
 
     with pytest.raises(ModelFailed, match=f"{gone.name}, which is missing"):
         load_pipeline(Weights(path=str(copied)), CPU, admit=asked.append)
@@ -138,7 +138,7 @@ def test_a_shard_that_is_cut_is_named_before_anything_is_read(copied: Path) -> N
     split(copied / "vae", AutoencoderKL)
     cut = sorted((copied / "vae").glob("*.safetensors"))[1]
     cut.write_bytes(cut.read_bytes()[:-100])
-    asked: list[int] = []
+    asked: list[LoadBytes] = []
 
     with pytest.raises(ModelFailed, match=f"{cut.name} is damaged or cut"):
         load_pipeline(Weights(path=str(copied)), CPU, admit=asked.append)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from deployments.models.device_memory import GIB, DeviceMemory
+from deployments.models.device_memory import GIB, DeviceMemory, Needed
 from deployments.models.memory_admission import MemoryAdmission, Outcome
 from deployments.protocol.errors import OutOfMemory, Overloaded
 from tests.patience import patience
@@ -42,10 +42,10 @@ def admission(wait_s: float = patience()) -> MemoryAdmission:
 async def test_idle_holders_give_way_in_their_order_until_it_fits() -> None:
     subject = admission()
     late, first = Holder(subject.memory, ["a"], []), Holder(subject.memory, ["b", "c"], [])
-    subject.add_evictor(late.make_way)
-    subject.add_evictor(first.make_way, first=True)
+    subject.add_evictor(late.make_way, "models")
+    subject.add_evictor(first.make_way, "loras")
 
-    await subject.admit("loras", LORA, 3 * GIB, "the LoRA a")
+    await subject.admit("loras", LORA, Needed(3 * GIB), "the LoRA a")
 
     assert (subject.memory.held["weights"], subject.memory.held["loras"]) == (4 * GIB, 4 * GIB)
     assert await late.make_way("mine") == "freed"  # it was not asked
@@ -54,10 +54,10 @@ async def test_idle_holders_give_way_in_their_order_until_it_fits() -> None:
 async def test_what_can_never_fit_is_refused_at_once_and_nothing_is_evicted() -> None:
     subject = admission()
     holder = Holder(subject.memory, ["a"], [])
-    subject.add_evictor(holder.make_way)
+    subject.add_evictor(holder.make_way, "loras")
 
     with pytest.raises(OutOfMemory, match=r"the ControlNet c needs 5.00 GiB.*at most 4.00 GiB can be freed"):
-        await subject.admit("weights", ("mine", "c"), 5 * GIB, "the ControlNet c")
+        await subject.admit("weights", ("mine", "c"), Needed(5 * GIB), "the ControlNet c")
 
     assert subject.memory.held["loras"] == GIB
 
@@ -65,8 +65,8 @@ async def test_what_can_never_fit_is_refused_at_once_and_nothing_is_evicted() ->
 async def test_a_request_waits_for_memory_in_use_and_gets_it() -> None:
     subject = admission()
     holder = Holder(subject.memory, [], ["a"])
-    subject.add_evictor(holder.make_way)
-    waiting = asyncio.create_task(subject.admit("loras", LORA, 4 * GIB, "the LoRA a"))
+    subject.add_evictor(holder.make_way, "loras")
+    waiting = asyncio.create_task(subject.admit("loras", LORA, Needed(4 * GIB), "the LoRA a"))
     await asyncio.sleep(0)
     assert not waiting.done()
 
@@ -79,10 +79,10 @@ async def test_a_request_waits_for_memory_in_use_and_gets_it() -> None:
 
 async def test_a_request_that_waits_too_long_is_refused_for_now() -> None:
     subject = admission(wait_s=0.0)
-    subject.add_evictor(Holder(subject.memory, [], ["a"]).make_way)
+    subject.add_evictor(Holder(subject.memory, [], ["a"]).make_way, "loras")
 
     with pytest.raises(Overloaded, match=r"the LoRA a needs 4.00 GiB") as refused:
-        await subject.admit("loras", LORA, 4 * GIB, "the LoRA a")
+        await subject.admit("loras", LORA, Needed(4 * GIB), "the LoRA a")
 
     assert refused.value.retryable
 
@@ -92,22 +92,24 @@ async def test_where_nothing_will_be_released_the_request_does_not_wait() -> Non
     subject.memory.record("loras", ("other", "stuck"), GIB)
 
     with pytest.raises(Overloaded):
-        await asyncio.wait_for(subject.admit("loras", LORA, 4 * GIB, "the LoRA a"), patience(0.1))
+        await asyncio.wait_for(subject.admit("loras", LORA, Needed(4 * GIB), "the LoRA a"), patience(0.1))
 
 
 async def test_a_thread_is_admitted_on_the_event_loop() -> None:
     subject = admission()
-    subject.add_evictor(Holder(subject.memory, ["a"], []).make_way)
+    subject.add_evictor(Holder(subject.memory, ["a"], []).make_way, "loras")
     subject.enter_loop()
 
-    await asyncio.to_thread(subject.admit_from_thread, "weights", ("mine", "c"), 4 * GIB, "the ControlNet c")
+    await asyncio.to_thread(
+        subject.admit_from_thread, "weights", ("mine", "c"), Needed(4 * GIB), "the ControlNet c"
+    )
 
     assert (subject.memory.held["weights"], subject.memory.held["loras"]) == (8 * GIB, 0)
 
 
 def test_without_a_loop_a_thread_gets_what_is_free() -> None:
     subject = admission()
-    subject.admit_from_thread("loras", LORA, 3 * GIB, "the LoRA a")
+    subject.admit_from_thread("loras", LORA, Needed(3 * GIB), "the LoRA a")
 
     with pytest.raises(OutOfMemory, match="not free"):
-        subject.admit_from_thread("weights", ("mine", "c"), 2 * GIB, "the ControlNet c")
+        subject.admit_from_thread("weights", ("mine", "c"), Needed(2 * GIB), "the ControlNet c")

@@ -26,8 +26,9 @@ from deployments.models import offload as offloading
 from deployments.models.device_memory import DeviceMemory
 from deployments.models.load import load_pipeline
 from deployments.models.memory_admission import MemoryAdmission
-from deployments.models.model_instance import ModelInstance, _weights_of
-from deployments.models.model_memory import held_bytes, weights_bytes
+from deployments.models.model_extras import _weights_of
+from deployments.models.model_instance import ModelInstance
+from deployments.models.model_memory import LoadBytes, held_bytes, weights_bytes
 from deployments.models.offload import OnDemand, blocks_of, offload, offloaded_part
 from deployments.models.packed_weights import PackedWeights
 from deployments.pipelines.diffusers_model import DiffusersModel
@@ -384,6 +385,7 @@ def test_the_account_has_what_is_held_and_space_for_what_is_used(monkeypatch: py
     assert memory.working_bytes == max(used.values())
 
     model.unload()
+    memory.release_model(card.id)
     assert memory.held["weights"] == memory.working_bytes == 0
     moving = blocks_of(parts["transformer"])[1:]
     assert moving
@@ -394,8 +396,8 @@ def test_too_little_memory_for_an_encoder_is_refused_before_weights_are_read() -
     weights = load_card(CARDS / "tiny-flux-dev.yaml").weights
     asked: list[int] = []
 
-    def refuse(size_bytes: int) -> None:
-        asked.append(size_bytes)
+    def refuse(size: LoadBytes) -> None:
+        asked.append(size.held)
         raise OutOfMemory("no")
 
     for plan in (planned("device", "device"), planned("device", "on_demand")):

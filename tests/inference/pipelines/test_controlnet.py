@@ -20,7 +20,6 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLImg2ImgPipeline,
-    UNet2DConditionModel,
 )
 from PIL import Image
 from torch import nn
@@ -88,23 +87,7 @@ def make_request(task: Task = Task.t2i, **changes: Any) -> ResolvedRequest:
 
 
 def refiner() -> StableDiffusionXLImg2ImgPipeline:
-    """SDXL's refiner in small: one text encoder, a score of beauty in place of the target size."""
-    base = tiny.sdxl()
-    torch.manual_seed(9)
-    unet = UNet2DConditionModel.from_config(
-        base.unet.config, cross_attention_dim=32, projection_class_embeddings_input_dim=32 + 5 * 8
-    )
-    return StableDiffusionXLImg2ImgPipeline(
-        vae=base.vae,
-        text_encoder=None,
-        text_encoder_2=base.text_encoder_2,
-        tokenizer=None,
-        tokenizer_2=base.tokenizer_2,
-        unet=unet,
-        scheduler=base.scheduler,
-        requires_aesthetics_score=True,
-        add_watermarker=False,
-    ).to(dtype=torch.float64)
+    return tiny.sdxl_refiner().to(dtype=torch.float64)
 
 
 def model_of(pipeline: Any, nets: dict[str, nn.Module], **parts: Any) -> DiffusersModel:
@@ -446,7 +429,7 @@ def test_nets_and_refiner_are_loaded_once_and_their_modules_registered() -> None
         load_refiner=refiner,
     )
     registered: list[list[nn.Module]] = []
-    model.on_new_modules = registered.append
+    model.on_new_modules = lambda _need, modules: registered.append(modules)
     before = list(model.modules)
 
     for wanted in (
