@@ -66,10 +66,9 @@ def planned_part(
     weight_bytes = int(needs.parameters * per_million)
     if placement == "cpu":
         device_bytes = 0
-    elif placement == "streamed":
-        device_bytes = int(_streamed(needs, resident_blocks) * per_million)
-    elif placement == "sequential":
-        device_bytes = int(STREAMED_AT_ONCE * needs.largest_layer * per_million)
+    elif placement in ("streamed", "sequential"):
+        blocks = resident_blocks if placement == "streamed" else None
+        device_bytes = _moving_bytes(needs, dtype, quantisation, blocks)
     else:
         device_bytes = weight_bytes
     return PartPlan(
@@ -92,10 +91,22 @@ def block_sizes(needs: PartNeeds) -> list[float]:
     return [kind.parameters for kind in needs.blocks for _ in range(kind.count)]
 
 
-def _streamed(needs: PartNeeds, resident_blocks: int) -> float:
-    """Parameters on the device at a time, in millions: what is in no block, the resident blocks and those
-    that are copied."""
+def _moving_bytes(
+    needs: PartNeeds, dtype: Dtype, quantisation: Quantisation | None, resident_blocks: int | None
+) -> int:
+    """On the device at a time of a part whose blocks are copied, but for the resident ones; None: its layers.
+
+    What is in no block is above all embeddings. They stay on the device, and are not quantised.
+    """
     blocks = block_sizes(needs)
-    moving = blocks[resident_blocks:]
     outside = needs.parameters - sum(blocks)
-    return outside + sum(blocks[:resident_blocks]) + STREAMED_AT_ONCE * max(moving, default=0.0)
+    kept = max(0.0, min(outside, (1 - needs.linear) * needs.parameters))
+    if resident_blocks is None:
+        others = STREAMED_AT_ONCE * needs.largest_layer
+    else:
+        moving = max(blocks[resident_blocks:], default=0.0)
+        others = outside - kept + sum(blocks[:resident_blocks]) + STREAMED_AT_ONCE * moving
+    kept_bytes, all_others = kept * DTYPE_BYTES[dtype], needs.parameters - kept
+    all_bytes = needs.parameters * bytes_per_weight(needs, dtype, quantisation)
+    other_bytes = others * (all_bytes - kept_bytes) / all_others if all_others > 0 else 0.0
+    return int((kept_bytes + other_bytes) * MILLION)

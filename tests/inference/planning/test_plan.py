@@ -16,7 +16,7 @@ from deployments.models.offload import blocks_of
 from deployments.planning.device_limit import GIB
 from deployments.planning.gpus import GPUS
 from deployments.planning.machine import Machine
-from deployments.planning.part_plan import block_sizes
+from deployments.planning.part_plan import Placement, block_sizes, planned_part
 from deployments.planning.plan import Plan, plan_of
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelFailed, OutOfMemory
@@ -216,3 +216,16 @@ def test_every_real_card_states_its_memory() -> None:
 
 def test_the_page_has_the_table_of_plans() -> None:
     assert written(PAGE.read_text(encoding="utf-8")) == table()
+
+
+@pytest.mark.parametrize("placement", ["streamed", "sequential"])
+def test_embeddings_of_an_encoder_whose_weights_move_stay_in_their_dtype(placement: Placement) -> None:
+    card = CARDS["flux.1-dev"]
+    assert card.memory is not None
+    needs = card.memory.parts["text_encoder_2"]
+    embeddings = needs.parameters * (1 - needs.linear)
+    moving = {"streamed": needs.blocks[0].parameters, "sequential": needs.largest_layer}[placement]
+
+    part = planned_part("text_encoder_2", needs, "bfloat16", placement, "int8")
+
+    assert part.held_bytes == pytest.approx(1e6 * (2 * embeddings + 2 * moving), rel=0.01)
