@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import ledger
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.device_sim.expectations import GIB, decoding, full_forward, planned_bytes
-from tests.device_sim.simulation import simulate
+from tests.device_sim.plans import CASES
+from tests.device_sim.simulation import run_module, simulate
 
 LORAS = 4
 ROWS = {"flux": 4, "sdxl": 8, "sd15": 8}  # of a full forward: with classifier-free guidance a request has two
@@ -72,12 +74,29 @@ def account_errors() -> dict[str, float]:
     return errors
 
 
+def record_plans(cases: Sequence[str]) -> None:
+    """Carry out these plans: what they reckon with, what the device saw, and how far the first is from it."""
+    for case in cases or CASES:
+        run = run_module("tests.device_sim.plans", case, quiet_s=300.0)
+        assert set(run["ends"]) == {"Done"}, run["ends"]
+        planned, peak = run["planned"]["peak"], run["peak"]
+        notes = f"{run['model']} on {run['gpu']}: {run['rows']} rows, {run['lora_slots']} LoRAs of rank 32"
+        ledger.record(f"plan_planned.{case}", planned / GIB, "GiB", notes=notes)
+        ledger.record(f"plan_peak.{case}", peak / GIB, "GiB", notes=notes)
+        error = planned / peak - 1
+        ledger.record(f"plan_bytes_error.{case}", error, "of the simulated peak, by the plan", notes=notes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("models", nargs="*", default=[*ROWS], help=f"of {', '.join(ROWS)}; all if left out")
     parser.add_argument("--dry", action="store_true", help="print only")
     parser.add_argument("--account", action="store_true", help="only the account of the device's memory")
+    parser.add_argument("--plans", nargs="*", metavar="CASE", help=f"only plans, of {', '.join(CASES)}")
     options = parser.parse_args()
+    if options.plans is not None:
+        record_plans(options.plans)
+        return
     if options.account:
         errors = account_errors()
         notes = ", ".join(f"{model} {error:.3f}" for model, error in errors.items())

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from deployments.planning.gpus import GPUS, Gpu
+
 aten = torch.ops.aten
 
 LAUNCH_S = 2e-6  # the shortest time between two kernels
@@ -21,22 +23,37 @@ OVERWRITES = {aten.copy_, aten.fill_, aten.zero_, aten.index_copy_}
 
 @dataclass(frozen=True, slots=True)
 class GpuKind:
-    """What limits a kernel, and the memory of the device."""
+    """What limits a kernel, and what its driver says of a GPU."""
 
-    flops_per_s: float  # in bfloat16, as large matrix products reach it
+    gpu: Gpu  # its name, memory and capability: those that plans are made for
+    flops_per_s: float  # in 16 bits, as large matrix products reach it
     bytes_per_s: float
-    memory_bytes: int
-    capability: tuple[int, int]
     processors: int
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of the device."""
+        assert self.gpu.total_gib is not None
+        return int(self.gpu.total_gib * GIB)
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """As torch.cuda.get_device_capability says it."""
+        assert self.gpu.capability is not None
+        return self.gpu.capability
 
 
 GIB = 2**30
-KINDS = {
-    "h100": GpuKind(800e12 * 0.7, 3.3e12, 80 * GIB, (9, 0), 132),
-    "a100": GpuKind(312e12 * 0.7, 2.0e12, 80 * GIB, (8, 0), 108),
-    "a10g": GpuKind(70e12 * 0.7, 0.6e12, 24 * GIB, (8, 6), 80),
-    "l4": GpuKind(121e12 * 0.5, 0.3e12, 24 * GIB, (8, 9), 58),
+_SPEEDS = {  # floating-point operations and bytes per second, processors
+    "rtx-3060": (51e12 * 0.5, 0.36e12, 28),
+    "t4": (65e12 * 0.5, 0.32e12, 40),
+    "a10g": (70e12 * 0.7, 0.6e12, 80),
+    "l4": (121e12 * 0.5, 0.3e12, 58),
+    "l40s": (362e12 * 0.5, 0.864e12, 142),
+    "a100-80": (312e12 * 0.7, 2.0e12, 108),
+    "h100": (800e12 * 0.7, 3.3e12, 132),
 }
+KINDS = {name: GpuKind(GPUS[name], *speeds) for name, speeds in _SPEEDS.items()}  # by name, as in GPUS
 
 
 @dataclass(slots=True)

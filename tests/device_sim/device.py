@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map
 
 from tests.device_sim import sources, values
+from tests.device_sim.blanks import Blanks
 from tests.device_sim.clock import CUDA, current_stream, host
 from tests.device_sim.costs import (
     Cost,
@@ -85,7 +86,8 @@ class SimulatedDevice(TorchDispatchMode):
         self.fake = ThreadedFakeMode(allow_non_fake_inputs=True)
         self.memory = DeviceMemory(self.lock, kind.memory_bytes)
         self.host_memory = HostMemory(self.lock, self.memory.hazards)
-        self.measurements = Measurements(self.memory)
+        self.blanks = Blanks()
+        self.measurements = Measurements(self.memory, self.lock)
         self.equal: Answer = lambda _file: True  # of tensors without values
 
     def begin_part(self) -> None:
@@ -107,6 +109,10 @@ class SimulatedDevice(TorchDispatchMode):
         if function.namespace == "prim":
             return function(*args, **kwargs)
         leaves = flat(args, kwargs)
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and is_traceable_wrapper_subclass(leaf):  # of quantised weights
+                with self:  # which sees the operators that this one consists of
+                    return type(leaf).__torch_dispatch__(function, types, args, kwargs)
         if any(isinstance(leaf, FakeTensor) for leaf in leaves) or _names_cuda(leaves):
             with self.lock:
                 return self._run(function, args, kwargs)
@@ -120,7 +126,10 @@ class SimulatedDevice(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 writes = function._schema.is_mutable and leaf is args[0]
                 self.host_memory.check_use(leaf, writes=writes)
-        out = values.real(function, args, kwargs)
+        if self.blanks.concern(function, args, kwargs):
+            out = self.blanks.run(function, args, kwargs)
+        else:
+            out = values.real(function, args, kwargs)
         return self.host_memory.pin(out) if pinned else out
 
     # ---- operators on the device ----
@@ -226,7 +235,9 @@ class SimulatedDevice(TorchDispatchMode):
     def _copy_into(self, target: Tensor, source: Tensor, *, non_blocking: bool) -> Tensor:
         if isinstance(target, FakeTensor) and not isinstance(source, FakeTensor):
             self.host_memory.check_use(source, writes=False)
-            with_value = values.value_of(target) is not None or target.is_contiguous()
+            with_value = not self.blanks.has(source) and (
+                values.value_of(target) is not None or target.is_contiguous()
+            )
             self._launch(aten.copy_.default, 0, (), (target,))
             self._copied_up(source, non_blocking=non_blocking)
             _overwrite(target, source if with_value else None)
@@ -241,15 +252,17 @@ class SimulatedDevice(TorchDispatchMode):
 
     def _uploaded(self, source: Tensor, dtype: torch.dtype | None, *, non_blocking: bool) -> Tensor:
         self.host_memory.check_use(source, writes=False)
-        cast = (
-            source if dtype is None or dtype is source.dtype else values.real(Tensor.to, (source, dtype), {})
-        )
+        is_blank = self.blanks.has(source)
+        if dtype is None or dtype is source.dtype:
+            cast = source
+        else:
+            cast = values.real(Tensor.to, (source, "meta" if is_blank else "cpu", dtype), {})
         out: Tensor = aten.empty_strided.default(
             list(cast.shape), list(cast.stride()), dtype=cast.dtype, device=CUDA
         )
         self._launch(None, 0, (), (out,))
         self._copied_up(source, non_blocking=non_blocking)
-        if values.keeps(out):
+        if values.keeps(out) and not is_blank:
             values.set_value(out, values.real(Tensor.clone, (cast,), {}))
         return out
 

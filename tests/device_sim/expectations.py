@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.device_sim.report import is_denoiser
+from tests.device_sim.measurements import is_denoiser
 
 GIB = 2**30
 

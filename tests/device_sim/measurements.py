@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from deployments.engine.fiber import current_fiber
 from tests.device_sim import sources
 from tests.device_sim.costs import Cost, CostBySource
+from tests.device_sim.meeting import Meeting
 from tests.device_sim.memory import DeviceMemory, Scope
 
 # functions of the engine that run forwards to prove a batch size, not for a request
@@ -43,12 +44,19 @@ class Sync:
     forwards: set[int] = field(default_factory=set)  # outside of fibers: after how many forwards
 
 
+def is_denoiser(module: str) -> bool:
+    """Whether a forward of this name is a denoising step."""
+    return "Transformer" in module or "UNet" in module
+
+
 class Measurements:
     """All of a run. The device calls its methods under its lock."""
 
-    def __init__(self, memory: DeviceMemory) -> None:
+    def __init__(self, memory: DeviceMemory, lock: threading.RLock) -> None:
         self._memory = memory
         self._local = threading.local()
+        self.meeting = Meeting(lock)
+        memory.after_allocation = self.meeting.after_allocation
         self.begin_part()
 
     def begin_part(self) -> None:
@@ -66,6 +74,7 @@ class Measurements:
         outer = self._running
         self._local.forwards = (*outer, running)
         self.forwards.append(running)
+        stops = self.meeting.begins(module, rows, running.memory)
         try:
             yield running
         except Exception as error:
@@ -74,6 +83,9 @@ class Measurements:
         finally:
             self._local.forwards = outer
             self._memory.close_scope(running.memory)
+            self.meeting.ends(module, rows, running.memory.peak)
+            if is_denoiser(module):
+                self.meeting.denoised(stops)
 
     def launched(self, cost: Cost) -> None:
         """A kernel has been launched."""

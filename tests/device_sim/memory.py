@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -57,6 +58,7 @@ class DeviceMemory:
         self.peak = 0  # of this part
         self.peak_since_reset = 0  # torch.cuda.max_memory_allocated
         self.refused = 0  # allocations above the limit
+        self.after_allocation: Callable[[], None] = lambda: None
         self.live_by_source: Counter[str] = Counter()
         self.hazards: Counter[str] = Counter()
         self._before_by_source: Counter[str] = Counter()
@@ -143,6 +145,7 @@ class DeviceMemory:
         for scope in scopes:
             scope.live += size
             scope.peak = max(scope.peak, scope.live)
+        self.after_allocation()
         return _Storage(size, current_stream(), source, scopes)
 
     def _on_freed(self, key: int, storage: _Storage, reference: weakref.ref[Tensor]) -> None:

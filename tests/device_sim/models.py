@@ -1,4 +1,4 @@
-"""Pipelines of the published sizes without weights, as from_pretrained gives them for the repositories.
+"""Pipelines of the published sizes without weights; repository.py has the loading code find them.
 
 The configurations are those of the repositories' config.json; tokenizers are those of the tiny models that
 ship, which give the same numbers of tokens.
@@ -7,92 +7,20 @@ ship, which give the same numbers of tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
-import torch
 import transformers
-from torch import nn
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
-from deployments.models import load, model_loader
-from deployments.models.model_memory import weights_bytes
 from deployments.protocol.card import ModelCard, Weights, load_card
-from tests.device_sim.device import SimulatedDevice
-from tests.device_sim.forwards import measure
 
 ROOT = Path(__file__).parents[2]
 
 Build = Callable[[Any, Any], Any]  # a module from its class and its configuration
 
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
-
-
-@dataclass(frozen=True, slots=True)
-class _Built:
-    """In place of the files of a module: it is on the device already."""
-
-    module: nn.Module
-    folder: Path = Path()  # nothing is read from it
-    stored_form: str | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        return weights_bytes([self.module])
-
-    device_bytes = held_bytes = size_bytes
-
-    def load(self, _device: torch.device) -> nn.Module:
-        return self.module
-
-
-def install(device: SimulatedDevice) -> None:
-    """Have the loading code find modules built on the device instead of files with weights."""
-    build = _builder(device)
-    pipelines: dict[Path, Any] = {}
-
-    def find_parts(folder: Path, *_: Any) -> dict[str, _Built]:
-        pipeline = pipelines[folder] = PIPELINES[str(folder)](build)
-        modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-        measure(list(modules.values()), device.measurements)
-        return {name: _Built(module) for name, module in modules.items()}
-
-    def find_part(_kind: Any, folder: Path, _weights: Weights) -> _Built:
-        kind, config = CONTROLNETS[str(folder)]
-        net = build(kind, config)
-        measure([net], device.measurements)
-        return _Built(net)
-
-    loading: Any = load
-    loading.hub_folder = lambda weights, **_: Path(weights.repo)
-    loading.find_parts, loading.find_part = find_parts, find_part
-    loading.assemble = lambda folder, *_: pipelines.pop(folder)
-    loader: Any = model_loader
-    loader.fetch = lambda *_args, **_options: None
-    without_weights: Any = transformers.PreTrainedModel
-    without_weights.init_weights = lambda self: None
-
-
-def _builder(device: SimulatedDevice) -> Build:
-    def build(kind: Any, config: Any) -> Any:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with torch.device("cuda"):
-                is_transformers = isinstance(config, transformers.PreTrainedConfig)
-                module = kind(config) if is_transformers else kind.from_config(config)
-        finally:
-            torch.set_default_dtype(before)
-        module.eval()
-        for weight in [*module.parameters(), *module.buffers()]:
-            if weight.is_floating_point():
-                weight.requires_grad_(False)
-            device.memory.hold(weight)
-        vars(module)["to"] = lambda *_args, **_kwargs: module  # it has the device and the dtype already
-        return module
-
-    return build
 
 
 def _tokenizer(model: str, folder: str = "tokenizer") -> Any:
@@ -181,6 +109,23 @@ SDXL_UNET = {
 }
 
 
+# stabilityai/stable-diffusion-xl-refiner-1.0
+REFINER_UNET = {
+    "sample_size": 128,
+    "block_out_channels": [384, 768, 1536, 1536],
+    "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": 4,
+    "attention_head_dim": [6, 12, 24, 24],
+    "cross_attention_dim": 1280,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2560,
+}
+
+
 def _sdxl(build: Build) -> Any:
     scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="leading", **SD_BETAS)
     return diffusers.StableDiffusionXLPipeline(
@@ -194,7 +139,23 @@ def _sdxl(build: Build) -> Any:
     )
 
 
-def _sd15(build: Build) -> Any:
+def _sdxl_refiner(build: Build) -> Any:
+    scheduler = diffusers.EulerDiscreteScheduler(timestep_spacing="leading", **SD_BETAS)
+    return diffusers.StableDiffusionXLImg2ImgPipeline(
+        vae=_vae(build, 4, 0.13025),
+        text_encoder=None,
+        text_encoder_2=build(transformers.CLIPTextModelWithProjection, _clip_config(1280, 32, 1280)),
+        tokenizer=None,
+        tokenizer_2=_tokenizer("tiny-sdxl-base", "tokenizer_2"),
+        unet=build(diffusers.UNet2DConditionModel, REFINER_UNET),
+        scheduler=scheduler,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+    )
+
+
+def _sd15(build: Build, *, checked: bool = False) -> Any:
+    """checked: with the safety checker of the repository."""
     unet = {
         "sample_size": 64,
         "block_out_channels": [320, 640, 1280, 1280],
@@ -208,14 +169,28 @@ def _sd15(build: Build) -> Any:
         tokenizer=_tokenizer("tiny-sd15"),
         unet=build(diffusers.UNet2DConditionModel, unet),
         scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, **SD_BETAS),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+        safety_checker=build(StableDiffusionSafetyChecker, CHECKER) if checked else None,
+        feature_extractor=transformers.CLIPImageProcessor() if checked else None,
+        requires_safety_checker=checked,
     )
 
 
-def _wan(build: Build) -> Any:
-    """Wan 2.1 T2V 14B: the defaults of diffusers' classes are its configuration."""
+# CompVis/stable-diffusion-safety-checker
+CHECKER = transformers.CLIPConfig(
+    vision_config={
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "patch_size": 14,
+    },
+    projection_dim=768,
+)
+WAN_SMALL = {"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960}  # Wan 2.1 T2V 1.3B
+
+
+def _wan(build: Build, transformer: Mapping[str, Any] | None = None) -> Any:
+    """Wan 2.1 T2V: the defaults of diffusers' classes are the configuration of the 14B."""
     umt5 = transformers.UMT5Config(
         vocab_size=256384,
         d_model=4096,
@@ -231,7 +206,7 @@ def _wan(build: Build) -> Any:
     return diffusers.WanPipeline(
         tokenizer=_tokenizer("tiny-wan"),
         text_encoder=build(transformers.UMT5EncoderModel, umt5),
-        transformer=build(diffusers.WanTransformer3DModel, {}),
+        transformer=build(diffusers.WanTransformer3DModel, dict(transformer or {})),
         vae=build(diffusers.AutoencoderKLWan, {}),
         scheduler=scheduler,
     )
@@ -287,8 +262,13 @@ PIPELINES: Mapping[str, Callable[[Build], Any]] = {
     "black-forest-labs/FLUX.1-dev": lambda build: _flux(build, guidance=True),
     "black-forest-labs/FLUX.1-schnell": lambda build: _flux(build, guidance=False),
     "stabilityai/stable-diffusion-xl-base-1.0": _sdxl,
+    "stabilityai/stable-diffusion-xl-refiner-1.0": _sdxl_refiner,
     "stable-diffusion-v1-5/stable-diffusion-v1-5": _sd15,
+    "stable-diffusion-v1-5/with-safety-checker": lambda build: _sd15(build, checked=True),
+    "Lykon/dreamshaper-8": lambda build: _sd15(build, checked=True),
+    "SG161222/Realistic_Vision_V6.0_B1_noVAE": lambda build: _sd15(build, checked=True),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan,
+    "published/wan-2.1-1.3b": lambda build: _wan(build, WAN_SMALL),
     "hunyuanvideo-community/HunyuanVideo": _hunyuan_video,
 }
 MODELS: Mapping[str, Callable[[], ModelCard]] = {  # by short name
@@ -320,4 +300,5 @@ SDXL_CONTROLNET = {
 CONTROLNETS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "Shakker-Labs/FLUX.1-dev-ControlNet-Union-Pro-2.0": (diffusers.FluxControlNetModel, FLUX_CONTROLNET),
     "diffusers/controlnet-canny-sdxl-1.0": (diffusers.ControlNetModel, SDXL_CONTROLNET),
+    "diffusers/controlnet-depth-sdxl-1.0": (diffusers.ControlNetModel, SDXL_CONTROLNET),
 }

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tests.device_sim.clock import (
@@ -44,6 +45,7 @@ def install(device: SimulatedDevice) -> None:
     _patch_memory(device)
     _patch_properties(device)
     _patch_tensors(device)
+    _patch_modules()
     _enter_in_threads(device)
 
 
@@ -80,7 +82,7 @@ def _patch_memory(device: SimulatedDevice) -> None:
 def _patch_properties(device: SimulatedDevice) -> None:
     kind = device.kind
     properties = SimpleNamespace(
-        name="simulated",
+        name=kind.gpu.full_name,
         total_memory=kind.memory_bytes,
         major=kind.capability[0],
         minor=kind.capability[1],
@@ -115,6 +117,27 @@ def _patch_tensors(device: SimulatedDevice) -> None:
     tensor.pin_memory, tensor.record_stream = pin_memory, record_stream
     tensor.is_pinned = lambda self, _device=None: host_memory.is_pinned(self)
     torch.Generator = SimGenerator  # type: ignore[misc]
+
+
+def _patch_modules() -> None:
+    """nn.Module.to with new weights in place of the old ones, which it swaps where they are FakeTensors: that
+    is not possible with those that something refers to. Modules that share a weight go on sharing it."""
+
+    def apply(self: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        changed: dict[int, tuple[Tensor, Tensor]] = {}  # by id of the weight, which is kept
+        for module in self.modules() if recurse else (self,):
+            for weights in (module._parameters, module._buffers):
+                for name, weight in [(name, one) for name, one in weights.items() if one is not None]:
+                    if id(weight) not in changed:
+                        new = change(weight)
+                        if new is not weight and isinstance(weight, nn.Parameter):
+                            new = nn.Parameter(new, requires_grad=False)
+                        changed[id(weight)] = weight, new
+                    weights[name] = changed[id(weight)][1]
+        return self
+
+    module: Any = nn.Module
+    module._apply = apply
 
 
 def _enter_in_threads(device: SimulatedDevice) -> None:

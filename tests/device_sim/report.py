@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.device_sim.costs import Cost
 from tests.device_sim.device import SimulatedDevice
-from tests.device_sim.measurements import Forward, Sync
+from tests.device_sim.measurements import Forward, Sync, is_denoiser
 from tests.device_sim.run import Account, Outcome
 from tests.device_sim.scenario import Wave
 
@@ -47,11 +47,6 @@ def part_of(
         "mixing": dict(measurements.mixing),
         "hazards": dict(memory.hazards),
     }
-
-
-def is_denoiser(module: str) -> bool:
-    """Whether a forward of this name is a denoising step."""
-    return "Transformer" in module or "UNet" in module
 
 
 def _cost(cost: Cost) -> dict[str, float]:

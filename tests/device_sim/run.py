@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +25,7 @@ from tests.device_sim import models, patches
 from tests.device_sim.costs import KINDS
 from tests.device_sim.device import SimulatedDevice
 from tests.device_sim.lora_files import lora_file
+from tests.device_sim.repository import Repository
 from tests.device_sim.scenario import Scenario, Wave
 
 PROOFS_S = 600.0  # at most, for the proofs before a wave
@@ -63,18 +64,40 @@ def serve(scenario: Scenario, on_part: OnPart) -> None:
     on_part: called after the model is loaded and after the proofs before a wave, without a wave, and after
     each wave.
     """
+    on_device(
+        scenario.gpu,
+        lambda device: _serve(scenario, device, on_part),
+        memory_gib=scenario.memory_gib,
+        equal=scenario.proofs,
+    )
+
+
+def on_device(
+    gpu: str,
+    work: Callable[[SimulatedDevice], Awaitable[None]],
+    *,
+    memory_gib: float = 0.0,
+    equal: bool = True,
+) -> None:
+    """Have this process a simulated GPU of this kind, for good, and do the work on it.
+
+    memory_gib: an allocation above it fails; 0: the GPU's memory. equal: what tensors without values are.
+    """
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    device = SimulatedDevice(KINDS[scenario.gpu])
-    if scenario.memory_gib:
-        device.memory.limit = int(scenario.memory_gib * 2**30)
-    device.equal = lambda _file: scenario.proofs
+    device = SimulatedDevice(KINDS[gpu])
+    if memory_gib:
+        device.memory.limit = int(memory_gib * 2**30)
+    device.equal = lambda _file: equal
     patches.install(device)
-    models.install(device)
+    Repository(device).install()
     errors: list[BaseException] = []
+
+    async def all_of_it() -> None:
+        await work(device)
 
     def main() -> None:
         try:
-            asyncio.run(_serve(scenario, device, on_part))
+            asyncio.run(all_of_it())
         except BaseException as error:
             errors.append(error)
 
@@ -85,6 +108,11 @@ def serve(scenario: Scenario, on_part: OnPart) -> None:
         raise errors[0]
 
 
+def replace_scheduler(runtime: Any, scheduler: type[StepScheduler]) -> None:
+    """Have replicas that are made from here on use it. runtime: the module."""
+    vars(runtime)["Runtime"] = partial(runtime.Runtime, schedule=scheduler)
+
+
 async def _serve(scenario: Scenario, device: SimulatedDevice, on_part: OnPart) -> None:
     from deployments import runtime  # after torch.cuda is the device's
     from deployments.encoder import VideoEncoder
@@ -92,22 +120,23 @@ async def _serve(scenario: Scenario, device: SimulatedDevice, on_part: OnPart) -
 
     card = _card_of(scenario)
     if scenario.together:
-        vars(runtime)["Runtime"] = partial(runtime.Runtime, schedule=TogetherScheduler)
+        replace_scheduler(runtime, TogetherScheduler)
     replica = ModelReplica([card], encoder=VideoEncoder() if card.videos else None)
     logging.getLogger("deployments").setLevel(logging.ERROR)
-    on_part(device, None, (), await _account_of(replica))
+    on_part(device, None, (), await account_of(replica))
     shapes = await replica.layers(card.id)
     for wave in scenario.waves:
         if wave.proven:
             device.begin_part()
             await replica._runtime.worker.prove_all(PROOFS_S)
-            on_part(device, None, (), await _account_of(replica))
+            on_part(device, None, (), await account_of(replica))
         device.begin_part()
         outcomes = await _serve_wave(wave, card, replica, shapes)
-        on_part(device, wave, outcomes, await _account_of(replica))
+        on_part(device, wave, outcomes, await account_of(replica))
 
 
-async def _account_of(replica: Any) -> Account:
+async def account_of(replica: Any) -> Account:
+    """What the replica says of its memory."""
     status = await replica.status()
     account: Account = status["memory_bytes"]
     return account
@@ -120,16 +149,16 @@ async def _serve_wave(
     requests = [_request(wave, card, files, index) for index in range(wave.requests)]
     async with AsyncExitStack() as kept:
         if not wave.cold_loras:
-            await _load_loras(replica, requests, kept)
+            await load_loras(replica, requests, kept)
         return await asyncio.gather(
             *(
-                _outcome(replica, request, wave.cancel_after if request is requests[-1] else 0)
+                outcome(replica, request, wave.cancel_after if request is requests[-1] else 0)
                 for request in requests
             )
         )
 
 
-async def _load_loras(replica: Any, requests: Sequence[GenerationRequest], kept: AsyncExitStack) -> None:
+async def load_loras(replica: Any, requests: Sequence[GenerationRequest], kept: AsyncExitStack) -> None:
     """Bring the requests' LoRAs to the device before the first of them starts, so that all start together."""
     runtime = replica._runtime
     for request in requests:
@@ -163,27 +192,29 @@ def _request(wave: Wave, card: ModelCard, files: Sequence[bytes], index: int) ->
         height=height,
         num_images=wave.images,
         loras=[Lora.of(files[index % len(files)], 0.8)] if files else [],
-        controls=[Control(image=_png(width, height), type=wave.control)] if wave.control else [],
+        controls=[Control(image=png(width, height), type=wave.control)] if wave.control else [],
         scheduler=wave.scheduler,
         output=OutputOptions(previews=wave.previews, format="jpeg"),
         video=video,
     )
 
 
-async def _outcome(replica: Any, request: GenerationRequest, cancel_after: int) -> Outcome:
-    outcome = Outcome()
+async def outcome(replica: Any, request: GenerationRequest, cancel_after: int = 0) -> Outcome:
+    """What becomes of a request. cancel_after: it is cancelled after so many of its steps; 0: not."""
+    found = Outcome()
     async with aclosing(replica.generate(request, unlimited_wait=True)) as events:
         async for event in events:
-            outcome.last = type(event).__name__
-            outcome.events[outcome.last] += 1
+            found.last = type(event).__name__
+            found.events[found.last] += 1
             if isinstance(event, Failed):
-                outcome.error = f"{event.kind}: {event.message}"
+                found.error = f"{event.kind}: {event.message}"
             if cancel_after and isinstance(event, Step) and event.step >= cancel_after:
                 break
-    return outcome
+    return found
 
 
-def _png(width: int, height: int) -> bytes:
+def png(width: int, height: int) -> bytes:
+    """A picture of this size."""
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize((width, height)).convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()

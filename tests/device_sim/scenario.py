@@ -31,7 +31,7 @@ class Scenario:
     """A model on a device, and what is asked of it."""
 
     model: str  # one of models.MODELS
-    gpu: str = "a100"  # one of costs.KINDS
+    gpu: str = "a100-80"  # one of costs.KINDS
     memory_gib: float = 0.0  # an allocation above it fails; 0: the GPU's memory
     rows: int = 4  # the card's max_rows
     exact: Exactness = "off"  # whether batch sizes need a proof that they change no bit

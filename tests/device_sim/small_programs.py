@@ -5,6 +5,7 @@ python -m tests.device_sim.small_programs prints what the device counted for eac
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import threading
@@ -12,8 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
+from deployments.models.quantise import quantise
+from deployments.planning.plan import PartPlan
 from tests.device_sim import patches
 from tests.device_sim.costs import KINDS
 from tests.device_sim.device import SimulatedDevice
@@ -132,6 +136,18 @@ def multiplies() -> list[Any]:
     return [2 * 4 * 64 * 32 * 16, 2 * 2 * 8 * 64 * 64 * (16 + 16)]
 
 
+def multiplies_by_weights_of_8_bits() -> list[Any]:
+    with torch.inference_mode(mode=False):
+        layers = nn.Sequential(nn.Linear(512, 512, bias=False, dtype=torch.bfloat16)).requires_grad_(False)
+        quantise(layers, PartPlan("transformer", "bfloat16", quantisation="int8"), torch.device("cuda"))
+    held = cuda.memory_allocated()
+    x = torch.zeros(1, 512, dtype=torch.bfloat16, device="cuda")
+    cuda.reset_peak_memory_stats()
+    before = cuda.memory_allocated()
+    layers(x)
+    return [held, cuda.max_memory_allocated() - before]
+
+
 def measures_time_on_a_stream_with_priority() -> list[Any]:
     least, greatest = cuda.Stream.priority_range()
     stream = cuda.Stream(priority=greatest)
@@ -164,6 +180,7 @@ PROGRAMS: tuple[Callable[[], Any], ...] = (
     reads_values_back,
     mixes_devices,
     multiplies,
+    multiplies_by_weights_of_8_bits,
     measures_time_on_a_stream_with_priority,
     makes_noise,
     runs_out_of_memory,  # last: the limit stays
@@ -172,6 +189,7 @@ PROGRAMS: tuple[Callable[[], Any], ...] = (
 
 def count(device: SimulatedDevice, program: Callable[[], Any]) -> dict[str, Any]:
     """What the device counted while this program ran, and what the program returned."""
+    gc.collect()  # of quantised weights, which refer to themselves
     device.begin_part()
     returned: list[Any] = []
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import NamedTuple
 
-PACKAGES = ("deployments", "diffusers", "transformers")
+PACKAGES = ("deployments", "diffusers", "transformers", "torchao")
 
 
 class Source(NamedTuple):

@@ -88,7 +88,7 @@ def test_loras_cost_kernels_only_in_the_layers_they_change(run: list[Part]) -> N
 
 
 def test_weights_take_what_their_parameters_take(run: list[Part]) -> None:
-    assert run[0]["memory"]["after"] / GIB == pytest.approx(31.67, abs=0.05)
+    assert run[0]["memory"]["after"] / GIB == pytest.approx(31.42, abs=0.05)
 
 
 def test_activations_grow_by_the_row(run: list[Part]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import diffusers
 import transformers
 
-from tests.device_sim.models import FLUX_CONTROLNET, SDXL_CONTROLNET, SDXL_UNET
+from tests.device_sim.models import FLUX_CONTROLNET, REFINER_UNET, SDXL_CONTROLNET, SDXL_UNET, WAN_SMALL
 
 Part = tuple[Any, Any]  # a class and its configuration
 
@@ -63,20 +63,6 @@ SD_UNET = {
     "layers_per_block": 2,
     "attention_head_dim": 8,
     "cross_attention_dim": 768,
-}
-REFINER_UNET = {
-    "sample_size": 128,
-    "block_out_channels": [384, 768, 1536, 1536],
-    "layers_per_block": 2,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": 4,
-    "attention_head_dim": [6, 12, 24, 24],
-    "cross_attention_dim": 1280,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2560,
 }
 QWEN3_4B = {
     "hidden_size": 2560,
@@ -152,7 +138,7 @@ MODELS: Mapping[str, Mapping[str, Part]] = {
         "vae": (diffusers.AutoencoderKLHunyuanVideo, {}),
     },
     "wan-2.1-14b": _wan(),  # Wan-AI/Wan2.1-T2V-14B-Diffusers
-    "wan-2.1-1.3b": _wan(num_layers=30, num_attention_heads=12, ffn_dim=8960),  # Wan2.1-T2V-1.3B-Diffusers
+    "wan-2.1-1.3b": _wan(**WAN_SMALL),  # Wan2.1-T2V-1.3B-Diffusers
     "ltx-video": {  # Lightricks/LTX-Video, 0.9
         "transformer": (diffusers.LTXVideoTransformer3DModel, {}),
         "text_encoder": T5_XXL,
