@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: serve test fleets rehearsal device-sim exact chaos mutants check format types lint audit bench clean
+.PHONY: serve test fleets rehearsal families device-sim exact chaos mutants check format types lint audit bench clean
 
 serve: $(VENV)/.serve ## set up, then serve on http://127.0.0.1:8000 until Ctrl+C
 	@$(BIN)/weft serve
@@ -21,6 +21,9 @@ fleets: $(VENV)/.test ## the shipped fleet, clusters of several nodes, a batch a
 
 rehearsal: $(VENV)/.test ## every tiny model trained for a few steps, compiled, in two processes (half an hour on a busy machine)
 	@$(BIN)/python -m pytest -m rehearsal --timeout 7200 tests/tools
+
+families: $(VENV)/.test ## every family of docs/families.md in a mixed batch (two minutes on a busy machine)
+	@FAMILIES=all OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/inference/pipelines/test_families.py
 
 device-sim: $(VENV)/.test ## every model at real size on a simulated GPU, videos too (5 minutes on two cores)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/device_sim

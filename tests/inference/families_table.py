@@ -18,8 +18,10 @@ from deployments.engine.fiber import Fiber, FiberCancelled
 from deployments.engine.intercept import intercept
 from tests.inference.engine.together import Together
 from tests.inference.families import FAMILIES, PICTURE, Arguments, Family
+from tests.inference.more_families import MORE
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
+EVERY = FAMILIES | MORE  # the rows of the page, in this order
 MAX_ROWS = 8
 
 
@@ -173,24 +175,30 @@ def page(outcomes: dict[str, Outcome]) -> str:
         "The requests of a row differ in steps, guidance, seeds, prompts, numbers of images and, where the",
         "family allows it, size; some join while others run, and one is cancelled. `test_families.py` fails",
         "when this page and the code disagree; `python -m tests.inference.families_table` writes it.",
+        "The suite runs the rows up to Ovis-Image and every day another part of the rest; `make families`",
+        "runs all.",
         "",
         "| family | pipelines | denoiser | tasks | denoiser | text encoders | VAE | relative error |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, outcome in outcomes.items():
-        family = FAMILIES[name]
-        kept = ["merged" if outcome.shared[part] else "one at a time" for part in outcome.shared]
-        pipelines = ", ".join(outcome.pipelines)
-        bound = f"< {'1e-12' if outcome.error < 1e-12 else family.tolerance} ({str(family.dtype)[6:]})"
-        cells = [name, pipelines, outcome.denoiser, ", ".join(outcome.tasks), *kept, bound]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines += [row(name, outcome) for name, outcome in outcomes.items()]
     return "\n".join([*lines, ""])
+
+
+def row(name: str, outcome: Outcome) -> str:
+    """Of the page's table."""
+    family = EVERY[name]
+    kept = ["merged" if outcome.shared[part] else "one at a time" for part in outcome.shared]
+    pipelines = ", ".join(outcome.pipelines)
+    bound = f"< {'1e-12' if outcome.error < 1e-12 else family.tolerance} ({str(family.dtype)[6:]})"
+    cells = [name, pipelines, outcome.denoiser, ", ".join(outcome.tasks), *kept, bound]
+    return f"| {' | '.join(cells)} |"
 
 
 def main() -> None:
     torch.set_num_threads(1)
     with torch.inference_mode():
-        outcomes = {name: measure(family) for name, family in FAMILIES.items()}
+        outcomes = {name: measure(family) for name, family in EVERY.items()}
     PAGE.write_text(page(outcomes))
 
 
