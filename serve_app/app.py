@@ -200,7 +200,7 @@ def _fetchers(
     """The deployment that downloads remote weights to the nodes; none when all weights are local."""
     wanted = [card for card in cards.values() if card.serving.prefetch]
     wanted += _refiners(wanted, known).values()
-    if not any(weights.is_remote for card in wanted for weights in card.all_weights):
+    if not any(weights.needs_fetch for card in wanted for weights in card.all_weights):
         return []
     fetcher = serve.deployment(
         name="WeightsFetcher",

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from deployments.planning.part_plan import DENOISERS
 from deployments.protocol.card import ModelCard, Serving, Weights, load_cards
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.family import family_of, is_of_family
@@ -92,6 +93,13 @@ def card_notices(cards: Mapping[str, ModelCard], settings: Settings) -> Iterator
                 f"warning: MODEL_DEVICE has no effect on {', '.join(on_cpu)}: serving.num_gpus is 0, so they "
                 "run on the CPU"
             )
+    if settings.precision_quantisation is not None:
+        files = [card.id for card in cards.values() if _from_gguf(card)]
+        if files:
+            yield (
+                f"warning: MODEL_PRECISION has no effect on the weights of {', '.join(files)}, which "
+                "come from GGUF files"
+            )
     if settings.enable_xformers:
         there = [card.id for card in cards.values() if card.serving.attention == XFORMERS]
         where = f"used for {', '.join(there)}" if there else "used for no model here"
@@ -148,7 +156,7 @@ def _serving_changes(card: ModelCard, settings: Settings) -> dict[str, Any]:
     serving, changes = card.serving, dict[str, Any]()
     if settings.model_max_batch_size is not None:
         changes["max_rows"] = settings.model_max_batch_size
-    if settings.precision_quantisation is not None:
+    if settings.precision_quantisation is not None and not _from_gguf(card):
         changes["quantisation"] = settings.precision_quantisation
     if settings.model_device in ("cpu", "mps"):  # Ray counts neither as a GPU
         changes |= {"num_gpus": 0, "accelerator_type": None}
@@ -156,6 +164,11 @@ def _serving_changes(card: ModelCard, settings: Settings) -> dict[str, Any]:
         has_choice = serving.num_gpus and card.family not in UNETS
         changes["attention"] = XFORMERS if has_choice else None
     return changes
+
+
+def _from_gguf(card: ModelCard) -> bool:
+    """Whether the denoiser's weights have the form of a GGUF file, and no other."""
+    return not card.weights.gguf.keys().isdisjoint(DENOISERS)
 
 
 def _found(card: ModelCard, folder: Path) -> ModelCard:
@@ -182,7 +195,7 @@ def _at(card: ModelCard, folder: Path) -> ModelCard:
     variant = card.weights.variant
     if not any(folder.glob(f"*/*.{variant}[.-]*")):
         variant = None
-    weights = Weights(path=str(folder), variant=variant, dtype=card.weights.dtype)
+    weights = Weights(path=str(folder), variant=variant, dtype=card.weights.dtype, gguf=card.weights.gguf)
     return card.model_copy(update={"weights": weights})
 
 

@@ -55,7 +55,7 @@ def folder_of(weights: Weights, index: str = "model_index.json") -> Path | None:
 
 def _fetched(weights: Weights) -> Path:
     try:
-        return local_folder(str(weights.path))
+        return local_folder(str(weights.path), without=tuple(weights.gguf))
     except Exception as error:
         raise explain(error, weights) from error
 
@@ -111,7 +111,7 @@ def _files_of(
         check_attention(plan.attention, device, getattr(torch, plan.dtype))
     with _explained(weights, licence):
         folder = folder or hub_folder(weights, pipeline=True)
-        parts = find_parts(folder, plan, weights.variant)
+        parts = find_parts(folder, plan, weights.variant, weights.gguf)
         check_quantisation(plan, parts, device)
         if compiled:
             check_compiles(parts)

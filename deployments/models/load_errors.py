@@ -22,7 +22,13 @@ from safetensors import SafetensorError, safe_open
 
 from deployments.engine.device_errors import causes_of, is_device_broken
 from deployments.engine.out_of_memory import in_gib, is_out_of_memory
-from deployments.models.weight_cache import cache_folder, hub_token, local_path, remote_bytes
+from deployments.models.weight_cache import (
+    FileNotFetched,
+    cache_folder,
+    hub_token,
+    local_path,
+    remote_bytes,
+)
 from deployments.protocol.card import Licence, Weights
 from deployments.protocol.errors import ModelFailed, ModelUnavailable, WeftError
 
@@ -51,6 +57,8 @@ def explain(error: Exception, weights: Weights, licence: Licence | None = None) 
     """
     if isinstance(error, WeftError) or is_out_of_memory(error) or is_device_broken(error):
         return error
+    if isinstance(error, FileNotFetched) and isinstance(error.__cause__, Exception):
+        return _of_a_file(error, error.__cause__, licence)
     name = weights.path or weights.repo
     passing = _passing_reason(error)
     if passing is not None:
@@ -63,6 +71,17 @@ def explain(error: Exception, weights: Weights, licence: Licence | None = None) 
         f"the weights {name} cannot be loaded: {_text(error)}; compare the folder with the model's, and "
         "weights with the card's"
     )
+
+
+def _of_a_file(error: FileNotFetched, cause: Exception, licence: Licence | None) -> Exception:
+    """The error for a GGUF file that was not fetched for this cause."""
+    file = error.file
+    alone = Weights(repo=file.repo, revision=file.revision) if file.repo else Weights(path=file.path)
+    explained = explain(cause, alone, licence)
+    if not isinstance(explained, WeftError):
+        return explained
+    about = f"the GGUF file {file.name}, which weights.gguf of the card names, is not here"
+    return type(explained)(f"{about}: {explained.message}")
 
 
 def _hub_reason(cause: BaseException, weights: Weights, licence: Licence | None) -> str | None:

@@ -6,11 +6,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from deployments.models.weight_cache import hub_token, local_path
+from deployments.planning.local_files import gguf_file_here
 from deployments.protocol.card import Weights
 from deployments.protocol.errors import ModelUnavailable, OutOfMemory, WeftError
 
@@ -97,18 +98,27 @@ def operator_state(weights: Weights) -> Hashable:
     """What an operator changes to make these weights load: a folder's files, the hub's token."""
     if weights.repo is not None:
         return hub_token()
-    return None if weights.is_remote else tuple(_files_of(local_path(weights)))
+    if weights.is_remote:
+        return None
+    local = [gguf_file_here(file) for file in weights.gguf.values() if not file.is_remote]
+    files = [entry for path in local if path is not None for entry in _status_of([str(path)])]
+    return hub_token() if weights.needs_fetch else None, *_files_of(local_path(weights)), *files
 
 
 def _files_of(folder: Path) -> list[tuple[str, int, int]]:
     found: list[tuple[str, int, int]] = []
     for parent, _, names in os.walk(folder):
-        for name in sorted(names):
-            try:
-                status = os.stat(os.path.join(parent, name))
-            except OSError:
-                continue
-            found.append((os.path.join(parent, name), status.st_size, status.st_mtime_ns))
-            if len(found) == MAX_FILES:
-                return found
-    return found
+        found += _status_of(os.path.join(parent, name) for name in sorted(names))
+        if len(found) >= MAX_FILES:
+            break
+    return found[:MAX_FILES]
+
+
+def _status_of(paths: Iterable[str]) -> Iterator[tuple[str, int, int]]:
+    """Path, size and time of the last change of those that are there."""
+    for path in paths:
+        try:
+            status = os.stat(path)
+        except OSError:
+            continue
+        yield path, status.st_size, status.st_mtime_ns

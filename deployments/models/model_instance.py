@@ -90,7 +90,7 @@ class ModelInstance:
         check_rows(_modules(pipeline), serving.exact)
         there = tuple(part for part in self.plan.parts if part.name in pipeline.components)
         self.plan = replace(self.plan, parts=there)
-        self.quantised = {part.name: part.quantisation for part in there if part.quantisation is not None}
+        self.quantised = {part.name: part.form for part in there if part.form is not None}
         self.pipelines = DiffusersModel(
             pipeline,
             _pipeline_tasks(card),

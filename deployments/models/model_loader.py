@@ -150,6 +150,7 @@ class ModelLoader:
         """Have the weights on this node. Raises ModelFailed, ModelUnavailable."""
         if not card.weights.is_remote:
             folder_of(card.weights)
+        if not card.weights.needs_fetch:
             return
         try:
             fetch(card.weights, pipeline=True)

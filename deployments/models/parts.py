@@ -20,13 +20,18 @@ from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, get_class_obj_and_candidates
 from torch import nn
 
+from deployments.models.gguf_weights import GgufWeights, find_gguf
 from deployments.models.modular import assemble_modular, is_modular, modular_parts
 from deployments.models.offload import offload
 from deployments.models.quantise import WEIGHT_BITS, quantise, quantising_bytes
 from deployments.models.unmapped import unmapped
+from deployments.models.weight_cache import gguf_path
 from deployments.models.weight_files import WeightFiles, find_weights
+from deployments.planning.gguf_needs import header_of
 from deployments.planning.plan import PartPlan, Plan
 from deployments.protocol.card import Weights
+from deployments.protocol.errors import ModelFailed
+from deployments.protocol.gguf_file import GgufFile
 
 LIBRARIES = ("diffusers", "transformers")  # whose modules are read here
 CONVOLUTIONAL = ("unet", "vae")  # parts that gain from channels_last
@@ -38,7 +43,7 @@ class PartFiles:
 
     kind: Any  # its class
     folder: Path
-    files: WeightFiles
+    files: WeightFiles | GgufWeights
     plan: PartPlan
     channels_last: bool = False  # memory format of its convolutions
 
@@ -51,7 +56,9 @@ class PartFiles:
 
     @property
     def size_bytes(self) -> int:
-        """Of its tensors, in the dtype that they are loaded in; about right where they are quantised."""
+        """Of its tensors, in the dtype that they are loaded in; about right where they are quantised here."""
+        if isinstance(self.files, GgufWeights):
+            return self.files.bytes_as(getattr(torch, self.plan.dtype), self._in_float32)
         kind = self.plan.quantisation
         bits = None if kind is None else WEIGHT_BITS[kind]
         return self.files.bytes_as(getattr(torch, self.plan.dtype), self._in_float32, bits)
@@ -119,6 +126,9 @@ class PartFiles:
         its weights are those of the mapped file as long as their dtype is."""
         straight = device.type == "cuda" and self.plan.placement == "device" and not self.plan.quantisation
         dtype: torch.dtype = getattr(torch, self.plan.dtype)
+        if isinstance(self.files, GgufWeights):
+            here = device if self.plan.placement == "device" else torch.device("cpu")
+            return self.files.read(dtype, self._in_float32, here)
         name = "torch_dtype" if issubclass(self.kind, ModelMixin) else "dtype"
         copied = straight or not self.files.are_in(dtype)
         with unmapped() if copied and len(self.files.paths) > 1 else nullcontext():
@@ -140,20 +150,28 @@ def find_part(kind: Any, folder: Path, weights: Weights) -> PartFiles:
     return PartFiles(kind, folder, find_weights(folder, weights.variant), PartPlan("", weights.dtype))
 
 
-def find_parts(folder: Path, plan: Plan, variant: str | None) -> dict[str, PartFiles]:
+def find_parts(
+    folder: Path, plan: Plan, variant: str | None, gguf: Mapping[str, GgufFile] | None = None
+) -> dict[str, PartFiles]:
     """By name, the modules of diffusers and transformers that the pipeline in this folder consists of.
 
     Empty for a pipeline that diffusers does not have. Others of its modules are left to DiffusionPipeline.
-    variant: of the files, where a part has them.
+    variant: of the files, where a part has them. gguf: by name, files that have the weights instead; they are
+    fetched where they are not here, and compared with the parts.
     Raises FileNotFoundError for missing files, also where no part has the variant, AttributeError and
-    ValueError for a class that the library does not have.
+    ValueError for a class that the library does not have, ModelFailed for a GGUF file that is not the part's.
     """
     parts = {}
     for name, (library, class_name, place) in _places(folder).items():
         kind = _class_of(folder, name, library, class_name) if library in LIBRARIES else object
         if issubclass(kind, nn.Module):
-            files, last = find_weights(place, variant), plan.channels_last and name in CONVOLUTIONAL
+            files = _files_of(name, kind, place, variant, gguf or {})
+            last = plan.channels_last and name in CONVOLUTIONAL
             parts[name] = PartFiles(kind, place, files, plan.part(name), last)
+    for name in (gguf or {}).keys() - parts.keys():
+        raise ModelFailed(
+            f"weights.gguf names {name}, which the model does not have; it has {', '.join(sorted(parts))}"
+        )
     if variant is not None and all(part.files.variant is None for part in parts.values()):
         raise FileNotFoundError(f"no weights in {folder} are of the variant {variant!r}")
     return parts
@@ -171,6 +189,15 @@ def _places(folder: Path) -> dict[str, tuple[str, str, Path]]:
         for name, entry in index.items()
         if name in wanted and isinstance(entry, list)
     }
+
+
+def _files_of(
+    name: str, kind: Any, folder: Path, variant: str | None, gguf: Mapping[str, GgufFile]
+) -> WeightFiles | GgufWeights:
+    """What the module of this name is read from."""
+    if name not in gguf:
+        return find_weights(folder, variant)
+    return find_gguf(kind, folder, header_of(gguf_path(gguf[name])))
 
 
 def _class_of(folder: Path, name: str, library: str, class_name: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Params4bit
 from diffusers import ModelMixin
+from diffusers.quantizers.gguf.utils import GGUFLinear
 from torch import nn
 from torchao.quantization import (
     Float8DynamicActivationFloat8WeightConfig,
@@ -92,9 +93,13 @@ def quantisable_layers(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.L
 
 def saved_bytes(module: nn.Module, plan: PartPlan) -> int:
     """By how much the plan's form makes the module smaller than its dtype would; small layers count, too."""
+    itemsize = getattr(torch, plan.dtype).itemsize
+    if plan.gguf is not None:
+        own = (layer for layer in module.modules() if isinstance(layer, GGUFLinear))
+        return sum(layer.in_features * layer.out_features * itemsize - layer.weight.nbytes for layer in own)
     if plan.quantisation is None:
         return 0
-    each = getattr(torch, plan.dtype).itemsize - WEIGHT_BITS[plan.quantisation] / 8
+    each = itemsize - WEIGHT_BITS[plan.quantisation] / 8
     layers = (layer for layer in module.modules() if isinstance(layer, nn.Linear))
     return int(each * sum(layer.in_features * layer.out_features for layer in layers))
 

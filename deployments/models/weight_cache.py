@@ -9,22 +9,23 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import fsspec
 
+from deployments.planning.local_files import MODEL_CACHE, ROOT, fetched_path, model_cache
 from deployments.protocol.card import Weights
+from deployments.protocol.gguf_file import GgufFile
 from deployments.protocol.installation import Installation, S3Access
 
 logger = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parents[2]  # relative paths of weights start at the repository
 ASK_TIMEOUT_S = 5.0  # for the size of a download
 FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.safetensors"]  # of a single module or a Modular pipeline
-MODEL_CACHE = "WEFT_MODEL_CACHE"
+WEIGHTS = (".safetensors", ".safetensors.index.json")  # of a component: not its configuration
 HUB_TOKEN = "HF_TOKEN"  # read by huggingface_hub at every call
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # torch's own setting
 
@@ -50,7 +51,9 @@ def fetch(weights: Weights, *, pipeline: bool) -> None:
     if weights.repo is not None:
         hub_folder(weights, pipeline=pipeline)
     elif "://" in (weights.path or ""):
-        local_folder(str(weights.path))
+        local_folder(str(weights.path), without=tuple(weights.gguf))
+    for file in weights.gguf.values():
+        gguf_path(file)
     seconds = round(time.monotonic() - started, 3)
     logger.info("weights are complete", extra={"weights": name, "seconds": seconds})
 
@@ -61,14 +64,83 @@ def local_path(weights: Weights) -> Path:
     return folder if folder.is_absolute() else ROOT / folder
 
 
-def local_folder(url: str) -> Path:
+class FileNotFetched(Exception):
+    """A GGUF file could not be downloaded. Its cause is what the hub or fsspec raised."""
+
+    def __init__(self, file: GgufFile) -> None:
+        super().__init__(f"the GGUF file {file.name} is not here")
+        self.file = file
+
+
+def gguf_path(file: GgufFile) -> Path:
+    """The path of a GGUF file on this node, downloaded if it is not here. Raises FileNotFetched."""
+    try:
+        return _gguf_path(file)
+    except Exception as error:
+        raise FileNotFetched(file) from error
+
+
+def _gguf_path(file: GgufFile) -> Path:
+    if file.repo is not None:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(file.repo, str(file.file), revision=file.revision))
+    if not file.is_remote:
+        return ROOT / Path(str(file.path)).expanduser()
+    target = fetched_path(str(file.path))
+
+    def download(partial: Path) -> None:
+        filesystem, path = fsspec.core.url_to_fs(file.path)
+        if not filesystem.isfile(path):
+            raise FileNotFoundError(f"there is no file at {file.path}")
+        _check_space(filesystem.size(path), target.parent.parent)
+        partial.mkdir()
+        filesystem.get_file(path, str(partial / target.name))
+
+    return _once(target.parent, download) / target.name
+
+
+def local_folder(url: str, without: Collection[str] = ()) -> Path:
     """The local copy of the folder at this fsspec URL (s3://, gs://, file://, ...), downloaded if missing.
 
     It is complete or absent; other processes on this node that need it meanwhile wait for the download.
+    without: components whose weights are left out.
     Raises FileNotFoundError when the URL has no folder, OSError (ENOSPC) when it is larger than the space
     left, other OSErrors, ImportError without its driver.
     """
-    folder = _cache() / hashlib.sha256(url.encode()).hexdigest()[:24]
+    name = " without ".join((url, *sorted(without)))
+    folder = model_cache() / hashlib.sha256(name.encode()).hexdigest()[:24]
+
+    def download(partial: Path) -> None:
+        filesystem, path = fsspec.core.url_to_fs(url)
+        if not filesystem.isdir(path):
+            raise FileNotFoundError(f"there is no folder at {url}")
+        if not without:
+            _check_space(filesystem.du(path), folder.parent)
+            filesystem.get(path.rstrip("/") + "/", f"{partial}/", recursive=True)
+            return
+        begin = path.rstrip("/") + "/"
+        sizes = filesystem.find(path, detail=True)
+        wanted = {name: one["size"] for name, one in sizes.items() if not _is_left_out(name, without)}
+        _check_space(sum(wanted.values()), folder.parent)
+        for name in wanted:
+            place = partial / name.removeprefix(begin)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            filesystem.get_file(name, str(place))
+
+    return _once(folder, download)
+
+
+def _is_left_out(path: str, components: Collection[str]) -> bool:
+    """Whether a file holds weights of one of these components."""
+    return path.endswith(WEIGHTS) and path.split("/")[-2] in components
+
+
+def _once(folder: Path, download: Callable[[Path], None]) -> Path:
+    """The folder, filled by the first process of this node that needs it; it is complete or absent.
+
+    download: puts all of it into the folder that it is given, and that is not there yet.
+    """
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -77,15 +149,15 @@ def local_folder(url: str) -> Path:
             return folder
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-        filesystem, path = fsspec.core.url_to_fs(url)
-        if not filesystem.isdir(path):
-            raise FileNotFoundError(f"there is no folder at {url}")
-        needed = filesystem.du(path)
-        if needed > shutil.disk_usage(folder.parent).free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder.parent))
-        filesystem.get(path.rstrip("/") + "/", f"{partial}/", recursive=True)
+        download(partial)
         partial.rename(folder)
     return folder
+
+
+def _check_space(needed: int, folder: Path) -> None:
+    """Raises OSError (ENOSPC) where the disk of this folder has less."""
+    if needed > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def hub_folder(weights: Weights, *, pipeline: bool) -> Path:
@@ -93,17 +165,24 @@ def hub_folder(weights: Weights, *, pipeline: bool) -> Path:
 
     pipeline: whether it is a whole pipeline, not a single module. Raises what the hub raises.
     """
+    from huggingface_hub import snapshot_download
+
     options: dict[str, Any] = {"revision": weights.revision}
     if pipeline:
         from diffusers import DiffusionPipeline
 
+        own: dict[str, Any] = {"variant": weights.variant, "use_safetensors": True}
+        own |= dict.fromkeys(weights.gguf)  # of components that are given it downloads nothing
         try:
-            kind = {"variant": weights.variant, "use_safetensors": True}
-            return Path(DiffusionPipeline.download(weights.repo, **options, **kind))
+            folder = Path(DiffusionPipeline.download(weights.repo, **options, **own))
         except OSError as error:  # a Modular pipeline has another index
             if "no file named model_index.json" not in str(error):
                 raise
-    from huggingface_hub import snapshot_download
+        else:
+            if weights.gguf:
+                configs = [f"{name}/config.json" for name in weights.gguf]
+                snapshot_download(str(weights.repo), allow_patterns=configs, **options)
+            return folder
 
     return Path(snapshot_download(str(weights.repo), allow_patterns=FILES, **options))
 
@@ -119,7 +198,7 @@ def cache_folder(weights: Weights) -> Path:
     """The folder of this node into which such weights are downloaded."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) if weights.repo is not None else _cache()
+    return Path(constants.HF_HUB_CACHE) if weights.repo is not None else model_cache()
 
 
 def remote_bytes(weights: Weights) -> int | None:
@@ -132,6 +211,7 @@ def remote_bytes(weights: Weights) -> int | None:
                 weights.repo, revision=weights.revision, files_metadata=True, timeout=ASK_TIMEOUT_S
             )
             files = [file for file in info.siblings or () if file.rfilename.endswith(".safetensors")]
+            files = [file for file in files if file.rfilename.partition("/")[0] not in weights.gguf]
             variant = f".{weights.variant}." if weights.variant else ""
             return sum(file.size or 0 for file in files if variant in file.rfilename) or None
         filesystem, path = fsspec.core.url_to_fs(weights.path)
@@ -146,11 +226,7 @@ def keep_compiled_code() -> None:
 
     Call this before torch is imported: at its import, torch chooses a temporary folder otherwise.
     """
-    os.environ.setdefault(COMPILED, str(_cache() / "compiled"))
-
-
-def _cache() -> Path:
-    return Path(os.environ.get(MODEL_CACHE) or Path.home() / ".cache" / "weft" / "models")
+    os.environ.setdefault(COMPILED, str(model_cache() / "compiled"))
 
 
 @contextmanager

@@ -30,11 +30,12 @@ class PlannedBytes:
     prompts: int = 0  # the prompt cache
     steps: int = 0  # a forward of the denoiser with all rows of the plan
     auxiliary: int = 0  # meanwhile: one picture is decoded, or one prompt encoded
+    dequantisation: int = 0  # of the denoiser's layers whose weights come from a GGUF file, one at a time
 
     @property
     def working(self) -> int:
         """What forwards take beside what is held."""
-        return self.steps + self.auxiliary
+        return self.steps + self.auxiliary + self.dequantisation
 
     @property
     def peak(self) -> int:
@@ -66,13 +67,14 @@ def decode_bytes(needs: MemoryNeeds, dtype: Dtype, *, tiled: bool) -> int:
 
 
 def auxiliary_bytes(parts: Iterable[PartPlan], needs: MemoryNeeds, *, tiled: bool) -> int:
-    """The larger of decoding one picture and encoding one prompt, with the encoder if it is copied for it."""
+    """The larger of decoding one picture and encoding one prompt, with the encoder if it is copied for it,
+    and with what it takes to bring a layer's weight into floats."""
     decoding, encoding = 0, 0
     for part in parts:
         if part.name == "vae":
-            decoding = decode_bytes(needs, part.dtype, tiled=tiled)
+            decoding = part.workspace_bytes + decode_bytes(needs, part.dtype, tiled=tiled)
         elif part.name in TEXT_ENCODERS and part.placement != "cpu":
-            copied = part.device_bytes - part.held_bytes
+            copied = part.device_bytes - part.held_bytes + part.workspace_bytes
             encoding = max(encoding, copied + int(needs.encode_gib * GIB * _width(part.dtype)))
     return max(decoding, encoding)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from deployments.planning.account import (
     MIB,
@@ -12,6 +13,7 @@ from deployments.planning.account import (
     row_bytes,
     rows_of_call,
 )
+from deployments.planning.gguf_needs import GgufNeeds
 from deployments.planning.ladder import Rung, placement_of, rungs, weights_of
 from deployments.planning.machine import Machine
 from deployments.planning.part_plan import DENOISERS, PartPlan, block_sizes, planned_part
@@ -50,6 +52,7 @@ class Fitting:
     machine: Machine
     dtype: Dtype
     others_bytes: int = 0  # of ControlNets, the refiner and models of the group, all of them
+    gguf: Mapping[str, GgufNeeds] = field(default_factory=dict)  # by part
 
     def best(self) -> Fitted | None:
         """The first rung that fits, with what the rest of the memory has space for; None: none fits."""
@@ -123,6 +126,7 @@ class Fitting:
             prompts=self.card.serving.prompt_cache_mib * MIB,
             steps=rows * row_bytes(self.needs, self.dtype),
             auxiliary=auxiliary_bytes(parts, self.needs, tiled=rung.tiled),
+            dequantisation=max((part.workspace_bytes for part in parts if part.name in DENOISERS), default=0),
         )
         return Fitted(rung, parts, planned, rows, lora_slots, least or planned)
 
@@ -134,8 +138,9 @@ class Fitting:
                 needs,
                 dtype_of_part(name, self.dtype),
                 placement_of(name, needs.parameters, rung),
-                weights_of(name, needs.parameters, rung, serving),
+                None if name in self.gguf else weights_of(name, needs.parameters, rung, serving),
                 min(resident_blocks, len(block_sizes(needs))) if name in DENOISERS else 0,
+                self.gguf.get(name),
             )
             for name, needs in self.needs.parts.items()
         )

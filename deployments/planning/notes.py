@@ -23,6 +23,7 @@ def _dtype_notes(card: ModelCard, dtype: Dtype, machine: Machine) -> Iterator[st
 def _part_notes(parts: Iterable[PartPlan]) -> Iterator[str]:
     """What the form and the place of the weights change."""
     for part in parts:
+        yield from _gguf_notes(part)
         if part.quantisation is not None:
             bits = BITS[part.quantisation]
             form = f"weights of {bits} bits ({part.quantisation})"
@@ -31,6 +32,24 @@ def _part_notes(parts: Iterable[PartPlan]) -> Iterator[str]:
             yield f"{part.name} is copied to the device for each new prompt ({gib(part.weight_bytes)})"
         elif part.placement in ("streamed", "sequential"):
             yield _moving_note(part)
+
+
+def _gguf_notes(part: PartPlan) -> Iterator[str]:
+    """What weights from a GGUF file change."""
+    file = part.gguf
+    if file is None:
+        return
+    if not file.is_read:
+        yield (
+            f"{part.name} comes from {file.name}, which is not on this machine: its bytes are those that the "
+            "card states"
+        )
+    if not file.is_exact:
+        yield (
+            f"{part.name} has the weights of a GGUF file ({file.form or file.name}): pictures differ from "
+            f"those of {part.dtype}, and each layer's weight is brought into {part.dtype} whenever it "
+            f"computes ({gib(part.workspace_bytes)}): slower"
+        )
 
 
 def _moving_note(part: PartPlan) -> str:

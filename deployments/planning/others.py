@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from deployments.planning.gguf_needs import gguf_needs
 from deployments.planning.part_plan import DTYPE_BYTES, MILLION, planned_part
 from deployments.protocol.card import Dtype, ModelCard
+from deployments.protocol.errors import ModelFailed
+from deployments.protocol.memory_needs import MemoryNeeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +47,27 @@ def _refiner(card: ModelCard, refiner: ModelCard, dtype: Dtype) -> Iterator[Othe
     """Without the parts that it shares with the model."""
     if card.memory is None or refiner.memory is None:
         return
-    own = {
-        name: needs for name, needs in refiner.memory.parts.items() if card.memory.parts.get(name) != needs
-    }
-    size = sum(planned_part(name, needs, dtype).weight_bytes for name, needs in own.items())
-    yield Other(f"the refiner {refiner.id}", size)
+    own = [name for name, needs in refiner.memory.parts.items() if card.memory.parts.get(name) != needs]
+    yield Other(f"the refiner {refiner.id}", _weight_bytes(refiner, refiner.memory, own, dtype))
 
 
 def _group(card: ModelCard, others: list[ModelCard], dtype: Dtype) -> list[Other]:
     """As many as may be loaded beside the model, the largest ones."""
     sized = [
-        Other(
-            f"the model {other.id}",
-            sum(planned_part(name, needs, dtype).weight_bytes for name, needs in other.memory.parts.items()),
-        )
+        Other(f"the model {other.id}", _weight_bytes(other, other.memory, other.memory.parts, dtype))
         for other in others
         if other.memory is not None
     ]
     sized.sort(key=lambda other: -other.bytes)
     return sized[: card.serving.models_loaded - 1]
+
+
+def _weight_bytes(card: ModelCard, memory: MemoryNeeds, parts: Iterable[str], dtype: Dtype) -> int:
+    """Of these parts, as they are in their files. One whose GGUF file cannot be used is refused by itself."""
+    try:
+        gguf = gguf_needs(card.weights, DTYPE_BYTES[dtype])
+    except ModelFailed:
+        gguf = {}
+    return sum(
+        planned_part(name, memory.parts[name], dtype, gguf=gguf.get(name)).weight_bytes for name in parts
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from deployments.planning.gguf_needs import GgufNeeds
 from deployments.protocol.card import Dtype, Quantisation
 from deployments.protocol.memory_needs import PartNeeds
 
@@ -27,6 +28,9 @@ QUANTISED_BYTES: dict[Quantisation, float] = {
     "fp8_cast": 1.0,
     "nf4": 0.5 + 4 / 64,
 }
+# bytes for each value of a GGUF file's largest layer while it is brought into 16 bits, where the file is not
+# here: of most types
+GGUF_WORKSPACE = 7
 STREAMED_AT_ONCE = 2  # blocks or layers on the device beside the resident ones: one computes, one is copied
 
 
@@ -41,6 +45,13 @@ class PartPlan:
     resident_blocks: int = 0  # of a streamed part: so many of its first blocks stay on the device
     weight_bytes: int = 0  # all of it, in its final form; 0: not known
     device_bytes: int = 0  # the most of it that is on the device at a time
+    gguf: GgufNeeds | None = None  # of the file that its weights come from
+    workspace_bytes: int = 0  # while a layer computes, beside all that
+
+    @property
+    def form(self) -> str | None:
+        """The form of its weights in words, such as "int8" or "gguf Q4_K"; None: as they are."""
+        return self.quantisation if self.gguf is None else f"gguf {self.gguf.form}".rstrip()
 
     @property
     def held_bytes(self) -> int:
@@ -60,10 +71,18 @@ def planned_part(
     placement: Placement = "device",
     quantisation: Quantisation | None = None,
     resident_blocks: int = 0,
+    gguf: GgufNeeds | None = None,
 ) -> PartPlan:
-    """The plan of a part with its bytes."""
-    per_million = bytes_per_weight(needs, dtype, quantisation) * MILLION
-    weight_bytes = int(needs.parameters * per_million)
+    """The plan of a part with its bytes. gguf: of the file that its weights come from, with known bytes."""
+    workspace = 0
+    if gguf is None or gguf.weight_bytes is None:
+        per_million = bytes_per_weight(needs, dtype, quantisation) * MILLION
+        weight_bytes = int(needs.parameters * per_million)
+    else:
+        weight_bytes = gguf.weight_bytes
+        per_million = weight_bytes / needs.parameters
+        usual = int(needs.largest_layer * MILLION * GGUF_WORKSPACE)
+        workspace = usual if gguf.workspace_bytes is None else gguf.workspace_bytes
     if placement == "cpu":
         device_bytes = 0
     elif placement in ("streamed", "sequential"):
@@ -72,7 +91,15 @@ def planned_part(
     else:
         device_bytes = weight_bytes
     return PartPlan(
-        name, dtype, placement, quantisation, resident_blocks, weight_bytes, min(device_bytes, weight_bytes)
+        name,
+        dtype,
+        placement,
+        quantisation,
+        resident_blocks,
+        weight_bytes,
+        min(device_bytes, weight_bytes),
+        gguf,
+        workspace,
     )
 
 

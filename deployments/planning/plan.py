@@ -8,10 +8,11 @@ from typing import Literal
 
 from deployments.planning.account import PlannedBytes
 from deployments.planning.fitting import Fitted, Fitting, dtype_of_part
+from deployments.planning.gguf_needs import GgufNeeds, gguf_needs
 from deployments.planning.machine import Machine
 from deployments.planning.notes import notes_of
 from deployments.planning.others import others_beside
-from deployments.planning.part_plan import DENOISERS, TEXT_ENCODERS, PartPlan, Placement
+from deployments.planning.part_plan import DENOISERS, DTYPE_BYTES, TEXT_ENCODERS, PartPlan, Placement
 from deployments.planning.refusal import (
     LEFT_TO_THE_PLAN,
     Refusal,
@@ -20,6 +21,7 @@ from deployments.planning.refusal import (
     uncompilable,
 )
 from deployments.protocol.card import Dtype, ModelCard, Quantisation
+from deployments.protocol.errors import ModelFailed
 
 __all__ = ["DENOISERS", "TEXT_ENCODERS", "PartPlan", "Placement", "Plan", "everything_on_device", "plan_of"]
 
@@ -55,13 +57,26 @@ def plan_of(card: ModelCard, machine: Machine, others: Iterable[ModelCard] = ())
     otherwise, and no bytes are reckoned.
     """
     as_written = _as_written(card, machine)
-    refusal = contradiction(card, machine) or uncompilable(card, machine, as_written.parts)
+    refusal = contradiction(card, machine)
+    gguf: Mapping[str, GgufNeeds] = {}
+    try:
+        gguf = gguf_needs(card.weights, DTYPE_BYTES[as_written.dtype])
+    except ModelFailed as error:
+        refusal = refusal or Refusal("card", error.message)
+    as_written = _with_files(as_written, gguf)
+    refusal = refusal or uncompilable(card, machine, as_written.parts)
     if refusal is not None:
         return replace(as_written, refusal=refusal)
+    unknown = [needs.name for needs in gguf.values() if needs.weight_bytes is None]
+    if unknown and card.memory is not None and machine.limit_bytes is not None:
+        cure = "write gib beside it in the card, or fetch it"
+        notes = tuple(f"bytes are not reckoned: the size of {name} is not known; {cure}" for name in unknown)
+        return replace(as_written, notes=notes)
     if card.memory is None or machine.limit_bytes is None:
         return as_written
     beside = others_beside(card, as_written.dtype, others)
-    fitting = Fitting(card, card.memory, machine, as_written.dtype, sum(other.bytes for other in beside))
+    others_bytes = sum(other.bytes for other in beside)
+    fitting = Fitting(card, card.memory, machine, as_written.dtype, others_bytes, gguf)
     fitted = fitting.best()
     if fitted is None:
         on_host = replace(fitting, machine=replace(machine, host_bytes=None)).best()
@@ -78,6 +93,13 @@ def plan_of(card: ModelCard, machine: Machine, others: Iterable[ModelCard] = ())
         host_bytes=fitted.host_bytes,
         notes=notes_of(card, machine, as_written.dtype, fitted, beside),
     )
+
+
+def _with_files(plan: Plan, gguf: Mapping[str, GgufNeeds]) -> Plan:
+    """The plan with the parts whose weights come from GGUF files."""
+    parts = [part for part in plan.parts if part.name not in gguf]
+    parts += [replace(plan.part(name), gguf=needs) for name, needs in gguf.items()]
+    return replace(plan, parts=tuple(sorted(parts, key=lambda part: part.name)))
 
 
 def _unasked(fitting: Fitting) -> Fitted | None:

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from deployments import __version__
+from deployments.planning.local_files import ROOT, model_cache
 from deployments.planning.machine import Machine
 from deployments.planning.plan import Plan
 from deployments.protocol.card import ModelCard, Weights
 
 FOLDER = "weft-profiles"  # in the folder of the weights, or in that of downloaded weights
-ROOT = Path(__file__).resolve().parents[2]  # relative paths of weights start at the repository
-MODEL_CACHE = "WEFT_MODEL_CACHE"
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ def profile_key(card: ModelCard, plan: Plan, machine: Machine) -> dict[str, str]
     if machine.kind == "cpu":
         device = f"{device}, {os.cpu_count()} cores, {max(1, int(card.serving.num_cpus))} threads"
     parts = [
-        f"{part.name}: {part.dtype}, {part.placement}, {part.quantisation}, {part.resident_blocks}"
+        f"{part.name}: {part.dtype}, {part.placement}, {part.form}, {part.resident_blocks}"
         for part in plan.parts
     ]
     options = [plan.attention, plan.vae_tiling, plan.vae_slicing, plan.channels_last, card.serving.compile]
@@ -69,7 +68,8 @@ def profile_key(card: ModelCard, plan: Plan, machine: Machine) -> dict[str, str]
 def _source(weights: Weights) -> str:
     """Nothing of a local folder, which the profile is in."""
     place = weights.repo or (weights.path if weights.is_remote else "")
-    return f"{place}, {weights.revision}, {weights.variant}, {weights.dtype}"
+    files = "".join(f", {name}: {file.name} {file.revision}" for name, file in sorted(weights.gguf.items()))
+    return f"{place}, {weights.revision}, {weights.variant}, {weights.dtype}{files}"
 
 
 def read_profile(weights: Weights, key: Key) -> Profile | None:
@@ -116,8 +116,7 @@ def _name(key: Key) -> str:
 
 def _folders(weights: Weights) -> list[Path]:
     """Where profiles of these weights are: beside them, if they are in a folder, and in the model cache."""
-    cache = Path(os.environ.get(MODEL_CACHE) or Path.home() / ".cache" / "weft" / "models")
-    places = [cache / FOLDER]
+    places = [model_cache() / FOLDER]
     if weights.path is not None and not weights.is_remote:
         places.insert(0, ROOT / Path(weights.path).expanduser() / FOLDER)
     return places

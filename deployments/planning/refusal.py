@@ -32,6 +32,10 @@ class Refusal:
 def contradiction(card: ModelCard, machine: Machine) -> Refusal | None:
     """What the card asks for that this kind of device cannot do; None: nothing."""
     wanted = card.serving.quantisation
+    for name, file in card.weights.gguf.items():
+        if (asked := _asked_form(card, name)) is not None:
+            cause = f"serving.quantisation asks for {asked} in {name}, whose weights come from {file.name}"
+            return _card(card, machine, cause, f"take {name} out of quantisation, or out of weights.gguf")
     forms: set[str] = {*wanted.values()} if isinstance(wanted, dict) else {wanted}
     if machine.kind == "mps" and forms & {"fp8", "fp8_dynamic", "fp8_cast", "nf4"}:
         return _card(card, machine, f"quantisation {_shown(forms)} does not run on it", "write int8 or auto")
@@ -49,13 +53,23 @@ def uncompilable(card: ModelCard, machine: Machine, parts: Iterable[PartPlan]) -
     for part in parts if card.serving.compile else ():
         if part.name not in DENOISERS:
             continue
-        if part.quantisation is not None:
-            cause = f"compile: true, and {part.quantisation} weights of the {part.name}"
+        if part.form is not None:
+            cause = f"compile: true, and {part.form} weights of the {part.name}"
             return _card(card, machine, cause, "take compile out, or leave the denoiser as it is")
         if part.placement != "device":
             cause = f"compile: true, and weights of the {part.name} that are {part.placement}"
             return _card(card, machine, cause, "take compile out, or write offload: none")
     return None
+
+
+def _asked_form(card: ModelCard, part: str) -> str | None:
+    """The form that the card itself asks for in this part; None: none."""
+    wanted = card.serving.quantisation
+    if isinstance(wanted, dict):
+        asked = wanted.get(part, "none")
+    else:
+        asked = wanted if part in DENOISERS and wanted != "auto" else "none"
+    return None if asked == "none" else asked
 
 
 def too_large(
@@ -90,7 +104,7 @@ def gib(size_bytes: float) -> str:
 
 def _way(fitted: Fitted) -> str:
     """The form and place of the weights, in words."""
-    forms = {part.quantisation for part in fitted.parts if part.quantisation is not None}
+    forms = {part.form for part in fitted.parts if part.form is not None}
     rung = fitted.rung
     words = [f"{'/'.join(sorted(forms))} weights" if forms else "weights as they are"]
     if rung.denoiser == "streamed":

@@ -11,7 +11,7 @@ def report(plan: Plan) -> dict[str, object]:
     return {
         "summary": summary(plan),
         "dtype": plan.dtype,
-        "quantised": {part.name: part.quantisation for part in plan.parts if part.quantisation is not None},
+        "quantised": {part.name: part.form for part in plan.parts if part.form is not None},
         "placed": {part.name: part.placement for part in plan.parts if part.placement != "device"},
         "vae_tiling": plan.vae_tiling,
         "rows": plan.rows,

@@ -31,9 +31,9 @@ def summary(plan: Plan) -> str:
 
 def _part(part: PartPlan) -> str:
     """ "int8 transformer streamed (17 blocks stay)"; empty for one that is as it is, on the device."""
-    if part.quantisation is None and part.placement == "device":
+    if part.form is None and part.placement == "device":
         return ""
-    words = [part.quantisation or "", part.name, PLACES.get(part.placement, "")]
+    words = [part.form or "", part.name, PLACES.get(part.placement, "")]
     if part.resident_blocks:
         words.append(f"({part.resident_blocks} blocks stay)")
     return " ".join(word for word in words if word)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from deployments.protocol.errors import BadRequest
+from deployments.protocol.gguf_file import GgufFile
 from deployments.protocol.invalid_values import wrong_values
 from deployments.protocol.memory_needs import MemoryNeeds
 from deployments.protocol.request import (
@@ -135,6 +136,12 @@ class Weights(Strict):
     revision: str = "main"
     variant: str | None = None  # e.g. "fp16": infix of the file names
     dtype: Dtype = "bfloat16"
+    gguf: dict[str, GgufFile] = {}  # by component, such as "transformer": where its weights come from
+
+    def __hash__(self) -> int:
+        """Of a dict there is none."""
+        place = self.path, self.repo, self.revision, self.variant, self.dtype
+        return hash((*place, *sorted((name, file.name) for name, file in self.gguf.items())))
 
     @model_validator(mode="after")
     def _check_one_source(self) -> Self:
@@ -144,8 +151,13 @@ class Weights(Strict):
 
     @property
     def is_remote(self) -> bool:
-        """Whether they have to be fetched before they can be loaded."""
+        """Whether the folder has to be fetched before it can be loaded."""
         return self.repo is not None or "://" in (self.path or "")
+
+    @property
+    def needs_fetch(self) -> bool:
+        """Whether the folder or a GGUF file has to be fetched."""
+        return self.is_remote or any(file.is_remote for file in self.gguf.values())
 
 
 class ControlNet(Strict):
@@ -156,6 +168,12 @@ class ControlNet(Strict):
     preprocessor: Weights | None = None  # makes the map of a plain picture; canny needs none
     detector: Weights | None = None  # pose: finds the persons whose key points the preprocessor locates
     licence: Licence
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        if any(one.gguf for one in (self.weights, self.preprocessor, self.detector) if one is not None):
+            raise ValueError("gguf is for components of the model itself; take it out of controls")
+        return self
 
 
 class CardLora(Strict):

@@ -240,15 +240,19 @@ def secret_file_findings(data_dir: Path) -> Iterator[Finding]:
 
 def card_findings(cards: list[ModelCard]) -> Iterator[Finding]:
     """Whether the local weights that the cards name exist."""
-    missing = [
-        f"{card.id} ({card.weights.path})"
-        for card in cards
-        if card.weights.path is not None and not (ROOT / card.weights.path).exists()
-    ]
+    local = [(card.id, path) for card in cards for path in _local_paths(card)]
+    missing = [f"{name} ({path})" for name, path in local if not (ROOT / Path(path).expanduser()).exists()]
     if missing:
         yield Finding(Level.warn, f"weights are missing: {', '.join(missing)}")
     else:
         yield Finding(Level.ok, f"{len(cards)} model cards, none with weights missing on this machine")
+
+
+def _local_paths(card: ModelCard) -> list[str]:
+    """Of its weights, as the card writes them."""
+    weights = card.weights
+    paths = [file.path for file in weights.gguf.values() if not file.is_remote]
+    return [path for path in (None if weights.is_remote else weights.path, *paths) if path is not None]
 
 
 def _store(settings: Settings) -> Iterator[Finding]:

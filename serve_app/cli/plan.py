@@ -55,7 +55,7 @@ def table(made: Plan, machine: Machine) -> list[str]:
     lines.append(f"{'part':18} {'dtype':9} {'weights':12} {'place':11} {'GiB':>6} {'on device':>10}")
     for part in made.parts:
         sizes = f"{part.weight_bytes / GIB:6.2f} {part.device_bytes / GIB:10.2f}"
-        form = part.quantisation or "as they are"
+        form = part.form or "as they are"
         lines.append(f"{part.name:18} {part.dtype:9} {form:12} {part.placement:11} {sizes}")
     parts = {
         "weights": made.planned.weights,
@@ -64,6 +64,7 @@ def table(made: Plan, machine: Machine) -> list[str]:
         "prompts": made.planned.prompts,
         f"{made.rows} rows": made.planned.steps,
         "decoding or encoding": made.planned.auxiliary,
+        "weights of a layer in floats": made.planned.dequantisation,
     }
     sums = " + ".join(f"{size / GIB:.2f} {name}" for name, size in parts.items() if size)
     lines.append(

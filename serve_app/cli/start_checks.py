@@ -10,13 +10,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from deployments.planning.gguf_needs import header_of
+from deployments.planning.local_files import gguf_file_here
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import BadRequest
+from deployments.protocol.errors import BadRequest, ModelFailed
 from serve_app.card_settings import card_notices
 from serve_app.cli.ports import check_address
 from serve_app.cli.serve_config import served_cards
@@ -111,12 +113,24 @@ def check_weights(cards: Iterable[ModelCard]) -> None:
                         f"the weights of {card.id} are missing: there is nothing in {folder}; put them "
                         "there, correct weights.path in its card, or take the model out of the Serve config"
                     )
+        _check_gguf(card)
         for adapter in card.adapters:
             if not (ROOT / Path(adapter.path).expanduser()).is_file():
                 raise BadRequest(
                     f"the LoRA {adapter.id} of {card.id} is missing: there is no file {adapter.path}; "
                     "correct adapters in its card"
                 )
+
+
+def _check_gguf(card: ModelCard) -> None:
+    """Raises BadRequest for a GGUF file of this machine that is missing or cannot be used."""
+    for name, file in card.weights.gguf.items():
+        try:
+            path = gguf_file_here(file)
+            if path is not None:
+                header_of(path)
+        except ModelFailed as error:
+            raise BadRequest(f"the weights of {name} of {card.id} cannot be used: {error.message}") from None
 
 
 def _check_model_folders(settings: Settings) -> None:
@@ -156,9 +170,9 @@ def _check_storage(settings: Settings, cards: Iterable[ModelCard]) -> None:
         _check_bucket(settings, f"results go to {settings.results_root}")
         return
     _check_results_url(settings.results_url)
-    for weights in (weights for card in cards for weights in card.all_weights):
-        if (weights.path or "").startswith("s3://"):
-            _check_bucket(settings, f"weights come from {weights.path}")
+    for place in (place for card in cards for place in _paths(card)):
+        if place.startswith("s3://"):
+            _check_bucket(settings, f"weights come from {place}")
             return
     for name in ("S3_ENDPOINT_URL", "S3_ENDPOINT", "S3_REGION"):
         if any(os.environ.get(prefix + name) for prefix in ("", "WEFT_")):
@@ -166,6 +180,12 @@ def _check_storage(settings: Settings, cards: Iterable[ModelCard]) -> None:
                 f"{name} is set without a bucket, so results would be kept at {settings.results_root}; "
                 f"set S3_BUCKET_NAME too, or take {name} out"
             )
+
+
+def _paths(card: ModelCard) -> Iterator[str]:
+    """Where its weights are that are not on the hub."""
+    for weights in card.all_weights:
+        yield from (one.path for one in (weights, *weights.gguf.values()) if one.path is not None)
 
 
 def _check_bucket(settings: Settings, use: str) -> None:

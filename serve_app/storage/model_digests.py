@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
-import re
 from pathlib import Path
 
+from deployments.planning.local_files import gguf_file_here, recorded_commit
 from deployments.protocol.card import ModelCard, Weights
+from deployments.protocol.gguf_file import GgufFile
 from deployments.protocol.request import ResolvedRequest
 from serve_app.settings import ROOT
 
@@ -22,7 +22,6 @@ WHOLE_BYTES = 8 * 2**20  # a file up to this size is read completely
 HEAD_BYTES = 2**20
 BLOCK_BYTES = 2**16
 BLOCKS = 32
-COMMIT = re.compile(r"[0-9a-f]{40}")
 
 _FileStats = tuple[tuple[str, int, int], ...]  # (path, size, mtime in ns) of every file
 
@@ -56,23 +55,42 @@ class ModelDigests:
         return {use: self._one(weights) for use, weights in used.items()}
 
     def _one(self, weights: Weights) -> str | None:
+        parts = [self._pipeline(weights)]
+        parts += [self._gguf(name, file) for name, file in sorted(weights.gguf.items())]
+        return None if None in parts else "/".join(str(part) for part in parts)
+
+    def _gguf(self, name: str, file: GgufFile) -> str | None:
+        """Of the file from which a component is read."""
+        if file.repo is not None:
+            commit = recorded_commit(file.repo, file.revision)
+            return None if commit is None else f"{name}={file.name}@{commit}"
+        path = gguf_file_here(file)
+        if path is None or not path.is_file():
+            return None
+        status = path.stat()
+        stats: _FileStats = ((path.name, status.st_size, status.st_mtime_ns),)
+        return f"{name}={self._digest(path.parent, stats, path)}"
+
+    def _pipeline(self, weights: Weights) -> str | None:
         detail = f"{weights.variant or ''}/{weights.dtype}"
         if weights.path is not None:
             folder = self._folder(ROOT / Path(weights.path).expanduser())
             return None if folder is None else f"{folder}/{detail}"
-        commit = _commit(weights.repo or "", weights.revision)
+        commit = recorded_commit(weights.repo or "", weights.revision)
         return None if commit is None else f"{weights.repo}@{commit}/{detail}"
 
     def _folder(self, folder: Path) -> str | None:
         stats = _files(folder)
-        if not stats:
-            return None
-        known = self._known.get(folder)
+        return self._digest(folder, stats, folder) if stats else None
+
+    def _digest(self, folder: Path, stats: _FileStats, key: Path) -> str:
+        """Of these files of a folder, computed anew where they have changed. key: what they are known by."""
+        known = self._known.get(key)
         if known is None or known[0] != stats:
             whole = hashlib.sha256()
             for name, size, _ in stats:
                 whole.update(f"{name} {size} {_file_digest(folder / name, size)}\n".encode())
-            known = self._known[folder] = (stats, whole.hexdigest())
+            known = self._known[key] = (stats, whole.hexdigest())
         return known[1]
 
 
@@ -93,14 +111,3 @@ def _file_digest(path: Path, size: int) -> str:
                 stream.seek(HEAD_BYTES + (size - HEAD_BYTES - BLOCK_BYTES) * number // (BLOCKS - 1))
                 digest.update(stream.read(BLOCK_BYTES))
     return digest.hexdigest()
-
-
-def _commit(repo: str, revision: str) -> str | None:
-    """The commit of a hub revision, as the download of it has recorded; it identifies the content."""
-    if COMMIT.fullmatch(revision):
-        return revision
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).expanduser()
-    recorded = hub / f"models--{repo.replace('/', '--')}" / "refs" / revision
-    commit = recorded.read_text().strip() if recorded.is_file() else ""
-    return commit if COMMIT.fullmatch(commit) else None

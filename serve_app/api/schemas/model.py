@@ -36,7 +36,9 @@ class PlanOut(BaseModel):
 
     summary: str = Field(examples=["int8 transformer, text_encoder_2 on demand: 20.4 GiB, 1 rows, 1 LoRAs"])
     dtype: str = Field(examples=["bfloat16"])
-    quantised: dict[str, str] = Field(description="Form of the weights by part, of those in 8 or 4 bits.")
+    quantised: dict[str, str] = Field(
+        description="Form of the weights by part, if in fewer bits or of a GGUF file."
+    )
     placed: dict[str, str] = Field(description="Place by part, of those that are not always on the device.")
     vae_tiling: bool
     rows: int | None = Field(description="Of one forward at the default size, at most.")

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from deployments.planning.local_files import MODEL_CACHE
 from deployments.planning.machine import Machine
 from deployments.planning.plan import PartPlan, everything_on_device
 from deployments.planning.profile import (
     FOLDER,
-    MODEL_CACHE,
     Profile,
     profile_key,
     read_profile,
