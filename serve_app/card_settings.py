@@ -59,7 +59,7 @@ def with_base_model(
             "a folder that holds one folder per model"
         )
     kind = _pipeline_class(folder / INDEX)
-    named = next((card.id for card in known.values() if folder.name in _names(card)), None)
+    named = next((card.id for card in _plain_first(known) if folder.name in _names(card)), None)
     if named is not None and named not in cards:
         raise BadRequest(
             f"MODEL_CHECKPOINT_DIR ({folder}) is the model {named}, which is not served; add it to models of "
@@ -164,6 +164,11 @@ def _serving_changes(card: ModelCard, settings: Settings) -> dict[str, Any]:
         has_choice = serving.num_gpus and card.family not in UNETS
         changes["attention"] = XFORMERS if has_choice else None
     return changes
+
+
+def _plain_first(cards: Mapping[str, ModelCard]) -> list[ModelCard]:
+    """Those without GGUF files first: a model's name on the hub means these."""
+    return sorted(cards.values(), key=lambda card: bool(card.weights.gguf))
 
 
 def _from_gguf(card: ModelCard) -> bool:

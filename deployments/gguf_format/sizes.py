@@ -37,8 +37,9 @@ def workspace_bytes(header: GgufHeader, itemsize: int) -> int:
 
 
 def layer_workspace(tensor: GgufTensor, itemsize: int) -> int:
-    """The most that is in memory while this weight is brought into floats of so many bytes."""
-    return int(tensor.values * (tensor.type.workspace + 2 * max(0, itemsize - 2)))
+    """The most that is in memory while this weight is brought into floats of so many bytes: diffusers makes
+    those of 16 bits first."""
+    return int(tensor.values * max(tensor.type.workspace, 2 + itemsize))
 
 
 def form(header: GgufHeader) -> str:

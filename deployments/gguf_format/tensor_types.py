@@ -17,8 +17,8 @@ class TensorType:
     name: str  # as ggml has it, such as "Q4_K"
     block: int  # values of one
     block_bytes: int
-    # bytes of memory that are needed for each value while a weight is brought into a type of 16 bits, with
-    # the result: measured by tests/inference/models/test_gguf_workspace.py
+    # bytes that are needed for each value while a weight is brought into 16 bits, with the result: as
+    # tests/inference/models/test_gguf_workspace.py measures them
     workspace: float = 0.0
 
     @property
@@ -36,18 +36,18 @@ PLAIN: Mapping[int, TensorType] = {
 }
 # which diffusers brings into floats as a layer runs
 QUANTISED: Mapping[int, TensorType] = {
-    2: TensorType("Q4_0", 32, 18, 7.0),
-    3: TensorType("Q4_1", 32, 20, 7.0),
-    6: TensorType("Q5_0", 32, 22, 9.0),
-    7: TensorType("Q5_1", 32, 24, 9.0),
-    8: TensorType("Q8_0", 32, 34, 7.0),
-    10: TensorType("Q2_K", 256, 84, 7.0),
-    11: TensorType("Q3_K", 256, 110, 7.0),
-    12: TensorType("Q4_K", 256, 144, 7.0),
-    13: TensorType("Q5_K", 256, 176, 7.0),
-    14: TensorType("Q6_K", 256, 210, 7.0),
-    20: TensorType("IQ4_NL", 32, 18, 20.0),
-    23: TensorType("IQ4_XS", 256, 136, 20.0),
+    2: TensorType("Q4_0", 32, 18, 5.0),
+    3: TensorType("Q4_1", 32, 20, 5.0),
+    6: TensorType("Q5_0", 32, 22, 10.0),
+    7: TensorType("Q5_1", 32, 24, 10.0),
+    8: TensorType("Q8_0", 32, 34, 4.0),
+    10: TensorType("Q2_K", 256, 84, 5.25),
+    11: TensorType("Q3_K", 256, 110, 7.32),
+    12: TensorType("Q4_K", 256, 144, 5.19),
+    13: TensorType("Q5_K", 256, 176, 7.19),
+    14: TensorType("Q6_K", 256, 210, 7.13),
+    20: TensorType("IQ4_NL", 32, 18, 12.0),
+    23: TensorType("IQ4_XS", 256, 136, 12.22),
 }
 COMPUTED: Mapping[int, TensorType] = {**PLAIN, **QUANTISED}
 # others that files have, for messages

@@ -30,7 +30,7 @@ QUANTISED_BYTES: dict[Quantisation, float] = {
 }
 # bytes for each value of a GGUF file's largest layer while it is brought into 16 bits, where the file is not
 # here: of most types
-GGUF_WORKSPACE = 7
+GGUF_WORKSPACE = 7.5
 STREAMED_AT_ONCE = 2  # blocks or layers on the device beside the resident ones: one computes, one is copied
 
 

@@ -366,7 +366,7 @@ def load_cards(directory: Path) -> dict[str, ModelCard]:
     if not directory.is_dir():
         raise BadRequest(f"there is no folder {directory} with model cards; correct WEFT_CARDS_DIR")
     cards: dict[str, ModelCard] = {}
-    for path in sorted(directory.glob("*.yaml")):
+    for path in sorted(directory.glob("*.yaml"), key=lambda path: path.stem):
         card = load_card(path)
         if card.id in cards:
             raise BadRequest(f"{path}: a card with id {card.id!r} exists already; ids are unique")

@@ -22,7 +22,7 @@ class GgufFile(Strict):
     ://, is a path.
     """
 
-    repo: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    repo: str | None = Field(None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
     file: str | None = None  # in the repository, such as "flux1-dev-Q4_K_S.gguf"
     revision: str = "main"
     path: str | None = None

@@ -185,7 +185,8 @@ def _check_storage(settings: Settings, cards: Iterable[ModelCard]) -> None:
 def _paths(card: ModelCard) -> Iterator[str]:
     """Where its weights are that are not on the hub."""
     for weights in card.all_weights:
-        yield from (one.path for one in (weights, *weights.gguf.values()) if one.path is not None)
+        paths = [weights.path, *(file.path for file in weights.gguf.values())]
+        yield from (path for path in paths if path is not None)
 
 
 def _check_bucket(settings: Settings, use: str) -> None:

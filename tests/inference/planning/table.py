@@ -14,6 +14,8 @@ PAGE = Path(__file__).parents[3] / "docs/machines.md"
 BEGIN, END = "<!-- plans: begin -->\n", "<!-- plans: end -->\n"
 MODELS = {  # what may be loaded beside a model, by its id
     "flux.1-dev": [],
+    "flux.1-dev-q4": [],
+    "flux.1-dev-q8": [],
     "flux.1-schnell": [],
     "flux.2-dev": [],
     "flux.2-klein-4b": [],
