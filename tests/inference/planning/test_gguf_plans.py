@@ -237,7 +237,7 @@ def test_compile_is_refused(flux_file: Path) -> None:
     refusal = on(card_with(FLUX, {"transformer": str(flux_file)}, compile=True), "h100").refusal
 
     assert refusal is not None
-    assert "layers are not compiled; take compile out of serving" in refusal.message
+    assert "compile: true, and gguf Q4_K weights of the transformer; take compile out" in refusal.message
 
 
 def test_a_damaged_or_missing_file_is_refused_on_every_device(flux_file: Path, tmp_path: Path) -> None:
