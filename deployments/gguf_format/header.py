@@ -158,7 +158,7 @@ class _Reader:
         """Pass over an array; its numbers where they are kept, and are a shape."""
         kind, count = self._numbers("IQ")
         if kind == TEXT:
-            self._room(8 * count)
+            self._check_end(8 * count)
             for _ in range(count):
                 (length,) = self._numbers("Q")
                 self._skip(length)
@@ -239,16 +239,16 @@ class _Reader:
         return struct.unpack(f"<{form}", self._bytes(struct.calcsize(f"<{form}")))
 
     def _bytes(self, count: int) -> bytes:
-        self._room(count)
+        self._check_end(count)
         self._at += count
         return self._file.read(count)
 
     def _skip(self, count: int) -> None:
-        self._room(count)
+        self._check_end(count)
         self._at += count
         self._file.seek(self._at)
 
-    def _room(self, count: int) -> None:
+    def _check_end(self, count: int) -> None:
         """Raises ModelFailed unless so many bytes follow, in what may be the header."""
         if self._at + count > self._size:
             raise self._refusal(f"it is cut: its header goes beyond its {self._size} bytes")

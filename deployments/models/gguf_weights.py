@@ -221,10 +221,10 @@ def _explained(header: GgufHeader, kind: Any) -> Iterator[None]:
     try:
         yield
     except (LookupError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        said = f" of the architecture {header.architecture!r}" if header.architecture else ""
+        stated = f" of the architecture {header.architecture!r}" if header.architecture else ""
         raise refusal(
             header.path,
-            f"its tensors{said} do not have the names and shapes of a {kind.__name__} "
+            f"its tensors{stated} do not have the names and shapes of a {kind.__name__} "
             f"({type(error).__name__}: {error})",
             CURE,
         ) from error
