@@ -73,7 +73,7 @@ class PartFiles:
         """What is on the device beyond `device_bytes` while it is loaded: its largest layer as it is
         quantised there."""
         kind = self.plan.quantisation
-        if kind is None or self.plan.placement != "device":
+        if kind is None or self.plan.placement != "device" or isinstance(self.files, GgufWeights):
             return 0
         return quantising_bytes(kind, getattr(torch, self.plan.dtype), self.files.largest_linear)
 
