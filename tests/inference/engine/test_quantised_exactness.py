@@ -12,11 +12,12 @@ from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerRow, 
 
 from deployments.engine.bit_trials import BitTrials
 from deployments.models.quantise import quantise
-from deployments.planning.plan import PartPlan
+from deployments.planning.plan import DENOISERS, PartPlan
 from deployments.protocol.card import Quantisation
-from deployments.protocol.request import Exactness
+from deployments.protocol.request import Exactness, Task
+from tests.inference.engine.exactness import Bench
 from tests.inference.engine.family_schedules import family_schedules
-from tests.inference.engine.test_exactness import compare
+from tests.inference.engine.test_exactness import compare, controlled_bench, flux_bench, sdxl_bench
 
 # the products of fp8_dynamic need a GPU
 KINDS = [kind for kind in get_args(Quantisation) if kind != "fp8_dynamic"]
@@ -73,3 +74,41 @@ def test_scales_of_a_whole_batch_would_be_caught(granularity: Any, proven: bool)
     assert compared > 2
     assert any(state.proven for state in denoiser) is proven
     assert any(state.refused for state in denoiser) is not proven
+
+
+# --- start images, masks and control pictures ---------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize(
+    ("make", "kind", "exact"),
+    [
+        (flux_bench, "int8", "strict"),
+        (flux_bench, "nf4", "prefer"),
+        (sdxl_bench, "fp8", "prefer"),
+        (controlled_bench, "int8", "strict"),
+        (controlled_bench, "fp8_cast", "prefer"),
+    ],
+)
+def test_edits_and_control_pictures_keep_their_bits_too(
+    make: Any, kind: Quantisation, exact: Exactness
+) -> None:
+    bench: Bench = make(torch.float32, exact=exact, decode=True)
+    denoisers = [part for name, part in bench.model._pipeline.components.items() if name in DENOISERS]
+    for module in (*denoisers, *bench.model._nets.values()):
+        quantise(module, PartPlan("part", "float32", quantisation=kind))
+    plain = [request for request in bench.requests if request.edit is None and not request.controls]
+    edits = [request for request in bench.requests if request not in plain]
+    bench.requests = [
+        request.model_copy(update={"num_inference_steps": min(3, request.num_inference_steps)})
+        for request in (*edits, *plain[:3])
+    ]
+    met = {request.task for request in bench.requests}
+    nets = {len(request.controls) for request in bench.requests}
+
+    compared = compare(bench, 2, None)
+
+    assert met == {Task.t2i, Task.i2i, Task.inpaint}
+    assert nets == ({0, 1, 2} if make is controlled_bench else {0})
+    assert compared > 2
+    assert bench.rows > bench.forwards
