@@ -25,13 +25,15 @@ RAGGED_OUTPUT_MODULES = frozenset({"ZImageTransformer2DModel"})
 
 
 class WeightsInUse(Protocol):
-    """Weights of a module that are on the device for the calls of the module only."""
+    """Weights of a module that are not always on the device."""
 
-    def bring(self) -> None:
-        """Have them there; returns at once if they are."""
+    auxiliary: bool  # calls need so long, or so little of the device, that steps go on beside them
+
+    def call(self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """What the function of the module returns, which computes with them."""
 
     def release(self) -> None:
-        """Free their memory."""
+        """Free their memory on the device."""
 
 
 def intercept(
@@ -41,8 +43,8 @@ def intercept(
 ) -> Callable[[], None]:
     """Let the calls of `modules` park inside a fiber; outside of fibers they pass through.
 
-    seams: a list to which those of the modules are added. weights_of: of a module, those
-    that are not always on the device.
+    seams: a list to which those of the modules are added. weights_of: of a module with such a function,
+    those that are not always on the device.
     The function is replaced on the instance, so isinstance checks, config, dtype and hooks of the
     module stay as they were. Returns a function that restores all modules.
     """
@@ -51,7 +53,7 @@ def intercept(
         for part, attribute, mergeable, auxiliary in _seams_of(module):
             if attribute not in vars(part):
                 seam = _intercept_seam(
-                    part, attribute, weights_of(module), mergeable=mergeable, auxiliary=auxiliary
+                    part, attribute, weights_of(part), mergeable=mergeable, auxiliary=auxiliary
                 )
                 if seams is not None:
                     seams.append(seam)
@@ -95,7 +97,7 @@ def _intercept_seam(
     if type(module).__name__ in RAGGED_OUTPUT_MODULES:
         function = _marks_ragged_output(function)
     if weights is not None:
-        function = _with_weights(function, weights)
+        function, auxiliary = _with_weights(function, weights), auxiliary or weights.auxiliary
     name, release = f"{type(module).__name__}.{attribute}", None if weights is None else weights.release
     seam = Seam(name, function, positions, mergeable, optional, auxiliary, release)
 
@@ -119,12 +121,11 @@ def _intercept_seam(
 
 
 def _with_weights(function: Callable[..., Any], weights: WeightsInUse) -> Callable[..., Any]:
-    """The function, which has the weights brought to the device; Seam.release frees them."""
+    """The function with the weights where it computes; Seam.release frees them."""
 
     @functools.wraps(function)
     def with_weights(*args: Any, **kwargs: Any) -> Any:
-        weights.bring()
-        return function(*args, **kwargs)
+        return weights.call(function, args, kwargs)
 
     return with_weights
 

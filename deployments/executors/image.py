@@ -39,9 +39,9 @@ async def generate_images(run: Run) -> AsyncGenerator[Event]:
 
 def _artifacts(run: Run, index: int, image: Image, finished: Finished) -> list[Artifact]:
     """The picture's file and its thumbnail."""
-    request, quantised = run.request, run.model.quantised
+    request, planned = run.request, run.model.changes_of(run.request)
     seed = request.seed + index
-    metadata = still.metadata(request, seed, __version__, finished.run_s, finished.unproven, quantised)
+    metadata = still.metadata(request, seed, __version__, finished.run_s, finished.unproven, planned)
     parameters = still.a1111_parameters(request, seed, __version__)
     file = still.encode(image, request.output, parameters, metadata)
     small, width, height = still.thumbnail(image)

@@ -49,8 +49,8 @@ async def finish_video(
     while await session.wait_for_segment():
         yield Stage("encode", session.encoded, session.spec.num_frames)
     generation_s = run_s + time.monotonic() - started
-    quantised = run.model.quantised
-    metadata = still.metadata(request, request.seed, __version__, generation_s, unproven, quantised)
+    planned = run.model.changes_of(request)
+    metadata = still.metadata(request, request.seed, __version__, generation_s, unproven, planned)
     parameters = still.a1111_parameters(request, request.seed, __version__)
     files = await session.files(parameters, as_json(metadata))
     for artifact in _artifacts(request.seed, session.spec, files, metadata):

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -27,6 +27,7 @@ from deployments.loras.lora_set import LoraSet, combine
 from deployments.loras.rescale import Magnitude, ReadWeight, Rescale, rescales, stored_weight
 from deployments.loras.source import Adapter, layer_shapes, read_lora
 from deployments.loras.upload import upload
+from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import Lora
 
 logger = logging.getLogger(__name__)
@@ -128,12 +129,15 @@ class LoraCache:
         limits: LoraCacheLimits | None = None,
         memory: SlotMemory | None = None,
         read_weight: ReadWeight = stored_weight,
+        *,
+        unchanged: Collection[str] = (),
     ) -> None:
         """pipeline: whose layers the LoRAs change. files: of LoRAs that a request names without sending
         the file. memory: admits LoRAs to the device; None: by number only. read_weight: of a layer, for
-        DoRAs."""
+        DoRAs. unchanged: components that compute on the CPU, where no factors are."""
         limits = limits or LoraCacheLimits()
         self._pipeline = pipeline
+        self._unchanged = unchanged
         self._batched_lora = batched_lora
         self._device = device
         self._files = files
@@ -253,6 +257,7 @@ class LoraCache:
             adapter = await self._in_thread(
                 partial(load_or_free, what, read, len(file), cure=CURE, param="loras")
             )
+            self._check_places(adapter)
             self._host.put(lora.id, adapter)
             self._file_reads += 1
         else:
@@ -268,6 +273,16 @@ class LoraCache:
             on_device = await self._with_rescales(on_device, on_engine)
         logger.info("LoRA loaded", extra={"lora": lora.id, "bytes": on_device.size_bytes})
         return on_device
+
+    def _check_places(self, adapter: Adapter) -> None:
+        """Raises BadRequest for a LoRA with factors for a component that computes on the CPU."""
+        found = sorted({part for part, _ in adapter.factors}.intersection(self._unchanged))
+        if found:
+            raise BadRequest(
+                f"the LoRA changes {', '.join(found)}, which computes on the CPU here, without LoRAs; use "
+                "one that changes the denoiser alone (operators: offload: text_encoders in the card)",
+                param="loras",
+            )
 
     async def _with_rescales(self, adapter: Adapter, on_engine: OnEngine) -> Adapter:
         """A DoRA with the lengths of the model's rows, measured for a few layers between two forwards."""

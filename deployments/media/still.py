@@ -124,13 +124,13 @@ def metadata(
     version: str,
     generation_s: float,
     unproven: Collection[str] = (),
-    quantised: Mapping[str, str] | None = None,
+    planned: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """The settings needed to generate the same picture again, as JSON, and whether its bits are those of
     the request alone (`exact`).
 
     unproven: modules whose forwards were shared in batch sizes that are not proven to be exact.
-    quantised: by part, the form of weights that were not in the model's own dtype.
+    planned: what the plan for the device changes in pictures, such as `quantised` weights.
     """
     edit = request.edit
     bulky: dict[str, Any] = {
@@ -147,6 +147,5 @@ def metadata(
     exactness: dict[str, object] = {"exact": not unproven}
     if unproven:
         exactness["merged_unproven"] = sorted(unproven)
-    if quantised:
-        exactness["quantised"] = dict(quantised)
+    exactness |= planned or {}
     return facts | exactness | {"seed": seed, "generation_s": round(generation_s, 3), "version": version}

@@ -19,7 +19,7 @@ from deployments.models.extras import Extra, Extras
 from deployments.models.hardware import free_unused_memory
 from deployments.models.load import load_controlnet, load_pipeline
 from deployments.models.model_memory import MemoryBeside, ModelMemory
-from deployments.models.offload import OnDemand, offloaded_part
+from deployments.models.offload import OnCpu, OnDemand, offloaded_part
 from deployments.models.preprocessors import LazyPreprocessor, lazy_preprocessors
 from deployments.models.row_independence import check_rows
 from deployments.pipelines.diffusers_model import DiffusersModel, Need
@@ -196,7 +196,7 @@ def close_offloaded(modules: Sequence[nn.Module]) -> None:
             part.close()
 
 
-def _weights_of(module: nn.Module) -> OnDemand | None:
-    """The weights of a module that are on the device for its calls only."""
+def _weights_of(module: nn.Module) -> OnCpu | OnDemand | None:
+    """The weights of a module that are on the device for its calls only, or not at all."""
     part = offloaded_part(module)
-    return part if isinstance(part, OnDemand) else None
+    return part if isinstance(part, OnCpu | OnDemand) else None

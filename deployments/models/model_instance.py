@@ -23,9 +23,11 @@ from deployments.models.load import load_pipeline
 from deployments.models.memory_admission import MemoryAdmission
 from deployments.models.model_extras import InterceptedModules, ModelExtras, close_offloaded
 from deployments.models.model_memory import LoraMemory, ModelMemory
+from deployments.models.offload import OnCpu, offloaded_part
 from deployments.models.plain_weights import plain_weight
 from deployments.models.quantise import saved_bytes
 from deployments.models.row_independence import check_rows
+from deployments.models.vae import tiled_beside
 from deployments.pipelines.diffusers_model import DiffusersModel
 from deployments.pipelines.previews import Previewer
 from deployments.pipelines.prompt_cache import PromptCache
@@ -33,7 +35,7 @@ from deployments.planning.machine import Machine
 from deployments.planning.plan import Plan, plan_of
 from deployments.planning.profile import profile_key
 from deployments.protocol.card import ModelCard
-from deployments.protocol.request import Task
+from deployments.protocol.request import ResolvedRequest, Task
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ class ModelInstance:
         check_rows(_modules(pipeline), serving.exact)
         there = tuple(part for part in self.plan.parts if part.name in pipeline.components)
         self.plan = replace(self.plan, parts=there)
-        self.quantised = {part.name: part.form for part in there if part.form is not None}
+        self._quantised = {part.name: part.form for part in there if part.form is not None}
         self.pipelines = DiffusersModel(
             pipeline,
             _pipeline_tasks(card),
@@ -99,6 +101,8 @@ class ModelInstance:
             load_refiner=None if refiner is None else self.extras.load_refiner,
             is_given_refiner=is_given_refiner,
             references=card.references,
+            tiled_vae=tiled_beside(pipeline, self.plan),
+            tiles=self.plan.tiles,
         )
         self.extras.use(self.pipelines)
         self.previewer = Previewer.fitted_to(pipeline)
@@ -131,12 +135,15 @@ class ModelInstance:
             ),
             LoraMemory(admission, self.card.id),
             plain_weight,
+            unchanged=_parts_on_cpu(pipeline),
         )
         self._undo.insert(0, self.loras.close)
         self._undo.append(memory.watch("prompts", lambda: self.prompts.bytes))
         self._undo.append(memory.watch("stacks", self._stacked_bytes))
         self._undo.append(admission.add_evictor(lambda _model: self.loras.make_way(), "loras"))
         self._intercepted.add(self.pipelines.modules, self._device, exact=serving.exact != "off")
+        if self.pipelines.tiled_vae is not None:
+            self._intercepted.add([self.pipelines.tiled_vae], self._device, exact=False)
         blocks = repeated_blocks(pipeline) if serving.compile else []
         if serving.lora != "none":
             self.batched_lora.make_graph_layers(blocks)
@@ -146,6 +153,12 @@ class ModelInstance:
     def size_bytes(self) -> int:
         """Size of all weights on the device; weights that modules share count once."""
         return self._memory.size_bytes
+
+    def changes_of(self, request: ResolvedRequest) -> dict[str, object]:
+        """What the plan changes in the pictures of this request, for their metadata."""
+        changes: dict[str, object] = {"quantised": self._quantised} if self._quantised else {}
+        tiles = self.plan.vae_tiling or self.pipelines.tiles(request)
+        return changes | {"vae_tiling": True} if tiles else changes
 
     @property
     def seams(self) -> list[Seam]:
@@ -172,6 +185,12 @@ class ModelInstance:
 
 def _modules(pipeline: Any) -> list[nn.Module]:
     return [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+
+
+def _parts_on_cpu(pipeline: Any) -> frozenset[str]:
+    """Names of the components that compute on the CPU beside a device."""
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    return frozenset(name for name, part in parts.items() if isinstance(offloaded_part(part), OnCpu))
 
 
 def _saved_bytes(pipeline: Any, plan: Plan) -> int:

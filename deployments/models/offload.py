@@ -1,4 +1,5 @@
-"""Parts of a pipeline whose weights are in memory of the host, and on the device while they compute.
+"""Parts of a pipeline whose weights are in memory of the host, and on the device while they compute, if at
+all: text encoders may compute on the CPU.
 
 diffusers' own group offloading has the host wait for the device at every block, leaves a block on the device
 where a forward fails, and keeps no block there for good. Here nothing waits: copies run on a stream of their
@@ -14,11 +15,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
+from deployments.engine.intercept import STATELESS_VAES
 from deployments.engine.plain_tensors import stored_bytes
 from deployments.models.packed_weights import PackedWeights, weights_of
-from deployments.planning.plan import PartPlan
+from deployments.planning.plan import TEXT_ENCODERS, PartPlan
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)  # whose weights only their own call uses
 SMALL_BYTES = 64 * 2**10  # a layer below this is not worth a copy
@@ -43,12 +46,22 @@ def offloaded_part(module: nn.Module) -> OffloadedPart | None:
     return _offloaded.get(module)
 
 
+def share_place(module: nn.Module, other: nn.Module) -> None:
+    """Have `other`, which has the weights of `module`, be offloaded as this is."""
+    if (part := _offloaded.get(module)) is not None:
+        _offloaded[other] = part
+
+
 def offload(module: nn.Module, plan: PartPlan, device: torch.device) -> None:
     """Place a component, which is on the host, as planned; it computes on `device` all the same.
 
     Raises ValueError for a placement that it has not.
     """
     match plan.placement:
+        case "cpu" if plan.name in TEXT_ENCODERS:
+            _offloaded[module] = OnCpu(module, device)
+        case "on_demand" if type(module).__name__ in STATELESS_VAES:
+            _offloaded[module] = HalvesOnDemand(module, device)
         case "on_demand":
             _offloaded[module] = OnDemand(module, device)
         case "streamed":
@@ -81,8 +94,35 @@ def layers_of(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in own[1:] if _bytes_of(layer) >= SMALL_BYTES]
 
 
+class OnCpu:
+    """All weights stay in memory of the host, and calls compute there: only their inputs and outputs move.
+
+    On the auxiliary lane, so that the device goes on with the steps of other requests meanwhile.
+    """
+
+    auxiliary = True
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self._device = device
+        self.held_bytes = self.used_bytes = 0
+        self.host_bytes = _bytes_of(module)
+
+    def call(self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """What the function returns for inputs that are copied to the host, on the device."""
+        args, kwargs = tree_map_only(Tensor, Tensor.cpu, (args, kwargs))
+        return tree_map_only(Tensor, lambda output: output.to(self._device), function(*args, **kwargs))
+
+    def release(self) -> None:
+        """Nothing of it is on the device."""
+
+    def close(self) -> None:
+        """Nothing of it is on the device."""
+
+
 class OnDemand:
     """All weights are copied to the device for a use, from `bring` to `release`."""
+
+    auxiliary = False
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._packed = PackedWeights(module, pin=device.type == "cuda")
@@ -102,6 +142,11 @@ class OnDemand:
             self._packed.use(self._packed.weights_in(block))
             self._block = block
 
+    def call(self, function: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """What the function returns with the weights on the device."""
+        self.bring()
+        return function(*args, **kwargs)
+
     def _bring_for(self, _part: nn.Module) -> None:
         self.bring()
 
@@ -114,6 +159,26 @@ class OnDemand:
         for hook in self._hooks:
             hook.remove()
         self.release()
+
+
+class HalvesOnDemand:
+    """The encoder and the decoder of a VAE are copied to the device, each for its own calls; what little a
+    VAE computes around them on other threads stays there."""
+
+    def __init__(self, vae: nn.Module, device: torch.device) -> None:
+        halves = [vae.get_submodule(name) for name in ("encoder", "decoder")]
+        self._halves = [OnDemand(half, device) for half in halves]
+        _offloaded.update(zip(halves, self._halves, strict=True))
+        packed = {id(weight) for half in halves for weight, _ in weights_of(half)}
+        _move_others(vae, packed, device)
+        held = [weight for weight, _ in weights_of(vae) if id(weight) not in packed]
+        self.held_bytes = sum(map(stored_bytes, held))
+        self.used_bytes = max(half.used_bytes for half in self._halves)
+        self.host_bytes = sum(half.host_bytes for half in self._halves)
+
+    def close(self) -> None:
+        for half in self._halves:
+            half.close()
 
 
 @dataclass(slots=True, eq=False)

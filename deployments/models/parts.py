@@ -28,13 +28,13 @@ from deployments.models.unmapped import unmapped
 from deployments.models.weight_cache import gguf_path
 from deployments.models.weight_files import WeightFiles, find_weights
 from deployments.planning.gguf_needs import header_of
+from deployments.planning.part_plan import CONVOLUTIONAL
 from deployments.planning.plan import PartPlan, Plan
 from deployments.protocol.card import Weights
 from deployments.protocol.errors import ModelFailed
 from deployments.protocol.gguf_file import GgufFile
 
 LIBRARIES = ("diffusers", "transformers")  # whose modules are read here
-CONVOLUTIONAL = ("unet", "vae")  # parts that gain from channels_last
 
 
 @dataclass(frozen=True, slots=True)

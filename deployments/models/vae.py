@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from deployments.models.offload import share_place
+from deployments.planning.plan import Plan
 from deployments.protocol.errors import ModelFailed
 
 TILE_PIXELS = 512  # side of a tile at most: many VAEs would only take pictures beyond 1024 pixels apart
@@ -16,8 +19,12 @@ TILE_PIXELS = 512  # side of a tile at most: many VAEs would only take pictures 
 def check_pieces(vae: Any, *, tiling: bool, slicing: bool) -> None:
     """Raises ModelFailed for a VAE that cannot do what `set_pieces` wants. vae: also without weights."""
     for wanted, piece in ((tiling, "tiling"), (slicing, "slicing")):
-        if wanted and not (hasattr(vae, f"enable_{piece}") and hasattr(vae, f"use_{piece}")):
+        if wanted and not _has_pieces(vae, piece):
             raise ModelFailed(f"{type(vae).__name__} cannot do vae_{piece}; take it out of the card")
+
+
+def _has_pieces(vae: Any, piece: str) -> bool:
+    return hasattr(vae, f"enable_{piece}") and hasattr(vae, f"use_{piece}")
 
 
 def set_pieces(vae: Any, *, tiling: bool, slicing: bool) -> None:
@@ -32,6 +39,18 @@ def set_pieces(vae: Any, *, tiling: bool, slicing: bool) -> None:
         vae.enable_slicing()
     if tiling and hasattr(vae, "tile_latent_min_size"):
         _set_tile(vae)
+
+
+def tiled_beside(pipeline: Any, plan: Plan) -> nn.Module | None:
+    """The pipeline's VAE as it decodes in tiles, which shares its weights; None where the plan tiles all
+    pictures or none, and where the VAE has no tiles. A VAE keeps its switch on itself, and other requests use
+    it meanwhile."""
+    if plan.whole_pixels is None or plan.vae_tiling or not _has_pieces(pipeline.vae, "tiling"):
+        return None
+    vae = copy.copy(pipeline.vae)
+    set_pieces(vae, tiling=True, slicing=plan.vae_slicing)
+    share_place(pipeline.vae, vae)
+    return vae  # type: ignore[no-any-return]
 
 
 def _set_tile(vae: Any) -> None:

@@ -48,10 +48,13 @@ class DiffusersModel:
         load_refiner: Callable[[], Any] | None = None,
         references: References | None = None,
         is_given_refiner: bool = False,
+        tiled_vae: nn.Module | None = None,
+        tiles: Callable[[int], bool] = lambda _pixels: False,
     ) -> None:
         """controls: of the card, for load_controlnet. load_refiner returns an image-to-image pipeline.
         references: of the card, for the task edit.
         is_given_refiner: the refiner is another model, which `call` is given.
+        tiled_vae: the VAE as it decodes in tiles; used for requests of so many pixels that `tiles` says so.
         """
         self._pipeline = pipeline
         self._references = references or References()
@@ -66,6 +69,8 @@ class DiffusersModel:
         self._control_templates: dict[Task, Any] = {}
         self._beside: dict[Need, Any] = {}  # ControlNets, and a template of the refiner
         self._modules_beside: dict[Need, list[nn.Module]] = {}  # without those that they share
+        self.tiled_vae = tiled_vae
+        self._tiles = tiles
         self._position_ids = PositionIds()
         # called with the modules of a ControlNet or of the refiner before they are used
         self.on_new_modules: Callable[[Need, list[nn.Module]], object] = lambda _need, _modules: None
@@ -177,7 +182,7 @@ class DiffusersModel:
             arguments["num_frames"] = latent_decoder.requested_frames(pipeline, request.video.num_frames)
         progress = progress or Progress()
         if request.refiner is not None:
-            refining = _own_copy(last, request.scheduler)
+            refining = self._own_copy(last, request)
             attach(refining)
             result = ensemble.run(pipeline, refining, request, arguments, on_step, progress)
         else:
@@ -201,11 +206,22 @@ class DiffusersModel:
         if template is None:
             raise BadRequest(f"this model cannot do {request.task.value}", param="model")
         if not request.controls:
-            return _own_copy(template, request.scheduler)
-        pipeline = _own_copy(self._control_template(request), request.scheduler)
+            return self._own_copy(template, request)
+        pipeline = self._own_copy(self._control_template(request), request)
         nets = [self._beside[self._controls[control.type].weights] for control in request.controls]
         modes = [self._controls[control.type].mode for control in request.controls]
         vars(pipeline)["controlnet"] = controlnets(nets, modes)
+        return pipeline
+
+    def tiles(self, request: ResolvedRequest) -> bool:
+        """Whether this request is decoded in tiles because of its size."""
+        return self.tiled_vae is not None and self._tiles(request.pixels_at_once)
+
+    def _own_copy(self, template: Any, request: ResolvedRequest) -> Any:
+        """A copy of the pipeline with a noise scheduler of its own, and the VAE as this size is decoded."""
+        pipeline = _own_copy(template, request.scheduler)
+        if self.tiles(request):
+            vars(pipeline)["vae"] = self.tiled_vae
         return pipeline
 
     def match_refiner(self, refiner: DiffusersModel) -> None:

@@ -76,7 +76,8 @@ def latent_decoder(pipeline: Any, output: Tensor) -> LatentDecoder:
 def _streaming_decoder(pipeline: Any) -> Callable[[Any, Tensor], LatentDecoder] | None:
     """The decoder in parts that is bit-equal to the VAE's own decoding; None if there is none."""
     vae = pipeline.vae
-    if getattr(vae, "use_tiling", False):  # tiles are decoded through all frames
+    # tiles are decoded through all frames; weights that move are there for a call of the whole VAE
+    if getattr(vae, "use_tiling", False) or hasattr(vae, "_hf_hook"):
         return None
     match type(vae).__name__:
         case "AutoencoderKLWan":

@@ -67,14 +67,15 @@ def decode_bytes(needs: MemoryNeeds, dtype: Dtype, *, tiled: bool) -> int:
 
 
 def auxiliary_bytes(parts: Iterable[PartPlan], needs: MemoryNeeds, *, tiled: bool) -> int:
-    """The larger of decoding one picture and encoding one prompt, with the encoder if it is copied for it,
+    """The larger of decoding one picture and encoding one prompt, with the weights that are copied for it,
     and with what it takes to bring a layer's weight into floats."""
     decoding, encoding = 0, 0
     for part in parts:
+        copied = part.device_bytes - part.held_bytes
         if part.name == "vae":
-            decoding = part.workspace_bytes + decode_bytes(needs, part.dtype, tiled=tiled)
+            decoding = copied + part.workspace_bytes + decode_bytes(needs, part.dtype, tiled=tiled)
         elif part.name in TEXT_ENCODERS and part.placement != "cpu":
-            copied = part.device_bytes - part.held_bytes + part.workspace_bytes
+            copied += part.workspace_bytes
             encoding = max(encoding, copied + int(needs.encode_gib * GIB * _width(part.dtype)))
     return max(decoding, encoding)
 

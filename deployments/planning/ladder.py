@@ -7,7 +7,7 @@ agree with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from deployments.planning.machine import Machine
@@ -20,6 +20,12 @@ Forms = list[tuple[Quantisation | None, Quantisation | None]]  # of the denoiser
 SMALL_ENCODER = 200.0  # million parameters
 
 
+# of `offload`, by the place of the text encoders: those settings leave the denoiser where it is
+ENCODERS_ALONE: Mapping[str, Placement] = {"text_encoders": "on_demand", "text_encoders_on_cpu": "cpu"}
+# families whose LoRAs change text encoders, which they cannot do on the CPU
+LORAS_FOR_ENCODERS = ("sd", "sdxl")
+
+
 @dataclass(frozen=True, slots=True)
 class Rung:
     """One way to hold a model."""
@@ -28,7 +34,8 @@ class Rung:
     encoders: Placement = "device"  # of the large text encoders
     denoiser_weights: Quantisation | None = None
     encoder_weights: Quantisation | None = None
-    tiled: bool = False  # the VAE decodes in tiles
+    vae: Placement = "device"
+    tiled: bool = False  # it decodes in tiles
     with_others: bool = False  # ControlNets, the refiner and models of the group fit beside it
 
 
@@ -36,16 +43,27 @@ def rungs(card: ModelCard, machine: Machine) -> Iterator[Rung]:
     """All ways that the card allows on this machine, the best first."""
     serving = card.serving
     tilings = [False, True] if serving.vae_tiling == "auto" else [serving.vae_tiling]
-    for denoiser, encoders in _forms(serving, machine):
+    forms, places = _forms(serving, machine), _whole_places(serving, machine)
+    for (denoiser, encoders), following in zip(forms, [*forms[1:], None], strict=True):
         form = Rung(denoiser_weights=denoiser, encoder_weights=encoders)
-        places = _whole_places(serving, machine)
         for with_others in (True, False):
             for tiled in tilings[:1] if with_others else tilings:
                 for place in places:
                     yield replace(form, encoders=place, tiled=tiled, with_others=with_others)
+        is_last = following is None or (following[0] == "nf4") != (denoiser == "nf4")
+        if is_last and _may_encode_on_cpu(card, machine):
+            for tiled in tilings:
+                yield Rung(denoiser_weights=denoiser, encoders="cpu", tiled=tiled)
     for form in _moving(serving, machine):
         for tiled in tilings:
             yield replace(form, tiled=tiled)
+
+
+def _may_encode_on_cpu(card: ModelCard, machine: Machine) -> bool:
+    """Whether text encoders may compute on the CPU, where nothing else fits but weights of fewer bits: they
+    take seconds for a new prompt there, and pictures are those of the weights as they are."""
+    by_loras = card.lora_limit > 0 and card.family in LORAS_FOR_ENCODERS
+    return machine.is_gpu and card.serving.offload == "auto" and not by_loras
 
 
 def weights_of(name: str, million: float, rung: Rung, serving: Serving) -> Quantisation | None:
@@ -63,6 +81,8 @@ def placement_of(name: str, million: float, rung: Rung) -> Placement:
     """Where a part is. million: its parameters."""
     if name in DENOISERS:
         return rung.denoiser
+    if name == "vae":
+        return rung.vae
     return rung.encoders if _is_large_encoder(name, million) else "device"
 
 
@@ -101,14 +121,14 @@ def _whole_places(serving: Serving, machine: Machine) -> list[Placement]:
     """Where the large text encoders may be while the whole denoiser is on the device."""
     if not machine.is_gpu or serving.offload == "none":  # one memory: a copy elsewhere in it saves nothing
         return ["device"]
-    if serving.offload == "text_encoders":
-        return ["on_demand"]
+    if serving.offload in ENCODERS_ALONE:
+        return [ENCODERS_ALONE[serving.offload]]
     return [] if serving.offload == "sequential" else ["device", "on_demand"]
 
 
 def _moving(serving: Serving, machine: Machine) -> Iterator[Rung]:
     """Ways in which the denoiser's weights are copied to the device in every step."""
-    if not machine.is_gpu or serving.compile or serving.offload in ("none", "text_encoders"):
+    if not machine.is_gpu or serving.compile or serving.offload in ("none", *ENCODERS_ALONE):
         return
     denoiser, encoders = _forms(serving, machine)[0]
     if serving.quantisation == "auto" and serving.offload == "auto":  # half the bytes to copy
@@ -118,4 +138,4 @@ def _moving(serving: Serving, machine: Machine) -> Iterator[Rung]:
     if serving.offload == "auto":
         yield Rung("streamed", "streamed", denoiser, encoders)
     if serving.offload in ("auto", "sequential"):
-        yield Rung("sequential", "sequential", denoiser, encoders)
+        yield Rung("sequential", "sequential", denoiser, encoders, vae="on_demand")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from deployments.planning.fitting import Fitted
 from deployments.planning.machine import Machine
 from deployments.planning.others import Other
-from deployments.planning.part_plan import DENOISERS, PartPlan
+from deployments.planning.part_plan import CONVOLUTIONAL, DENOISERS, PartPlan
 from deployments.planning.refusal import gib
 from deployments.protocol.card import Dtype, ModelCard
 
@@ -29,7 +29,10 @@ def _part_notes(parts: Iterable[PartPlan]) -> Iterator[str]:
             form = f"weights of {bits} bits ({part.quantisation})"
             yield f"{part.name} has {form}: pictures differ from those of {part.dtype}"
         if part.placement == "on_demand":
-            yield f"{part.name} is copied to the device for each new prompt ({gib(part.weight_bytes)})"
+            use = "encoding and decoding" if part.name == "vae" else "each new prompt"
+            yield f"{part.name} is copied to the device for {use} ({gib(part.weight_bytes)})"
+        elif part.placement == "cpu":
+            yield f"{part.name} computes on the CPU for each new prompt: that may take seconds, without LoRAs"
         elif part.placement in ("streamed", "sequential"):
             yield _moving_note(part)
 
@@ -62,20 +65,44 @@ def _moving_note(part: PartPlan) -> str:
 
 
 def notes_of(
-    card: ModelCard, machine: Machine, dtype: Dtype, fitted: Fitted, beside: Sequence[Other]
+    card: ModelCard,
+    machine: Machine,
+    dtype: Dtype,
+    fitted: Fitted,
+    beside: Sequence[Other],
+    whole_pixels: int | None,
+    *,
+    channels_last: bool,
 ) -> tuple[str, ...]:
-    """All that the plan changes, and what does not fit beside the model."""
+    """All that the plan changes, and what does not fit beside the model.
+
+    whole_pixels, channels_last: of a Plan.
+    """
     return (
         *_dtype_notes(card, dtype, machine),
         *_part_notes(fitted.parts),
-        *_tiling_notes(fitted),
+        *_tiling_notes(card, fitted, whole_pixels),
+        *_layout_notes(fitted.parts, channels_last=channels_last),
         *_other_notes(fitted, machine, beside),
     )
 
 
-def _tiling_notes(fitted: Fitted) -> Iterator[str]:
+def _tiling_notes(card: ModelCard, fitted: Fitted, whole_pixels: int | None) -> Iterator[str]:
     if fitted.rung.tiled:
         yield "the VAE decodes in tiles: pictures differ slightly from those decoded whole"
+    elif whole_pixels is not None:
+        in_video = card.videos is not None and not card.videos.framewise
+        what = f"{'videos' if in_video else 'pictures'} of more than {whole_pixels / 1e6:.1f} million pixels"
+        frames = " in all frames" if in_video else ""
+        yield f"{what}{frames} are decoded in tiles and differ slightly from those decoded whole"
+
+
+def _layout_notes(parts: Iterable[PartPlan], *, channels_last: bool) -> Iterator[str]:
+    if found := [part.name for part in parts if channels_last and part.name in CONVOLUTIONAL]:
+        yield (
+            f"convolutions of {' and '.join(found)} lie by pixel (channels_last), which GPUs compute faster "
+            "in 16 bits; pictures differ by rounding"
+        )
 
 
 def _other_notes(fitted: Fitted, machine: Machine, beside: Sequence[Other]) -> Iterator[str]:

@@ -16,6 +16,7 @@ Placement = Literal["device", "on_demand", "cpu", "streamed", "sequential"]
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+CONVOLUTIONAL = ("unet", "vae")  # parts that gain from channels_last
 
 MILLION = 10**6
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -9,6 +9,7 @@ from typing import Literal
 from deployments.planning.account import PlannedBytes
 from deployments.planning.fitting import Fitted, Fitting, dtype_of_part
 from deployments.planning.gguf_needs import GgufNeeds, gguf_needs
+from deployments.planning.ladder import ENCODERS_ALONE
 from deployments.planning.machine import Machine
 from deployments.planning.notes import notes_of
 from deployments.planning.others import others_beside
@@ -20,7 +21,8 @@ from deployments.planning.refusal import (
     too_large,
     uncompilable,
 )
-from deployments.protocol.card import Dtype, ModelCard, Quantisation
+from deployments.planning.tiling import whole_pixels
+from deployments.protocol.card import Dtype, ModelCard, Quantisation, Serving
 from deployments.protocol.errors import ModelFailed
 
 __all__ = ["DENOISERS", "TEXT_ENCODERS", "PartPlan", "Placement", "Plan", "everything_on_device", "plan_of"]
@@ -34,6 +36,7 @@ class Plan:
     parts: tuple[PartPlan, ...] = ()
     attention: str | None = None  # backend of diffusers' set_attention_backend; None: torch's own choice
     vae_tiling: bool = False
+    whole_pixels: int | None = None  # what has more, a video times frames, is decoded in tiles; None: nothing
     vae_slicing: bool = False
     channels_last: bool = False  # memory format of UNets and VAEs
     rows: int | None = None  # of one forward at the default size, at most; None: not reckoned
@@ -43,6 +46,10 @@ class Plan:
     host_bytes: int = 0  # of weights that are kept in memory of the host
     notes: tuple[str, ...] = ()  # a sentence for each thing that changes pictures or speed
     refusal: Refusal | None = None  # why the model cannot run here; None: it can
+
+    def tiles(self, pixels: int) -> bool:
+        """Whether a picture of so many pixels, or a video of so many in all frames, is decoded in tiles."""
+        return self.vae_tiling or (self.whole_pixels is not None and pixels > self.whole_pixels)
 
     def part(self, name: str) -> PartPlan:
         """The plan of this component; one that is not named is on the device in the model's dtype."""
@@ -82,16 +89,26 @@ def plan_of(card: ModelCard, machine: Machine, others: Iterable[ModelCard] = ())
         on_host = replace(fitting, machine=replace(machine, host_bytes=None)).best()
         refusal = too_large(card, machine, fitting.least(), _unasked(fitting), on_host)
         return replace(as_written, refusal=refusal)
+    whole = whole_pixels(card, card.memory, fitted, machine.limit_bytes)
     return replace(
         as_written,
         parts=fitted.parts,
         vae_tiling=fitted.rung.tiled,
+        whole_pixels=whole,
         rows=fitted.rows,
         lora_slots=fitted.lora_slots,
         planned=fitted.bytes,
         working_bytes=fitted.least.working,
         host_bytes=fitted.host_bytes,
-        notes=notes_of(card, machine, as_written.dtype, fitted, beside),
+        notes=notes_of(
+            card,
+            machine,
+            as_written.dtype,
+            fitted,
+            beside,
+            whole,
+            channels_last=as_written.channels_last,
+        ),
     )
 
 
@@ -128,8 +145,16 @@ def _as_written(card: ModelCard, machine: Machine) -> Plan:
         attention=serving.attention,
         vae_tiling=serving.vae_tiling is True,
         vae_slicing=serving.vae_slicing is True,
-        channels_last=serving.channels_last is True,
+        channels_last=_channels_last(serving, machine, dtype),
     )
+
+
+def _channels_last(serving: Serving, machine: Machine, dtype: Dtype) -> bool:
+    """GPUs have kernels for 16 bits that read convolutions' weights and inputs by pixel; a CPU gains nothing
+    (docs/machines.md)."""
+    if serving.channels_last != "auto":
+        return serving.channels_last
+    return machine.is_gpu and dtype != "float32"
 
 
 def _places(offload: str, machine: Machine) -> dict[str, Placement]:
@@ -137,9 +162,12 @@ def _places(offload: str, machine: Machine) -> dict[str, Placement]:
     if machine.kind == "cpu" or offload in ("auto", "none"):
         return {}
     denoiser: Placement = "streamed" if offload == "balanced" else "sequential"
-    encoder: Placement = "sequential" if offload == "sequential" else "on_demand"
+    encoder = ENCODERS_ALONE.get(offload, "sequential" if offload == "sequential" else "on_demand")
     places = dict.fromkeys(TEXT_ENCODERS, encoder)
-    return places if offload == "text_encoders" else places | dict.fromkeys(DENOISERS, denoiser)
+    if offload in ENCODERS_ALONE:
+        return places
+    vae: dict[str, Placement] = {"vae": "on_demand"} if offload == "sequential" else {}
+    return places | vae | dict.fromkeys(DENOISERS, denoiser)
 
 
 def _quantised(

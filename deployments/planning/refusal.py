@@ -111,8 +111,8 @@ def _way(fitted: Fitted) -> str:
         words.append("copied block by block")
     elif rung.denoiser == "sequential":
         words.append("copied layer by layer")
-    elif rung.encoders == "on_demand":
-        words.append("text encoders on demand")
+    elif rung.encoders != "device":
+        words.append("text encoders on the CPU" if rung.encoders == "cpu" else "text encoders on demand")
     if rung.tiled:
         words.append("decoding in tiles")
     return ", ".join(words)

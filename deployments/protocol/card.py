@@ -31,7 +31,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 # of weights. int8, fp8: torchao, 8 bits per weight, computed in the part's dtype. fp8_dynamic: torchao,
 # products of 8 bits with a scale per row. nf4: bitsandbytes, 4 bits. fp8_cast: diffusers' layerwise casting
 Quantisation = Literal["int8", "fp8", "fp8_dynamic", "nf4", "fp8_cast"]
-Offload = Literal["none", "text_encoders", "balanced", "sequential"]
+Offload = Literal["none", "text_encoders", "text_encoders_on_cpu", "balanced", "sequential"]
 
 FAMILY = r"^[a-z0-9][a-z0-9_]{0,63}$"
 MODEL_ID = r"^[a-z0-9][a-z0-9._-]{0,63}$"

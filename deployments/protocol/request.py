@@ -332,6 +332,12 @@ class ResolvedRequest(GenerationRequest):
     refiner: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
 
     @property
+    def pixels_at_once(self) -> int:
+        """Of one picture, or of a video that is decoded as a whole."""
+        frames = 1 if self.video is None or self.video.framewise else self.video.num_frames
+        return self.width * self.height * frames
+
+    @property
     def cost_mpx_steps(self) -> float:
         """Work in megapixel-steps: pictures x pixels x steps / 1e6."""
         pictures = self.num_images if self.video is None else self.video.pictures

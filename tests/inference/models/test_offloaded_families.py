@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from deployments.engine.batch_buckets import pad_small_linears
 from deployments.engine.intercept import intercept
 from deployments.models import offload as offloading
-from deployments.models.model_instance import _weights_of
+from deployments.models.model_extras import _weights_of
 from deployments.models.offload import blocks_of, offload
 from deployments.models.packed_weights import PackedWeights
 from deployments.planning.plan import PartPlan, Placement

@@ -19,7 +19,7 @@ from deployments.models import load as loading
 from deployments.models import offload as offloading
 from deployments.models import parts as part_files
 from deployments.models.load import load_pipeline
-from deployments.models.model_instance import _weights_of
+from deployments.models.model_extras import _weights_of
 from deployments.models.offload import offload, offloaded_part
 from deployments.models.quantise import quantise
 from deployments.planning.machine import Machine
