@@ -27,7 +27,6 @@ from deployments.loras.file_reader import LoraFileReader
 from deployments.models.device_memory import use_expandable_segments
 from deployments.models.weight_cache import keep_compiled_code, use_installation
 from deployments.observability.metrics import Reporter, Sample
-from deployments.planning.report import report
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable, NotFound, WeftError
 from deployments.protocol.events import CheckpointPolicy, Done, Event, Failed, Handover
@@ -211,8 +210,8 @@ class ModelReplica:
         return [asdict(state) for state in self._runtime.worker.proofs()[-MAX_PROOFS:]]
 
     async def plans(self) -> dict[str, dict[str, object]]:
-        """By loaded model, how it runs on this replica's device: see planning/report.py."""
-        return {model.card.id: report(model.plan) for model in self._runtime.models.models}
+        """By model, how it runs on this replica's device, or would if it were loaded: planning/report.py."""
+        return self._runtime.plan_reports()
 
     async def load_failures(self) -> dict[str, dict[str, object]]:
         """By model, why it is not loaded though that was tried: the fields of LoadFailure."""

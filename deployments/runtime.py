@@ -35,6 +35,7 @@ from deployments.models.model_loader import ModelLoader
 from deployments.observability import collectors
 from deployments.observability.metrics import Sample
 from deployments.planning.profile import read_profile
+from deployments.planning.report import report
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelUnavailable, NotFinite, OutOfMemory, WeftError
 from deployments.protocol.events import CheckpointPolicy, Event
@@ -220,6 +221,13 @@ class Runtime:
             "activations": memory.activation_bytes,
             "limit": memory.limit_bytes,
         }
+
+    def plan_reports(self) -> dict[str, dict[str, object]]:
+        """By model id, how it runs on this device, or would run if it were loaded now: planning/report.py."""
+        machine = self._loader.machine
+        loaded = {model.card.id: model.plan for model in self.models.models}
+        plans = {name: loaded.get(name) or self._loader.plan(name) for name in self._loader.names}
+        return {name: report(plan, machine.name, loaded=name in loaded) for name, plan in plans.items()}
 
     @property
     def load_failures(self) -> dict[str, LoadFailure]:

@@ -79,6 +79,11 @@ class ModelLoader:
         return model.id if model.weights == refiner.weights else None
 
     @property
+    def names(self) -> list[str]:
+        """Ids of the models that may be loaded."""
+        return list(self._cards)
+
+    @property
     def machine(self) -> Machine:
         """The device, with what this process may allocate on it now."""
         return machine_of(self.device, self._limit_bytes())
@@ -189,12 +194,13 @@ class ModelLoader:
         limits.append(None if self._memory_gib is None else int(self._memory_gib * GIB))
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def _plan(self, name: str) -> Plan:
+    def plan(self, name: str) -> Plan:
+        """How this model would run on the device as it is now."""
         return plan_of(self._cards[name], self.machine, self._beside(name))
 
     def _check_plan(self, name: str) -> None:
         """Raises OutOfMemory or ModelFailed for a model that cannot run on this device."""
-        refusal = self._plan(name).refusal
+        refusal = self.plan(name).refusal
         if refusal is not None:
             raise refusal.error()
 
@@ -211,7 +217,7 @@ class ModelLoader:
         card = self._cards[name]
 
         def read_headers() -> Needed:
-            plan = self._plan(name)
+            plan = self.plan(name)
             size = pipeline_bytes(
                 card.weights,
                 self.device,

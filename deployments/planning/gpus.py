@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deployments.planning.device_limit import GIB, usable_bytes
 from deployments.planning.machine import DeviceKind, Machine
+from deployments.protocol.card import ModelCard
 
 MPS_SHARES = ((36, 0.75), (0, 2 / 3))  # of unified memory that Metal gives to the GPU, from so many GiB on
 
@@ -34,6 +35,20 @@ class Gpu:
 def _mps(gib: int) -> Gpu:
     share = next(share for least, share in MPS_SHARES if gib >= least)
     return Gpu(f"mps-{gib}", f"Apple GPU, {gib} GB", gib * share, "mps")
+
+
+def machine_of_replica(card: ModelCard, name: str) -> Machine:
+    """What a replica of this card has of the device that GPUS has under this name."""
+    return limited(GPUS[name].machine(card.serving.num_gpus), card)
+
+
+def limited(machine: Machine, card: ModelCard) -> Machine:
+    """With no more memory than the card allows."""
+    if card.serving.memory_gib is None:
+        return machine
+    most = int(card.serving.memory_gib * GIB)
+    limit = most if machine.limit_bytes is None else min(most, machine.limit_bytes)
+    return replace(machine, limit_bytes=limit)
 
 
 _ALL = (

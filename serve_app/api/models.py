@@ -4,6 +4,7 @@ import asyncio
 
 from fastapi import APIRouter
 
+from deployments.planning.expected import expected_plan
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import Forbidden, NotFound
 from serve_app.admission.validation import find_card
@@ -62,7 +63,7 @@ async def _models_out(caller: CallerContext, cards: list[ModelCard]) -> list[Mod
             states.get(card.id, "absent"),
             proofs.get(card.id),
             failures.get(card.id),
-            (plans.get(card.id) or {}).get(card.id),
+            (plans.get(card.id) or {}).get(card.id) or expected_plan(card, state.cards),
         )
         for card in cards
     ]

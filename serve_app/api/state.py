@@ -58,7 +58,7 @@ class ApiState:
     )
     # by id: what a replica has proven of batch sizes; None: no replica has reported
     model_proofs: ModelProofs = no_proofs
-    # by id: the plans of the models that a replica of it has loaded; None: no replica has reported
+    # by id: how the models of a replica of it run on its device, or would; None: no replica has reported
     model_plans: ModelPlans = no_proofs
     input_check: InputCheck = field(default_factory=InputCheck)
     uploads: FairSlots = field(

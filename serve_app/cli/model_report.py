@@ -30,5 +30,5 @@ def model_report(host: str, port: int, prefix: str, settings: Settings) -> Itera
     for model in models:
         if (failure := model["failure"]) is not None:
             yield f"{model['id']} is not served: {without_secrets(failure['message'])}"
-        elif (plan := model["plan"]) is not None:
+        elif (plan := model["plan"]) is not None and plan["loaded"]:
             yield f"{model['id']}: {plan['summary']}"

@@ -10,7 +10,9 @@ from deployments.planning.device_limit import GIB
 from deployments.planning.gpus import GPUS
 from deployments.planning.machine import Machine
 from deployments.planning.plan import Plan, plan_of
+from deployments.planning.profile import profile_key, read_profile
 from deployments.planning.summary import summary
+from deployments.protocol.card import ModelCard
 from serve_app.admission.validation import find_card
 from serve_app.card_settings import known_cards
 from serve_app.cli.planned_machines import known_machine, machine_at_hand
@@ -38,10 +40,25 @@ def plan(
         return
     machine = known_machine(card, gpu) if gpu is not None else machine_at_hand(card, settings.model_device)
     made = plan_of(card, machine, beside)
-    for line in table(made, machine):
+    for line in [*table(made, machine), *measured(card, made, machine)]:
         print(line)
     if made.refusal is not None:
         raise typer.Exit(1)
+
+
+def measured(card: ModelCard, made: Plan, machine: Machine) -> list[str]:
+    """What `weft bench` measured of this model so planned, on such a device with the versions here."""
+    profile = None if made.refusal else read_profile(card.weights, profile_key(card, made, machine))
+    if profile is None:
+        return []
+    best, alone = profile.best_rows, min(profile.step_s)
+    picture_s = profile.encode_s + card.steps.default * profile.step_s[alone] + profile.decode_s
+    return [
+        f"measured by weft bench at {profile.width}x{profile.height}: a step takes "
+        f"{profile.step_s[alone]:.3g} s with {alone} rows, {profile.step_s[best]:.3g} s with {best}, which "
+        f"gives most rows per second; a picture alone about {picture_s:.3g} s "
+        f"({card.steps.default} steps, prompt {profile.encode_s:.3g} s, decoding {profile.decode_s:.3g} s)"
+    ]
 
 
 def table(made: Plan, machine: Machine) -> list[str]:

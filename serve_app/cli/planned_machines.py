@@ -7,11 +7,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
-from deployments.planning.device_limit import GIB
-from deployments.planning.gpus import GPUS
+from deployments.planning.gpus import GPUS, limited, machine_of_replica
 from deployments.planning.machine import Machine
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest, ModelUnavailable
@@ -25,7 +23,7 @@ def known_machine(card: ModelCard, name: str) -> Machine:
     """What a replica of this card has of this GPU. Raises BadRequest for a name that is not known."""
     if name not in GPUS:
         raise BadRequest(f"there is no GPU {name!r} in the table; there is {', '.join(GPUS)}")
-    return _limited(GPUS[name].machine(card.serving.num_gpus), card)
+    return machine_of_replica(card, name)
 
 
 def machine_at_hand(card: ModelCard, model_device: str | None, *, alone: bool = False) -> Machine:
@@ -53,7 +51,7 @@ def machine_at_hand(card: ModelCard, model_device: str | None, *, alone: bool = 
         raise _not_asked(f"no answer within {THIS_MACHINE_TIMEOUT_S:.0f} s") from None
     if done.returncode:
         raise _not_asked((done.stderr.strip().splitlines() or ["no reason given"])[-1])
-    return _limited(_machine(json.loads(done.stdout.splitlines()[-1])), card)
+    return limited(_machine(json.loads(done.stdout.splitlines()[-1])), card)
 
 
 def _not_asked(cause: str) -> ModelUnavailable:
@@ -61,15 +59,6 @@ def _not_asked(cause: str) -> ModelUnavailable:
         f"the device cannot be asked ({cause}); correct its driver or the installation of torch, or use "
         "weft plan with --gpu, which needs no device"
     )
-
-
-def _limited(machine: Machine, card: ModelCard) -> Machine:
-    """With no more memory than the card allows."""
-    if card.serving.memory_gib is None:
-        return machine
-    most = int(card.serving.memory_gib * GIB)
-    limit = most if machine.limit_bytes is None else min(most, machine.limit_bytes)
-    return replace(machine, limit_bytes=limit)
 
 
 def _machine(facts: Mapping[str, Any]) -> Machine:

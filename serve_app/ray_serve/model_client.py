@@ -135,7 +135,7 @@ class ModelClient:
         return reports
 
     async def plans(self, model: str) -> Mapping[str, Mapping[str, object]] | None:
-        """By loaded model of a replica, how it runs there; None when none answers within the time limit."""
+        """By model of a replica, how it runs there, or would; None when none answers in time."""
         plans: Mapping[str, Mapping[str, object]] | None = await self._ask_replica(model, "plans")
         return plans
 

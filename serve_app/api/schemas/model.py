@@ -32,15 +32,21 @@ class ProofOut(BaseModel):
 
 
 class PlanOut(BaseModel):
-    """How a model runs on the device of one of its replicas."""
+    """How a model runs, or would run, on a device."""
 
     summary: str = Field(examples=["int8 transformer, text_encoder_2 on demand: 20.4 GiB, 1 rows, 1 LoRAs"])
+    device: str = Field(examples=["NVIDIA L4"])
+    loaded: bool = Field(description="Whether a replica has it so; otherwise it would run like this.")
+    refusal: str | None = Field(description="Why it cannot run on this device; null: it can.")
     dtype: str = Field(examples=["bfloat16"])
     quantised: dict[str, str] = Field(
         description="Form of the weights by part, if in fewer bits or of a GGUF file."
     )
     placed: dict[str, str] = Field(description="Place by part, of those that are not always on the device.")
     vae_tiling: bool
+    whole_pixels: int | None = Field(
+        description="Larger pictures, and videos times their frames, are decoded in tiles; null: none are."
+    )
     rows: int | None = Field(description="Of one forward at the default size, at most.")
     lora_slots: int | None = Field(description="LoRAs of rank 32 on the device at a time.")
     peak_bytes: int | None = Field(description="Of the device; null: the card states no sizes.")
@@ -93,7 +99,9 @@ class ModelOut(BaseModel):
         description="What one of its replicas has proven; null: no replica has reported."
     )
     plan: PlanOut | None = Field(
-        None, description="As one of its replicas reports it; null: none has it loaded."
+        None,
+        description="As one of its replicas reports it, else for the device that the card names; null: it "
+        "names none.",
     )
     state: str = Field(
         description="ready; loading; idle: the first request starts it; failed: it could not be loaded; "

@@ -27,6 +27,21 @@ async def test_quantised_parts_are_in_the_plan_and_in_the_files() -> None:
     assert picture.metadata["quantised"] == {"transformer": "int8"}
 
 
+async def test_a_model_that_is_not_loaded_yet_shows_how_it_would_run() -> None:
+    other = load_card(CARDS / "tiny-sd15.yaml")
+    int8 = other.model_copy(update={"serving": other.serving.model_copy(update={"quantisation": "int8"})})
+    serving = TINY.serving.model_copy(update={"warm_up": False})
+    replica = ModelReplica([TINY.model_copy(update={"serving": serving}), int8])
+    try:
+        plans = await replica.plans()
+    finally:
+        replica.__del__()
+
+    assert {name: plan["loaded"] for name, plan in plans.items()} == {TINY.id: True, other.id: False}
+    assert "int8 unet" in str(plans[other.id]["summary"])
+    assert plans[other.id]["device"] == "CPU"
+
+
 async def test_a_model_that_no_plan_fits_fails_with_bytes_before_it_is_read() -> None:
     memory = load_card(CARDS / "flux.1-dev.yaml").memory
     serving = TINY.serving.model_copy(update={"memory_gib": 2.0, "warm_up": False})

@@ -16,7 +16,8 @@ from serve_app.settings import Settings
 MODELS = {
     "models": [
         {"id": "idle", "failure": None, "plan": None},
-        {"id": "whole", "failure": None, "plan": {"summary": "int8 transformer: 20.4 GiB"}},
+        {"id": "later", "failure": None, "plan": {"summary": "all on the device", "loaded": False}},
+        {"id": "whole", "failure": None, "plan": {"summary": "int8 transformer: 20.4 GiB", "loaded": True}},
         {"id": "broken", "failure": {"message": "no licence; set HF_TOKEN"}, "plan": None},
     ]
 }
