@@ -23,6 +23,7 @@ from deployments.models.model_cache import ModelCache
 from deployments.models.model_instance import ModelInstance
 from deployments.models.model_memory import ModelMemory
 from deployments.models.weight_cache import fetch
+from deployments.planning.file_needs import with_needs
 from deployments.planning.machine import Machine
 from deployments.planning.plan import Plan, plan_of
 from deployments.protocol.card import ModelCard
@@ -65,7 +66,7 @@ class ModelLoader:
         self.extras = Extras(self.admission)
         self.loads: dict[str, tuple[int, float]] = {}  # by model: number of loads, and their seconds
         self.failures = LoadFailures(lambda name: operator_state(self._cards[name].weights))
-        self._cards = {card.id: card for card in cards}
+        self._cards = {card.id: with_needs(card) for card in cards}
         self._refiners = refiners
         self._lora_files = lora_files
 

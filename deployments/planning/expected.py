@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from deployments.planning.file_needs import with_needs
 from deployments.planning.gpus import ACCELERATORS, machine_of_replica
 from deployments.planning.plan import plan_of
 from deployments.planning.report import report
@@ -24,5 +25,5 @@ def expected_plan(card: ModelCard, cards: Mapping[str, ModelCard]) -> dict[str, 
         return None
     machine = machine_of_replica(card, name)
     refiner = None if card.refiner is None else cards.get(card.refiner)
-    plan = plan_of(card, machine, [] if refiner is None else [refiner])
+    plan = plan_of(with_needs(card), machine, [] if refiner is None else [refiner])
     return report(plan, machine.name, loaded=False)

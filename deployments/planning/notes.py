@@ -79,12 +79,21 @@ def notes_of(
     whole_pixels, channels_last: of a Plan.
     """
     return (
+        *_source_notes(card),
         *_dtype_notes(card, dtype, machine),
         *_part_notes(fitted.parts),
         *_tiling_notes(card, fitted, whole_pixels),
         *_layout_notes(fitted.parts, channels_last=channels_last),
         *_other_notes(fitted, machine, beside),
     )
+
+
+def _source_notes(card: ModelCard) -> Iterator[str]:
+    if card.memory is not None and card.memory.from_files:
+        yield (
+            "the card states no memory: sizes of weights are those in the headers of its files, and what "
+            "forwards take is reckoned from the size of pictures"
+        )
 
 
 def _tiling_notes(card: ModelCard, fitted: Fitted, whole_pixels: int | None) -> Iterator[str]:

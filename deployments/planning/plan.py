@@ -28,6 +28,12 @@ from deployments.protocol.errors import ModelFailed
 __all__ = ["DENOISERS", "TEXT_ENCODERS", "PartPlan", "Placement", "Plan", "everything_on_device", "plan_of"]
 
 
+DOES_NOT_SEEM_TO_FIT = (
+    "it does not seem to fit in any form: sizes are those in the headers of its files, and what forwards "
+    "take is reckoned from the size of pictures; state memory in its card"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """How one model runs on one device."""
@@ -85,6 +91,8 @@ def plan_of(card: ModelCard, machine: Machine, others: Iterable[ModelCard] = ())
     others_bytes = sum(other.bytes for other in beside)
     fitting = Fitting(card, card.memory, machine, as_written.dtype, others_bytes, gguf)
     fitted = fitting.best()
+    if fitted is None and card.memory.from_files:  # no guess refuses it; its bytes may, as it is loaded
+        return replace(as_written, notes=(DOES_NOT_SEEM_TO_FIT,))
     if fitted is None:
         on_host = replace(fitting, machine=replace(machine, host_bytes=None)).best()
         refusal = too_large(card, machine, fitting.least(), _unasked(fitting), on_host)

@@ -33,4 +33,5 @@ class MemoryNeeds(Strict):
     encode_gib: float = Field(0.0, ge=0)  # the largest text encoder takes for one prompt
     decode_gib: float = Field(gt=0)  # the VAE takes for one picture or video
     tiled_decode_gib: float | None = Field(None, gt=0)  # with vae_tiling; None: it saves nothing
+    from_files: bool = False  # not stated by the card: reckoned by planning/file_needs.py
     lora_mib: float = Field(0.0, ge=0)  # factors of a LoRA of rank 32 on all Linear layers of the denoiser

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from deployments.planning.device_limit import GIB
+from deployments.planning.file_needs import with_needs
 from deployments.planning.gpus import GPUS
 from deployments.planning.machine import Machine
 from deployments.planning.plan import Plan, plan_of
@@ -32,7 +33,7 @@ def plan(
     """Print how a model runs on a device; exit status 1 when it does not fit."""
     settings = Settings.load()
     cards = known_cards(settings)
-    card = find_card(model, cards)
+    card = with_needs(find_card(model, cards))
     beside = [cards[card.refiner]] if card.refiner in cards else []
     if every:
         for known in GPUS.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 
+from deployments.planning.file_needs import with_needs
 from deployments.planning.gpus import ACCELERATORS
 from deployments.planning.machine import Machine
 from deployments.planning.plan import Plan, plan_of
@@ -68,7 +69,7 @@ def _of_accelerator(card: ModelCard, accelerator: str, cards: Mapping[str, Model
 
 def _planned(card: ModelCard, machine: Machine, cards: Mapping[str, ModelCard]) -> Finding:
     refiner = None if card.refiner is None else cards.get(card.refiner)
-    plan = plan_of(card, machine, [] if refiner is None else [refiner])
+    plan = plan_of(with_needs(card), machine, [] if refiner is None else [refiner])
     if plan.refusal is not None:
         return Finding(Level.fail, plan.refusal.message)
     text = f"{card.id} on {machine.name}: {summary(plan)}"
