@@ -40,7 +40,7 @@ def with_needs(card: ModelCard) -> ModelCard:
         return card
     folder = ROOT / Path(weights.path).expanduser()
     try:
-        parts = {name: needs for name in _part_names(folder) if (needs := _needs_of(folder / name))}
+        parts = {name: part for name in _part_names(folder) if (part := _needs_of(folder / name))}
     except (OSError, ValueError, LookupError, TypeError) as error:  # reported when it is loaded
         logger.info("headers of weights cannot be read", extra={"model": card.id, "error": repr(error)})
         return card

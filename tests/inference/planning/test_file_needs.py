@@ -63,7 +63,7 @@ def test_what_is_not_at_hand_or_known_stays_as_it_is(tmp_path: Path) -> None:
     for one in (
         card("flux.1-dev"),
         card("tiny-wan"),
-        card("tiny-sd15", weights=Weights(repo="somebody/else")),
+        card("tiny-sd15", weights=Weights(repo="example/model")),
         card("tiny-sd15", weights=Weights(path=str(tmp_path / "nothing"))),
         card("tiny-flux-dev", weights=Weights(path=str(folder))),
     ):
