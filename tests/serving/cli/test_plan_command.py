@@ -35,7 +35,7 @@ def test_all_known_gpus_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_model_that_does_not_fit_is_a_failure_with_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "hunyuan-video", "--gpu", "t4"]) == 1
 
-    assert "refused: hunyuan-video needs 22." in capsys.readouterr().out
+    assert "refused: hunyuan-video needs 23." in capsys.readouterr().out
 
 
 def test_a_gpu_that_is_not_known_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
