@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
+from deployments.planning.local_files import ROOT
 from deployments.planning.part_plan import MILLION
-from deployments.planning.profile import ROOT
 from deployments.protocol.card import ModelCard
 from deployments.protocol.memory_needs import Blocks, MemoryNeeds, PartNeeds
 

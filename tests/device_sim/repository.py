@@ -51,6 +51,7 @@ class Repository:
         loading.hub_folder = lambda weights, **_: Path(weights.repo)
         loading.find_parts, loading.find_part = self.find_parts, self.find_part
         loading.assemble = self.assemble
+        loading._controlnet_class = lambda weights: CONTROLNETS[str(weights.repo)][0]
         part_files: Any = PartFiles
         part_files.stored_form = None  # plain
         loader: Any = model_loader
@@ -60,7 +61,9 @@ class Repository:
             without_weights.from_pretrained = classmethod(self.from_pretrained)
         without_weights.init_weights = lambda _self: None
 
-    def find_parts(self, folder: Path, plan: Plan, _variant: str | None) -> dict[str, PartFiles]:
+    def find_parts(
+        self, folder: Path, plan: Plan, _variant: str | None, _gguf: object = None
+    ) -> dict[str, PartFiles]:
         """parts.find_parts."""
         recipes: dict[int, _Recipe] = {}
 

@@ -53,7 +53,7 @@ def test_no_step_waits_for_the_device(run: list[Part]) -> None:
 
 
 def test_later_requests_do_not_read_their_position_ids(run: list[Part]) -> None:
-    reads = [[sync["count"] for sync in part["syncs"] if "digest" in sync["source"]] for part in run[1:3]]
+    reads = [[sync["count"] for sync in part["syncs"] if "batch_key" in sync["source"]] for part in run[1:3]]
 
     assert reads == [[2], []]  # of the first request
 

@@ -200,7 +200,7 @@ def test_the_plan_is_shown_with_the_form_of_the_file(flux_file: Path) -> None:
     plan = on(card_with(FLUX, {"transformer": str(flux_file)}), "rtx-4090")
 
     assert summary(plan).startswith("gguf Q4_K transformer")
-    assert report(plan)["quantised"] == {"transformer": "gguf Q4_K"}
+    assert report(plan, "NVIDIA GeForce RTX 4090", loaded=True)["quantised"] == {"transformer": "gguf Q4_K"}
     lines = table(plan, GPUS["rtx-4090"].machine())
     assert any(line.startswith("transformer ") and " gguf Q4_K " in line for line in lines)
     assert any("weights of a layer in floats" in line for line in lines)

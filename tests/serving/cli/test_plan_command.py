@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from deployments.planning.gpus import GPUS
+from deployments.planning.local_files import MODEL_CACHE
 from deployments.planning.plan import plan_of
-from deployments.planning.profile import MODEL_CACHE, Profile, profile_key, write_profile
+from deployments.planning.profile import Profile, profile_key, write_profile
 from serve_app.card_settings import known_cards
 from serve_app.cli.main import main
 from serve_app.settings import Settings

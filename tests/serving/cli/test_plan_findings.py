@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_the_device_at_hand_is_asked_once_and_without_what_others_use(
 
     def small_gpu(card: ModelCard, model_device: str | None, *, alone: bool) -> Machine:
         asked.append((card.id, model_device, alone))
-        return GPUS["rtx-3060"].machine()
+        return replace(GPUS["rtx-3060"].machine(), limit_bytes=6 * 2**30)
 
     monkeypatch.setattr(plan_findings, "machine_at_hand", small_gpu)
     flux, hunyuan = plan_findings.plan_findings(cards(), "cuda:1")
