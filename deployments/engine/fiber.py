@@ -13,6 +13,8 @@ from deployments.engine.call_signature import KeyCache
 from deployments.engine.scheduled_job import ScheduledJob
 from deployments.protocol.request import Exactness
 
+SkippedCall = Callable[[Iterable[Any]], Any]  # the output for these arguments
+
 
 class FiberCancelled(BaseException):
     """Thrown into a parked fiber to end it. A BaseException, so that no pipeline catches it by accident."""
@@ -40,7 +42,7 @@ class Fiber(greenlet):
         self.done = False
         self.result: Any = None
         self.failure: BaseException | None = None
-        self.skipped: Mapping[str, Any] | None = None  # see skip_calls
+        self.skipped: Mapping[str, SkippedCall] | None = None  # see skip_calls
         self.first_outputs: dict[str, Callable[[str, Any], object]] = {}  # see record_first_outputs
         self._woken: list[Fiber] = []  # they go on when this one has parked or ended
 
@@ -136,9 +138,9 @@ def use_exactness(policy: Exactness | None) -> None:
         fiber.exact = policy
 
 
-def skip_calls(outputs: Mapping[str, Any] | None) -> None:
-    """Have further calls of these seams of the current fiber return these outputs at once; None: no call any
-    more. No effect outside of fibers.
+def skip_calls(outputs: Mapping[str, SkippedCall] | None) -> None:
+    """Have further calls of these seams of the current fiber return at once what these functions return for
+    their arguments; None: no call any more. No effect outside of fibers.
 
     outputs: by name of the seam.
     """

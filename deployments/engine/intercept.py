@@ -111,7 +111,7 @@ def _intercept_seam(
                 if release is not None:
                     release()
         if fiber.skipped is not None and seam.name in fiber.skipped:
-            return fiber.skipped[seam.name]
+            return fiber.skipped[seam.name]((*args, *kwargs.values()))
         call = make_call(seam, fiber.keys, args, kwargs)
         call.lora_set, call.exact = fiber.lora_set, fiber.exact
         return fiber.park(call)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,11 +83,10 @@ class Replay:
         """Call it inside the request's fiber, before the pipeline."""
         self._call = call
         self._saved = saved
-        self._device = call.pipeline.device
         scheduler = call.pipeline.scheduler
         self._step = vars(scheduler).get("step")
         vars(scheduler)["step"] = _skipped_step(scheduler.step)
-        skip_calls({seam: blank(form, self._device) for seam, form in saved.outputs.items()})
+        skip_calls({seam: partial(blank_for, form) for seam, form in saved.outputs.items()})
 
     def check(self, steps: int) -> None:
         """Raises StateMismatch if the state cannot be of a call of so many steps."""
@@ -102,23 +102,28 @@ class Replay:
             scheduler["step"] = self._step
         skip_calls(None)
 
-    def restore(self) -> Tensor:
-        """The latents of the state; noise scheduler and generators are set to it. Raises StateMismatch."""
+    def restore(self, device: torch.device) -> Tensor:
+        """The latents of the state; noise scheduler and generators are set to it. Raises StateMismatch.
+
+        device: of the latents. Not the pipeline's, whose first modules may live on the host.
+        """
         saved, call = self._saved, self._call
         names = type(call.pipeline).__name__, type(call.pipeline.scheduler).__name__
         if names != (saved.pipeline, saved.scheduler) or saved.generators != len(call.generators):
             raise StateMismatch(
                 f"it is of {saved.pipeline} with {saved.scheduler}, not {' with '.join(names)}"
             )
-        values = {name: decode(value, self._tensor) for name, value in saved.scheduler_values.items()}
+        if device.type != saved.device:
+            raise StateMismatch(f"it is of a {saved.device}, and this is a {device.type}")
+
+        def load(name: str, on_host: bool) -> Tensor:
+            return saved.tensors[name] if on_host else saved.tensors[name].to(device)
+
+        values = {name: decode(value, load) for name, value in saved.scheduler_values.items()}
         vars(call.pipeline.scheduler).update(values)
         for index, generator in enumerate(call.generators):
             generator.set_state(saved.tensors[f"generator.{index}"])
-        return self._tensor("latents", False)
-
-    def _tensor(self, name: str, on_host: bool) -> Tensor:
-        tensor = self._saved.tensors[name]
-        return tensor if on_host else tensor.to(self._device)
+        return load("latents", False)
 
 
 def _skipped_step(step: Any) -> Any:
@@ -143,6 +148,12 @@ def form_of(output: Any) -> Any:
             return None
         return items if isinstance(output, list) else {"tuple": items}
     return None
+
+
+def blank_for(form: Any, arguments: Iterable[Any]) -> Any:
+    """Zeros of this form, on the device of the arguments."""
+    devices = (value.device for value in arguments if isinstance(value, Tensor))
+    return blank(form, next(devices, torch.device("cpu")))
 
 
 def blank(form: Any, device: torch.device) -> Any:

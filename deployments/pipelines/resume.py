@@ -39,6 +39,7 @@ class SavedCall:
     scheduler_values: Mapping[str, Any]  # as scheduler_state encodes them
     outputs: Mapping[str, Any]  # form of the first output of each denoiser, see replay.py
     generators: int
+    device: str  # type of the device of the latents
     tensors: Mapping[str, Tensor]  # latents, generator.<i>, scheduler.<i>
 
 
@@ -161,6 +162,7 @@ def _add(state: State, prefix: str, picture: Progress) -> dict[str, Any] | None:
             values,
             call.outputs,
             len(call.generators),
+            latents.device.type,
             {},
         )
     )

@@ -59,7 +59,7 @@ def step_callback(
                     replay.end()  # the rest is of another pipeline
                 return tensors
             replay.end()
-            tensors["latents"] = replay.restore()
+            tensors["latents"] = replay.restore(tensors["latents"].device)
             progress.saved = replay = None
         if step + 1 == own_steps and not after:
             _check_finite(tensors["latents"])

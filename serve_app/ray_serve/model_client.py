@@ -74,7 +74,11 @@ class ModelClient:
                 if isinstance(event, Failed) and (event.kind, event.param) == ("not_found", "model"):
                     raise self._replica_lost(model)  # its deployment was changed and serves other models now
                 yield event
-        except (ray.exceptions.RayActorError, RayServeException) as error:
+        except (
+            ray.exceptions.RayActorError,
+            ray.exceptions.ObjectLostError,
+            RayServeException,
+        ) as error:
             raise self._replica_lost(model, node_lost=is_node_lost(error)) from error
         except ray.exceptions.RayTaskError as error:
             raise Internal(f"the replica of {model} failed: {error.cause!r}") from error
@@ -204,9 +208,10 @@ class ModelClient:
 def is_node_lost(error: Exception) -> bool:
     """Whether a call failed because the node of the replica ended or cannot be reached.
 
-    When only the replica's process ends, its node says so at once, which makes another ActorDiedError.
+    When only the replica's process ends, its node says so at once, which makes another ActorDiedError. A node
+    also takes the large events with it that were still in its memory.
     """
-    if isinstance(error, ray.exceptions.ActorUnavailableError):
+    if isinstance(error, ray.exceptions.ActorUnavailableError | ray.exceptions.ObjectLostError):
         return True
     return isinstance(error, ray.exceptions.ActorDiedError) and (
         error.preempted or NODE_DIED.search(str(error)) is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
-from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError, RayActorError
 
 from serve_app.ray_serve.model_client import is_node_lost
 
@@ -24,6 +24,7 @@ def died(text: str, node: NodeDeathInfo | None = None) -> ActorDiedError:
         died("\tthe actor's node was terminated unexpectedly: health check failed"),
         died("\tthe actor's node was preempted: spot", PREEMPTED),
         died("", PREEMPTED),
+        ObjectLostError("00ff" * 7, None, "of an actor"),
     ],
 )
 def test_a_node_that_is_gone_or_cannot_be_reached_is_lost(error: Exception) -> None:
