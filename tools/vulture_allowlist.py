@@ -58,6 +58,7 @@ _.socket_options
 # Attributes of objects of libraries, which read them
 _.__cause__
 _.__traceback__
+_.__wrapped__
 _.act_mlp
 _.color_primaries
 _.color_range
@@ -73,3 +74,6 @@ _.thread_count
 # Kept for their effect: the import of a decoder; the processes that a test kills
 _.DECODERS
 _.pids
+
+# A field of OpenAI's edits that is accepted and has no meaning here
+_.input_fidelity
