@@ -424,6 +424,7 @@ def test_the_chosen_colours_outlive_a_reload(backend: FakeBackend, open_page: Op
     page.reload()
 
     page.get_by_role("button", name="Colours: dark").wait_for()
+    page.locator(".panel").first.wait_for()  # the page builds it after its head
     assert page.evaluate(background) != light
 
 
