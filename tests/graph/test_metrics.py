@@ -31,6 +31,7 @@ NEEDS_TROUBLE = {
     "weft_device_failures_total",
     "weft_forwards_unproven_total",
     "weft_adapters_evicted_total",
+    "weft_extras_evicted_total",
     "weft_jobs_same_total",  # the cache of results is off in this folder
 }
 USUAL = set(METRICS) - NEEDS_A_GPU - NEEDS_TROUBLE - NEEDS_FAR_WEIGHTS
