@@ -327,14 +327,14 @@ def test_a_closed_part_keeps_nothing_on_the_device() -> None:
 
 
 @pytest.mark.parametrize(
-    ("offload", "encoder", "denoiser"),
+    ("offload", "encoder", "denoiser", "vae"),
     [
-        ("none", "device", "device"),
-        ("text_encoders", "on_demand", "device"),
-        ("sequential", "sequential", "sequential"),
+        ("none", "device", "device", "device"),
+        ("text_encoders", "on_demand", "device", "device"),
+        ("sequential", "sequential", "sequential", "on_demand"),
     ],
 )
-def test_a_card_says_where_weights_live(offload: str, encoder: str, denoiser: str) -> None:
+def test_a_card_says_where_weights_live(offload: str, encoder: str, denoiser: str, vae: str) -> None:
     card = load_card(CARDS / "flux.1-dev.yaml")
     card = card.model_copy(update={"serving": card.serving.model_copy(update={"offload": offload})})
     l40s = Machine("NVIDIA L40S", "cuda", 45 * 2**30, (8, 9), 256 * 2**30)
@@ -343,7 +343,7 @@ def test_a_card_says_where_weights_live(offload: str, encoder: str, denoiser: st
 
     assert plan.part("text_encoder_2").placement == encoder
     assert plan.part("transformer").placement == denoiser
-    assert plan.part("vae").placement == "device"
+    assert plan.part("vae").placement == vae
     on_cpu = plan_of(card, Machine("CPU", "cpu"))
     assert {on_cpu.part(name).placement for name in ("text_encoder_2", "transformer")} == {"device"}
 

@@ -106,6 +106,6 @@ def test_a_module_that_a_request_has_loaded_is_looked_at_too() -> None:
     model = loaded(card)
     try:
         with pytest.raises(ModelFailed, match="which exact: strict rules out"):
-            model.pipelines.on_new_modules([with_scales(net(), PerTensor())])
+            model.pipelines.on_new_modules(CARD.weights, [with_scales(net(), PerTensor())])
     finally:
         model.unload()

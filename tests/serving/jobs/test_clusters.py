@@ -165,8 +165,7 @@ async def test_rolling_back_gives_the_queue_to_the_old_cluster_and_loses_no_job(
             await eventually(lambda: new.models.running == 2)
 
             await store.clusters.use("app@old")
-            await eventually(lambda: old.models.running == 2)
-            assert not may(new)
+            await eventually(lambda: old.models.running == 2 and not may(new))
             assert new.models.running == 2
         # the new cluster is gone: what it ran is queued again
         old.models.gate.set()
