@@ -20,7 +20,7 @@ from typing import Any
 from deployments.engine.scheduled_job import ParkedCall
 from deployments.planning.account import WITH_GUIDANCE
 from deployments.planning.plan import Plan
-from deployments.protocol.card import ModelCard, Serving
+from deployments.protocol.card import ModelCard, Quantisation, Serving
 from deployments.protocol.request import Control, ControlType, GenerationRequest, Lora, OutputOptions, Video
 from tests.device_sim import run
 from tests.device_sim.device import SimulatedDevice
@@ -42,9 +42,20 @@ class Case:
     steps: int = 2  # of requests that fill the rows, more than the card's fewest
 
 
+CONTROLS: tuple[ControlType, ...] = ("canny", "depth")  # in the case with ControlNets
+
+
+def _flux_in_8_bits() -> ModelCard:
+    """Where 4 bits would fit without moving weights."""
+    card = CARDS["flux.1-dev"]
+    forms: dict[str, Quantisation] = {"transformer": "int8", "text_encoder_2": "int8"}
+    return card.model_copy(update={"serving": card.serving.model_copy(update={"quantisation": forms})})
+
+
 CASES: Mapping[str, Case] = {
     "flux-8-bit": Case("a10g", lambda: [CARDS["flux.1-dev"]], loras=2, rank=16),
-    "flux-streamed": Case("rtx-3060", lambda: [CARDS["flux.1-dev"]]),
+    "flux-bf16": Case("l40s", lambda: [CARDS["flux.1-dev"]], rank=96, controls=CONTROLS[:1]),
+    "flux-streamed": Case("rtx-3060", lambda: [_flux_in_8_bits()]),
 }
 
 
@@ -149,7 +160,11 @@ def _loading(case: Case, first: ModelCard, others: Sequence[ModelCard]) -> list[
     if first.refiner is not None and others:
         wanted.append({"refiner": True})
     wanted += [{"model": other.id} for other in others if other.id != first.refiner]
-    return [_request(first, number, 2, **one) for number, one in enumerate(wanted)]
+    fewest = {card.id: max(2, card.steps.min) for card in (first, *others)}
+    return [
+        _request(first, number, fewest[one.get("model", first.id)], **one)
+        for number, one in enumerate(wanted)
+    ]
 
 
 def _filling(case: Case, card: ModelCard, plan: Plan, files: Sequence[bytes]) -> list[GenerationRequest]:
