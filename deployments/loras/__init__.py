@@ -1,2 +1,2 @@
-"""LoRAs on a replica: files, conversion to low-rank factors, cache on host and device, batched
-computation."""
+"""LoRAs, LoHas, LoKrs and DoRAs on a replica: files, conversion to factors, cache on host and device,
+batched computation."""

@@ -47,8 +47,6 @@ def test_weights_take_what_is_planned(run: Run) -> None:
 
 
 def test_loras_of_several_requests_share_kernels_whatever_the_form_of_the_weights(run: Run) -> None:
-    if not run["model"].startswith("flux"):
-        pytest.skip("LAYERS are FLUX's")
     kernels = {int(rows): count for rows, count in run["lora_kernels"].items()}
     most = max(kernels)
 

@@ -9,6 +9,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+from gguf import GGMLQuantizationType, quants
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
@@ -264,3 +266,14 @@ def test_a_dora_measures_the_weights_that_a_quantised_layer_stands_for(kind: Any
     for key in own:
         torch.testing.assert_close(own[key].factor(0.5), expected[key].factor(0.5))
     assert not torch.equal(own[key].own, torch.zeros_like(own[key].own))
+
+
+def test_the_weight_of_a_gguf_layer_is_what_its_forward_multiplies_with() -> None:
+    stored = quants.quantize(torch.randn(8, 64).numpy(), GGMLQuantizationType.Q8_0)
+    layer = GGUFLinear(64, 8, bias=False, compute_dtype=torch.float32)
+    layer.weight = GGUFParameter(torch.from_numpy(stored), quant_type=GGMLQuantizationType.Q8_0)
+
+    weight = plain_weight(layer).float()
+
+    torch.testing.assert_close(layer(torch.eye(64)).t(), weight)
+    assert weight.shape == (8, 64)
