@@ -21,6 +21,7 @@ from diffusers.pipelines.pipeline_loading_utils import ALL_IMPORTABLE_CLASSES, g
 from torch import nn
 
 from deployments.models.gguf_weights import GgufWeights, find_gguf
+from deployments.models.missing_libraries import refuse_missing_library
 from deployments.models.modular import assemble_modular, is_modular, modular_parts
 from deployments.models.offload import offload
 from deployments.models.quantise import WEIGHT_BITS, quantise, quantising_bytes
@@ -159,12 +160,14 @@ def find_parts(
     variant: of the files, where a part has them. gguf: by name, files that have the weights instead; they are
     fetched where they are not here, and compared with the parts.
     Raises FileNotFoundError for missing files, also where no part has the variant, AttributeError and
-    ValueError for a class that the library does not have, ModelFailed for a GGUF file that is not the part's.
+    ValueError for a class that the library does not have, ModelFailed for a GGUF file that is not the part's
+    and for a class that needs a library that is not installed.
     """
     parts = {}
     for name, (library, class_name, place) in _places(folder).items():
         kind = _class_of(folder, name, library, class_name) if library in LIBRARIES else object
         if issubclass(kind, nn.Module):
+            refuse_missing_library(kind)
             files = _files_of(name, kind, place, variant, gguf or {})
             last = plan.channels_last and name in CONVOLUTIONAL
             parts[name] = PartFiles(kind, place, files, plan.part(name), last)
