@@ -116,6 +116,7 @@ class DiffusersModel:
             if need == "refiner":
                 assert self._load_refiner is not None, "it was asked for by `needs`"
                 refiner = self._load_refiner()
+                ensemble.check_same_latents(refiner, self._pipeline)
                 ensemble.share_equal_parts(refiner, self._pipeline)
                 found = _template(refiner, Task.i2i)
                 known = set(map(id, self.modules))
@@ -226,8 +227,9 @@ class DiffusersModel:
 
     def match_refiner(self, refiner: DiffusersModel) -> None:
         """Find out which of its parts are equal to this model's, so that both share forwards. It compares all
-        values of them, once for each loaded model."""
+        values of them, once for each loaded model. Raises ModelFailed for a refiner of other latents."""
         if refiner not in self._equal_parts:
+            ensemble.check_same_latents(refiner.base, self._pipeline)
             self._equal_parts[refiner] = ensemble.equal_parts(refiner.base, self._pipeline)
 
     def _refining(self, given: DiffusersModel | None) -> Any:

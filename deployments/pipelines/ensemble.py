@@ -13,7 +13,7 @@ from deployments.engine.plain_tensors import have_same_values
 from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.resume import Progress
 from deployments.pipelines.step_callback import step_callback
-from deployments.protocol.errors import BadRequest
+from deployments.protocol.errors import BadRequest, ModelFailed
 from deployments.protocol.request import ResolvedRequest
 
 
@@ -51,9 +51,35 @@ def run(
     ).images
     refining = call_arguments(type(refiner), request, latents, None)
     # the same generators continue: new ones would repeat the noise of the first latents
-    refining |= {"generator": generators, "output_type": arguments["output_type"]}
+    # as `latents` too: a tensor that is given as an image is taken for latents only if it has 4 channels
+    refining |= {"generator": generators, "output_type": arguments["output_type"], "latents": latents}
     callback = step_callback(refiner, generators, on_step, progress, before=first)
     return refiner(**refining, denoising_start=start, callback_on_step_end=callback)
+
+
+def check_same_latents(refiner: Any, base: Any) -> None:
+    """Raise ModelFailed where the refiner cannot go on from the latents of the base model: another number of
+    channels fails in its first step, another scale makes other images without any error."""
+    ours, theirs = _latents_of(base), _latents_of(refiner)
+    if ours != theirs:
+        differing = ", ".join(
+            f"{name} {theirs[name]:g} instead of {ours[name]:g}"
+            for name in ours
+            if ours[name] != theirs[name]
+        )
+        raise ModelFailed(
+            f"the refiner cannot go on from this model's latents: it has {differing}; name a refiner in the "
+            "card that was trained on the same latents"
+        )
+
+
+def _latents_of(pipeline: Any) -> dict[str, float]:
+    unet, vae = pipeline.unet.config, pipeline.vae.config
+    return {
+        "latent channels": float(unet.in_channels),
+        "the VAE's scaling factor": float(vae.scaling_factor),
+        "pixels per latent": float(2 ** (len(vae.block_out_channels) - 1)),
+    }
 
 
 def share_equal_parts(refiner: Any, base: Any) -> None:
