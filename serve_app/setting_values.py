@@ -80,6 +80,42 @@ def _checked_networks(value: object) -> object:
 Networks = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_checked_networks)]
 """IP addresses and networks: separated by commas or blanks, or a list."""
 
+ORIGIN = re.compile(r"https?://([\w.-]+|\[[0-9a-f:]+\])(:\d{1,5})?", re.IGNORECASE)
+ORIGINS_FORM = "addresses of web sites, scheme and host and port only: https://app.example.org, or *"
+ALIASES_FORM = "pairs NAME=MODEL: dall-e-3=flux.1-dev, sora-2=wan2.2-t2v-a14b; * for every unknown name"
+
+
+def _checked_origins(value: object) -> object:
+    texts = re.split(r"[,;\s]+", value) if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"must be {ORIGINS_FORM}")
+    origins = tuple(text.rstrip("/") for text in texts if text)
+    for origin in origins:
+        if origin != "*" and not ORIGIN.fullmatch(origin):
+            raise ValueError(f"holds {shown(origin)}; write {ORIGINS_FORM}")
+    return origins
+
+
+Origins = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_checked_origins)]
+"""Web sites: separated by commas or blanks, or a list."""
+
+
+def _checked_aliases(value: object) -> object:
+    if isinstance(value, str):
+        pairs = [text.partition("=") for text in re.split(r"[,;\s]+", value) if text]
+        if not all(name and mark and model for name, mark, model in pairs):
+            raise ValueError(f"must be {ALIASES_FORM}")
+        return {name: model for name, _, model in pairs}
+    if isinstance(value, Mapping) and all(
+        isinstance(text, str) and text for text in (*value, *value.values())
+    ):
+        return dict(value)
+    raise ValueError(f"must be {ALIASES_FORM}")
+
+
+Aliases = Annotated[dict[str, str], NoDecode, BeforeValidator(_checked_aliases)]
+"""Names of models and the models they stand for."""
+
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 """A duration."""
 

@@ -20,10 +20,12 @@ from deployments.protocol.events import CheckpointPolicy
 from deployments.protocol.installation import Installation, S3Access
 from deployments.protocol.yaml_file import read_mapping
 from serve_app.setting_values import (
+    Aliases,
     DeviceName,
     Folder,
     Hosts,
     Networks,
+    Origins,
     Precision,
     Seconds,
     invalid_settings,
@@ -71,6 +73,8 @@ class Settings(BaseSettings):
         None, validation_alias=AliasChoices("jwt_secret", "WEFT_JWT_SECRET", "JWT_SECRET"), min_length=32
     )  # signs tokens and sessions; None: no tokens
     ui: bool = True  # serve the page at /
+    model_aliases: Aliases = Field(default_factory=dict)  # names that clients send, and the models they get
+    cors_origins: Origins = ()  # web sites whose pages may call the API with a key: https://app.example.org
     model_cache: Path | None = None  # downloaded weights; None: ~/.cache/weft/models
     logical_gpus: bool = False  # Ray's --num-gpus names GPUs that are not there: models run on the CPU
     metadata_url: str = ""  # http://169.254.169.254 on a cloud with spot nodes: docs/reliability.md

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ class Scope(StrEnum):
     admin = "admin"  # manage users and keys; for admins only
 
 
+KEY_SCHEMES = ("bearer", "key", "token")  # of Authorization
+KEY_HEADERS = ("x-api-key", "api-key")
+
 SCOPES = frozenset(Scope)
 USER_SCOPES = frozenset({Scope.read, Scope.generate})
 
@@ -52,14 +56,29 @@ class Principal:
 
 
 def presented_key(headers: Mapping[str, str]) -> bytes | None:
-    """The key as sent in `Authorization: Bearer <key>` or `X-API-Key: <key>`.
+    """The key as sent in `Authorization: Bearer <key>`, in `X-API-Key: <key>`, or as other services' clients
+    send it: `Authorization: Basic` with the key as password (or alone, as user), `Key <key>`, `Token <key>`,
+    `api-key: <key>`.
 
     headers: names in lower case, or a mapping that ignores case; values as HTTP's latin-1 text.
     """
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
-        key = headers.get("x-api-key", "")
-    return key.strip().encode("latin-1", "replace") or None
+    scheme, _, sent = headers.get("authorization", "").strip().partition(" ")
+    key = sent.strip() if scheme.lower() in KEY_SCHEMES else ""
+    for header in KEY_HEADERS:
+        key = key or headers.get(header, "").strip()
+    if not key and scheme.lower() == "basic":  # last: it may be meant for a proxy in between
+        key = _password(sent)
+    return key.encode("latin-1", "replace") or None
+
+
+def _password(credentials: str) -> str:
+    """Of `user:password` in base64; the user where there is no password; empty for anything else."""
+    try:
+        text = base64.b64decode(credentials.strip(), validate=True).decode("latin-1")
+    except ValueError:
+        return ""
+    user, _, password = text.partition(":")
+    return password.strip() or user.strip()
 
 
 def identify(key: bytes | None, settings: Settings) -> Principal:

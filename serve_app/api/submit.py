@@ -7,8 +7,10 @@ from contextlib import asynccontextmanager
 
 from pydantic import ValidationError
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import ControlType, GenerationRequest, Task
+from serve_app.admission.model_aliases import resolve_model
 from serve_app.admission.validation import default_model, find_card
 from serve_app.api.caller import CallerContext
 from serve_app.api.schemas.submit_body import SubmitBody
@@ -17,17 +19,21 @@ from serve_app.api.validation_messages import bad_request
 from serve_app.jobs.job import IdempotencyKey, Job
 from serve_app.loras.spec import extract_lora_tags
 
+NONE: tuple[Adjustment, ...] = ()
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
 async def submit(caller: CallerContext, body: SubmitBody) -> Job:
     """The stored job. Raises what JobService.submit raises, and BadRequest for what the body cannot mean."""
     began = time.perf_counter()
-    model = body.model
+    model, aliased = body.model, NONE
     if model is None:
         model = await choose_model(
             caller, (body.task,), controls=body.control_types, refiner=body.uses_refiner
         )
+    else:
+        card, aliased = resolve_model(model, caller.state.cards, caller.state.settings.model_aliases)
+        model = card.id
     request = _to_request(body, model)
     await caller.state.input_check.verify(request, caller.owner)
     async with _with_loras(caller, body, request) as complete:
@@ -37,7 +43,7 @@ async def submit(caller: CallerContext, body: SubmitBody) -> Job:
             idempotency_key=_idempotency_key(caller, body),
             webhook=body.webhook,
             images_per_day=caller.principal.images_per_day,
-            notices=body.notices,
+            notices=(*aliased, *body.notices),
         )
     await caller.body_slot.aclose()  # a synchronous dialect waits on without the body
     _count(caller, job, time.perf_counter() - began)

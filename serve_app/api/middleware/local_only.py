@@ -14,7 +14,8 @@ PROBES = ("/health", "/ready")
 
 
 class LocalOnlyMiddleware:
-    """While no key is set: callers on this machine only, and no other web site through their browser.
+    """While no key is set: callers on this machine only, and no other web site through their browser but
+    those that WEFT_CORS_ORIGINS names.
 
     Without it any page could post to a loopback address, or rebind its own name to it and read all.
     With WEFT_PUBLIC_URL a proxy in front of the service decides who may reach it.
@@ -23,6 +24,7 @@ class LocalOnlyMiddleware:
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app = app
         self.public = url_parts(settings.public_url)
+        self.allowed_sites = settings.cors_origins
         self.enabled = settings.auth_disabled
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -57,6 +59,8 @@ class LocalOnlyMiddleware:
         followed_link = headers.get("sec-fetch-mode") == "navigate" and scope.get("method") == "GET"
         cross_site = headers.get("sec-fetch-site") == "cross-site" and not followed_link
         origin = headers.get("origin")
+        if origin is not None and origin in self.allowed_sites:
+            return None
         own_hosts = {headers.get("host", ""), self.public.netloc} - {""}
         if cross_site or (origin is not None and url_parts(origin).netloc not in own_hosts):
             return "another web site sent this call; open this service's own page, or set WEFT_API_KEY"

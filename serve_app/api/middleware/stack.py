@@ -1,6 +1,9 @@
 """The order of the middleware."""
 
+from collections.abc import Sequence
+
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.gzip import GZipMiddleware
 
 from serve_app.admission.forwarded import TrustedProxies
@@ -19,6 +22,24 @@ from serve_app.api.state import ApiState
 
 GZIP_FROM_BYTES = 1024
 FORM_BYTES = 2**20  # of an upload, around its file
+EXPOSED_HEADERS = ("X-Request-ID", "Retry-After", "retry-after-ms", "Location", "ETag", "Content-Disposition")
+PREFLIGHT_S = 600  # that a browser remembers its answer
+
+
+def _cors(origins: Sequence[str]) -> list[Middleware]:
+    """Lets pages of these web sites call with a key; never with a cookie."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD"],
+            allow_headers=["*"],
+            expose_headers=EXPOSED_HEADERS,
+            max_age=PREFLIGHT_S,
+        )
+    ]
 
 
 def middleware_stack(state: ApiState) -> list[Middleware]:
@@ -30,6 +51,7 @@ def middleware_stack(state: ApiState) -> list[Middleware]:
         Middleware(RequestIdMiddleware, sent_by_proxy=state.behind_serve),
         Middleware(HttpMetricsMiddleware, metrics=state.metrics),
         Middleware(SecurityHeadersMiddleware),
+        *_cors(settings.cors_origins),  # a preflight has no key
         Middleware(ErrorBoundaryMiddleware),
         Middleware(TimeLimitMiddleware, max_call_s=settings.max_call_s),
         Middleware(HeaderLimitMiddleware),

@@ -49,6 +49,7 @@ class EditSubmission:
     body: OpenAIEditBody
     card: ModelCard
     task: Task
+    aliased: tuple[Adjustment, ...] = ()  # that the card's model was asked for by another name
     control_types: set[ControlType] = field(default_factory=set)
     uses_refiner: bool = False
     webhook: str | None = None
@@ -59,15 +60,15 @@ class EditSubmission:
 
     @property
     def notices(self) -> tuple[Adjustment, ...]:
-        """That the model does something else than an edit by reference."""
+        """That the model has another name, or does something else than an edit by reference."""
         if self.task is not Task.i2i:
-            return ()
+            return self.aliased
         strength = self.card.strength if self.body.strength is None else self.body.strength
         message = (
             f"{self.card.id} takes no reference images; the image is where it begins instead, changed by "
             f"strength {strength:g} (0 keeps it, 1 replaces it)"
         )
-        return (Adjustment("edit_by_strength", "image", message),)
+        return (*self.aliased, Adjustment("edit_by_strength", "image", message))
 
     def lora_specs(self) -> tuple[LoraSpec, ...]:
         return self.body.lora_specs()

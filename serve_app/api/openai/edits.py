@@ -6,10 +6,11 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import WeftError
 from deployments.protocol.request import Task
-from serve_app.admission.validation import find_card
+from serve_app.admission.model_aliases import resolve_model
 from serve_app.api.auth import CurrentCaller
 from serve_app.api.caller import CallerContext
 from serve_app.api.openai.edit_schemas import EDIT_FILES, EditSubmission, OpenAIEditBody, edit_task
@@ -37,19 +38,19 @@ async def edit_images(http_request: Request, caller: CurrentCaller) -> ImagesRes
     """
     body = await read_json_or_form(http_request, OpenAIEditBody, EDIT_FILES)
     try:
-        card = await _card(caller, body)
-        job = await submit(caller, EditSubmission(body, card, edit_task(body, card)))
+        card, aliased = await _card(caller, body)
+        job = await submit(caller, EditSubmission(body, card, edit_task(body, card), aliased))
     except WeftError as error:
         raise _in_openai_names(error) from None
     return await finished_images(caller, job, http_request, body, event="image_edit")
 
 
-async def _card(caller: CallerContext, body: OpenAIEditBody) -> ModelCard:
-    """Of the model that the body names, or of the first that can edit. Raises NotFound, BadRequest,
-    ModelUnavailable."""
+async def _card(caller: CallerContext, body: OpenAIEditBody) -> tuple[ModelCard, tuple[Adjustment, ...]]:
+    """Of the model that the body names, with a warning if that is by an alias, or of the first that can edit.
+    Raises NotFound, BadRequest, ModelUnavailable."""
     tasks = (Task.edit, Task.i2i) if body.mask is None else (Task.inpaint,)
     model = await choose_model(caller, tasks) if body.model is None else body.model
-    return find_card(model, caller.state.cards)
+    return resolve_model(model, caller.state.cards, caller.state.settings.model_aliases)
 
 
 def _in_openai_names(error: WeftError) -> WeftError:

@@ -5,7 +5,7 @@ from typing import Literal
 from fastapi import APIRouter
 from pydantic import BaseModel
 
-from serve_app.admission.validation import find_card
+from serve_app.admission.model_aliases import resolve_model
 from serve_app.api.auth import CurrentCaller
 
 router = APIRouter(tags=["openai"])
@@ -31,8 +31,9 @@ async def list_models(caller: CurrentCaller) -> ModelEntries:
 
 @router.get("/v1/models/{model:path}")
 async def read_model(model: str, caller: CurrentCaller) -> ModelEntry:
-    """One model, by id or alias."""
-    return _entry(find_card(model, caller.state.cards).id)
+    """One model, by id or alias, also one of the operator's."""
+    card, _ = resolve_model(model, caller.state.cards, caller.state.settings.model_aliases)
+    return _entry(card.id)
 
 
 def _entry(model_id: str) -> ModelEntry:
