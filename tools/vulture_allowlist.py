@@ -74,6 +74,3 @@ _.thread_count
 # Kept for their effect: the import of a decoder; the processes that a test kills
 _.DECODERS
 _.pids
-
-# A field of OpenAI's edits that is accepted and has no meaning here
-_.input_fidelity

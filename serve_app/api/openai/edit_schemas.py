@@ -37,8 +37,9 @@ class OpenAIEditBody(OpenAIImageBody):
     strength: float | None = Field(
         None, ge=0, le=1, description="For models that start from the image: 0 keeps it, 1 replaces it."
     )
-    # Accepted and ignored: no model here has such a choice.
-    input_fidelity: Literal["high", "low"] | None = None
+    input_fidelity: Literal["high", "low"] | None = Field(
+        None, description="Accepted, with a warning: no model here has such a choice."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +61,25 @@ class EditSubmission:
 
     @property
     def notices(self) -> tuple[Adjustment, ...]:
-        """That the model has another name, or does something else than an edit by reference."""
+        """That the model has another name, does something else than an edit by reference, or has no choice
+        of how closely the image is followed."""
+        known = (*self.aliased, *self._ignored_fidelity())
         if self.task is not Task.i2i:
-            return self.aliased
+            return known
         strength = self.card.strength if self.body.strength is None else self.body.strength
         message = (
             f"{self.card.id} takes no reference images; the image is where it begins instead, changed by "
             f"strength {strength:g} (0 keeps it, 1 replaces it)"
         )
-        return (*self.aliased, Adjustment("edit_by_strength", "image", message))
+        return (*known, Adjustment("edit_by_strength", "image", message))
+
+    def _ignored_fidelity(self) -> tuple[Adjustment, ...]:
+        asked = self.body.input_fidelity
+        if asked is None:
+            return ()
+        cure = "strength chooses how much of it is kept" if self.task is Task.i2i else "leave it out"
+        message = f"input_fidelity {asked} has no effect: {self.card.id} has no such choice; {cure}"
+        return (Adjustment("input_fidelity_ignored", "input_fidelity", message),)
 
     def lora_specs(self) -> tuple[LoraSpec, ...]:
         return self.body.lora_specs()

@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
@@ -61,6 +61,23 @@ async def test_an_image_is_edited_by_reference(sdk: openai.AsyncOpenAI, fake_mod
     assert answer.data is not None
     assert base64.b64decode(answer.data[0].b64_json or "")[:4] == b"\x89PNG"
     assert (answer.size, warnings(answer)) == ("128x128", [])
+
+
+@pytest.mark.parametrize("fidelity", ["high", "low"])
+@pytest.mark.parametrize(("model", "others"), [("retouch", []), ("sketch", ["edit_by_strength"])])
+async def test_input_fidelity_has_no_effect_and_the_answer_says_so(
+    sdk: openai.AsyncOpenAI,
+    fake_model: FakeModel,
+    fidelity: Literal["high", "low"],
+    model: str,
+    others: list[str],
+) -> None:
+    answer = await sdk.images.edit(
+        image=("a.png", RED), prompt="make it blue", model=model, input_fidelity=fidelity
+    )
+
+    assert len(fake_model.requests) == 1
+    assert warnings(answer) == ["input_fidelity_ignored", *others]
 
 
 async def test_several_images_keep_their_order(sdk: openai.AsyncOpenAI, fake_model: FakeModel) -> None:
