@@ -48,6 +48,7 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
         )
     for warning in inputs.warnings:
         run.warn(*warning)
+    _warn_of_guidance(run)
     if run.refiner is not None:
         await asyncio.to_thread(model.pipelines.match_refiner, run.refiner.pipelines)
     calls = PipelineCalls(run, inputs)
@@ -76,6 +77,19 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
                     yield Handover(step, await asyncio.to_thread(state.to_bytes))
                 case _:
                     yield item
+
+
+def _warn_of_guidance(run: Run) -> None:
+    """Where the request asks for another guidance scale than the card, and the weights have none."""
+    request, default = run.request, run.model.card.guidance.default
+    if request.guidance_scale == default or run.model.pipelines.is_guided(request):
+        return
+    run.warn(
+        "guidance_ignored",
+        "guidance_scale",
+        f"guidance_scale {request.guidance_scale:g} has no effect: {request.model} is distilled to work "
+        "without guidance, or its pipeline takes none; leave it out",
+    )
 
 
 def _warn_of_cut_texts(run: Run, tokenized: list[TokenizedText]) -> None:

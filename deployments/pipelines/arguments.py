@@ -26,7 +26,8 @@ def call_arguments(
     mask: Image.Image | None,
     maps: Sequence[Image.Image] = (),
 ) -> dict[str, Any]:
-    """Keyword arguments for the request, only those that this pipeline has parameters for.
+    """Keyword arguments for the request, only those that this pipeline has parameters for, without those of
+    guidance.guidance_arguments.
 
     image, mask, maps: RGB, L and RGB pictures of the request's size; one map per control picture.
     There is one generator per picture, on the CPU, so that seed + i gives picture i on any device.
@@ -38,7 +39,6 @@ def call_arguments(
         "width": request.width,
         "height": request.height,
         "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
         "num_images_per_prompt": request.num_images,
         "generator": [_generator(request.seed + i) for i in range(request.num_images)],
         "max_sequence_length": request.max_sequence_length,

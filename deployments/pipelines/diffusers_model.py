@@ -15,6 +15,7 @@ from torch import nn
 from deployments.pipelines import ensemble, latent_decoder, pending_pictures
 from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.controlnet import controlnets
+from deployments.pipelines.guidance import guidance_arguments, is_guided, own_guiders
 from deployments.pipelines.noise_schedulers import noise_scheduler
 from deployments.pipelines.pending_pictures import PendingPictures
 from deployments.pipelines.picture_classes import MAPPINGS, picture_class
@@ -170,6 +171,7 @@ class DiffusersModel:
         attach(pipeline)
         self._position_ids.attach(pipeline)
         arguments = call_arguments(type(pipeline), request, image, mask, maps)
+        arguments |= guidance_arguments(pipeline, request)
         if references:
             scaled = self._references.pixels is not None
             arguments |= reference_arguments(type(pipeline), references, scaled=scaled)
@@ -214,6 +216,11 @@ class DiffusersModel:
         vars(pipeline)["controlnet"] = controlnets(nets, modes)
         return pipeline
 
+    def is_guided(self, request: ResolvedRequest) -> bool:
+        """Whether guidance_scale has an effect on this request."""
+        template = self._templates.get(request.task)
+        return template is None or is_guided(template)
+
     def tiles(self, request: ResolvedRequest) -> bool:
         """Whether this request is decoded in tiles because of its size."""
         return self.tiled_vae is not None and self._tiles(request.pixels_at_once)
@@ -221,6 +228,7 @@ class DiffusersModel:
     def _own_copy(self, template: Any, request: ResolvedRequest) -> Any:
         """A copy of the pipeline with a noise scheduler of its own, and the VAE as this size is decoded."""
         pipeline = _own_copy(template, request.scheduler)
+        vars(pipeline).update(own_guiders(template, request))
         if self.tiles(request):
             vars(pipeline)["vae"] = self.tiled_vae
         return pipeline

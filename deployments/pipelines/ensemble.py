@@ -11,6 +11,7 @@ from torch import nn
 
 from deployments.engine.plain_tensors import have_same_values
 from deployments.pipelines.arguments import call_arguments
+from deployments.pipelines.guidance import guidance_arguments
 from deployments.pipelines.resume import Progress
 from deployments.pipelines.step_callback import step_callback
 from deployments.protocol.errors import BadRequest, ModelFailed
@@ -49,7 +50,7 @@ def run(
         denoising_end=start,
         callback_on_step_end=step_callback(base, generators, on_step, progress, after=second),
     ).images
-    refining = call_arguments(type(refiner), request, latents, None)
+    refining = call_arguments(type(refiner), request, latents, None) | guidance_arguments(refiner, request)
     # the same generators continue: new ones would repeat the noise of the first latents
     # as `latents` too: a tensor that is given as an image is taken for latents only if it has 4 channels
     refining |= {"generator": generators, "output_type": arguments["output_type"], "latents": latents}

@@ -23,6 +23,7 @@ from deployments.engine.scheduled_job import ParkedCall, ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
 from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.diffusers_model import DiffusersModel
+from deployments.pipelines.guidance import guidance_arguments
 from deployments.protocol.request import Control, ControlType, Exactness, ResolvedEdit, ResolvedRequest, Task
 
 PROMPTS = ("a cat", "two dogs on a red hill", "rain", "a house by the sea, at night, in the style of no one")
@@ -212,6 +213,7 @@ class Bench(Schedules[ResolvedRequest]):
             size = request.width, request.height
             maps = [MAPS[control.type].resize(size) for control in request.controls]
             arguments: dict[str, Any] = call_arguments(type(pipeline), request, image, mask, maps)
+            arguments |= guidance_arguments(pipeline, request)
             kept: dict[str, torch.Tensor] = {}
 
             def keep(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
