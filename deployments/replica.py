@@ -33,6 +33,8 @@ from deployments.protocol.events import CheckpointPolicy, Done, Event, Failed, H
 from deployments.protocol.installation import AS_THE_NODE_SAYS, Installation
 from deployments.protocol.log_context import LogContext, bind, join_serve_log
 from deployments.protocol.request import GenerationRequest, ResolvedRequest
+from deployments.provenance.signed_events import sign_event
+from deployments.provenance.signing import ManifestSigner
 from deployments.spot_notices import DrainNode, start_watching
 from deployments.validation.resolve import resolve
 
@@ -103,6 +105,7 @@ class ModelReplica:
         # here and not above: building the graph must not import torch
         from deployments.runtime import Runtime
 
+        self._signer = None if installation.signing is None else ManifestSigner(installation.signing)
         self._cards = {card.id: card for card in cards}
         self._serving = first.serving
         self._end_process = end_process
@@ -169,6 +172,8 @@ class ModelReplica:
             max_wait_s = None if unlimited_wait else self._serving.max_wait_s
             async with self._runtime.stream(card, resolved, user, resume, max_wait_s, checkpoints) as events:
                 async for event in events:
+                    if self._signer is not None:
+                        event = await sign_event(self._signer, event, resolved, user)
                     if isinstance(event, Done):  # a request that was resolved before has no adjustments here
                         event = replace(event, warnings=(*adjustments, *event.warnings))
                     yield event

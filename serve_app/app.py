@@ -7,6 +7,7 @@ and one for each model, so that models can be added and removed one at a time.
 # no `from __future__ import annotations`: Serve reads the type of a builder's argument to validate it
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -38,6 +39,7 @@ from serve_app.ray_serve.shutdown_hook import on_stop
 from serve_app.ray_serve.spot_nodes import drain_this_node
 from serve_app.setting_values import ignored_variables
 from serve_app.settings import Settings
+from serve_app.signing import TEST_NOTICE, signing_identity
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,7 @@ def build(args: AppArgs) -> Application:
     known = known_cards(settings)
     cards = select_cards(args.models, known, settings, one_application=True)
     _log_notices(cards, known, settings)
-    models = _models(cards, known, args.encoder, _lora_source(settings), settings.installation)
+    models = _models(cards, known, args.encoder, _lora_source(settings), _signed(settings))
     bound = list({id(model): model for model in models.values()}.values())
     fetchers = _fetchers(cards, known, settings.installation)
     return _gateway(settings, args, cards, [*bound, *fetchers])
@@ -79,7 +81,7 @@ def build_model(args: ModelArgs) -> Application:
         )
     _log_notices(cards, known, settings)
     source = _lora_source(settings, args.gateway)
-    models = _models(cards, known, args.encoder, source, settings.installation)
+    models = _models(cards, known, args.encoder, source, _signed(settings))
     return next(iter(models.values()))
 
 
@@ -97,6 +99,14 @@ def build_weights(args: WeightsArgs) -> Application:
             "the weights of these models are all folders on the nodes: there is nothing to fetch"
         )
     return fetchers[0]
+
+
+def _signed(settings: Settings) -> Installation:
+    """The installation with who signs its files. Raises BadRequest for certificates that cannot be read."""
+    identity = signing_identity(settings)
+    if identity is not None and identity.is_test:
+        logger.warning("%s", TEST_NOTICE)
+    return replace(settings.installation, signing=identity)
 
 
 def _log_notices(cards: Mapping[str, ModelCard], known: Mapping[str, ModelCard], settings: Settings) -> None:

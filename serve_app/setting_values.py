@@ -61,6 +61,14 @@ Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_checked_hosts)]
 """Names of hosts: separated by commas or blanks, or as a JSON list."""
 
 
+def _split_names(value: object) -> object:
+    return [name for name in re.split(r"[,;\s]+", value) if name] if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_names)]
+"""Words separated by commas or blanks."""
+
+
 def _checked_networks(value: object) -> object:
     texts = re.split(r"[,;\s]+", value) if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):

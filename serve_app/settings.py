@@ -18,12 +18,14 @@ from deployments.protocol.card import Dtype, Quantisation
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.events import CheckpointPolicy
 from deployments.protocol.installation import Installation, S3Access
+from deployments.protocol.signing_identity import SigningAlgorithm
 from deployments.protocol.yaml_file import read_mapping
 from serve_app.setting_values import (
     Aliases,
     DeviceName,
     Folder,
     Hosts,
+    Names,
     Networks,
     Origins,
     Precision,
@@ -34,7 +36,14 @@ from serve_app.setting_values import (
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, with cards and models
 FILE = ROOT / "configs" / "service.yaml"
-FOLDERS = ("data_dir", "cards_dir", "model_checkpoint_dir", "model_refiner_checkpoint_dir")
+FOLDERS = (
+    "data_dir",
+    "cards_dir",
+    "model_checkpoint_dir",
+    "model_refiner_checkpoint_dir",
+    "signing_certificates",
+    "signing_key",
+)
 
 
 def _names_of(variable: str) -> AliasChoices:
@@ -87,6 +96,18 @@ class Settings(BaseSettings):
     model_precision: Precision | None = _named("MODEL_PRECISION")  # a dtype, or the form of the weights
     model_max_batch_size: int | None = _named("MODEL_MAX_BATCH_SIZE", ge=1, le=64)  # rows of one forward
     enable_xformers: bool = Field(False, validation_alias=_names_of("ENABLE_XFORMERS"))
+
+    # who signs finished files: docs/provenance.md
+    content_credentials: bool = True  # write a signed C2PA manifest into every PNG, JPEG, WebP and MP4
+    signing_certificates: Path | None = None  # file (PEM): the signer's certificate and its issuers'
+    signing_key: Path | None = None  # file (PEM, PKCS #8) with the key
+    signing_function: str = Field(
+        "", pattern=r"^(|[\w.]+:\w+)$"
+    )  # module:function that signs instead of a key
+    signing_algorithm: SigningAlgorithm = "es256"
+    timestamp_url: str = ""  # of an RFC 3161 authority, asked for every file
+    credentials_with_prompt: bool = False  # state prompt and seed, too
+    unsigned_users: Names = ()  # ids of users whose files are not signed
 
     data_dir: Path = Path("data")  # jobs and results; survives restarts
     cards_dir: Path = Path("configs/models")  # one YAML file per model

@@ -8,6 +8,8 @@ from typing import Any
 
 from pydantic import SecretStr
 
+from deployments.protocol.signing_identity import SigningIdentity
+
 
 @dataclass(frozen=True, slots=True)
 class S3Access:
@@ -46,6 +48,7 @@ class Installation:
     model_cache: Path | None = None  # folder of a node for downloaded weights; None: as the node says
     hip_alloc_conf: str = ""  # of torch's allocator on AMD GPUs
     logical_gpus: bool = False  # GPUs that Ray counts need not be there
+    signing: SigningIdentity | None = None  # who signs finished files; None: they are not signed
     metadata_url: str = ""  # of the cloud's service for its nodes; empty: it is not asked
 
 

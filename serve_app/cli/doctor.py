@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import shutil
 import socket
 import stat
@@ -21,16 +22,19 @@ from serve_app.cli.findings import as_json as findings_as_json
 from serve_app.cli.plan_findings import plan_findings
 from serve_app.cli.ray_ports import ray_findings, ray_listeners
 from serve_app.cli.serve_config import read_config, served_cards
+from serve_app.cli.signing_findings import signing_findings
 from serve_app.redis.append_only import inspect
 from serve_app.redis.embedded import find_server, running_server
 from serve_app.redis.info import RedisInfo, query_info
 from serve_app.redis.reachable import check_redis
 from serve_app.redis.server_files import owner_pid
 from serve_app.settings import ROOT, Settings
+from serve_app.signing import TEST_KEY
 
 RAY_TOKEN = Path("~/.ray/auth_token")  # written by Ray, for everybody to read
 KEY_MIN_CHARS = 24  # a shorter key was probably made up by a person and can be guessed
 LOW_SPACE = 4  # times min_free_bytes
+VALKEY_FILES = ("valkey/secret", "valkey/users.acl", "valkey/valkey.conf")
 CLOCK_WARN_S, CLOCK_FAIL_S = 1.0, 5.0
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -83,6 +87,7 @@ def examine(settings: Settings, host: str, port: int) -> Iterator[Finding]:
     yield from about("service", service_findings(host, port, has_key=not settings.auth_disabled))
     yield from about("ports", ray_findings(ray_listeners(owner_pid(settings.data_dir))))
     yield from about("job store", _store(settings))
+    yield from about("content credentials", signing_findings(settings, datetime.datetime.now(datetime.UTC)))
     yield from about("disk", disk_findings(settings))
     yield from about("secrets", secret_file_findings(settings.data_dir))
     try:
@@ -232,7 +237,7 @@ def disk_findings(settings: Settings) -> Iterator[Finding]:
 
 def secret_file_findings(data_dir: Path) -> Iterator[Finding]:
     """Whether only our user can read the files with secrets."""
-    ours = ("api_key", "jwt_secret", "ray_token", "valkey/secret", "valkey/users.acl", "valkey/valkey.conf")
+    ours = ("api_key", "jwt_secret", "ray_token", TEST_KEY, *VALKEY_FILES)
     for path in (*(data_dir / name for name in ours), RAY_TOKEN.expanduser()):
         if path.exists() and stat.S_IMODE(path.stat().st_mode) & 0o077:
             yield Finding(Level.fail, f"other users of this machine can read {path}; run chmod 600 on it")

@@ -36,6 +36,7 @@ COMMANDS = {  # name -> (module that holds its Typer app, name of that app, help
         "Measure a model on this machine by batch size, and keep the profile.",
     ),
     "plan": ("serve_app.cli.plan", "app", "Print how a model runs on a GPU, and the memory that it needs."),
+    "verify": ("serve_app.cli.verify", "app", "Check the content credentials of a file, and print them."),
     "users": ("serve_app.cli.users", "users", "Add, list, disable and enable users."),
     "keys": ("serve_app.cli.users", "keys", "Create, list and revoke API keys."),
     "clusters": (
