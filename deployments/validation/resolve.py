@@ -24,6 +24,13 @@ from deployments.validation.inputs import check_inputs, check_reference_size
 from deployments.validation.size import resolve_size, size_adjustments
 from deployments.validation.video import resolve_video
 
+# families (protocol/family.py) whose pipelines round down the steps that a strength leaves
+ROUNDED_DOWN = frozenset(
+    """animate_diff cog_video_x consis_id easy_animate if if_super_resolution kandinsky kandinsky3
+    kandinsky_v22 kandinsky_v22_prior_emb2_emb kolors latent_consistency_model ltx sd sd_depth2_img sdxl
+    sdxl_union wan""".split()
+)
+
 
 class Resolved(NamedTuple):
     request: ResolvedRequest
@@ -94,15 +101,15 @@ def _task_field(request: GenerationRequest) -> str:
 def denoising_steps(request: ResolvedRequest, card: ModelCard) -> int:
     """Steps that will really run: img2img skips the first (1 - strength) part of them.
 
-    Diffusers' pipelines of Stable Diffusion and SDXL round the remaining steps down, the others the skipped
-    ones. Noise schedulers of second order (heun) call the model more often; events.Step counts what they do.
+    Diffusers' older pipelines round the remaining steps down (ROUNDED_DOWN), the others the skipped ones.
+    Noise schedulers of second order (heun) call the model more often; events.Step counts what they do.
     """
     steps = request.num_inference_steps
     if request.edit is None or _edit_is_first_frame(request):
         return steps
     if request.edit.strength == 0:
         return 0
-    if card.family in ("sd", "sdxl"):
+    if card.family in ROUNDED_DOWN:
         return min(steps, int(steps * request.edit.strength))
     return steps - int(steps - steps * request.edit.strength)
 
