@@ -25,6 +25,7 @@ from serve_app.cli.serve_config import served_cards
 from serve_app.redis.reachable import check_redis
 from serve_app.setting_values import ignored_variables
 from serve_app.settings import ROOT, Settings
+from serve_app.signing import TEST_NOTICE, signing_identity
 
 PROBE_BYTES = 64 * 2**10  # a folder that cannot take these is full
 DATA_FOLDERS = ("valkey", "results", "adapter-cache")
@@ -63,6 +64,9 @@ def check_start(
         check_redis(settings.redis_url.get_secret_value(), settings.redis_prefix)
     for notice in (*ignored_variables(Settings.model_fields), *card_notices(served, settings)):
         report(notice)
+    identity = signing_identity(settings)  # raises BadRequest for certificates that cannot be read
+    if identity is not None and identity.is_test:
+        report(TEST_NOTICE)
 
 
 def check_ports(config: Mapping[str, Any]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import datetime
 import io
+import socket
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
 import av
+import c2pa
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
@@ -161,6 +163,33 @@ def test_an_input_whose_manifest_was_forged_does_not_make_the_result_invalid() -
     found = verify(signed(picture(), **edit_of(bytes(forged))), "image/png", CHAIN)
 
     assert found.state == "trusted"
+
+
+def test_an_address_that_an_input_names_for_its_manifest_is_not_opened() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        given = with_manifest_elsewhere(f"http://127.0.0.1:{server.getsockname()[1]}/manifest")
+        assert b"/manifest" in given
+
+        file = signed(picture(), **edit_of(given))
+
+        assert verify(file, "image/png", CHAIN).state == "trusted"
+        with pytest.raises(BadRequest, match="must fetch remote manifests"):
+            verify(given, "image/png", CHAIN)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+
+
+def with_manifest_elsewhere(url: str) -> bytes:
+    """A signed picture that names an address in place of its manifest."""
+    info = c2pa.C2paSignerInfo("es256", CHAIN.encode(), KEY.encode(), None)
+    target = io.BytesIO()
+    with c2pa.Builder({"title": "elsewhere"}) as builder:
+        builder.set_intent(c2pa.C2paBuilderIntent.CREATE, c2pa.C2paDigitalSourceType.DIGITAL_CREATION)
+        builder.set_no_embed()
+        builder.set_remote_url(url)
+        builder.sign(c2pa.Signer.from_info(info), "image/png", io.BytesIO(picture()), target)
+    return target.getvalue()
 
 
 @pytest.mark.parametrize("allowed", [False, True])
