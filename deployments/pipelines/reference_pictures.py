@@ -29,7 +29,7 @@ def edit_class(pipeline_class: type, most: int) -> type:
     name = found.__name__
     if not _takes_references(found):
         raise ModelFailed(f"{name} takes no reference pictures; take edit out of the card's tasks")
-    if most > 1 and name in ONE_PICTURE:
+    if most > 1 and name.replace("Modular", "") in ONE_PICTURE:
         raise ModelFailed(f"{name} takes one reference picture; write max: 1 in the card's references")
     return found
 
