@@ -36,6 +36,7 @@ from serve_app.api.schemas.lora import LoraList, LoraOut
 from serve_app.api.schemas.model import ModelList, ModelOut
 from serve_app.job_ids import new_job_id
 from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
+from serve_app.jobs.store.owner_index import ALL_JOBS, JobFilter
 from tests.patience import patience
 
 WEB = Path(__file__).resolve().parents[2] / "serve_app" / "web"
@@ -449,7 +450,9 @@ class Handler(BaseHTTPRequestHandler):
                 )
                 self._json(202, accepted.model_dump_json())
             case "GET", ["generate", ""]:
-                jobs = [running.job for running in backend.jobs.values()][::-1]
+                only = query.get("kind", [None])[0]
+                admits = JobFilter(kind=only).admits if only in ("image", "video") else ALL_JOBS.admits
+                jobs = [running.job for running in backend.jobs.values() if admits(running.job)][::-1]
                 limit = int(query.get("limit", ["20"])[0])
                 listed = [JobOut.of(job, "") for job in jobs[:limit]]
                 self._json(200, JobList(jobs=listed, next_cursor=None).model_dump_json())

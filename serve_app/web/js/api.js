@@ -106,8 +106,9 @@ export function createApi({ base, key, askForKey, signedIn }) {
     async job(id) {
       return wire.job(await read(`generate/${encodeURIComponent(id)}`));
     },
-    async jobs(limit) {
-      return wire.jobs(await read(`generate/?limit=${limit}`));
+    async jobs(limit, kind) {
+      const only = kind === undefined ? "" : `&kind=${kind}`;
+      return wire.jobs(await read(`generate/?limit=${limit}${only}`));
     },
     async cancel(id) {
       await send(at(`generate/${encodeURIComponent(id)}`), { method: "DELETE" });

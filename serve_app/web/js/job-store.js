@@ -90,10 +90,23 @@ export function createJobStore(api, kind) {
     }
   }
 
+  /** Reads the newest jobs; the one on the stage stays, however many are newer. */
   async function load() {
     const listed = await api.jobs(KEPT);
-    jobs.set(listed.map((record) => merged(record, find(record.id))));
+    const fresh = listed.map((record) => merged(record, find(record.id)));
+    const shown = find(currentId.get());
+    const pushedOut = shown !== undefined && !fresh.some((job) => job.id === shown.id);
+    jobs.set(pushedOut ? [...fresh, shown] : fresh);
   }
+
+  /** Adds the newest job of this store's kind, where newer ones of the other kind hide it. */
+  async function loadNewest() {
+    const [record] = await api.jobs(1, kind);
+    if (record !== undefined && find(record.id) === undefined) jobs.set([...jobs.get(), record]);
+  }
+
+  /** The person was faster than the history. */
+  const busy = () => sending.get() || refusal.get() !== null || currentId.get() !== null;
 
   function scheduleRefresh() {
     clearTimeout(refresher);
@@ -116,8 +129,8 @@ export function createJobStore(api, kind) {
     /** Reads the history and shows its newest job: one that runs is picked up again. */
     async open() {
       await load();
-      const busy = sending.get() || refusal.get() !== null || currentId.get() !== null;
-      if (!busy) select(newest()); // else the person was faster than the history
+      if (!busy() && newest() === null) await loadNewest();
+      if (!busy()) select(newest());
     },
 
     /** Sends a request; true when it became a job. @param {object} body */

@@ -245,7 +245,7 @@ export interface Api {
   addLora(file: File): Promise<Lora>;
   generate(body: object, kind: Kind): Promise<Submitted>;
   job(id: string): Promise<Job>;
-  jobs(limit: number): Promise<Job[]>;
+  jobs(limit: number, kind?: Kind): Promise<Job[]>;
   cancel(id: string): Promise<void>;
   /** The open event stream of a job, after the event `lastId`. */
   events(id: string, lastId: string | null, signal: AbortSignal): Promise<Response>;
