@@ -1,12 +1,11 @@
-"""A ControlNet for the tiny Stable Diffusion 1.5 that follows the edges of a picture."""
+"""ControlNets for the tiny Stable Diffusion 1.5: one follows edges, one depth, one the pose of a figure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
-import cv2
 import numpy as np
 import torch
 from diffusers import ControlNetModel
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from tools.tiny_models.autoencoder import linear_encode, pixels
 from tools.tiny_models.captions import caption
+from tools.tiny_models.control_maps import canny, depth, pose
 from tools.tiny_models.flow import Progress, TrainingRun
 from tools.tiny_models.learner import learning_rate
 from tools.tiny_models.network import Autoencoder
@@ -41,17 +41,12 @@ from tools.tiny_models.unet_training import (
 
 ControlNet = Any  # ControlNetModel: diffusers declares its models as placeholders without members
 
-LOWER, UPPER = 100, 200  # Canny's thresholds, in differences of grey 0..255
-FREE_SHARE = 0.6  # of the drawings show one object anywhere, and the caption names only colours
+ControlKind = Literal["canny", "depth", "pose"]
+MAPS: dict[ControlKind, Callable[[Scene], Picture]] = {"canny": canny, "depth": depth, "pose": pose}
+FREE_SHARE = 0.6  # of the drawings show one object anywhere, and the caption names only what the map does not
 EMPTY_SHARE = 0.1
 EMBEDDING_WIDTHS = (8, 24, 48, 64)  # at 128, 64, 32 and 16 px
 ANY_SEED = 1_000_000
-
-
-def edges(picture: Picture) -> Picture:
-    """White edges on black of an RGB picture, (H, W, 3), as the service's own preprocessor draws them."""
-    found = cv2.Canny(cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY), LOWER, UPPER)
-    return np.repeat(found[:, :, None], 3, 2).astype(np.uint8)
 
 
 def build_controlnet(unet: UNet) -> ControlNet:
@@ -71,41 +66,50 @@ def free_scene(random: Random) -> Scene:
     )
 
 
-def vague_caption(scene: Scene, random: Random) -> str:
-    """The colours of a scene, but neither shape nor place nor size."""
+def vague_caption(scene: Scene, random: Random, kind: ControlKind = "canny") -> str:
+    """The colours of a scene and neither place nor size; its shape only beside a pose, which has none."""
     noun = random.choice(("shape", "object"))
+    if kind == "pose":
+        noun = scene.things[0].shape
     return f"a {scene.things[0].colour} {noun} on a {scene.background} background"
 
 
-def control_batches(vae: Autoencoder, run: TrainingRun, start: int) -> Iterator[tuple[UNetBatch, Tensor]]:
-    """Training batches with their edge maps (B, 3, 128, 128) in 0..1."""
+def control_batches(
+    kind: ControlKind, vae: Autoencoder, run: TrainingRun, start: int
+) -> Iterator[tuple[UNetBatch, Tensor]]:
+    """Training batches with their control maps (B, 3, 128, 128) in 0..1."""
     for step in range(start, run.steps):
-        random = Random(f"canny/{run.seed}/{step}")
+        random = Random(f"{kind}/{run.seed}/{step}")
         scenes, captions = [], []
         for _ in range(run.batch):
             free = random.random() < FREE_SHARE
             scene = free_scene(random) if free else draw_scene(random.randrange(ANY_SEED))
-            text = vague_caption(scene, random) if free else caption(scene, random)
+            text = vague_caption(scene, random, kind) if free else caption(scene, random)
             scenes.append(scene)
             captions.append("" if random.random() < EMPTY_SHARE else text)
         pictures = [np.asarray(render(scene)) for scene in scenes]
         with torch.no_grad():
             latents = linear_encode(vae, pixels(pictures))
-        maps = (pixels([edges(picture) for picture in pictures]) + 1) / 2
+        maps = (pixels([MAPS[kind](scene) for scene in scenes]) + 1) / 2
         yield noised(latents, scenes, captions, [View()] * run.batch, random), maps
 
 
 def train_controlnet(
-    controlnet: ControlNet, unet: UNet, condition: Conditioner, vae: Autoencoder, run: TrainingRun
+    kind: ControlKind,
+    controlnet: ControlNet,
+    unet: UNet,
+    condition: Conditioner,
+    vae: Autoencoder,
+    run: TrainingRun,
 ) -> None:
     """Train the ControlNet; the UNet keeps its weights."""
     for network in (unet, controlnet):
         prepare_for_training(network)
     unet.requires_grad_(False)
     learner = UNetLearner({"controlnet": controlnet})
-    learner.resume(run.folder / "canny.safetensors")
-    progress = Progress("canny", learner, run)
-    for batch, maps in control_batches(vae, run, learner.steps_done):
+    learner.resume(run.folder / f"{kind}.safetensors")
+    progress = Progress(kind, learner, run)
+    for batch, maps in control_batches(kind, vae, run, learner.steps_done):
         with torch.no_grad():
             context, _ = condition(batch)
         noisy = batch.noisy.contiguous(memory_format=torch.channels_last)
@@ -120,4 +124,4 @@ def train_controlnet(
             ).sample
         rate = learning_rate(learner.steps_done, run.steps)
         progress.show(learner.learn(batch.loss(answer), rate))
-        save_when_due(learner, run, "canny")
+        save_when_due(learner, run, kind)

@@ -13,8 +13,8 @@ import torch
 from diffusers import ControlNetModel, DiffusionPipeline, StableDiffusionControlNetPipeline
 from PIL import Image
 
-from tools.tiny_models.controlnet import edges, free_scene, vague_caption
-from tools.tiny_models.scenes import Scene, SceneKind, Thing, render, silhouette
+from tools.tiny_models.controlnet import MAPS, ControlKind, free_scene, vague_caption
+from tools.tiny_models.scenes import Scene, SceneKind, Thing, silhouette
 from tools.tiny_models.score import accuracy, find_objects, held_out
 
 STEPS = 25
@@ -22,6 +22,8 @@ GUIDANCE = 4.0
 BATCH = 25
 REFINE_STRENGTH = 0.3
 CONTROL_SEED = 9_000_000
+CONTROL_KINDS: dict[str, ControlKind] = {f"sd15-{kind}": kind for kind in MAPS}
+NAMES = ("sd15", "sdxl-base", "sdxl-refiner", *CONTROL_KINDS)
 KINDS: dict[str, tuple[SceneKind, ...]] = {
     "one kind": ("one", "many"),
     "two objects": ("two",),
@@ -75,8 +77,8 @@ def overlap(picture: Image.Image, thing: Thing) -> float:
     return float((mask & wanted).sum() / (mask | wanted).sum())
 
 
-def control_cases(count: int) -> list[tuple[str, Scene, Image.Image]]:
-    """Prompts that name colours only, the scenes, and their edge maps; none was in the training.
+def control_cases(count: int, kind: ControlKind = "canny") -> list[tuple[str, Scene, Image.Image]]:
+    """Prompts that leave to the map what it shows, the scenes, and their maps; none was in the training.
 
     Left out are pairs of colours so equal in grey that Canny sees no edge.
     """
@@ -84,9 +86,9 @@ def control_cases(count: int) -> list[tuple[str, Scene, Image.Image]]:
     cases: list[tuple[str, Scene, Image.Image]] = []
     while len(cases) < count:
         scene = free_scene(random)
-        found = edges(np.asarray(render(scene)))
-        if found.any():
-            cases.append((vague_caption(scene, random), scene, Image.fromarray(found)))
+        control_map = MAPS[kind](scene)
+        if control_map.any():
+            cases.append((vague_caption(scene, random, kind), scene, Image.fromarray(control_map)))
     return cases
 
 
@@ -101,7 +103,7 @@ def controlled(
 def main() -> None:
     """Score all that are there, or those named."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("models", nargs="*", default=["sd15", "sdxl-base", "sdxl-refiner", "sd15-canny"])
+    parser.add_argument("models", nargs="*", default=[*NAMES])
     parser.add_argument("--folder", type=Path, default=Path(__file__).parents[2] / "models")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--guidance", type=float, nargs="+", default=[GUIDANCE])
@@ -110,8 +112,8 @@ def main() -> None:
     for name in options.models:
         folder = options.folder / f"tiny-{name}"
         for guidance in options.guidance:
-            if name == "sd15-canny":
-                _score_control(options.folder, guidance, options.prompts)
+            if kind_of_map := CONTROL_KINDS.get(name):
+                _score_control(options.folder, kind_of_map, guidance, options.prompts)
                 continue
             base = load(options.folder / "tiny-sdxl-base" if name == "sdxl-refiner" else folder)
             refiner = load(folder) if name == "sdxl-refiner" else None
@@ -123,23 +125,22 @@ def main() -> None:
                 print(name, kind, f"guidance {guidance}", accuracy(pictures, list(scenes)), flush=True)
 
 
-def _score_control(folder: Path, guidance: float, count: int) -> None:
-    controlnet = ControlNetModel.from_pretrained(folder / "tiny-sd15-canny", torch_dtype=torch.float32)
+def _score_control(folder: Path, kind: ControlKind, guidance: float, count: int) -> None:
+    controlnet = ControlNetModel.from_pretrained(folder / f"tiny-sd15-{kind}", torch_dtype=torch.float32)
     base = load(folder / "tiny-sd15")
     pipeline = StableDiffusionControlNetPipeline(
         **base.components, controlnet=controlnet, requires_safety_checker=False
     )
     pipeline.set_progress_bar_config(disable=True)
-    cases = control_cases(count)
-    pictures = controlled(pipeline, cases, guidance_scale=guidance)
-    overlaps = [
-        overlap(picture, scene.things[0]) for picture, (_, scene, _) in zip(pictures, cases, strict=True)
-    ]
-    right = accuracy(pictures, [scene for _, scene, _ in cases])
-    print(
-        f"sd15-canny guidance {guidance} overlap {np.mean(overlaps):.3f}, median {np.median(overlaps):.3f}",
-        right,
-    )
+    cases = control_cases(count, kind)
+    for weight in (1.0, 0.0):
+        pictures = controlled(pipeline, cases, guidance_scale=guidance, controlnet_conditioning_scale=weight)
+        overlaps = [
+            overlap(picture, scene.things[0]) for picture, (_, scene, _) in zip(pictures, cases, strict=True)
+        ]
+        right = accuracy(pictures, [scene for _, scene, _ in cases])
+        mean, median = np.mean(overlaps), np.median(overlaps)
+        print(f"sd15-{kind} weight {weight} overlap {mean:.3f}, median {median:.3f}", right, flush=True)
 
 
 if __name__ == "__main__":

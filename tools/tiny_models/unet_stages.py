@@ -1,4 +1,4 @@
-"""The stages that make the tiny Stable Diffusion models: text encoder, 1.5, SDXL, its refiner, a ControlNet.
+"""The stages that make the tiny Stable Diffusion models: text encoder, 1.5, SDXL, its refiner, ControlNets.
 
 They need the tokenizer, the autoencoder and the pool of latents of the stages in `flux_stages.py`.
 """
@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from diffusers import (
     AutoencoderKL,
+    ControlNetModel,
     EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
@@ -23,7 +24,7 @@ from diffusers import (
 )
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from tools.tiny_models.controlnet import build_controlnet, train_controlnet
+from tools.tiny_models.controlnet import ControlKind, build_controlnet, train_controlnet
 from tools.tiny_models.flow import TrainingRun
 from tools.tiny_models.network import CONTEXT, Autoencoder
 from tools.tiny_models.plan import Plan, Stage
@@ -42,6 +43,7 @@ from tools.tiny_models.unet_training import (
     refiner_condition,
     sd_condition,
     sdxl_condition,
+    text_condition,
     train_text,
     train_unet,
     unet_batches,
@@ -52,6 +54,8 @@ SD15_STEPS = 1_500  # of 64 drawings; so are the next
 SDXL_STEPS = 130
 REFINER_STEPS = 220
 CANNY_STEPS = 300
+DEPTH_STEPS = 250  # from the one for edges
+POSE_STEPS = 500
 REFINER_LATEST = 400  # the refiner takes over a fifth of the steps or redraws a third of them
 SHORT_RATE = 0.5  # of the learner's rates, for networks that start from a trained one
 
@@ -175,21 +179,41 @@ def write_refiner(plan: Plan) -> None:
 
 
 def canny(plan: Plan) -> None:
-    """Train the ControlNet of 1.5 and write tiny-sd15-canny."""
+    """Train the ControlNet of 1.5 that follows edges, and write tiny-sd15-canny."""
     torch.manual_seed(0)
     unet = _trained(plan, "sd15", build_unet())
-    controlnet = build_controlnet(unet)
     condition = sd_condition(_encoder(plan), _tokenizer(plan))
     run = TrainingRun(plan.work, plan.cut(CANNY_STEPS), plan.cut(64), seed=5, compiled=False)
-    train_controlnet(controlnet, unet, condition, _autoencoder(plan), run)
-    write_canny(plan)
+    train_controlnet("canny", build_controlnet(unet), unet, condition, _autoencoder(plan), run)
+    write_controlnet("canny", plan)
 
 
-def write_canny(plan: Plan) -> None:
-    """tiny-sd15-canny from the checkpoint of its stage."""
+def depth(plan: Plan) -> None:
+    """Train a copy of the ControlNet of edges on depth, and write tiny-sd15-depth."""
+    _another_controlnet("depth", plan, DEPTH_STEPS, seed=6)
+
+
+def pose(plan: Plan) -> None:
+    """Train a copy of the ControlNet of edges on poses, and write tiny-sd15-pose."""
+    _another_controlnet("pose", plan, POSE_STEPS, seed=7)
+
+
+def _another_controlnet(kind: ControlKind, plan: Plan, steps: int, seed: int) -> None:
+    """Needs only the models in `out`: tiny-sd15 and its ControlNet of edges."""
+    torch.manual_seed(0)
+    base = StableDiffusionPipeline.from_pretrained(plan.out / "tiny-sd15", torch_dtype=torch.float32)
+    controlnet = ControlNetModel.from_pretrained(plan.out / "tiny-sd15-canny", torch_dtype=torch.float32)
+    run = TrainingRun(plan.work, plan.cut(steps), plan.cut(64), seed=seed, compiled=False)
+    condition = text_condition(base.text_encoder.requires_grad_(False), base.tokenizer)
+    train_controlnet(kind, controlnet, base.unet, condition, base.vae, run)
+    write_controlnet(kind, plan)
+
+
+def write_controlnet(kind: ControlKind, plan: Plan) -> None:
+    """A ControlNet of tiny-sd15 from the checkpoint of its stage."""
     controlnet = build_controlnet(build_unet())
-    load_trained(plan.work / "canny.safetensors", "controlnet", controlnet)
-    controlnet.eval().to(torch.bfloat16).save_pretrained(plan.out / "tiny-sd15-canny")
+    load_trained(plan.work / f"{kind}.safetensors", "controlnet", controlnet)
+    controlnet.eval().to(torch.bfloat16).save_pretrained(plan.out / f"tiny-sd15-{kind}")
 
 
 # --- parts ------------------------------------------------------------------------------------------------
@@ -268,4 +292,6 @@ STAGES: dict[str, Stage] = {
     "sdxl": sdxl,
     "refiner": refiner,
     "canny": canny,
+    "depth": depth,
+    "pose": pose,
 }

@@ -195,8 +195,13 @@ Conditioner = Callable[[UNetBatch], Conditioning]
 
 
 def sd_condition(encoder: Any, tokenizer: Any) -> Conditioner:
-    """The conditioning of Stable Diffusion 1.5's UNet."""
-    shorter = without_projection(encoder, tokenizer).eval().bfloat16()
+    """The conditioning of Stable Diffusion 1.5's UNet by an encoder with a projection."""
+    return text_condition(without_projection(encoder, tokenizer), tokenizer)
+
+
+def text_condition(encoder: Any, tokenizer: Any) -> Conditioner:
+    """The conditioning of Stable Diffusion 1.5's UNet by its own text encoder."""
+    shorter = encoder.eval().bfloat16()
 
     def condition(batch: UNetBatch) -> Conditioning:
         ids = token_ids(tokenizer, batch.captions)
