@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline
 
+from tools.tiny_models.controlnet import MAPS
 from tools.tiny_models.train import main
 
 ROOT = Path(__file__).parents[2]
@@ -49,11 +50,17 @@ def test_a_rehearsal_makes_models_that_diffusers_loads(rehearsed: Path, name: st
     assert all(weight.isfinite().all() for weight in denoiser.parameters())
 
 
-def test_a_rehearsal_makes_the_adapters_and_the_controlnet(rehearsed: Path) -> None:
-    controlnet = ControlNetModel.from_pretrained(rehearsed / "tiny-sd15-canny")
-    adapters = sorted(path.parent.name for path in rehearsed.rglob("pytorch_lora_weights.safetensors"))
+@pytest.mark.parametrize("kind", MAPS)
+def test_a_rehearsal_makes_the_controlnets(rehearsed: Path, kind: str) -> None:
+    controlnet = ControlNetModel.from_pretrained(rehearsed / f"tiny-sd15-{kind}")
 
     assert controlnet.config.cross_attention_dim > 0
+    assert all(weight.isfinite().all() for weight in controlnet.parameters())
+
+
+def test_a_rehearsal_makes_the_adapters(rehearsed: Path) -> None:
+    adapters = sorted(path.parent.name for path in rehearsed.rglob("pytorch_lora_weights.safetensors"))
+
     assert adapters == ["lora_mosaic", "lora_night", "lora_outline"]
 
 
