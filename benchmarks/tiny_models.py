@@ -2,7 +2,8 @@
 
 Rows `tiny_flux_4step_accuracy`, `tiny_flux_20step_accuracy`, `tiny_flux_two_objects_accuracy`,
 `tiny_flux_dev_accuracy`, `tiny_flux_dev_two_objects_accuracy`,
-`tiny_flux_seeds_move`, `tiny_flux_dev_seeds_move`, `tiny_flux_edge_px`, `tiny_flux_seconds_per_picture` and
+`tiny_flux_seeds_move`, `tiny_flux_dev_seeds_move`, `tiny_flux_edge_px`, `tiny_flux_seconds_per_picture`,
+`tiny_flux_edit_accuracy`, `tiny_sd15_canny_overlap`, `tiny_sd15_depth_overlap`, `tiny_sd15_pose_overlap` and
 `tiny_wan_accuracy`.
 """
 
@@ -18,13 +19,22 @@ from typing import Any
 import ledger
 import numpy as np
 import torch
-from diffusers import FluxPipeline, WanPipeline
+from diffusers import (
+    ControlNetModel,
+    FluxKontextPipeline,
+    FluxPipeline,
+    StableDiffusionControlNetPipeline,
+    WanPipeline,
+)
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from tools.tiny_models import edit_score  # noqa: E402
+from tools.tiny_models.controlnet import MAPS  # noqa: E402
 from tools.tiny_models.scenes import render  # noqa: E402
 from tools.tiny_models.score import accuracy, edge_px, find_objects, generate_pictures, held_out  # noqa: E402  the tiny models are no installed package
+from tools.tiny_models.unet_score import control_cases, controlled, load, overlap  # noqa: E402
 from tools.tiny_models.video_score import generate_clips, held_out_clips, video_accuracy  # noqa: E402
 
 NOTE = (
@@ -48,16 +58,16 @@ ROWS = [  # model, kind of prompt, steps, guidance, row
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=500)
-    parser.add_argument("--models", nargs="+", default=["schnell", "dev", "wan"])
+    parser.add_argument("--models", nargs="+", default=["schnell", "dev", *OTHERS])
     parser.add_argument("--only-cost", action="store_true", help="no accuracy")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.only_cost:
         cost(_flux("schnell"))
         return
-    if "wan" in options.models:
-        wan()
-    for model in (model for model in options.models if model != "wan"):
+    for name in (name for name in options.models if name in OTHERS):
+        OTHERS[name]()
+    for model in (model for model in options.models if model not in OTHERS):
         pipeline = _flux(model)
         for _, kind, steps, guidance, row in (row for row in ROWS if row[0] == model):
             prompts, scenes = zip(*islice(held_out(KINDS[kind]), options.prompts), strict=True)
@@ -120,6 +130,46 @@ def wan(prompts: int = 200) -> None:
     ledger.record("tiny_wan_accuracy", right["whole"] / 100, "of 1", n=prompts, notes=notes)
 
 
+def edits(pairs: int = 300, steps: int = 8) -> None:
+    """Measure the share of edited drawings that show the drawing after the edit, and nothing else changed."""
+    pipeline = FluxKontextPipeline.from_pretrained(
+        ROOT / "models/tiny-flux-kontext", torch_dtype=torch.float32
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    texts, asked = (list(part) for part in zip(*islice(edit_score.held_out(), pairs), strict=True))
+    made = edit_score.edited(pipeline, texts, [render(edit.before) for edit in asked], steps)
+    right = edit_score.accuracy(made, asked)
+    notes = f"tiny-flux-kontext, held-out edits by instruction, {steps} steps, per cent by kind: {right}"
+    ledger.record("tiny_flux_edit_accuracy", right["all"] / 100, "of 1", n=pairs, notes=notes)
+
+
+def controls(count: int = 50) -> None:
+    """Measure how well objects lie where the map of a ControlNet has them."""
+    base = load(ROOT / "models/tiny-sd15")
+    for kind in MAPS:
+        folder = ROOT / f"models/tiny-sd15-{kind}"
+        controlnet = ControlNetModel.from_pretrained(folder, torch_dtype=torch.float32)
+        pipeline = StableDiffusionControlNetPipeline(
+            **base.components, controlnet=controlnet, requires_safety_checker=False
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        cases = control_cases(count, kind)
+        with_map, without = (
+            [
+                overlap(picture, case[1].things[0])
+                for picture, case in zip(
+                    controlled(pipeline, cases, controlnet_conditioning_scale=weight), cases, strict=True
+                )
+            ]
+            for weight in (1.0, 0.0)
+        )
+        notes = (
+            f"tiny-sd15-{kind}: mean intersection over union of the object drawn and the one whose map was "
+            f"given, 25 steps, guidance 4; weight 0: {np.mean(without):.2f}"
+        )
+        ledger.record(f"tiny_sd15_{kind}_overlap", float(np.mean(with_map)), "of 1", n=count, notes=notes)
+
+
 def cost(pipeline: Any, pictures: int = 20) -> None:
     """Measure CPU seconds of one image, four steps, with the card's settings."""
     settings = {"height": 128, "width": 128, "max_sequence_length": 64, "guidance_scale": 0.0}
@@ -133,6 +183,8 @@ def cost(pipeline: Any, pictures: int = 20) -> None:
         "tiny_flux_seconds_per_picture", seconds, "s", n=pictures, notes="CPU time, one thread, 4 steps"
     )
 
+
+OTHERS = {"wan": wan, "kontext": edits, "controls": controls}
 
 if __name__ == "__main__":
     main()

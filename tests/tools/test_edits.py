@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 from random import Random
 
 import pytest
 
-from tools.tiny_models.edit_score import TOKENS, accuracy, held_out
+from tools.tiny_models.edit_score import TOKENS, accuracy, held_out, shows_edit
 from tools.tiny_models.edits import KIND_WEIGHTS, Edit, draw_edit, edit_words, instruction, is_held_out
-from tools.tiny_models.scenes import render
+from tools.tiny_models.scenes import Scene, Thing, render
 from tools.tiny_models.vocabulary import t5_tokenizer
 
 EDITS = [draw_edit(seed) for seed in range(60)]
@@ -53,3 +54,24 @@ def test_instructions_fit_into_the_tokens_that_training_uses() -> None:
     lengths = [len(tokenizer(instruction(edit, random)).input_ids) for edit in EDITS]
 
     assert max(lengths) <= TOKENS
+
+
+def test_an_added_object_may_be_anywhere_on_the_free_side_and_nowhere_else() -> None:
+    adding = [edit for edit in (draw_edit(seed) for seed in range(400)) if edit.kind == "add"]
+    assert len(adding) > 20
+
+    for edit in adding:
+        other, new = edit.before.things[0], edit.thing
+        moved = replace(new, x=new.x + 0.03, y=new.y - 0.03, side=new.side * 0.9)
+        mirrored = replace(new, x=2 * other.x - new.x, y=2 * other.y - new.y)
+        assert shows_edit(render(_with(edit, new)), edit)
+        assert shows_edit(render(_with(edit, moved)), edit)
+        assert not shows_edit(render(_with(edit, mirrored)), edit)
+        assert not shows_edit(render(edit.before), edit)
+
+
+def _with(edit: Edit, new: Thing) -> Scene:
+    """The drawing after the edit with another new object."""
+    things = [*edit.after.things]
+    things[edit.index] = new
+    return replace(edit.after, things=tuple(things))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from random import Random
 
 import numpy as np
@@ -18,7 +19,7 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from tools.tiny_models.autoencoder import linear_encode, pixels
-from tools.tiny_models.edits import draw_edit, instruction
+from tools.tiny_models.edits import EditKind, draw_edit, instruction
 from tools.tiny_models.flow import Progress, TrainingRun, noise_shares, save_when_due
 from tools.tiny_models.learner import Learner, learning_rate
 from tools.tiny_models.network import (
@@ -42,6 +43,15 @@ TOKEN_CHANNELS = 4 * LATENT_CHANNELS
 COPYING_HEADS = 2  # they carry the 64 channels of a token
 SHARPNESS = 2.0  # of these heads: the weights of their query and key norms
 CHANGED_WEIGHT = 4.0  # tokens that the edit changes count four times
+SHARES: dict[EditKind, float] = {  # of an edit in the batches, relative to one in the pool: hard kinds more
+    "colour": 0.8,
+    "background": 0.6,
+    "move": 0.4,
+    "size": 1.2,
+    "shape": 1.8,
+    "add": 1.2,
+    "remove": 3.0,
+}
 DOUBLE_BLOCKS, SINGLE_BLOCKS = 3, 4
 
 
@@ -169,9 +179,10 @@ def encode_edits(vae: Autoencoder, seeds: range) -> npt.NDArray[np.float16]:
 def edit_batches(pool: npt.NDArray[np.float16], run: TrainingRun, start: int) -> Iterator[EditBatch]:
     """Batches from step `start` on; each step has its own seed, so a resumed run sees what an unbroken one
     would have seen."""
+    reach = [*accumulate(SHARES[draw_edit(seed).kind] for seed in range(len(pool)))]
     for step in range(start, run.steps):
         random = Random(f"{run.seed}/{step}/{run.rank}")
-        seeds = [random.randrange(len(pool)) for _ in range(run.batch)]
+        seeds = random.choices(range(len(pool)), cum_weights=reach, k=run.batch)
         texts = [instruction(draw_edit(seed), random) for seed in seeds]
         latents = torch.from_numpy(pool[seeds].astype(np.float32))
         generator = torch.Generator().manual_seed(random.getrandbits(60))
