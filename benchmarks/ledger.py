@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,9 @@ def machine() -> str:
     return f"{os.cpu_count()} cores {platform.machine()}{gpu}"
 
 
+@cache
 def _commit() -> str:
+    """Once for all rows of a run: the first one changes a file that git knows."""
     command = ["git", "describe", "--always", "--dirty"]
     done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
