@@ -31,7 +31,7 @@ async def submit(caller: CallerContext, body: SubmitBody) -> Job:
         model = await choose_model(
             caller, (body.task,), controls=body.control_types, refiner=body.uses_refiner
         )
-    else:
+    elif model:  # an empty name is refused with the other fields
         card, aliased = resolve_model(model, caller.state.cards, caller.state.settings.model_aliases)
         model = card.id
     request = _to_request(body, model)

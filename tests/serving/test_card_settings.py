@@ -279,8 +279,10 @@ def said(config: Path = ROOT / "serve_config.yaml") -> list[str]:
     return lines
 
 
-def test_nothing_is_said_where_nothing_is_set() -> None:
-    assert said() == []
+def test_only_the_test_certificate_is_named_where_nothing_is_set() -> None:
+    (line,) = said()
+
+    assert "signed with a test certificate" in line
 
 
 def test_a_start_says_what_settings_do_and_which_do_nothing(
