@@ -19,10 +19,13 @@ from deployments.protocol.card import Dtype, Quantisation
 from deployments.protocol.invalid_values import shown, suggestion, what_is_right
 
 HOST = re.compile(r"\*|(\*\.)?[\w-]+(\.[\w-]+)*\.?")
+ORIGIN = re.compile(r"https?://([\w.-]+|\[[0-9a-f:]+\])(:\d{1,5})?", re.IGNORECASE)
 DEVICE = re.compile(r"cuda(:\d+)?|mps|cpu")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}  # other names
 HOSTS_FORM = "names of hosts, without scheme, port and path: example.org, *.example.org, or *"
 NETWORKS_FORM = "IP addresses and networks: 10.0.0.7, 10.0.0.0/8, 2001:db8::/32"
+ORIGINS_FORM = "addresses of web sites, scheme and host and port only: https://app.example.org, or *"
+ALIASES_FORM = "pairs NAME=MODEL: dall-e-3=flux.1-dev, sora-2=tiny-wan; * for every unknown name"
 MASK = "***"
 # variables whose values, or whose passwords, are never printed
 SECRET_NAMES = re.compile(
@@ -30,6 +33,10 @@ SECRET_NAMES = re.compile(
 )
 URL_NAMES = re.compile(r"_URL$", re.IGNORECASE)
 MIN_MASKED_CHARS = 6  # a shorter value would be masked in ordinary words
+
+
+def _split_names(value: object) -> object:
+    return [name for name in re.split(r"[,;\s]+", value) if name] if isinstance(value, str) else value
 
 
 def _split_hosts(value: object) -> object:
@@ -40,7 +47,7 @@ def _split_hosts(value: object) -> object:
             return json.loads(value)
         except ValueError:
             raise ValueError(f"is not a valid JSON list; write {HOSTS_FORM}") from None
-    return [name for name in re.split(r"[,;\s]+", value) if name]
+    return _split_names(value)
 
 
 def _check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
@@ -61,16 +68,12 @@ Hosts = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_checked_hosts)]
 """Names of hosts: separated by commas or blanks, or as a JSON list."""
 
 
-def _split_names(value: object) -> object:
-    return [name for name in re.split(r"[,;\s]+", value) if name] if isinstance(value, str) else value
-
-
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_names)]
 """Words separated by commas or blanks."""
 
 
 def _checked_networks(value: object) -> object:
-    texts = re.split(r"[,;\s]+", value) if isinstance(value, str) else value
+    texts = _split_names(value)
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"must be {NETWORKS_FORM}")
     for text in filter(None, texts):
@@ -88,13 +91,9 @@ def _checked_networks(value: object) -> object:
 Networks = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_checked_networks)]
 """IP addresses and networks: separated by commas or blanks, or a list."""
 
-ORIGIN = re.compile(r"https?://([\w.-]+|\[[0-9a-f:]+\])(:\d{1,5})?", re.IGNORECASE)
-ORIGINS_FORM = "addresses of web sites, scheme and host and port only: https://app.example.org, or *"
-ALIASES_FORM = "pairs NAME=MODEL: dall-e-3=flux.1-dev, sora-2=wan2.2-t2v-a14b; * for every unknown name"
-
 
 def _checked_origins(value: object) -> object:
-    texts = re.split(r"[,;\s]+", value) if isinstance(value, str) else value
+    texts = _split_names(value)
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"must be {ORIGINS_FORM}")
     origins = tuple(text.rstrip("/") for text in texts if text)

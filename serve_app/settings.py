@@ -36,7 +36,7 @@ from serve_app.setting_values import (
 
 ROOT = Path(__file__).resolve().parent.parent  # the repository, with cards and models
 FILE = ROOT / "configs" / "service.yaml"
-FOLDERS = (
+PATHS = (
     "data_dir",
     "cards_dir",
     "model_checkpoint_dir",
@@ -212,7 +212,7 @@ class Settings(BaseSettings):
             raise BadRequest(invalid_settings(error, cls.model_fields, values)) from None
         except SettingsError as error:
             raise BadRequest(f"the settings cannot be read: {error}") from None
-        paths: dict[str, Path | None] = {name: getattr(settings, name) for name in FOLDERS}
+        paths: dict[str, Path | None] = {name: getattr(settings, name) for name in PATHS}
         return settings.model_copy(
             update={name: (ROOT / path.expanduser()).resolve() for name, path in paths.items() if path}
         )

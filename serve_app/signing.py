@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import fcntl
 import logging
 import os
 from pathlib import Path
@@ -87,8 +88,12 @@ def _test_chain(folder: Path) -> tuple[str, str]:
     made = make_test_chain(datetime.datetime.now(datetime.UTC))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, text in zip((key, certificates), reversed(made), strict=True):
-            _write_private(path, text)
+        with (folder / f"{TEST_KEY}.lock").open("a") as lock:  # models of a fleet are built at the same time
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if certificates.exists() and key.exists():
+                return certificates.read_text(encoding="ascii"), key.read_text(encoding="ascii")
+            for path, text in zip((key, certificates), reversed(made), strict=True):
+                _write_private(path, text)
     except OSError as error:
         logger.warning(
             "the test certificate cannot be kept, so every start has another", extra={"error": str(error)}

@@ -146,8 +146,10 @@ class PartFiles:
 def find_part(kind: Any, folder: Path, weights: Weights) -> PartFiles:
     """The module of this class alone in a folder, in the dtype of its weights.
 
-    Raises FileNotFoundError for missing files.
+    Raises FileNotFoundError for missing files, ModelFailed for a class that needs a library that is not
+    installed.
     """
+    refuse_missing_library(kind)
     return PartFiles(kind, folder, find_weights(folder, weights.variant), PartPlan("", weights.dtype))
 
 
@@ -186,6 +188,8 @@ def _places(folder: Path) -> dict[str, tuple[str, str, Path]]:
         return modular_parts(folder)
     index = json.loads((folder / "model_index.json").read_bytes())
     pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    if pipeline is not None:
+        refuse_missing_library(pipeline)
     wanted = () if pipeline is None else inspect.signature(pipeline.__init__).parameters
     return {
         name: (str(entry[0]), entry[1], folder / name if (folder / name).is_dir() else folder)

@@ -75,11 +75,10 @@ def check_same_latents(refiner: Any, base: Any) -> None:
 
 
 def _latents_of(pipeline: Any) -> dict[str, float]:
-    unet, vae = pipeline.unet.config, pipeline.vae.config
     return {
-        "latent channels": float(unet.in_channels),
-        "the VAE's scaling factor": float(vae.scaling_factor),
-        "pixels per latent": float(2 ** (len(vae.block_out_channels) - 1)),
+        "latent channels": float(pipeline.unet.config.out_channels),  # those of inpainting have more inputs
+        "the VAE's scaling factor": float(pipeline.vae.config.scaling_factor),
+        "pixels per latent": float(pipeline.vae_scale_factor),
     }
 
 

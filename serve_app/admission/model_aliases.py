@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import NotFound
+from deployments.protocol.errors import BadRequest, NotFound
 from serve_app.admission.validation import find_card
 
 ANY = "*"  # stands for every name that is not known
@@ -21,8 +21,11 @@ def resolve_model(
 ) -> tuple[ModelCard, tuple[Adjustment, ...]]:
     """The card that this name means, and a warning where that is by an alias of the operator's.
 
-    A model's own names count first; case is ignored. Raises NotFound, which names the setting.
+    A model's own names count first; case is ignored. Raises BadRequest for an empty name, NotFound, which
+    names the setting, for one that means nothing here.
     """
+    if not name:
+        raise BadRequest("model must have at least 1 character; leave it out for the default", param="model")
     try:
         return find_card(name, cards), ()
     except NotFound as error:

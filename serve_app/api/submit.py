@@ -19,19 +19,19 @@ from serve_app.api.validation_messages import bad_request
 from serve_app.jobs.job import IdempotencyKey, Job
 from serve_app.loras.spec import extract_lora_tags
 
-NONE: tuple[Adjustment, ...] = ()
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
 async def submit(caller: CallerContext, body: SubmitBody) -> Job:
     """The stored job. Raises what JobService.submit raises, and BadRequest for what the body cannot mean."""
     began = time.perf_counter()
-    model, aliased = body.model, NONE
+    model = body.model
+    aliased: tuple[Adjustment, ...] = ()
     if model is None:
         model = await choose_model(
             caller, (body.task,), controls=body.control_types, refiner=body.uses_refiner
         )
-    elif model:  # an empty name is refused with the other fields
+    else:
         card, aliased = resolve_model(model, caller.state.cards, caller.state.settings.model_aliases)
         model = card.id
     request = _to_request(body, model)

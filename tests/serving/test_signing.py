@@ -7,6 +7,8 @@ import datetime
 import io
 import json
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,22 @@ def signed_png(identity: SigningIdentity) -> bytes:
     Image.new("RGB", (64, 64), "red").save(buffer, "PNG")
     artifact = Artifact(0, "image", "image/png", buffer.getvalue(), 64, 64, 1)
     return asyncio.run(ManifestSigner(identity).sign(artifact, request)).data
+
+
+def test_starts_at_the_same_time_agree_on_one_test_certificate(tmp_path: Path) -> None:
+    settings = Settings.load(data_dir=tmp_path)
+    at_once = threading.Barrier(8)
+
+    def start() -> SigningIdentity | None:
+        at_once.wait()
+        return signing_identity(settings)
+
+    with ThreadPoolExecutor(8) as starts:
+        identities = [started.result() for started in [starts.submit(start) for _ in range(8)]]
+
+    assert all(identity == identities[0] for identity in identities)
+    assert identities[0] is not None
+    ManifestSigner(identities[0])  # its certificate is that of its key
 
 
 def test_the_first_start_makes_a_test_certificate_that_the_next_ones_use(tmp_path: Path) -> None:

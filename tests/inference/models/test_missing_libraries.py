@@ -22,7 +22,7 @@ def has_torchvision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     return bool(request.param)
 
 
-@pytest.mark.parametrize("kind", ["CosmosTransformer3DModel", "CosmosControlNetModel"])
+@pytest.mark.parametrize("kind", ["CosmosTransformer3DModel", "CosmosControlNetModel", "OmniGenPipeline"])
 def test_a_class_that_needs_torchvision_is_refused_without_it(kind: str, has_torchvision: bool) -> None:
     if has_torchvision:
         refuse_missing_library(getattr(diffusers, kind))

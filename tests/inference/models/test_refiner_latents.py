@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from deployments.pipelines.ensemble import check_same_latents
 from deployments.protocol.card import load_card
 from deployments.protocol.events import Artifact, Event, Failed, Step
 from deployments.protocol.request import GenerationRequest
@@ -63,6 +64,13 @@ def more_channels(refiner: Any) -> None:
     refiner.unet = type(refiner.unet).from_config(
         {**refiner.unet.config, "in_channels": 8, "out_channels": 8}
     )
+
+
+def test_a_model_for_inpainting_has_the_latents_of_its_plain_kin() -> None:
+    base = tiny.sdxl()
+    base.unet = type(base.unet).from_config({**base.unet.config, "in_channels": 9})
+
+    check_same_latents(tiny.sdxl_refiner(), base)
 
 
 @pytest.mark.parametrize("in_group", [True, False])

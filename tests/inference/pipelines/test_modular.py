@@ -127,10 +127,9 @@ def work(pipeline: ModularAdapter, request: dict[str, Any], seed: int) -> Callab
     def call() -> Tensor:
         own: Any = copy.copy(pipeline)
         vars(own)["scheduler"] = copy.deepcopy(pipeline.scheduler)
-        result: Tensor = own(
-            **request, generator=[torch.Generator().manual_seed(seed)], output_type="pt"
-        ).images
-        return result
+        made = own(**request, generator=[torch.Generator().manual_seed(seed)], output_type="pt")
+        shown = made.images if hasattr(made, "images") else made.frames
+        return shown if isinstance(shown, Tensor) else torch.stack(list(shown))
 
     return call
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from torch import Tensor
 
 from deployments.pipelines.modular import ModularAdapter
 from tests.inference import families
-from tests.inference.pipelines.test_modular import play, quiet
+from tests.inference.pipelines.test_modular import play, quiet, work
 
 SAME_PARTS = {  # the parts of the plain pipeline make the Modular one
     "FluxModularPipeline": "FLUX.1-dev",
@@ -112,14 +110,3 @@ def requests_for(pipeline: ModularAdapter, common: dict[str, Any]) -> list[dict[
             request["guidance_scale"] = scale
         requests.append({**request, "height": SIDE, "width": SIDE})
     return requests
-
-
-def work(pipeline: ModularAdapter, request: dict[str, Any], seed: int) -> Callable[[], Tensor]:
-    def call() -> Tensor:
-        own: Any = copy.copy(pipeline)
-        vars(own)["scheduler"] = copy.deepcopy(pipeline.scheduler)
-        made = own(**request, generator=[torch.Generator().manual_seed(seed)], output_type="pt")
-        shown = made.images if hasattr(made, "images") else made.frames
-        return shown if isinstance(shown, Tensor) else torch.stack(list(shown))
-
-    return call

@@ -74,6 +74,14 @@ async def test_an_alias_of_a_model_that_is_not_served_says_which(aliased: httpx.
     assert "'gone' stands for 'removed-model' by WEFT_MODEL_ALIASES" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", CALLS)
+async def test_an_empty_name_is_no_alias(open_to_any: httpx.AsyncClient, path: str) -> None:
+    answer = await open_to_any.post(path, json={**CALLS[path], "model": ""})
+
+    assert answer.status_code in (400, 422)
+    assert "at least 1 character" in answer.text
+
+
 async def test_a_star_stands_for_every_other_name(open_to_any: httpx.AsyncClient) -> None:
     for name, model in (("anything", "sketch"), ("gpt-image-1", "tiny-flux-schnell"), ("sketch", "sketch")):
         answer = await open_to_any.post("/v1/images/generations", json={"prompt": "a star", "model": name})

@@ -79,6 +79,17 @@ async def test_without_the_setting_no_site_is_allowed(state: ApiState) -> None:
     assert "access-control-allow-origin" not in answer.headers
 
 
+@pytest.mark.parametrize(("key", "status"), [(SecretStr(KEY), 200), (None, 403)])
+async def test_a_star_allows_every_site_only_with_a_key(
+    state: ApiState, key: SecretStr | None, status: int
+) -> None:
+    settings = state.settings.model_copy(update={"cors_origins": ("*",), "api_key": key})
+    async with client_of(create_app(replace(state, settings=settings))) as client:
+        answer = await client.get("/v1/models", headers={"Origin": OTHER, "Authorization": f"Bearer {KEY}"})
+
+    assert answer.status_code == status
+
+
 @pytest.mark.parametrize(
     "text", ["chat.example.org", "https://chat.example.org/app", "ftp://chat.example.org"]
 )
