@@ -41,6 +41,8 @@ def tiny_card(card_id: str, tiny: str, **serving: Any) -> dict[str, Any]:
     if tiny == "tiny-sd15":  # what it stands for makes pictures only
         del card["videos"]
         card["tasks"] = ["t2i", "i2i"]
+    if "refiner" in card:  # under the name that it has here
+        (card["refiner"],) = (name for name, weights in WEIGHTS.items() if weights == card["refiner"])
     return card | {"id": card_id, "aliases": []}
 
 
