@@ -153,6 +153,7 @@ class Settings(BaseSettings):
     record_ttl_s: int = Field(7 * 86_400, ge=60)  # lifetime of the record of an ended job
     events_kept: int = Field(256, ge=16)  # per job, for replay
     result_ttl_s: int = Field(86_400, ge=60)  # files of an ended job, and the result cache
+    usage_kept_days: int = Field(400, ge=1, le=3_660)  # totals of what jobs used
     idempotency_ttl_s: int = Field(86_400, ge=60)  # how long an Idempotency-Key is remembered
     webhook_hosts: Hosts = ()  # allowed targets of webhooks: example.org, *.example.org, *
     cache: bool = True  # answer an owner's identical request (same seed) with the existing files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
@@ -13,12 +13,11 @@ from deployments.engine.device_streams import engine_stream
 from deployments.engine.engine_stats import EngineStats
 from deployments.engine.fiber import Fiber, FiberCancelled
 from deployments.engine.forward_runner import ForwardRunner, InlineRunner, ThreadRunner
-from deployments.engine.forward_timer import ForwardTimer
+from deployments.engine.forward_timer import ForwardTimer, TimedForward
 from deployments.engine.lane import Lane
 from deployments.engine.memory_meter import MemoryMeter
 from deployments.engine.out_of_memory import free_device_memory
 from deployments.engine.proof_state import ProofState
-from deployments.engine.scheduled_job import ScheduledJob
 from deployments.engine.step_scheduler import StepScheduler
 from deployments.protocol.request import Exactness
 
@@ -70,7 +69,7 @@ class Engine:
         self._steps = lane(InlineRunner(self._timer, meter), observes_backlog=True)
         self._auxiliary = self._steps
         if auxiliary_lane:
-            runner = ThreadRunner(device, self._record_forward, now, lambda: self.on_auxiliary_done(), meter)
+            runner = ThreadRunner(device, self._timer, lambda: self.on_auxiliary_done(), meter)
             self._auxiliary = lane(runner, observes_backlog=False)
         self._woken: list[Fiber] = []  # in the current step
         self._lanes = (self._steps, self._auxiliary) if auxiliary_lane else (self._steps,)
@@ -210,14 +209,7 @@ class Engine:
         self._crowded_out.append(fiber)
         return True
 
-    def _record_forward(
-        self,
-        module: str,
-        key: Hashable,
-        batch_size: int,
-        seconds: float,
-        jobs: Sequence[ScheduledJob],
-        now: float,
-    ) -> None:
-        self._scheduler.record_forward(key, batch_size, seconds, jobs, now)
-        self.stats.record_forward(module, jobs[0].labels, batch_size, seconds)
+    def _record_forward(self, forward: TimedForward, seconds: float, now: float) -> None:
+        jobs = forward.jobs
+        self._scheduler.record_forward(forward.key, forward.batch_size, seconds, jobs, now)
+        self.stats.record_forward(forward.module, jobs[0].labels, forward.batch_size, seconds)

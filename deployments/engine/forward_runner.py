@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from deployments.engine.batch_buckets import BucketProver
 from deployments.engine.call import ModuleCall
 from deployments.engine.fiber import Fiber
-from deployments.engine.forward_timer import ForwardTimer, Report
+from deployments.engine.forward_timer import ForwardTimer, TimedForward
 from deployments.engine.lora_rows import run_with_lora_rows
 from deployments.engine.memory_meter import MemoryMeter
 from deployments.engine.stacking import split, stack
@@ -31,6 +31,12 @@ class Forward:
     outputs: Sequence[Any] = ()  # one per fiber, unless it failed
     unproven: Sequence[ModuleCall] = ()  # calls that shared a batch size without a proof
     failure: Exception | None = None
+
+    def timed(self, batch_size: int) -> TimedForward:
+        """This forward as its timer knows it. batch_size: that ran."""
+        first = self.calls[0]
+        jobs, rows = [fiber.job for fiber in self.fibers], [call.batch_size for call in self.calls]
+        return TimedForward(first.seam.name, first.key, batch_size, jobs, rows)
 
     def run_measured(self, meter: MemoryMeter | None, lane: Literal["steps", "auxiliary"]) -> int:
         """As `run`, with its memory measured."""
@@ -100,8 +106,7 @@ class InlineRunner:
         except Exception as error:
             forward.failure = error
         else:
-            first = forward.calls[0]
-            self._timer.stop(first.seam.name, first.key, batch_size, [fiber.job for fiber in forward.fibers])
+            self._timer.stop(forward.timed(batch_size))
 
     def collect(self, *, block: bool) -> Forward | None:  # noqa: ARG002 there is nothing to wait for
         forward, self._done = self._done, None
@@ -117,17 +122,15 @@ class ThreadRunner:
     def __init__(
         self,
         device: torch.device,
-        report: Report,
-        now: Callable[[], float],
+        timer: ForwardTimer,
         on_done: Callable[[], None],
         meter: MemoryMeter | None = None,
     ) -> None:
-        """report: called on the engine's thread, in `collect`. on_done: called on the runner's thread when a
+        """timer: gets each forward's seconds, in `collect`. on_done: called on the runner's thread when a
         forward can be collected."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="auxiliary")
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._report = report
-        self._now = now
+        self._timer = timer
         self._on_done = on_done
         self._meter = meter
         self._running: tuple[Forward, Future[tuple[int, float]]] | None = None
@@ -151,8 +154,7 @@ class ThreadRunner:
         batch_size, seconds = future.result()
         self._running, self.busy_since = None, None
         if forward.failure is None:
-            first, jobs = forward.calls[0], [fiber.job for fiber in forward.fibers]
-            self._report(first.seam.name, first.key, batch_size, seconds, jobs, self._now())
+            self._timer.report(forward.timed(batch_size), seconds)
         if self._stream is not None:  # their memory is reused only when the engine's stream has used them
             for tensor in tree_leaves(forward.outputs):
                 if isinstance(tensor, Tensor):

@@ -6,6 +6,8 @@ import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from deployments.engine.device_time import DeviceTime
+
 NO_CALL = (0.0, None, 1.0)
 
 
@@ -30,6 +32,7 @@ class ScheduledJob:
     shape: Hashable = None  # the calls of jobs of equal shape probably share forwards
     labels: tuple[str, str] = ("", "")  # model and size class, for the metrics of its forwards
     whole: ScheduledJob | None = None  # the request that this is a branch of, which is scored as a whole
+    device_time: DeviceTime = field(default_factory=DeviceTime, repr=False)  # of `request`
 
     # written by FairShare
     user_clock: UserClock | None = field(default=None, init=False, repr=False)

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from deployments.engine.device_streams import decode_stream
+from deployments.engine.device_time import DeviceTime
 from deployments.engine.out_of_memory import free_device_memory, is_out_of_memory, shortage
 from deployments.media.video_spec import Frames
 from deployments.pipelines.latent_decoder import LatentDecoder
@@ -38,16 +39,17 @@ class DecodeThread:
         self._stream = decode_stream(device or torch.device("cpu"))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
 
-    async def next_frames(self, decoder: LatentDecoder) -> Frames | None:
-        """The video's next frames (n, H, W, 3); None after the last.
+    async def next_frames(self, decoder: LatentDecoder, device_time: DeviceTime) -> Frames | None:
+        """The video's next frames (n, H, W, 3); None after the last. device_time: of its request.
 
         Raises OutOfMemory when the device's memory does not suffice, also while no step is computed.
         """
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._decode, decoder)
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._thread, self._decode, decoder, device_time)
         except OutOfMemory:
             logger.warning("out of memory, the frames are decoded between two steps")
-        return await self._run_between_steps(partial(self._decode, decoder))
+        return await self._run_between_steps(partial(self._decode, decoder, device_time))
 
     def check(self) -> None:
         """Raises ModelUnavailable if the decoder hangs."""
@@ -55,7 +57,7 @@ class DecodeThread:
         if since is not None and time.monotonic() - since > self._watchdog_s:
             raise ModelUnavailable("the video decoder hangs; the replica must be replaced")
 
-    def _decode(self, decoder: LatentDecoder) -> Frames | None:
+    def _decode(self, decoder: LatentDecoder, device_time: DeviceTime) -> Frames | None:
         began = self._busy_since = time.monotonic()
         try:
             with torch.cuda.stream(self._stream):
@@ -67,7 +69,9 @@ class DecodeThread:
         finally:
             self._busy_since = None
         self.frames += 0 if frames is None else len(frames)
-        self.seconds += time.monotonic() - began
+        seconds = time.monotonic() - began
+        self.seconds += seconds
+        device_time.add(seconds)
         return frames
 
 

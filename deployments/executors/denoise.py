@@ -146,4 +146,5 @@ def _scheduled_job(run: Run, calls: PipelineCalls) -> ScheduledJob:
         batch_size=request.num_images,
         labels=(model_id, size_class(request.width, request.height, num_frames)),
         shape=job_shape(model_id, request.width, request.height, num_frames),
+        device_time=run.device_time,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from deployments.engine.device_time import DeviceTime
 from deployments.engine.worker import Worker
 from deployments.executors.decode_thread import DecodeThread
 from deployments.executors.video_encoding import Encoder
@@ -31,7 +32,9 @@ class Run:
     refiner: ModelInstance | None = None  # that the request uses, where it is a model of the group
     lora_set: LoraSet | None = None  # None without LoRAs that change anything
     frame: VideoFrame | None = None  # set when the picture is one frame of a frame-wise video
-    warnings: list[Adjustment] = field(default_factory=list)  # see warn; a video shares it with its frames
+    # see warn; a video shares it, and its device time, with its frames
+    warnings: list[Adjustment] = field(default_factory=list)
+    device_time: DeviceTime = field(default_factory=DeviceTime)
 
     def warn(self, code: str, param: str, message: str, *, of_result: bool = True) -> None:
         """Have the end of the request report this, once for all of its pictures.

@@ -35,7 +35,7 @@ async def _decode_and_encode(run: Run, finished: Finished) -> AsyncGenerator[Eve
     decoder: LatentDecoder = finished.value[0]
     async with encoding_session(run, decoder.total) as session:
         decoded = encoded = 0
-        while (frames := await run.decode_thread.next_frames(decoder)) is not None:
+        while (frames := await run.decode_thread.next_frames(decoder, run.device_time)) is not None:
             decoded += len(frames)
             yield Stage("decode", decoded, decoder.total)
             await session.add(frames)

@@ -74,6 +74,11 @@ _JOB_METRICS = (
     _gauge("weft_slots_free", "Further jobs that this dispatcher could send to a model.", "model"),
     _counter("weft_jobs_ended_total", "Jobs ended, by state and kind of error.", "model", "state", "error"),
     _counter(
+        "weft_job_device_seconds_total", "Device seconds of ended jobs: their shares of forwards.", "model"
+    ),
+    _counter("weft_job_megapixels_total", "Megapixels of the files of ended jobs.", "model"),
+    _counter("weft_job_cost_total", "Cost of ended jobs, by the prices of their models.", "model"),
+    _counter(
         "weft_attempts_given_back_total",
         "Attempts whose job returned to the queue because its replica was draining or lost.",
         "model",

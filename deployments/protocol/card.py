@@ -314,6 +314,7 @@ class ModelCard(Strict):
     vram_gib: float = 0.0  # for the weights and one picture of the default size; 0: runs on a CPU
     memory: MemoryNeeds | None = None  # by part, for the plan of a device; None: not known
     licence: Licence
+    price_per_device_second: float = Field(0.0, ge=0)  # in the operator's currency, for usage and budgets
     serving: Serving = Serving()
 
     @property

@@ -34,6 +34,8 @@ class Step:
 
     step: int  # 1..steps
     steps: int
+    # device seconds of this call so far; on a GPU those of the last one or two forwards are not in it
+    device_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,8 @@ class Done:
     merged_unproven: tuple[str, ...] = ()
     # found while the request ran, or by a replica that a call by handle reached without validation
     warnings: tuple[Adjustment, ...] = ()
+    # its share, by rows, of the seconds of every forward, and what decoding its video took
+    device_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,7 @@ class Failed:
     retryable: bool
     param: str | None = None
     retry_after_s: float | None = None
+    device_s: float = field(default=0.0, compare=False)  # as in Done
 
     @staticmethod
     def of(error: WeftError) -> Failed:

@@ -198,4 +198,4 @@ async def _enabled(accounts: AccountStore, user_id: str) -> User:
 def _principal(user: User, scopes: frozenset[Scope], key: str) -> Principal:
     """The role limits the scopes: the keys of a former admin have no admin scope any more."""
     allowed = scopes if user.role is Role.admin else scopes - {Scope.admin}
-    return Principal(user.id, user.role, allowed, user.images_per_day, key)
+    return Principal(user.id, user.role, allowed, user.images_per_day, user.budget_per_month, key)

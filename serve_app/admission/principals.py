@@ -45,6 +45,7 @@ class Principal:
     role: Role = Role.admin
     scopes: frozenset[Scope] = SCOPES
     images_per_day: int | None = None  # None: no limit
+    budget_per_month: float | None = None  # in the operator's currency; None: no limit
     key: str = ""  # prefix of the key; revoking it invalidates what was made from it
 
     def require(self, scope: Scope) -> None:

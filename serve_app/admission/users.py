@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import secrets
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ class User:
     email: str  # lower case
     role: Role
     images_per_day: int | None  # None: no limit
+    budget_per_month: float | None  # in the operator's currency; None: no limit
     disabled: bool
     epoch: int  # a token of another epoch is invalid
     created_at: float  # unix seconds of the store's clock
@@ -43,13 +45,22 @@ class Users:
         self._prefix = prefix
 
     async def add(
-        self, name: str, email: str, role: Role = Role.user, images_per_day: int | None = None
+        self,
+        name: str,
+        email: str,
+        role: Role = Role.user,
+        images_per_day: int | None = None,
+        budget_per_month: float | None = None,
     ) -> User:
         """The new user. Raises Conflict when the e-mail address is in use, BadRequest for invalid values."""
         email, name = _checked_email(email), _checked_name(name)
         if images_per_day is not None and images_per_day < 0:
             raise BadRequest(
                 "images_per_day must be 0 or more; leave it out for no limit", param="images_per_day"
+            )
+        if budget_per_month is not None and not 0 <= budget_per_month < math.inf:
+            raise BadRequest(
+                "budget_per_month must be 0 or more; leave it out for no limit", param="budget_per_month"
             )
         user_id, taken = secrets.token_hex(ID_BYTES), self._email(email)
 
@@ -63,6 +74,7 @@ class Users:
                 "email": email,
                 "role": role.value,
                 "images_per_day": "" if images_per_day is None else str(images_per_day),
+                "budget_per_month": "" if budget_per_month is None else repr(float(budget_per_month)),
                 "disabled": "0",
                 "epoch": "0",
                 "created": str(created_s),
@@ -155,6 +167,7 @@ def _user(user_id: str, fields: Mapping[str, str]) -> User:
         email=fields["email"],
         role=Role.admin if fields["role"] == Role.admin else Role.user,  # an unknown one allows the least
         images_per_day=int(fields["images_per_day"]) if fields["images_per_day"] else None,
+        budget_per_month=float(budget) if (budget := fields.get("budget_per_month")) else None,
         disabled=fields["disabled"] == "1",
         epoch=int(fields["epoch"]),
         created_at=float(fields["created"]),

@@ -33,7 +33,9 @@ async def list_users(caller: CurrentCaller) -> UserList:
 async def add_user(http_request: Request, caller: CurrentCaller) -> UserOut:
     """A new user, who still needs a key."""
     body = await read_json(http_request, UserBody)
-    user = await _accounts(caller).users.add(body.name, body.email, body.role, body.images_per_day)
+    user = await _accounts(caller).users.add(
+        body.name, body.email, body.role, body.images_per_day, body.budget_per_month
+    )
     return UserOut.of(user)
 
 

@@ -18,6 +18,7 @@ from serve_app.api import (
     results,
     sessions,
     tasks,
+    usage,
     websocket,
 )
 from serve_app.api.auth import get_caller
@@ -37,6 +38,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     *tasks.ROUTERS,
     *openai.ROUTERS,
     ops.router,
+    usage.router,
     sessions.router,
     admin.router,
 )

@@ -42,6 +42,7 @@ _BY_SCOPE: Mapping[Scope, tuple[str, ...]] = {
         "GET /api/loras/{id}/preview",
         "GET /api/models",
         "GET /api/models/{model:path}",
+        "GET /api/usage",
         "GET /task/{task_id}/status",
         "GET /task/{task_id}/result",
         "GET /v1/models",

@@ -64,6 +64,7 @@ async def who_am_i(caller: CurrentCaller) -> CallerOut:
         role=principal.role,
         scopes=sorted(principal.scopes),
         images_per_day=principal.images_per_day,
+        budget_per_month=principal.budget_per_month,
     )
 
 

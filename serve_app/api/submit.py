@@ -11,6 +11,7 @@ from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import ControlType, GenerationRequest, Task
 from serve_app.admission.model_aliases import resolve_model
+from serve_app.admission.principals import LOCAL
 from serve_app.admission.validation import default_model, find_card
 from serve_app.api.caller import CallerContext
 from serve_app.api.schemas.submit_body import SubmitBody
@@ -43,6 +44,8 @@ async def submit(caller: CallerContext, body: SubmitBody) -> Job:
             idempotency_key=_idempotency_key(caller, body),
             webhook=body.webhook,
             images_per_day=caller.principal.images_per_day,
+            api_key="" if caller.owner == LOCAL else caller.principal.key,
+            budget_per_month=caller.principal.budget_per_month,
             notices=(*aliased, *body.notices),
         )
     await caller.body_slot.aclose()  # a synchronous dialect waits on without the body

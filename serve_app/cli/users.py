@@ -33,11 +33,15 @@ def add_user(
     name: Annotated[str | None, typer.Option(help="Name of the user.  Default: the e-mail address.")] = None,
     role: Annotated[Role, typer.Option(help="What the user may do.")] = Role.user,
     images_per_day: Annotated[int | None, typer.Option(help="Quota of images.  Default: no limit.")] = None,
+    budget_per_month: Annotated[
+        float | None,
+        typer.Option(help="What jobs may cost by the models' price_per_device_second.  Default: no limit."),
+    ] = None,
 ) -> None:
     """Add a user.  Create a key for the user next."""
 
     async def add(accounts: AccountStore) -> str:
-        user = await accounts.users.add(name or email, email, role, images_per_day)
+        user = await accounts.users.add(name or email, email, role, images_per_day, budget_per_month)
         return f"{_user_line(user)}\nNext: weft keys create {user.email}"
 
     if _run(add).auth_disabled:
@@ -145,8 +149,9 @@ def _run(command: Callable[[AccountStore], Awaitable[str]]) -> Settings:
 
 def _user_line(user: User) -> str:
     quota = "no limit" if user.images_per_day is None else f"{user.images_per_day} images/day"
+    budget = "no budget" if user.budget_per_month is None else f"{user.budget_per_month:g}/month"
     state = "disabled" if user.disabled else "enabled"
-    return f"{user.id}  {user.email:32} {user.role.value:6} {quota:18} {state:9} {user.name}"
+    return f"{user.id}  {user.email:32} {user.role.value:6} {quota:18} {budget:12} {state:9} {user.name}"
 
 
 def _key_line(key: ApiKey) -> str:

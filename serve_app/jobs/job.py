@@ -84,6 +84,8 @@ class SubmitOptions:
     webhook: str | None = None  # URL that receives the ending
     max_wait_s: float | None = None  # reject the job when it would wait longer before it starts
     images_per_day: int | None = None  # the owner's quota; None: no quota
+    api_key: str = ""  # prefix of the key that submitted it, for usage
+    price_per_device_second: float = 0.0  # of its model when it was submitted
     request_id: str = ""  # of the HTTP request that submitted it, for logs
     trace: str = ""  # W3C traceparent of that request's span
 
@@ -145,6 +147,9 @@ class Job:
     webhook: str | None = None
     files_expired: bool = False  # its files were removed after their retention time
     charge: Charge | None = None  # what it took from its owner's quota
+    device_us: int = 0  # device microseconds, of all attempts
+    api_key: str = ""  # prefix of the key that submitted it
+    price_per_device_second: float = 0.0  # of its model when it was accepted, in the operator's currency
     request_id: str = ""  # of the HTTP request that submitted it
     trace: str = ""  # W3C traceparent of that request's span
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
+from datetime import date
 
 from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import Conflict, NotFound, Overloaded, Unauthorized
+from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overloaded, Unauthorized
 from deployments.protocol.request import GenerationRequest
 from serve_app.job_ids import is_job_id
 from serve_app.jobs import follow, signed_links
@@ -17,10 +18,13 @@ from serve_app.jobs.store.owner_index import ALL_JOBS, JobFilter, JobPage
 from serve_app.jobs.store.reads import NO_SUCH_JOB
 from serve_app.jobs.store.store import FROM_START, JobStore
 from serve_app.jobs.submission import Submission
+from serve_app.jobs.usage import UsageRow
 from serve_app.jobs.webhook_events import owner_secret
 from serve_app.settings import Settings
 from serve_app.storage.model_digests import ModelDigests
 from serve_app.storage.results import ResultStore
+
+MAX_DAYS = 366  # of a report of usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +60,15 @@ class JobService:
         idempotency_key: IdempotencyKey | None = None,
         webhook: str | None = None,
         images_per_day: int | None = None,
+        api_key: str = "",
+        budget_per_month: float | None = None,
         notices: tuple[Adjustment, ...] = (),
     ) -> Job:
         """The accepted job: durable, and certain to end. The same idempotency key again returns the same job.
 
-        webhook: URL of an allowed host that receives the ending.  images_per_day: the owner's quota.
+        webhook: URL of an allowed host that receives the ending.
+        images_per_day, budget_per_month: the owner's quota.
+        api_key: prefix of the key that the job's usage is counted for.
         notices: what was changed before; the job's warnings begin with it.
         Raises what `validate` raises, Overloaded (also when the disk is nearly full), RateLimited, Conflict,
         QuotaExceeded.
@@ -71,12 +79,26 @@ class JobService:
             idempotency_key=idempotency_key,
             webhook=webhook,
             images_per_day=images_per_day,
+            api_key=api_key,
+            budget_per_month=budget_per_month,
             notices=notices,
         )
 
     async def empty_cache(self, owner: str) -> None:
         """From now on no request of this owner is answered by an earlier result."""
         await self._store.cache.empty(owner)
+
+    async def usage(self, first: date | None, last: date | None, user: str | None) -> list[UsageRow]:
+        """What jobs used that ended from the first day to the last, UTC; None: this month's first day, today.
+
+        user: only theirs; None: everyone's. Raises BadRequest for a period that is empty or over a year.
+        """
+        today = await self._store.usage.today()
+        last = last or today
+        first = first or last.replace(day=1)
+        if not 0 <= (last - first).days <= MAX_DAYS:
+            raise BadRequest(f"`from` must be before `to`, by at most {MAX_DAYS} days", param="from")
+        return await self._store.usage.rows(first, last, user)
 
     async def webhook_secret(self, owner: str) -> str:
         """The key that this owner's webhooks are signed with."""

@@ -9,13 +9,15 @@ from collections.abc import Mapping
 from deployments.protocol import log_context
 from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import BadRequest, Forbidden, Overloaded
+from deployments.protocol.errors import BadRequest, Forbidden, Overloaded, QuotaExceeded
 from deployments.protocol.request import SEEDS, GenerationRequest, ResolvedRequest
+from serve_app.admission.quota import DAY_S
 from serve_app.admission.validation import validate
 from serve_app.job_ids import new_job_id
 from serve_app.jobs import inputs
 from serve_app.jobs.job import IdempotencyKey, Job, NewJob, SubmitOptions
 from serve_app.jobs.store.store import JobStore
+from serve_app.jobs.usage import MICRO
 from serve_app.observability.tracing import current_traceparent
 from serve_app.redis.transactions import StoreUnreachable
 from serve_app.settings import Settings
@@ -53,12 +55,16 @@ class Submission:
         idempotency_key: IdempotencyKey | None,
         webhook: str | None,
         images_per_day: int | None,
+        api_key: str = "",
+        budget_per_month: float | None = None,
         notices: tuple[Adjustment, ...] = (),
     ) -> Job:
         """See JobService.submit."""
         webhook_url = None if webhook is None else self._check_webhook(webhook)
         resolved = validate(request, self._cards, secrets.randbelow(SEEDS))
         card = self._cards[resolved.request.model]  # read before waiting: models may be removed meanwhile
+        if budget_per_month is not None:
+            await self._check_budget(owner, budget_per_month)
         if not await self._results.free_space_ok():
             raise Overloaded(
                 "there is too little disk space for new pictures; try again later", retry_after_s=60
@@ -68,6 +74,8 @@ class Submission:
             cache_key=None if request.seed is None else await self._cache_key(resolved.request, card, owner),
             webhook=webhook_url,
             images_per_day=images_per_day,
+            api_key=api_key,
+            price_per_device_second=card.price_per_device_second,
             max_wait_s=card.serving.max_wait_s,
             request_id=log_context.current().request_id,
             trace=current_traceparent(),
@@ -79,6 +87,16 @@ class Submission:
         if job.id == new.id:
             logger.info("job accepted", extra={"job_id": job.id, "model": job.request.model})
         return job
+
+    async def _check_budget(self, owner: str, budget_per_month: float) -> None:
+        """Raises QuotaExceeded once the month's ended jobs cost the budget; running ones may exceed it."""
+        spent = await self._store.usage.cost_of_month(owner) / MICRO
+        if spent >= budget_per_month:
+            raise QuotaExceeded(
+                f"your jobs of this month have cost {spent:.2f}, and your budget is {budget_per_month:g}; "
+                "ask the operator for a larger one, or try again next month",
+                retry_after_s=DAY_S,
+            )
 
     def _check_webhook(self, url: str) -> str:
         """The URL as it will be called. Raises BadRequest or Forbidden, naming the field."""

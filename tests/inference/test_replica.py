@@ -75,6 +75,16 @@ async def test_events_come_in_order_and_end_with_done(model: ModelReplica) -> No
     assert events[-1].generation_s > 0
 
 
+async def test_steps_and_the_end_say_how_many_device_seconds_a_request_took(model: ModelReplica) -> None:
+    events = await events_of(model)
+
+    seconds = [event.device_s for event in events if isinstance(event, Step | Done)]
+    assert 0 < seconds[0] < seconds[-2] < seconds[-1], "the VAE's comes after the last step"
+    assert seconds == sorted(seconds)
+    assert isinstance(events[-1], Done)
+    assert seconds[-1] < events[-1].generation_s
+
+
 async def test_a_picture_comes_with_its_size_its_seed_and_how_it_was_made(model: ModelReplica) -> None:
     (picture,) = await pictures_of(model)
 

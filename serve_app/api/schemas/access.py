@@ -42,6 +42,7 @@ class CallerOut(BaseModel):
     role: Role | None = None
     scopes: list[str]
     images_per_day: int | None
+    budget_per_month: float | None = Field(None, description="In the operator's currency.")
 
 
 class LoggedOut(BaseModel):
@@ -57,6 +58,9 @@ class UserBody(NullableFields):
     email: str = Field(max_length=320)
     role: Role = Role.user
     images_per_day: Int | None = Field(None, ge=0, le=10**9, strict=True)
+    budget_per_month: float | None = Field(
+        None, ge=0, le=10**12, description="What the jobs of a month may cost, by the prices of their models."
+    )
 
 
 class UserChange(NullableFields):
@@ -73,6 +77,7 @@ class UserOut(BaseModel):
     email: str
     role: Role
     images_per_day: int | None
+    budget_per_month: float | None
     disabled: bool
     created_at: float  # unix seconds
 
@@ -84,6 +89,7 @@ class UserOut(BaseModel):
             email=user.email,
             role=user.role,
             images_per_day=user.images_per_day,
+            budget_per_month=user.budget_per_month,
             disabled=user.disabled,
             created_at=user.created_at,
         )

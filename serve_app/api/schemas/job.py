@@ -13,6 +13,7 @@ from deployments.protocol.request import (
     ResolvedRequest,
     ResolvedVideo,
 )
+from serve_app.api.schemas.usage import JobUsageOut
 from serve_app.jobs.job import Job, JobError, JobState, StoredArtifact
 
 EXTENSIONS = {
@@ -271,6 +272,7 @@ class JobOut(BaseModel):
     warnings: list[WarningOut]
     artifacts: list[ArtifactOut]
     error: JobErrorOut | None
+    usage: JobUsageOut
 
     @classmethod
     def of(cls, job: Job, prefix: str, position: int | None = None, starts_in_s: float | None = None) -> Self:
@@ -295,6 +297,7 @@ class JobOut(BaseModel):
             warnings=WarningOut.all_of(job),
             artifacts=[ArtifactOut.of(a, job, prefix) for a in job.artifacts if a.kind in RESULT_KINDS],
             error=None if job.error is None else JobErrorOut.of(job.error),
+            usage=JobUsageOut.of(job),
         )
 
 

@@ -15,6 +15,7 @@ from serve_app.jobs.job import Job, JobState
 from serve_app.jobs.store.indexes import Indexes, as_pairs
 from serve_app.jobs.store.key_names import Keys
 from serve_app.jobs.store.record import ADJUSTMENTS, ARTIFACTS, ERROR
+from serve_app.jobs.store.usage_totals import count_usage
 from serve_app.settings import Settings
 
 EVENTS_TTL_S = 600  # an ended job's stream; its hash gives the ending for much longer
@@ -55,7 +56,7 @@ class Endings:
         """
         keys, ttl_s = self._keys, self._settings.record_ttl_s
         job = replace(job, state=state, completed_at=now_us / 1e6)
-        fields = {"state": state.value, "ended_us": str(now_us)}
+        fields = {"state": state.value, "ended_us": str(now_us), "device_us": str(job.device_us)}
         if state is JobState.completed:
             fields["artifacts"] = ARTIFACTS.dump_json(job.artifacts).decode()
             fields["generation_s"] = str(job.generation_s)
@@ -73,6 +74,7 @@ class Endings:
         pipe.expire(keys.job(job.id), ttl_s)
         pipe.expire(keys.events(job.id), min(ttl_s, EVENTS_TTL_S))
         self._refund(pipe, job)
+        count_usage(pipe, keys, job, now_us, self._settings.usage_kept_days)
         pipe.zadd(keys.expiring, {job.id: now_us + self._settings.result_ttl_s * 1_000_000})
         pipe.expire(keys.expiring, 2 * max(ttl_s, self._settings.result_ttl_s))
         if job.webhook is not None:

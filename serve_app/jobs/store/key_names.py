@@ -76,6 +76,14 @@ class Keys:
         """HASH: images by day, of an owner who has a quota."""
         return f"{self.prefix}quota:{owner}"
 
+    def usage(self, day: str) -> str:
+        """HASH: what the jobs that ended on a UTC day used, by account and amount, see usage.py."""
+        return f"{self.prefix}usage:{day}"
+
+    def cost(self, owner: str) -> str:
+        """HASH: what an owner's jobs cost, by month, in millionths."""
+        return f"{self.prefix}cost:{owner}"
+
     def durations(self, model: str) -> str:
         """LIST: seconds that the latest jobs of a model took."""
         return f"{self.prefix}durations:{model}"

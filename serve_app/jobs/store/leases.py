@@ -125,10 +125,12 @@ class Leases:
         steps: int = 0,
         pending_events: Sequence[events.Event] = (),
         resume_point: ResumePoint | None = None,
+        device_us: int = 0,
     ) -> bool:
         """Renew the lease, store progress, publish events; True when cancellation was requested.
 
         resume_point: where the next attempt starts if this one is lost; None leaves it as it is.
+        device_us: device microseconds of this attempt so far.
         Raises StaleClaim.
         """
         job_id = claim.job.id
@@ -146,6 +148,7 @@ class Leases:
                 steps=steps,
                 pending_events=pending_events,
                 resume_point=resume_point,
+                device_us=claim.job.device_us + device_us,
             )
             return job.cancel_requested
 
@@ -157,10 +160,12 @@ class Leases:
         artifacts: Sequence[StoredArtifact],
         generation_s: float,
         warnings: Sequence[Adjustment] = (),
+        *,
+        device_us: int = 0,
     ) -> Job:
         """The ended job: completed with these files, or cancelled if that was requested before.
 
-        warnings: added to those that it was accepted with.
+        warnings: added to those that it was accepted with. device_us: device microseconds of this attempt.
         """
 
         def finish(pipe: Pipeline, job: Job, now_us: int, group: CoalescedGroup) -> Job:
@@ -176,12 +181,15 @@ class Leases:
                 self._throughput.record_duration(pipe, job.request.model, generation_s)
             return self._transitions.endings.end(pipe, done, JobState.completed, now_us, group)
 
-        return await self._finish(claim, finish)
+        return await self._finish(claim, finish, device_us=device_us)
 
-    async def fail(self, claim: Claim, error: JobError, *, fails_followers: bool = True) -> Job:
+    async def fail(
+        self, claim: Claim, error: JobError, *, fails_followers: bool = True, device_us: int = 0
+    ) -> Job:
         """The ended job: failed for this reason, or cancelled if that was requested before.
 
         fails_followers: an identical request would fail the same way, so the jobs that wait for this one do.
+        device_us: device microseconds of this attempt.
         """
 
         def finish(pipe: Pipeline, job: Job, now_us: int, group: CoalescedGroup) -> Job:
@@ -192,15 +200,15 @@ class Leases:
                 pipe, failed, JobState.failed, now_us, group, fails_followers=fails_followers
             )
 
-        return await self._finish(claim, finish)
+        return await self._finish(claim, finish, device_us=device_us)
 
-    async def cancelled(self, claim: Claim) -> Job:
-        """The ended job, after its worker has stopped."""
+    async def cancelled(self, claim: Claim, *, device_us: int = 0) -> Job:
+        """The ended job, after its worker has stopped. device_us: device microseconds of this attempt."""
 
         def finish(pipe: Pipeline, job: Job, now_us: int, group: CoalescedGroup) -> Job:
             return self._transitions.endings.end(pipe, job, JobState.cancelled, now_us, group)
 
-        return await self._finish(claim, finish)
+        return await self._finish(claim, finish, device_us=device_us)
 
     async def requeue(
         self,
@@ -210,12 +218,13 @@ class Leases:
         counted: bool = True,
         resume_point: ResumePoint | None = None,
         fails_followers: bool = True,
+        device_us: int = 0,
     ) -> Job:
         """The job, waiting again with its old score; or failed for `error` at max_attempts.
 
         counted: this attempt counts towards max_attempts (a draining worker's does not).
         resume_point: where the next attempt starts; None leaves that to Transitions.release.
-        fails_followers: see `fail`.
+        fails_followers, device_us: see `fail`.
         """
 
         def finish(pipe: Pipeline, job: Job, now_us: int, group: CoalescedGroup) -> Job:
@@ -230,7 +239,7 @@ class Leases:
                 fails_followers=fails_followers,
             )
 
-        return await self._finish(claim, finish, already=JobState.queued)
+        return await self._finish(claim, finish, already=JobState.queued, device_us=device_us)
 
     async def reap(self, at_most: int = 64) -> list[Job]:
         """Jobs whose lease expired, in their new state: queued again, failed, or cancelled."""
@@ -258,7 +267,9 @@ class Leases:
 
         return await transact(self._redis, [self._keys.job(job_id)], decide)
 
-    async def _finish(self, claim: Claim, finish: Finish, already: JobState | None = None) -> Job:
+    async def _finish(
+        self, claim: Claim, finish: Finish, already: JobState | None = None, *, device_us: int
+    ) -> Job:
         """Leave `processing` under the fence.
 
         A job that has ended under our attempt is returned as it is: that was our own write whose answer
@@ -273,7 +284,8 @@ class Leases:
             group = await read_group(pipe, self._keys, job)
             now_us = await clock_us(pipe)
             begin(pipe)
-            return finish(pipe, job, now_us, group)
+            used_us = claim.job.device_us + device_us
+            return finish(pipe, replace(job, device_us=max(job.device_us, used_us)), now_us, group)
 
         return await transact(self._redis, [self._keys.job(claim.job.id)], decide)
 

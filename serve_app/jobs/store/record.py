@@ -58,6 +58,8 @@ def new_fields(
         "cached_from": cached_from,
         "request_id": options.request_id or None,
         "trace": options.trace or None,
+        "api_key": options.api_key or None,
+        "price": repr(options.price_per_device_second) if options.price_per_device_second else None,
     }
     return {
         "state": JobState.queued.value,
@@ -103,6 +105,9 @@ def job_from(job_id: str, fields: Mapping[str, str]) -> Job:
         webhook=fields.get("webhook"),
         files_expired="files_expired" in fields,
         charge=None if "charge" not in fields else Charge.parse(fields["charge"]),
+        device_us=int(fields.get("device_us", 0)),
+        api_key=fields.get("api_key", ""),
+        price_per_device_second=float(fields.get("price", 0.0)),
         request_id=fields.get("request_id", ""),
         trace=fields.get("trace", ""),
     )

@@ -27,6 +27,7 @@ from serve_app.jobs.store.reads import existing_job, read_group, read_job
 from serve_app.jobs.store.result_cache import ResultCache
 from serve_app.jobs.store.throughput import ThroughputStats
 from serve_app.jobs.store.transitions import Transitions
+from serve_app.jobs.store.usage_totals import UsageTotals
 from serve_app.jobs.store.wakeups import Wakeups
 from serve_app.redis.transactions import begin, clock_us, get_hash, redis_errors, transact
 from serve_app.settings import Settings
@@ -39,6 +40,7 @@ class JobStore:
 
     leases: claiming, renewing and ending attempts.  throughput: capacity and estimates.
     clusters: the Ray clusters that share the store.
+    usage: totals of what jobs used.
     cache: cache keys of results.  outbox: webhooks to deliver.  file_expiry: files to remove.
     """
 
@@ -50,6 +52,7 @@ class JobStore:
         self.clusters = ClusterRecords(redis, keys)
         self.leases = Leases(redis, keys, transitions, self.throughput)
         self.cache = ResultCache(redis, keys, settings)
+        self.usage = UsageTotals(redis, keys)
         self.outbox = Outbox(redis, keys)
         self.file_expiry = FileExpiry(redis, keys, transitions.endings)
         self._acceptance = Acceptance(redis, keys, settings, transitions, self.throughput)

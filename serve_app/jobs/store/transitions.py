@@ -134,10 +134,18 @@ class Transitions:
         steps: int,
         pending_events: Sequence[events.Event],
         resume_point: ResumePoint | None = None,
+        device_us: int = 0,
     ) -> None:
-        """processing, for another lease; progress never goes back within an attempt."""
-        if step > job.step or steps > job.steps:
-            further = {"step": str(max(step, job.step)), "steps": str(max(steps, job.steps))}
+        """processing, for another lease; progress never goes back within an attempt.
+
+        device_us: device microseconds of all attempts so far.
+        """
+        if step > job.step or steps > job.steps or device_us > job.device_us:
+            further = {
+                "step": str(max(step, job.step)),
+                "steps": str(max(steps, job.steps)),
+                "device_us": str(max(device_us, job.device_us)),
+            }
             pipe.hset(self._keys.job(job.id), mapping=as_pairs(further))
         if resume_point is not None:
             pipe.hset(self._keys.job(job.id), "resume_point", RESUME_POINT.dump_json(resume_point).decode())
@@ -207,6 +215,7 @@ class Transitions:
             "step": str(job.step),
             "steps": str(job.steps),
             "warnings": ADJUSTMENTS.dump_json(job.warnings).decode(),
+            "device_us": str(job.device_us),
         }
         if job.resume_point is None:
             pipe.hdel(key, "resume_point")

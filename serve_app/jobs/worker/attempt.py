@@ -217,6 +217,7 @@ class Attempt:
                     if self._keeper.step == 0:  # otherwise the steps before the resume point are published
                         self._keeper.record_step(0, steps)
                 case events.Step(step=step, steps=steps):
+                    self._keeper.record_device_time(event.device_s)
                     self._keeper.record_step(step, steps)
                 case events.Stage() | events.Preview():
                     self._keeper.publish(event)
@@ -225,8 +226,10 @@ class Attempt:
                 case events.Artifact():
                     artifacts.append(await self._files.store_artifact(event))
                 case events.Done():
+                    self._keeper.record_device_time(event.device_s)
                     return Output(tuple(artifacts), event.generation_s, warnings_of(event))
                 case events.Failed():
+                    self._keeper.record_device_time(event.device_s)
                     return self._failure(event)
         raise ModelUnavailable("the model stopped without an answer")
 
@@ -291,34 +294,40 @@ class Attempt:
 
     async def _commit(self, result: Output | Failure | None) -> Job:
         """The job after the one write that counts. result: None when the work was aborted."""
-        claim, leases = self.claim, self._store.leases
+        claim, leases, device_us = self.claim, self._store.leases, self._keeper.device_us
         if isinstance(result, Output):  # even if aborted meanwhile: the files are there, the fence decides
-            return await leases.complete(claim, result.artifacts, result.generation_s, result.warnings)
+            return await leases.complete(
+                claim, result.artifacts, result.generation_s, result.warnings, device_us=device_us
+            )
         if self._aborted.done():
             return await self._commit_aborted(self._aborted.result())
         assert result is not None, "only aborted work has no result"
         if not result.event.retryable:
-            return await leases.fail(claim, result.error)
+            return await leases.fail(claim, result.error, device_us=device_us)
         return await leases.requeue(
             claim,
             result.error,
             counted=not result.not_request_fault,
             resume_point=self._resume_point,
             fails_followers=not result.infrastructure_error,
+            device_us=device_us,
         )
 
     async def _commit_aborted(self, reason: AbortReason) -> Job:
-        claim, leases = self.claim, self._store.leases
+        claim, leases, device_us = self.claim, self._store.leases, self._keeper.device_us
         match reason:
             case AbortReason.stale_claim:
                 raise StaleClaim(claim.job.id)
             case AbortReason.cancelled:
-                return await leases.cancelled(claim)
+                return await leases.cancelled(claim, device_us=device_us)
             case AbortReason.drained:
-                return await leases.requeue(claim, DRAINED, counted=False, resume_point=self._resume_point)
+                return await leases.requeue(
+                    claim, DRAINED, counted=False, resume_point=self._resume_point, device_us=device_us
+                )
             case AbortReason.too_long:
                 text = f"the job ran longer than {self._time_limit_s:g} s, which is its model's limit"
-                return await leases.fail(claim, JobError("internal", text), fails_followers=False)
+                error = JobError("internal", text)
+                return await leases.fail(claim, error, fails_followers=False, device_us=device_us)
             case AbortReason.never_started:
                 return await leases.requeue(claim, NEVER_STARTED)
 

@@ -6,6 +6,7 @@ import logging
 
 from serve_app.jobs.job import Job, JobState
 from serve_app.jobs.store.leases import Claim
+from serve_app.jobs.usage import MICRO, amounts_of
 from serve_app.observability.metrics import Meter
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,10 @@ def count_attempt_end(meter: Meter, job: Job) -> None:
     meter.add(
         "weft_jobs_ended_total", model=model, state=job.state.value, error=job.error.kind if job.error else ""
     )
+    used = amounts_of(job)
+    meter.add("weft_job_device_seconds_total", used.device_us / MICRO, model=model)
+    meter.add("weft_job_megapixels_total", used.pixels / MICRO, model=model)
+    meter.add("weft_job_cost_total", used.cost_micros / MICRO, model=model)
     if job.cached_from is None and job.started_at is not None:
         meter.observe("weft_job_wait_seconds", job.started_at - job.created_at, model=model)
         if job.state is JobState.completed and job.completed_at is not None:

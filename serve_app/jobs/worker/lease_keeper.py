@@ -40,6 +40,7 @@ class LeaseKeeper:
     ) -> None:
         """wakeup: set when cancellation was requested.  abort: called when the attempt must end early."""
         self.step, self.steps = claim.job.step, claim.job.steps  # 0 unless it continues from a resume point
+        self.device_us = 0  # device microseconds of this attempt so far
         self.resume_point = claim.job.resume_point  # that of the job's record
         self._next_resume_point: ResumePoint | None = None
         self._claim = claim
@@ -59,6 +60,10 @@ class LeaseKeeper:
         """Send the event with the next heartbeat. Never waits: the store may be slow or unreachable."""
         self._pending_events.append(event)
         self._wakeup.set()
+
+    def record_device_time(self, seconds: float) -> None:
+        """Store the attempt's device seconds with the next heartbeat, and with its end."""
+        self.device_us = max(self.device_us, round(seconds * 1e6))
 
     def record_resume_point(self, resume_point: ResumePoint) -> None:
         """Have the job's record name it with the next heartbeat, so that it outlives this worker."""
@@ -103,6 +108,7 @@ class LeaseKeeper:
                 steps=self.steps,
                 pending_events=sent,
                 resume_point=resume_point,
+                device_us=self.device_us,
             )
             self.resume_point = resume_point or self.resume_point
             if self._next_resume_point is resume_point:

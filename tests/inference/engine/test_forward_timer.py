@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deployments.engine.forward_timer import ForwardTimer
+from deployments.engine.forward_timer import ForwardTimer, TimedForward
 from deployments.engine.scheduled_job import ScheduledJob
 
 SECONDS = 0.25  # that a forward takes on the device
@@ -41,15 +41,15 @@ def reported(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, float]]:
 
 
 def timer_for(reported: list[tuple[str, int, float]]) -> ForwardTimer:
-    def report(module: str, _key: object, batch_size: int, seconds: float, *_rest: object) -> None:
-        reported.append((module, batch_size, seconds))
+    def report(forward: TimedForward, seconds: float, _now: float) -> None:
+        reported.append((forward.module, forward.batch_size, seconds))
 
     return ForwardTimer(report, torch.device("cuda"), lambda: 0.0)
 
 
 def run_forward(timer: ForwardTimer, batch_size: int) -> None:
     timer.start()
-    timer.stop("net", "key", batch_size, [ScheduledJob()])
+    timer.stop(TimedForward("net", "key", batch_size, [ScheduledJob()], [1]))
 
 
 def test_a_wait_leaves_one_forward_queued_and_reports_those_before_it(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from deployments.engine.device_time import DeviceTime
 from deployments.executors.decode_thread import DecodeThread
 from deployments.media.video_spec import Frames
 from deployments.protocol.errors import ModelUnavailable, OutOfMemory
@@ -49,7 +50,7 @@ async def test_two_videos_take_turns_and_their_frames_are_counted() -> None:
 
     lengths = []
     for decoder in (first, second, first, second, first):
-        frames = await thread.next_frames(decoder)
+        frames = await thread.next_frames(decoder, DeviceTime())
         lengths.append(None if frames is None else len(frames))
 
     assert lengths == [1, 2, 4, None, None]
@@ -65,9 +66,9 @@ async def test_a_lack_of_memory_is_an_error_of_the_request_and_the_thread_contin
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED; tried to allocate 2.50 GiB"),
     ):
         with pytest.raises(OutOfMemory, match=r"\(2\.5 GiB needed\); ask for fewer frames or a smaller size"):
-            await thread.next_frames(Decoder(1, error=error))
+            await thread.next_frames(Decoder(1, error=error), DeviceTime())
 
-    assert await thread.next_frames(Decoder(3)) is not None
+    assert await thread.next_frames(Decoder(3), DeviceTime()) is not None
     thread.check()
 
 
@@ -82,7 +83,11 @@ async def test_frames_that_do_not_fit_beside_a_step_are_decoded_between_two() ->
         return decode()
 
     thread = DecodeThread(60.0, without_steps)
-    lengths = [len(frames) for _ in range(2) if (frames := await thread.next_frames(decoder)) is not None]
+    lengths = [
+        len(frames)
+        for _ in range(2)
+        if (frames := await thread.next_frames(decoder, DeviceTime())) is not None
+    ]
 
     assert lengths == [3, 2]
     assert repeated == [decoder]
@@ -93,7 +98,7 @@ async def test_a_decoder_that_hangs_fails_the_check_until_it_returns() -> None:
     thread, hanging = DecodeThread(0.0, between_steps), Hanging(1)
     thread.check()
 
-    call = asyncio.create_task(thread.next_frames(hanging))
+    call = asyncio.create_task(thread.next_frames(hanging, DeviceTime()))
     await eventually(lambda: thread._busy_since is not None, quiet_s=4)
     await asyncio.sleep(0.001)
 

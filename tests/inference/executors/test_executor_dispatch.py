@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from deployments.executors.dispatch import execute
+from deployments.executors.dispatch import executor_of
 from deployments.executors.run import Run
 from deployments.protocol.card import Videos, load_card
 from deployments.protocol.errors import ModelUnavailable
@@ -49,10 +49,10 @@ def run(card: Any, video: Video | None, encoder: Recorder | None) -> Run:
     ],
 )
 def test_the_executor_follows_from_the_request(card: Any, video: Video | None, executor: str) -> None:
-    assert execute(run(card, video, Recorder())).__name__ == executor
+    assert executor_of(run(card, video, Recorder())).__name__ == executor
 
 
 @pytest.mark.parametrize("card", [FRAMEWISE, WAN])
 def test_a_video_without_an_encoder_is_refused_before_it_is_generated(card: Any) -> None:
     with pytest.raises(ModelUnavailable, match="no video encoder"):
-        execute(run(card, Video(), None))
+        executor_of(run(card, Video(), None))

@@ -103,6 +103,8 @@ async def test_a_video_is_denoised_decoded_and_encoded_with_progress(model: Mode
     kinds = [event.kind for event in events if isinstance(event, Artifact)]
     assert kinds == ["video", "thumbnail", "poster", "spritesheet"]
     assert isinstance(events[-1], Done)
+    last_step = next(event for event in reversed(events) if isinstance(event, Step))
+    assert events[-1].device_s > last_step.device_s, "decoding counts"
 
 
 async def test_previews_show_the_frame_in_the_middle_of_the_video(

@@ -207,10 +207,10 @@ async def test_a_commit_that_the_store_refuses_is_tried_again(
 ) -> None:
     complete, refusals = store.leases.complete, [Overloaded("the disk is full")]
 
-    async def refusing_complete(*args: object) -> Job:
+    async def refusing_complete(*args: object, **named: object) -> Job:
         if refusals:
             raise refusals.pop()
-        return await complete(*args)
+        return await complete(*args, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(store.leases, "complete", refusing_complete)
     models.gate.clear()

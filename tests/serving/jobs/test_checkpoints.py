@@ -57,7 +57,8 @@ class KeptModels(FakeModels):
 
 def states_in(tmp_path: Path, job_id: str) -> list[bytes]:
     folder = tmp_path / "results" / "inputs" / job_id
-    return [file.read_bytes() for file in sorted(folder.iterdir())] if folder.exists() else []
+    files = sorted(folder.glob("[!.]*")) if folder.exists() else []  # not those that are being written
+    return [file.read_bytes() for file in files]
 
 
 async def test_a_job_goes_on_from_its_last_state_when_its_node_is_lost(
