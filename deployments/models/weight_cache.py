@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,14 @@ def hub_folder(weights: Weights, *, pipeline: bool) -> Path:
             return folder
 
     return Path(snapshot_download(str(weights.repo), allow_patterns=FILES, **options))
+
+
+def hub_files(repo: str, patterns: Sequence[str]) -> Path:
+    """The folder with the files of a hub repository whose paths match one of these patterns, downloaded where
+    they are missing. Raises what the hub raises."""
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repo, allow_patterns=[*patterns]))
 
 
 def hub_token() -> str | None:

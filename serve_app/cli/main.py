@@ -29,7 +29,7 @@ COMMANDS = {  # name -> (module that holds its Typer app, name of that app, help
         "app",
         "Start the whole service on this machine and serve until Ctrl+C.",
     ),
-    "models": ("serve_app.cli.models", "app", "List the model cards."),
+    "models": ("serve_app.cli.models", "app", "List the model cards, or add models from files."),
     "bench": (
         "serve_app.cli.bench",
         "app",

@@ -1,15 +1,19 @@
-"""`weft models`: the model cards of this installation."""
+"""`weft models`: the model cards of this installation, and models that are added to them."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from deployments.protocol.card import ModelCard
+from deployments.protocol.card import Dtype, ModelCard
+from deployments.protocol.errors import BadRequest, WeftError
 from deployments.protocol.request import Task
 from serve_app.card_settings import known_cards
+from serve_app.cli.add_model import UNKNOWN_LICENCE, Wanted, add_model, files_in, model_id_of
 from serve_app.settings import ROOT, Settings
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -24,12 +28,58 @@ LOCAL, IMAGE, EDIT, VIDEO, GATED = (
 ROW = "{:24} {:16} {:8} {:>7} {:32} {}"
 
 
-@app.command()
-def models() -> None:
+@app.callback(invoke_without_command=True)
+def models(context: typer.Context) -> None:
     """List the model cards by kind: id, tasks, exactness, memory of the device, licence, and the folder or
-    repository of the weights."""
-    for line in listing(known_cards(Settings.load()).values()):
-        print(line)
+    repository of the weights. With add: make models of checkpoints."""
+    if context.invoked_subcommand is None:
+        for line in listing(known_cards(Settings.load()).values()):
+            print(line)
+
+
+@app.command()
+def add(
+    path: Annotated[
+        Path, typer.Argument(help="A .safetensors file of a whole model, or a folder of such files.")
+    ],
+    config: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder or hub repository of a pipeline of the same kind: its configuration, and the parts "
+            "that the file lacks.  Default: the one that diffusers names for such files."
+        ),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Id of the model.  Default: by the file's name.")] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the weights that are written.")] = "bfloat16",
+    licence: Annotated[str, typer.Option(help="Name of the model's licence.")] = UNKNOWN_LICENCE,
+    to: Annotated[
+        Path | None, typer.Option(help="Folder for the models.  Default: models in WEFT_DATA_DIR.")
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Put it in the place of a model of this id.")
+    ] = False,
+) -> None:
+    """Make models of checkpoints in one file, such as those of Civitai: convert each to a folder, and write
+    its card.
+
+    Only safetensors files are read. What cannot be used is said with the reason, and the other files of a
+    folder are imported all the same; the exit status is 1 then.
+    """
+    settings = Settings.load()
+    files = files_in(path)
+    if name is not None and len(files) > 1:
+        raise BadRequest("--name is for one file; leave it out for a folder")
+    wanted = Wanted(config, dtype, licence, to or settings.data_dir / "models", replace)
+    failed = 0
+    for file in files:
+        try:
+            for line in add_model(file, name or model_id_of(file), wanted, known_cards(settings), settings):
+                print(line, flush=True)
+        except WeftError as error:
+            failed += 1
+            print(f"{file.name}: {error.message}", file=sys.stderr, flush=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 def listing(cards: Iterable[ModelCard]) -> Iterator[str]:
