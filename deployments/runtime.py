@@ -104,6 +104,7 @@ class Runtime:
         self._loader.extras.before_unload = self._forget
         self._engine = engine
         self.decode_thread = DecodeThread(serving.watchdog_s, self.worker.run_on_thread, device)
+        self._loader.admission.progress = self._progress
 
     @asynccontextmanager
     async def stream(
@@ -170,6 +171,10 @@ class Runtime:
             logger.info("seconds by batch size are known", extra={"model": card.id, "best_rows": rows})
         else:
             logger.warning("the profile is not used: steps take other times", extra={"model": card.id})
+
+    def _progress(self) -> int:
+        """Grows as running requests come nearer to their ends."""
+        return self.worker.stats.progress + self.decode_thread.frames
 
     def _device_error(self, error: Exception) -> WeftError | None:
         """What a failure of the device outside of the engine is for the caller; None for any other error.

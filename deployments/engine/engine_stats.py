@@ -42,6 +42,11 @@ class EngineStats:
             known[0] += 1
             known[1] += seconds
 
+    @property
+    def progress(self) -> int:
+        """Grows with every forward of every module."""
+        return int(sum(number for number, _ in self._forwards.copy().values()))
+
     def record_failure(self, kind: str) -> None:
         self.failures[kind] = self.failures.get(kind, 0) + 1
 

@@ -19,6 +19,7 @@ from deployments.executors.pipeline_calls import PipelineCalls, StateReady
 from deployments.executors.previews import PreviewReady, encode_preview
 from deployments.executors.run import Run
 from deployments.media.inpainting import PasteBack
+from deployments.models.device_memory import PIPELINE, Thing
 from deployments.pipelines.pending_pictures import PendingPictures
 from deployments.pipelines.truncation import TokenizedText, cut_texts
 from deployments.protocol.events import Checkpoint, Event, Handover
@@ -54,7 +55,7 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
     calls = PipelineCalls(run, inputs)
     job = _scheduled_job(run, calls)
     async with (
-        model.extras.using_what_it_needs(request),  # loads what a first request needs
+        model.extras.using_what_it_needs(request, _held_by(run)),  # loads what a first request needs
         aclosing(
             run.worker.submit(calls.work, job, max_wait_s=run.max_wait_s, snapshot=calls.capture)
         ) as items,
@@ -77,6 +78,12 @@ async def denoise(run: Run) -> AsyncGenerator[Event | Finished]:
                     yield Handover(step, await asyncio.to_thread(state.to_bytes))
                 case _:
                     yield item
+
+
+def _held_by(run: Run) -> list[Thing]:
+    """What it has of the device's memory already, and keeps."""
+    refiner = [] if run.refiner is None else [(run.refiner.card.id, PIPELINE)]
+    return [*run.model.loras_of(run.request), *refiner]
 
 
 def _warn_of_guidance(run: Run) -> None:

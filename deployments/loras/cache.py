@@ -212,6 +212,10 @@ class LoraCache:
         loaded = [(lora, self._slots[lora.id].loaded) for lora in loras]
         return [lora for lora, adapter in loaded if adapter is not None and not adapter.factors]
 
+    def slots_of(self, loras: Sequence[Lora]) -> list[DeviceSlot]:
+        """Those that a request is `using`."""
+        return [self._slots[lora.id] for lora in loras]
+
     async def make_way(self) -> Literal["freed", "in_use", "nothing"]:
         """Evict an idle LoRA from the device; see DeviceSlots.make_way."""
         return self._slots.make_way()

@@ -57,6 +57,9 @@ class SlotMemory(Protocol):
     def notify(self) -> None:
         """Have those that wait try again."""
 
+    def progress(self) -> int:
+        """A number that grows as running requests come nearer to their ends."""
+
 
 class DeviceSlots:
     """At most `limit` slots by LoRA id, and as many bytes as `memory` admits. Used from one event loop."""
@@ -64,7 +67,8 @@ class DeviceSlots:
     def __init__(
         self, limit: int, *, wait_s: float, max_overtaken_s: float, memory: SlotMemory | None = None
     ) -> None:
-        """wait_s: until a request without a slot is refused. max_overtaken_s: how long requests whose
+        """wait_s: until a request without a slot is refused, while no slot is released and no request that
+        runs comes nearer to its end. max_overtaken_s: how long requests whose
         LoRAs are all present may pass one that waits. memory: None: bytes have no limit."""
         self._limit = limit
         self._memory = memory
@@ -91,7 +95,8 @@ class DeviceSlots:
     async def pin(self, ids: Sequence[str]) -> None:
         """Reserve slots for all of them at once, so that two requests never wait for each other.
 
-        Raises BadRequest for more than `limit`, Overloaded when no slot is released within wait_s.
+        Raises BadRequest for more than `limit`, Overloaded when no slot is released, and nothing comes
+        nearer to that, within wait_s.
         """
         if len(ids) > self._limit:
             raise BadRequest(
@@ -103,10 +108,8 @@ class DeviceSlots:
         async with self._queue:
             self._waiting_since = asyncio.get_running_loop().time()
             try:
-                async with asyncio.timeout(self._wait_s):
-                    while not self._reserve(ids):
-                        self._released.clear()
-                        await self._released.wait()
+                while not self._reserve(ids):
+                    await self._wait_for_release()
             except TimeoutError:
                 raise Overloaded(
                     f"all {self._limit} LoRA slots are used by running requests; try again "
@@ -185,6 +188,22 @@ class DeviceSlots:
         """Remove all slots, pinned ones too."""
         for lora_id in list(self._slots):
             self._remove(lora_id)
+
+    async def _wait_for_release(self) -> None:
+        """Raises TimeoutError after wait_s in which no slot was released and nothing came nearer to that."""
+        self._released.clear()
+        while True:
+            before = self._progress()
+            try:
+                async with asyncio.timeout(self._wait_s):
+                    await self._released.wait()
+                return
+            except TimeoutError:
+                if self._progress() == before:
+                    raise
+
+    def _progress(self) -> int:
+        return 0 if self._memory is None else self._memory.progress()
 
     def _may_overtake(self) -> bool:
         since = self._waiting_since

@@ -7,7 +7,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +16,10 @@ from deployments.models.device_memory import Thing
 from deployments.models.memory_admission import MemoryAdmission, Outcome
 
 logger = logging.getLogger(__name__)
+
+# how long requests for what is loaded may pass one that waits for something else to be loaded: long beside
+# most requests, so that two ControlNets do not take turns for each of theirs, and short for a caller
+MAX_OVERTAKEN_S = 30.0
 
 
 @dataclass(slots=True, eq=False)
@@ -39,26 +43,34 @@ class Extra:
 class Extras:
     """Those of all models of one replica. Used from one event loop."""
 
-    def __init__(self, admission: MemoryAdmission) -> None:
+    def __init__(self, admission: MemoryAdmission, max_overtaken_s: float = MAX_OVERTAKEN_S) -> None:
+        """max_overtaken_s: how long requests for what is loaded may pass one that waits for memory; then they
+        wait until it has it."""
         self._admission = admission
+        self._max_overtaken_s = max_overtaken_s
         self._loaded: OrderedDict[Extra, None] = OrderedDict()  # the least recently used first
         self._leaving: dict[Extra, asyncio.Task[None]] = {}
         # held by the request that waits for several: two could each hold what the other one needs
         self._loading = asyncio.Lock()
+        self._next: Extra | None = None  # that is being loaded, or waits for memory
         # awaited with the seams of one that is going to be unloaded, which no request uses any more
         self.before_unload: Callable[[Sequence[Seam]], Awaitable[None]] = _nothing_to_do
         self.evicted: dict[str, int] = {}  # by model, those that were unloaded for others
         admission.add_evictor(self.make_way, "extras")
 
     @asynccontextmanager
-    async def using(self, wanted: Sequence[Extra]) -> AsyncGenerator[None]:
+    async def using(self, wanted: Sequence[Extra], held: Sequence[Thing] = ()) -> AsyncGenerator[None]:
         """Have all of these loaded, and kept while the block runs. Raises what their `load` raises.
+
+        held: what else the request has of the device until it ends.
 
         A request that is cancelled while it waits ends when what is being loaded is there: its model must
         not be unloaded meanwhile.
         """
+        if wanted and not self._may_overtake():
+            await self._wait_for_others()
         if not all(extra in self._loaded for extra in wanted):
-            loading = asyncio.ensure_future(self._load_and_pin(wanted))
+            loading = asyncio.ensure_future(self._load_and_pin(wanted, held))
             try:
                 await asyncio.shield(loading)
             except asyncio.CancelledError:
@@ -94,23 +106,39 @@ class Extras:
         if leaving:
             await asyncio.wait(leaving)
 
-    async def _load_and_pin(self, wanted: Sequence[Extra]) -> None:
+    async def _load_and_pin(self, wanted: Sequence[Extra], held: Sequence[Thing]) -> None:
         async with self._loading:
             pinned: list[Extra] = []
             try:
                 for extra in wanted:
-                    await self._load(extra, [thing for other in pinned for thing in other.things])
+                    await self._load(extra, [*held, *(thing for other in pinned for thing in other.things)])
                     self._pin([extra])
                     pinned.append(extra)
             except BaseException:
                 self._unpin(pinned)
                 raise
 
+    def _may_overtake(self) -> bool:
+        """Whether a request may begin to use what is loaded although another one waits for memory."""
+        things = () if self._next is None else self._next.things
+        return all(self._admission.waited_s(thing) <= self._max_overtaken_s for thing in things)
+
+    async def _wait_for_others(self) -> None:
+        """Until those have what they wait for, but not for ever: they may be waiting for a LoRA of this
+        request."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._admission.wait_s), self._loading:
+                pass
+
     async def _load(self, extra: Extra, held: Collection[Thing]) -> None:
         if (leaving := self._leaving.get(extra)) is not None:  # it would release what is claimed now
             await asyncio.wait([leaving])
         if extra not in self._loaded:
-            await asyncio.to_thread(extra.load, held)
+            self._next = extra
+            try:
+                await asyncio.to_thread(extra.load, held)
+            finally:
+                self._next = None
             self._loaded[extra] = None
 
     def _pin(self, extras: Sequence[Extra]) -> None:

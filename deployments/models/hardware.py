@@ -5,10 +5,13 @@ from __future__ import annotations
 import gc
 import logging
 import threading
-from collections.abc import Hashable
+import time
+from collections.abc import Collection, Hashable, Iterable
+from weakref import ReferenceType
 
 import psutil
 import torch
+from torch import nn
 
 from deployments.models.activations import Lane
 from deployments.models.device_memory import DeviceMemory
@@ -16,6 +19,8 @@ from deployments.planning.device_limit import CONTEXT_BYTES, own_share, usable_b
 from deployments.planning.machine import Machine
 
 logger = logging.getLogger(__name__)
+
+LEAVING_PAUSES_S = (0.05, 0.2, 0.5, 1.0, 2.0)  # for modules that something still refers to
 
 
 def best_device() -> torch.device:
@@ -68,14 +73,39 @@ def memory_bytes(device: torch.device, gpu_share: float, *, alone: bool = False)
     return usable_bytes(total, there, gpu_share)
 
 
-def free_unused_memory() -> None:
+def free_unused_memory(modules: Collection[ReferenceType[nn.Module]] = ()) -> None:
     """Return to the device what modules had that nothing uses any more; some and their hooks refer to each
-    other."""
+    other.
+
+    modules: those that are given up. The thread of a request that has just ended may still refer to them for
+    a moment, and whoever is given their memory before that would not find it.
+    """
     gc.collect()
+    for pause_s in LEAVING_PAUSES_S:
+        if all(module() is None for module in modules):
+            break
+        time.sleep(pause_s)
+        gc.collect()
+    else:
+        names = sorted({type(left).__name__ for module in modules if (left := module()) is not None})
+        if names:
+            logger.warning("unloaded modules are still in memory", extra={"modules": names})
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif torch.backends.mps.is_available():
         torch.mps.empty_cache()
+
+
+def wait_for_kernels(device: torch.device) -> None:
+    """Wait until no stream of a GPU computes any more with what is going to be freed: its memory may be given
+    to a tensor of another stream at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def references_to(modules: Iterable[nn.Module]) -> list[ReferenceType[nn.Module]]:
+    """By which is seen whether they are gone."""
+    return [ReferenceType(module) for module in modules]
 
 
 class PeakMeter:

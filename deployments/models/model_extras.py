@@ -16,7 +16,7 @@ from deployments.engine.call import Seam
 from deployments.engine.intercept import intercept
 from deployments.models.device_memory import Thing
 from deployments.models.extras import Extra, Extras
-from deployments.models.hardware import free_unused_memory
+from deployments.models.hardware import free_unused_memory, references_to, wait_for_kernels
 from deployments.models.load import load_controlnet, load_pipeline
 from deployments.models.model_memory import MemoryBeside, ModelMemory
 from deployments.models.offload import OnCpu, OnDemand, offloaded_part
@@ -91,13 +91,16 @@ class ModelExtras:
         """Of their modules. May be read from any thread."""
         return [seam for one in list(self._intercepted.values()) for seam in one.seams]
 
-    def using_what_it_needs(self, request: ResolvedRequest) -> AbstractAsyncContextManager[None]:
+    def using_what_it_needs(
+        self, request: ResolvedRequest, held: Sequence[Thing] = ()
+    ) -> AbstractAsyncContextManager[None]:
         """Have the ControlNets and the refiner of the request loaded, and kept while the block runs.
 
+        held: what else it has of the device until it ends.
         Raises ModelUnavailable when they cannot be loaded, OutOfMemory and Overloaded where they do not fit,
         BadRequest for those that are not in the card.
         """
-        return self._all.using([self._extra_for(need) for need in self._model.needs(request)])
+        return self._all.using([self._extra_for(need) for need in self._model.needs(request)], held)
 
     def using_preprocessors(self, request: ResolvedRequest) -> AbstractAsyncContextManager[None]:
         """Have the preprocessors of the request's control pictures loaded, and kept while the block runs."""
@@ -175,8 +178,12 @@ class ModelExtras:
         if (intercepted := self._intercepted.pop(need, None)) is not None:
             intercepted.restore()
             intercepted = None  # it refers to the modules
-        close_offloaded(self._model.drop(need))
-        free_unused_memory()
+        wait_for_kernels(self._device)
+        modules = self._model.drop(need)
+        close_offloaded(modules)
+        left = references_to(modules)
+        del modules
+        free_unused_memory(left)
         memory, weights = self._memory_for(need)
         memory.release(weights)
 

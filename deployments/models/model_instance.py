@@ -18,6 +18,7 @@ from deployments.loras.cache import LoraCache, LoraCacheLimits
 from deployments.loras.file_cache import LoraFileCache
 from deployments.loras.file_reader import LoraFileReader
 from deployments.models.compile import compile_blocks, repeated_blocks
+from deployments.models.device_memory import Thing
 from deployments.models.extras import Extras
 from deployments.models.load import load_pipeline
 from deployments.models.memory_admission import MemoryAdmission
@@ -159,6 +160,10 @@ class ModelInstance:
         changes: dict[str, object] = {"quantised": self._quantised} if self._quantised else {}
         tiles = self.plan.vae_tiling or self.pipelines.tiles(request)
         return changes | {"vae_tiling": True} if tiles else changes
+
+    def loras_of(self, request: ResolvedRequest) -> list[Thing]:
+        """Under which the account of the memory has the LoRAs of a request that runs."""
+        return [(self.card.id, slot) for slot in self.loras.slots_of(request.loras)]
 
     @property
     def seams(self) -> list[Seam]:

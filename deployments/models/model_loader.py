@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import TypeVar
+from weakref import ReferenceType
+
+from torch import nn
 
 from deployments.engine.device_errors import DeviceBroken, is_device_broken
 from deployments.engine.out_of_memory import is_out_of_memory, shortage
@@ -14,7 +17,14 @@ from deployments.loras.file_reader import LoraFileReader
 from deployments.models.device_memory import GIB, DeviceMemory, Needed
 from deployments.models.devices import device_called
 from deployments.models.extras import Extras
-from deployments.models.hardware import free_unused_memory, limit_to_share, machine_of, memory_bytes
+from deployments.models.hardware import (
+    free_unused_memory,
+    limit_to_share,
+    machine_of,
+    memory_bytes,
+    references_to,
+    wait_for_kernels,
+)
 from deployments.models.load import folder_of, pipeline_bytes
 from deployments.models.load_errors import explain
 from deployments.models.load_failures import LoadFailures, operator_state
@@ -64,6 +74,7 @@ class ModelLoader:
         self.memory = DeviceMemory(self._limit_bytes)
         self.admission = MemoryAdmission(self.memory)
         self.extras = Extras(self.admission)
+        self._left: dict[str, Collection[ReferenceType[nn.Module]]] = {}  # of unloaded models
         self.loads: dict[str, tuple[int, float]] = {}  # by model: number of loads, and their seconds
         self.failures = LoadFailures(lambda name: operator_state(self._cards[name].weights))
         self._cards = {card.id: with_needs(card) for card in cards}
@@ -97,19 +108,24 @@ class ModelLoader:
         """
         cache = ModelCache(
             self._load,
-            ModelInstance.unload,
+            self._unload,
             lambda model: model.size_bytes,
             limit=self._models_loaded,
             admission=self.admission,
             needed=self._needed,
             prepare=self._prepare,
-            free=lambda _name: free_unused_memory(),
+            free=lambda name: free_unused_memory(self._left.pop(name, ())),
         )
         first = next(iter(self._cards))
         with suppress(WeftError):  # it is recorded
             self._prepare(first)
             cache.put(first, self._load(first))
         return cache
+
+    def _unload(self, model: ModelInstance) -> None:
+        self._left[model.card.id] = references_to(model.pipelines.modules)
+        wait_for_kernels(self.device)
+        model.unload()
 
     def _prepare(self, name: str) -> None:
         """Fetch the weights to this node, before others have to make way for them on the device.

@@ -149,3 +149,6 @@ class LoraMemory:
 
     def notify(self) -> None:
         self.admission.notify()
+
+    def progress(self) -> int:
+        return self.admission.progress()

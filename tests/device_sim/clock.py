@@ -31,6 +31,7 @@ class Clock(dict[int, int]):
         return self.get(stream, 0) >= kernel
 
 
+launched = Clock()  # on all streams so far
 host = Clock()  # one per process, as torch.cuda's state is: what the host knows to have finished
 
 
@@ -58,7 +59,7 @@ class SimStream:
         """Queue a kernel that takes so long; returns its number."""
         self.clock.merge(host)
         self.kernels += 1
-        self.clock[self.number] = self.kernels
+        self.clock[self.number] = launched[self.number] = self.kernels
         self.busy_ms += seconds * 1e3
         return self.kernels
 

@@ -16,6 +16,8 @@ from tests.device_sim.clock import (
     SimEvent,
     SimStream,
     current_stream,
+    host,
+    launched,
     set_stream,
     use_stream,
 )
@@ -51,6 +53,8 @@ def install(device: SimulatedDevice) -> None:
 
 def _patch_streams(device: SimulatedDevice) -> None:
     def synchronize(_device: Any = None) -> None:
+        with device.lock:
+            host.merge(launched)  # it waits for all streams
         device.waited("torch.cuda.synchronize")
 
     cuda: Any = torch.cuda

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
-from deployments.loras.device_slots import DeviceSlots
+from deployments.loras.device_slots import DeviceSlots, SlotMemory
 from deployments.protocol.errors import BadRequest, Overloaded
 from tests.patience import patience
 
@@ -79,6 +81,26 @@ async def test_a_waiting_request_is_overtaken_for_a_limited_time(
     subject.unpin(["a", "b"])
     subject.unpin(["a"] if passes else [])
     await asyncio.wait_for(asyncio.gather(waiting, second), PATIENCE_S)
+
+
+async def test_a_request_waits_for_a_slot_as_long_as_others_make_progress() -> None:
+    memory = MagicMock(spec=SlotMemory)
+    subject = DeviceSlots(1, wait_s=0.001, max_overtaken_s=PATIENCE_S, memory=memory)
+    await subject.pin(["a"])
+    steps = itertools.count()
+
+    def progress() -> int:
+        """A step in each of ten windows; then the request that has the slot has ended."""
+        step = next(steps)
+        if step == 19:
+            subject.unpin(["a"])
+        return step
+
+    memory.progress = progress
+
+    await asyncio.wait_for(subject.pin(["b"]), PATIENCE_S)
+
+    assert next(steps) >= 20
 
 
 async def test_a_failed_load_leaves_no_slot() -> None:

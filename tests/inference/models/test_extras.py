@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from deployments.models.device_memory import PIPELINE, DeviceMemory, Needed, Thing
-from deployments.models.extras import Extra, Extras
-from deployments.models.memory_admission import MemoryAdmission
+from deployments.models.extras import MAX_OVERTAKEN_S, Extra, Extras
+from deployments.models.memory_admission import MemoryAdmission, Outcome
 from deployments.protocol.errors import OutOfMemory
 from tests.patience import patience
 
@@ -20,9 +20,10 @@ class Device:
     """Of 10 bytes, 2 of which are the model's own weights; every extra takes 3."""
 
     def __init__(self) -> None:
+        self.now = 0.0  # seconds
         self.memory = DeviceMemory(lambda: 10)
         self.memory.record("weights", ("m", PIPELINE), 2)
-        self.admission = MemoryAdmission(self.memory)
+        self.admission = MemoryAdmission(self.memory, patience(), lambda: self.now)
         self.admission.enter_loop()
         self.extras = Extras(self.admission)
         self.log: list[str] = []
@@ -45,6 +46,12 @@ class Device:
             self.memory.release("weights", thing)
 
         return Extra(f"the net {name}", (thing,), load, unload)
+
+    async def claims(self, name: str) -> None:
+        """Until this one asks for memory."""
+        async with asyncio.timeout(patience()):
+            while ("m", name) not in self.admission._waiting_since:  # noqa: ASYNC110  nothing tells
+                await asyncio.sleep(0)
 
     async def use(self, *wanted: Extra) -> None:
         async with self.extras.using(wanted):
@@ -75,6 +82,63 @@ async def test_one_in_use_stays_and_the_next_one_waits_for_it() -> None:
 
     await asyncio.wait_for(waiting, patience())
     assert device.log == ["+a", "+b", "-a", "+c"]
+
+
+@pytest.mark.parametrize(("waited_s", "passes"), [(MAX_OVERTAKEN_S, True), (MAX_OVERTAKEN_S + 1, False)])
+async def test_one_that_is_always_in_use_does_not_keep_another_waiting_for_ever(
+    waited_s: float, passes: bool
+) -> None:
+    device = Device()
+    busy, wanted = device.extra("busy", size=6), device.extra("wanted", size=6)
+    async with device.extras.using([busy]):
+        waiting = asyncio.create_task(device.use(wanted))
+        await device.claims("wanted")
+        device.now += waited_s
+        late = asyncio.create_task(device.use(busy))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        assert late.done() is passes
+
+    await asyncio.wait_for(asyncio.gather(waiting, late), patience())
+
+    assert device.log == ["+busy", "-busy", "+wanted"] + ([] if passes else ["-wanted", "+busy"])
+
+
+async def test_one_that_waits_for_what_a_later_request_holds_is_passed_in_the_end() -> None:
+    """They would wait for each other for ever: the later one has a LoRA on the device."""
+    device = Device()
+    device.admission.wait_s = 0.001
+    device.admission.progress = iter(range(10**9)).__next__  # others run
+    busy, wanted = device.extra("busy"), device.extra("wanted")
+    device.memory.record("loras", ("m", "a LoRA"), 5)
+    lora_in_use = True
+
+    async def make_way(_model: str) -> Outcome:
+        if lora_in_use:
+            return "in_use"
+        device.memory.release("loras", ("m", "a LoRA"))
+        return "freed"
+
+    device.admission.add_evictor(make_way, "loras")
+    async with device.extras.using([busy]):
+        waiting = asyncio.create_task(device.use(wanted))
+        await device.claims("wanted")
+        device.now += MAX_OVERTAKEN_S + 1
+        await asyncio.wait_for(device.use(busy), patience())
+        assert not waiting.done()
+    lora_in_use = False
+    device.admission.notify()
+
+    await asyncio.wait_for(waiting, patience())
+
+
+async def test_what_its_request_holds_already_is_not_waited_for() -> None:
+    device = Device()
+    device.memory.record("loras", ("m", "its LoRA"), 6)
+
+    with pytest.raises(OutOfMemory, match="beside what else its request uses"):
+        async with device.extras.using([device.extra("a")], [("m", "its LoRA")]):
+            pass
 
 
 async def test_what_does_not_fit_beside_the_other_of_its_request_is_refused_at_once() -> None:

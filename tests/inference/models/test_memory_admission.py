@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from weakref import ReferenceType
 
 import pytest
 
@@ -93,6 +94,48 @@ async def test_where_nothing_will_be_released_the_request_does_not_wait() -> Non
 
     with pytest.raises(Overloaded):
         await asyncio.wait_for(subject.admit("loras", LORA, Needed(4 * GIB), "the LoRA a"), patience(0.1))
+
+
+async def test_who_waits_keeps_no_holder_alive_that_is_unloaded() -> None:
+    """A model whose LoRAs were asked first is freed while the one that needs its memory waits for that."""
+    subject = admission()
+    holder = Holder(subject.memory, [], [])
+    undo, seen = [subject.add_evictor(holder.make_way, "loras")], ReferenceType(holder)
+    subject.memory.record("weights", ("other", "model"), GIB)
+
+    async def unload(_model: str) -> Outcome:
+        undo.pop()()
+        assert seen() is None
+        subject.memory.release("weights", ("other", "model"))
+        return "freed"
+
+    subject.add_evictor(unload, "models")
+    del holder
+
+    await subject.admit("loras", LORA, Needed(4 * GIB), "the LoRA a")
+
+
+async def test_a_request_waits_as_long_as_those_that_hold_the_memory_make_progress() -> None:
+    subject = admission(wait_s=0.001)
+    holder = Holder(subject.memory, [], ["a"])
+    subject.add_evictor(holder.make_way, "loras")
+    steps = 0
+
+    def progress() -> int:
+        """Ten windows with a step in each; then the request that held the memory has ended."""
+        nonlocal steps
+        steps += 1
+        if steps == 20 and holder.used:
+            holder.release(holder.used.pop())
+            subject.notify()
+        return steps
+
+    subject.progress = progress
+
+    await asyncio.wait_for(subject.admit("loras", LORA, Needed(4 * GIB), "the LoRA a"), patience())
+
+    assert steps >= 20
+    assert subject.waited_s(LORA) == 0
 
 
 async def test_a_thread_is_admitted_on_the_event_loop() -> None:
