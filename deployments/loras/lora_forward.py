@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from math import gcd
 
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class SlotRun:
-    """Slots of a block whose rows are adjacent."""
+    """Slots of a block with adjacent rows, as many for each."""
 
     first: int  # of the block's slots
     end: int
@@ -218,24 +219,29 @@ class LoraForward:
 
 
 def units_of(lora_sets: Sequence[Hashable | None]) -> list[Unit]:
-    """The rows with LoRAs: as runs with one set, where all runs have as many rows, else row by row."""
-    units, start = [], 0
+    """The rows with LoRAs as runs with one set.
+
+    Runs of several lengths are cut into units of one length, for one product of all of them, where that takes
+    at most twice as many slots: each has the bytes of its factors.
+    """
+    runs, start = [], 0
     for lora_set, run in groupby(lora_sets):
         rows = len(list(run))
         if isinstance(lora_set, LoraSet):
-            units.append(Unit(lora_set, start, rows))
+            runs.append(Unit(lora_set, start, rows))
         start += rows
-    if len({unit.rows for unit in units}) == 1:
-        return units
-    return [Unit(one, row, 1) for row, one in enumerate(lora_sets) if isinstance(one, LoraSet)]
+    each = gcd(*(run.rows for run in runs))
+    if sum(run.rows for run in runs) > 2 * len(runs) * each:
+        return runs
+    return [Unit(run.lora_set, run.start + done, each) for run in runs for done in range(0, run.rows, each)]
 
 
 def runs_of(units: Sequence[Unit]) -> list[SlotRun]:
-    """The units whose rows are adjacent, together."""
+    """The units of one length whose rows are adjacent, together."""
     runs: list[SlotRun] = []
     for index, unit in enumerate(units):
         stop = unit.start + unit.rows
-        if runs and runs[-1].stop == unit.start:
+        if runs and runs[-1].stop == unit.start and units[index - 1].rows == unit.rows:
             runs[-1] = replace(runs[-1], end=index + 1, stop=stop)
         else:
             runs.append(SlotRun(index, index + 1, unit.start, stop))
