@@ -78,7 +78,7 @@ def free_unused_memory(modules: Collection[ReferenceType[nn.Module]] = ()) -> No
     other.
 
     modules: those that are given up. The thread of a request that has just ended may still refer to them for
-    a moment, and whoever is given their memory before that would not find it.
+    a moment; what is given their memory before that would not find it.
     """
     gc.collect()
     for pause_s in LEAVING_PAUSES_S:

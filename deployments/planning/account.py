@@ -50,9 +50,10 @@ def rows_of_call(card: ModelCard) -> int:
     return 1 if card.family in WITHOUT_GUIDANCE or card.guidance.max <= 1 else 2
 
 
-def row_bytes(needs: MemoryNeeds, dtype: Dtype) -> int:
-    """What a forward of the denoiser takes for each row."""
-    return int(needs.row_gib * GIB * _width(dtype))
+def row_bytes(needs: MemoryNeeds, dtype: Dtype, *, controlled: bool = False) -> int:
+    """What a forward of the denoiser takes for each row. controlled: with the outputs of ControlNets."""
+    row_gib = needs.row_gib + (needs.control_row_gib if controlled else 0.0)
+    return int(row_gib * GIB * _width(dtype))
 
 
 def lora_bytes(needs: MemoryNeeds, dtype: Dtype) -> int:

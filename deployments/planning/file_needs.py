@@ -1,7 +1,7 @@
 """What a model needs of a device's memory, from the headers of its files, where its card does not state it.
 
 Weights are as exact as in a card. What forwards take is in no file: it is reckoned from the default size, by
-what the largest known picture models take for a pixel.
+what the largest known models take for a pixel, or for a token of a video.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from deployments.planning.local_files import ROOT
+from deployments.planning.local_files import pipeline_folder
 from deployments.planning.part_plan import MILLION
+from deployments.planning.video_needs import ForwardNeeds, video_activations
 from deployments.protocol.card import ModelCard
 from deployments.protocol.memory_needs import Blocks, MemoryNeeds, PartNeeds
 
@@ -32,29 +34,34 @@ Shapes = Mapping[str, Sequence[int]]  # by name of the tensor
 
 
 def with_needs(card: ModelCard) -> ModelCard:
-    """The card with `memory` as the headers of its files say, if it states none and they are in a folder
-    here; otherwise, and for videos, the card as it is. No tensor is read."""
-    weights = card.weights
-    makes_videos = card.videos is not None and not card.videos.framewise
-    if card.memory is not None or makes_videos or weights.path is None or weights.is_remote:
+    """The card with `memory` as the headers of its files say, if it states none and they are in a folder or
+    in the hub's cache here; otherwise the card as it is. No tensor is read."""
+    folder = pipeline_folder(card.weights)
+    if card.memory is not None or folder is None:
         return card
-    folder = ROOT / Path(weights.path).expanduser()
     try:
+        activations = _activations(card, folder)
         parts = {name: part for name in _part_names(folder) if (part := _needs_of(folder / name))}
     except (OSError, ValueError, LookupError, TypeError) as error:  # reported when it is loaded
         logger.info("headers of weights cannot be read", extra={"model": card.id, "error": repr(error)})
         return card
-    if not parts:
+    if not parts or activations is None:
         return card
-    million = card.sizes.width * card.sizes.height / MILLION
     needs = MemoryNeeds(
         parts=parts,
-        row_gib=ROW_GIB * million,
+        row_gib=activations.row,
         encode_gib=ENCODE_GIB,
-        decode_gib=DECODE_GIB * million,
+        decode_gib=activations.decode,
         from_files=True,
     )
     return card.model_copy(update={"memory": needs})
+
+
+def _activations(card: ModelCard, folder: Path) -> ForwardNeeds | None:
+    if card.videos is not None and not card.videos.framewise:
+        return video_activations(card, folder)
+    million = card.sizes.width * card.sizes.height / MILLION
+    return ForwardNeeds(ROW_GIB * million, DECODE_GIB * million)
 
 
 def _part_names(folder: Path) -> list[str]:
@@ -64,6 +71,9 @@ def _part_names(folder: Path) -> list[str]:
 
 def _needs_of(folder: Path) -> PartNeeds | None:
     """Of the weights in this folder; None: there are none."""
+    for index in folder.glob("*.safetensors.index.json"):
+        if missing := {*json.loads(index.read_bytes())["weight_map"].values()} - {*os.listdir(folder)}:
+            raise ValueError(f"{folder} lacks {sorted(missing)[0]}")
     files = sorted(folder.glob("*.safetensors"))
     plain = [file for file in files if file.name.count(".") == 1] or files  # without those of a variant
     shapes = {name: shape for file in plain for name, shape in _shapes(file)}

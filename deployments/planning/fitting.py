@@ -100,7 +100,7 @@ class Fitting:
 
     def _with_rows(self, fitted: Fitted, most: int) -> Fitted:
         """With so many rows at most."""
-        free, each = self._free(fitted), row_bytes(self.needs, self.dtype)
+        free, each = self._free(fitted), self._row_bytes(fitted.rung)
         rows = max(fitted.rows, min(most, fitted.rows + free // each))
         return self._on(fitted.rung, fitted.parts, rows, fitted.lora_slots, fitted.least)
 
@@ -124,11 +124,14 @@ class Fitting:
             others=self.others_bytes if rung.with_others else 0,
             loras=lora_slots * lora_bytes(self.needs, self.dtype),
             prompts=self.card.serving.prompt_cache_mib * MIB,
-            steps=rows * row_bytes(self.needs, self.dtype),
+            steps=rows * self._row_bytes(rung),
             auxiliary=auxiliary_bytes(parts, self.needs, tiled=rung.tiled),
             dequantisation=max((part.workspace_bytes for part in parts if part.name in DENOISERS), default=0),
         )
         return Fitted(rung, parts, planned, rows, lora_slots, least or planned)
+
+    def _row_bytes(self, rung: Rung) -> int:
+        return row_bytes(self.needs, self.dtype, controlled=rung.with_others and bool(self.card.controls))
 
     def _parts(self, rung: Rung, resident_blocks: int) -> tuple[PartPlan, ...]:
         serving = self.card.serving

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+from deployments.protocol.card import Weights
 from deployments.protocol.gguf_file import GgufFile
 
 ROOT = Path(__file__).resolve().parents[2]  # relative paths of weights start at the repository
@@ -26,6 +27,16 @@ def gguf_file_here(file: GgufFile) -> Path | None:
         return ROOT / Path(str(file.path)).expanduser()
     place = _in_hub_cache(file) if file.repo is not None else fetched_path(str(file.path))
     return place if place is not None and place.is_file() else None
+
+
+def pipeline_folder(weights: Weights) -> Path | None:
+    """The folder on this machine that a model's weights are in, which may be missing; None for weights that
+    have to be fetched."""
+    if weights.path is not None:
+        return None if "://" in weights.path else ROOT / Path(weights.path).expanduser()
+    commit = recorded_commit(str(weights.repo), weights.revision)
+    folder = None if commit is None else _hub_folder(str(weights.repo)) / "snapshots" / commit
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def fetched_path(url: str) -> Path:

@@ -92,7 +92,7 @@ def _source_notes(card: ModelCard) -> Iterator[str]:
     if card.memory is not None and card.memory.from_files:
         yield (
             "the card states no memory: sizes of weights are those in the headers of its files, and what "
-            "forwards take is reckoned from the size of pictures"
+            "forwards take is reckoned from the size of pictures and videos"
         )
 
 

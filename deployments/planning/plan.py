@@ -30,7 +30,11 @@ __all__ = ["DENOISERS", "TEXT_ENCODERS", "PartPlan", "Placement", "Plan", "every
 
 DOES_NOT_SEEM_TO_FIT = (
     "it does not seem to fit in any form: sizes are those in the headers of its files, and what forwards "
-    "take is reckoned from the size of pictures; state memory in its card"
+    "take is reckoned from the default size; state memory in its card"
+)
+NOTHING_RECKONED = (
+    "bytes are not reckoned: its card states no memory, and its files are not here yet or do not have them; "
+    "it is loaded as the card says, and refused if its weights do not fit"
 )
 
 
@@ -86,7 +90,7 @@ def plan_of(card: ModelCard, machine: Machine, others: Iterable[ModelCard] = ())
         notes = tuple(f"bytes are not reckoned: the size of {name} is not known; {cure}" for name in unknown)
         return replace(as_written, notes=notes)
     if card.memory is None or machine.limit_bytes is None:
-        return as_written
+        return as_written if machine.limit_bytes is None else replace(as_written, notes=(NOTHING_RECKONED,))
     beside = others_beside(card, as_written.dtype, others)
     others_bytes = sum(other.bytes for other in beside)
     fitting = Fitting(card, card.memory, machine, as_written.dtype, others_bytes, gguf)

@@ -30,6 +30,9 @@ class MemoryNeeds(Strict):
     parts: dict[str, PartNeeds]  # by name of the component, such as "text_encoder_2"
     controlnet: PartNeeds | None = None  # each net of the card's `controls`
     row_gib: float = Field(gt=0)  # a forward of the denoiser takes for each of its rows
+    # outputs of ControlNets for each row: a request has those of all its nets added, a forward of several
+    # requests a copy beside them
+    control_row_gib: float = Field(0.0, ge=0)
     encode_gib: float = Field(0.0, ge=0)  # the largest text encoder takes for one prompt
     decode_gib: float = Field(gt=0)  # the VAE takes for one picture or video
     tiled_decode_gib: float | None = Field(None, gt=0)  # with vae_tiling; None: it saves nothing

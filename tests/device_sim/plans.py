@@ -20,13 +20,13 @@ from typing import Any
 from deployments.engine.scheduled_job import ParkedCall
 from deployments.planning.account import WITH_GUIDANCE
 from deployments.planning.plan import Plan
-from deployments.protocol.card import ModelCard, Quantisation, Serving
+from deployments.protocol.card import ModelCard, Quantisation, Serving, Weights
 from deployments.protocol.request import Control, ControlType, GenerationRequest, Lora, OutputOptions, Video
 from tests.device_sim import run
 from tests.device_sim.device import SimulatedDevice
 from tests.device_sim.lora_files import lora_file
 from tests.device_sim.measurements import is_denoiser
-from tests.inference.planning.published_cards import CARDS
+from tests.inference.planning.published_cards import CARDS, card_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Case:
     controls: tuple[ControlType, ...] = ()
     images: int = 1  # of each request
     steps: int = 2  # of requests that fill the rows, more than the card's fewest
+    has_lane: bool = True  # results are decoded on the engine's other lane; videos are on a thread of theirs
 
 
 CONTROLS: tuple[ControlType, ...] = ("canny", "depth")  # in the case with ControlNets
@@ -52,10 +53,30 @@ def _flux_in_8_bits() -> ModelCard:
     return card.model_copy(update={"serving": card.serving.model_copy(update={"quantisation": forms})})
 
 
+def _sdxl() -> ModelCard:
+    """With two ControlNets."""
+    card = CARDS["sdxl-base-1.0"]
+    return card.model_copy(update={"controls": {kind: card.controls[kind] for kind in CONTROLS}})
+
+
+def _group() -> list[ModelCard]:
+    """Stable Diffusion 1.5 and two models made of it, all loaded, with safety checkers and without nets."""
+    names = ("stable-diffusion-v1.5", "dreamshaper-8", "realistic-vision-v6")
+    cards = [CARDS[name].model_copy(update={"controls": {}}) for name in names]
+    checked = Weights(repo="stable-diffusion-v1-5/with-safety-checker")
+    serving = cards[0].serving.model_copy(update={"models_loaded": len(cards)})
+    return [cards[0].model_copy(update={"weights": checked, "serving": serving}), *cards[1:]]
+
+
 CASES: Mapping[str, Case] = {
     "flux-8-bit": Case("a10g", lambda: [CARDS["flux.1-dev"]], loras=2, rank=16),
-    "flux-bf16": Case("l40s", lambda: [CARDS["flux.1-dev"]], rank=96, controls=CONTROLS[:1]),
+    "flux-bf16": Case("l40s", lambda: [CARDS["flux.1-dev"]], controls=CONTROLS[:1]),
     "flux-streamed": Case("rtx-3060", lambda: [_flux_in_8_bits()]),
+    "sdxl-with-others": Case(
+        "a10g", lambda: [_sdxl(), CARDS["sdxl-refiner-1.0"]], rank=96, controls=CONTROLS
+    ),
+    "sd15-group": Case("t4", _group, loras=2, rank=128, images=4),
+    "wan-small": Case("a10g", lambda: [card_of("wan-2.1-1.3b")], has_lane=False),
 }
 
 

@@ -50,7 +50,7 @@ class Device:
     async def claims(self, name: str) -> None:
         """Until this one asks for memory."""
         async with asyncio.timeout(patience()):
-            while ("m", name) not in self.admission._waiting_since:  # noqa: ASYNC110  nothing tells
+            while ("m", name) not in self.admission._waiting_since:  # noqa: ASYNC110  no event is set
                 await asyncio.sleep(0)
 
     async def use(self, *wanted: Extra) -> None:

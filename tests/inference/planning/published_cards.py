@@ -154,6 +154,11 @@ MEMORY: Mapping[str, dict[str, Any]] = {
         "lora_mib": 93,
     },
 }
+VIDEOS = {  # width, height and frames by default, which MEMORY is reckoned for
+    "wan-2.1-14b": (832, 480, 81),
+    "wan-2.1-1.3b": (832, 480, 81),
+    "ltx-video": (704, 480, 161),
+}
 
 
 def card_of(name: str) -> ModelCard:
@@ -163,4 +168,8 @@ def card_of(name: str) -> ModelCard:
     base = CARDS["hunyuan-video" if name.startswith(("wan", "ltx")) else "flux.1-schnell"]
     memory = MemoryNeeds.model_validate(MEMORY[name])
     changes = {"id": name, "weights": Weights(repo=f"published/{name}"), "memory": memory, "controls": {}}
+    if base.videos is not None:
+        width, height, frames = VIDEOS[name]
+        changes["sizes"] = base.sizes.model_copy(update={"width": width, "height": height})
+        changes["videos"] = base.videos.model_copy(update={"num_frames": frames})
     return base.model_copy(update=changes)
