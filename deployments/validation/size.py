@@ -22,7 +22,7 @@ def resolve_size(request: GenerationRequest, given: GivenSizes, sizes: Sizes) ->
     """
     source = _source_size(request, given, sizes)
     if request.width is None and request.height is None:
-        return (sizes.width, sizes.height) if source is None else _nearest_size(source, sizes)
+        return (sizes.width, sizes.height) if source is None else nearest_size(source, sizes)
     ratio = sizes.width / sizes.height if source is None else source.width / source.height
     if request.width is not None:
         width, height = request.width, request.height or _on_grid(request.width / ratio, sizes)
@@ -81,7 +81,7 @@ def _check_size(width: int, height: int, sizes: Sizes) -> None:
         )
 
 
-def _nearest_size(source: ImageSize, sizes: Sizes) -> tuple[int, int]:
+def nearest_size(source: ImageSize, sizes: Sizes) -> tuple[int, int]:
     """The allowed size nearest to the picture's own, with its aspect ratio as far as the limits permit."""
     limit = min(sizes.max / max(source), math.sqrt(sizes.max_pixels / (source.width * source.height)))
     scale = min(max(1.0, sizes.min / min(source)), limit)
@@ -92,6 +92,8 @@ def _nearest_size(source: ImageSize, sizes: Sizes) -> tuple[int, int]:
         width, height = (
             (width - sizes.multiple, height) if width >= height else (width, height - sizes.multiple)
         )
+    if source.width == source.height:  # a square stays one
+        width = height = min(width, height)
     return width, height
 
 

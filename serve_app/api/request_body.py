@@ -16,7 +16,7 @@ from starlette.requests import Request
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import MAX_LORAS, MAX_REFERENCES
 from serve_app.api.json_shape import check_json_shape
-from serve_app.api.schemas.body import check_names, field_names, without_nulls
+from serve_app.api.schemas.body import RequestBody, check_names, field_names, without_nulls
 from serve_app.api.schemas.lora_fields import AS_TEXT
 from serve_app.api.state import api_state
 from serve_app.api.validation_messages import bad_request
@@ -94,6 +94,7 @@ def _parsed(body: bytes, schema: type[Body], max_depth: int) -> Body:
     except ValueError as error:
         raise BadRequest(f"the body is not valid JSON ({error}); send one object") from None
     if isinstance(values, dict):
+        values = schema.prepared(values) if issubclass(schema, RequestBody) else values
         check_names(values, schema)
     try:
         return schema.model_validate(values)

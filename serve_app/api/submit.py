@@ -36,6 +36,7 @@ async def submit(caller: CallerContext, body: SubmitBody) -> Job:
         card, aliased = resolve_model(model, caller.state.cards, caller.state.settings.model_aliases)
         model = card.id
     request = _to_request(body, model)
+    request, corrected = body.fitted(request, find_card(model, caller.state.cards))
     await caller.state.input_check.verify(request, caller.owner)
     async with _with_loras(caller, body, request) as complete:
         job = await caller.job_service.submit(
@@ -46,7 +47,7 @@ async def submit(caller: CallerContext, body: SubmitBody) -> Job:
             images_per_day=caller.principal.images_per_day,
             api_key="" if caller.owner == LOCAL else caller.principal.key,
             budget_per_month=caller.principal.budget_per_month,
-            notices=(*aliased, *body.notices),
+            notices=(*aliased, *body.notices, *corrected),
         )
     await caller.body_slot.aclose()  # a synchronous dialect waits on without the body
     _count(caller, job, time.perf_counter() - began)

@@ -63,7 +63,7 @@ class EditSubmission:
     def notices(self) -> tuple[Adjustment, ...]:
         """That the model has another name, does something else than an edit by reference, or has no choice
         of how closely the image is followed."""
-        known = (*self.aliased, *self._ignored_fidelity())
+        known = (*self.aliased, *self.body.notices, *self._ignored_fidelity())
         if self.task is not Task.i2i:
             return known
         strength = self.card.strength if self.body.strength is None else self.body.strength
@@ -80,6 +80,11 @@ class EditSubmission:
         cure = "strength chooses how much of it is kept" if self.task is Task.i2i else "leave it out"
         message = f"input_fidelity {asked} has no effect: {self.card.id} has no such choice; {cure}"
         return (Adjustment("input_fidelity_ignored", "input_fidelity", message),)
+
+    def fitted(
+        self, request: GenerationRequest, card: ModelCard
+    ) -> tuple[GenerationRequest, tuple[Adjustment, ...]]:
+        return self.body.fitted(request, card)
 
     def lora_specs(self) -> tuple[LoraSpec, ...]:
         return self.body.lora_specs()

@@ -1,14 +1,11 @@
 """POST /v1/images/edits: one call that waits for the edited images, or streams them."""
 
-import re
-
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
 from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import ModelCard
-from deployments.protocol.errors import WeftError
 from deployments.protocol.request import Task
 from serve_app.admission.model_aliases import resolve_model
 from serve_app.api.auth import CurrentCaller
@@ -16,12 +13,11 @@ from serve_app.api.caller import CallerContext
 from serve_app.api.openai.edit_schemas import EDIT_FILES, EditSubmission, OpenAIEditBody, edit_task
 from serve_app.api.openai.image_schemas import ImagesResponse
 from serve_app.api.openai.images import finished_images
+from serve_app.api.openai.names import in_openai_names
 from serve_app.api.request_body import documented, read_json_or_form
 from serve_app.api.submit import choose_model, submit
 
 router = APIRouter(tags=["openai"])
-OPENAI_NAMES = {"reference_images": "image", "mask_image": "mask", "num_images": "n"}  # by the native name
-NATIVE_NAME = re.compile(rf"\b({'|'.join(OPENAI_NAMES)})\b")
 
 
 @router.post(
@@ -37,11 +33,9 @@ async def edit_images(http_request: Request, caller: CurrentCaller) -> ImagesRes
     instruction about all images; any other starts from the one image, with a warning that says so.
     """
     body = await read_json_or_form(http_request, OpenAIEditBody, EDIT_FILES)
-    try:
+    with in_openai_names():
         card, aliased = await _card(caller, body)
         job = await submit(caller, EditSubmission(body, card, edit_task(body, card), aliased))
-    except WeftError as error:
-        raise _in_openai_names(error) from None
     return await finished_images(caller, job, http_request, body, event="image_edit")
 
 
@@ -51,13 +45,3 @@ async def _card(caller: CallerContext, body: OpenAIEditBody) -> tuple[ModelCard,
     tasks = (Task.edit, Task.i2i) if body.mask is None else (Task.inpaint,)
     model = await choose_model(caller, tasks) if body.model is None else body.model
     return resolve_model(model, caller.state.cards, caller.state.settings.model_aliases)
-
-
-def _in_openai_names(error: WeftError) -> WeftError:
-    """The error with the fields' names of this dialect."""
-    param = None if error.param is None else _renamed(error.param)
-    return type(error)(_renamed(error.message), param=param, retry_after_s=error.retry_after_s)
-
-
-def _renamed(text: str) -> str:
-    return NATIVE_NAME.sub(lambda match: OPENAI_NAMES[match[0]], text)

@@ -2,13 +2,16 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import AliasChoices, BaseModel, Field
 
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import GenerationRequest, OutputOptions, PictureFormat, Task
 from serve_app.api.schemas.generation import OpenAIFields
 from serve_app.api.schemas.job import WarningOut
 from serve_app.api.schemas.numbers import Int
+from serve_app.api.schemas.sampler_names import SchedulerName
+
+URL_MODELS = "dall-e"  # beginning of the names whose default is a link
 
 
 class OpenAIImageBody(OpenAIFields):
@@ -16,9 +19,15 @@ class OpenAIImageBody(OpenAIFields):
 
     kind = "openai image"
 
-    n: Int | None = Field(None, ge=1, le=10, description="Number of images.")
+    n: Int | None = Field(
+        None,
+        ge=1,
+        le=10,
+        validation_alias=AliasChoices("n", "num_images", "num_outputs_per_prompt"),
+        description="Number of images.",
+    )
     response_format: Literal["url", "b64_json"] | None = Field(
-        None, description="b64_json by default; a url needs the same key."
+        None, description="b64_json by default, of names like dall-e-3 url; a url needs the same key."
     )
     output_format: PictureFormat | None = None
     output_compression: Int | None = Field(None, ge=0, le=100, description="JPEG and WebP quality.")
@@ -27,7 +36,11 @@ class OpenAIImageBody(OpenAIFields):
         None, ge=0, le=3, description="Preview images during denoising; needs stream."
     )
     background: Literal["auto", "opaque"] | None = Field(None, description="Images are always opaque.")
-    scheduler: str | None = Field(None, description="Noise scheduler, where the model offers a choice.")
+    scheduler: SchedulerName | None = Field(
+        None,
+        validation_alias=AliasChoices("scheduler", "sampler", "sampler_name"),
+        description="Noise scheduler, where the model offers a choice.",
+    )
     max_sequence_length: Int | None = Field(None, description="Text tokens.")
     # Accepted and ignored: no model here has such a choice.
     quality: str | None = None
@@ -38,6 +51,12 @@ class OpenAIImageBody(OpenAIFields):
     @property
     def task(self) -> Task:
         return Task.t2i
+
+    @property
+    def wants_url(self) -> bool:
+        """Whether the answer has links: clients of DALL-E expect them unless they ask for something else."""
+        default = "url" if (self.model or "").startswith(URL_MODELS) else "b64_json"
+        return (self.response_format or default) == "url"
 
     def to_request(self, model: str) -> GenerationRequest:
         """The same request without its dialect. Raises BadRequest, or pydantic's ValidationError."""

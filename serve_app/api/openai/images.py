@@ -24,6 +24,7 @@ from serve_app.api.openai.image_schemas import (
     OpenAIImageBody,
     PartialImage,
 )
+from serve_app.api.openai.names import in_openai_names
 from serve_app.api.openai.partial_images import partial_image
 from serve_app.api.request_body import documented, read_json
 from serve_app.api.schemas.job import JobOut, WarningOut
@@ -50,7 +51,8 @@ async def generate_images(http_request: Request, caller: CurrentCaller) -> Image
     most, then `image_generation.completed` for every image, or an `error`.
     """
     body = await read_json(http_request, OpenAIImageBody)
-    job = await submit(caller, body)
+    with in_openai_names():
+        job = await submit(caller, body)
     return await finished_images(caller, job, http_request, body, event="image_generation")
 
 
@@ -77,7 +79,7 @@ async def finished_images(
     _require_completed(job)
     return ImagesResponse(
         created=int(job.created_at),
-        data=await _images(caller, job, as_url=body.response_format == "url"),
+        data=await _images(caller, job, as_url=body.wants_url),
         output_format=job.request.output.format,
         size=_size(job),
         id=job.id,

@@ -35,6 +35,11 @@ class NullableFields(BaseModel):
 class RequestBody(NullableFields, Strict):
     """A body of a generating route, or a part of one."""
 
+    @classmethod
+    def prepared(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The fields of a JSON object as they are validated."""
+        return values
+
 
 def without_nulls(value: Any) -> Any:
     """The JSON value with every object's nulls left out, at any depth: a null means "not given"."""

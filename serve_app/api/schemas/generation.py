@@ -3,10 +3,14 @@
 import re
 from typing import Any
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, ConfigDict, Field
 
+from deployments.protocol.adjustment import Adjustment
+from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest
-from deployments.protocol.request import MAX_PREVIEWS, Exactness
+from deployments.protocol.request import MAX_PREVIEWS, Exactness, GenerationRequest
+from serve_app.admission.foreign_values import fit_values
+from serve_app.api.schemas.foreign_fields import ignored_fields, refuse_pictures, unnested
 from serve_app.api.schemas.lora_fields import LoraFields
 from serve_app.api.schemas.numbers import Int, Seed
 from serve_app.api.schemas.sampler_names import SchedulerName
@@ -81,14 +85,46 @@ class NativeFields(GenerationFields):
 
 
 class OpenAIFields(GenerationFields):
-    """The fields that OpenAI's bodies for images and for videos share, with vLLM-Omni's additions."""
+    """The fields that OpenAI's bodies for images and for videos share, with the additions of vLLM-Omni,
+    SGLang and clients. Others are ignored with a warning, values that a card does not allow are corrected."""
 
+    model_config = ConfigDict(extra="allow")
+
+    num_inference_steps: Int | None = Field(
+        None,
+        validation_alias=AliasChoices("num_inference_steps", "steps", "num_steps"),
+        description="Denoising steps.",
+    )
+    guidance_scale: float | None = Field(
+        None,
+        validation_alias=AliasChoices("guidance_scale", "cfg_scale", "guidance", "cfg"),
+        description="How closely to follow the prompt.",
+    )
+    aspect_ratio: str | None = Field(None, description="Such as '16:9', where there is no size.")
     size: str | None = Field(None, description="'auto', or width x height such as '256x256'.")
     negative_prompt: str | None = Field(None, description="What to avoid, for models that take it.")
     user: str | None = Field(None, description="Accepted and ignored.")
 
+    @classmethod
+    def prepared(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """With the fields of nested objects, such as extra_body, beside them."""
+        return unnested(values)
+
+    @property
+    def notices(self) -> tuple[Adjustment, ...]:
+        """What was sent and is not known."""
+        return (*super().notices, *ignored_fields(self.model_extra or {}))
+
+    def fitted(
+        self, request: GenerationRequest, card: ModelCard
+    ) -> tuple[GenerationRequest, tuple[Adjustment, ...]]:
+        """With values that the card allows."""
+        return fit_values(request, card, aspect_ratio=self.aspect_ratio)
+
     def shared_arguments(self) -> dict[str, Any]:
-        """Raises BadRequest for a size that cannot be read or that contradicts width and height."""
+        """Raises BadRequest for a size that cannot be read or that contradicts width and height, and for a
+        picture that this call does not take."""
+        refuse_pictures(self.model_extra or {})
         width, height = resolve_size(self.size, self.width, self.height)
         own = {"width": width, "height": height, "negative_prompt": self.negative_prompt or ""}
         return super().shared_arguments() | own

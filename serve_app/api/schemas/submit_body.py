@@ -3,6 +3,7 @@
 from typing import ClassVar, Protocol
 
 from deployments.protocol.adjustment import Adjustment
+from deployments.protocol.card import ModelCard
 from deployments.protocol.request import ControlType, GenerationRequest, Task
 from serve_app.api.schemas.body import RequestBody
 from serve_app.jobs.store.cache_keys import body_digest
@@ -36,6 +37,12 @@ class SubmitBody(Protocol):
     def notices(self) -> tuple[Adjustment, ...]:
         """What the dialect changed before the request is validated; reported as warnings."""
 
+    def fitted(
+        self, request: GenerationRequest, card: ModelCard
+    ) -> tuple[GenerationRequest, tuple[Adjustment, ...]]:
+        """The request as this dialect corrects it for the card, with a warning for each change. Raises
+        BadRequest."""
+
     def lora_specs(self) -> tuple[LoraSpec, ...]:
         """LoRAs that the body asks for. Raises BadRequest."""
 
@@ -66,6 +73,13 @@ class SubmitDefaults(RequestBody):
     @property
     def notices(self) -> tuple[Adjustment, ...]:
         return ()
+
+    def fitted(
+        self, request: GenerationRequest, card: ModelCard
+    ) -> tuple[GenerationRequest, tuple[Adjustment, ...]]:
+        """As it is: what the card does not allow is refused."""
+        del card
+        return request, ()
 
     def lora_specs(self) -> tuple[LoraSpec, ...]:
         return ()
