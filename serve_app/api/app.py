@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Depends, FastAPI
 
 from serve_app.api import (
+    a1111,
     admin,
     docs,
     events,
@@ -37,6 +38,7 @@ ROUTERS: tuple[APIRouter, ...] = (
     models.router,
     *tasks.ROUTERS,
     *openai.ROUTERS,
+    *a1111.ROUTERS,
     ops.router,
     usage.router,
     sessions.router,

@@ -29,6 +29,7 @@ STATUS: Mapping[str, int] = {
 }
 RETRY_AFTER_S = {"rate_limited": 1.0, "overloaded": 2.0, "model_unavailable": 5.0}  # unless the error says
 ERROR_KIND = "weft_error_kind"  # key in the scope's state
+A1111_PATHS = ("/sdapi/", "/controlnet/")
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -43,6 +44,8 @@ def render(error: WeftError, scope: Scope, *, status: int | None = None) -> Resp
     scope.setdefault("state", {})[ERROR_KIND] = error.kind
     if route_path(scope).startswith("/v1/"):
         return _render_openai(error, status)
+    if route_path(scope).startswith(A1111_PATHS):
+        return _render_a1111(error, status)
     return _render_native(error, status)
 
 
@@ -68,6 +71,13 @@ def _render_native(error: WeftError, status: int | None) -> Response:
     code = STATUS[error.kind] if status is None else status
     body = ErrorBody(kind=error.kind, message=error.message, param=error.param, retryable=error.retryable)
     return _json_response({"error": body.model_dump()}, code, _retry_headers(error))
+
+
+def _render_a1111(error: WeftError, status: int | None) -> Response:
+    """As A1111's clients read it: what was wrong is in `detail`, some show `errors`."""
+    code = STATUS[error.kind] if status is None else status
+    body = {"error": error.kind, "detail": error.message, "body": error.param or "", "errors": error.message}
+    return _json_response(body, code, _retry_headers(error))
 
 
 def _render_openai(error: WeftError, status: int | None) -> Response:

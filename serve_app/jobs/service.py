@@ -10,6 +10,7 @@ from datetime import date
 from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overloaded, Unauthorized
+from deployments.protocol.events import Preview
 from deployments.protocol.request import GenerationRequest
 from serve_app.job_ids import is_job_id
 from serve_app.jobs import follow, signed_links
@@ -157,6 +158,12 @@ class JobService:
         await self._owned_job(job_id, owner, with_retry=True)
         async for entry in follow.follow(self._store, self._wakeups, job_id, after or FROM_START):
             yield entry
+
+    async def latest_preview(self, job_id: str, owner: str) -> Preview | None:
+        """The newest preview of the job; None while it has none. Raises NotFound."""
+        await self._owned_job(job_id, owner)
+        past = [event for _, event in await self._store.events(job_id)]
+        return next((event for event in reversed(past) if isinstance(event, Preview)), None)
 
     async def artifact(
         self, job_id: str, owner: str, index: int, kind: str = "image"

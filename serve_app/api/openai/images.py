@@ -5,14 +5,13 @@ import base64
 import json
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import suppress
 from typing import Literal
 
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from deployments.protocol.errors import Cancelled, Overloaded, WeftError
+from deployments.protocol.errors import WeftError
 from serve_app.api import sse
 from serve_app.api.auth import CurrentCaller
 from serve_app.api.caller import CallerContext
@@ -29,8 +28,9 @@ from serve_app.api.openai.partial_images import partial_image
 from serve_app.api.request_body import documented, read_json
 from serve_app.api.schemas.job import JobOut, WarningOut
 from serve_app.api.submit import submit
+from serve_app.api.waiting import cancel_unless_named, late, require_completed, wait_for
 from serve_app.jobs.events import ENDINGS, Preview
-from serve_app.jobs.job import Job, JobState
+from serve_app.jobs.job import Job
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +66,13 @@ async def finished_images(
     if body.stream:
         return sse.response(_stream(caller, job, event))
     try:
-        job = await _wait(caller, job, http_request)
+        (job,) = await wait_for(caller, [job], http_request)
     except TimeoutError:
-        late = Overloaded(
-            f"job {job.id} was not done within {caller.state.settings.sync_wait_s:g} s; it continues, "
-            f"and GET /api/generate/{job.id} reports its state"
-        )
-        return render(late, http_request.scope, status=504)
+        return render(late(caller, job), http_request.scope, status=504)
     except ConnectionAbortedError:
         return Response(status_code=499)  # the client is gone: this is for the log and the metrics
     caller.state.metrics.add("weft_jobs_finished_observed_total", state=job.state.value)
-    _require_completed(job)
+    require_completed(job)
     return ImagesResponse(
         created=int(job.created_at),
         data=await _images(caller, job, as_url=body.wants_url),
@@ -88,53 +84,6 @@ async def finished_images(
         warnings=WarningOut.all_of(job),
         generation_s=job.generation_s,
     )
-
-
-async def _wait(caller: CallerContext, job: Job, http_request: Request) -> Job:
-    """The job once it has ended. Cancels it when the client disconnects.
-
-    Raises TimeoutError after settings.sync_wait_s (the job continues), ConnectionAbortedError.
-    """
-    timeout_s = caller.state.settings.sync_wait_s
-    waiting = asyncio.create_task(caller.job_service.wait(job.id, caller.owner, timeout_s))
-    disconnecting = asyncio.create_task(_disconnected(http_request))
-    try:
-        await asyncio.wait({waiting, disconnecting}, return_when=asyncio.FIRST_COMPLETED)
-        if waiting.done():
-            ended = waiting.result()
-            if not ended.state.ended:
-                raise TimeoutError
-            return ended
-        await _cancel(caller, job)
-        raise ConnectionAbortedError
-    except asyncio.CancelledError:  # how Serve reports that the client disconnected
-        await asyncio.shield(_cancel(caller, job))
-        raise
-    finally:
-        for task in (waiting, disconnecting):
-            task.cancel()
-        await asyncio.gather(waiting, disconnecting, return_exceptions=True)
-
-
-async def _disconnected(http_request: Request) -> None:
-    while (await http_request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _cancel(caller: CallerContext, job: Job) -> None:
-    """Cancel a job whose client disconnected, unless an Idempotency-Key lets the client ask for it again."""
-    if caller.idempotency_key is not None:
-        return
-    with suppress(WeftError):  # it may have ended meanwhile, or the store is down: there is no one to answer
-        await caller.job_service.cancel(job.id, caller.owner)
-
-
-def _require_completed(job: Job) -> None:
-    if job.state is JobState.completed:
-        return
-    if job.error is not None:
-        raise job.error.to_error()
-    raise Cancelled(f"job {job.id} was cancelled")
 
 
 async def _images(caller: CallerContext, job: Job, *, as_url: bool) -> list[ImageData]:
@@ -166,7 +115,7 @@ async def _stream(caller: CallerContext, job: Job, name: EventName) -> AsyncGene
             ended = ended or isinstance(event, ENDINGS)
         job = (await caller.job_service.get(job.id, caller.owner)).job
         caller.state.metrics.add("weft_jobs_finished_observed_total", state=job.state.value)
-        _require_completed(job)
+        require_completed(job)
         for image in await _images(caller, job, as_url=False):
             yield _event(_completed_image(job, image, name))
     except WeftError as error:
@@ -175,7 +124,7 @@ async def _stream(caller: CallerContext, job: Job, name: EventName) -> AsyncGene
         yield sse.event("error", json.dumps(openai_body(error)))
     finally:
         if not ended:
-            await asyncio.shield(_cancel(caller, job))
+            await asyncio.shield(cancel_unless_named(caller, [job]))
 
 
 def _event(image: PartialImage | CompletedImage) -> bytes:
