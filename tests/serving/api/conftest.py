@@ -32,7 +32,7 @@ JWT_SECRET = "0123456789abcdef" * 4
 
 @pytest.fixture
 def settings(make_settings: MakeSettings) -> Settings:
-    return make_settings(ui=False, sync_wait_s=patience())
+    return make_settings(ui=False, sync_wait_s=patience(), max_call_s=patience(2))
 
 
 async def _no_replicas(digest: str) -> None:
