@@ -29,6 +29,7 @@ class Inputs:
     paste_back: PasteBack | None = None  # for finished pictures; None: they stay as they are
     warnings: tuple[Notice, ...] = ()
     references: tuple[Image, ...] = ()  # RGB, of any size
+    last_image: Image | None = None  # RGB, of a video
 
 
 def decode_inputs(
@@ -46,10 +47,11 @@ def decode_inputs(
     """
     size, edit = (request.width, request.height), request.edit
     notices: list[Notice] = []
+    last_image = _last_image(request, notices)
     if edit is None:
         maps = _control_maps(request, preprocessors, None, notices)
         references = _references(request, None if limits is None else limits.pixels, notices)
-        return Inputs(None, None, maps, warnings=tuple(notices), references=references)
+        return Inputs(None, None, maps, warnings=tuple(notices), references=references, last_image=last_image)
     if edit.is_masked:
         inpainting = prepare(edit, size, request.fit)
         notices += _mask_notices(edit, inpainting)
@@ -63,7 +65,17 @@ def decode_inputs(
     else:
         image = fitted(given, size, request.fit)
     maps = _control_maps(request, preprocessors, None, notices)
-    return Inputs(image, None, maps, warnings=tuple(notices))
+    return Inputs(image, None, maps, warnings=tuple(notices), last_image=last_image)
+
+
+def _last_image(request: ResolvedRequest, notices: list[Notice]) -> Image | None:
+    """The given last frame of a video, in its size."""
+    if request.video is None or request.video.last_image is None:
+        return None
+    given = decode.own_size(request.video.last_image, "last_image")
+    if decode.is_on_white(given):
+        notices.append(_on_white("last_image"))
+    return fitted(given, (request.width, request.height), request.fit)
 
 
 def _references(request: ResolvedRequest, pixels: int | None, notices: list[Notice]) -> tuple[Image, ...]:

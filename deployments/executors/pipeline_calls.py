@@ -107,6 +107,7 @@ class PipelineCalls:
             self._inputs.mask,
             self._inputs.control_maps,
             references=self._inputs.references,
+            last_image=self._inputs.last_image,
             output_type="pending",
             progress=progress,
             attach=partial(self._attach, progress, emit if index == 0 else None),

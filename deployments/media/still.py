@@ -72,6 +72,8 @@ def a1111_parameters(request: ResolvedRequest, seed: int, version: str) -> str:
     }
     if request.video is not None:
         settings |= {"Frames": request.video.num_frames, "FPS": request.video.fps}
+        if request.video.last_image is not None:
+            settings["Last frame"] = hashlib.sha256(request.video.last_image).hexdigest()[:12]
     elif request.edit is not None:
         settings["Denoising strength"] = request.edit.strength
         settings |= _mask_settings(request.edit)
@@ -136,6 +138,7 @@ def metadata(
     bulky: dict[str, Any] = {
         "edit": None if edit is None else set(ResolvedEdit.model_fields) - edit.settings.keys(),
         "references": True,
+        "video": {"last_image"},
         "controls": {"__all__": {"image"}},
         "loras": {"__all__": {"file"}},
         "num_images": True,
@@ -144,6 +147,8 @@ def metadata(
     facts = request.model_dump(mode="json", exclude=bulky)
     if request.references:  # by content: SHA-256 of each file
         facts["references"] = [hashlib.sha256(picture).hexdigest() for picture in request.references]
+    if request.video is not None and request.video.last_image is not None:
+        facts["video"]["last_image"] = hashlib.sha256(request.video.last_image).hexdigest()
     exactness: dict[str, object] = {"exact": not unproven}
     if unproven:
         exactness["merged_unproven"] = sorted(unproven)

@@ -102,6 +102,7 @@ class ModelInstance:
             load_refiner=None if refiner is None else self.extras.load_refiner,
             is_given_refiner=is_given_refiner,
             references=card.references,
+            last_image=None if card.videos is None else card.videos.last_image,
             tiled_vae=tiled_beside(pipeline, self.plan),
             tiles=self.plan.tiles,
         )

@@ -15,6 +15,7 @@ from torch import nn
 from deployments.pipelines import ensemble, latent_decoder, pending_pictures
 from deployments.pipelines.arguments import call_arguments
 from deployments.pipelines.controlnet import controlnets
+from deployments.pipelines.given_frames import check_last_image, frame_arguments, i2v_class, keep_size
 from deployments.pipelines.guidance import guidance_arguments, is_guided, own_guiders
 from deployments.pipelines.noise_schedulers import noise_scheduler
 from deployments.pipelines.pending_pictures import PendingPictures
@@ -24,7 +25,7 @@ from deployments.pipelines.reference_pictures import edit_class, reference_argum
 from deployments.pipelines.replay import StateMismatch
 from deployments.pipelines.resume import Progress
 from deployments.pipelines.step_callback import call_with_steps, step_callback
-from deployments.protocol.card import ControlNet, References, Weights
+from deployments.protocol.card import ControlNet, LastImage, References, Weights
 from deployments.protocol.errors import BadRequest
 from deployments.protocol.request import ControlType, ResolvedRequest, Task
 
@@ -48,18 +49,21 @@ class DiffusersModel:
         load_controlnet: Callable[[Weights], nn.Module] | None = None,
         load_refiner: Callable[[], Any] | None = None,
         references: References | None = None,
+        last_image: LastImage | None = None,
         is_given_refiner: bool = False,
         tiled_vae: nn.Module | None = None,
         tiles: Callable[[int], bool] = lambda _pixels: False,
     ) -> None:
         """controls: of the card, for load_controlnet. load_refiner returns an image-to-image pipeline.
-        references: of the card, for the task edit.
+        references: of the card, for the task edit. last_image: of the card's videos, for the task i2v.
         is_given_refiner: the refiner is another model, which `call` is given.
         tiled_vae: the VAE as it decodes in tiles; used for requests of so many pixels that `tiles` says so.
         """
         self._pipeline = pipeline
         self._references = references or References()
-        self._templates = {task: _template(pipeline, task, self._references.max) for task in tasks}
+        self._templates = {
+            task: _template(pipeline, task, self._references.max, last_image) for task in tasks
+        }
         self._controls = dict(controls or {})
         self._load_controlnet = load_controlnet
         self._load_refiner = load_refiner
@@ -144,6 +148,7 @@ class DiffusersModel:
         maps: Sequence[Image.Image] = (),
         *,
         references: Sequence[Image.Image] = (),
+        last_image: Image.Image | None = None,
         output_type: str = "pil",
         progress: Progress | None = None,
         attach: Callable[[Any], None] = lambda _pipeline: None,
@@ -155,6 +160,7 @@ class DiffusersModel:
 
         image, mask, maps: RGB, L and RGB, of the request's size; one map per control picture.
         references: RGB, of any size.
+        last_image: the last frame of a video, RGB, of the request's size.
         on_step: called after every step.
         output_type: "latent" returns tensors without decoding; "pending" does not wait for the device.
         progress: updated after every step; if it has a saved state, the call continues from that, and raises
@@ -183,6 +189,8 @@ class DiffusersModel:
         arguments["output_type"] = latent_decoder.output_type(pipeline) if makes_video else output_type
         if makes_video and request.video is not None:
             arguments["num_frames"] = latent_decoder.requested_frames(pipeline, request.video.num_frames)
+            keep_size(pipeline, request.width, request.height)
+            arguments |= frame_arguments(type(pipeline), image, last_image, request.video.num_frames)
         progress = progress or Progress()
         if request.refiner is not None:
             refining = self._own_copy(last, request)
@@ -280,16 +288,22 @@ def _own_copy(template: Any, scheduler: str) -> Any:
     return pipeline
 
 
-def _template(pipeline: Any, task: Task, most_references: int = 1) -> Any:
+def _template(
+    pipeline: Any, task: Task, most_references: int = 1, last_image: LastImage | None = None
+) -> Any:
     """The pipeline of diffusers for `task`, over the same components."""
     pipeline_class: Any
     if task is Task.edit:
         pipeline_class = edit_class(type(pipeline), most_references)
-    elif task in (Task.t2v, Task.i2v):
+    elif task is Task.i2v:
+        pipeline_class = i2v_class(latent_decoder.video_class(type(pipeline), task), last_image)
+    elif task is Task.t2v:
         pipeline_class = latent_decoder.video_class(type(pipeline), task)
     else:
         pipeline_class = picture_class(type(pipeline), task)
     template = pipeline if pipeline_class is type(pipeline) else _built(pipeline_class, pipeline, {})
+    if task is Task.i2v:
+        check_last_image(template, last_image)
     template.set_progress_bar_config(disable=True)
     return template
 

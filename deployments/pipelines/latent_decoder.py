@@ -42,9 +42,8 @@ def video_class(pipeline_class: type, task: Task) -> type:
     sibling = name.replace("ImageToVideo", "") if is_i2v else name.replace("Pipeline", "ImageToVideoPipeline")
     found = getattr(diffusers, sibling, None)
     if not isinstance(found, type):
-        if task is Task.i2v and "image" in parameters_of(
-            pipeline_class
-        ):  # one class for both, as Kandinsky 6
+        known = parameters_of(pipeline_class)
+        if task is Task.i2v and {"image", "conditions"} & known:  # one class for both, as Kandinsky 6
             return pipeline_class
         raise ModelFailed(f"diffusers has no {sibling}; take {task.value} out of the card's tasks")
     return found

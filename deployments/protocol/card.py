@@ -31,6 +31,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 # of weights. int8, fp8: torchao, 8 bits per weight, computed in the part's dtype. fp8_dynamic: torchao,
 # products of 8 bits with a scale per row. nf4: bitsandbytes, 4 bits. fp8_cast: diffusers' layerwise casting
 Quantisation = Literal["int8", "fp8", "fp8_dynamic", "nf4", "fp8_cast"]
+# see Videos.last_image
+LastImage = Literal["optional", "required", "alone"]
 Offload = Literal["none", "text_encoders", "text_encoders_on_cpu", "balanced", "sequential"]
 
 FAMILY = r"^[a-z0-9][a-z0-9_]{0,63}$"
@@ -108,6 +110,9 @@ class Videos(Strict):
     )  # num_frames is every * k + 1: each of Wan's latents holds 4 frames, the first one 1
     max_frame_pixels: int  # width x height x frames
     framewise: bool = False  # a picture model: every frame is a picture on a path between two seeds
+    # of i2v, whether the last frame may be given. optional: beside the first; required: with the first,
+    # always; alone: with or without the first. None: it cannot
+    last_image: LastImage | None = None
 
     @model_validator(mode="after")
     def _check_default(self) -> Self:
@@ -116,6 +121,8 @@ class Videos(Strict):
                 raise ValueError(f"{frames} frames are not a multiple of {self.every}, plus 1")
         if not self.min_frames <= self.num_frames <= self.max_frames:
             raise ValueError("videos need min_frames <= num_frames <= max_frames")
+        if self.framewise and self.last_image is not None:
+            raise ValueError("a frame-wise video takes no last frame; take last_image out")
         return self
 
 

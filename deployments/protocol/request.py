@@ -56,7 +56,7 @@ class Task(StrEnum):
     edit = "edit"  # follows an instruction about reference pictures: no mask, no strength
     refine = "refine"  # img2img that renews the finest details, with a refiner's weights
     t2v = "t2v"
-    i2v = "i2v"  # image to video: begins with the given picture
+    i2v = "i2v"  # image to video: begins or ends with a given picture
 
 
 class Grow(Strict):
@@ -188,6 +188,11 @@ class Video(Strict):
     quality: int = Field(
         80, ge=1, le=100, description="Of the encoding; higher is larger and closer to the frames."
     )
+    last_image: bytes | None = Field(
+        None,
+        repr=False,
+        description="The last frame, a PNG, JPEG or WebP file; `edit.image` is the first one.",
+    )
     end_prompt: str | None = Field(
         None, max_length=32_000, repr=False, description="Frame-wise only: what the last frame shows."
     )
@@ -276,7 +281,7 @@ class GenerationRequest(Strict):
         if self.refine:
             return Task.refine
         if self.video is not None:
-            return Task.t2v if self.edit is None else Task.i2v
+            return Task.t2v if self.edit is None and self.video.last_image is None else Task.i2v
         if self.references:
             return Task.edit
         if self.edit is None:

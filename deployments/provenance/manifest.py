@@ -43,7 +43,8 @@ def definition(artifact: Artifact, request: ResolvedRequest, *, with_prompt: boo
 def digital_source_type(request: ResolvedRequest) -> str:
     """IPTC's term: a composite where a given picture is part of the result, as in edits. A control map only
     guides what is generated."""
-    return EDITED if request.edit is not None or request.references else GENERATED
+    ends_with = request.video is not None and request.video.last_image is not None
+    return EDITED if request.edit is not None or request.references or ends_with else GENERATED
 
 
 def given_pictures(request: ResolvedRequest) -> Iterator[tuple[str, bytes]]:
@@ -52,6 +53,8 @@ def given_pictures(request: ResolvedRequest) -> Iterator[tuple[str, bytes]]:
         yield "given image", request.edit.image
         if request.edit.mask_image is not None:
             yield "mask", request.edit.mask_image
+    if request.video is not None and request.video.last_image is not None:
+        yield "last frame", request.video.last_image
     for index, picture in enumerate(request.references):
         yield f"reference image {index}", picture
     for index, control in enumerate(request.controls):

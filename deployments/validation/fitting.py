@@ -22,6 +22,7 @@ class GivenSizes(NamedTuple):
     mask: ImageSize | None
     controls: tuple[ImageSize | None, ...]
     references: tuple[ImageSize | None, ...] = ()
+    last_image: ImageSize | None = None  # of a video
 
 
 def read_sizes(request: GenerationRequest) -> GivenSizes:
@@ -35,11 +36,13 @@ def read_sizes(request: GenerationRequest) -> GivenSizes:
     references = tuple(
         _size(picture, reference_field(request, index)) for index, picture in enumerate(request.references)
     )
-    edit = request.edit
+    edit, video = request.edit, request.video
+    last_image = None if video is None else _size(video.last_image, "last_image")
     if edit is None:
-        return GivenSizes(None, None, None, controls, references)
+        return GivenSizes(None, None, None, controls, references, last_image)
     image, mask = _size(edit.image, "image"), _size(edit.mask_image, "mask_image")
-    return GivenSizes(None if image is None else _grown(image, edit), image, mask, controls)
+    canvas = None if image is None else _grown(image, edit)
+    return GivenSizes(canvas, image, mask, controls, last_image=last_image)
 
 
 def result_size(request: GenerationRequest, canvas: ImageSize | None) -> ImageSize | None:
@@ -65,7 +68,11 @@ def fit_adjustments(request: GenerationRequest, given: GivenSizes, result: Image
     """
     if isinstance(request, ResolvedRequest):
         return []
-    pairs = [("image", given.canvas, result), ("mask_image", given.mask, given.image)]
+    pairs = [
+        ("image", given.canvas, result),
+        ("mask_image", given.mask, given.image),
+        ("last_image", given.last_image, result),
+    ]
     pairs += [(control_field(request, k), size, result) for k, size in enumerate(given.controls)]
     return [
         Adjustment("input_fitted", field, _message(field, size, target, request.fit))

@@ -95,6 +95,8 @@ def _task_field(request: GenerationRequest) -> str:
         return "refine"
     if request.references:
         return "reference_images"
+    if request.video is not None and request.video.last_image is not None and request.edit is None:
+        return "last_image"
     return "edit" if request.edit else "model"
 
 

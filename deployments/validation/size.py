@@ -16,9 +16,10 @@ def resolve_size(request: GenerationRequest, given: GivenSizes, sizes: Sizes) ->
     """Width and height in pixels that the model works at.
 
     Where the request names none: the allowed size nearest to the given picture, or to the first control
-    picture; for an edit the aspect ratio of the first reference picture with about as many pixels as the
-    card's default, as the pipelines of editing models have it; else the card's default. The masked area alone
-    is scaled to the card's default. Raises BadRequest for a size outside the card's limits.
+    picture, or to a video's last frame where its first is not given; for an edit the aspect ratio of the
+    first reference picture with about as many pixels as the card's default, as the pipelines of editing
+    models have it; else the card's default. The masked area alone is scaled to the card's default. Raises
+    BadRequest for a size outside the card's limits.
     """
     source = _source_size(request, given, sizes)
     if request.width is None and request.height is None:
@@ -60,7 +61,7 @@ def _source_size(request: GenerationRequest, given: GivenSizes, sizes: Sizes) ->
         first = given.references[0]
         scale = math.sqrt(sizes.width * sizes.height / (first.width * first.height))
         return ImageSize(max(1, round(first.width * scale)), max(1, round(first.height * scale)))
-    return given.controls[0] if given.controls else None
+    return given.controls[0] if given.controls else given.last_image
 
 
 def _check_size(width: int, height: int, sizes: Sizes) -> None:

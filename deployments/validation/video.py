@@ -33,6 +33,7 @@ def resolve_video(
         return None
     assert limits is not None, "a card whose tasks make videos has their limits"
     _check_combination(request, video, limits)
+    _check_given_frames(request, video, card.id, limits)
     _check_motion(video, card)
     _check_codec(video)
     fps = limits.fps if video.fps is None else video.fps
@@ -44,6 +45,7 @@ def resolve_video(
         format=video.format,
         codec=video.codec,
         quality=video.quality,
+        last_image=video.last_image,
         end_prompt=video.end_prompt,
         end_seed=_end_seed(video, limits, seed),
         zoom=video.zoom,
@@ -73,6 +75,28 @@ def _check_combination(request: GenerationRequest, video: Video, limits: Videos)
                 raise BadRequest(
                     f"{name} is for frame-wise videos of picture models; leave it out", param=name
                 )
+
+
+def _check_given_frames(request: GenerationRequest, video: Video, card_id: str, limits: Videos) -> None:
+    """Raises BadRequest for a first or last frame that the model cannot take, or lacks. Only pictures that
+    are given count: a video from text alone needs none."""
+    if video.last_image is None:
+        if limits.last_image == "required" and request.edit is not None:
+            raise BadRequest(
+                f"{card_id} makes what lies between two frames; send last_image too", param="last_image"
+            )
+        return
+    if limits.last_image is None:
+        cure = "end_prompt and end_seed say how it ends" if limits.framewise else "send image, the first one"
+        raise BadRequest(
+            f"{card_id} cannot end with a given frame; leave last_image out ({cure}), or use a model whose "
+            "videos in GET /api/models/ have last_image",
+            param="last_image",
+        )
+    if request.edit is None and limits.last_image != "alone":
+        raise BadRequest(
+            f"{card_id} takes a last frame beside a first one only; send image too", param="image"
+        )
 
 
 def _check_motion(video: Video, card: ModelCard) -> None:

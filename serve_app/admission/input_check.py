@@ -37,6 +37,8 @@ class InputCheck:
         files += [(reference_field(request, index), data) for index, data in enumerate(request.references)]
         if request.edit is not None:
             files += [("image", request.edit.image), ("mask_image", request.edit.mask_image)]
+        if request.video is not None:
+            files.append(("last_image", request.video.last_image))
         given = [(field, data) for field, data in files if data is not None]
         for field, data in given:
             _check_header(data, field)

@@ -18,6 +18,8 @@ def detach(request: ResolvedRequest) -> tuple[ResolvedRequest, dict[str, bytes]]
         images["image"] = request.edit.image
         if request.edit.mask_image is not None:
             images["mask_image"] = request.edit.mask_image
+    if request.video is not None and request.video.last_image is not None:
+        images["last_image"] = request.video.last_image
     return attach(request, dict.fromkeys(images, b"")), images
 
 
@@ -33,12 +35,16 @@ def attach(request: ResolvedRequest, images: Mapping[str, bytes]) -> ResolvedReq
     if request.edit is not None:
         edited = {name: images[name] for name in ("image", "mask_image") if name in images}
         changes["edit"] = request.edit.model_copy(update=edited)
+    if request.video is not None and "last_image" in images:
+        changes["video"] = request.video.model_copy(update={"last_image": images["last_image"]})
     return request.model_copy(update=changes)
 
 
 def names(request: ResolvedRequest) -> tuple[str, ...]:
     """Field names of the images that a detached request needs to run."""
     given = (*(f"control_{index}" for index in range(len(request.controls))), *_reference_names(request))
+    if request.video is not None and request.video.last_image is not None:
+        given = (*given, "last_image")
     if request.edit is None:
         return given
     return (*given, "image") if request.edit.mask_image is None else (*given, "image", "mask_image")

@@ -8,6 +8,7 @@ import diffusers
 import torch
 from PIL import Image
 
+from deployments.pipelines.given_frames import frame_arguments
 from tests.inference import tiny
 from tests.inference.families import (
     PICTURE,
@@ -28,6 +29,7 @@ from tests.inference.families import (
 from tests.inference.tiny_controls import flux_controlnet, unet_controlnet
 
 SMALL = PICTURE.resize((32, 32))
+END = PICTURE.resize((32, 32)).transpose(Image.Transpose.ROTATE_90)
 MASK = Image.new("L", (32, 32)).point(lambda _value: 0)
 MASK.paste(255, (0, 0, 16, 32))
 FRAMES = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 16}
@@ -333,6 +335,9 @@ MORE: dict[str, Family] = {
         tasks=("i2v",),
         **_VIDEO,
     ),
+    "Wan 2.2 A14B, first and last frame": Family(
+        wan_a14b, common={**FRAMES, "image": SMALL, "last_image": END}, tasks=("i2v",), **_VIDEO
+    ),
     "Wan VACE": Family(
         wan_vace, common={**FRAMES, "reference_images": [SMALL]}, tasks=("t2v",), several=None, **_VIDEO
     ),
@@ -356,6 +361,16 @@ MORE: dict[str, Family] = {
         lambda: over(ltx(), "LTXConditionPipeline", scheduler=_flow()),
         common={"image": SMALL, "num_frames": 9, "max_sequence_length": 16},
         tasks=("i2v",),
+        **_VIDEO,
+    ),
+    "LTX-Video, first and last frame": Family(
+        lambda: over(ltx(), "LTXConditionPipeline", scheduler=_flow()),
+        common={
+            **frame_arguments(diffusers.LTXConditionPipeline, SMALL, END, 9),
+            "num_frames": 9, "max_sequence_length": 16,
+        },
+        tasks=("i2v",),
+        several=None,  # diffusers 0.42 takes a last frame for one video of a prompt only
         **_VIDEO,
     ),
     "CogVideoX, image to video": Family(

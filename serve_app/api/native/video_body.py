@@ -21,7 +21,7 @@ from serve_app.api.schemas.generation import NativeFields
 from serve_app.api.schemas.numbers import RANDOM, EndSeed, Fps, Int
 from serve_app.api.schemas.seconds import Seconds
 
-VIDEO_FILES = ("image",)  # the file fields of a form
+VIDEO_FILES = ("image", "last_image")  # the file fields of a form, under any of their names
 
 
 class VideoBody(NativeFields):
@@ -55,8 +55,15 @@ class VideoBody(NativeFields):
     image: ImageBytes | None = Field(
         None,
         repr=False,
-        validation_alias=AliasChoices("image", "init_image"),
-        description="The first frame of the video; `init_image` is another name for it.",
+        validation_alias=AliasChoices("image", "init_image", "first_frame"),
+        description="The first frame of the video; `init_image` and `first_frame` are other names for it.",
+    )
+    last_image: ImageBytes | None = Field(
+        None,
+        repr=False,
+        validation_alias=AliasChoices("last_image", "last_frame"),
+        description="The last frame of the video, for models whose `videos` have `last_image`; `last_frame` "
+        "is another name for it.",
     )
     strength: float | None = Field(
         None,
@@ -65,7 +72,8 @@ class VideoBody(NativeFields):
         description="Frame-wise videos with `image` only: how far frames may differ.",
     )
     fit: FitMode = Field(
-        "crop", description="How an `image` of another aspect ratio is fitted: crop, pad or stretch."
+        "crop",
+        description="How an `image` or `last_image` of another aspect ratio is fitted: crop, pad or stretch.",
     )
     end_prompt: str | None = Field(None, description="Frame-wise only: what the last frame shows.")
     end_seed: EndSeed = Field(
@@ -85,7 +93,7 @@ class VideoBody(NativeFields):
 
     @property
     def task(self) -> Task:
-        return Task.t2v if self.image is None else Task.i2v
+        return Task.t2v if self.image is None and self.last_image is None else Task.i2v
 
     def to_request(self, model: str) -> GenerationRequest:
         """The same request without its dialect. Raises BadRequest, or pydantic's ValidationError."""
@@ -104,6 +112,7 @@ class VideoBody(NativeFields):
                 format=self.output_format,
                 codec=self.output_codec,
                 quality=self.output_quality,
+                last_image=self.last_image,
                 end_prompt=self.end_prompt,
                 end_seed=secrets.randbelow(SEEDS) if self.end_seed == RANDOM else self.end_seed,
                 zoom=self.zoom,

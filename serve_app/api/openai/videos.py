@@ -6,6 +6,7 @@ from fastapi import APIRouter, Header, Query, Response
 from starlette.requests import Request
 
 from deployments.protocol.errors import BadRequest, Conflict, NotFound, Overloaded
+from deployments.protocol.request import Task
 from serve_app.api.auth import CurrentCaller
 from serve_app.api.caller import CallerContext, JobId, parse_job_id
 from serve_app.api.openai.video_schemas import (
@@ -155,8 +156,10 @@ async def _started(
 
 
 async def _remix(caller: CallerContext, original: Job, prompt: str, response: Response) -> VideoObject:
-    if original.request.edit is not None:
-        raise BadRequest("the picture this video began with is no longer stored; begin a new one with it")
+    if original.request.task is Task.i2v:
+        raise BadRequest(
+            "the pictures this video began or ended with are no longer stored; begin a new one with them"
+        )
     request = RemixRequest(original=original.request, prompt=prompt)
     return await _started(caller, request, response, remixed_from=original.id)
 

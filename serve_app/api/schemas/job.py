@@ -121,6 +121,7 @@ class JobVideoOut(BaseModel):
     quality: int
     framewise: bool = Field(description="An image model generates every frame as an image.")
     codec: str | None = Field(None, description="null: the default one of the format.")
+    last_image: bool = Field(False, description="Its last frame was given.")
     zoom: float | None = None
     pan_x: float | None = None
     pan_y: float | None = None
@@ -135,6 +136,7 @@ class JobVideoOut(BaseModel):
             quality=video.quality,
             framewise=video.framewise,
             codec=video.codec,
+            last_image=video.last_image is not None,
             zoom=video.zoom,
             pan_x=video.pan_x,
             pan_y=video.pan_y,

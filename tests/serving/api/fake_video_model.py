@@ -14,8 +14,13 @@ from deployments.protocol.events import Artifact, Done, Event, Failed, Stage, St
 from deployments.protocol.request import ResolvedRequest
 from tests.serving.api.calls import ended
 
-WAN = load_card(Path(__file__).parents[3] / "configs/models/tiny-wan.yaml").model_copy(
-    update={"tasks": ["t2v", "i2v"]}
+TINY_WAN = load_card(Path(__file__).parents[3] / "configs/models/tiny-wan.yaml")
+assert TINY_WAN.videos is not None
+WAN = TINY_WAN.model_copy(
+    update={
+        "tasks": ["t2v", "i2v"],
+        "videos": TINY_WAN.videos.model_copy(update={"last_image": "optional"}),
+    }
 )
 FRAMEWISE = load_card(Path(__file__).parents[3] / "configs/models/tiny-sd15.yaml")
 VIDEO = bytes(range(256)) * 8

@@ -35,6 +35,7 @@ async def test_a_request_for_a_video_becomes_a_job_with_its_files(
         "quality": 80,
         "framewise": False,
         "codec": None,
+        "last_image": False,
         "zoom": None,
         "pan_x": None,
         "pan_y": None,
