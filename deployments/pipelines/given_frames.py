@@ -34,7 +34,7 @@ def i2v_class(found: type, last_image: LastImage | None) -> type:
 def check_last_image(pipeline: Any, last_image: LastImage | None) -> None:
     """Raises ModelFailed for a pipeline that fails on frames which the card allows, or leaves them out."""
     name = type(pipeline).__name__
-    if last_image == "alone" and "conditions" not in parameters_of(type(pipeline)):
+    if last_image == "alone" and "conditions" not in _parameters(pipeline):
         raise ModelFailed(
             f"{name} takes a last frame beside a first one only; write last_image: optional in the card's "
             "videos"
@@ -82,7 +82,7 @@ def keep_size(pipeline: Any, width: int, height: int) -> None:
     """Have this request's pipeline make frames of this size where it would choose one of its own by the
     aspect ratio of the picture, as HunyuanVideo 1.5 does. The picture has the size already."""
     processor = getattr(pipeline, "video_processor", None)
-    if "width" in parameters_of(type(pipeline)) or not hasattr(processor, "calculate_default_height_width"):
+    if "width" in _parameters(pipeline) or not hasattr(processor, "calculate_default_height_width"):
         return
     own = copy.copy(processor)
     vars(own)["calculate_default_height_width"] = partial(_size, width, height)
@@ -91,6 +91,11 @@ def keep_size(pipeline: Any, width: int, height: int) -> None:
 
 def _size(chosen_width: int, chosen_height: int, **_of_picture: object) -> tuple[int, int]:
     return chosen_height, chosen_width
+
+
+def _parameters(pipeline: Any) -> frozenset[str]:
+    pipeline_class: type = type(pipeline)
+    return parameters_of(pipeline_class)
 
 
 def _takes_last(pipeline_class: type) -> bool:
@@ -108,6 +113,6 @@ def _embeds_two_pictures(pipeline: Any) -> bool | None:
     """Whether Wan's transformer has places for the embeddings of two pictures; None: it takes none."""
     transformer = getattr(pipeline, "transformer", None)
     config = {} if transformer is None else transformer.config
-    if config.get("image_dim") is None or "image_embeds" not in parameters_of(type(pipeline)):
+    if config.get("image_dim") is None or "image_embeds" not in _parameters(pipeline):
         return None
     return config.get("pos_embed_seq_len") is not None

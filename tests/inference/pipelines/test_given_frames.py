@@ -23,7 +23,7 @@ from deployments.protocol.errors import ModelFailed
 from deployments.protocol.events import Done
 from deployments.protocol.request import Edit, GenerationRequest, Task, Video
 from deployments.replica import ModelReplica
-from tests.inference import families
+from tests.inference import families, tiny
 from tests.inference.more_families import cogvideox_i2v, over, wan_a14b, wan_part
 from tests.inference.recorder import Recorder
 from tests.inference.video_files import ROOT, png
@@ -60,6 +60,52 @@ def ltx_with_conditions() -> Any:
 def wan_ti2v() -> Any:
     source = families.wan(expand_timesteps=True)
     return over(source, "WanImageToVideoPipeline", image_encoder=None, image_processor=None)
+
+
+def hunyuan_video_15() -> Any:
+    """HunyuanVideo 1.5 from an image, made for frames of about 64x64."""
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    text = transformers.models.qwen2_5_vl
+    language = text.configuration_qwen2_5_vl.Qwen2_5_VLTextConfig(**families._LANGUAGE, rope_parameters=rope)
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        image_size=28,
+        patch_size=14,
+    )
+    return diffusers.HunyuanVideo15ImageToVideoPipeline(
+        text_encoder=text.modeling_qwen2_5_vl.Qwen2_5_VLTextModel(language).eval(),
+        tokenizer=families._tokenizer(),
+        text_encoder_2=tiny._t5(),
+        tokenizer_2=families._tokenizer(),
+        transformer=diffusers.HunyuanVideo15Transformer3DModel(
+            in_channels=9,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_refiner_layers=1,
+            mlp_ratio=2.0,
+            text_embed_dim=32,
+            text_embed_2_dim=32,
+            image_embed_dim=16,
+            rope_axes_dim=(2, 6, 8),
+            target_size=64,
+        ),
+        vae=diffusers.AutoencoderKLHunyuanVideo15(
+            latent_channels=4,
+            block_out_channels=(16, 16, 16),
+            layers_per_block=1,
+            spatial_compression_ratio=4,
+            temporal_compression_ratio=4,
+        ),
+        scheduler=families._flow(),
+        guider=diffusers.ClassifierFreeGuidance(guidance_scale=3.0),
+        image_encoder=transformers.SiglipVisionModel(vision).eval(),
+        feature_extractor=transformers.SiglipImageProcessor(size={"height": 28, "width": 28}),
+    )
 
 
 def last_frame() -> bytes:
@@ -102,12 +148,14 @@ def request_for(frames: int, given: tuple[bool, bool], seed: int) -> GenerationR
         (wan_a14b, "optional", 5, [(True, True), (True, False), (True, True)]),
         (wan_between_frames, "required", 5, [(True, True)]),
         (ltx_with_conditions, "alone", 9, [(True, True), (False, True), (True, False)]),
+        (hunyuan_video_15, None, 5, [(True, False), (True, False)]),
+        (cogvideox_i2v, None, 9, [(True, False), (True, False)]),
     ],
-    ids=["Wan 2.2 A14B", "Wan 2.1 between two frames", "LTX"],
+    ids=["Wan 2.2 A14B", "Wan 2.1 between two frames", "LTX", "HunyuanVideo 1.5", "CogVideoX"],
 )
 async def test_a_video_has_the_frames_of_diffusers_in_any_batch(
     build: Callable[[], Any],
-    last_image: LastImage,
+    last_image: LastImage | None,
     frames: int,
     given: list[tuple[bool, bool]],
     tmp_path: Path,
@@ -160,17 +208,17 @@ def diffusers_own(pipeline: Any, frames: int, given: tuple[bool, bool], seed: in
         given_frames: dict[str, Any] = {"conditions": conditions, "frame_rate": FPS + seed}
     else:
         given_frames = {"image": first} if last is None else {"image": first, "last_image": last}
+    options = {"width": SIDE, "height": SIDE, "guidance_scale": 3.0, "max_sequence_length": 256}
+    if isinstance(made, diffusers.HunyuanVideo15ImageToVideoPipeline):  # it chooses the size by its target
+        made.target_size, options = SIDE, {}
     with torch.inference_mode():
         output = made(
             prompt="a cat",
-            width=SIDE,
-            height=SIDE,
             num_inference_steps=2,
-            guidance_scale=3.0,
             num_frames=frames,
             generator=torch.Generator().manual_seed(seed),
-            max_sequence_length=256,
             output_type="np",
+            **options,
             **given_frames,
         )
     return np.round(output.frames[0] * 255).astype(np.int16)
