@@ -175,6 +175,8 @@ class FakeBackend:
         self.fail: JobError | None = None  # every job fails with it after its first step
         self.refuse: tuple[int, dict[str, Any], dict[str, str]] | None = None  # the answer to every POST
         self.cut_streams = 0  # so many event streams break after two events
+        self.answers = threading.Event()  # while it is clear, no POST of a job is answered
+        self.answers.set()
         self.down = False  # every call to the API is hung up on
         self.received: list[dict[str, Any]] = []
         self.resumed_from: list[str] = []  # Last-Event-ID headers seen
@@ -440,6 +442,7 @@ class Handler(BaseHTTPRequestHandler):
             case "POST", ["generate", ("image" | "video") as kind]:
                 sent = json.loads(body)
                 backend.received.append(sent)
+                assert backend.answers.wait(patience(2))
                 if backend.refuse is not None:
                     status, error, headers = backend.refuse
                     self._json(status, json.dumps({"error": error}), headers)

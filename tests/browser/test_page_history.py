@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.browser.fake_backend import TINY_WAN, FakeBackend
 
 OpenPage = Callable[..., Any]
 NEWER = 30  # more than the page lists
+LISTED = 24
 
 
 @pytest.fixture
@@ -37,6 +39,9 @@ def test_the_video_page_opens_with_the_newest_video_behind_many_pictures(
     backend.add_finished_video("a valley from above", 42, TINY_WAN)
     _add_pictures(backend)
     page = open_page(backend)
+    pictures = page.locator(".frame[title^='picture']")
+    pictures.nth(LISTED - 1).wait_for()
+    assert pictures.count() == LISTED
     _open_videos(page)
     page.locator(".stage video").wait_for()
 
@@ -44,6 +49,7 @@ def test_the_video_page_opens_with_the_newest_video_behind_many_pictures(
 
     page.locator(".stage video").wait_for()
     page.get_by_role("button", name="Video: a valley from above").wait_for()
+    assert page.locator(".frame").count() == 1  # pictures have their own history
 
 
 def test_a_running_job_stays_on_the_stage_to_its_end(backend: FakeBackend, open_page: OpenPage) -> None:
@@ -56,7 +62,8 @@ def test_a_running_job_stays_on_the_stage_to_its_end(backend: FakeBackend, open_
     cancel.wait_for()
 
     _add_pictures(backend)
-    page.locator(f".frame[title*='picture {NEWER - 1}']").wait_for()  # the list was read again
+    with page.expect_response(re.compile(r"generate/\?limit=\d+&kind=video")):
+        pass  # the list is read again
 
     assert cancel.is_visible()
     backend.release()

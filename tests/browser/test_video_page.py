@@ -182,19 +182,16 @@ def test_a_larger_video_offers_fewer_frames(backend: FakeBackend, open_page: Ope
     assert frames.get_attribute("max") == "29"
 
 
-def test_the_strip_holds_videos_of_the_past_and_use_again_opens_their_page(
+def test_the_strip_holds_videos_of_the_past_and_use_again_fills_the_form(
     backend: FakeBackend, open_page: OpenPage
 ) -> None:
-    backend.add_finished_video("a valley from above", 42, TINY_WAN)
-    backend.add_finished("a still valley", seed=43)
-    page = open_page(backend)
+    for prompt, seed in (("a valley from above", 42), ("a newer valley", 43)):
+        backend.add_finished_video(prompt, seed, TINY_WAN)
+    page = _open(open_page(backend))
 
     page.get_by_role("button", name="Video: a valley from above").click()
-    page.locator(".stage video").wait_for()
     page.get_by_role("button", name="Use again").click()
 
-    page.get_by_label("Seconds", exact=True).wait_for()
-    page.locator("#generate:enabled").wait_for()
     assert page.get_by_label("Prompt", exact=True).input_value() == "a valley from above"
     assert page.get_by_label("Seed", exact=True).input_value() == "42"
     assert page.get_by_label("Model", exact=True).input_value() == TINY_WAN.id

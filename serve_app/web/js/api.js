@@ -94,10 +94,10 @@ export function createApi({ base, key, askForKey, signedIn }) {
       body.append("file", file);
       return wire.lora(wire.parse(await (await send(at("loras"), { method: "POST", body })).text()));
     },
-    async generate(body, kind) {
+    async generate(body, kind, idempotencyKey) {
       const response = await send(at(`generate/${kind}`), {
         method: "POST",
-        headers: { "Content-Type": "application/json" },
+        headers: { "Content-Type": "application/json", "Idempotency-Key": idempotencyKey },
         body: wire.stringify(body),
       });
       const json = wire.parse(await response.text());

@@ -3,6 +3,7 @@
 import { createApi } from "./api.js";
 import { loadIcons } from "./dom.js";
 import { loadLanguage, preferredLanguage } from "./i18n.js";
+import { createJobStore } from "./job-store.js";
 import { createDialogs } from "./parts/dialogs.js";
 import { createFrame } from "./parts/frame.js";
 import { createPictures } from "./parts/pictures.js";
@@ -14,6 +15,7 @@ import { route } from "./router.js";
  * What every page gets.
  * @typedef {object} Services
  * @property {import("./types.js").Api} api
+ * @property {import("./job-store.js").JobStore} jobStore  of the whole page
  * @property {ReturnType<typeof createPictures>} pictures
  * @property {ReturnType<typeof createToast>} toast
  * @property {ReturnType<typeof createDialogs>} dialogs
@@ -32,8 +34,13 @@ async function start() {
     },
   });
   const toast = createToast();
-  const services = { api, dialogs, toast, pictures: createPictures(api, () => key.get() !== null) };
-  const frame = createFrame(dialogs);
+  const jobStore = createJobStore(api);
+  const pictures = createPictures(api, () => key.get() !== null);
+  const services = { api, dialogs, toast, jobStore, pictures };
+  const frame = createFrame(dialogs, jobStore);
+  window.addEventListener("beforeunload", (event) => {
+    if (jobStore.unsent()) event.preventDefault(); // the browser asks whether to leave
+  });
   document.body.replaceChildren(icons, ...frame.elements, toast.element, dialogs.element);
   await route(frame.main, services, frame.markPage);
 }

@@ -40,7 +40,8 @@ export function listen(shortcuts, singleKeys, signal) {
       const target = /** @type {Element | null} */ (event.target);
       const typing = target?.matches?.("input, textarea, select") ?? false;
       const shortcut = matching(event, shortcuts, { typing, single: singleKeys() });
-      if (shortcut?.run()) event.preventDefault();
+      // a key held down is one press, and still none of the browser's
+      if (shortcut !== undefined && (event.repeat || shortcut.run())) event.preventDefault();
     },
     { signal },
   );

@@ -4,6 +4,7 @@
  * @typedef {object} Page
  * @property {import("./types.js").TextKey} label
  * @property {string} icon
+ * @property {import("./types.js").Kind} kind  what is made there
  * @property {() => Promise<{ mount: Mount }>} load
  */
 
@@ -17,8 +18,8 @@
 
 /** @type {Readonly<Record<string, Page>>} */
 export const PAGES = {
-  create: { label: "nav.create", icon: "sparkle", load: () => import("./pages/create.js") },
-  video: { label: "nav.video", icon: "film", load: () => import("./pages/video.js") },
+  create: { label: "nav.create", icon: "sparkle", kind: "image", load: () => import("./pages/create.js") },
+  video: { label: "nav.video", icon: "film", kind: "video", load: () => import("./pages/video.js") },
 };
 
 /**

@@ -243,7 +243,8 @@ export interface Api {
   loras(): Promise<Lora[]>;
   /** Registers the file as the caller's own. */
   addLora(file: File): Promise<Lora>;
-  generate(body: object, kind: Kind): Promise<Submitted>;
+  /** The same key within a day gives the job of the first call. */
+  generate(body: object, kind: Kind, idempotencyKey: string): Promise<Submitted>;
   job(id: string): Promise<Job>;
   jobs(limit: number, kind?: Kind): Promise<Job[]>;
   cancel(id: string): Promise<void>;

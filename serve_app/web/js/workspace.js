@@ -1,7 +1,6 @@
 // A page where something is made: the form on the left, the job on the stage, the recent ones below.
 
 import { ApiError } from "./api.js";
-import { createJobStore } from "./job-store.js";
 import { h } from "./dom.js";
 import { formOf, lacksPictures } from "./form-rules.js";
 import { t } from "./i18n.js";
@@ -39,9 +38,6 @@ import { videoValuesOf } from "./video-rules.js";
  * @property {Words} words
  */
 
-/** @type {Readonly<Record<Kind, string>>} */
-const HOMES = { image: "#/create", video: "#/video" };
-
 const MODELS_MS = 4_000; // while a model is loading
 
 /**
@@ -57,14 +53,15 @@ export function createWorkspace(craft) {
  * @param {HTMLElement} root
  * @param {import("./app.js").Services} services
  */
-function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, dialogs }) {
+function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, dialogs, jobStore }) {
   const left = new AbortController();
-  const jobStore = createJobStore(api, kind);
   /** @type {Model[] | null} null until they were read */
   let models = null;
   /** @type {import("./types.js").Problem | null} why the start failed */
   let startProblem = null;
   let opened = false;
+  /** @type {string | null} the refused request that the form's next one replaces */
+  let mended = null;
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   let modelsTimer;
 
@@ -76,13 +73,12 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
     addLora: api.addLora,
   });
   const stage = createStage(pictures, words, {
-    cancel: () => void jobStore.cancel(),
+    cancel: () => void jobStore.cancel(kind),
     sample(prompt) {
       panel.write({ ...panel.read(), prompt });
       panel.submit();
     },
     again(job, seed) {
-      if (movedOn(job, seed)) return;
       const form = again(job, seed);
       panel.write(form);
       if (!noteMissing(job, form)) toast.show(t(job.kind === "video" ? "video.filled" : "done.filled"));
@@ -92,29 +88,37 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
         void open();
         return;
       }
-      if (job !== null && movedOn(job, job.request.seed)) return;
-      if (job !== null) {
+      const refused = jobStore.currentOutgoing(kind);
+      if (refused !== undefined) jobStore.retry(refused.key);
+      else if (job === null) jobStore.select(kind, jobStore.shown[kind].get());
+      else {
         const form = again(job, job.request.seed);
         panel.write(form);
-        if (noteMissing(job, form)) return;
+        if (!noteMissing(job, form)) panel.submit();
       }
-      panel.submit();
     },
     smaller(job, { width, height }) {
-      const form = job === null ? panel.read() : again(job, job.request.seed);
-      if (job !== null && movedOn(job, job.request.seed, { width, height })) return;
+      const form = job === null ? mend() : again(job, job.request.seed);
       panel.write({ ...form, width, height });
       if (job !== null && noteMissing(job, form)) return;
       panel.submit();
     },
     key: () => void dialogs.changeKey(),
-    field: panel.focus,
+    dismiss() {
+      const refused = jobStore.currentOutgoing(kind);
+      if (refused !== undefined) jobStore.dismiss(kind, refused.key);
+      stage.element.focus(); // the button is gone
+    },
+    field(param) {
+      if (jobStore.currentOutgoing(kind) !== undefined) panel.write(mend());
+      panel.focus(param);
+    },
     hasField: panel.has,
     saved: (count) => toast.show(t("done.saved", { count })),
     sizes: (id) => models?.find((model) => model.id === id)?.sizes ?? null,
   });
-  const strip = createFilmstrip(pictures, (id) => {
-    jobStore.select(id);
+  const strip = createFilmstrip(pictures, (key) => {
+    jobStore.select(kind, key);
     stage.comeIntoView();
   });
 
@@ -140,6 +144,14 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
     return { ...formOf(job.request, seed, controls), video: videoValuesOf(job.request, video) };
   }
 
+  /** The form of the refused request on the stage, which the form's next request replaces. */
+  function mend() {
+    const refused = jobStore.currentOutgoing(kind);
+    if (refused === undefined) return panel.read();
+    mended = refused.key;
+    return refused.form;
+  }
+
   /**
    * Says that the form lacks the pictures which a job began from; false: it lacks none.
    *
@@ -153,28 +165,13 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
   }
 
   /**
-   * The strip holds jobs of the other page too: true when the job's own page was opened, its form filled.
-   *
-   * @param {Job} job
-   * @param {string} seed
-   * @param {{ width?: number, height?: number }} [size]
-   */
-  function movedOn(job, seed, size = {}) {
-    if (job.kind === kind) return false;
-    const form = { ...again(job, seed), ...size };
-    keepDraft(form, job.kind);
-    location.hash = HOMES[job.kind];
-    noteMissing(job, form);
-    return true;
-  }
-
-  /**
    * @param {import("./types.js").FormValues} form
    * @param {Model} model
    */
   function send(form, model) {
-    if (jobStore.sending.get()) return;
-    void jobStore.submit(body(form, model));
+    jobStore.submit(kind, body(form, model), form);
+    if (mended !== null) jobStore.dismiss(kind, mended);
+    mended = null;
     stage.comeIntoView();
   }
 
@@ -182,20 +179,23 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
   function view() {
     if (startProblem !== null) return { kind: "refused", problem: startProblem, size: null, model: null };
     if (models === null || !opened) return { kind: "loading" };
-    const form = panel.read();
-    if (jobStore.sending.get()) return { kind: "sending", width: form.width, height: form.height };
-    const refusal = jobStore.refusal.get();
-    if (refusal !== null) {
-      return { kind: "refused", problem: refusal.problem, size: form, model: form.model };
-    }
-    const job = jobStore.current();
+    const job = jobStore.current(kind);
+    const problem = jobStore.problem.get();
+    if (problem !== null) return { kind: "refused", problem, size: null, model: null };
     if (job !== undefined) return { kind: "job", job };
+    const outgoing = jobStore.currentOutgoing(kind);
+    if (outgoing !== undefined) {
+      const { key, form, problem: refusal } = outgoing;
+      const size = { width: form.width, height: form.height };
+      if (refusal === null) return { kind: "sending", key, ...size };
+      return { kind: "refused", outgoing: { key, prompt: form.prompt }, problem: refusal, size, model: form.model };
+    }
     return models.length === 0 ? { kind: "noModels" } : { kind: "first" };
   }
 
   function render() {
     stage.show(view());
-    strip.show(jobStore.jobs.get(), jobStore.currentId.get());
+    strip.show(jobStore.entries(kind), jobStore.shown[kind].get());
   }
 
   /** @param {Job} job */
@@ -205,7 +205,7 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
   /** Screen reader announcements of the job on the stage: state changes and half time, not every step. */
   let announced = "";
   function announce() {
-    const job = jobStore.current();
+    const job = jobStore.current(kind);
     if (job === undefined) return;
     const half = job.status === "processing" && job.percent >= 50;
     const milestone = `${job.id} ${job.status} ${half}`;
@@ -231,7 +231,7 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
       panel.offer(models, readDraft(kind));
       void offerLoras();
       panel.element.inert = models.length === 0;
-      await jobStore.open();
+      await jobStore.open(kind);
       opened = true;
       render();
       watchModels();
@@ -270,16 +270,26 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
     }, MODELS_MS);
   }
 
+  /** Screen reader announcements of refused requests, each once. */
+  const refusals = new Set(jobStore.outgoing.get().flatMap(({ key, problem }) => (problem ? [key] : [])));
+  function announceRefusals() {
+    for (const { key, problem } of jobStore.outgoing.get()) {
+      if (problem === null) refusals.delete(key);
+      else if (!refusals.has(key)) {
+        refusals.add(key);
+        toast.announce(t(titleOf(problem.code)));
+      }
+    }
+  }
+
   const stops = [
     jobStore.jobs.subscribe(() => (render(), announce())),
-    jobStore.currentId.subscribe(() => (render(), announce())),
-    jobStore.refusal.subscribe((refusal) => {
+    jobStore.shown[kind].subscribe(() => (render(), announce())),
+    jobStore.unseen.subscribe(render),
+    jobStore.outgoing.subscribe(() => (render(), announceRefusals())),
+    jobStore.problem.subscribe((problem) => {
       render();
-      if (refusal !== null) toast.announce(t(titleOf(refusal.problem.code)));
-    }),
-    jobStore.sending.subscribe((sending) => {
-      panel.setSending(sending);
-      render();
+      if (problem !== null) toast.announce(t(titleOf(problem.code)));
     }),
     jobStore.connected.subscribe(stage.setConnected),
   ];
@@ -291,9 +301,9 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
       {
         key: "Escape",
         run() {
-          const job = jobStore.current();
+          const job = jobStore.current(kind);
           if (job === undefined || hasEnded(job)) return false;
-          void jobStore.cancel();
+          void jobStore.cancel(kind);
           return true;
         },
       },
@@ -308,6 +318,6 @@ function mount({ kind, modelFor, body, words }, root, { api, pictures, toast, di
     left.abort();
     clearTimeout(modelsTimer);
     for (const stop of stops) stop();
-    jobStore.close();
+    jobStore.leave(kind);
   };
 }

@@ -5,6 +5,7 @@ import { hasEnded } from "../job-state.js";
 import { t } from "../i18n.js";
 
 /** @typedef {import("../types.js").Job} Job */
+/** @typedef {import("../job-store.js").Entry} Entry */
 
 /**
  * @typedef {object} Frame
@@ -25,7 +26,7 @@ const WORDS = {
 
 /**
  * @param {ReturnType<typeof import("./pictures.js").createPictures>} pictures
- * @param {(id: string) => void} onPick
+ * @param {(key: string) => void} onPick
  */
 export function createFilmstrip(pictures, onPick) {
   const list = h("ul", { class: "frames" });
@@ -33,36 +34,35 @@ export function createFilmstrip(pictures, onPick) {
   /** @type {Map<string, Frame>} */
   const frames = new Map();
 
-  /** @param {string} id @returns {Frame} */
-  function frameFor(id) {
+  /** @param {string} key @returns {Frame} */
+  function frameFor(key) {
     const bar = h("progress", { max: 100, "aria-hidden": "true" });
-    const button = h("button", { type: "button", class: "frame", on: { click: () => onPick(id) } });
+    const button = h("button", { type: "button", class: "frame", on: { click: () => onPick(key) } });
     return { item: h("li", {}, button), button, bar, drawn: "" };
   }
 
   /**
    * @param {Frame} frame
-   * @param {Job} job
+   * @param {Entry} entry
    */
-  function draw(frame, job) {
+  function draw(frame, { job, outgoing, unseen }) {
     const { button, bar } = frame;
-    const { prompt } = job.request;
-    const count = job.pictures.length;
-    const words =
-      count > 1
-        ? t("strip.several", { prompt, count })
-        : job.kind === "video" && job.status === "completed"
-          ? t("strip.video", { prompt })
-          : t(WORDS[job.status], { prompt, percent: job.percent });
+    const refused = outgoing?.problem != null;
+    const said = job !== null ? wordsOf(job) : outgoing === null ? "" : wordsOfRequest(outgoing);
+    const words = unseen ? t("strip.unseen", { words: said }) : said;
     button.setAttribute("aria-label", words);
     button.title = words;
-    if (job.status === "queued") bar.removeAttribute("value");
+    button.dataset.unseen = String(unseen);
+    if (job === null || job.status === "queued") bar.removeAttribute("value");
     else bar.value = job.percent;
-    const drawn = `${job.status} ${job.preview?.length ?? 0}`;
+    const status = job?.status ?? (refused ? "failed" : "sending");
+    const drawn = `${status} ${job?.preview?.length ?? 0}`;
     if (drawn === frame.drawn) return;
     frame.drawn = drawn;
-    button.dataset.status = job.status;
-    fill(button, ...inside(job, bar));
+    button.dataset.status = status;
+    if (job !== null) fill(button, ...inside(job, bar));
+    else if (refused) fill(button, icon("alert"), h("span", { class: "word" }, t("strip.failedWord")));
+    else fill(button, icon("clock"), bar);
   }
 
   /**
@@ -89,26 +89,40 @@ export function createFilmstrip(pictures, onPick) {
   return {
     element,
     /**
-     * @param {Job[]} jobs  newest first
-     * @param {string | null} currentId
+     * @param {Entry[]} entries  newest first
+     * @param {string | null} currentKey
      */
-    show(jobs, currentId) {
-      element.hidden = jobs.length === 0;
-      const ids = new Set(jobs.map((job) => job.id));
-      for (const [id, frame] of frames) {
-        if (ids.has(id)) continue;
+    show(entries, currentKey) {
+      element.hidden = entries.length === 0;
+      const keys = new Set(entries.map((entry) => entry.key));
+      for (const [key, frame] of frames) {
+        if (keys.has(key)) continue;
         frame.item.remove();
-        frames.delete(id);
+        frames.delete(key);
       }
-      jobs.forEach((job, index) => {
-        const frame = frames.get(job.id) ?? frameFor(job.id);
-        frames.set(job.id, frame);
-        draw(frame, job);
-        if (job.id === currentId) frame.button.setAttribute("aria-current", "true");
+      entries.forEach((entry, index) => {
+        const frame = frames.get(entry.key) ?? frameFor(entry.key);
+        frames.set(entry.key, frame);
+        draw(frame, entry);
+        if (entry.key === currentKey) frame.button.setAttribute("aria-current", "true");
         else frame.button.removeAttribute("aria-current");
         if (list.children[index] !== frame.item) list.insertBefore(frame.item, list.children[index] ?? null);
       });
-      element.dataset.running = String(jobs.some((job) => !hasEnded(job)));
+      element.dataset.running = String(entries.some(({ job }) => job !== null && !hasEnded(job)));
     },
   };
+}
+
+/** @param {Job} job */
+function wordsOf(job) {
+  const { prompt } = job.request;
+  const count = job.pictures.length;
+  if (count > 1) return t("strip.several", { prompt, count });
+  if (job.kind === "video" && job.status === "completed") return t("strip.video", { prompt });
+  return t(WORDS[job.status], { prompt, percent: job.percent });
+}
+
+/** @param {import("../outgoing.js").Outgoing} outgoing */
+function wordsOfRequest({ form: { prompt }, problem }) {
+  return t(problem === null ? "strip.sending" : "strip.refused", { prompt });
 }

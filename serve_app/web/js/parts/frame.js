@@ -1,6 +1,6 @@
 // What surrounds every page: the top bar, and the way to the picture for keyboards.
 
-import { h, icon, fill } from "../dom.js";
+import { fill, h, icon, setText } from "../dom.js";
 import { t } from "../i18n.js";
 import { key, session, nextTheme, theme } from "../prefs.js";
 import { PAGES } from "../router.js";
@@ -8,13 +8,16 @@ import { PAGES } from "../router.js";
 /** @type {Readonly<Record<import("../prefs.js").Theme, import("../types.js").TextKey>>} */
 const THEME_WORDS = { system: "theme.system", light: "theme.light", dark: "theme.dark" };
 
-/** @param {ReturnType<typeof import("./dialogs.js").createDialogs>} dialogs */
-export function createFrame(dialogs) {
+/**
+ * @param {ReturnType<typeof import("./dialogs.js").createDialogs>} dialogs
+ * @param {import("../job-store.js").JobStore} jobStore
+ */
+export function createFrame(dialogs, jobStore) {
   const main = h("main", { id: "main" });
   const links = new Map(
     Object.entries(PAGES).map(([name, page]) => [
       name,
-      h("a", { href: `#/${name}` }, icon(page.icon), h("span", {}, t(page.label))),
+      h("a", { href: `#/${name}` }, icon(page.icon), h("span", {}, t(page.label)), badge(page.kind, jobStore)),
     ]),
   );
   const themeButton = h("button", { type: "button", class: "quiet round", on: { click: nextTheme } });
@@ -57,6 +60,26 @@ export function createFrame(dialogs) {
       }
     },
   };
+}
+
+/**
+ * How many jobs of a kind ended while something else was looked at.
+ *
+ * @param {import("../types.js").Kind} kind
+ * @param {import("../job-store.js").JobStore} jobStore
+ */
+function badge(kind, jobStore) {
+  const number = h("span", { "aria-hidden": "true" });
+  const words = h("span", { class: "visually-hidden" });
+  const element = h("span", { class: "badge", hidden: true }, number, words);
+  const update = () => {
+    const count = jobStore.unseenOf(kind);
+    element.hidden = count === 0;
+    setText(number, String(count));
+    setText(words, t("nav.unseen", { count }));
+  };
+  jobStore.unseen.subscribe(update);
+  return element;
 }
 
 /** The address is the router's: move the focus, not the hash. @param {Event} event */

@@ -147,8 +147,13 @@ export function createSettingsPanel({ kind, words, onSubmit, onChange, addLora }
   const refiner = h("input", { id: "refiner", type: "checkbox", on: { change: changed } });
   const refinerField = h("label", { class: "check", for: "refiner" }, refiner, t("refiner.label"));
 
-  const generate = h("button", { type: "submit", class: "primary generate", id: "generate" });
-  setSending(false);
+  const generate = h(
+    "button",
+    { type: "submit", class: "primary generate", id: "generate", disabled: true },
+    icon("sparkle"),
+    h("span", {}, t("generate.label")),
+    h("kbd", { "aria-hidden": "true" }, "Ctrl ⏎"),
+  );
 
   const settings = h(
     "details",
@@ -391,17 +396,6 @@ export function createSettingsPanel({ kind, words, onSubmit, onChange, addLora }
     changed();
   }
 
-  /** @param {boolean} sending */
-  function setSending(sending) {
-    generate.disabled = sending || model === null;
-    fill(
-      generate,
-      icon("sparkle"),
-      h("span", {}, t(sending ? "generate.sending" : "generate.label")),
-      h("kbd", { "aria-hidden": "true" }, "Ctrl ⏎"),
-    );
-  }
-
   /** The control of a field of the API, where the form has it. */
   const controls = /** @type {Readonly<Record<string, HTMLElement>>} */ ({
     model: modelField.input,
@@ -422,7 +416,6 @@ export function createSettingsPanel({ kind, words, onSubmit, onChange, addLora }
     element,
     read,
     submit,
-    setSending,
     /** @param {FormValues} form */
     write(form) {
       write(form);
@@ -445,7 +438,7 @@ export function createSettingsPanel({ kind, words, onSubmit, onChange, addLora }
       const typed = prompt.value === "" ? {} : { prompt: prompt.value }; // while the models were on their way
       write({ ...blank(first, FORMATS[kind][0]?.value ?? ""), ...draft, ...typed, model: first.id });
       for (const part of needModel) part.inert = false;
-      setSending(false);
+      generate.disabled = false;
     },
     /** @param {import("../types.js").Lora[]} offered */
     offerLoras(offered) {

@@ -16,7 +16,8 @@ import { createStages } from "./stages.js";
  * @property {() => void} cancel
  * @property {(prompt: string) => void} sample
  * @property {(job: Job, seed: string) => void} again      fill the form from a job
- * @property {(job: Job | null) => void} retry             the same once more; null: what the form holds
+ * @property {(job: Job | null) => void} retry             the same once more; null: the refused request
+ * @property {() => void} dismiss                          forget the refused request
  * @property {(job: Job | null, size: { width: number, height: number }) => void} smaller
  * @property {() => void} key
  * @property {(param: string) => void} field
@@ -27,8 +28,8 @@ import { createStages } from "./stages.js";
 
 /**
  * What is shown.
- * @typedef {{ kind: "loading" } | { kind: "noModels" } | { kind: "first" } | { kind: "sending", width: number, height: number }
- *   | { kind: "job", job: Job } | { kind: "refused", problem: Problem, size: { width: number, height: number } | null, model: string | null }
+ * @typedef {{ kind: "loading" } | { kind: "noModels" } | { kind: "first" } | { kind: "sending", key: string, width: number, height: number }
+ *   | { kind: "job", job: Job } | { kind: "refused", outgoing?: { key: string, prompt: string }, problem: Problem, size: { width: number, height: number } | null, model: string | null }
  *   } View
  */
 
@@ -80,7 +81,7 @@ export function createStage(pictures, words, actions) {
       case "first":
         return first();
       case "refused":
-        return problemScene(view.problem, view.size, view.model, null);
+        return problemScene(view.problem, view.size, view.model, null, view.outgoing);
       case "job":
         return jobScene(view.job);
     }
@@ -106,7 +107,7 @@ export function createStage(pictures, words, actions) {
               "stop",
               t("cancelled.title"),
               t("cancelled.text"),
-              caption(job),
+              caption(job.request.prompt),
               button("again", t("fix.again"), () => actions.retry(job)),
             ),
           ],
@@ -197,13 +198,19 @@ export function createStage(pictures, words, actions) {
    * @param {{ width: number, height: number } | null} size
    * @param {string | null} model
    * @param {Job | null} job
+   * @param {{ prompt: string }} [outgoing]  the refused request
    * @returns {Scene}
    */
-  function problemScene(problem, size, model, job) {
+  function problemScene(problem, size, model, job, outgoing) {
     const suggestion = remedy(problem, size, model === null ? null : actions.sizes(model), actions.hasField);
     const detail = problem.code === "network" ? t("error.network.text") : problem.message;
     const { node, leave } = fix(suggestion, job);
-    const content = [message("alert", t(titleOf(problem.code)), detail, job && caption(job), node)];
+    const dismiss = outgoing && button("close", t("fix.dismiss"), actions.dismiss);
+    const fixes = dismiss === undefined ? node : h("div", { class: "row" }, node, dismiss);
+    const prompt = outgoing?.prompt ?? job?.request.prompt ?? null;
+    const content = [
+      message("alert", t(titleOf(problem.code)), detail, prompt === null ? null : caption(prompt), fixes),
+    ];
     return leave === undefined ? { content } : { content, leave };
   }
 
@@ -296,9 +303,9 @@ function message(name, title, text, ...more) {
   );
 }
 
-/** @param {Job} job */
-function caption(job) {
-  return h("p", { class: "caption" }, job.request.prompt);
+/** @param {string} prompt */
+function caption(prompt) {
+  return h("p", { class: "caption" }, prompt);
 }
 
 /** What the service changed in a request. @param {Job} job */
