@@ -31,6 +31,7 @@ from deployments.validation.resolve import resolve
 from serve_app.api.middleware.security_headers import DATA_POLICY, PAGE_POLICY
 from serve_app.api.native.image_body import ImageBody
 from serve_app.api.native.video_body import VideoBody
+from serve_app.api.page import PageVersion
 from serve_app.api.schemas.job import JobAccepted, JobList, JobOut, WarningOut
 from serve_app.api.schemas.lora import LoraList, LoraOut
 from serve_app.api.schemas.model import ModelList, ModelOut
@@ -177,6 +178,8 @@ class FakeBackend:
         self.cut_streams = 0  # so many event streams break after two events
         self.answers = threading.Event()  # while it is clear, no POST of a job is answered
         self.answers.set()
+        self.version = PageVersion(WEB)
+        self.page_requests: list[str] = []  # files of the page that were asked for
         self.down = False  # every call to the API is hung up on
         self.received: list[dict[str, Any]] = []
         self.resumed_from: list[str] = []  # Last-Event-ID headers seen
@@ -511,13 +514,16 @@ class Handler(BaseHTTPRequestHandler):
         )
         self._bytes(200, media_type, running.pictures[index], IMMUTABLE)
 
-    def _page(self, name: str) -> None:
+    def _page(self, asked: str) -> None:
+        self.backend.page_requests.append(asked)
+        name, caching = self.backend.version.split(asked)
         path = (WEB / name).resolve()
         if not path.is_relative_to(WEB) or not path.is_file():
             self._refuse(404, "not_found", f"there is no {name}")
             return
-        headers = {"Cache-Control": "no-cache", "Content-Security-Policy": PAGE_POLICY}
-        self._bytes(200, MEDIA_TYPES[path.suffix], path.read_bytes(), headers)
+        headers = {"Cache-Control": caching, "Content-Security-Policy": PAGE_POLICY}
+        data = self.backend.version.document().encode() if name == "index.html" else path.read_bytes()
+        self._bytes(200, MEDIA_TYPES[path.suffix], data, headers)
 
     def _refuse(self, status: int, kind: str, message: str, param: str | None = None) -> None:
         error = {"kind": kind, "message": message, "param": param, "retryable": status >= 500}

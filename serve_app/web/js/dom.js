@@ -18,6 +18,15 @@
 const SVG = "http://www.w3.org/2000/svg";
 
 /**
+ * The address of a file of the page, in the version that this module has.
+ *
+ * @param {string} path  in the folder of the page
+ */
+export function asset(path) {
+  return new URL(`../${path}`, import.meta.url).href;
+}
+
+/**
  * @template {keyof HTMLElementTagNameMap} Tag
  * @param {Tag} tag
  * @param {Attributes} [attributes]
@@ -40,7 +49,7 @@ export function h(tag, attributes = {}, ...children) {
 
 /** Brings icons/sprite.svg into the page: a <use> that points into a file is fetched anew at every icon. */
 export async function loadIcons() {
-  const response = await fetch("icons/sprite.svg");
+  const response = await fetch(asset("icons/sprite.svg"));
   const parsed = new DOMParser().parseFromString(await response.text(), "image/svg+xml");
   const sprite = document.importNode(parsed.documentElement, true);
   sprite.setAttribute("class", "visually-hidden");

@@ -1,5 +1,7 @@
 // Words by key. A new language is one more file under locales/ and one more line in LANGUAGES.
 
+import { asset } from "./dom.js";
+
 /** @typedef {import("./types.js").TextKey} TextKey */
 /** @typedef {import("./types.js").TextParams} TextParams */
 /** @typedef {string | Partial<Record<Intl.LDMLPluralRule, string>>} Entry */
@@ -30,7 +32,7 @@ export function preferredLanguage(/** @type {readonly string[]} */ wanted) {
 
 /** Loads a language's words and marks the page with it. */
 export async function loadLanguage(/** @type {string} */ chosen) {
-  const response = await fetch(`locales/${chosen}.json`);
+  const response = await fetch(asset(`locales/${chosen}.json`));
   useTexts(chosen, /** @type {Record<string, Entry>} */ (await response.json()));
   document.documentElement.lang = chosen;
 }

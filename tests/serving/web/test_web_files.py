@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from html.parser import HTMLParser
@@ -16,6 +17,7 @@ STYLES = [path for path in FILES if path.suffix == ".css"]
 MODULES = [
     path for path in SCRIPTS if path.name != "early.js"
 ]  # a plain script: it runs before the first paint
+MOST_SCRIPT_BYTES = 75_000  # gzipped file by file, as they are sent
 LOCALES = sorted((WEB / "locales").glob("*.json"))
 OUTSIDE = {"../docs", "../api/"}  # what the ingress serves beside the page
 NAMESPACES = {"http://www.w3.org/2000/svg"}  # names, not addresses
@@ -89,6 +91,10 @@ def test_every_module_is_preloaded_so_that_the_start_is_one_round_trip() -> None
     started = {attrs["src"] for tag, attrs in elements if tag == "script" and attrs.get("type") == "module"}
 
     assert preloaded | started == {_name(path) for path in MODULES}
+
+
+def test_all_scripts_together_stay_small() -> None:
+    assert sum(len(gzip.compress(path.read_bytes())) for path in SCRIPTS) <= MOST_SCRIPT_BYTES
 
 
 def test_the_document_holds_no_script_and_no_style_of_its_own() -> None:

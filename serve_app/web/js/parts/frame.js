@@ -1,6 +1,6 @@
 // What surrounds every page: the top bar, and the way to the picture for keyboards.
 
-import { fill, h, icon, setText } from "../dom.js";
+import { asset, fill, h, icon, setText } from "../dom.js";
 import { t } from "../i18n.js";
 import { key, session, nextTheme, theme } from "../prefs.js";
 import { PAGES } from "../router.js";
@@ -37,7 +37,7 @@ export function createFrame(dialogs, jobStore) {
     h(
       "a",
       { class: "brand", href: "#/create" },
-      h("img", { src: "icons/weft.svg", alt: "", width: 28, height: 28 }),
+      h("img", { src: asset("icons/weft.svg"), alt: "", width: 28, height: 28 }),
       t("app.name"),
     ),
     h("nav", { class: "pages", "aria-label": t("nav.label"), hidden: links.size < 2 }, ...links.values()),

@@ -1,6 +1,6 @@
 // The middle of the page: one job in whatever state it is. Built anew when the state changes, updated in between.
 
-import { fill, h, icon, setText, setVar } from "../dom.js";
+import { asset, fill, h, icon, setText, setVar } from "../dom.js";
 import { hasEnded, secondsLeft } from "../job-state.js";
 import { t } from "../i18n.js";
 import { remedy, titleOf } from "./remedy.js";
@@ -129,7 +129,7 @@ export function createStage(pictures, words, actions) {
         prompt,
       );
     });
-    const welcome = h("img", { class: "welcome", src: "icons/welcome.svg", alt: "", width: 180, height: 180 });
+    const welcome = h("img", { class: "welcome", src: asset("icons/welcome.svg"), alt: "", width: 180, height: 180 });
     return {
       content: [
         h(
