@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from deployments.protocol.adjustment import Adjustment
+from deployments.protocol.card import ModelCard
 from deployments.protocol.request import ControlType, GenerationRequest, Task
 from serve_app.loras.spec import LoraSpec
 
@@ -32,6 +33,13 @@ class PreparedRequest:
     @property
     def uses_refiner(self) -> bool:
         return bool(self.request.refiner)
+
+    def fitted(
+        self, request: GenerationRequest, card: ModelCard
+    ) -> tuple[GenerationRequest, tuple[Adjustment, ...]]:
+        """As it is: its dialect has corrected it already."""
+        del card
+        return request, ()
 
     def lora_specs(self) -> tuple[LoraSpec, ...]:
         return self.loras
