@@ -26,12 +26,12 @@ from deployments.protocol.request import (
 )
 from deployments.sandbox.decoder import DecodeMode, decoder_pool
 from deployments.validation.image_header import read_image_header
+from serve_app.admission.foreign_values import fit_values
 from serve_app.api.a1111 import samplers
 from serve_app.api.a1111.controls import read_units
 from serve_app.api.a1111.memory import DEFAULTS
 from serve_app.api.a1111.prompts import plain_prompt
 from serve_app.api.a1111.schemas import MAX_IMAGES, GenerationBody, ImageToImageBody
-from serve_app.api.foreign import fit_to_card
 from serve_app.api.prepared import PreparedRequest
 from serve_app.api.validation_messages import bad_request
 from serve_app.jobs.store.cache_keys import body_digest
@@ -116,7 +116,7 @@ def _request(
         refiner=refiner,
         output=OutputOptions(previews=PREVIEWS),
     )
-    fitted, of_limits = fit_to_card(request, card)
+    fitted, of_limits = fit_values(request, card)
     return fitted, (*inputs.notices, *of_prompt, *of_negative, *of_sampler, *of_refiner, *of_limits)
 
 
