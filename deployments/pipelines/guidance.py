@@ -7,6 +7,7 @@ weights: Qwen-Image's `guidance_scale` is for weights that embed it, its classif
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator
 from functools import cache
@@ -17,12 +18,15 @@ from diffusers.guiders.guider_utils import BaseGuidance
 from deployments.protocol.request import ResolvedRequest
 
 EMBEDDED = "distilled_guidance_scale"  # HunyuanImage: of weights that embed it
+WITHOUT_GUIDANCE = 1.0  # a scale
 # of the first stage, in pipelines of two (Stable Cascade), and of the last frame (Stable Video Diffusion)
 OTHER_NAMES = ("prior_guidance_scale", "decoder_guidance_scale", "max_guidance_scale")
 
 
 def guidance_argument(pipeline: Any) -> str | None:
     """The parameter of the pipeline's __call__ that guides with these weights; None: there is none."""
+    if _is_distilled(pipeline):
+        return None
     return argument_of_class(type(pipeline), _embeds_guidance(pipeline))
 
 
@@ -47,7 +51,9 @@ def guidance_arguments(pipeline: Any, request: ResolvedRequest) -> dict[str, Any
     """The arguments that carry the request's guidance scale."""
     name = guidance_argument(pipeline)
     if name is None:
-        return {}
+        # the default of some that are distilled is a scale, of which they log that it is ignored
+        without = _is_distilled(pipeline) and "guidance_scale" in _defaults(type(pipeline))
+        return {"guidance_scale": WITHOUT_GUIDANCE} if without else {}
     arguments: dict[str, Any] = {name: request.guidance_scale}
     kind: type = type(pipeline)
     if name == "true_cfg_scale" and "negative_prompt" in _defaults(kind):
@@ -64,6 +70,8 @@ def own_guiders(pipeline: Any, request: ResolvedRequest) -> dict[str, BaseGuidan
 
 def is_guided(pipeline: Any) -> bool:
     """Whether the request's guidance scale has an effect."""
+    if _is_distilled(pipeline):
+        return False
     return guidance_argument(pipeline) is not None or any(
         _takes_scale(guider) for _, guider in _guiders(pipeline)
     )
@@ -83,6 +91,16 @@ def _guiders(pipeline: Any) -> Iterator[tuple[str, BaseGuidance]]:
     for name, part in pipeline.components.items():
         if isinstance(part, BaseGuidance):
             yield name, part
+
+
+def _is_distilled(pipeline: Any) -> bool:
+    """Whether the pipeline's config says so and it then works without guidance, whatever the scale: FLUX.2
+    klein, and not Krea 2, whose noise schedule alone depends on it."""
+    if not (getattr(pipeline, "config", None) or {}).get("is_distilled"):
+        return False
+    asked = copy.copy(pipeline)
+    vars(asked)["_guidance_scale"] = 2.0  # what a call sets
+    return not getattr(asked, "do_classifier_free_guidance", False)
 
 
 def _embeds_guidance(pipeline: Any) -> bool | None:

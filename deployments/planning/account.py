@@ -17,7 +17,8 @@ GIB = 2**30
 MIB = 2**20
 LORA_COPIES = 2  # as in the file, and stacked for a batch: docs/memory.md
 WITH_GUIDANCE = ("sd", "sdxl", "ltx")  # families whose calls have two rows: with the prompt, and without it
-WITHOUT_GUIDANCE = ("flux", "wan", "hunyuan_video")  # that make two calls, or one whatever the guidance
+# that make two calls, or one whatever the guidance
+WITHOUT_GUIDANCE = ("flux", "flux2", "flux2_klein", "hunyuan_video", "qwen_image", "wan")
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,8 +165,8 @@ def as_set(name: str, **serving: Any) -> ModelCard:
 
 
 def test_a_denoiser_in_8_bits_with_encoders_on_the_cpu_comes_before_one_in_4_bits() -> None:
-    plan = plan_of(as_set("wan-2.1-14b"), RTX_4090)
-    without_host = plan_of(as_set("wan-2.1-14b"), replace(RTX_4090, host_bytes=8 * 2**30))
+    plan = plan_of(as_set("wan-2.1-t2v-14b"), RTX_4090)
+    without_host = plan_of(as_set("wan-2.1-t2v-14b"), replace(RTX_4090, host_bytes=8 * 2**30))
 
     assert (plan.part("transformer").quantisation, plan.part("text_encoder").placement) == ("fp8", "cpu")
     assert plan.part("text_encoder").quantisation is None

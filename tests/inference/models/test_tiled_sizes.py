@@ -128,7 +128,7 @@ def test_a_plan_says_from_which_size_on_it_tiles() -> None:
 
 
 @pytest.mark.parametrize("gpu", [name for name, gpu in GPUS.items() if gpu.total_gib is not None])
-@pytest.mark.parametrize("name", ["flux.1-dev", "sdxl-base-1.0", "wan-2.1-1.3b", "ltx-video"])
+@pytest.mark.parametrize("name", ["flux.1-dev", "sdxl-base-1.0", "wan-2.1-t2v-1.3b", "ltx-video"])
 def test_what_is_decoded_whole_fits_beside_one_step(name: str, gpu: str) -> None:
     card, machine = card_of(name), GPUS[gpu].machine()
     plan = plan_of(card, machine)

@@ -1,16 +1,21 @@
 """Configurations of published models by part, to be built without weights.
 
-Sources: config.json of the repositories named beside them. Where a configuration is empty, the defaults of
-diffusers' class are those of the repository. What the simulated device serves is taken from there.
+Those that configurations.json has stand there with their sources; of the others it is config.json of the
+repositories named beside them. Where a configuration is empty, the defaults of diffusers' class are those of
+the repository. What the simulated device serves is taken from there.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 import transformers
+from torch import nn
 
 from tests.device_sim.models import FLUX_CONTROLNET, REFINER_UNET, SDXL_CONTROLNET, SDXL_UNET, WAN_SMALL
 
@@ -99,7 +104,7 @@ def _wan(**transformer: Any) -> dict[str, Part]:
     }
 
 
-MODELS: Mapping[str, Mapping[str, Part]] = {
+_WRITTEN_HERE: Mapping[str, Mapping[str, Part]] = {
     "flux.1-dev": _flux_1(guidance=True)
     | {"controlnet": (diffusers.FluxControlNetModel, FLUX_CONTROLNET)},  # Shakker-Labs' Union Pro 2.0
     "flux.1-schnell": _flux_1(guidance=False),
@@ -137,8 +142,8 @@ MODELS: Mapping[str, Mapping[str, Part]] = {
         "text_encoder_2": CLIP_L,
         "vae": (diffusers.AutoencoderKLHunyuanVideo, {}),
     },
-    "wan-2.1-14b": _wan(),  # Wan-AI/Wan2.1-T2V-14B-Diffusers
-    "wan-2.1-1.3b": _wan(**WAN_SMALL),  # Wan2.1-T2V-1.3B-Diffusers
+    "wan-2.1-t2v-14b": _wan(),  # Wan-AI/Wan2.1-T2V-14B-Diffusers
+    "wan-2.1-t2v-1.3b": _wan(**WAN_SMALL),  # Wan2.1-T2V-1.3B-Diffusers
     "ltx-video": {  # Lightricks/LTX-Video, 0.9
         "transformer": (diffusers.LTXVideoTransformer3DModel, {}),
         "text_encoder": T5_XXL,
@@ -202,9 +207,45 @@ MODELS: Mapping[str, Mapping[str, Part]] = {
         ),
         "vae": (diffusers.AutoencoderKLQwenImage, {}),
     },
-    "z-image": {  # Tongyi-MAI/Z-Image-Turbo; Qwen3-4B
+    "z-image-turbo": {  # Tongyi-MAI/Z-Image-Turbo; Qwen3-4B
         "transformer": (diffusers.ZImageTransformer2DModel, {}),
         "text_encoder": (transformers.Qwen3Model, transformers.Qwen3Config(**QWEN3_4B)),
         "vae": FLUX_VAE,
     },
 }
+
+
+CONFIGURATIONS: Mapping[str, Any] = json.loads(
+    (Path(__file__).parent / "configurations.json").read_text(encoding="utf-8")
+)
+PIPELINES: Mapping[str, str] = CONFIGURATIONS["pipelines"]  # class of diffusers, by the card's id
+
+
+def _part(name: str) -> Part:
+    """By its name in configurations.json, or as "model/part" of a model that is written here."""
+    if "/" in name:
+        model, _, part = name.partition("/")
+        return _WRITTEN_HERE[model][part]
+    entry = CONFIGURATIONS["parts"][name]
+    library, _, kind = entry["class"].partition(".")
+    module_class = getattr({"diffusers": diffusers, "transformers": transformers}[library], kind)
+    if library == "diffusers":
+        return module_class, entry["config"]
+    return module_class, module_class.config_class(**entry["config"])
+
+
+MODELS: Mapping[str, Mapping[str, Part]] = {
+    **_WRITTEN_HERE,
+    **{
+        model: {part: _part(name) for part, name in parts.items()}
+        for model, parts in CONFIGURATIONS["models"].items()
+    },
+}
+
+
+def built(kind: Any, config: Any) -> nn.Module:
+    """The module of a part on the meta device: shapes without values."""
+    with torch.device("meta"):
+        is_transformers = isinstance(config, transformers.PreTrainedConfig)
+        module: nn.Module = kind(config) if is_transformers else kind.from_config(config)
+    return module.eval()

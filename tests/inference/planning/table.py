@@ -12,21 +12,13 @@ from tests.inference.planning.published_cards import CARDS, card_of
 
 PAGE = Path(__file__).parents[3] / "docs/machines.md"
 BEGIN, END = "<!-- plans: begin -->\n", "<!-- plans: end -->\n"
-MODELS = {  # what may be loaded beside a model, by its id
-    "flux.1-dev": [],
-    "flux.1-dev-q4": [],
-    "flux.1-dev-q8": [],
-    "flux.1-schnell": [],
-    "flux.2-dev": [],
-    "flux.2-klein-4b": [],
-    "qwen-image": [],
-    "z-image": [],
+BESIDE = {  # what may be loaded beside a model, by its id
     "sdxl-base-1.0": ["sdxl-refiner-1.0"],
     "stable-diffusion-v1.5": ["dreamshaper-8", "realistic-vision-v6"],
-    "wan-2.1-14b": [],
-    "wan-2.1-1.3b": [],
-    "ltx-video": [],
-    "hunyuan-video": [],
+}
+OTHERS = {other for others in BESIDE.values() for other in others}
+MODELS = {  # of the table: cards for GPUs
+    name: BESIDE.get(name, []) for name, card in CARDS.items() if card.serving.num_gpus and name not in OTHERS
 }
 
 

@@ -6,24 +6,21 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from deployments.models.offload import blocks_of
 from deployments.planning.device_limit import GIB
 from deployments.planning.gpus import GPUS
 from deployments.planning.machine import Machine
-from deployments.planning.part_plan import Placement, block_sizes, planned_part
+from deployments.planning.part_plan import Placement, planned_part
 from deployments.planning.plan import Plan, plan_of
 from deployments.protocol.card import ModelCard
 from deployments.protocol.errors import ModelFailed, OutOfMemory
-from tests.inference.planning.published_cards import CARDS, MEMORY, card_of
+from tests.inference.planning.published_cards import CARDS, card_of
 from tests.inference.planning.published_models import MODELS
 from tests.inference.planning.table import PAGE, table, written
 
+VARIED = ["flux.1-dev", "flux.2-dev", "sdxl-base-1.0", "wan-2.2-t2v-a14b", "hunyuan-video", "z-image-turbo"]
 GPU_NAMES = [name for name, gpu in GPUS.items() if gpu.total_gib is not None]
 
 
@@ -39,30 +36,8 @@ def with_memory(gib: float) -> Machine:
     return Machine("GPU", "cuda", int(gib * GIB), (8, 9))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_memory_of_a_card_is_that_of_the_published_configurations(name: str) -> None:
-    memory = card_of(name).memory
-    assert memory is not None
-    parts = dict(memory.parts) | ({} if memory.controlnet is None else {"controlnet": memory.controlnet})
-
-    for part, (kind, config) in MODELS[name].items():
-        with torch.device("meta"):
-            is_transformers = isinstance(config, transformers.PreTrainedConfig)
-            module = kind(config) if is_transformers else kind.from_config(config)
-        counted = sum({id(t): t.numel() for t in [*module.parameters(), *module.buffers()]}.values())
-        embedded = {id(one.weight) for one in module.modules() if isinstance(one, nn.Embedding)}
-        linears = [one.weight for one in module.modules() if isinstance(one, nn.Linear)]
-        linear = sum(weight.numel() for weight in linears if id(weight) not in embedded)
-        assert parts[part].parameters == pytest.approx(counted / 1e6, rel=0.001)
-        if part not in ("vae", "controlnet"):
-            assert parts[part].linear == pytest.approx(linear / counted, abs=0.002)
-        if part == "transformer":  # in the order in which they are streamed
-            blocks = [sum(t.numel() for t in block.parameters()) / 1e6 for block in blocks_of(module)]
-            assert block_sizes(parts[part]) == pytest.approx(blocks, rel=0.03)
-
-
 @pytest.mark.parametrize("gpu", GPU_NAMES)
-@pytest.mark.parametrize("name", [*MODELS])
+@pytest.mark.parametrize("name", VARIED)
 def test_a_plan_fits_or_says_how_much_is_missing(name: str, gpu: str) -> None:
     machine = GPUS[gpu].machine()
 
@@ -211,7 +186,7 @@ def test_a_card_without_memory_has_everything_on_the_device(name: str) -> None:
 
 def test_every_real_card_states_its_memory() -> None:
     assert [name for name, card in CARDS.items() if card.memory is None and "tiny" not in name] == []
-    assert MODELS.keys() - CARDS.keys() == MEMORY.keys()
+    assert MODELS.keys() <= CARDS.keys()
 
 
 def test_the_page_has_the_table_of_plans() -> None:

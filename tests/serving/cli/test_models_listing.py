@@ -36,7 +36,7 @@ def test_the_listing_has_a_header_and_every_card_once(capsys: pytest.CaptureFixt
     rows = [line.split()[0] for line in lines if line and not line.endswith(":")]
     assert sorted(rows) == sorted(CARDS)
     titles = [line for line in lines if line.endswith(":")]
-    assert titles == [f"{group}:" for group in (LOCAL, IMAGE, VIDEO, GATED)]
+    assert titles == [f"{group}:" for group in (LOCAL, IMAGE, EDIT, VIDEO, GATED)]
 
 
 def test_a_row_has_the_memory_the_limits_of_the_licence_and_a_missing_folder() -> None:
