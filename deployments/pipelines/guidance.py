@@ -52,7 +52,8 @@ def guidance_arguments(pipeline: Any, request: ResolvedRequest) -> dict[str, Any
     name = guidance_argument(pipeline)
     if name is None:
         # the default of some that are distilled is a scale, of which they log that it is ignored
-        without = _is_distilled(pipeline) and "guidance_scale" in _defaults(type(pipeline))
+        pipeline_class: type = type(pipeline)
+        without = _is_distilled(pipeline) and "guidance_scale" in _defaults(pipeline_class)
         return {"guidance_scale": WITHOUT_GUIDANCE} if without else {}
     arguments: dict[str, Any] = {name: request.guidance_scale}
     kind: type = type(pipeline)
