@@ -29,7 +29,7 @@ SAME_CONFIGURATION = {
 }
 # tiny ones of editing.py, which are no rows of the page of families; FLUX.2 [dev] has the transformer and the
 # loop of FLUX.2 [klein], which is one
-OTHER_TWINS = {"QwenImageEditPlusPipeline", "QwenImageEditPipeline", "Flux2Pipeline"}
+OTHER_TINY = {"QwenImageEditPlusPipeline", "QwenImageEditPipeline", "Flux2Pipeline"}
 
 
 def parts_of(card_id: str) -> dict[str, Part]:
@@ -114,8 +114,8 @@ def test_a_card_agrees_with_its_pipeline(card_id: str) -> None:
     assert not card.negative_prompt or "negative_prompt" in parameters
     parts, _ = pipeline._get_signature_keys(pipeline)
     assert set(parts_of(card_id)) - {"controlnet"} <= set(parts)
-    twins = {name for row in PAGE.read_text(encoding="utf-8").split("\n| ")[1:] for name in named(row)}
-    assert pipeline.__name__ in twins | OTHER_TWINS
+    tiny = {name for row in PAGE.read_text(encoding="utf-8").split("\n| ")[1:] for name in named(row)}
+    assert pipeline.__name__ in tiny | OTHER_TINY
 
 
 def named(row: str) -> list[str]:
@@ -123,8 +123,8 @@ def named(row: str) -> list[str]:
     return cells[1].split(", ") if len(cells) > 1 else []
 
 
-def test_the_editing_models_have_tiny_twins() -> None:
-    assert type(editing.qwen_edit_plus()).__name__ in OTHER_TWINS
+def test_the_editing_models_have_tiny_pipelines() -> None:
+    assert type(editing.qwen_edit_plus()).__name__ in OTHER_TINY
 
 
 @pytest.mark.parametrize("card_id", PUBLISHED)
