@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ STATUS: Mapping[str, int] = {
 }
 RETRY_AFTER_S = {"rate_limited": 1.0, "overloaded": 2.0, "model_unavailable": 5.0}  # unless the error says
 ERROR_KIND = "weft_error_kind"  # key in the scope's state
+REPLICATE_PATHS = re.compile(r"/v1/(predictions|models/[^/]+/[^/]+/(predictions|versions))(/|$)")
 A1111_PATHS = ("/sdapi/", "/controlnet/")
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -42,6 +44,8 @@ def route_path(scope: Scope) -> str:
 def render(error: WeftError, scope: Scope, *, status: int | None = None) -> Response:
     """The error in the dialect of the called path. status: overrides the table."""
     scope.setdefault("state", {})[ERROR_KIND] = error.kind
+    if REPLICATE_PATHS.match(route_path(scope)):
+        return _render_replicate(error, status)
     if route_path(scope).startswith("/v1/"):
         return _render_openai(error, status)
     if route_path(scope).startswith(A1111_PATHS):
@@ -71,6 +75,13 @@ def _render_native(error: WeftError, status: int | None) -> Response:
     code = STATUS[error.kind] if status is None else status
     body = ErrorBody(kind=error.kind, message=error.message, param=error.param, retryable=error.retryable)
     return _json_response({"error": body.model_dump()}, code, _retry_headers(error))
+
+
+def _render_replicate(error: WeftError, status: int | None) -> Response:
+    """As problem details (RFC 9457), which the package replicate reads."""
+    code = STATUS[error.kind] if status is None else status
+    body = {"title": error.kind, "status": code, "detail": error.message, "invalid_field": error.param}
+    return _json_response(body, code, _retry_headers(error))
 
 
 def _render_a1111(error: WeftError, status: int | None) -> Response:

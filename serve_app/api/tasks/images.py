@@ -1,4 +1,4 @@
-"""POST /generate-image and /refine: the native image body, answered with a task id."""
+"""POST /generate-image, /generate and /refine: the native image body, answered with a task id."""
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -12,6 +12,7 @@ from serve_app.api.tasks.schemas import TaskAccepted
 router = APIRouter(tags=["tasks"])
 
 
+@router.post("/generate", status_code=202, openapi_extra=documented(ImageBody, IMAGE_FILES))
 @router.post("/generate-image", status_code=202, openapi_extra=documented(ImageBody, IMAGE_FILES))
 async def generate_image(http_request: Request, caller: CurrentCaller) -> TaskAccepted:
     """Accept a request for images; the body is that of POST /api/generate/image."""
