@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import ModelCard
 from deployments.protocol.request import ControlType, GenerationRequest, Task
+from serve_app.admission.foreign_values import fit_values
 from serve_app.loras.spec import LoraSpec
 
 
@@ -37,9 +38,8 @@ class PreparedRequest:
     def fitted(
         self, request: GenerationRequest, card: ModelCard
     ) -> tuple[GenerationRequest, tuple[Adjustment, ...]]:
-        """As it is: its dialect has corrected it already."""
-        del card
-        return request, ()
+        """With what the card does not allow corrected: the clients of these dialects cannot be changed."""
+        return fit_values(request, card)
 
     def lora_specs(self) -> tuple[LoraSpec, ...]:
         return self.loras

@@ -26,7 +26,6 @@ from deployments.protocol.request import (
 )
 from deployments.sandbox.decoder import DecodeMode, decoder_pool
 from deployments.validation.image_header import read_image_header
-from serve_app.admission.foreign_values import fit_values
 from serve_app.api.a1111 import samplers
 from serve_app.api.a1111.controls import read_units
 from serve_app.api.a1111.memory import DEFAULTS
@@ -116,8 +115,7 @@ def _request(
         refiner=refiner,
         output=OutputOptions(previews=PREVIEWS),
     )
-    fitted, of_limits = fit_values(request, card)
-    return fitted, (*inputs.notices, *of_prompt, *of_negative, *of_sampler, *of_refiner, *of_limits)
+    return request, (*inputs.notices, *of_prompt, *of_negative, *of_sampler, *of_refiner)
 
 
 def _refiner(

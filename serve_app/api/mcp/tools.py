@@ -14,7 +14,7 @@ from deployments.protocol.errors import WeftError
 from deployments.protocol.request import GenerationRequest, Task
 from serve_app.admission.model_aliases import resolve_model
 from serve_app.api.caller import CallerContext, parse_job_id
-from serve_app.api.foreign import fit_to_card, renamed_error, renamed_notice
+from serve_app.api.foreign import renamed_error, renamed_notice
 from serve_app.api.mcp.arguments import (
     EditArguments,
     ImageArguments,
@@ -113,8 +113,7 @@ async def _prepared(caller: CallerContext, arguments: PromptArguments, name: str
         request = _request(arguments, card.id, by_reference=Task.edit in card.tasks)
     except ValidationError as error:
         raise bad_request(error, GenerationRequest) from None
-    fitted, notices = fit_to_card(request, card)
-    return PreparedRequest(fitted, body_digest(arguments, kind=f"mcp {name}"), (*aliased, *notices))
+    return PreparedRequest(request, body_digest(arguments, kind=f"mcp {name}"), aliased)
 
 
 def _request(arguments: PromptArguments, model: str, *, by_reference: bool) -> GenerationRequest:

@@ -11,7 +11,6 @@ from deployments.protocol.adjustment import Adjustment
 from deployments.protocol.card import ModelCard
 from deployments.protocol.request import Edit, GenerationRequest, OutputOptions, PictureFormat
 from serve_app.api.a1111 import samplers
-from serve_app.api.foreign import fit_to_card
 from serve_app.api.prepared import PreparedRequest
 from serve_app.api.replicate.schemas import PredictionBody, PredictionInput
 from serve_app.api.validation_messages import bad_request
@@ -52,11 +51,10 @@ def prepare(body: PredictionBody, card: ModelCard, model: str) -> PreparedReques
         )
     except ValidationError as error:
         raise bad_request(error, GenerationRequest) from None
-    fitted, of_limits = fit_to_card(request, card)
     webhook, of_webhook = _webhook(body)
-    notices = (*notices, *_unknown(asked), *of_webhook, *of_limits)
+    notices = (*notices, *_unknown(asked), *of_webhook)
     digest = body_digest(body, kind="replicate prediction", model=model)
-    return PreparedRequest(fitted, digest, notices, webhook)
+    return PreparedRequest(request, digest, notices, webhook)
 
 
 def _edit(asked: PredictionInput) -> Edit | None:

@@ -52,7 +52,9 @@ def facts(answer: Any) -> Any:
 
 
 async def test_an_image_is_generated_with_progress(assistant: Assistant, fake_model: FakeModel) -> None:
-    answer = await assistant("generate_image", prompt="a fox", model="sketch", width=5000, steps=99, seed=7)
+    answer = await assistant(
+        "generate_image", prompt="a fox", model="sketch", width=5000, height=5000, steps=99, seed=7
+    )
 
     (request,) = fake_model.requests
     found = facts(answer)
@@ -62,7 +64,7 @@ async def test_an_image_is_generated_with_progress(assistant: Assistant, fake_mo
     assert base64.b64decode(image.data)[:4] == b"\x89PNG"
     assert str(link.uri) == found["files"][0]
     assert (found["seed"], found["width"], request.num_inference_steps) == (7, request.width, 50)
-    assert any("steps 1-50" in warning for warning in found["warnings"])
+    assert any("runs 1-50 steps" in warning for warning in found["warnings"])
     assert assistant.progress == sorted(assistant.progress)
     assert len(assistant.progress) > 1
     status = facts(await assistant("job_status", job_id=found["job_id"]))

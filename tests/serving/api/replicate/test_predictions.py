@@ -117,7 +117,7 @@ async def test_events_that_no_webhook_is_sent_for_are_said(
 
     assert (made.status_code, made.json()["status"]) == (201, "succeeded")
     assert "webhooks are sent for completed only" in made.json()["logs"]
-    assert "num_inference_steps 1-50" in made.json()["logs"]
+    assert "runs 1-50 steps" in made.json()["logs"]
     assert made.json()["input"]["num_inference_steps"] == 50
 
 
