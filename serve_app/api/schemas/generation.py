@@ -55,8 +55,8 @@ class NativeFields(GenerationFields):
     )
     guidance_scale: float | None = Field(
         None,
-        validation_alias=AliasChoices("guidance_scale", "cfg_scale", "guidance"),
-        description="How closely to follow the prompt; `cfg_scale` and `guidance` are other names for it.",
+        validation_alias=AliasChoices("guidance_scale", "cfg_scale"),
+        description="How closely to follow the prompt; `cfg_scale` is another name for it.",
     )
     scheduler: SchedulerName = Field(
         "auto",
