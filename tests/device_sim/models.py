@@ -268,7 +268,7 @@ PIPELINES: Mapping[str, Callable[[Build], Any]] = {
     "Lykon/dreamshaper-8": lambda build: _sd15(build, checked=True),
     "SG161222/Realistic_Vision_V6.0_B1_noVAE": lambda build: _sd15(build, checked=True),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": _wan,
-    "published/wan-2.1-1.3b": lambda build: _wan(build, WAN_SMALL),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": lambda build: _wan(build, WAN_SMALL),
     "hunyuanvideo-community/HunyuanVideo": _hunyuan_video,
 }
 MODELS: Mapping[str, Callable[[], ModelCard]] = {  # by short name

@@ -76,7 +76,7 @@ CASES: Mapping[str, Case] = {
         "a10g", lambda: [_sdxl(), CARDS["sdxl-refiner-1.0"]], rank=96, controls=CONTROLS
     ),
     "sd15-group": Case("t4", _group, loras=2, rank=128, images=4),
-    "wan-small": Case("a10g", lambda: [card_of("wan-2.1-1.3b")], has_lane=False),
+    "wan-small": Case("a10g", lambda: [card_of("wan-2.1-t2v-1.3b")], has_lane=False),
 }
 
 

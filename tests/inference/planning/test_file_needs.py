@@ -113,8 +113,8 @@ def test_a_fetch_that_was_cut_off_gives_no_sizes(tmp_path: Path) -> None:
 
 
 PUBLISHED: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
-    "wan-2.1-14b": (WanTransformer3DModel, AutoencoderKLWan, {}),
-    "wan-2.1-1.3b": (WanTransformer3DModel, AutoencoderKLWan, {"num_attention_heads": 12}),
+    "wan-2.1-t2v-14b": (WanTransformer3DModel, AutoencoderKLWan, {}),
+    "wan-2.1-t2v-1.3b": (WanTransformer3DModel, AutoencoderKLWan, {"num_attention_heads": 12}),
     "ltx-video": (LTXVideoTransformer3DModel, AutoencoderKLLTXVideo, {}),
     "hunyuan-video": (HunyuanVideoTransformer3DModel, AutoencoderKLHunyuanVideo, {}),
 }
