@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-from deployments.media.video_spec import Frames, Segment, VideoFiles, VideoSpec
+from deployments.media.video_spec import Frames, Segment, Sound, VideoFiles, VideoSpec
 from deployments.observability.metrics import Reporter, Sample
 from deployments.protocol.log_context import LogContext, bind, join_serve_log
 
@@ -51,10 +51,15 @@ class VideoEncoder:
         return segment
 
     async def join(
-        self, spec: VideoSpec, segments: Sequence[Segment], *, log_context: LogContext | None = None
+        self,
+        spec: VideoSpec,
+        segments: Sequence[Segment],
+        sound: Sound | None = None,
+        *,
+        log_context: LogContext | None = None,
     ) -> VideoFiles:
-        """The finished video and its stills. Raises Internal when a segment is missing."""
-        files = await self._run(partial(self._movie.join, spec, segments), log_context)
+        """The finished video with its sound, and its stills. Raises Internal when a segment is missing."""
+        files = await self._run(partial(self._movie.join, spec, segments, sound), log_context)
         self._videos += 1
         self._report()
         return files

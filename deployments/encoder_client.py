@@ -11,7 +11,7 @@ import ray.exceptions
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from deployments.media.video_spec import Frames, Segment, VideoFiles, VideoSpec
+from deployments.media.video_spec import Frames, Segment, Sound, VideoFiles, VideoSpec
 from deployments.protocol.errors import Internal, ModelUnavailable, WeftError
 from deployments.protocol.log_context import current
 
@@ -32,8 +32,10 @@ class RemoteEncoder:
         segment: Segment = await self._call("segment", spec, index, *chunks)
         return segment
 
-    async def join(self, spec: VideoSpec, segments: Sequence[Segment]) -> VideoFiles:
-        files: VideoFiles = await self._call("join", spec, list(segments))
+    async def join(
+        self, spec: VideoSpec, segments: Sequence[Segment], sound: Sound | None = None
+    ) -> VideoFiles:
+        files: VideoFiles = await self._call("join", spec, list(segments), sound)
         return files
 
     async def _call(self, method: str, *arguments: Any) -> Any:

@@ -14,8 +14,8 @@ import torch
 from deployments.engine.device_streams import decode_stream
 from deployments.engine.device_time import DeviceTime
 from deployments.engine.out_of_memory import free_device_memory, is_out_of_memory, shortage
-from deployments.media.video_spec import Frames
-from deployments.pipelines.latent_decoder import LatentDecoder
+from deployments.media.video_spec import Frames, Sound
+from deployments.pipelines.latent_decoder import DeviceSound, LatentDecoder
 from deployments.protocol.errors import ModelUnavailable, OutOfMemory
 
 logger = logging.getLogger(__name__)
@@ -51,11 +51,21 @@ class DecodeThread:
             logger.warning("out of memory, the frames are decoded between two steps")
         return await self._run_between_steps(partial(self._decode, decoder, device_time))
 
+    async def sound(self, decoder: LatentDecoder) -> Sound | None:
+        """What the model made to be heard with the frames; None for a silent video."""
+        if decoder.sound is None:
+            return None
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._copy_sound, decoder.sound)
+
     def check(self) -> None:
         """Raises ModelUnavailable if the decoder hangs."""
         since = self._busy_since
         if since is not None and time.monotonic() - since > self._watchdog_s:
             raise ModelUnavailable("the video decoder hangs; the replica must be replaced")
+
+    def _copy_sound(self, sound: DeviceSound) -> Sound:
+        with torch.cuda.stream(self._stream):
+            return sound.here()
 
     def _decode(self, decoder: LatentDecoder, device_time: DeviceTime) -> Frames | None:
         began = self._busy_since = time.monotonic()

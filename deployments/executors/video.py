@@ -42,6 +42,7 @@ async def _decode_and_encode(run: Run, finished: Finished) -> AsyncGenerator[Eve
             if session.encoded > encoded:
                 encoded = session.encoded
                 yield Stage("encode", encoded, decoder.total)
+        session.sound = await run.decode_thread.sound(decoder)
         rest = finish_video(run, session, finished.queued_s, finished.run_s, started, finished.unproven)
         async with aclosing(rest) as events:
             async for event in events:

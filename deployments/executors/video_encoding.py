@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
 
-from deployments.media.video_spec import SEGMENT_FRAMES, Frames, Segment, VideoFiles, VideoSpec
+from deployments.media.video_spec import SEGMENT_FRAMES, Frames, Segment, Sound, VideoFiles, VideoSpec
 
 SEGMENTS_IN_FLIGHT = 2  # encoded or on the way; further frames wait in `add`
 
@@ -20,7 +20,9 @@ class Encoder(Protocol):
         """See VideoEncoder."""
         ...
 
-    async def join(self, spec: VideoSpec, segments: Sequence[Segment]) -> VideoFiles:
+    async def join(
+        self, spec: VideoSpec, segments: Sequence[Segment], sound: Sound | None = None
+    ) -> VideoFiles:
         """See VideoEncoder."""
         ...
 
@@ -37,6 +39,7 @@ class EncodingSession:
         self._chunks: list[Frames] = []  # of the segment that is not full yet
         self._in_flight: set[asyncio.Task[Segment]] = set()
         self._segments: list[Segment] = []
+        self.sound: Sound | None = None  # of the finished file
 
     async def __aenter__(self) -> Self:
         return self
@@ -76,7 +79,7 @@ class EncodingSession:
         while await self.wait_for_segment():
             pass
         spec = replace(self.spec, comment=comment, description=description)
-        return await self._encoder.join(spec, sorted(self._segments, key=lambda s: s.index))
+        return await self._encoder.join(spec, sorted(self._segments, key=lambda s: s.index), self.sound)
 
     async def _send(self) -> None:
         while len(self._in_flight) >= SEGMENTS_IN_FLIGHT:

@@ -51,6 +51,8 @@ async def finish_video(
     generation_s = run_s + time.monotonic() - started
     planned = run.model.changes_of(request)
     metadata = still.metadata(request, request.seed, __version__, generation_s, unproven, planned)
+    if (sound := session.sound) is not None:
+        metadata["sound"] = {"sample_rate": sound.rate, "channels": len(sound.samples)}
     parameters = still.a1111_parameters(request, request.seed, __version__)
     files = await session.files(parameters, as_json(metadata))
     for artifact in _artifacts(request.seed, session.spec, files, metadata):

@@ -20,6 +20,7 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
 from PIL import Image
 
+from deployments.media.sound import add_sound_stream, sound_packets
 from deployments.media.still import THUMBNAIL_SIDE
 from deployments.media.thread_scheduling import kept_scheduling
 from deployments.media.video_spec import (
@@ -27,6 +28,7 @@ from deployments.media.video_spec import (
     SHEET_COLUMNS,
     Frames,
     Segment,
+    Sound,
     Still,
     VideoFiles,
     VideoSpec,
@@ -73,10 +75,11 @@ def encode_segment(spec: VideoSpec, index: int, chunks: Sequence[Frames], thread
     )
 
 
-def join(spec: VideoSpec, segments: Sequence[Segment]) -> VideoFiles:
+def join(spec: VideoSpec, segments: Sequence[Segment], sound: Sound | None = None) -> VideoFiles:
     """The whole video from all its segments in order, with poster, thumbnail and spritesheet.
 
-    An MP4 file starts with its index, so that it plays before it is loaded.
+    An MP4 file starts with its index, so that it plays before it is loaded. `sound` begins with the first
+    frame and is as long as the frames are shown.
     Raises Internal when a segment is missing.
     """
     if [segment.index for segment in segments] != list(range(spec.segments)):
@@ -88,14 +91,14 @@ def join(spec: VideoSpec, segments: Sequence[Segment]) -> VideoFiles:
     first_frame = Image.open(io.BytesIO(poster)).convert("RGB")
     thumbnail = Image.fromarray(_small(np.asarray(first_frame), THUMBNAIL_SIDE))
     return VideoFiles(
-        _joined(spec, segments),
+        _joined(spec, segments, sound),
         Still("image/jpeg", poster, spec.width, spec.height),
         Still("image/webp", _webp(thumbnail, quality=80), thumbnail.width, thumbnail.height),
         Still("image/jpeg", _jpeg(sheet), sheet.width, sheet.height),
     )
 
 
-def _joined(spec: VideoSpec, segments: Sequence[Segment]) -> bytes:
+def _joined(spec: VideoSpec, segments: Sequence[Segment], sound: Sound | None) -> bytes:
     options = {"movflags": "faststart"} if spec.format == "mp4" else {}
     with tempfile.TemporaryDirectory(prefix="weft-video-") as folder:  # faststart reads the file again
         path = Path(folder) / f"video.{spec.format}"
@@ -105,9 +108,14 @@ def _joined(spec: VideoSpec, segments: Sequence[Segment]) -> bytes:
             parts = [av.open(io.BytesIO(segment.data), format=spec.format) for segment in segments]
             # opaque: packets are copied, so no encoder is searched by the name of the decoder
             stream: Any = container.add_stream_from_template(parts[0].streams.video[0], opaque=True)
-            for packet in _timed(spec, parts):
+            sound_stream = None if sound is None else add_sound_stream(container, sound, spec.format)
+            packets = _timed(spec, parts)
+            for packet in packets:
                 packet.stream = stream
-                container.mux(packet)
+            if sound_stream is not None and sound is not None:
+                packets += sound_packets(sound_stream, sound, spec.num_frames / spec.rate)
+                packets.sort(key=lambda packet: packet.dts * packet.time_base)
+            container.mux(packets)
             for part in parts:
                 part.close()
         return path.read_bytes()

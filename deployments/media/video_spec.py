@@ -13,6 +13,7 @@ import numpy.typing as npt
 from deployments.protocol.errors import BadRequest
 
 Frames = npt.NDArray[np.uint8]  # (n, height, width, 3), RGB
+Samples = npt.NDArray[np.float32]  # (channels, n) in -1..1; one channel or two
 SEGMENT_FRAMES = 32  # each segment starts with a key frame; 2 s at the 16 frames per second of Wan
 SHEET_TILES = 25  # at most
 SHEET_COLUMNS = 5
@@ -80,6 +81,14 @@ class Segment:
     data: bytes
     tiles: Mapping[int, Frames]  # small pictures (h, w, 3) by index of the frame
     poster: bytes | None  # JPEG of the video's first frame; None in all segments but the first
+
+
+@dataclass(frozen=True, slots=True)
+class Sound:
+    """What is heard from the first frame on."""
+
+    samples: Samples
+    rate: int  # samples per second
 
 
 @dataclass(frozen=True, slots=True)

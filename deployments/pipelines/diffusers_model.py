@@ -202,7 +202,10 @@ class DiffusersModel:
         if progress.saved is not None:
             raise StateMismatch("the request has fewer steps")
         if makes_video:
-            return [latent_decoder.latent_decoder(pipeline, result.frames)]
+            decoder = latent_decoder.latent_decoder(pipeline, result.frames)
+            if request.video is not None and request.video.sound:
+                decoder.sound = latent_decoder.sound_of(pipeline, result)
+            return [decoder]
         if any(result.get("nsfw_content_detected") or ()):
             raise BadRequest(
                 "the safety checker of the model rejected the picture; change the prompt or the seed",

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deployments.media.video_spec import Frames
+from deployments.media.video_spec import Frames, Sound
 from deployments.pipelines.arguments import parameters_of
 from deployments.pipelines.finite import check_finite_pixels
-from deployments.protocol.errors import ModelFailed
+from deployments.protocol.errors import ModelFailed, NotFinite
 from deployments.protocol.request import Task
 
 CHUNK_FRAMES = 8  # frames per call of a video that its pipeline decoded as a whole
@@ -25,6 +25,7 @@ class LatentDecoder(Protocol):
     stream, which is not the engine's. It raises NotFinite where the VAE's pixels are no numbers."""
 
     total: int  # frames
+    sound: DeviceSound | None  # what the model made with them
 
     def next_frames(self) -> Frames | None:
         """The next frames (n, H, W, 3); None after the last. A call that failed may be repeated."""
@@ -61,6 +62,14 @@ def requested_frames(pipeline: Any, frames: int) -> int:
 def output_type(pipeline: Any) -> str:
     """The output_type with which the pipeline must be called, so that `latent_decoder` can use its result."""
     return "pt" if _streaming_decoder(pipeline) is None else "latent"
+
+
+def sound_of(pipeline: Any, output: Any) -> DeviceSound | None:
+    """The sound of a pipeline's output that has `audio` (1, channels, n) beside its frames; None without."""
+    audio = getattr(output, "audio", None)
+    if audio is None:
+        return None
+    return DeviceSound(audio[0], int(pipeline.vocoder.config.output_sampling_rate))
 
 
 def latent_decoder(pipeline: Any, output: Tensor) -> LatentDecoder:
@@ -111,12 +120,36 @@ class _FromEngine:
         return self._tensor
 
 
+class DeviceSound:
+    """Samples that the engine's stream computes."""
+
+    def __init__(self, samples: Tensor, rate: int) -> None:
+        """samples: (channels, n) in -1..1. rate: samples per second."""
+        self._samples = _FromEngine(samples)
+        self._rate = rate
+
+    @torch.inference_mode()
+    def here(self) -> Sound:
+        """The samples in memory. Blocks; call it on the stream of `next_frames`.
+
+        Raises NotFinite for samples that are no numbers.
+        """
+        samples = self._samples.here().float()
+        if not bool(torch.isfinite(samples).all()):
+            raise NotFinite(
+                "the sound has numbers that are not finite (NaN), so it cannot be heard; another seed or "
+                "weights.dtype float32 in the card may help, and sound: false leaves it out"
+            )
+        return Sound(samples.clamp(-1.0, 1.0).cpu().numpy(), self._rate)
+
+
 class _DecodedFrames:
     """Frames that the pipeline decoded as a whole."""
 
     def __init__(self, video: Tensor) -> None:
         """video: (F, 3, H, W) in 0..1."""
         self.total = len(video)
+        self.sound: DeviceSound | None = None
         self._video = _FromEngine(video)
         self._returned = 0
 
@@ -134,6 +167,7 @@ class _StreamingDecoder(ABC):
     def __init__(self, vae: Any, latents: Tensor, total: int) -> None:
         """latents: (1, C, F, h, w), scaled as the decoder expects them. total: frames of the video."""
         self.total = total
+        self.sound: DeviceSound | None = None
         self._vae = vae
         self._from_engine = _FromEngine(latents)
         self._position = 0

@@ -188,6 +188,7 @@ class Video(Strict):
     quality: int = Field(
         80, ge=1, le=100, description="Of the encoding; higher is larger and closer to the frames."
     )
+    sound: bool = Field(True, description="False: leave out the sound that the model makes.")
     last_image: bytes | None = Field(
         None,
         repr=False,

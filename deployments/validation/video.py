@@ -46,6 +46,7 @@ def resolve_video(
         codec=video.codec,
         quality=video.quality,
         last_image=video.last_image,
+        sound=video.sound,
         end_prompt=video.end_prompt,
         end_seed=_end_seed(video, limits, seed),
         zoom=video.zoom,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from deployments.encoder import VideoEncoder
-from deployments.media.video_spec import Frames, Segment, VideoFiles, VideoSpec
+from deployments.media.video_spec import Frames, Segment, Sound, VideoFiles, VideoSpec
 
 
 class Recorder:
@@ -34,8 +34,10 @@ class Recorder:
         self.frames.setdefault(spec.fps, []).extend(chunks)
         return await self._encoder.segment(spec, index, *chunks)
 
-    async def join(self, spec: VideoSpec, segments: Sequence[Segment]) -> VideoFiles:
-        return await self._encoder.join(spec, segments)
+    async def join(
+        self, spec: VideoSpec, segments: Sequence[Segment], sound: Sound | None = None
+    ) -> VideoFiles:
+        return await self._encoder.join(spec, segments, sound)
 
     def frames_of(self, fps: int) -> Frames:
         """The frames of the only video with this many frames per second."""

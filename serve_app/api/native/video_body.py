@@ -58,6 +58,9 @@ class VideoBody(NativeFields):
         validation_alias=AliasChoices("image", "init_image", "first_frame"),
         description="The first frame of the video; `init_image` and `first_frame` are other names for it.",
     )
+    sound: bool = Field(
+        True, description="false: leave out the sound that a model makes with its videos, such as LTX-2."
+    )
     last_image: ImageBytes | None = Field(
         None,
         repr=False,
@@ -112,6 +115,7 @@ class VideoBody(NativeFields):
                 format=self.output_format,
                 codec=self.output_codec,
                 quality=self.output_quality,
+                sound=self.sound,
                 last_image=self.last_image,
                 end_prompt=self.end_prompt,
                 end_seed=secrets.randbelow(SEEDS) if self.end_seed == RANDOM else self.end_seed,

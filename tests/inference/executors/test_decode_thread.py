@@ -23,6 +23,7 @@ class Decoder:
 
     def __init__(self, *lengths: int, error: Exception | None = None) -> None:
         self.total = sum(lengths)
+        self.sound = None
         self._chunks = [np.zeros((length, 4, 4, 3), np.uint8) for length in lengths]
         self._error = error
 

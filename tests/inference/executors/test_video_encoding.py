@@ -14,7 +14,7 @@ from deployments import encoder_client
 from deployments.encoder import VideoEncoder
 from deployments.encoder_client import RemoteEncoder
 from deployments.executors.video_encoding import SEGMENTS_IN_FLIGHT, EncodingSession
-from deployments.media.video_spec import SEGMENT_FRAMES, Frames, Segment, VideoFiles, VideoSpec
+from deployments.media.video_spec import SEGMENT_FRAMES, Frames, Segment, Sound, VideoFiles, VideoSpec
 from deployments.protocol.errors import Internal, ModelUnavailable
 from deployments.protocol.log_context import LogContext
 from tests.inference.video_files import clip, decibels, decode_video
@@ -39,8 +39,10 @@ class Gated:
             raise
         return await self.encoder.segment(spec, index, *chunks)
 
-    async def join(self, spec: VideoSpec, segments: Sequence[Segment]) -> VideoFiles:
-        return await self.encoder.join(spec, segments)
+    async def join(
+        self, spec: VideoSpec, segments: Sequence[Segment], sound: Sound | None = None
+    ) -> VideoFiles:
+        return await self.encoder.join(spec, segments, sound)
 
 
 @pytest.fixture
