@@ -61,7 +61,7 @@ def _fit_size(
         return
     width, height = nearest_size(asked, card.sizes)
     changes |= {"width": width, "height": height}
-    if (width, height) != asked and request.width is not None and request.height is not None:
+    if request.width not in (None, width) or request.height not in (None, height):
         message = f"{card.id} makes no {asked.width}x{asked.height}; the result is {width}x{height}"
         warnings.append(Adjustment("size_fitted", "size", message))
 
@@ -71,7 +71,13 @@ def _asked_size(request: GenerationRequest, card: ModelCard, aspect_ratio: str |
     sizes = card.sizes
     if request.width is not None and request.height is not None:
         return ImageSize(max(1, request.width), max(1, request.height))
-    if request.width is not None or request.height is not None or aspect_ratio in (None, AUTO):
+    if request.width is not None or request.height is not None:
+        if request.edit is not None or request.references:  # the other side is that of the given picture
+            return None
+        ratio = sizes.width / sizes.height
+        width = request.width or round((request.height or 1) * ratio)
+        return ImageSize(max(1, width), max(1, request.height or round(width / ratio)))
+    if aspect_ratio in (None, AUTO):
         return None
     found = RATIO.fullmatch(str(aspect_ratio))
     if found is None or not int(found[1]) or not int(found[2]):

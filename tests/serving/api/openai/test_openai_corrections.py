@@ -32,6 +32,8 @@ async def answer_of(client: httpx.AsyncClient, body: Mapping[str, Any]) -> tuple
         ({"size": "32x32"}, {"width": 64, "height": 64}, ["size_fitted"]),
         ({"size": "128x128"}, {"width": 128, "height": 128}, []),
         ({"aspect_ratio": "16:9"}, {"width": 176, "height": 96}, []),
+        ({"height": 9000}, {"width": 352, "height": 352}, ["size_fitted"]),
+        ({"width": 256}, {"width": 256, "height": 256}, []),
         ({"steps": 90}, {"num_inference_steps": 50}, ["steps_corrected"]),
         ({"cfg_scale": 30}, {"guidance_scale": 20.0}, ["guidance_corrected"]),
         ({"sampler_name": "Heun++"}, {"scheduler": "auto"}, ["scheduler_corrected"]),
