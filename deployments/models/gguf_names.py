@@ -71,6 +71,8 @@ def named_as_in(module: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
     convert = _conversion(type(module))
     if convert is None:
         return own
+    if isinstance(module, diffusers.UNet2DConditionModel):  # its conversion leaves out all other names
+        own = {f"{PREFIX}{name}": tensor for name, tensor in own.items()}
     converted: dict[str, Tensor] = convert(checkpoint=own, config=dict(module.config))
     return converted
 

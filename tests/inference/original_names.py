@@ -72,7 +72,7 @@ FLUX_SINGLE = {
 
 def stable_diffusion(folder: Path) -> Tensors:
     """All weights of a Stable Diffusion or SDXL pipeline under the names of CompVis and Stability."""
-    tensors = {f"model.diffusion_model.{name}": one for name, one in _unet(folder / "unet").items()}
+    tensors = {f"model.diffusion_model.{name}": one for name, one in unet(folder / "unet").items()}
     tensors |= {f"first_stage_model.{name}": one for name, one in _vae(folder / "vae").items()}
     for name, one in weights_of(folder / "text_encoder").items():
         own = name if name.startswith("text_model.") else f"text_model.{name}"
@@ -116,7 +116,8 @@ def _fused(part: str, single: bool) -> tuple[str, str] | None:
     return ("img_attn.qkv", order[part]) if part in order else None
 
 
-def _unet(folder: Path) -> Tensors:
+def unet(folder: Path) -> Tensors:
+    """The weights of a UNet of Stable Diffusion or SDXL under the names that they have alone in a file."""
     config = json.loads((folder / "config.json").read_text())
     per_block = config["layers_per_block"] + 1
     attends = [kind.startswith("CrossAttn") for kind in config["up_block_types"]]
