@@ -21,6 +21,7 @@ from tests.patience import patience
 pytestmark = pytest.mark.ray
 
 NEEDS_A_GPU = {"weft_device_bytes", "weft_batches_halved_total", "weft_memory_limit_bytes"}
+NEEDS_A_PRICE = {"weft_job_cost_total"}  # in the card; held by tests/serving/jobs/test_usage.py
 NEEDS_FAR_WEIGHTS = {"weft_nodes_with_weights", "weft_nodes_wanting_weights"}
 # held by tests/serving/jobs/test_dispatch_metrics.py and tests/inference/observability/test_collectors.py
 NEEDS_TROUBLE = {
@@ -34,7 +35,7 @@ NEEDS_TROUBLE = {
     "weft_extras_evicted_total",
     "weft_jobs_same_total",  # the cache of results is off in this folder
 }
-USUAL = set(METRICS) - NEEDS_A_GPU - NEEDS_TROUBLE - NEEDS_FAR_WEIGHTS
+USUAL = set(METRICS) - NEEDS_A_GPU - NEEDS_TROUBLE - NEEDS_FAR_WEIGHTS - NEEDS_A_PRICE
 STATES = {metric.name for metric in METRICS.values() if metric.kind == "gauge"}
 
 Series = dict[str, dict[tuple[tuple[str, str], ...], float]]

@@ -20,6 +20,7 @@ from serve_app.jobs.store.store import JobStore
 from serve_app.jobs.usage import AMOUNTS, Amounts, UsageRow, amounts_of, grouped
 from serve_app.jobs.worker import attempt as attempt_module
 from serve_app.jobs.worker.dispatch import Dispatcher
+from serve_app.observability.metrics import LocalMeter
 from serve_app.settings import Settings
 from serve_app.storage.results import ResultStore
 from tests.serving.fakes import (
@@ -96,9 +97,15 @@ async def total(store: JobStore) -> Amounts:
 async def test_a_finished_job_counts_its_device_seconds_its_files_and_its_cost(
     store: JobStore, results: ResultStore, settings: Settings
 ) -> None:
-    async with running(Dispatcher(store, results, CountingModels(), settings)):
+    meter = LocalMeter()
+    async with running(Dispatcher(store, results, CountingModels(), settings, meter=meter)):
         job = await ended(store, await submitted(store))
 
+    exported = [
+        meter.registry.get_sample_value(f"weft_job_{name}_total", {"model": MODEL})
+        for name in ("device_seconds", "megapixels", "cost")
+    ]
+    assert exported == [3.0, 64 * 64 / 1e6, 0.006]
     size = sum(artifact.size_bytes for artifact in job.artifacts)
     used = Amounts(1, 1, 0, 64 * 64, size, 3_000_000, 6_000)
     assert amounts_of(job) == used
