@@ -4,7 +4,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from serve_app.api.schemas.error import ErrorResponse, OpenAIErrorBody
+from serve_app.api.errors import A1111_PATHS, REPLICATE_PATHS
+from serve_app.api.schemas.error import A1111Error, ErrorResponse, OpenAIErrorBody, ReplicateError
 
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "Refused: `message` says why and what would be accepted."},
@@ -18,15 +19,25 @@ OPENAI_ERROR = {
 
 
 class WeftApi(FastAPI):
-    """Describes the errors under /v1/ as OpenAI's, which is how errors.py renders them."""
+    """Describes the errors of each dialect as errors.py renders them."""
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             schema = super().openapi()
-            schema["components"]["schemas"][OpenAIErrorBody.__name__] = OpenAIErrorBody.model_json_schema()
+            for model in (OpenAIErrorBody, ReplicateError, A1111Error):
+                schema["components"]["schemas"][model.__name__] = model.model_json_schema()
             for path, operations in schema["paths"].items():
-                for operation in operations.values() if path.startswith("/v1/") else ():
+                shape = _error_shape(path)
+                for operation in operations.values() if shape is not None else ():
                     for code in ERROR_RESPONSES:
-                        content = {"application/json": {"schema": OPENAI_ERROR}}
-                        operation["responses"][code]["content"] = content
+                        operation["responses"][code]["content"] = {"application/json": {"schema": shape}}
         return super().openapi()
+
+
+def _error_shape(path: str) -> dict[str, Any] | None:
+    """The schema of a dialect's errors; None: the native one."""
+    if REPLICATE_PATHS.match(path):
+        return {"$ref": f"#/components/schemas/{ReplicateError.__name__}"}
+    if path.startswith(A1111_PATHS):
+        return {"$ref": f"#/components/schemas/{A1111Error.__name__}"}
+    return OPENAI_ERROR if path.startswith("/v1/") else None

@@ -16,9 +16,10 @@ from serve_app.api.schemas.usage import UsageOut, UsageRowOut
 from serve_app.jobs.usage import GROUPS, GroupBy, grouped
 
 router = APIRouter(tags=["usage"])
+GROUPS_PATTERN = "^((day|user|key|model)(,(day|user|key|model))*)?$"  # for the description; _groups says more
 
 
-@router.get("/api/usage", response_model=UsageOut)
+@router.get("/api/usage", response_model=UsageOut, responses={200: {"content": {"text/csv": {}}}})
 async def read_usage(
     caller: CurrentCaller,
     first: Annotated[
@@ -26,7 +27,12 @@ async def read_usage(
     ] = None,
     last: Annotated[date | None, Query(alias="to", description="Last UTC day; default: today.")] = None,
     by: Annotated[
-        str, Query(max_length=100, description="Groups with commas between: day, user, key, model.")
+        str,
+        Query(
+            max_length=100,
+            description="Groups with commas between: day, user, key, model.",
+            json_schema_extra={"pattern": GROUPS_PATTERN},
+        ),
     ] = "day,model",
     user: Annotated[
         str | None, Query(max_length=100, description="Only this user's; an admin's key may name any.")

@@ -15,7 +15,7 @@ from serve_app.app import _fetchers
 from serve_app.card_settings import as_set, card_notices, with_base_model
 from serve_app.cli.doctor import card_findings
 from serve_app.cli.findings import Level
-from serve_app.cli.models import models as list_models
+from serve_app.cli.main import main
 from serve_app.cli.start_checks import check_weights
 from serve_app.settings import Settings
 from serve_app.storage.model_digests import ModelDigests
@@ -107,7 +107,7 @@ def test_a_file_is_fetched_to_the_nodes_also_where_the_rest_is_local(file: Path)
 
 
 def test_the_list_of_models_names_files(capsys: pytest.CaptureFixture[str]) -> None:
-    list_models()
+    assert main(["models"]) == 0
 
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("flux.1-dev-q8 ")]
     assert "black-forest-labs/FLUX.1-dev, transformer from city96/FLUX.1-dev-gguf/flux1-dev-Q8_0.gguf" in line

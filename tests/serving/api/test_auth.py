@@ -59,7 +59,13 @@ async def token_of(client: httpx.AsyncClient, key: str) -> str:
 async def test_a_users_key_opens_and_identifies_them(client: httpx.AsyncClient, ann: Ann):
     me = (await client.get("/auth/me", headers=bearer(ann.key))).json()
 
-    assert me == {"owner": ann.id, "role": "user", "scopes": ["generate", "read"], "images_per_day": 50}
+    assert me == {
+        "owner": ann.id,
+        "role": "user",
+        "scopes": ["generate", "read"],
+        "images_per_day": 50,
+        "budget_per_month": None,
+    }
 
 
 async def test_a_key_with_one_character_changed_is_refused(client: httpx.AsyncClient, ann: Ann):

@@ -164,7 +164,9 @@ def test_what_is_no_base64_is_refused_in_parts_as_in_whole(text: str, size: int)
         patched.setattr(files, "PART_CHARS", size)
         in_parts = decoded(files._decode)
 
-    assert in_parts == decoded(lambda text: base64.b64decode("".join(text.split()), validate=True))
+    whole = "".join(text.split())
+    expected = decoded(lambda _text: base64.b64decode(whole, validate=True))
+    assert in_parts == (None if len(whole) % 4 else expected)  # the library takes a needless "=" as well
 
 
 def test_a_picture_of_many_parts_comes_whole() -> None:

@@ -38,7 +38,8 @@ EXAMPLES = 4  # per route and mode
 EXCLUDED = [not_a_server_error]
 # a body is also checked against a model's card and its other fields, which no schema expresses
 EXCLUDED_THERE = [not_a_server_error, positive_data_acceptance]
-CURSORS = {"cursor", "after"}  # in a list: only what a list gave is one
+# in a list only what a list gave is one; the ends of a period depend on each other, too
+CURSORS = {"cursor", "after", "from", "to"}
 NOTHING_TO_BEND = (Unsatisfiable,)  # a route that takes nothing cannot be called wrongly
 
 
@@ -111,6 +112,8 @@ def test_every_call_is_answered_as_described(api: schemathesis.BaseSchema, mode:
 
     for found in api.get_all_operations():
         operation = found.ok()
+        if operation.path == "/mcp":  # JSON-RPC, which mcp's own client tries
+            continue
         try:
             calls += called(operation.as_strategy(generation_mode=mode))
         except NOTHING_TO_BEND:

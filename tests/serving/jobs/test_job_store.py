@@ -404,8 +404,9 @@ async def test_only_an_ended_job_is_deleted_and_nothing_remains(
     assert (await store.page(OWNER)).jobs == ()
     assert await store.events(job_id) == []
     left = {key async for key in redis.scan_iter(f"{settings.redis_prefix}*")}
+    today = await store.usage.today()
     assert left == {
-        settings.redis_prefix + name for name in ("arrivals", "fairqueue:fake")
+        settings.redis_prefix + name for name in ("arrivals", "fairqueue:fake", f"usage:{today}")
     }  # with no job in them
 
 

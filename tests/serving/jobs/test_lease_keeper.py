@@ -47,6 +47,7 @@ class FakeLeases:
         steps: int,
         pending_events: Sequence[events.Event],
         resume_point: ResumePoint | None,
+        device_us: int,
     ) -> bool:
         assert claim is CLAIM
         self.calls += 1
