@@ -39,9 +39,13 @@ def count_attempt_end(meter: Meter, job: Job) -> None:
         "weft_jobs_ended_total", model=model, state=job.state.value, error=job.error.kind if job.error else ""
     )
     used = amounts_of(job)
-    meter.add("weft_job_device_seconds_total", used.device_us / MICRO, model=model)
-    meter.add("weft_job_megapixels_total", used.pixels / MICRO, model=model)
-    meter.add("weft_job_cost_total", used.cost_micros / MICRO, model=model)
+    for name, amount in (
+        ("weft_job_device_seconds_total", used.device_us),
+        ("weft_job_megapixels_total", used.pixels),
+        ("weft_job_cost_total", used.cost_micros),
+    ):
+        if amount:  # Ray's counters refuse 0
+            meter.add(name, amount / MICRO, model=model)
     if job.cached_from is None and job.started_at is not None:
         meter.observe("weft_job_wait_seconds", job.started_at - job.created_at, model=model)
         if job.state is JobState.completed and job.completed_at is not None:

@@ -159,6 +159,21 @@ async def test_the_seconds_of_a_worker_that_died_are_kept(store: JobStore) -> No
     assert failed.device_us == (await total(store)).device_us == 800_000
 
 
+async def test_only_amounts_above_zero_are_added_to_counters(
+    store: JobStore, results: ResultStore, settings: Settings
+) -> None:
+    class OfRay(LocalMeter):
+        def add(self, name: str, value: float = 1.0, **labels: str) -> None:
+            assert value > 0, "Ray's counters refuse it"
+            super().add(name, value, **labels)
+
+    meter = OfRay()
+    async with running(Dispatcher(store, results, CountingModels(), settings, meter=meter)):
+        await ended(store, await submitted(store, price=0.0))
+
+    assert meter.registry.get_sample_value("weft_job_total_seconds_count", {"model": MODEL}) == 1
+
+
 async def test_an_answer_lost_on_its_way_counts_nothing_twice(store: JobStore) -> None:
     await submitted(store)
     claim = await store.leases.claim({MODEL: 1})
